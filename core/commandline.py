@@ -1,0 +1,141 @@
+"""The command line that the scripts share: flags, settings from a file, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from core.errors import CheckpointError, CheckpointNotFound, InputError
+
+DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit codes: 75 is EX_TEMPFAIL, which batch queues read as "run me again"; 130 is the shell's 128 + SIGINT."""
+
+MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
+"""A folder with one of these is a model."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with the flags every script has; an unknown flag names the nearest known one."""
+
+    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.shared = self.add_argument_group("model")
+        self.shared.add_argument("--model_name", metavar="NAME", help="folder of the model below the checkpoint root")
+        self.shared.add_argument(
+            "--checkpoint_root",
+            metavar="DIR",
+            default="checkpoints",
+            help="folder of all models (default: checkpoints)",
+        )
+        self.shared.add_argument(
+            "--config_file", metavar="FILE.json", help="flags by name from a JSON file; the command line wins"
+        )
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Parse flags; those of --config_file stand in front, so that the command line wins."""
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--config_file")
+        config_file = early.parse_known_args(argv)[0].config_file
+        from_file = self._from_file(Path(config_file)) if config_file else []
+        args, unknown = self.parse_known_args(from_file + argv)
+        if unknown:
+            self._refuse(unknown[0])
+        return args
+
+    def _refuse(self, word: str) -> NoReturn:
+        flag = word.split("=")[0]
+        if not flag.startswith("-"):
+            self.error(f"unexpected word {word!r}")
+        near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), self._flags(), n=1, cutoff=0.5)
+        self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
+
+    def _flags(self) -> dict[str, argparse.Action]:
+        return self._option_string_actions
+
+    def _from_file(self, path: Path) -> list[str]:
+        words: list[str] = []
+        for name, value in read_settings(path).items():
+            action = self._flags().get(f"--{name}")
+            if action is None or name in ("help", "config_file"):
+                near = difflib.get_close_matches(f"--{name}", self._flags(), n=1, cutoff=0.5)
+                self.error(f"{path}: unknown flag {name!r}" + (f"; did you mean {near[0][2:]!r}?" if near else ""))
+            if isinstance(value, bool):
+                negative = f"--no_{name}"
+                if value or negative in self._flags():
+                    words.append(f"--{name}" if value else negative)
+            elif value is not None:
+                words.append(f"--{name}={value}")
+        return words
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a JSON object of flags.
+
+    Raises: InputError when the file is missing, is no JSON, or is no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}. --config_file takes a JSON file of flags by name.") from error
+    except ValueError as error:
+        raise InputError(f"{path}: no valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise InputError(f'{path}: found a {type(values).__name__}, expected an object like {{"max_iters": 1000}}.')
+    return values
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a script's main and exit: a CheckpointError is one line on stderr and exit code 1."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has what it wanted; Python would complain once more while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    sys.exit(code)
+
+
+def model_names(root: Path) -> list[str]:
+    """List the models below a checkpoint root, by name."""
+    try:
+        folders = sorted(p for p in root.iterdir() if p.is_dir())
+    except OSError:
+        return []
+    return [p.name for p in folders if any((p / name).exists() for name in MODEL_FILES) or any(p.glob("step_*"))]
+
+
+def choose_model(args: argparse.Namespace) -> str | None:
+    """Name the model to use: the one given, else the only one there is; None (after listing them) for several.
+
+    Raises: CheckpointNotFound when the root holds none.
+    """
+    if args.model_name:
+        return args.model_name
+    root = Path(args.checkpoint_root)
+    names = model_names(root)
+    if not names:
+        raise CheckpointNotFound(f"{root}: no models here. Train one: python train.py --model_name dante")
+    if len(names) == 1:
+        print(f"model: {names[0]} (the only one in {root})", file=sys.stderr)
+        return names[0]
+    print(f"{root} holds {len(names)} models; choose one with --model_name: {', '.join(names)}", file=sys.stderr)
+    return None

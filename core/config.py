@@ -1,0 +1,140 @@
+"""GPTConfig: what a model is, and how its config.json is read and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from core.errors import CheckpointMismatch
+
+FORMAT_VERSION = 2
+"""The bundle format this program writes; a file without a version is version 1."""
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+EDITABLE = ("batch_size", "dropout", "device")
+"""Fields of config.json that a person may change at any time: they touch no tensor."""
+
+
+@dataclass
+class GPTConfig:
+    """Architecture of a GPT, and the three wishes of the run that made it.
+
+    A field that old files lack has the neutral value: what every model did before the field existed.
+    """
+
+    batch_size: int = 32
+    block_size: int = 256
+    vocab_size: int = 50304
+    n_embd: int = 384
+    n_head: int = 6
+    n_layer: int = 6
+    dropout: float = 0.2
+    bias: bool = False  # of qkv, and of proj unless proj_bias says otherwise
+    device: str = "auto"  # a wish: "auto" is CUDA where there is one
+    activation: str = "gelu"
+    tied_head: bool = False
+    head_bias: bool = True
+    norm_bias: bool = True
+    mlp_bias: bool = True
+    proj_bias: bool | None = None
+    unknown: dict[str, Any] = field(default_factory=dict)  # fields of other programs, kept as they are
+
+    def __post_init__(self) -> None:
+        self.check("config")
+
+    def check(self, where: str) -> None:
+        """Raise unless every field has its type and a possible value.
+
+        Raises: CheckpointMismatch naming each field, its value and what is allowed.
+        """
+        faults = [fault for name, rule in _RULES.items() if (fault := rule(name, getattr(self, name)))]
+        if not faults and self.n_embd % self.n_head:
+            near = ", ".join(str(h) for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and h <= 64)
+            faults.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; n_head may be {near}")
+        if faults:
+            raise CheckpointMismatch(f"{where}: " + "; ".join(faults) + ".")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> GPTConfig:
+        """Read a config.json; fields this program does not know are kept in `unknown`.
+
+        Raises: CheckpointMismatch when a field has a wrong type or an impossible value.
+        """
+        known = {f.name for f in fields(cls)} - {"unknown"}
+        config = cls.__new__(cls)
+        defaults = cls()
+        for name in known:
+            setattr(config, name, values.get(name, getattr(defaults, name)))
+        config.unknown = {k: v for k, v in values.items() if k not in known and k != "format_version"}
+        config.check(where)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json, with the unknown fields of the file it came from."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
+        return {**known, "format_version": FORMAT_VERSION, **self.unknown}
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields that decide tensors and mathematics: everything a person may not edit."""
+        known = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {k: v for k, v in known.items() if k not in EDITABLE and k != "unknown"}
+        return {**values, "proj_bias": self.has_proj_bias}
+
+    @property
+    def has_proj_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.bias if self.proj_bias is None else self.proj_bias
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+
+def _positive_int(name: str, value: Any) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31:
+        return None
+    return f"{name} is {value!r}; allowed is a whole number from 1"
+
+
+def _fraction(name: str, value: Any) -> str | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1:
+        return None
+    return f"{name} is {value!r}; allowed is a number from 0 up to, not including, 1"
+
+
+def _boolean(name: str, value: Any) -> str | None:
+    return None if isinstance(value, bool) else f"{name} is {value!r}; allowed is true or false"
+
+
+def _optional_boolean(name: str, value: Any) -> str | None:
+    return None if value is None else _boolean(name, value)
+
+
+def _device(name: str, value: Any) -> str | None:
+    if isinstance(value, str) and value:
+        return None
+    return f"{name} is {value!r}; allowed is auto, cpu, cuda or cuda:N"
+
+
+def _activation(name: str, value: Any) -> str | None:
+    return None if value in ACTIVATIONS else f"{name} is {value!r}; allowed is {', '.join(ACTIVATIONS)}"
+
+
+_RULES = {
+    "batch_size": _positive_int,
+    "block_size": _positive_int,
+    "vocab_size": _positive_int,
+    "n_embd": _positive_int,
+    "n_head": _positive_int,
+    "n_layer": _positive_int,
+    "dropout": _fraction,
+    "bias": _boolean,
+    "device": _device,
+    "activation": _activation,
+    "tied_head": _boolean,
+    "head_bias": _boolean,
+    "norm_bias": _boolean,
+    "mlp_bias": _boolean,
+    "proj_bias": _optional_boolean,
+}

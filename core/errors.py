@@ -1,0 +1,42 @@
+"""Every error a caller can act on.
+
+CheckpointError
+├── CheckpointNotFound     nothing there: train a new one, or look elsewhere
+├── CheckpointDamaged      bytes are not what was written: walk back to an older step
+├── CheckpointMismatch     two things contradict each other: change the named field or flag
+├── CheckpointLocked       another process writes here: wait for it, or use another name
+├── SaveFailed             nothing new is on disk, nothing old is lost: free what is missing, save again
+└── InputError             a text, tokenizer or setting that cannot be used: correct it
+
+A message reads *where: found, expected. What to do, or what stays true.*
+"""
+
+from __future__ import annotations
+
+
+class CheckpointError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class CheckpointNotFound(CheckpointError):
+    """No checkpoint at the place that was named."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """A file fails its own check, or ends too early."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """Config, tokenizer, weights, optimizer or flags contradict each other."""
+
+
+class CheckpointLocked(CheckpointError):
+    """Another process holds the writer's lock of this model."""
+
+
+class SaveFailed(CheckpointError):
+    """A save did not commit; the last committed step is intact."""
+
+
+class InputError(CheckpointError):
+    """A text, a tokenizer or a setting that cannot be used as given."""
