@@ -91,6 +91,16 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
 
+def same_architecture(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two config.json describe the same tensors and mathematics, whatever else a person edited."""
+    if all(values.get("model_class", "GPT") == "GPT" for values in (a, b)):
+        try:
+            return GPTConfig.from_dict(a).architecture() == GPTConfig.from_dict(b).architecture()
+        except CheckpointMismatch:
+            return False
+    return all(a.get(name) == b.get(name) for name in a.keys() | b.keys() if name not in EDITABLE)
+
+
 def _positive_int(name: str, value: Any) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31:
         return None

@@ -1,0 +1,218 @@
+"""One bundle: open it whole, check it, write its files. What is newest and what is kept is the folder's business."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from core.checksum import crc32_file, crc32_range
+from core.commit import CONFIG, MODEL, ModelFolder, Opened
+from core.config import GPTConfig
+from core.containers.torch_zip import TorchZip
+from core.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
+from core.families import gpt
+from core.storage import DISK, Output, Storage
+from core.training_state import STATE, check_version, dump_json, parse_json, seal, unseal
+
+OPTIMIZER = "optimizer.pt"
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass
+class Bundle:
+    """One step on disk, its files open: nothing that happens to the folder later changes what is read."""
+
+    folder: Path
+    state: dict[str, Any]
+    config_values: dict[str, Any]
+    config: GPTConfig | None
+    tokenizer: dict[str, Any] | None
+    files: dict[str, BinaryIO]
+
+    @property
+    def step(self) -> int:
+        """Optimizer updates made; 0 where no training state says."""
+        return int(self.state.get("step", 0))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether an optimizer state belongs to this step."""
+        return OPTIMIZER in self.files and self.state.get("optimizer_file", OPTIMIZER) is not None
+
+    def path(self, name: str) -> Path:
+        """Where a file of this bundle is found by name, for messages."""
+        return self.folder / name
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files.values():
+            file.close()
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One older step in a model's folder."""
+
+    step: int
+    path: Path
+    state: dict[str, Any]
+
+
+def open_bundle(folder: Path, step: int | None = None, storage: Storage = DISK) -> Bundle:
+    """Open the newest committed bundle of a model's folder, or one of its kept steps, or a folder that is a bundle.
+
+    Raises: CheckpointNotFound when no bundle is here, CheckpointDamaged when a listed file is missing or a JSON file
+    cannot be read, CheckpointMismatch for an impossible config or a newer format.
+    """
+    place = ModelFolder(folder, storage)
+    opened = place.open_newest() if step is None else _open_step(place, step)
+    try:
+        return _bundle(opened, folder)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _open_step(place: ModelFolder, step: int) -> Opened:
+    with contextlib.suppress(CheckpointDamaged):
+        opened = place.open_newest()
+        if opened.state.get("step") == step:
+            return opened
+        opened.close()
+    return place.open_step(step)
+
+
+def _bundle(opened: Opened, folder: Path) -> Bundle:
+    if CONFIG not in opened.files or MODEL not in opened.files:
+        names = ModelFolder(folder).storage.names(folder)
+        there = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+        raise CheckpointNotFound(
+            f"{folder}: no bundle here. Looked for {CONFIG} + {MODEL}; found {there}."
+            if folder.exists()
+            else f"{folder}: no such folder."
+        )
+    where = str(opened.folder / CONFIG)
+    values = _read_json(opened, CONFIG)
+    check_version(values, where)
+    config = GPTConfig.from_dict(values, where) if values.get("model_class", "GPT") == "GPT" else None
+    tokenizer = _read_json(opened, TOKENIZER) if TOKENIZER in opened.files else None
+    return Bundle(opened.folder, opened.state, values, config, tokenizer, opened.files)
+
+
+def _read_json(opened: Opened, name: str) -> dict[str, Any]:
+    file = opened.files[name]
+    file.seek(0)
+    return parse_json(file.read(), str(opened.folder / name))
+
+
+def history(folder: Path, storage: Storage = DISK) -> list[Kept]:
+    """List the kept steps of a model, oldest first; one whose training state cannot be read has an empty state."""
+    kept = []
+    for step, path in ModelFolder(folder, storage).kept_steps().items():
+        state: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
+            state = unseal(storage.read(path / STATE), str(path / STATE))
+        kept.append(Kept(step, path, state))
+    return kept
+
+
+def verify(bundle: Bundle, names: tuple[str, ...] = (MODEL, TOKENIZER, OPTIMIZER)) -> list[str]:
+    """Check files of a bundle against their checksums, and return a sentence for each that was replaced since.
+
+    A replaced file is whole by its own checksums but not the recorded one. Files of old bundles, which recorded
+    nothing, are checked by the CRC32 that each zip record carries.
+
+    Raises: CheckpointDamaged naming the tensor, with both checksums.
+    """
+    recorded = bundle.state.get("integrity", {}).get("files", {})
+    replaced = []
+    for name in names:
+        if name not in bundle.files or (name == TOKENIZER and name not in recorded):
+            continue
+        file, path = bundle.files[name], bundle.path(name)
+        size = os.fstat(file.fileno()).st_size
+        if name in recorded:
+            expected = recorded[name]
+            crc = f"{crc32_file(file.fileno(), size):08x}" if size == expected["size"] else None
+            if crc == expected["crc32"]:
+                continue
+            if name == TOKENIZER:
+                raise CheckpointDamaged(
+                    f"{path} is damaged ({size} bytes, CRC32 {crc or 'not compared'}; "
+                    f"recorded {expected['size']} bytes, {expected['crc32']})."
+                )
+            verify_records(file, path)
+            replaced.append(
+                f"{path}: whole, but not the file that was saved at step {bundle.step} "
+                f"({size} bytes; recorded {expected['size']}). It was replaced, and is used as it is."
+            )
+        else:
+            verify_records(file, path)
+    return replaced
+
+
+def verify_records(file: BinaryIO, path: Path) -> None:
+    """Check every record of a torch file against the CRC32 in its directory.
+
+    Raises: CheckpointDamaged naming the tensors whose bytes differ.
+    """
+    archive = TorchZip.open(file, str(path))
+    for record in archive.records.values():
+        found = crc32_range(file.fileno(), record.offset, record.offset + record.size)
+        if record.crc32 and found != record.crc32:
+            key = record.name.rpartition("/data/")[2]
+            names = [t.name for t in archive.tensors.values() if t.storage == key] or [record.name]
+            raise CheckpointDamaged(
+                f"{path}: {', '.join(names[:3])} is damaged (CRC32 {found:08x}, recorded {record.crc32:08x})."
+            )
+
+
+def check_fit(bundle: Bundle) -> None:
+    """Compare config.json, tokenizer.json and the header of model.pt, before anything is allocated.
+
+    Raises: CheckpointMismatch listing every contradiction with the field and value that would fit.
+    """
+    if bundle.config is None:
+        return
+    where = bundle.path(CONFIG)
+    archive = TorchZip.open(bundle.files[MODEL], str(bundle.path(MODEL)))
+    faults = gpt.contradictions(bundle.config, archive.tensors)
+    if faults:
+        raise CheckpointMismatch(f"{where} does not fit {MODEL}: {gpt.listed(faults)}.")
+    chars = (bundle.tokenizer or {}).get("chars")
+    if isinstance(chars, list) and len(chars) > bundle.config.vocab_size:
+        raise CheckpointMismatch(
+            f"{bundle.path(TOKENIZER)}: {len(chars)} characters, but vocab_size in {where} is "
+            f"{bundle.config.vocab_size}. It is the tokenizer of another model."
+        )
+
+
+Writer = Callable[[Output], None]
+
+
+def write_bundle(folder: ModelFolder, stage: Path, state: dict[str, Any], files: dict[str, Writer | dict]) -> None:
+    """Write the files of one step into a staged folder, each durable, the training state with their checksums last."""
+    recorded = {}
+    for name, content in files.items():
+        with folder.storage.create(stage / name) as output:
+            if isinstance(content, dict):
+                output.write(dump_json(content))
+            else:
+                content(output)
+        recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
+    folder.storage.write(stage / STATE, seal({**state, "integrity": {"files": recorded}}))

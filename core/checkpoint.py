@@ -1,0 +1,458 @@
+"""CheckpointManager: which step is resumed, what is saved with it, and what is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from core import start
+from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, history, open_bundle, verify, write_bundle
+from core.commit import CONFIG, MODEL, ModelFolder, new_id
+from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
+from core.containers.torch_zip_writer import file_size, write_torch_zip
+from core.device import resolve_dtype
+from core.errors import (
+    CheckpointDamaged,
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointNotFound,
+    InputError,
+    SaveFailed,
+)
+from core.lock import hold
+from core.materialize import load_model, load_optimizer, read_torch_file
+from core.model import GPT
+from core.optimizer import configure_optimizer, load_optimizer_state
+from core.state_dict import export_optimizer_state, export_state_dict, plain_name, unwrap
+from core.tokenizer import Tokenizer
+from core.training_state import STATE, parse_json, unseal
+
+LEGACY_FILES = ("latest.pt", "final.pt")
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)  # leaves a progress bar whole
+
+
+class CheckpointManager:
+    """The checkpoints of one model: a folder whose top is always the newest committed step, whole.
+
+    `keep` older steps stay beside it, and besides them the best by validation loss, every `keep_every`-th, and the
+    one that was resumed from. `facts` go into the training state of every save.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_dir: str | Path = "checkpoints",
+        *,
+        keep: int = 1,
+        keep_every: int | None = None,
+        say: Callable[[str], None] = _say,
+    ) -> None:
+        if not model_name or model_name in (".", "..") or Path(model_name).name != model_name or "\\" in model_name:
+            raise InputError(f"model name {model_name!r}: expected the name of one folder, without a path.")
+        if keep < 0 or (keep_every is not None and keep_every < 1):
+            raise InputError(f"keep is {keep} and keep_every {keep_every}: expected at least 0 and 1.")
+        self.model_name = model_name
+        self.checkpoint_dir = Path(base_dir) / model_name
+        self.keep = keep
+        self.keep_every = keep_every
+        self.facts: dict[str, Any] = {}
+        self.resumed: dict[str, Any] = {}
+        self._folder = ModelFolder(self.checkpoint_dir)
+        self._held = contextlib.ExitStack()
+        self.say = say
+
+    @classmethod
+    def of_folder(cls, checkpoint_dir: str | Path, **settings: Any) -> CheckpointManager:
+        """Manage the model whose folder this is."""
+        folder = Path(checkpoint_dir)
+        return cls(
+            folder.resolve().name,
+            folder.parent if folder.name not in ("", "..") else folder.resolve().parent,
+            **settings,
+        )
+
+    # What is there
+
+    def get_path(self, filename: str = MODEL) -> Path:
+        """Name a file in the model's folder.
+
+        Raises: InputError when the name leads out of the folder.
+        """
+        path = self.checkpoint_dir / filename
+        if not filename or path.resolve() == self.checkpoint_dir.resolve():
+            raise InputError(f"{filename!r}: expected the name of a file in {self.checkpoint_dir}.")
+        if not path.resolve().is_relative_to(self.checkpoint_dir.resolve()):
+            raise InputError(
+                f"{filename!r} leads out of {self.checkpoint_dir}; a file of the model stays in its folder."
+            )
+        return path
+
+    def exists(self) -> bool:
+        """Whether the folder holds a checkpoint of any format."""
+        return self.exists_new_format() or any(self.exists_legacy_format(name) for name in LEGACY_FILES)
+
+    def exists_new_format(self) -> bool:
+        """Whether the folder holds a committed bundle, at the top or kept."""
+        names = {CONFIG, MODEL}
+        top = set(self._folder.storage.names(self.checkpoint_dir))
+        pending = set(self._folder.storage.names(self._folder.committed))
+        return names <= top | pending or bool(self._folder.kept_steps())
+
+    def exists_legacy_format(self, filename: str = "latest.pt") -> bool:
+        """Whether the folder holds a single-file checkpoint of this name."""
+        return self.get_path(filename).is_file()
+
+    # Writing needs the lock
+
+    def __enter__(self) -> CheckpointManager:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def acquire(self) -> None:
+        """Become the only writer of this model, until `close`, and finish what an interrupted save left.
+
+        Raises: CheckpointLocked when another process writes here.
+        """
+        with self.writing():
+            self._held.enter_context(hold(self.checkpoint_dir))
+
+    def close(self) -> None:
+        """Let other processes write."""
+        self._held.close()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only writer while the block runs; what an interrupted save left is finished first."""
+        try:
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            with hold(self.checkpoint_dir):
+                self._folder.recover()
+                yield
+        except OSError as error:
+            place = error.filename or self.checkpoint_dir
+            raise SaveFailed(f"{place}: {error.strerror}. Nothing that was committed is lost.") from error
+
+    # Resume
+
+    def newest_intact(self) -> Bundle | None:
+        """Open the newest step whose every file is intact; None where there is no bundle at all.
+
+        A damaged newest step is renamed aside, the newest intact one takes its place, and both are said.
+
+        Raises: CheckpointDamaged when steps exist and none is intact; nothing is changed then.
+        """
+        with self.writing():
+            if not self.exists_new_format():
+                return None
+            try:
+                return self.open_verified()
+            except (CheckpointDamaged, CheckpointNotFound) as damage:
+                return self._walk_back(damage)
+
+    def open_verified(self, step: int | None = None) -> Bundle:
+        """Open the newest step, or a kept one, and check every byte of it."""
+        bundle = open_bundle(self.checkpoint_dir, step)
+        try:
+            for line in verify(bundle):
+                self.say(f"WARNING: {line}")
+        except BaseException:
+            bundle.close()
+            raise
+        return bundle
+
+    def _walk_back(self, damage: CheckpointError) -> Bundle:
+        passed: list[Path] = []
+        for kept in reversed(history(self.checkpoint_dir)):
+            try:
+                with open_bundle(kept.path) as bundle:
+                    verify(bundle)
+            except CheckpointError as error:
+                passed.append(kept.path)
+                self.say(f"WARNING: {error}")
+                continue
+            aside = [self._folder.set_aside(place) for place in (self.checkpoint_dir, *passed)]
+            self._folder.restore(kept.path)
+            self.say(
+                f"WARNING: {damage}\n"
+                f"WARNING: going on from step {kept.step}, the newest intact one. What is damaged was not deleted: "
+                f"{', '.join(str(path) for path in aside)}"
+            )
+            return self.open_verified()
+        raise CheckpointDamaged(
+            f"{damage} No intact older step is kept in {self.checkpoint_dir}, and nothing was changed. "
+            "To start anew, use another --model_name."
+        )
+
+    def initialize_for_training(
+        self,
+        config: GPTConfig | Mapping[str, Any],
+        tokenization: str | Tokenizer,
+        input_text: str | None,
+        learning_rate: float,
+        init_from_model: str | None = None,
+        *,
+        preset: Mapping[str, Any] | None = None,
+        weight_decay: float = 0.1,
+        seed: int = 1337,
+    ) -> tuple[GPT, torch.optim.AdamW, int]:
+        """Resume this model, or start it from another model's weights, or fresh; return model, optimizer and step.
+
+        A field given in `config` (of a GPTConfig: one that is not the default) wins over config.json of the
+        checkpoint, which wins over `preset`. The manager holds the writer's lock from here on.
+
+        Raises: CheckpointMismatch when the architecture or the tokenizer contradicts the checkpoint; both are shown.
+        """
+        self.acquire()
+        given = start.given_fields(config)
+        bundle = self.newest_intact()
+        if bundle is not None:
+            with bundle:
+                model = start.resume(bundle, given, tokenization)
+                optimizer = configure_optimizer(model, learning_rate, weight_decay)
+                self._load_moments(bundle, optimizer)
+            self.resumed = bundle.state
+            return model, optimizer, model.step
+        tokenizer = start.find_tokenizer(tokenization, input_text)
+        fields = {**(preset or {}), **start.config_alone(self.checkpoint_dir, tokenizer, self.say), **given}
+        if init_from_model:
+            other = CheckpointManager(init_from_model, self.checkpoint_dir.parent)
+            with other.open_verified() as bundle:
+                model = start.from_weights(bundle, fields, tokenizer)
+                self.say(f"starting from the weights of {init_from_model}, step {bundle.step}")
+        else:
+            model = start.fresh(fields, tokenizer, seed)
+        return model, configure_optimizer(model, learning_rate, weight_decay), 0
+
+    def _load_moments(self, bundle: Bundle, optimizer: torch.optim.Optimizer) -> None:
+        state = load_optimizer(bundle)
+        if state is None:
+            if bundle.step:
+                self.say(f"{bundle.folder}: no optimizer state; its moments start from zero at step {bundle.step}")
+            return
+        try:
+            load_optimizer_state(optimizer, state)
+        except CheckpointMismatch as error:
+            raise CheckpointMismatch(f"{bundle.path(OPTIMIZER)}: {error}") from error
+
+    # Save
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Mapping[str, Any] | None = None,
+        *,
+        step: int,
+        tokenizer: Tokenizer | Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Commit a step of any module; when this returns it is durable, and the older steps are pruned.
+
+        Compiled and wrapped modules are saved under their plain names, tied weights once, views without the rest
+        of their storage. The same state at the same step again changes nothing. `metrics` with a `val_loss` decide
+        which step is the best; `extra` is kept in the training state for the caller.
+
+        Raises: SaveFailed when it could not be committed; the last committed step is intact.
+        """
+        module = unwrap(model)
+        weights = export_state_dict(module)
+        moments = (
+            export_optimizer_state(optimizer, module) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+        )
+        with self.writing():
+            files = self._files(module, weights, moments, tokenizer or getattr(module, "tokenizer", None))
+            state = self._state(step, OPTIMIZER in files, metrics, extra)
+            started = time.perf_counter()
+            if not self._stage_and_commit(state, files, [weights, moments]):
+                self.say(f"step {step} is already saved in {self.checkpoint_dir}")
+                return
+            size = sum(entry.stat().st_size for entry in os.scandir(self._folder.committed))
+            self._folder.roll_forward()
+            self._prune(state)
+        self.say(
+            f"saved step {step} to {self.checkpoint_dir} ({size / 1e6:.1f} MB, {time.perf_counter() - started:.2f} s)"
+        )
+
+    def _files(
+        self, module: nn.Module, weights: Any, moments: Any, tokenizer: Tokenizer | Mapping[str, Any] | None
+    ) -> dict[str, Writer | dict]:
+        files: dict[str, Writer | dict] = {MODEL: lambda output: write_torch_zip(output, weights)}
+        if moments is not None:
+            files[OPTIMIZER] = lambda output: write_torch_zip(output, moments)
+        files[CONFIG] = self._config_to_save(module)
+        if tokenizer is not None:
+            files[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
+        return files
+
+    def _config_to_save(self, module: nn.Module) -> dict[str, Any]:
+        """The architecture of the module, with what a person edited in the config.json at the top."""
+        config = getattr(module, "config", None)
+        if isinstance(config, GPTConfig):
+            values = config.to_dict()
+        else:
+            values = {"model_class": type(module).__qualname__, "format_version": FORMAT_VERSION}
+        with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
+            top = parse_json(self._folder.read(CONFIG), CONFIG)
+            if same_architecture(top, values):
+                values.update({name: top[name] for name in EDITABLE if name in top})
+        return values
+
+    def _state(
+        self, step: int, has_optimizer: bool, metrics: Mapping[str, float] | None, extra: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        top = self._top_state()
+        best = top.get("best")
+        loss = (metrics or {}).get("val_loss")
+        if loss is not None and math.isfinite(loss) and (best is None or loss < best["val_loss"]):
+            best = {"step": step, "val_loss": loss}
+        state = {
+            "step": step,
+            "optimizer_file": OPTIMIZER if has_optimizer else None,
+            "format_version": FORMAT_VERSION,
+            "commit_id": new_id(),
+            "parent": self._folder.newest_id(),
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **dict(metrics or {}),
+            "best": best,
+            **self.facts,
+        }
+        return {**state, "extra": dict(extra)} if extra else state
+
+    def saved_step(self) -> int | None:
+        """The newest committed step; None where nothing is saved."""
+        return self._top_state().get("step")
+
+    def _top_state(self) -> dict[str, Any]:
+        try:
+            return unseal(self._folder.read(STATE), str(self.checkpoint_dir / STATE))
+        except (FileNotFoundError, CheckpointDamaged):
+            return {}
+
+    def _stage_and_commit(self, state: dict[str, Any], files: dict[str, Writer | dict], content: list[Any]) -> bool:
+        stage = None
+        try:
+            stage = self._folder.stage()
+            write_bundle(self._folder, stage, state, files)
+            if self._is_newest(stage):
+                self._folder.discard(stage)
+                return False
+            self._folder.commit(stage)
+        except OSError as error:
+            if stage is not None:
+                # A disk that fails may refuse this as well; the next writer removes what is left.
+                with contextlib.suppress(OSError):
+                    self._folder.discard(stage)
+            raise self._save_failed(
+                state["step"], error, sum(file_size(c) for c in content if c is not None)
+            ) from error
+        return True
+
+    def _is_newest(self, stage: Path) -> bool:
+        """Whether a staged step holds what the top holds already, byte for byte."""
+        top, staged = self._top_state(), unseal(self._folder.storage.read(stage / STATE), STATE)
+        if (
+            any(top.get(key) != staged.get(key) for key in ("step", "optimizer_file", "facts"))
+            or "integrity" not in top
+        ):
+            return False
+        files = {key: value for key, value in staged["integrity"]["files"].items() if key != CONFIG}
+        return files == {key: value for key, value in top["integrity"]["files"].items() if key != CONFIG} and all(
+            filecmp.cmp(stage / name, self.checkpoint_dir / name, shallow=False) for name in files
+        )
+
+    def _save_failed(self, step: int, error: OSError, needed: int) -> SaveFailed:
+        top = self._top_state()
+        stays = f"Step {top['step']} is intact." if "step" in top else "Nothing was saved before."
+        sizes = ""
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.checkpoint_dir).free
+            sizes = f" ({needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
+        return SaveFailed(f"{self.checkpoint_dir}: save of step {step} failed: {error.strerror}{sizes}. {stays}")
+
+    def _prune(self, state: dict[str, Any]) -> None:
+        older = [step for step in self._folder.kept_steps() if step < state["step"]]
+        stay = set(older[len(older) - self.keep :] if self.keep else ())
+        stay |= {step for step in older if self.keep_every and step % self.keep_every == 0}
+        stay |= {(state["best"] or {}).get("step"), self.resumed.get("step")}
+        self._folder.prune([step for step in older if step not in stay])
+
+    # Load
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+        """Fill a live module, and its optimizer, from the newest intact step, and return that step; 0 for none.
+
+        Raises: CheckpointMismatch when names or shapes do not fit; the module is unchanged then.
+        """
+        bundle = self.newest_intact()
+        if bundle is None:
+            return 0
+        with bundle:
+            module = unwrap(model)
+            tensors = read_torch_file(bundle.files[MODEL], bundle.path(MODEL))
+            live = {plain_name(name): name for name in module.state_dict()}
+            try:
+                module.load_state_dict({live.get(name, name): tensor for name, tensor in tensors.items()})
+            except RuntimeError as error:
+                raise CheckpointMismatch(f"{bundle.path(MODEL)}: {error}") from error
+            if optimizer is not None:
+                self._load_moments(bundle, optimizer)
+            self.resumed = bundle.state
+            return bundle.step
+
+    @staticmethod
+    def load_for_inference(
+        model_name: str,
+        base_dir: str | Path = "checkpoints",
+        legacy_filename: str | None = None,
+        load_dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        step: int | str | None = None,
+        bpe_file: Path | None = None,
+    ) -> GPT:
+        """Load a model to write text with: the newest step, a kept step, or the best one (`step="best"`).
+
+        Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
+        """
+        manager = CheckpointManager(model_name, base_dir)
+        folder = manager.checkpoint_dir
+        number = manager._best_step() if step == "best" else int(step) if step is not None else None
+        try:
+            with open_bundle(folder, number) as bundle:
+                for line in verify(bundle, (MODEL, TOKENIZER)):
+                    manager.say(f"WARNING: {line}")
+                return load_model(bundle, device=device, dtype=resolve_dtype(load_dtype), bpe_file=bpe_file)
+        except CheckpointDamaged as damage:
+            raise CheckpointDamaged(f"{damage}{manager._newest_intact_note(number)}") from damage
+
+    def _best_step(self) -> int:
+        best = self._top_state().get("best")
+        if not best:
+            raise CheckpointNotFound(f"{self.checkpoint_dir}: no step has a validation loss, so none is the best.")
+        return int(best["step"])
+
+    def _newest_intact_note(self, damaged: int | None) -> str:
+        for kept in reversed(history(self.checkpoint_dir)):
+            if kept.step == damaged:
+                continue
+            with contextlib.suppress(CheckpointError), open_bundle(kept.path) as bundle:
+                verify(bundle)
+                return f" Newest intact step: {kept.step} ({kept.path.name})."
+        return " No intact older step is kept."

@@ -1,0 +1,153 @@
+"""Inert records: what a pickle says beyond plain values, as text and data that can be shown and walked safely."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from core.errors import CheckpointDamaged
+
+DEPTH = 200
+"""Levels of nesting a structure may have: far below Python's own limit of 1000 calls."""
+
+SLACK = 100_000
+"""Values that a structure may unfold to, beyond 8 for each byte of its pickle."""
+
+
+_BRACKETS = {list: ("[", "]"), tuple: ("(", ")")}
+
+
+class Global:
+    """The name of a class or function in a pickle; compares by name, and is never looked up."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, module: str, name: str) -> None:
+        self.path = f"{module}.{name}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Global) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+
+class Call:
+    """A call that a pickle asks for and that nobody makes: an instance of a class, or the result of a function."""
+
+    __slots__ = ("args", "callable", "items", "state")
+
+    def __init__(self, callable: Any, args: tuple[Any, ...]) -> None:
+        self.callable = callable
+        self.args = args
+        self.state: Any = None  # what BUILD would set: usually the attributes, by name
+        self.items: list[Any] = []  # appended values, and (key, value) pairs
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+
+def as_text(value: Any, limit: int = 200) -> str:
+    """Show a value on one line of at most `limit` ASCII characters, as Python would write it; safe to print."""
+    parts: list[str] = []
+    _write(value, parts, limit)
+    text = "".join(parts)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _write(value: Any, parts: list[str], room: int) -> int:
+    """Append the text of a value to `parts`; returns the room that is left, and stops when there is none."""
+    if room < 0:
+        return room
+    if isinstance(value, str):
+        text = json.dumps(value[: room + 1])
+    elif isinstance(value, bytes):
+        text = repr(value[: room + 1])
+    elif isinstance(value, Global):
+        text = json.dumps(value.path)[1:-1]
+    elif isinstance(value, Call):
+        room = _write_all(value.args, parts, _write(value.callable, parts, room), "(", ")")
+        if value.state:
+            room = _write(value.state, parts, _put(" with ", parts, room))
+        return _write_all(value.items, parts, room, " [", "]") if value.items else room
+    elif isinstance(value, dict):
+        room = _put("{", parts, room)
+        for i, (key, item) in enumerate(value.items()):
+            if room < 0:
+                return room
+            room = _write(key, parts, _put(", ", parts, room) if i else room)
+            room = _write(item, parts, _put(": ", parts, room))
+        text = "}"
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        opening, closing = _BRACKETS.get(type(value), ("{", "}"))
+        one = isinstance(value, tuple) and len(value) == 1
+        return _write_all(value, parts, room, opening, ",)" if one else closing)
+    else:
+        text = str(value)
+    return _put(text, parts, room)
+
+
+def _write_all(values: Any, parts: list[str], room: int, opening: str, closing: str) -> int:
+    room = _put(opening, parts, room)
+    for i, item in enumerate(values):
+        if room < 0:
+            return room
+        room = _write(item, parts, _put(", ", parts, room) if i else room)
+    return _put(closing, parts, room)
+
+
+def _put(text: str, parts: list[str], room: int) -> int:
+    parts.append(text)
+    return room - len(text)
+
+
+def children(value: Any) -> list[Any] | None:
+    """What a value holds, or None when it holds nothing."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, Call):
+        return [value.callable, value.args, value.state, value.items]
+    return None
+
+
+def check_structure(root: Any, where: str, length: int) -> None:
+    """Refuse a structure that whoever walks it could not finish.
+
+    It contains itself, is nested deeper than DEPTH, or unfolds (shared parts counted at each use) to far more than the
+    `length` bytes it was read from. One pass from the leaves up, without recursion.
+
+    Raises: CheckpointDamaged.
+    """
+    limit = 8 * length + SLACK
+    measured: dict[int, tuple[int, int] | None] = {}  # by identity: size and height; None while its children are open
+    pending: list[tuple[Any, list[Any] | None]] = [(root, None)]
+    while pending:
+        value, held = pending.pop()
+        if held is None:
+            if id(value) in measured:
+                if measured[id(value)] is None:
+                    raise CheckpointDamaged(f"{where}: its content contains itself; a checkpoint is a tree.")
+                continue
+            held = children(value)
+            if held is not None:
+                measured[id(value)] = None
+                pending.append((value, held))
+                pending.extend((child, None) for child in held)
+            continue
+        size, height = 1, 0
+        for child in held:
+            child_size, child_height = measured.get(id(child)) or (1, 0)
+            size += child_size + (len(child) if isinstance(child, (str, bytes)) else 0)
+            height = max(height, child_height)
+        if height >= DEPTH:
+            raise CheckpointDamaged(f"{where}: its content is nested deeper than {DEPTH} levels.")
+        if size > limit:
+            raise CheckpointDamaged(
+                f"{where}: its content unfolds to over {limit} values, too many for a pickle of {length} bytes."
+            )
+        measured[id(value)] = (size, height + 1)

@@ -1,0 +1,413 @@
+"""Pickles read without running them: plain values stay plain, everything else becomes an inert record.
+
+Nothing is imported and nothing is called. A class or function is a `Global`, its call a `Call`: text and data.
+Work and memory are bounded by the length of the pickle.
+The opcodes are those of CPython's Lib/pickletools.py.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from core.containers.inert import Call, Global, as_text, check_structure
+from core.errors import CheckpointDamaged
+
+LONGEST_INT = 1024
+"""Bytes or characters of one whole number: 128-bit random states need 17, and Python prints up to 4300 digits."""
+
+LONGEST_NAME = 1000
+"""Characters of the full name of a class or function."""
+
+Reductions = Mapping[str, Callable[..., Any]]
+"""Harmless callables by their full name, each with what to build from its arguments instead of a `Call`."""
+
+
+def read_pickle(
+    data: bytes,
+    where: str,
+    *,
+    persistent: Callable[[Any], Any] | None = None,
+    resolve: Callable[[Global], Any] | None = None,
+    reductions: Reductions | None = None,
+) -> Any:
+    """Read one pickle into plain values and inert records.
+
+    `persistent` gives the value of a persistent id, `resolve` what to put for a name; `reductions` adds to PLAIN, and
+    one that returns NotImplemented leaves its call an inert record.
+
+    Raises: CheckpointDamaged for everything that is no whole, sound pickle.
+    """
+    reader = _Reader(data, where, persistent, resolve or _unresolved, {**PLAIN, **(reductions or {})})
+    value = reader.run()
+    check_structure(value, where, len(data))
+    return value
+
+
+_NUMPY_SCALARS = {"f8": "d", "f4": "f", "f2": "e", "b1": "?"} | {
+    f"{kind}{size}": code
+    for kind, codes in (("i", "bhiq"), ("u", "BHIQ"))
+    for size, code in zip("1248", codes, strict=True)
+}
+
+
+def _dict(*args: Any) -> Any:
+    """OrderedDict(), OrderedDict([(key, value), ...]); with a factory in front, defaultdict."""
+    pairs = args[-1] if args and not isinstance(args[-1], (Global, Call)) and args[-1] is not None else []
+    if isinstance(pairs, dict):
+        return dict(pairs)
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        return NotImplemented
+    return {_key(key): value for key, value in pairs}
+
+
+def _set(values: Any = ()) -> Any:
+    return {_key(v) for v in values} if isinstance(values, (list, tuple)) else NotImplemented
+
+
+def _encoded(text: Any = "", encoding: Any = "latin1") -> Any:
+    """How protocols 0 to 2 write bytes."""
+    known = isinstance(text, str) and encoding in ("latin1", "latin-1")
+    return text.encode("latin-1") if known else NotImplemented
+
+
+def _bytes(value: Any = b"") -> Any:
+    return value if isinstance(value, bytes) else NotImplemented
+
+
+def _numpy_scalar(dtype: Any, data: Any) -> Any:
+    """A number that numpy measured (a loss, a step): numpy.core.multiarray.scalar(numpy.dtype("f8"), 8 bytes)."""
+    state = getattr(dtype, "state", None)
+    if not (isinstance(dtype, Call) and dtype.args and isinstance(state, tuple) and len(state) > 1):
+        return NotImplemented
+    code = _NUMPY_SCALARS.get(dtype.args[0]) if isinstance(dtype.args[0], str) else None
+    order = {"<": "<", "|": "<", ">": ">"}.get(state[1]) if isinstance(state[1], str) else None
+    if code is None or order is None or not isinstance(data, bytes) or len(data) != struct.calcsize(order + code):
+        return NotImplemented
+    return struct.unpack(order + code, data)[0]
+
+
+PLAIN: Reductions = {
+    "collections.OrderedDict": _dict,
+    "collections.defaultdict": _dict,
+    "builtins.set": _set,
+    "__builtin__.set": _set,
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes,
+    "_codecs.encode": _encoded,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+}
+
+
+class _Fault(Exception):
+    """What is wrong with a pickle, in words that complete 'damaged pickle at byte N of M: ...'."""
+
+
+def _key(value: Any) -> Any:
+    """A value as a dictionary key or set element whose hash is cheap; lists cannot be one, as in Python.
+
+    Python computes the hash of a tuple anew each time, by recursion: a small pickle could ask for 2**100 steps. Nested
+    or long tuples, huge numbers and tensors are therefore boxed in a `Call`, which is hashed by identity.
+    """
+    if value is None or isinstance(value, (str, bytes, float, Global, Call)):
+        return value
+    if isinstance(value, int) and value.bit_length() <= 60:
+        return value
+    if isinstance(value, tuple) and len(value) <= 16 and not any(isinstance(v, (tuple, frozenset)) for v in value):
+        return tuple(map(_key, value))
+    if isinstance(value, (list, dict, set)):
+        raise _Fault(f"a {type(value).__name__} as a dictionary key")
+    return Call(Global("pickle", "key"), (value,))
+
+
+class _Reader:
+    """The stack machine of the pickle format."""
+
+    def __init__(
+        self,
+        data: bytes,
+        where: str,
+        persistent: Callable[[Any], Any] | None,
+        resolve: Callable[[Global], Any],
+        reductions: Reductions,
+    ) -> None:
+        self.data, self.where = data, where
+        self.persistent, self.resolve, self.reductions = persistent, resolve, reductions
+        self.position = 0
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.budget = 16 * len(data) + 4096  # elements that reductions may copy: shared arguments add up
+
+    def run(self) -> Any:
+        data, table, end = self.data, _OPCODES, len(self.data)
+        begin = 0
+        try:
+            while True:
+                begin = self.position
+                if begin >= end:
+                    raise _Fault("it ends without STOP")
+                code = data[begin]
+                self.position = begin + 1
+                if code == 0x2E:  # STOP
+                    return self.pop()
+                operation = table.get(code)
+                if operation is None:
+                    raise _Fault(f"unknown opcode 0x{code:02x}")
+                operation(self)
+        except _Fault as fault:
+            problem = str(fault)
+        except IndexError:
+            problem = "it takes more from its stack than it put there"
+        except KeyError:
+            problem = "it refers to a value that it never stored"
+        except (ValueError, OverflowError):
+            problem = "a malformed number or text"
+        raise CheckpointDamaged(f"{self.where}: damaged pickle at byte {begin} of {end}: {problem}.")
+
+    # reading
+
+    def take(self, count: int) -> bytes:
+        start, self.position = self.position, self.position + count
+        if count < 0 or self.position > len(self.data):
+            raise _Fault(f"{count} bytes are asked for, {len(self.data) - start} are left")
+        return self.data[start : self.position]
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def line(self) -> bytes:
+        start = self.position
+        end = self.data.find(b"\n", start)
+        if end < 0:
+            raise _Fault("a line without end")
+        self.position = end + 1
+        return self.data[start:end]
+
+    def text_line(self) -> str:
+        return self.line().decode("utf-8")
+
+    def short_line(self) -> bytes:
+        line = self.line()
+        if len(line) > LONGEST_INT:
+            raise _Fault(f"a number of {len(line)} characters, {LONGEST_INT} are allowed")
+        return line
+
+    # the stack
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        return self.stack.pop()
+
+    def pop_many(self, count: int) -> tuple[Any, ...]:
+        if len(self.stack) < count:
+            raise IndexError
+        values = tuple(self.stack[-count:])
+        del self.stack[-count:]
+        return values
+
+    def pop_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+    def top(self, *kinds: type) -> Any:
+        value = self.stack[-1]
+        if not isinstance(value, kinds):
+            raise _Fault(f"items for a {type(value).__name__}")
+        return value
+
+    # operations that are more than one line
+
+    def call(self, callable: Any, args: Any) -> None:
+        if not isinstance(callable, (Global, Call)):
+            raise _Fault(f"a call of a {type(callable).__name__}")
+        if not isinstance(args, tuple):
+            raise _Fault(f"arguments in a {type(args).__name__}")
+        value: Any = NotImplemented
+        reduce = self.reductions.get(callable.path) if isinstance(callable, Global) else None
+        if reduce:
+            self.budget -= sum(len(a) for a in args if isinstance(a, (str, bytes, list, tuple, dict)))
+            if self.budget < 0:
+                raise _Fault("its calls copy more than the file holds")
+            try:
+                value = reduce(*args)
+            except TypeError as error:  # another number of arguments than this callable takes
+                raise _Fault(f"{as_text(callable)} with {len(args)} arguments") from error
+        self.push(Call(callable, args) if value is NotImplemented else value)
+
+    def build(self) -> None:
+        state, target = self.pop(), self.stack[-1]
+        if isinstance(target, Call):
+            target.state = state
+        elif not isinstance(target, dict):  # attributes of a dictionary are dropped: torch's `_metadata`
+            raise _Fault(f"a state for a {type(target).__name__}")
+
+    def append(self, values: list[Any]) -> None:
+        target = self.top(list, Call)
+        (target.items if isinstance(target, Call) else target).extend(values)
+
+    def set_items(self, values: list[Any]) -> None:
+        if len(values) % 2:
+            raise _Fault("a key without value")
+        target = self.top(dict, Call)
+        if isinstance(target, Call):
+            target.items.extend(zip(values[::2], values[1::2], strict=True))
+        else:
+            for key, value in zip(values[::2], values[1::2], strict=True):
+                target[_key(key)] = value
+
+    def add_items(self) -> None:
+        values = self.pop_mark()
+        target = self.top(set, Call)
+        if isinstance(target, Call):
+            target.items.extend(values)
+        else:
+            target.update(map(_key, values))
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    def integer_line(self) -> int | bool:
+        line = self.short_line()
+        return {b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line)
+
+    def long(self, size: int) -> int:
+        if not 0 <= size <= LONGEST_INT:
+            raise _Fault(f"a number of {size} bytes, {LONGEST_INT} are allowed")
+        return int.from_bytes(self.take(size), "little", signed=True)
+
+    def quoted(self) -> Any:
+        line = self.line().strip()
+        if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
+            raise _Fault("a text without quotes")
+        return _old_text(re.sub(rb"\\(x[0-9a-fA-F]{2}|.)", _unescape, line[1:-1], flags=re.DOTALL))
+
+    def proto(self) -> None:
+        if (version := self.number(1)) > 5:
+            raise _Fault(f"protocol {version}, the highest one is 5")
+
+    def named(self, module: Any, name: Any) -> Any:
+        if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > LONGEST_NAME:
+            raise _Fault("a global whose name is no short text")
+        return self.resolve(Global(module, name))
+
+    def persist(self, identity: Any) -> None:
+        if self.persistent is None:
+            raise _Fault("a persistent id, which only files of torch have")
+        self.push(self.persistent(identity))
+
+    def obj(self) -> None:
+        values = self.pop_mark()
+        self.call(values[0], tuple(values[1:]))
+
+    def new_with_keywords(self) -> None:
+        callable, args, keywords = self.pop_many(3)
+        self.call(callable, args if keywords == {} else (*args, keywords) if isinstance(args, tuple) else args)
+
+
+def _unresolved(name: Global) -> Any:
+    return name
+
+
+def _unescape(match: re.Match[bytes]) -> bytes:
+    escape = match[1]
+    if len(escape) == 3:
+        return bytes([int(escape[1:], 16)])
+    return {b"n": b"\n", b"t": b"\t", b"r": b"\r"}.get(escape, escape)
+
+
+def _old_text(raw: bytes) -> str | bytes:
+    """A `str` of Python 2: text where it can be text, else bytes."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw
+
+
+def _utf8(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogatepass")
+
+
+_Operation = Callable[[_Reader], Any]
+
+_OPCODES: dict[int, _Operation] = {
+    ord(code): operation
+    for code, operation in {
+        "\x80": lambda r: r.proto(),
+        "\x95": lambda r: r.take(8),  # FRAME
+        "(": lambda r: r.marks.append(len(r.stack)),
+        "0": lambda r: r.pop(),
+        "1": lambda r: r.pop_mark(),
+        "2": lambda r: r.push(r.stack[-1]),  # DUP
+        # plain values
+        "N": lambda r: r.push(None),
+        "\x88": lambda r: r.push(True),
+        "\x89": lambda r: r.push(False),
+        "I": lambda r: r.push(r.integer_line()),
+        "L": lambda r: r.push(int(r.short_line().rstrip(b"L"))),
+        "F": lambda r: r.push(float(r.short_line())),
+        "J": lambda r: r.push(int.from_bytes(r.take(4), "little", signed=True)),
+        "K": lambda r: r.push(r.number(1)),
+        "M": lambda r: r.push(r.number(2)),
+        "\x8a": lambda r: r.push(r.long(r.number(1))),
+        "\x8b": lambda r: r.push(r.long(r.number(4))),
+        "G": lambda r: r.push(struct.unpack(">d", r.take(8))[0]),
+        "V": lambda r: r.push(r.line().decode("raw_unicode_escape")),
+        "X": lambda r: r.push(_utf8(r.take(r.number(4)))),
+        "\x8c": lambda r: r.push(_utf8(r.take(r.number(1)))),
+        "\x8d": lambda r: r.push(_utf8(r.take(r.number(8)))),
+        "S": lambda r: r.push(r.quoted()),
+        "T": lambda r: r.push(_old_text(r.take(r.number(4)))),
+        "U": lambda r: r.push(_old_text(r.take(r.number(1)))),
+        "B": lambda r: r.push(r.take(r.number(4))),
+        "C": lambda r: r.push(r.take(r.number(1))),
+        "\x8e": lambda r: r.push(r.take(r.number(8))),
+        "\x96": lambda r: r.push(r.take(r.number(8))),  # BYTEARRAY8
+        # collections
+        ")": lambda r: r.push(()),
+        "t": lambda r: r.push(tuple(r.pop_mark())),
+        "\x85": lambda r: r.push(r.pop_many(1)),
+        "\x86": lambda r: r.push(r.pop_many(2)),
+        "\x87": lambda r: r.push(r.pop_many(3)),
+        "]": lambda r: r.push([]),
+        "l": lambda r: r.push(r.pop_mark()),
+        "a": lambda r: r.append([r.pop()]),
+        "e": lambda r: r.append(r.pop_mark()),
+        "}": lambda r: r.push({}),
+        "d": lambda r: r.push(_dict(list(zip(*[iter(r.pop_mark())] * 2, strict=True)))),
+        "s": lambda r: r.set_items(list(r.pop_many(2))),
+        "u": lambda r: r.set_items(r.pop_mark()),
+        "\x8f": lambda r: r.push(set()),
+        "\x90": lambda r: r.add_items(),
+        "\x91": lambda r: r.push(frozenset(map(_key, r.pop_mark()))),
+        # memo
+        "p": lambda r: r.put(int(r.short_line())),
+        "q": lambda r: r.put(r.number(1)),
+        "r": lambda r: r.put(r.number(4)),
+        "\x94": lambda r: r.put(len(r.memo)),
+        "g": lambda r: r.get(int(r.short_line())),
+        "h": lambda r: r.get(r.number(1)),
+        "j": lambda r: r.get(r.number(4)),
+        # names and calls
+        "c": lambda r: r.push(r.named(r.text_line(), r.text_line())),
+        "\x93": lambda r: r.push(r.named(*r.pop_many(2))),
+        "i": lambda r: r.call(r.named(r.text_line(), r.text_line()), tuple(r.pop_mark())),
+        "o": lambda r: r.obj(),
+        "R": lambda r: r.call(*r.pop_many(2)),
+        "\x81": lambda r: r.call(*r.pop_many(2)),  # NEWOBJ
+        "\x92": lambda r: r.new_with_keywords(),
+        "b": lambda r: r.build(),
+        "P": lambda r: r.persist(r.text_line()),
+        "Q": lambda r: r.persist(r.pop()),
+    }.items()
+}

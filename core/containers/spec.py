@@ -1,0 +1,83 @@
+"""TensorSpec: what a container's header says about one tensor, and where its bytes are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+ITEM_SIZES = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "uint16": 2,
+    "int16": 2,
+    "uint32": 4,
+    "int32": 4,
+    "uint64": 8,
+    "int64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+}
+"""Bytes of one element, by torch's name of the dtype."""
+
+
+@dataclass(slots=True)
+class TensorSpec:
+    """One tensor as its container describes it; tensors of one `storage` share bytes (tied weights, views)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    offset: int  # of the first element's first byte, in the file
+    nbytes: int  # of the elements laid out densely, whatever the strides are
+    storage: str
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements lie densely in row-major order: `nbytes` bytes from `offset` are the tensor."""
+        return self.strides == dense_strides(self.shape) or _same_order(self.shape, self.strides)
+
+    @property
+    def extent(self) -> int:
+        """Bytes from `offset` to the end of the last element: 0 when there are none, below `nbytes` when expanded."""
+        return reach(self.shape, self.strides) * ITEM_SIZES[self.dtype]
+
+
+def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a row-major tensor, in elements, as torch counts them (a dimension of size 0 counts as 1)."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Number of storage elements from the first to the last one of a tensor, both counted."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _same_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether strides differ from the dense ones only where they are never used: in dimensions of size 1."""
+    return 0 in shape or all(
+        size == 1 or stride == dense for size, stride, dense in zip(shape, strides, dense_strides(shape), strict=True)
+    )

@@ -1,0 +1,70 @@
+"""Where a model computes, and the facts of a machine that exactness depends on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from core.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(wish: str | torch.device | None, where: str = "device") -> torch.device:
+    """Turn a wish into a device: "auto" is CUDA where there is one; an absent CUDA becomes the CPU, with a line.
+
+    Raises: InputError for a name that is no device.
+    """
+    if wish is None or wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wish)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{where}: {wish!r} is no device. Use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        print(f"{where}: {wish} is not on this machine; using the CPU", file=sys.stderr)
+        return torch.device("cpu")
+    return device
+
+
+def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """Turn fp32, bf16 or fp16 into a torch dtype; None stays None.
+
+    Raises: InputError for another name.
+    """
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r}: allowed is {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What the bits of a training step depend on besides the data and the seed."""
+    facts: dict[str, str | int] = {"torch": torch.__version__, "device": device.type}
+    if device.type == "cuda":
+        facts["device_name"] = torch.cuda.get_device_name(device)
+    else:
+        facts["threads"] = torch.get_num_threads()
+        facts["cpu"] = torch.backends.cpu.get_cpu_capability()
+    return facts
+
+
+def changed_environment(then: Mapping[str, Any] | None, device: torch.device, settings: Mapping[str, Any]) -> list[str]:
+    """Say what exactness depends on and is different now; the state is exact, the last bits of a step may not be."""
+    now = {
+        **environment(device),
+        "compile": bool(settings["compile"]),
+        "dtype": str(resolve_dtype(settings["dtype"])).removeprefix("torch."),
+    }
+    changes = [
+        f"{name} {then[name]} then, {now[name]} now"
+        for name in now
+        if then and name in then and then[name] != now[name]
+    ]
+    if not changes:
+        return []
+    return [f"the state is exact, but kernels may differ in the last bits: {'; '.join(changes)}"]

@@ -1,0 +1,127 @@
+"""One writer per model folder; readers need no lock."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from core.errors import CheckpointLocked
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+KERNEL_LOCKS = fcntl is not None
+"""Off (Windows, file systems without flock, tests): a file with the owner's process number is the lock."""
+
+_held: dict[Path, tuple[int, contextlib.ExitStack]] = {}
+"""How often this process holds each folder: a trainer's own saves take the lock it already has."""
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Be the only writer of a model folder while the block runs; within one process it may be nested.
+
+    A dead owner's lock is taken over: the kernel drops a flock with its process, and an owner file is checked.
+
+    Raises: CheckpointLocked naming the process and host that write here.
+    """
+    key = folder.resolve()
+    count, release = _held.get(key) or (0, _acquire(folder))
+    _held[key] = (count + 1, release)
+    try:
+        yield
+    finally:
+        count, release = _held.pop(key)
+        if count > 1:
+            _held[key] = (count - 1, release)
+        else:
+            release.close()
+
+
+def _acquire(folder: Path) -> contextlib.ExitStack:
+    path = folder / ".lock"
+    release = contextlib.ExitStack()
+    if KERNEL_LOCKS:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise _locked(folder, path) from error
+        except OSError:  # this file system has no flock
+            os.close(fd)
+        else:
+            os.ftruncate(fd, 0)
+            os.write(fd, _owner())
+            release.callback(os.close, fd)
+            return release
+    owner = folder / ".lock-owner"
+    for _ in range(3):
+        try:
+            fd = os.open(owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError as error:
+            seen = _read_owner(owner)
+            if not _is_dead(seen):
+                raise _locked(folder, owner) from error
+            _bury(owner, seen)
+            continue
+        os.write(fd, _owner())
+        os.close(fd)
+        release.callback(owner.unlink, missing_ok=True)
+        return release
+    raise _locked(folder, owner)
+
+
+def _owner() -> bytes:
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": started}).encode()
+
+
+def _read_owner(path: Path) -> dict[str, object]:
+    try:
+        owner = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _bury(path: Path, seen: dict[str, object]) -> None:
+    """Remove a dead owner's file; one that another process has made in the meantime goes back."""
+    grave = path.with_name(f"{path.name}-{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(grave)
+        if _read_owner(grave) == seen:
+            grave.unlink()
+        else:
+            grave.rename(path)
+
+
+def _is_dead(owner: dict[str, object]) -> bool:
+    pid = owner.get("pid")
+    if owner.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _locked(folder: Path, path: Path) -> CheckpointLocked:
+    owner = _read_owner(path)
+    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
+    since = f" since {owner['since']}" if "since" in owner else ""
+    stale = "" if path.name == ".lock" else f" If that process is gone, delete {path}."
+    return CheckpointLocked(
+        f"{folder}: {who} has been writing here{since}, and a model has one writer. "
+        f"Wait for it, stop it, or use another --model_name.{stale}"
+    )

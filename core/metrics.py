@@ -1,0 +1,51 @@
+"""metrics.jsonl: one line per step and per evaluation, never ahead of what is committed after a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """Append-only log of a training run; lines are kept in memory until `flush`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: list[str] = []
+
+    def cut(self, step: int) -> None:
+        """Drop what was logged after a step, and a line that a crash cut short: the run goes on from there."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        end = 0
+        for line in data.splitlines(keepends=True):
+            if not line.endswith(b"\n") or not _is_up_to(line, step):
+                break
+            end += len(line)
+        if end < len(data):
+            os.truncate(self.path, end)
+
+    def add(self, **values: Any) -> None:
+        """Log one line; `step` comes first by custom."""
+        self._lines.append(json.dumps(values) + "\n")
+
+    def flush(self) -> None:
+        """Append what was logged and make it durable: done before a commit, so that no committed step lacks lines."""
+        if not self._lines:
+            return
+        with self.path.open("ab") as file:
+            file.write("".join(self._lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._lines.clear()
+
+
+def _is_up_to(line: bytes, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,75 @@
+"""The methods of GPT that touch files: load, save, save_checkpoint_bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.bundle import open_bundle, verify
+from core.checkpoint import CheckpointManager
+from core.commit import MODEL, new_id
+from core.containers.torch_zip_writer import write_torch_zip
+from core.device import resolve_dtype
+from core.errors import SaveFailed
+from core.materialize import load_model, load_optimizer
+from core.model import GPT
+from core.state_dict import export_state_dict
+from core.storage import DISK
+
+
+def load(
+    checkpoint_dir: str | Path,
+    map_location: str | torch.device | None = None,
+    load_dtype: str | torch.dtype | None = None,
+) -> tuple[GPT, dict[str, Any] | None, int, dict[str, Any] | None]:
+    """Load the newest step of a folder: model, content of tokenizer.json, step, optimizer state.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    """
+    with open_bundle(Path(checkpoint_dir)) as bundle:
+        verify(bundle)
+        model = load_model(bundle, device=map_location, dtype=resolve_dtype(load_dtype), writable=True)
+        return model, bundle.tokenizer, bundle.step, load_optimizer(bundle)
+
+
+def save(model: GPT, checkpoint_dir: str | Path) -> None:
+    """Write the weights as `model.pt`, durable when this returns and never half there.
+
+    Inside an existing bundle this commits a new one, with the same config and tokenizer and no optimizer.
+
+    Raises: SaveFailed.
+    """
+    manager = CheckpointManager.of_folder(checkpoint_dir)
+    if manager.exists_new_format():
+        save_checkpoint_bundle(model, checkpoint_dir)
+        return
+    path, part = manager.get_path(MODEL), manager.get_path(f".stage-{new_id()}")
+    with manager.writing():
+        try:
+            with DISK.create(part) as output:
+                write_torch_zip(output, export_state_dict(model))
+            DISK.rename(part, path)
+            DISK.sync_folder(path.parent)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise SaveFailed(f"{path}: {error.strerror}. A file that was there before is unchanged.") from error
+
+
+def save_checkpoint_bundle(
+    model: GPT,
+    checkpoint_dir: str | Path,
+    step: int | None = None,
+    optimizer_state: dict[str, Any] | None = None,
+) -> None:
+    """Commit the model as the newest step of a folder; `step` is the model's own unless given.
+
+    Raises: SaveFailed.
+    """
+    manager = CheckpointManager.of_folder(checkpoint_dir)
+    tokenizer = model.tokenizer
+    if tokenizer is None and manager.exists_new_format():
+        with open_bundle(manager.checkpoint_dir) as bundle:
+            tokenizer = bundle.tokenizer
+    manager.save(model, optimizer_state, step=model.step if step is None else step, tokenizer=tokenizer)

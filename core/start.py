@@ -1,0 +1,137 @@
+"""Where training starts: a bundle that is resumed, the weights of another model, or fresh ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.bundle import TOKENIZER, Bundle
+from core.commit import CONFIG
+from core.config import EDITABLE, GPTConfig
+from core.device import resolve_device
+from core.errors import CheckpointMismatch, InputError
+from core.materialize import load_model
+from core.model import GPT
+from core.tokenizer import Gpt2Tokenizer, Tokenizer, describe, make_char, same_vocabulary, tokenizer_from_file
+from core.training_state import parse_json
+
+
+def given_fields(config: GPTConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The fields a caller asked for: all of a mapping, and of a GPTConfig those that are not the default."""
+    if not isinstance(config, GPTConfig):
+        return dict(config)
+    default = GPTConfig().to_dict()
+    return {name: value for name, value in config.to_dict().items() if default.get(name) != value}
+
+
+def find_tokenizer(tokenization: str | Tokenizer, text: str | None) -> Tokenizer:
+    """Make the tokenizer of a new model: char (of the text), gpt2, or a Hugging Face tokenizers JSON file."""
+    if not isinstance(tokenization, str):
+        return tokenization
+    if tokenization == "gpt2":
+        return Gpt2Tokenizer()
+    if tokenization == "char":
+        if not text:
+            raise InputError("tokenization char: found no text, expected the text whose characters are the vocabulary.")
+        return make_char([text])
+    return tokenizer_from_file(Path(tokenization))
+
+
+def model_vocab_size(tokenizer: Tokenizer) -> int:
+    """Rows of the embedding: the characters, or a BPE vocabulary padded to a multiple of 128 for fast kernels."""
+    return tokenizer.vocab_size if tokenizer.kind == "char" else math.ceil(tokenizer.vocab_size / 128) * 128
+
+
+def resume(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer) -> GPT:
+    """Load the model of a bundle to train on; batch_size, dropout and device may be given anew."""
+    refuse_other_architecture(bundle, given)
+    refuse_other_tokenizer(bundle, tokenization)
+    _wish(bundle, given)
+    return load_model(bundle, writable=True).train()
+
+
+def from_weights(bundle: Bundle, fields: dict[str, Any], tokenizer: Tokenizer) -> GPT:
+    """Load another model's weights as step 0 of a new one; tokenizer and architecture must be the same."""
+    refuse_other_tokenizer(bundle, tokenizer)
+    _wish(bundle, fields)
+    model = load_model(bundle, writable=True)
+    model.step = 0
+    return model.train()
+
+
+def _wish(bundle: Bundle, given: dict[str, Any]) -> None:
+    if bundle.config is not None:
+        wishes = {name: given[name] for name in EDITABLE if name in given}
+        bundle.config = GPTConfig.from_dict({**bundle.config.to_dict(), **wishes}, str(bundle.path(CONFIG)))
+
+
+def fresh(fields: dict[str, Any], tokenizer: Tokenizer, seed: int) -> GPT:
+    """Initialise a new model, the same for the same seed, without touching the caller's random state."""
+    known = {name: value for name, value in fields.items() if name in GPTConfig.__dataclass_fields__}
+    config = GPTConfig.from_dict({"vocab_size": model_vocab_size(tokenizer), **known}, "config of the new model")
+    if config.vocab_size < tokenizer.vocab_size:
+        raise CheckpointMismatch(
+            f"vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids. "
+            f"Set it to at least {tokenizer.vocab_size}, or leave it out."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = GPT(config)
+    model.tokenizer = tokenizer
+    return model.to(resolve_device(config.device, "config of the new model"))
+
+
+def config_alone(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> dict[str, Any]:
+    """Read a config.json that stands without weights: the architecture of a new model.
+
+    Raises: CheckpointMismatch when a tokenizer.json beside it has another vocabulary.
+    """
+    path, alone = folder / CONFIG, folder / TOKENIZER
+    if not path.exists():
+        return {}
+    values = parse_json(path.read_bytes(), str(path))
+    GPTConfig.from_dict(values, str(path))
+    say(f"{path}: no weights beside it; training a new model of this architecture")
+    if alone.exists():
+        recorded = parse_json(alone.read_bytes(), str(alone))
+        if not same_vocabulary(recorded, tokenizer.state()):
+            raise CheckpointMismatch(
+                f"{alone}: {describe(recorded)}; this run has {describe(tokenizer.state())}. "
+                "Remove the file, or use its tokenizer."
+            )
+    return values
+
+
+def refuse_other_architecture(bundle: Bundle, given: dict[str, Any]) -> None:
+    """Raise CheckpointMismatch when a given field is not the checkpoint's."""
+    if bundle.config is None:
+        return
+    found = bundle.config.architecture()
+    faults = [
+        f"{name} is {given[name]} here and {found[name]} in the checkpoint"
+        for name in found
+        if name in given and given[name] != found[name]
+    ]
+    if faults:
+        raise CheckpointMismatch(
+            f"{bundle.path(CONFIG)}: {'; '.join(faults)}. Leave the flag out, or train under another --model_name."
+        )
+
+
+def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer) -> None:
+    """Raise CheckpointMismatch when a tokenizer is not the checkpoint's."""
+    if bundle.tokenizer is None:
+        return
+    if isinstance(tokenization, str):
+        same, wanted = bundle.tokenizer.get("token_kind") == tokenization, tokenization
+    else:
+        same, wanted = same_vocabulary(bundle.tokenizer, tokenization.state()), describe(tokenization.state())
+    if not same:
+        raise CheckpointMismatch(
+            f"{bundle.path(TOKENIZER)}: the model was trained with {describe(bundle.tokenizer)}; this run has {wanted}. "
+            "Leave --tokenization out, or train under another --model_name."
+        )

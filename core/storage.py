@@ -1,0 +1,167 @@
+"""The file system, as few calls as a commit needs; every change of the disk passes through one method.
+
+Where a system lacks hard links or cannot fsync a folder, `links` and `folder_fsync` are off and the commit takes
+the other way round.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from core.checksum import combine, crc32_file
+
+PIECE = 8 * 1024 * 1024
+"""Bytes handed to one write call."""
+
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.EACCES}
+_NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, errno.EISDIR}
+
+
+class Storage:
+    """A file system that can be watched: tests count, fail or kill at `change`."""
+
+    def __init__(self) -> None:
+        self.links = hasattr(os, "link")
+        self.folder_fsync = os.name == "posix"
+
+    def change(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Make one system call that changes the disk, or makes a change durable."""
+        return call(*args)
+
+    def make_folder(self, path: Path) -> None:
+        """Make one folder, which must not exist."""
+        self.change(os.mkdir, path)
+
+    def create(self, path: Path) -> Output:
+        """Open a new file for writing; it must not exist."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        return Output(self, self.change(os.open, path, flags, 0o666))
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a new file and make its content durable."""
+        with self.create(path) as output:
+            output.write(data)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename a file or folder, replacing a target file."""
+        self.change(os.replace, source, target)
+
+    def link(self, source: Path, target: Path) -> bool:
+        """Give a file a second name; False (and `links` off from now on) where the file system cannot."""
+        if not self.links:
+            return False
+        try:
+            self.change(os.link, source, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self.links = False
+        return self.links
+
+    def remove(self, path: Path) -> None:
+        """Remove one file."""
+        self.change(os.unlink, path)
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove one empty folder."""
+        self.change(os.rmdir, path)
+
+    def sync_folder(self, path: Path) -> None:
+        """Make durable which names a folder holds."""
+        if not self.folder_fsync:
+            return
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            self.change(os.fsync, fd)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_FSYNC:
+                raise
+            self.folder_fsync = False
+        finally:
+            os.close(fd)
+
+    def open(self, path: Path) -> BinaryIO:
+        """Open a file for reading; what is open stays readable when the name moves or goes."""
+        return path.open("rb", buffering=0)
+
+    def read(self, path: Path) -> bytes:
+        """Read a whole file."""
+        return path.read_bytes()
+
+    def names(self, path: Path) -> list[str]:
+        """List a folder, sorted; a folder that is not there is empty."""
+        try:
+            return sorted(os.listdir(path))  # noqa: PTH208
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def exists(self, path: Path) -> bool:
+        """Whether a file or folder has this name."""
+        return path.exists()
+
+    def is_folder(self, path: Path) -> bool:
+        """Whether this name is a folder itself, not a link to one."""
+        return path.is_dir() and not path.is_symlink()
+
+    def crc32(self, file: BinaryIO) -> int:
+        """CRC32 of an open file."""
+        return crc32_file(file.fileno(), os.fstat(file.fileno()).st_size)
+
+
+class Output:
+    """A new file that knows its size and CRC32; closing it makes it durable."""
+
+    def __init__(self, storage: Storage, fd: int) -> None:
+        self._storage = storage
+        self._fd = fd
+        self._pending: list[bytes] = []
+        self._pending_size = 0
+        self.size = 0
+        self.crc32 = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append bytes and return their CRC32; small pieces are gathered into large writes."""
+        view = memoryview(data).cast("B")
+        crc = 0
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
+            crc = zlib.crc32(piece, crc)
+            if len(piece) + self._pending_size < PIECE:
+                self._pending.append(bytes(piece))
+                self._pending_size += len(piece)
+            else:
+                self._flush()
+                self._write_all(piece)
+        self.crc32 = combine(self.crc32, crc, len(view))
+        self.size += len(view)
+        return crc
+
+    def _flush(self) -> None:
+        if self._pending:
+            data = memoryview(b"".join(self._pending))
+            self._pending, self._pending_size = [], 0
+            self._write_all(data)
+
+    def _write_all(self, view: memoryview) -> None:
+        while len(view):
+            view = view[self._storage.change(os.write, self._fd, view) :]
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self._storage.change(os.fsync, self._fd)
+        finally:
+            os.close(self._fd)
+
+
+DISK = Storage()
+"""The real file system."""

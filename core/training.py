@@ -1,0 +1,268 @@
+"""The training loop: every step is a function of (seed, step), so that a resumed run makes the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from core.checkpoint import CheckpointManager
+from core.dataloader import DataLoader
+from core.device import environment
+from core.errors import CheckpointError, InputError
+from core.metrics import Metrics
+from core.model import GPT
+from core.randomness import mix
+from core.schedule import Schedule
+from core.stop import StopSignal
+
+METRICS = "metrics.jsonl"
+LOG_INTERVAL = 10
+"""Steps between two looks at the loss: each look waits for the device."""
+
+
+class TrainingDiverged(CheckpointError):
+    """The loss or the gradient is no longer a number; the last committed step is from before."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a call of `fit` ended."""
+
+    step: int
+    val_loss: float | None
+    stopped_by: str | None  # the name of the signal
+
+
+def fit(
+    model: GPT,
+    *,
+    data_loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    max_iters: int,
+    checkpoint_dir: str | Path | None = None,
+    manager: CheckpointManager | None = None,
+    schedule: Schedule | None = None,
+    eval_interval: int = 250,
+    eval_iters: int = 20,
+    save_interval: int | None = None,
+    grad_clip: float = 1.0,
+    gradient_accumulation_steps: int = 1,
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+    progress: bool = True,
+) -> FitResult:
+    """Train from the model's step up to `max_iters` updates, evaluating and saving on the way and at the end.
+
+    Batches, dropout and learning rate are functions of (seed, step): N steps, a resume and M steps equal N + M steps.
+    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. A
+    learning rate without a `schedule` stays what the optimizer has. SIGINT and SIGTERM finish the step and save.
+
+    Raises: TrainingDiverged when a loss or gradient is no longer a number, SaveFailed, InputError.
+    """
+    counts = {"eval_interval": eval_interval, "eval_iters": eval_iters, "max_iters": max_iters}
+    counts |= {"gradient_accumulation_steps": gradient_accumulation_steps, "save_interval": save_interval or 1}
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(f"{name} is {value}, expected at least 1.")
+    if manager is None and checkpoint_dir is not None:
+        manager = CheckpointManager.of_folder(checkpoint_dir)
+    run = _Run(
+        model, data_loader, optimizer, manager, schedule, eval_iters, grad_clip, gradient_accumulation_steps, dtype
+    )
+    if compile:
+        run.forward = torch.compile(model)
+    save_interval = save_interval or eval_interval
+    with (
+        manager.writing() if manager else contextlib.nullcontext(),
+        StopSignal() as stop,
+        run.open(max_iters, progress),
+    ):
+        while model.step < max_iters:
+            run.update()
+            last = model.step == max_iters
+            if model.step % LOG_INTERVAL == 0 or last or stop.requested:
+                run.look()
+            if (model.step % eval_interval == 0 or last) and not stop.requested:
+                run.evaluate(stop)
+            if model.step % save_interval == 0 or last or stop.requested:
+                run.save()
+            if stop.requested:
+                break
+        return FitResult(model.step, run.val_loss, stop.requested if model.step < max_iters else None)
+
+
+class _Run:
+    """One call of `fit`: the state of the loop between two steps, none of which a resume needs."""
+
+    def __init__(
+        self,
+        model: GPT,
+        data_loader: DataLoader,
+        optimizer: torch.optim.Optimizer,
+        manager: CheckpointManager | None,
+        schedule: Schedule | None,
+        eval_iters: int,
+        grad_clip: float,
+        accumulation: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.forward: Any = model
+        self.loader = data_loader
+        self.optimizer = optimizer
+        self.manager = manager
+        self.schedule = schedule
+        self.eval_iters = eval_iters
+        self.grad_clip = grad_clip
+        self.accumulation = accumulation
+        self.dtype = dtype
+        self.val_loss: float | None = None
+        self._evaluated_step = -1
+        self.device = next(model.parameters()).device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+        self.metrics = Metrics(manager.get_path(METRICS)) if manager else None
+        self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
+        self._since_evaluation: list[float] = []
+        self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def open(self, max_iters: int, progress: bool) -> Iterator[None]:
+        """Cut the log back to the step resumed from, and show a bar."""
+        self.model.train()
+        facts = self.manager.resumed | self.manager.facts if self.manager else {}
+        self._tokens, self._seconds = facts.get("tokens_seen", 0), facts.get("elapsed_seconds", 0.0)
+        if self.metrics:
+            self.metrics.cut(self.model.step)
+        self._bar = tqdm(
+            initial=self.model.step,
+            total=max_iters,
+            unit="step",
+            disable=not progress,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+        with self._bar:
+            yield
+
+    def update(self) -> None:
+        """Make one optimizer step."""
+        model, step = self.model, self.model.step
+        rate = self.schedule.at(step) if self.schedule else self.optimizer.param_groups[0]["lr"]
+        if self.schedule:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        total = torch.zeros((), device=self.device)
+        for micro in range(self.accumulation):
+            x, y = self._to_device(self.loader.batch(step, micro))
+            _seed_dropout(mix(self.loader.seed, step, micro), self.device)
+            with self.autocast:
+                loss = self.forward(x, y)[1] / self.accumulation
+            loss.backward()
+            total += loss.detach()
+            self._tokens += x.numel()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        model.step = step + 1
+        self._unseen.append((model.step, rate, total, norm))
+        self._bar.update()
+
+    def _to_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.device.type == "cuda":
+            x, y = (t.pin_memory().to(self.device, non_blocking=True) for t in batch)
+            return x, y
+        return batch
+
+    def look(self) -> None:
+        """Read the losses of the last steps, log them, and stop at the first that is no number."""
+        for step, rate, loss_tensor, norm_tensor in self._unseen:
+            loss, norm = loss_tensor.item(), norm_tensor.item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+                self._diverged(step, what)
+            self._since_evaluation.append(loss)
+            if self.metrics:
+                self.metrics.add(step=step, loss=loss, learning_rate=rate, grad_norm=norm)
+        if self._unseen:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {self._speed():,.0f} tokens/s")
+        self._unseen.clear()
+
+    def _speed(self) -> float:
+        rate = self._bar.format_dict["rate"] or (self._bar.n - self._bar.initial) / max(
+            self._bar.format_dict["elapsed"], 1e-9
+        )
+        return rate * self.loader.batch_size * self.loader.block_size * self.accumulation
+
+    def _diverged(self, step: int, what: str) -> None:
+        kept = "No step was saved."
+        if self.manager:
+            saved = self.manager.saved_step()
+            kept = f"The last saved step is {saved}, in {self.manager.checkpoint_dir}." if saved is not None else kept
+        raise TrainingDiverged(f"step {step}: {what}. {kept} Try a lower --learning_rate.")
+
+    @torch.inference_mode()
+    def evaluate(self, stop: StopSignal) -> None:
+        """Measure the loss on fixed batches of the validation split."""
+        self.model.eval()
+        total = 0.0
+        for i in range(self.eval_iters):
+            if stop.requested:
+                break
+            x, y = self._to_device(self.loader.val_batch(i))
+            with self.autocast:
+                total += self.forward(x, y)[1].item()
+        self.model.train()
+        if stop.requested:
+            return
+        loss = total / self.eval_iters
+        if not math.isfinite(loss):
+            self._diverged(self.model.step, f"validation loss is {loss}")
+        self.val_loss, self._evaluated_step = loss, self.model.step
+        if self.metrics:
+            self.metrics.add(step=self.model.step, val_loss=loss)
+        seen = self._since_evaluation
+        tqdm.write(
+            f"step {self.model.step}: train loss {math.fsum(seen) / len(seen):.4f}, val loss {loss:.4f}",
+            file=sys.stderr,
+        )
+        seen.clear()
+
+    def save(self) -> None:
+        """Commit this step, its log lines first."""
+        if not self.manager:
+            return
+        if self.metrics:
+            self.metrics.flush()
+        self.manager.facts |= {
+            "seed": self.loader.seed,
+            "tokens_seen": self._tokens,
+            "elapsed_seconds": round(self._seconds + time.perf_counter() - self._started, 3),
+            "schedule": self.schedule.to_dict() if self.schedule else None,
+            "environment": {
+                **environment(self.device),
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "compile": self.forward is not self.model,
+                "fused": bool(self.optimizer.param_groups[0].get("fused")),
+            },
+        }
+        metrics = {"val_loss": self.val_loss} if self._evaluated_step == self.model.step else None
+        self.manager.save(self.model, self.optimizer, step=self.model.step, metrics=metrics)
+
+
+def _seed_dropout(seed: int, device: torch.device) -> None:
+    # The generators themselves: torch.manual_seed would seed every device, at a hundred times the cost.
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

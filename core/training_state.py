@@ -1,0 +1,87 @@
+"""training_state.json: what a committed step says of itself, with a checksum of its own."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+from core.config import FORMAT_VERSION
+from core.errors import CheckpointDamaged, CheckpointMismatch
+
+STATE = "training_state.json"
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object; a key that occurs twice is refused, since readers disagree on which one counts.
+
+    Raises: CheckpointDamaged with the place where reading stopped.
+    """
+    try:
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{where}: {len(data)} bytes that are no valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise CheckpointDamaged(f"{where}: found a JSON {type(values).__name__}, expected an object.")
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} occurs {names.count(twice)} times")
+    return values
+
+
+def dump_json(values: dict[str, Any]) -> bytes:
+    """Write a JSON object as people like to read it."""
+    return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def seal(state: dict[str, Any]) -> bytes:
+    """Write a training state with the CRC32 of its own values as the last entry of `integrity`.
+
+    The CRC covers the values in a canonical form, so that reformatting the file does not break it.
+    """
+    unsealed = {**state, "integrity": {**state["integrity"], "self": None}}
+    state = {**state, "integrity": {**state["integrity"], "self": _own_crc(unsealed)}}
+    return dump_json(state)
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """Read a training state; one without an `integrity` entry is of format version 1, and taken as it is.
+
+    Raises: CheckpointDamaged when its own CRC32 does not fit, CheckpointMismatch for a format of the future.
+    """
+    state = parse_json(data, where)
+    check_version(state, where)
+    integrity = state.get("integrity")
+    if integrity is None and "format_version" not in state:
+        if not isinstance(state.get("step", 0), int):
+            raise CheckpointDamaged(f"{where}: step is {state['step']!r}, expected a whole number.")
+        return state
+    if not isinstance(integrity, dict) or not isinstance(integrity.get("files"), dict):
+        raise CheckpointDamaged(f"{where}: no list of files in its integrity entry.")
+    recorded = integrity.get("self")
+    found = _own_crc({**state, "integrity": {**integrity, "self": None}})
+    if recorded != found:
+        raise CheckpointDamaged(f"{where} is damaged (CRC32 {found}, recorded {recorded}).")
+    return state
+
+
+def check_version(values: dict[str, Any], where: str) -> None:
+    """Raise CheckpointMismatch when a file is of a newer format than this program knows."""
+    version = values.get("format_version", 1)
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointDamaged(f"{where}: format_version is {version!r}, expected a whole number from 1.")
+    if version > FORMAT_VERSION:
+        raise CheckpointMismatch(
+            f"{where}: format_version {version}, this program reads up to {FORMAT_VERSION}. Update the program."
+        )
+
+
+def _own_crc(state: dict[str, Any]) -> str:
+    text = json.dumps(state, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return f"{zlib.crc32(text.encode()):08x}"

@@ -1,0 +1,275 @@
+"""Train a GPT on text, and go on where it stopped: the same line starts, resumes and continues."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.commandline import DONE, STOPPED, Parser, run
+
+if TYPE_CHECKING:
+    from core.corpus import Corpus
+
+    from core.checkpoint import CheckpointManager
+    from core.model import GPT
+
+CPU_PRESET = {
+    "batch_size": 16,
+    "block_size": 64,
+    "n_embd": 128,
+    "n_head": 4,
+    "n_layer": 4,
+    "dropout": 0.0,
+    "max_iters": 2000,
+    "learning_rate": 1e-3,
+    "warmup_iters": 100.0,
+    "dtype": "fp32",
+    "compile": False,
+}
+"""A model that learns to write in a minute and a half on two cores."""
+
+CUDA_PRESET = {
+    "max_iters": 5000,
+    "learning_rate": 3e-4,
+    "warmup_iters": 100.0,
+    "dtype": "bf16",
+    "compile": True,
+}
+"""The defaults of GPTConfig at the speed of the device."""
+
+RUN_DEFAULTS = {
+    "lr_schedule": "constant",
+    "lr_decay_iters": None,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "gradient_accumulation_steps": 1,
+    "eval_interval": 250,
+    "eval_iters": 20,
+    "save_interval": None,
+    "seed": 1337,
+}
+
+ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "dropout", "device")
+"""Flags that are fields of config.json."""
+
+EPILOG = """examples:
+  python train.py --model_name dante                          start, or resume: the same line
+  python train.py --model_name dante --max_iters 4000         go on for longer
+  python train.py --model_name mine --input_file my_book.txt  your own text
+  torch compiled, cosine to zero-ish after 5000 steps:
+  python train.py --model_name big --compile --lr_schedule cosine --lr_decay_iters 5000 --warmup_iters 0.02
+
+Ctrl-C finishes the step, saves, and says how to go on (exit code 75); a second one ends at once (130).
+A flag wins over the model's own config and training state, which win over the preset.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Train, and return the exit code."""
+    args = make_parser().parse(argv)
+    flags = {name: value for name, value in vars(args).items() if value is not None}
+
+    from core.checkpoint import CheckpointManager
+
+    manager = CheckpointManager(
+        args.model_name or "default", args.checkpoint_root, keep=args.keep, keep_every=args.keep_every
+    )
+    with manager:
+        return train(manager, args, flags)
+
+
+def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str, Any]) -> int:
+    """Resume or start the model of a manager that holds its lock."""
+    from core.corpus import find_source, open_corpus
+    from core.dataloader import DataLoader
+
+    from core.device import changed_environment, resolve_device, resolve_dtype
+    from core.schedule import Schedule
+    from core.tokenizer import tokenizer_from_state
+    from core.training import fit
+
+    bundle = manager.newest_intact()
+    state = bundle.state if bundle else {}
+    wish = flags.get("device") or (bundle.config.device if bundle and bundle.config else "auto")
+    device = resolve_device(wish, "--device")
+    preset = CPU_PRESET if device.type == "cpu" else CUDA_PRESET
+    settings = {**RUN_DEFAULTS, **preset, **state.get("training", {}), **flags}
+    start = bundle.step if bundle else 0
+    if start >= settings["max_iters"]:
+        print(
+            f"{manager.checkpoint_dir}: step {start}, and max_iters is {settings['max_iters']}: nothing to do. "
+            f"Train on with --max_iters {start + settings['max_iters']}.",
+            file=sys.stderr,
+        )
+        return DONE
+
+    source = find_source(args.input_file, args.dataset_dir, state.get("data"), manager.model_name)
+    say(source.line())
+    if changed := source.changed(state.get("data")):
+        say(f"WARNING: {changed}")
+    recorded = bundle.tokenizer if bundle else None
+    if recorded is not None and "tokenization" not in flags:
+        tokenization = tokenizer_from_state(recorded, flags.get("bpe_file"))
+    else:
+        tokenization = flags.get("tokenization", "char")
+    corpus = open_corpus(source, tokenization, bpe_file=flags.get("bpe_file"), unknown=flags.get("unknown", "error"))
+    schedule = make_schedule(settings, Schedule)
+    model, optimizer, start = manager.initialize_for_training(
+        {name: flags[name] for name in ARCHITECTURE if name in flags} | {"device": wish},
+        corpus.tokenizer,
+        None,
+        schedule.learning_rate,
+        args.init_from_model,
+        preset={**preset, "device": "auto"},
+        weight_decay=settings["weight_decay"],
+    )
+    config = model.config
+    loader = DataLoader(
+        corpus.train, corpus.val, block_size=config.block_size, batch_size=config.batch_size, seed=settings["seed"]
+    )
+    say_what_runs(manager, model, corpus, start, device, preset if not state else None)
+    manager.facts = {
+        "data": source.record(),
+        "training": {name: settings[name] for name in (*RUN_DEFAULTS, "max_iters", "learning_rate", "warmup_iters")},
+    }
+    for line in changed_environment(state.get("environment"), device, settings):
+        say(line)
+    result = fit(
+        model,
+        data_loader=loader,
+        optimizer=optimizer,
+        max_iters=settings["max_iters"],
+        manager=manager,
+        schedule=schedule,
+        eval_interval=settings["eval_interval"],
+        eval_iters=settings["eval_iters"],
+        save_interval=settings["save_interval"],
+        grad_clip=settings["grad_clip"],
+        gradient_accumulation_steps=settings["gradient_accumulation_steps"],
+        dtype=resolve_dtype(settings["dtype"]),
+        compile=settings["compile"],
+    )
+    if result.stopped_by:
+        say(f"stopped by {result.stopped_by} at step {result.step}, saved. Go on with the same line.")
+        return STOPPED
+    finish(manager, model, corpus, result.val_loss)
+    return DONE
+
+
+def make_schedule(settings: dict[str, Any], kind: Any) -> Any:
+    """Build the learning rate schedule; a fraction of warm-up is one of --lr_decay_iters, never of max_iters."""
+    from core.errors import InputError
+
+    warmup, decay = settings["warmup_iters"], settings["lr_decay_iters"]
+    if 0 < warmup < 1:
+        if decay is None:
+            raise InputError(f"--warmup_iters {warmup} is a fraction of --lr_decay_iters, which is not given.")
+        warmup = warmup * decay
+    if settings["lr_schedule"] == "cosine" and decay is None:
+        raise InputError("--lr_schedule cosine needs --lr_decay_iters: the step at which the rate is lowest.")
+    return kind(settings["lr_schedule"], settings["learning_rate"], round(warmup), decay)
+
+
+def say(line: str) -> None:
+    """Print to stderr, where everything but the result goes."""
+    print(line, file=sys.stderr)
+
+
+def say_what_runs(
+    manager: CheckpointManager, model: GPT, corpus: Corpus, start: int, device: Any, preset: dict[str, Any] | None
+) -> None:
+    """Say in two or three lines what is trained."""
+    from core.tokenizer import describe
+
+    parameters = sum(p.numel() for p in model.parameters())
+    how = f"resuming at step {start}" if start else "a new model"
+    say(f"{manager.checkpoint_dir}: {how}, {parameters / 1e6:.2f} M parameters on {device}")
+    say(
+        f"tokens: {len(corpus.train):,} to train on, {len(corpus.val):,} to validate, {describe(corpus.tokenizer.state())}"
+    )
+    if preset is CPU_PRESET:
+        config = model.config
+        say(
+            f"no GPU: a small preset ({config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
+            f"block {config.block_size}); every size is a flag"
+        )
+
+
+def finish(manager: CheckpointManager, model: GPT, corpus: Corpus, val_loss: float | None) -> None:
+    """Show what was learned, and what to do with it."""
+    uniform = math.log(corpus.tokenizer.vocab_size)
+    if val_loss is not None:
+        say(f"done: step {model.step}, validation loss {val_loss:.4f} (a uniform guess has {uniform:.2f})")
+    say("a sample:")
+    print(model.generate("\n", max_new_tokens=200, temperature=0.8, top_k=200, seed=1), flush=True)
+    where = (
+        ""
+        if manager.checkpoint_dir.parent == Path("checkpoints")
+        else f" --checkpoint_root {manager.checkpoint_dir.parent}"
+    )
+    name = f"--model_name {manager.model_name}{where}"
+    say(
+        f"next:\n  python generate.py {name} --prompt 'The '\n  python inspect_model.py {name}\n"
+        f"  python train.py {name} --max_iters {2 * model.step}"
+    )
+
+
+def make_parser() -> Parser:
+    """Describe the flags, grouped as one screen."""
+    parser = Parser("train.py", "Train a GPT on text. The same line starts, resumes and continues.", EPILOG)
+
+    def group(title: str, *flags: tuple[str, type, str]) -> argparse._ArgumentGroup:
+        made = parser.add_argument_group(title)
+        for flag, kind, text in flags:
+            made.add_argument(flag, type=kind, help=text, metavar=flag[2:].split("_")[-1].upper())
+        return made
+
+    data = group(
+        "data",
+        ("--input_file", Path, "a text file, or a folder of them"),
+        ("--dataset_dir", Path, "a folder of data/prepare.py, nanoGPT (train.bin) or modded-nanogpt (*.bin shards)"),
+        ("--tokenization", str, "char (default), gpt2, or a Hugging Face tokenizers JSON file"),
+        ("--bpe_file", Path, "the GPT-2 ranks, for a machine without network"),
+    )
+    data.add_argument("--unknown", choices=("error", "skip"), help="what a character without a place does (error)")
+    group(
+        "model (a checkpoint knows its own; these start a new one)",
+        ("--n_layer", int, "layers"),
+        ("--n_head", int, "attention heads"),
+        ("--n_embd", int, "width, a multiple of the heads"),
+        ("--block_size", int, "longest context, in tokens"),
+        ("--dropout", float, "share of activations dropped while training"),
+        ("--init_from_model", str, "start from the weights of another model below the root"),
+    )
+    group(
+        "optimization",
+        ("--max_iters", int, "optimizer steps in all"),
+        ("--batch_size", int, "sequences per step and accumulation"),
+        ("--gradient_accumulation_steps", int, "batches per optimizer step"),
+        ("--learning_rate", float, "peak learning rate of AdamW"),
+        ("--warmup_iters", float, "steps of linear warm-up, or a fraction of --lr_decay_iters"),
+        ("--lr_decay_iters", int, "step at which a cosine is lowest; independent of --max_iters"),
+        ("--weight_decay", float, "of matrices"),
+        ("--grad_clip", float, "largest gradient norm; 0 for none"),
+    ).add_argument("--lr_schedule", choices=("constant", "cosine"), help="after warm-up (constant)")
+    saving = group(
+        "evaluation and saving",
+        ("--eval_interval", int, "steps between evaluations (250)"),
+        ("--eval_iters", int, "batches per evaluation (20)"),
+        ("--save_interval", int, "steps between saves (as --eval_interval)"),
+    )
+    saving.add_argument("--keep", type=int, default=1, metavar="N", help="older steps to keep besides the best (1)")
+    saving.add_argument("--keep_every", type=int, metavar="N", help="keep every step that N divides")
+    machine = group("machine", ("--seed", int, "of data order, dropout and initialisation (1337)"))
+    machine.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument("--dtype", choices=("fp32", "bf16"), help="arithmetic of the forward pass; weights stay fp32")
+    machine.add_argument("--compile", action="store_true", default=None, help="use torch.compile")
+    machine.add_argument("--no_compile", action="store_false", dest="compile", help="do not")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
