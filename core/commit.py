@@ -218,7 +218,7 @@ class ModelFolder:
         if not present.issuperset(file_names(state)):
             return  # the roll forward has begun, and it begins only after the old top is durable in its new place
         parent, names = state.get("parent"), self._top_names()
-        if parent is None or not names:
+        if parent is None or not {MODEL, STATE} & set(names):
             return
         target = self.path / self._history_name()
         if self.storage.exists(target):

@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 # F.linear reads weights at 12 GB/s when it has few rows (MKL's gemm), this operator at 27 (oneDNN), of 34 that two
 # cores can read at all. It is what torch.compile emits for a linear layer, and is missing in builds without oneDNN.
-_FEW_ROWS = 8
+_FEW_ROWS = 32
 _ONEDNN = torch.ops.mkldnn._linear_pointwise if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
 
 
@@ -126,8 +126,8 @@ def _drop(x: Tensor, p: float, training: bool) -> Tensor:
 class GPT(nn.Module):
     """A GPT whose config says every choice that weights of its family may need.
 
-    Under `torch.device("meta")` nothing is allocated or initialised; weights come by `load_state_dict(..., assign=True)`
-    and then `retie()`.
+    Under `torch.device("meta")` nothing is allocated or initialised; the weights then come by
+    `load_state_dict(..., assign=True)` and `retie()`.
     """
 
     def __init__(self, config: GPTConfig) -> None:

@@ -79,7 +79,7 @@ def load_optimizer_state(
     there_names = _names(groups) or ([plain_name(n) for n in names] if names is not None else None)
     if there_names is not None and len(there_names) != len(there_ids):
         raise CheckpointMismatch(
-            f"optimizer state: found {len(there_ids)} parameters, expected {len(there_names)}, one for each name. {OTHER_MODEL}"
+            f"optimizer state: found {len(there_ids)} parameters for {len(there_names)} names. {OTHER_MODEL}"
         )
     if there_names is None or here_names is None:
         if len(there_ids) != len(here):

@@ -1,7 +1,8 @@
-"""What every test may use: the fixtures folder beside the repository, and one torch thread for steady bits."""
+"""What every test may use: the fixtures folder beside the repository."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,5 +15,6 @@ def shared() -> Path:
     """The folder of upstream fixtures and real text, which the repository does not carry."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
+        assert "REQUIRE_FIXTURES" not in os.environ, f"{folder} is required here and missing"
         pytest.skip("the folder ../shared with fixtures made by the upstream programs is not here")
     return folder

@@ -176,6 +176,13 @@ class _Reader:
             raise _Fault(f"{count} bytes are asked for, {len(self.data) - start} are left")
         return self.data[start : self.position]
 
+    def byte(self) -> int:
+        position = self.position
+        if position >= len(self.data):
+            raise _Fault("1 byte is asked for, 0 are left")
+        self.position = position + 1
+        return self.data[position]
+
     def number(self, size: int) -> int:
         return int.from_bytes(self.take(size), "little")
 
@@ -271,6 +278,12 @@ class _Reader:
         else:
             target.update(map(_key, values))
 
+    def put_byte(self) -> None:
+        self.memo[self.byte()] = self.stack[-1]
+
+    def get_byte(self) -> None:
+        self.stack.append(self.memo[self.byte()])
+
     def put(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
 
@@ -293,7 +306,7 @@ class _Reader:
         return _old_text(re.sub(rb"\\(x[0-9a-fA-F]{2}|.)", _unescape, line[1:-1], flags=re.DOTALL))
 
     def proto(self) -> None:
-        if (version := self.number(1)) > 5:
+        if (version := self.byte()) > 5:
             raise _Fault(f"protocol {version}, the highest one is 5")
 
     def named(self, module: Any, name: Any) -> Any:
@@ -343,11 +356,11 @@ _Operation = Callable[[_Reader], Any]
 _OPCODES: dict[int, _Operation] = {
     ord(code): operation
     for code, operation in {
-        "\x80": lambda r: r.proto(),
+        "\x80": _Reader.proto,
         "\x95": lambda r: r.take(8),  # FRAME
         "(": lambda r: r.marks.append(len(r.stack)),
-        "0": lambda r: r.pop(),
-        "1": lambda r: r.pop_mark(),
+        "0": _Reader.pop,
+        "1": _Reader.pop_mark,
         "2": lambda r: r.push(r.stack[-1]),  # DUP
         # plain values
         "N": lambda r: r.push(None),
@@ -357,20 +370,20 @@ _OPCODES: dict[int, _Operation] = {
         "L": lambda r: r.push(int(r.short_line().rstrip(b"L"))),
         "F": lambda r: r.push(float(r.short_line())),
         "J": lambda r: r.push(int.from_bytes(r.take(4), "little", signed=True)),
-        "K": lambda r: r.push(r.number(1)),
+        "K": lambda r: r.push(r.byte()),
         "M": lambda r: r.push(r.number(2)),
-        "\x8a": lambda r: r.push(r.long(r.number(1))),
+        "\x8a": lambda r: r.push(r.long(r.byte())),
         "\x8b": lambda r: r.push(r.long(r.number(4))),
         "G": lambda r: r.push(struct.unpack(">d", r.take(8))[0]),
         "V": lambda r: r.push(r.line().decode("raw_unicode_escape")),
         "X": lambda r: r.push(_utf8(r.take(r.number(4)))),
-        "\x8c": lambda r: r.push(_utf8(r.take(r.number(1)))),
+        "\x8c": lambda r: r.push(_utf8(r.take(r.byte()))),
         "\x8d": lambda r: r.push(_utf8(r.take(r.number(8)))),
         "S": lambda r: r.push(r.quoted()),
         "T": lambda r: r.push(_old_text(r.take(r.number(4)))),
-        "U": lambda r: r.push(_old_text(r.take(r.number(1)))),
+        "U": lambda r: r.push(_old_text(r.take(r.byte()))),
         "B": lambda r: r.push(r.take(r.number(4))),
-        "C": lambda r: r.push(r.take(r.number(1))),
+        "C": lambda r: r.push(r.take(r.byte())),
         "\x8e": lambda r: r.push(r.take(r.number(8))),
         "\x96": lambda r: r.push(r.take(r.number(8))),  # BYTEARRAY8
         # collections
@@ -388,25 +401,25 @@ _OPCODES: dict[int, _Operation] = {
         "s": lambda r: r.set_items(list(r.pop_many(2))),
         "u": lambda r: r.set_items(r.pop_mark()),
         "\x8f": lambda r: r.push(set()),
-        "\x90": lambda r: r.add_items(),
+        "\x90": _Reader.add_items,
         "\x91": lambda r: r.push(frozenset(map(_key, r.pop_mark()))),
         # memo
         "p": lambda r: r.put(int(r.short_line())),
-        "q": lambda r: r.put(r.number(1)),
+        "q": _Reader.put_byte,
         "r": lambda r: r.put(r.number(4)),
         "\x94": lambda r: r.put(len(r.memo)),
         "g": lambda r: r.get(int(r.short_line())),
-        "h": lambda r: r.get(r.number(1)),
+        "h": _Reader.get_byte,
         "j": lambda r: r.get(r.number(4)),
         # names and calls
         "c": lambda r: r.push(r.named(r.text_line(), r.text_line())),
         "\x93": lambda r: r.push(r.named(*r.pop_many(2))),
         "i": lambda r: r.call(r.named(r.text_line(), r.text_line()), tuple(r.pop_mark())),
-        "o": lambda r: r.obj(),
+        "o": _Reader.obj,
         "R": lambda r: r.call(*r.pop_many(2)),
         "\x81": lambda r: r.call(*r.pop_many(2)),  # NEWOBJ
-        "\x92": lambda r: r.new_with_keywords(),
-        "b": lambda r: r.build(),
+        "\x92": _Reader.new_with_keywords,
+        "b": _Reader.build,
         "P": lambda r: r.persist(r.text_line()),
         "Q": lambda r: r.persist(r.pop()),
     }.items()

@@ -44,6 +44,9 @@ class TensorSpec:
     nbytes: int  # of the elements laid out densely, whatever the strides are
     storage: str
 
+    def __str__(self) -> str:
+        return f"tensor {self.dtype} {self.shape}"
+
     @property
     def numel(self) -> int:
         """Number of elements."""

@@ -6,11 +6,12 @@ docs of torch.serialization and in the docstring of `core/containers/torch_zip_w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from core.containers.inert import Call, Global, as_text
-from core.containers.pickles import Reductions, read_pickle
+from core.containers.pickles import read_pickle
 from core.containers.spec import ITEM_SIZES, TensorSpec, reach
 from core.containers.zip_directory import Record, read_at, read_directory, read_head
 from core.errors import CheckpointDamaged, CheckpointError
@@ -44,15 +45,16 @@ class TorchZip:
     def open(cls, file: BinaryIO, where: str) -> TorchZip:
         """Read the directory and data.pkl of a torch file; `where` is its path, for messages.
 
-        `records` go by their name without the archive's folder ("data/0"), `tensors` by the path to them in the content,
-        joined with dots.
+        `records` go by their name without the archive's folder ("data/0"), `tensors` by the path to them in the
+        content, joined with dots.
 
-        Raises: CheckpointDamaged when it is cut off or contradicts itself, CheckpointError when it is another kind of file.
+        Raises: CheckpointDamaged when it is cut off or contradicts itself, CheckpointError for another kind of file.
         """
         records = read_directory(file, where, _least_size)
         if "data.pkl" not in records:
             raise CheckpointError(
-                f"{where}: a zip without data.pkl (it holds {as_text(sorted(records)[:5])}), so not one that torch.save wrote."
+                f"{where}: a zip without data.pkl, so not one that torch.save wrote; it holds "
+                f"{as_text(sorted(records)[:5])}."
             )
         order = _read(file, records["byteorder"], where) if "byteorder" in records else b"little"
         if order == b"big":
@@ -139,7 +141,9 @@ class _Loader:
                 )
         found = self.storages.setdefault(key, Storage(key, dtype, nbytes))
         if found.nbytes != nbytes:
-            raise CheckpointDamaged(f"{self.where}: data.pkl gives data/{key} both {found.nbytes} and {nbytes} bytes.")
+            raise CheckpointDamaged(
+                f"{self.where}: data.pkl gives data/{as_text(key, 40)[1:-1]} both {found.nbytes} and {nbytes} bytes."
+            )
         return found if found.dtype == dtype else Storage(key, dtype, nbytes)
 
     def tensor(
@@ -176,7 +180,7 @@ class _Loader:
 
     def subclass(self, function: Any, kind: Any, args: Any, state: Any) -> Any:
         """A tensor with attributes of its own; of another class than torch's two it stays a Call."""
-        builders = {
+        builders: dict[str, Callable[..., Any]] = {
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_tensor_v3": self.typed_tensor,
         }
@@ -186,10 +190,11 @@ class _Loader:
 
     def spec(self, storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any) -> TensorSpec:
         """Check a tensor's geometry against its storage."""
+        key = f"data/{as_text(storage.key, 40)[1:-1]}"
         numbers = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
         if not numbers or len(shape) > _MOST_DIMENSIONS or not _natural(offset, *shape, *strides):
             raise CheckpointDamaged(
-                f"{self.where}: a tensor in data/{storage.key} of shape {as_text(shape, 60)}, strides {as_text(strides, 60)}, "
+                f"{self.where}: a tensor in {key} of shape {as_text(shape, 60)}, strides {as_text(strides, 60)}, "
                 f"offset {as_text(offset, 30)}: expected as many strides as sizes, all whole numbers from 0."
             )
         item = ITEM_SIZES[dtype]
@@ -198,8 +203,8 @@ class _Loader:
             nbytes *= size
         if last > storage.nbytes or nbytes >= 1 << 63:
             raise CheckpointDamaged(
-                f"{self.where}: a tensor {dtype} of shape {as_text(shape, 60)}, strides {as_text(strides, 60)}, offset {offset} "
-                f"ends at byte {last} of data/{storage.key}, which has {storage.nbytes}."
+                f"{self.where}: a tensor {dtype} of shape {as_text(shape, 60)}, strides {as_text(strides, 60)}, offset "
+                f"{offset} ends at byte {last} of {key}, which has {storage.nbytes}."
             )
         start = self.records[f"data/{storage.key}"].offset if self.records is not None else 0
         return TensorSpec("", dtype, shape, strides, start + offset * item, nbytes, storage.key)

@@ -83,7 +83,8 @@ def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, 
             break
     if at < 0:
         raise CheckpointDamaged(
-            f"{where}: cut off after {size} bytes: the directory that ends every zip is missing.{explain(file, size, where)}"
+            f"{where}: cut off after {size} bytes: the directory that ends every zip is missing."
+            f"{explain(file, size, where)}"
         )
     end = max(size - len(tail), 0) + at
     _, disk, _, _, count, length, start, _ = _END.unpack_from(tail, at)
