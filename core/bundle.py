@@ -13,7 +13,8 @@ from core.checksum import crc32_file, crc32_range
 from core.commit import CONFIG, MODEL, ModelFolder, Opened
 from core.config import GPTConfig
 from core.containers.torch_zip import TorchZip
-from core.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
+from core.differences import listed
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from core.families import gpt
 from core.storage import DISK, Output, Storage
 from core.training_state import STATE, check_version, dump_json, parse_json, seal, unseal
@@ -171,7 +172,10 @@ def verify_records(file: BinaryIO, path: Path) -> None:
 
     Raises: CheckpointDamaged naming the tensors whose bytes differ.
     """
-    archive = TorchZip.open(file, str(path))
+    try:
+        archive = TorchZip.open(file, str(path))
+    except CheckpointError as error:
+        raise CheckpointDamaged(str(error)) from error
     for record in archive.records.values():
         found = crc32_range(file.fileno(), record.offset, record.offset + record.size)
         if record.crc32 and found != record.crc32:
@@ -193,7 +197,7 @@ def check_fit(bundle: Bundle) -> None:
     archive = TorchZip.open(bundle.files[MODEL], str(bundle.path(MODEL)))
     faults = gpt.contradictions(bundle.config, archive.tensors)
     if faults:
-        raise CheckpointMismatch(f"{where} does not fit {MODEL}: {gpt.listed(faults)}.")
+        raise CheckpointMismatch(f"{where} does not fit {MODEL}: {listed(faults)}.")
     chars = (bundle.tokenizer or {}).get("chars")
     if isinstance(chars, list) and len(chars) > bundle.config.vocab_size:
         raise CheckpointMismatch(

@@ -23,6 +23,7 @@ from core.commit import CONFIG, MODEL, ModelFolder, new_id
 from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
 from core.containers.torch_zip_writer import file_size, write_torch_zip
 from core.device import resolve_dtype
+from core.differences import differences, listed
 from core.errors import (
     CheckpointDamaged,
     CheckpointError,
@@ -389,7 +390,7 @@ class CheckpointManager:
 
     def _prune(self, state: dict[str, Any]) -> None:
         older = [step for step in self._folder.kept_steps() if step < state["step"]]
-        stay = set(older[len(older) - self.keep :] if self.keep else ())
+        stay = set(older[-self.keep :] if self.keep else ())
         stay |= {step for step in older if self.keep_every and step % self.keep_every == 0}
         stay |= {(state["best"] or {}).get("step"), self.resumed.get("step")}
         self._folder.prune([step for step in older if step not in stay])
@@ -407,11 +408,15 @@ class CheckpointManager:
         with bundle:
             module = unwrap(model)
             tensors = read_torch_file(bundle.files[MODEL], bundle.path(MODEL))
-            live = {plain_name(name): name for name in module.state_dict()}
-            try:
-                module.load_state_dict({live.get(name, name): tensor for name, tensor in tensors.items()})
-            except RuntimeError as error:
-                raise CheckpointMismatch(f"{bundle.path(MODEL)}: {error}") from error
+            live = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+            faults = differences(
+                {name: t.shape for name, t in live.items()}, {name: t.shape for name, t in tensors.items()}
+            )
+            if faults:
+                raise CheckpointMismatch(f"{bundle.path(MODEL)} is of another model: {listed(faults)}.")
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    live[name].copy_(tensor)
             if optimizer is not None:
                 self._load_moments(bundle, optimizer)
             self.resumed = bundle.state

@@ -1,24 +1,21 @@
-"""Which text a run uses, and its tokens."""
+"""From a source to the tokens of training and validation."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import platform
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from core.errors import CheckpointMismatch, InputError, SaveFailed
-from core.shards import MANIFEST, SHARD_TOKENS, Dataset, is_dataset, open_dataset, read_shard, write_dataset
-from core.text import CHUNK, Segment, pieces, split
+from core.errors import CheckpointMismatch, InputError
+from core.shards import MANIFEST, SHARD_TOKENS, Dataset, open_dataset, read_shard, write_dataset
+from core.source import Source, byte_bar, find_source
+from core.text import Segment, pieces, split
 from core.tokenizer import (
     START,
     Gpt2Tokenizer,
@@ -32,93 +29,12 @@ from core.tokenizer import (
 )
 from core.tokens import Tokens
 
+__all__ = ["Corpus", "Source", "Tokens", "find_source", "open_corpus", "prepare"]
+
 STREAM_ABOVE = 64 * 2**20
 """Bytes of text from which tokens go to mapped shards instead of memory."""
 
-SUFFIXES = (".txt", ".md", ".py")
-"""Files of a folder that count as its text."""
-
-DEFAULT_TEXT = "python_reference.txt"
 CACHE = Path("data/cache")
-
-
-@dataclass(frozen=True)
-class Source:
-    """The text or the tokens of a run: kind is `text` (a file), `folder` (of texts) or `dataset` (a folder of shards).
-
-    `recorded` is what a checkpoint says of its source: contents are not read again for a digest it already has.
-    """
-
-    kind: str
-    path: Path
-    why: str
-    recorded: Mapping[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def files(self) -> list[Path]:
-        """The files whose contents count, in order.
-
-        Raises: InputError when there are none.
-        """
-        if self.kind == "text":
-            return [self.path]
-        if self.kind == "dataset":
-            dataset = open_dataset(self.path)
-            manifest = self.path / MANIFEST
-            return [manifest] if manifest.exists() else dataset.train + dataset.val
-        found = [path for path in self.path.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
-        names = sorted(path.relative_to(self.path) for path in found)
-        visible = [self.path / name for name in names if not any(part.startswith(".") for part in name.parts)]
-        if not visible:
-            raise InputError(f"{self.path}: no text here. Expected files that end in {', '.join(SUFFIXES)}.")
-        return visible
-
-    def line(self) -> str:
-        """Say in one line which text is used, why, and how to use one's own."""
-        size = f"{len(self.files):,} files, " if self.kind == "folder" else ""
-        what = "tokens" if self.kind == "dataset" else "text"
-        return f"{what}: {self.path} ({size}{self._facts['bytes']:,} bytes), {self.why}"
-
-    def record(self) -> dict[str, Any]:
-        """What training_state.json keeps of the source: kind, path, bytes, mtime_ns and the SHA-256 of the contents."""
-        return {**self._facts, "digest": self.digest}
-
-    def changed(self, recorded: Mapping[str, Any] | None) -> str | None:
-        """Say in one sentence that the contents are not the recorded ones; None when they are, or nothing is recorded."""
-        if not recorded or recorded.get("digest") in (None, self.digest):
-            return None
-        return (
-            f"{self.path}: not the text this checkpoint was trained on ({self._facts['bytes']:,} bytes, SHA-256 "
-            f"{self.digest[:12]}; recorded {recorded.get('path')}, {recorded.get('bytes')} bytes, "
-            f"{str(recorded['digest'])[:12]}); training goes on with the new one."
-        )
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the contents; of a dataset of ours, of its dataset.json, which has the digest of its text."""
-        if self.recorded.get("digest") and all(self.recorded.get(key) == self._facts[key] for key in self._facts):
-            return str(self.recorded["digest"])
-        digest = hashlib.sha256()
-        with _progress("reading", sum(path.stat().st_size for path in self.files)) as bar:
-            for path in self.files:
-                try:
-                    with path.open("rb") as file:
-                        while block := file.read(CHUNK):
-                            digest.update(block)
-                            bar.update(len(block))
-                except OSError as error:
-                    raise InputError(f"{path}: {error.strerror}, expected a readable file.") from error
-        return digest.hexdigest()
-
-    @cached_property
-    def _facts(self) -> dict[str, Any]:
-        """Kind, path, size and time; the newest of all files and of the folders they are in."""
-        stats = [path.stat() for path in self.files]
-        folders = {path.parent for path in self.files} if self.kind != "text" else set()
-        times = [stat.st_mtime_ns for stat in stats] + [folder.stat().st_mtime_ns for folder in folders]
-        path = Path(os.path.relpath(self.path)) if self.path.resolve().is_relative_to(Path.cwd()) else self.path.resolve()
-        size = sum(stat.st_size for stat in stats)
-        return {"kind": self.kind, "path": path.as_posix(), "bytes": size, "mtime_ns": max(times)}
 
 
 @dataclass(frozen=True)
@@ -132,44 +48,6 @@ class Corpus:
     notes: tuple[str, ...] = ()
 
 
-def find_source(
-    input_file: str | Path | None,
-    dataset_dir: str | Path | None,
-    recorded: Mapping[str, Any] | None,
-    model_name: str,
-    data_dir: Path = Path("data"),
-) -> Source:
-    """Choose the text of a run: a flag, else what the checkpoint recorded, else data/<model_name>.txt, else the default.
-
-    The default is the Python language reference, written once to data/python_reference.txt.
-
-    Raises: InputError when the chosen one is not there, or is of the other kind.
-    """
-    recorded = recorded or {}
-    default = data_dir / DEFAULT_TEXT
-    own = f"use your own with --input_file FILE or as {data_dir / f'{model_name}.txt'}"
-    if input_file and dataset_dir:
-        raise InputError(f"--input_file {input_file} and --dataset_dir {dataset_dir}: only one can be used. Leave one out.")
-    if input_file:
-        return _text(Path(input_file), "from --input_file", recorded)
-    if dataset_dir:
-        return Source("dataset", open_dataset(Path(dataset_dir)).folder, "from --dataset_dir", recorded)
-    if recorded.get("path"):
-        path = Path(recorded["path"])
-        why = "recorded by the checkpoint; change it with --input_file FILE or --dataset_dir DIR"
-        if not path.exists() and path != default:
-            flag = "--dataset_dir DIR" if recorded.get("kind") == "dataset" else "--input_file PATH"
-            raise InputError(f"{path}: not there any more, but the checkpoint was trained on it. Name it with {flag}.")
-        if path.exists():
-            return Source("dataset", path, why, recorded) if recorded.get("kind") == "dataset" else _text(path, why, recorded)
-    named = data_dir / f"{model_name}.txt"
-    if not recorded.get("path") and Path(model_name).name == model_name and named.exists():
-        return _text(named, "found by the model's name; use another with --input_file FILE", recorded)
-    if not default.exists():
-        _write_default(default)
-    return _text(default, f"the language reference that comes with Python; {own}", recorded)
-
-
 def open_corpus(
     source: Source,
     tokenization: str | Tokenizer | None = None,
@@ -180,32 +58,157 @@ def open_corpus(
     progress: bool = True,
     cache: Path = CACHE,
 ) -> Corpus:
-    """Turn a source into tokens, or open those it has.
+    """Turn a text into tokens, or open those a dataset has.
 
     `tokenization` is `char`, `gpt2`, a tokenizer's JSON file, or the tokenizer itself; None takes that of the dataset,
-    and `char` for a text. A text above STREAM_ABOVE is tokenized once into mapped shards below `cache`.
+    and `char` for a text. A text above STREAM_ABOVE is tokenized once, into mapped shards below `cache`.
 
-    Raises: InputError for text that cannot be decoded or encoded; CheckpointMismatch for a dataset of another tokenizer.
+    Raises: InputError for text that cannot be decoded or encoded; CheckpointMismatch for a dataset of other tokens.
     """
     bpe_path = Path(bpe_file) if bpe_file else None
     if source.kind == "dataset":
         return _open_tokens(source, open_dataset(source.path), tokenization, bpe_path, val_fraction)
-    parts = dict(zip(("train", "val"), split(source.files, val_fraction), strict=True))
-    everything = Source.files.func(source) if False else source.files  # placeholder
-    del everything
-    tokenizer = find_tokenizer(source, tokenization, bpe_path, progress)
+    tokenizer = choose_tokenizer(source, tokenization, bpe_path, progress)
     if sum(path.stat().st_size for path in source.files) > STREAM_ABOVE:
-        key = hashlib.sha256(f"{source.digest} {val_fraction!r} {unknown}".encode()).hexdigest()[:12]
-        folder = cache / f"{source.path.stem}-{key}-{tokenizer.fingerprint[:12]}"
+        key = hashlib.sha256(f"{source.digest} {val_fraction!r} {unknown}".encode()).hexdigest()
+        folder = cache / f"{source.path.stem}-{key[:12]}-{tokenizer.fingerprint[:12]}"
         if not (folder / MANIFEST).exists():
-            prepare(source, tokenizer, folder, val_fraction=val_fraction, unknown=unknown, progress=progress)
+            prepare(source, tokenizer, folder, unknown=unknown, val_fraction=val_fraction, progress=progress)
         return _open_tokens(source, open_dataset(folder), tokenizer, bpe_path, val_fraction)
+    empty = np.empty(0, token_dtype(tokenizer.vocab_size))
     tokens = {
-        name: Tokens(
-            list(encode(segments, tokenizer, unknown, progress)),
-            vocab_size=tokenizer.vocab_size,
-            where=f"{source.path} ({name} part)",
-        )
-        for name, segments in parts.items()
+        part: np.concatenate([empty, *arrays])
+        for part, arrays in _encoded(source, tokenizer, unknown, val_fraction, progress).items()
     }
-    return Corpus(tokenizer, tokens["train"], tokens["val"], source)
+    return Corpus(tokenizer, *_train_and_val([tokens["train"]], [tokens["val"]], tokenizer, source.path), source)
+
+
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    unknown: str = "error",
+    val_fraction: float = 0.1,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: bool = True,
+) -> None:
+    """Tokenize a text into a dataset folder, which appears whole or not at all.
+
+    Raises: InputError for text that cannot be decoded or encoded; SaveFailed when the folder cannot be written.
+    """
+    facts = source.record()
+    about = {
+        "tokenizer": tokenizer.state(),
+        "source": {name: facts[name] for name in ("path", "bytes", "digest")},
+        "val_fraction": val_fraction,
+        "unknown": unknown,
+    }
+    splits = _encoded(source, tokenizer, unknown, val_fraction, progress)
+    write_dataset(folder, splits, token_dtype(tokenizer.vocab_size), about, shard_tokens)
+
+
+def choose_tokenizer(
+    source: Source, tokenization: str | Tokenizer | None, bpe_file: Path | None = None, progress: bool = True
+) -> Tokenizer:
+    """Make the tokenizer of a text: the one given, or by name; `char` reads the whole text for its characters."""
+    if tokenization is None or tokenization == "char":
+        with byte_bar("characters", sum(path.stat().st_size for path in source.files), progress) as bar:
+            whole, _ = split(source.files, 0.0)
+            return make_char(pieces(whole, bar.update))
+    if isinstance(tokenization, str):
+        return _named(tokenization, bpe_file)
+    return tokenization
+
+
+def _named(tokenization: str, bpe_file: Path | None) -> Tokenizer:
+    return Gpt2Tokenizer(bpe_file) if tokenization == "gpt2" else tokenizer_from_file(Path(tokenization), bpe_file)
+
+
+def _encoded(
+    source: Source, tokenizer: Tokenizer, unknown: str, val_fraction: float, progress: bool
+) -> dict[str, Iterable[np.ndarray]]:
+    """The ids of both parts, piece by piece; read `train` to its end before `val`."""
+    train, val = split(source.files, val_fraction)
+    before = source.stamp()
+    bar = byte_bar("tokens", sum(segment.end - segment.start for segment in train + val), progress)
+    place = START
+
+    def encode(segments: list[Segment]) -> Iterator[np.ndarray]:
+        nonlocal place
+        tokenizer.encode("")  # what is loaded on first use is loaded by one thread
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        waiting: deque[Future[np.ndarray]] = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            for text in pieces(segments, bar.update):
+                waiting.append(pool.submit(tokenizer.encode, text, unknown, str(source.path), place))
+                place = place.after(text)
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        if segments is val:
+            bar.close()
+            if source.stamp() != before:
+                raise InputError(f"{source.path}: changed while it was read. Run again when nothing writes to it.")
+
+    return {"train": encode(train), "val": encode(val)}
+
+
+def _open_tokens(
+    source: Source, dataset: Dataset, tokenization: str | Tokenizer | None, bpe_file: Path | None, val_fraction: float
+) -> Corpus:
+    train, val = ([read_shard(path) for path in paths] for paths in (dataset.train, dataset.val))
+    state, origin = dataset.tokenizer, "its tokens are"
+    if state is None:
+        wide = any(array.dtype.itemsize > 2 for array in train)
+        if wide and tokenization is None:
+            raise InputError(
+                f"{dataset.folder}: uint32 tokens, and no {MANIFEST} that says whose. Pass --tokenization FILE.json."
+            )
+        state, origin = {"token_kind": "gpt2"}, "without dataset.json or meta.pkl its tokens are taken for"
+    wanted = (
+        _named(tokenization, bpe_file) if isinstance(tokenization, str) and tokenization != "char" else tokenization
+    )
+    if wanted is None:
+        tokenizer = tokenizer_from_state(state, bpe_file, str(dataset.folder))
+    elif isinstance(wanted, str):
+        tokenizer = tokenizer_from_state(state, bpe_file, str(dataset.folder))
+        if tokenizer.kind != wanted:
+            raise InputError(
+                f"{dataset.folder}: {origin} {describe(state)}, --tokenization says {wanted}. Leave it out."
+            )
+    else:
+        tokenizer = wanted
+        free = dataset.tokenizer is None and wanted.kind == "hf"
+        if not free and not same_vocabulary(state, wanted.state()):
+            raise CheckpointMismatch(
+                f"{dataset.folder}: {origin} {describe(state)}, this run has {describe(wanted.state())}. "
+                "Use the dataset's tokenizer, or prepare the text again with this one."
+            )
+    notes: tuple[str, ...] = ()
+    if not val:
+        train, val = _cut(train, val_fraction)
+        notes = (f"{dataset.folder}: no validation shards; the last {sum(map(len, val)):,} tokens are used for it.",)
+    return Corpus(tokenizer, *_train_and_val(train, val, tokenizer, dataset.folder), source, notes)
+
+
+def _train_and_val(
+    train: list[np.ndarray], val: list[np.ndarray], tokenizer: Tokenizer, path: Path
+) -> tuple[Tokens, Tokens]:
+    size = tokenizer.vocab_size
+    return (
+        Tokens(train, vocab_size=size, where=f"{path} (training part)"),
+        Tokens(val, vocab_size=size, where=f"{path} (validation part)"),
+    )
+
+
+def _cut(arrays: list[np.ndarray], val_fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Cut the last part off a sequence of arrays."""
+    keep = int(sum(map(len, arrays)) * (1 - val_fraction))
+    train, val = [], []
+    for array in arrays:
+        train.append(array[:keep])
+        val.append(array[keep:])
+        keep = max(0, keep - len(array))
+    return train, val

@@ -18,6 +18,7 @@ from core.errors import InputError
 
 if TYPE_CHECKING:
     from core.model import GPT
+    from core.stream import Stream
     from core.tokenizer import Tokenizer
 
 Prompt = TypeVar("Prompt", str, Tensor, list[int])
@@ -69,8 +70,8 @@ def generate(
 
     A text needs `model.tokenizer`; an empty one starts where a text may start (see `start_ids`). A tensor holds ids,
     [T] or [B, T]; a list holds ids. Temperature 0 takes the likeliest id. Ids that the tokenizer lacks (padding rows of
-    the vocabulary) are never drawn. The global random state is neither read nor changed unless neither `seed` nor
-    `generator` is given, when the seed is drawn by the operating system.
+    the vocabulary) are never drawn. Randomness comes from `generator`, else from `seed`, else from the operating system:
+    never from torch's global generator.
 
     Raises: InputError for an empty prompt of ids, an id outside the vocabulary, or a setting out of range.
     """
@@ -78,7 +79,8 @@ def generate(
     steps = _tokens(model, ids, max_new_tokens, temperature, top_k, top_p, seed, generator, use_cache)
     new = list(steps)
     if isinstance(prompt, str):
-        return prompt + _tokenizer(model).decode([int(i) for i in new])
+        text = text_after(_tokenizer(model), ids[0].tolist())
+        return prompt + "".join(text.push(int(i)) for i in new) + text.flush()
     if isinstance(prompt, Tensor):
         tail = torch.stack(new, dim=-1).to(prompt) if new else prompt.new_empty((*prompt.shape[:-1], 0))
         return torch.cat([prompt, tail.view(*prompt.shape[:-1], -1)], dim=-1)
@@ -118,6 +120,14 @@ def start_ids(tokenizer: Tokenizer) -> list[int]:
         return [int(i) for i in tokenizer.encode("\n")] or [0]
     except InputError:
         return [0]  # a vocabulary without line ends: its first character
+
+
+def text_after(tokenizer: Tokenizer, ids: Sequence[int]) -> Stream:
+    """Begin to decode what follows ids; some tokenizers write a token differently at the start of a text."""
+    text = tokenizer.stream()
+    for i in ids:
+        text.push(i)
+    return text
 
 
 def sample(

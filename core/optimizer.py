@@ -1,4 +1,4 @@
-"""AdamW for a model: which weights decay, and how its state is written with names and found again by them."""
+"""AdamW for a model: which weights decay, and how a saved state finds its parameters again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import CheckpointMismatch
+from core.state_dict import plain_name
 
 if TYPE_CHECKING:
     from core.model import GPT
@@ -47,20 +48,6 @@ def configure_optimizer(
     return made
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> dict[str, Any]:
-    """Return `optimizer.state_dict()` with `param_names` in each group; the tensors are the live ones.
-
-    A model names the parameters of an optimizer that was made without names.
-    """
-    state = optimizer.state_dict()
-    names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-    for group, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        found = group.get("param_names") or [names.get(id(p)) for p in live["params"]]
-        if all(found):
-            group["param_names"] = [plain_name(name) for name in found]
-    return state
-
-
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any], names: Sequence[str] | None = None
 ) -> None:
@@ -76,7 +63,7 @@ def load_optimizer_state(
     here = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     here_names = _names(optimizer.param_groups)
     there_ids = [i for group in groups for i in group["params"]]
-    there_names = _names(groups) or ([plain_name(n) for n in names] if names is not None else None)
+    there_names = _names(groups) or ([_plain(n) for n in names] if names is not None else None)
     if there_names is not None and len(there_names) != len(there_ids):
         raise CheckpointMismatch(
             f"optimizer state: found {len(there_ids)} parameters for {len(there_names)} names. {OTHER_MODEL}"
@@ -102,14 +89,6 @@ def load_optimizer_state(
         optimizer.state[p] = {key: _copy(key, value, p, group) for key, value in entry.items()}
 
 
-def plain_name(name: str) -> str:
-    """Strip what torch.compile and DDP put before or into a parameter's name."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
-    while len(parts) > 1 and parts[0] == "module":
-        parts.pop(0)
-    return ".".join(parts)
-
-
 def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The groups of a state dict, after a look at its structure."""
     groups = state.get("param_groups")
@@ -124,7 +103,12 @@ def _names(groups: list[dict[str, Any]]) -> list[str] | None:
     """Plain names in order, or None when a group has none."""
     if any(group.get("param_names") is None for group in groups if group["params"]):
         return None
-    return [plain_name(name) for group in groups if group["params"] for name in group["param_names"]]
+    return [_plain(name) for group in groups if group["params"] for name in group["param_names"]]
+
+
+def _plain(name: str) -> str:
+    """The name of a parameter without what torch.compile and DDP add."""
+    return plain_name(name).removeprefix("module.")
 
 
 def _fault(label: str, p: Tensor, entry: dict[str, Any], adam: bool) -> str | None:

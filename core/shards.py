@@ -9,7 +9,6 @@ all little-endian. A dataset is a folder of them; ours has a dataset.json, writt
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +23,11 @@ import numpy as np
 
 from core.containers.pickles import read_pickle
 from core.errors import InputError, SaveFailed
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two writers of one folder are then told apart by the rename alone
+    fcntl = None  # type: ignore[assignment]
 
 HEADER_INTS = 256
 LAYOUTS: dict[tuple[int, int], np.dtype] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
@@ -153,13 +157,16 @@ def _staging(folder: Path) -> Iterator[Path | None]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
-def _lock(staging: Path) -> int:
+def _lock(staging: Path) -> int | None:
     """Make a folder and lock it; wait for another process that has it. A dead process holds no lock."""
     while True:
         staging.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
         descriptor = os.open(staging, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,6 +219,8 @@ class _Writer:
 
 
 def _sync(path: Path) -> None:
+    if os.name != "posix":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

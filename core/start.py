@@ -113,8 +113,8 @@ def refuse_other_architecture(bundle: Bundle, given: dict[str, Any]) -> None:
     found = bundle.config.architecture()
     faults = [
         f"{name} is {given[name]} here and {found[name]} in the checkpoint"
-        for name in found
-        if name in given and given[name] != found[name]
+        for name in given
+        if name in found and given[name] != found[name]
     ]
     if faults:
         raise CheckpointMismatch(

@@ -41,8 +41,10 @@ def write(path, content):
 
 
 def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().view(-1).untyped_storage().tolist() == (
-        b.contiguous().view(-1).untyped_storage().tolist()
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.contiguous().view(-1).untyped_storage().tolist() == (b.contiguous().view(-1).untyped_storage().tolist())
     )
 
 
@@ -70,7 +72,9 @@ def test_plain_torch_load_reads_equal_bits(tmp_path, mapped):
             assert same_bits(loaded[name], value) and loaded[name].stride() == value.stride(), name
     assert loaded["plain"] == content["plain"]
     assert loaded["weight"].data_ptr() == loaded["tied"].data_ptr()
-    assert all(v.data_ptr() % 64 == 0 for v in loaded.values() if isinstance(v, torch.Tensor) and v.numel()) or not mapped
+    assert (
+        all(v.data_ptr() % 64 == 0 for v in loaded.values() if isinstance(v, torch.Tensor) and v.numel()) or not mapped
+    )
 
 
 def test_size_and_crc_of_the_output_are_those_of_the_file(tmp_path):

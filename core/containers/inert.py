@@ -50,6 +50,27 @@ class Call:
         return as_text(self)
 
 
+class Malformed(Exception):
+    """What is wrong with a pickle, in words that complete 'damaged pickle at byte N of M: ...'."""
+
+
+def as_key(value: Any) -> Any:
+    """A value as a dictionary key or set element whose hash is cheap; lists cannot be one, as in Python.
+
+    Python computes the hash of a tuple anew each time, by recursion: a small pickle could ask for 2**100 steps. Nested
+    or long tuples, huge numbers and tensors are therefore boxed in a `Call`, which is hashed by identity.
+    """
+    if value is None or isinstance(value, (str, bytes, float, Global, Call)):
+        return value
+    if isinstance(value, int) and value.bit_length() <= 60:
+        return value
+    if isinstance(value, tuple) and len(value) <= 16 and not any(isinstance(v, (tuple, frozenset)) for v in value):
+        return tuple(map(as_key, value))
+    if isinstance(value, (list, dict, set)):
+        raise Malformed(f"a {type(value).__name__} as a dictionary key")
+    return Call(Global("pickle", "key"), (value,))
+
+
 def as_text(value: Any, limit: int = 200) -> str:
     """Show a value on one line of at most `limit` ASCII characters, as Python would write it; safe to print."""
     parts: list[str] = []
@@ -69,7 +90,8 @@ def _write(value: Any, parts: list[str], room: int) -> int:
     elif isinstance(value, Global):
         text = json.dumps(value.path)[1:-1]
     elif isinstance(value, Call):
-        room = _write_all(value.args, parts, _write(value.callable, parts, room), "(", ")")
+        room = _write(value.callable, parts, room - 1)  # a level of nesting costs room, or recursion had no bound
+        room = _write_all(value.args, parts, room, "(", ")")
         if value.state:
             room = _write(value.state, parts, _put(" with ", parts, room))
         return _write_all(value.items, parts, room, " [", "]") if value.items else room

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from core.containers.inert import Call, Global, as_text, check_structure
+from core.containers.inert import Call, Global, Malformed, as_key, as_text, check_structure
+from core.containers.reductions import PLAIN, Reductions, as_dict
 from core.errors import CheckpointDamaged
 
 LONGEST_INT = 1024
@@ -20,9 +21,6 @@ LONGEST_INT = 1024
 
 LONGEST_NAME = 1000
 """Characters of the full name of a class or function."""
-
-Reductions = Mapping[str, Callable[..., Any]]
-"""Harmless callables by their full name, each with what to build from its arguments instead of a `Call`."""
 
 
 def read_pickle(
@@ -44,83 +42,6 @@ def read_pickle(
     value = reader.run()
     check_structure(value, where, len(data))
     return value
-
-
-_NUMPY_SCALARS = {"f8": "d", "f4": "f", "f2": "e", "b1": "?"} | {
-    f"{kind}{size}": code
-    for kind, codes in (("i", "bhiq"), ("u", "BHIQ"))
-    for size, code in zip("1248", codes, strict=True)
-}
-
-
-def _dict(*args: Any) -> Any:
-    """OrderedDict(), OrderedDict([(key, value), ...]); with a factory in front, defaultdict."""
-    pairs = args[-1] if args and not isinstance(args[-1], (Global, Call)) and args[-1] is not None else []
-    if isinstance(pairs, dict):
-        return dict(pairs)
-    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
-        return NotImplemented
-    return {_key(key): value for key, value in pairs}
-
-
-def _set(values: Any = ()) -> Any:
-    return {_key(v) for v in values} if isinstance(values, (list, tuple)) else NotImplemented
-
-
-def _encoded(text: Any = "", encoding: Any = "latin1") -> Any:
-    """How protocols 0 to 2 write bytes."""
-    known = isinstance(text, str) and encoding in ("latin1", "latin-1")
-    return text.encode("latin-1") if known else NotImplemented
-
-
-def _bytes(value: Any = b"") -> Any:
-    return value if isinstance(value, bytes) else NotImplemented
-
-
-def _numpy_scalar(dtype: Any, data: Any) -> Any:
-    """A number that numpy measured (a loss, a step): numpy.core.multiarray.scalar(numpy.dtype("f8"), 8 bytes)."""
-    state = getattr(dtype, "state", None)
-    if not (isinstance(dtype, Call) and dtype.args and isinstance(state, tuple) and len(state) > 1):
-        return NotImplemented
-    code = _NUMPY_SCALARS.get(dtype.args[0]) if isinstance(dtype.args[0], str) else None
-    order = {"<": "<", "|": "<", ">": ">"}.get(state[1]) if isinstance(state[1], str) else None
-    if code is None or order is None or not isinstance(data, bytes) or len(data) != struct.calcsize(order + code):
-        return NotImplemented
-    return struct.unpack(order + code, data)[0]
-
-
-PLAIN: Reductions = {
-    "collections.OrderedDict": _dict,
-    "collections.defaultdict": _dict,
-    "builtins.set": _set,
-    "__builtin__.set": _set,
-    "builtins.bytes": _bytes,
-    "builtins.bytearray": _bytes,
-    "_codecs.encode": _encoded,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
-}
-
-
-class _Fault(Exception):
-    """What is wrong with a pickle, in words that complete 'damaged pickle at byte N of M: ...'."""
-
-
-def _key(value: Any) -> Any:
-    """A value as a dictionary key or set element whose hash is cheap; lists cannot be one, as in Python.
-
-    Python computes the hash of a tuple anew each time, by recursion: a small pickle could ask for 2**100 steps. Nested
-    or long tuples, huge numbers and tensors are therefore boxed in a `Call`, which is hashed by identity.
-    """
-    if value is None or isinstance(value, (str, bytes, float, Global, Call)):
-        return value
-    if isinstance(value, int) and value.bit_length() <= 60:
-        return value
-    if isinstance(value, tuple) and len(value) <= 16 and not any(isinstance(v, (tuple, frozenset)) for v in value):
-        return tuple(map(_key, value))
-    if isinstance(value, (list, dict, set)):
-        raise _Fault(f"a {type(value).__name__} as a dictionary key")
-    return Call(Global("pickle", "key"), (value,))
 
 
 class _Reader:
@@ -149,16 +70,16 @@ class _Reader:
             while True:
                 begin = self.position
                 if begin >= end:
-                    raise _Fault("it ends without STOP")
+                    raise Malformed("it ends without STOP")
                 code = data[begin]
                 self.position = begin + 1
                 if code == 0x2E:  # STOP
                     return self.pop()
                 operation = table.get(code)
                 if operation is None:
-                    raise _Fault(f"unknown opcode 0x{code:02x}")
+                    raise Malformed(f"unknown opcode 0x{code:02x}")
                 operation(self)
-        except _Fault as fault:
+        except Malformed as fault:
             problem = str(fault)
         except IndexError:
             problem = "it takes more from its stack than it put there"
@@ -173,13 +94,13 @@ class _Reader:
     def take(self, count: int) -> bytes:
         start, self.position = self.position, self.position + count
         if count < 0 or self.position > len(self.data):
-            raise _Fault(f"{count} bytes are asked for, {len(self.data) - start} are left")
+            raise Malformed(f"{count} bytes are asked for, {len(self.data) - start} are left")
         return self.data[start : self.position]
 
     def byte(self) -> int:
         position = self.position
         if position >= len(self.data):
-            raise _Fault("1 byte is asked for, 0 are left")
+            raise Malformed("1 byte is asked for, 0 are left")
         self.position = position + 1
         return self.data[position]
 
@@ -190,7 +111,7 @@ class _Reader:
         start = self.position
         end = self.data.find(b"\n", start)
         if end < 0:
-            raise _Fault("a line without end")
+            raise Malformed("a line without end")
         self.position = end + 1
         return self.data[start:end]
 
@@ -200,7 +121,7 @@ class _Reader:
     def short_line(self) -> bytes:
         line = self.line()
         if len(line) > LONGEST_INT:
-            raise _Fault(f"a number of {len(line)} characters, {LONGEST_INT} are allowed")
+            raise Malformed(f"a number of {len(line)} characters, {LONGEST_INT} are allowed")
         return line
 
     # the stack
@@ -227,26 +148,26 @@ class _Reader:
     def top(self, *kinds: type) -> Any:
         value = self.stack[-1]
         if not isinstance(value, kinds):
-            raise _Fault(f"items for a {type(value).__name__}")
+            raise Malformed(f"items for a {type(value).__name__}")
         return value
 
     # operations that are more than one line
 
     def call(self, callable: Any, args: Any) -> None:
         if not isinstance(callable, (Global, Call)):
-            raise _Fault(f"a call of a {type(callable).__name__}")
+            raise Malformed(f"a call of a {type(callable).__name__}")
         if not isinstance(args, tuple):
-            raise _Fault(f"arguments in a {type(args).__name__}")
+            raise Malformed(f"arguments in a {type(args).__name__}")
         value: Any = NotImplemented
         reduce = self.reductions.get(callable.path) if isinstance(callable, Global) else None
         if reduce:
             self.budget -= sum(len(a) for a in args if isinstance(a, (str, bytes, list, tuple, dict)))
             if self.budget < 0:
-                raise _Fault("its calls copy more than the file holds")
+                raise Malformed("its calls copy more than the file holds")
             try:
                 value = reduce(*args)
             except TypeError as error:  # another number of arguments than this callable takes
-                raise _Fault(f"{as_text(callable)} with {len(args)} arguments") from error
+                raise Malformed(f"{as_text(callable)} with {len(args)} arguments") from error
         self.push(Call(callable, args) if value is NotImplemented else value)
 
     def build(self) -> None:
@@ -254,7 +175,7 @@ class _Reader:
         if isinstance(target, Call):
             target.state = state
         elif not isinstance(target, dict):  # attributes of a dictionary are dropped: torch's `_metadata`
-            raise _Fault(f"a state for a {type(target).__name__}")
+            raise Malformed(f"a state for a {type(target).__name__}")
 
     def append(self, values: list[Any]) -> None:
         target = self.top(list, Call)
@@ -262,13 +183,13 @@ class _Reader:
 
     def set_items(self, values: list[Any]) -> None:
         if len(values) % 2:
-            raise _Fault("a key without value")
+            raise Malformed("a key without value")
         target = self.top(dict, Call)
         if isinstance(target, Call):
             target.items.extend(zip(values[::2], values[1::2], strict=True))
         else:
             for key, value in zip(values[::2], values[1::2], strict=True):
-                target[_key(key)] = value
+                target[as_key(key)] = value
 
     def add_items(self) -> None:
         values = self.pop_mark()
@@ -276,7 +197,7 @@ class _Reader:
         if isinstance(target, Call):
             target.items.extend(values)
         else:
-            target.update(map(_key, values))
+            target.update(map(as_key, values))
 
     def put_byte(self) -> None:
         self.memo[self.byte()] = self.stack[-1]
@@ -296,27 +217,27 @@ class _Reader:
 
     def long(self, size: int) -> int:
         if not 0 <= size <= LONGEST_INT:
-            raise _Fault(f"a number of {size} bytes, {LONGEST_INT} are allowed")
+            raise Malformed(f"a number of {size} bytes, {LONGEST_INT} are allowed")
         return int.from_bytes(self.take(size), "little", signed=True)
 
     def quoted(self) -> Any:
         line = self.line().strip()
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
-            raise _Fault("a text without quotes")
+            raise Malformed("a text without quotes")
         return _old_text(re.sub(rb"\\(x[0-9a-fA-F]{2}|.)", _unescape, line[1:-1], flags=re.DOTALL))
 
     def proto(self) -> None:
         if (version := self.byte()) > 5:
-            raise _Fault(f"protocol {version}, the highest one is 5")
+            raise Malformed(f"protocol {version}, the highest one is 5")
 
     def named(self, module: Any, name: Any) -> Any:
         if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > LONGEST_NAME:
-            raise _Fault("a global whose name is no short text")
+            raise Malformed("a global whose name is no short text")
         return self.resolve(Global(module, name))
 
     def persist(self, identity: Any) -> None:
         if self.persistent is None:
-            raise _Fault("a persistent id, which only files of torch have")
+            raise Malformed("a persistent id, which only files of torch have")
         self.push(self.persistent(identity))
 
     def obj(self) -> None:
@@ -397,12 +318,12 @@ _OPCODES: dict[int, _Operation] = {
         "a": lambda r: r.append([r.pop()]),
         "e": lambda r: r.append(r.pop_mark()),
         "}": lambda r: r.push({}),
-        "d": lambda r: r.push(_dict(list(zip(*[iter(r.pop_mark())] * 2, strict=True)))),
+        "d": lambda r: r.push(as_dict(list(zip(*[iter(r.pop_mark())] * 2, strict=True)))),
         "s": lambda r: r.set_items(list(r.pop_many(2))),
         "u": lambda r: r.set_items(r.pop_mark()),
         "\x8f": lambda r: r.push(set()),
         "\x90": _Reader.add_items,
-        "\x91": lambda r: r.push(frozenset(map(_key, r.pop_mark()))),
+        "\x91": lambda r: r.push(frozenset(map(as_key, r.pop_mark()))),
         # memo
         "p": lambda r: r.put(int(r.short_line())),
         "q": _Reader.put_byte,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.config import GPTConfig
+from core.differences import differences
 
 TENSORS: dict[str, tuple[str, ...]] = {
     "token_embedding_table.weight": ("vocab_size", "n_embd"),
@@ -96,17 +97,4 @@ def contradictions(config: GPTConfig, found: Mapping[str, Any]) -> list[str]:
     expected = shapes(config)
     if config.tied_head and "lm_head.weight" not in found:
         del expected["lm_head.weight"]
-    missing = [f"{name} is missing" for name in expected if name not in found]
-    surplus = [f"{name} has no place in this model" for name in found if name not in expected]
-    wrong = [
-        f"{name} is {tuple(found[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name].shape) != shape
-    ]
-    return missing + surplus + wrong
-
-
-def listed(faults: list[str], limit: int = 10) -> str:
-    """Join sentences, at most ten of them "and 37 more"."""
-    more = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
-    return "; ".join(faults[:limit]) + more
+    return differences(expected, {name: spec.shape for name, spec in found.items()})

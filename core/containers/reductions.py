@@ -1,0 +1,71 @@
+"""What the harmless callables build that pickles of plain values name, so that they need not stay inert records."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from core.containers.inert import Call, Global, as_key
+
+Reductions = Mapping[str, Callable[..., Any]]
+"""Harmless callables by their full name, each with what to build from its arguments instead of a `Call`."""
+
+_NUMPY_SCALARS = {"f8": "d", "f4": "f", "f2": "e", "b1": "?"} | {
+    f"{kind}{size}": code
+    for kind, codes in (("i", "bhiq"), ("u", "BHIQ"))
+    for size, code in zip("1248", codes, strict=True)
+}
+
+
+def as_dict(*args: Any) -> Any:
+    """OrderedDict(), OrderedDict([(key, value), ...]); with a factory in front, defaultdict."""
+    pairs = args[-1] if args and not isinstance(args[-1], (Global, Call)) and args[-1] is not None else []
+    if isinstance(pairs, dict):
+        return dict(pairs)
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        return NotImplemented
+    return {as_key(key): value for key, value in pairs}
+
+
+def _set(values: Any = ()) -> Any:
+    return {as_key(v) for v in values} if isinstance(values, (list, tuple)) else NotImplemented
+
+
+def _frozenset(values: Any = ()) -> Any:
+    found = _set(values)
+    return found if found is NotImplemented else frozenset(found)
+
+
+def _encoded(text: Any = "", encoding: Any = "latin1") -> Any:
+    """How protocols 0 to 2 write bytes."""
+    known = isinstance(text, str) and encoding in ("latin1", "latin-1")
+    return text.encode("latin-1") if known else NotImplemented
+
+
+def _bytes(value: Any = b"") -> Any:
+    return value if isinstance(value, bytes) else NotImplemented
+
+
+def _numpy_scalar(dtype: Any, data: Any) -> Any:
+    """A number that numpy measured (a loss, a step): numpy.core.multiarray.scalar(numpy.dtype("f8"), 8 bytes)."""
+    state = getattr(dtype, "state", None)
+    if not (isinstance(dtype, Call) and dtype.args and isinstance(state, tuple) and len(state) > 1):
+        return NotImplemented
+    code = _NUMPY_SCALARS.get(dtype.args[0]) if isinstance(dtype.args[0], str) else None
+    order = {"<": "<", "|": "<", ">": ">"}.get(state[1]) if isinstance(state[1], str) else None
+    if code is None or order is None or not isinstance(data, bytes) or len(data) != struct.calcsize(order + code):
+        return NotImplemented
+    return struct.unpack(order + code, data)[0]
+
+
+_BUILTINS: Reductions = {"set": _set, "frozenset": _frozenset, "bytes": _bytes, "bytearray": _bytes}
+
+PLAIN: Reductions = {
+    **{f"{module}.{name}": build for module in ("builtins", "__builtin__") for name, build in _BUILTINS.items()},
+    "collections.OrderedDict": as_dict,
+    "collections.defaultdict": as_dict,
+    "_codecs.encode": _encoded,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+}

@@ -1,0 +1,178 @@
+"""Write text with a trained model: text to stdout as it comes, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.commandline import DONE, WRONG_USE, Parser, choose_model, run
+
+if TYPE_CHECKING:
+    from core.model import GPT
+
+SEPARATOR = "-" * 40
+
+EPILOG = """examples:
+  python generate.py                                            the only model there is, from an empty prompt
+  python generate.py --model_name dante --prompt "The "         go on from a prompt
+  python generate.py --model_name dante --step best             the kept step with the best validation loss
+  python generate.py --model_name dante --temperature 0         always the likeliest token: the same text each time
+  python generate.py --model_name dante --top_k 20 --seed 1 --num_samples 3 --json > samples.jsonl
+
+The seed is on stderr, so that a text can be had again; sample i of a run uses seed + i.
+With an empty prompt the text starts after a line's end (char) or the end-of-text token (gpt2).
+When the context is full, its older half is dropped.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Generate, and return the exit code."""
+    args = make_parser().parse(argv)
+    name = choose_model(args)
+    if name is None:
+        return WRONG_USE
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
+    replace_what_stdout_lacks()
+
+    from core.checkpoint import CheckpointManager
+    from core.errors import InputError
+
+    model = CheckpointManager.load_for_inference(
+        name, args.checkpoint_root, load_dtype=args.dtype, device=args.device, step=args.step, bpe_file=args.bpe_file
+    )
+    if model.tokenizer is None:
+        raise InputError(f"{Path(args.checkpoint_root) / name}: no tokenizer.json, so its tokens are no text.")
+    parameters = sum(p.numel() for p in model.parameters())
+    device = model.token_embedding_table.weight.device
+    say(f"{name}: step {model.step}, {parameters / 1e6:.2f} M parameters, {device}, seed {args.seed}")
+    ids = [int(i) for i in model.tokenizer.encode(args.prompt, unknown=args.unknown, where="--prompt")]
+    started = time.perf_counter()
+    for number in range(args.num_samples):
+        write_sample(model, name, ids, number, args)
+    seconds = time.perf_counter() - started
+    tokens = args.num_samples * args.max_new_tokens
+    say(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
+    return DONE
+
+
+def write_sample(model: GPT, name: str, ids: list[int], number: int, args: argparse.Namespace) -> None:
+    """Print one sample: as it comes, at its end, or as one line of JSON."""
+    from core.generation import start_ids, stream, text_after
+
+    assert model.tokenizer is not None
+    ids = ids or start_ids(model.tokenizer)
+    seed = args.seed + number
+    new = stream(
+        model,
+        ids,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=seed,
+    )
+    text = text_after(model.tokenizer, ids)
+    if args.stream and not args.json:
+        if number:
+            print(SEPARATOR)
+        print(args.prompt, end="", flush=True)
+        for token in new:
+            print(text.push(token), end="", flush=True)
+        print(text.flush(), flush=True)
+        return
+    written = "".join(text.push(token) for token in new) + text.flush()
+    if args.json:
+        sample = {"model": name, "step": model.step, "seed": seed, "prompt": args.prompt, "text": written}
+        print(json.dumps(sample, ensure_ascii=False), flush=True)
+    else:
+        print((SEPARATOR + "\n" if number else "") + args.prompt + written, flush=True)
+
+
+def say(line: str) -> None:
+    """Print to stderr, where everything but the text goes."""
+    print(line, file=sys.stderr)
+
+
+def replace_what_stdout_lacks() -> None:
+    """Let stdout replace characters that its encoding lacks: a model may draw any of its vocabulary."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def number(kind: Callable[[str], float], low: float, high: float, allowed: str) -> Callable[[str], float]:
+    """Make a flag's type: a number from low to high, both included."""
+
+    def parse(word: str) -> float:
+        try:
+            value = kind(word)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"found {word!r}, expected {allowed}")
+        return value
+
+    return parse
+
+
+def step_or_best(word: str) -> int | str:
+    """Read --step."""
+    if word == "best" or (word.isascii() and word.isdigit()):
+        return word if word == "best" else int(word)
+    raise argparse.ArgumentTypeError(f"found {word!r}, expected a step number or best")
+
+
+COUNT = number(int, 0, 2**31, "a whole number from 0")
+POSITIVE = number(int, 1, 2**31, "a whole number from 1")
+SEED = number(int, 0, 2**62, "a whole number from 0 to 2**62")
+TEMPERATURE = number(float, 0, sys.float_info.max, "0 or a number above it")
+SHARE = number(float, sys.float_info.min, 1, "a number above 0 up to 1")
+
+
+def make_parser() -> Parser:
+    """Describe the flags, grouped as one screen."""
+    parser = Parser("generate.py", "Write text with a trained model.", EPILOG)
+    parser.shared.add_argument(
+        "--step", type=step_or_best, metavar="N|best", help="a kept step, or the best one (default: the newest)"
+    )
+    parser.shared.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what config.json says)")
+    parser.shared.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as saved)")
+    parser.shared.add_argument(
+        "--bpe_file", type=Path, metavar="FILE", help="the GPT-2 ranks, for a machine without network"
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with (default: nothing)")
+    text.add_argument(
+        "--unknown", choices=("error", "skip"), default="error", help="what an unknown character in the prompt does"
+    )
+    text.add_argument("--max_new_tokens", type=COUNT, default=200, metavar="N", help="tokens to add (default: 200)")
+    text.add_argument("--num_samples", type=POSITIVE, default=1, metavar="N", help="texts to write (default: 1)")
+    drawing = parser.add_argument_group("drawing of a token")
+    drawing.add_argument(
+        "--temperature",
+        type=TEMPERATURE,
+        default=0.8,
+        metavar="T",
+        help="lower is safer, 0 always the likeliest (default: 0.8)",
+    )
+    drawing.add_argument("--top_k", type=POSITIVE, metavar="K", help="only the K likeliest tokens (default: all)")
+    drawing.add_argument(
+        "--top_p", type=SHARE, metavar="P", help="only the likeliest that reach P together (default: all)"
+    )
+    drawing.add_argument("--seed", type=SEED, metavar="N", help="the same seed, the same text (default: a new one)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--stream", action="store_true", default=True, help="each token as it comes (the default)")
+    output.add_argument("--no_stream", action="store_false", dest="stream", help="each text when it is whole")
+    output.add_argument("--json", action="store_true", help="one JSON object per text: model, step, seed, prompt, text")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

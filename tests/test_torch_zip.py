@@ -1,0 +1,289 @@
+"""The torch-free reader of `.pt` zips, with torch itself as the oracle."""
+
+from __future__ import annotations
+
+import collections
+import io
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.containers.inert import Call, as_text
+from core.containers.spec import ITEM_SIZES, TensorSpec
+from core.containers.torch_zip import TorchZip
+from core.errors import CheckpointDamaged, CheckpointError
+
+
+def saved(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def opened(data: bytes) -> TorchZip:
+    return TorchZip.open(io.BytesIO(data), "x.pt")
+
+
+def rebuilt(spec: TensorSpec, data: bytes) -> torch.Tensor:
+    """The tensor of a spec, from the bytes of the file alone."""
+    raw = torch.frombuffer(bytearray(data[spec.offset : spec.offset + spec.extent]) or bytearray(1), dtype=torch.uint8)
+    flat = raw[: spec.extent].clone().view(getattr(torch, spec.dtype))
+    return flat.as_strided(spec.shape, spec.strides)
+
+
+def flattened(content, path="") -> dict[str, torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        return {path: content}
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ()
+    found = {}
+    for key, item in items:
+        found.update(flattened(item, f"{path}.{key}" if path else str(key)))
+    return found
+
+
+def assert_same_as_torch(data: bytes, archive: TorchZip):
+    expected = flattened(torch.load(io.BytesIO(data), weights_only=False))
+    assert list(archive.tensors) == list(expected)
+    for name, tensor in expected.items():
+        spec = archive.tensors[name]
+        assert (spec.name, spec.shape, spec.strides) == (name, tuple(tensor.shape), tensor.stride())
+        assert f"torch.{spec.dtype}" == str(tensor.dtype)
+        assert spec.nbytes == tensor.numel() * tensor.element_size()
+        assert spec.contiguous == tensor.is_contiguous()
+        found = rebuilt(spec, data)
+        assert torch.equal(bits(found), bits(tensor))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def example() -> dict:
+    torch.manual_seed(1)
+    base = torch.randn(6, 8)
+    tied = torch.randn(5, 3)
+    parameter = torch.nn.Parameter(torch.randn(3))
+    return {
+        "plain": base,
+        "view": base[1:3, ::2],
+        "transposed": base.t(),
+        "expanded": torch.randn(1, 4).expand(3, 4),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 7),
+        "one": torch.zeros(1, 1, 5),
+        "wte": tied,
+        "lm_head": tied,
+        "tied_view": tied.view(15),
+        "parameter": parameter,
+        "bf16": torch.randn(4).bfloat16(),
+        "nested": {"state": {0: {"exp_avg": torch.randn(2, 2), "step": torch.tensor(4.0)}}, "list": [torch.arange(3)]},
+    }
+
+
+def test_names_types_shapes_strides_and_bytes_equal_those_of_torch():
+    data = saved(example())
+    assert_same_as_torch(data, opened(data))
+
+
+@pytest.mark.parametrize("dtype", ITEM_SIZES)
+def test_every_dtype_has_torchs_item_size_and_bytes(dtype):
+    kind = getattr(torch, dtype)
+    assert ITEM_SIZES[dtype] == kind.itemsize
+    content = {"t": torch.arange(12 * kind.itemsize, dtype=torch.uint8).view(kind)}
+    data = saved(content)
+    archive = opened(data)
+    spec = archive.tensors["t"]
+    assert (spec.dtype, spec.shape) == (dtype, (12,))
+    assert data[spec.offset : spec.offset + spec.nbytes] == bytes(range(12 * kind.itemsize))
+
+
+def test_tied_tensors_share_a_storage_and_views_point_into_it():
+    archive = opened(saved(example()))
+    tensors = archive.tensors
+    assert tensors["wte"].storage == tensors["lm_head"].storage == tensors["tied_view"].storage
+    assert tensors["view"].storage == tensors["plain"].storage
+    assert tensors["view"].offset == tensors["plain"].offset + 8 * 4
+    assert len(archive.records) == len({t.storage for t in tensors.values()}) + 6
+
+
+def test_optimizer_state_is_read_with_its_plain_values():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    data = saved(optimizer.state_dict())
+    archive = opened(data)
+    assert_same_as_torch(data, archive)
+    assert archive.content["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_plain_content_comes_back_as_values():
+    content = {
+        "step": 7,
+        "size": torch.Size([2, 3]),
+        "dtype": torch.bfloat16,
+        "ordered": collections.OrderedDict(a=1),
+        "text": "é",
+        "none": None,
+    }
+    assert opened(saved(content)).content == {**content, "size": (2, 3), "dtype": "torch.bfloat16"}
+
+
+def test_module_state_dict_loses_only_its_metadata():
+    module = torch.nn.Linear(2, 2)
+    assert list(opened(saved(module.state_dict())).content) == ["weight", "bias"]
+
+
+def test_tensors_whose_bytes_are_not_their_values_stay_records():
+    content = {"conj": torch.zeros(2, dtype=torch.complex64).conj(), "plain": torch.zeros(2, dtype=torch.complex64)}
+    archive = opened(saved(content))
+    assert list(archive.tensors) == ["plain"]
+    assert "_rebuild_tensor_v2" in as_text(archive.content["conj"])
+
+
+def test_whole_pickled_module_shows_its_class_and_tensors():
+    archive = opened(saved(torch.nn.Sequential(torch.nn.Linear(2, 3))))
+    assert "torch.nn.modules.container.Sequential" in as_text(archive.content)
+    assert [t.shape for t in archive.tensors.values()] == [(3, 2), (3,)]
+
+
+def test_parameter_with_attributes_is_a_tensor():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.label = "x"
+    spec = opened(saved({"p": parameter})).tensors["p"]
+    assert (spec.dtype, spec.shape) == ("float32", (2,))
+
+
+def test_upstream_fixtures_equal_torch(shared):
+    paths = sorted((shared / "fixtures").rglob("*.pt"))
+    assert len(paths) >= 20
+    for path in paths:
+        data = path.read_bytes()
+        archive = opened(data)
+        assert archive.tensors
+        if "rank" not in path.name:  # these hold DTensors, which torch rebuilds only inside a process group
+            assert_same_as_torch(data, archive)
+
+
+def test_records_are_those_of_zipfile():
+    data = saved(example())
+    archive = opened(data)
+    with zipfile.ZipFile(io.BytesIO(data)) as peer:
+        for info in peer.infolist():
+            record = archive.records[info.filename.partition("/")[2]]
+            assert (record.name, record.size, record.crc32) == (info.filename, info.file_size, info.CRC)
+            assert data[record.offset : record.offset + record.size] == peer.read(info)
+        assert len(peer.infolist()) == len(archive.records)
+
+
+def test_64_bit_directory_is_read(tmp_path):
+    from core.containers import torch_zip_writer
+
+    class Sink(io.BytesIO):
+        size = 0
+
+        def write(self, data):
+            self.size += len(data)
+            super().write(data)
+            return zlib.crc32(data)
+
+    sink = Sink()
+    limit, torch_zip_writer.ZIP64_FROM = torch_zip_writer.ZIP64_FROM, 100
+    try:
+        torch_zip_writer.write_torch_zip(sink, example())
+    finally:
+        torch_zip_writer.ZIP64_FROM = limit
+    data = sink.getvalue()
+    assert b"PK\6\6" in data
+    assert_same_as_torch(data, opened(data))
+
+
+def test_only_headers_are_read():
+    class Watched(io.BytesIO):
+        bytes_read = 0
+
+        def read(self, size=-1):
+            data = super().read(size)
+            self.bytes_read += len(data)
+            return data
+
+    file = Watched(saved({"w": torch.zeros(1_000_000), "v": torch.zeros(1_000_000)}))
+    TorchZip.open(file, "x.pt")
+    assert file.bytes_read < 5000
+
+
+def repacked(data: bytes, **changes) -> bytes:
+    """The same torch zip with records replaced (bytes) or left out (None)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(buffer, "w") as target:
+        folder = source.namelist()[0].partition("/")[0]
+        records = {n.partition("/")[2]: source.read(n) for n in source.namelist()} | changes
+        for name, content in records.items():
+            if content is not None:
+                target.writestr(f"{folder}/{name}", content)
+    return buffer.getvalue()
+
+
+SMALL = saved({"w": torch.arange(40, dtype=torch.float32), "b": torch.zeros(3)})
+
+
+def broken(needle: bytes, replacement: bytes) -> bytes:
+    """SMALL with one part of its pickle replaced by one of the same length."""
+    assert SMALL.count(needle) >= 1 and len(needle) == len(replacement)
+    return SMALL.replace(needle, replacement, 1)
+
+
+def compressed() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(SMALL)) as source, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def duplicated() -> bytes:
+    buffer = io.BytesIO(SMALL)
+    with zipfile.ZipFile(buffer, "a") as target:
+        target.writestr("archive/data/0", bytes(160))
+    return buffer.getvalue()
+
+
+SHAPE = b"K(\x85q"  # (40,), stored in the memo
+REFUSED = {
+    "empty": (b"", "empty (0 bytes)"),
+    "json": (b'{"a": 1}', "it begins with b'{\"a\"'"),
+    "stream": (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "before 1.6"),
+    "two bytes": (b"PK", "cut off after 2 bytes"),
+    "no data.pkl": (repacked(SMALL, **{"data.pkl": None}), "a zip without data.pkl"),
+    "big endian": (repacked(SMALL, byteorder=b"big"), "big-endian"),
+    "strange byteorder": (repacked(SMALL, byteorder=b"middle"), "byteorder is b'middle'"),
+    "missing storage": (repacked(SMALL, **{"data/0": None}), "data/0 is missing"),
+    "short storage": (repacked(SMALL, **{"data/0": bytes(100)}), "data/0 has 100 bytes, data.pkl says 160"),
+    "two folders": (repacked(SMALL, **{"../other/data/0": b""}), None),
+    "compressed": (compressed(), "is compressed"),
+    "negative offset": (broken(b"QK\x00K(", b"QJ\xff\xff\xff"), None),
+    "shape beyond storage": (broken(b"QK\x00K(", b"QK\x00K)"), "ends at byte 164 of data/0, which has 160"),
+    "offset beyond storage": (broken(b"QK\x00K(", b"QK\x01K("), "ends at byte 164 of data/0, which has 160"),
+    "shape no number": (broken(b"QK\x00K(", b"QK\x00]\x30"), None),
+    "unknown reference": (broken(b"storageq", b"storingq"), "expected one to a storage"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_malformed_file_is_refused_in_one_sentence(kind):
+    data, message = REFUSED[kind]
+    if message is None:
+        pytest.skip("covered by the hypothesis test")
+    with pytest.raises(CheckpointError) as caught:
+        opened(data)
+    assert str(caught.value).startswith("x.pt: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
