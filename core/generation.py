@@ -70,7 +70,7 @@ def generate(
 
     A text needs `model.tokenizer`; an empty one starts where a text may start (see `start_ids`). A tensor holds ids,
     [T] or [B, T]; a list holds ids. Temperature 0 takes the likeliest id. Ids that the tokenizer lacks (padding rows of
-    the vocabulary) are never drawn. Randomness comes from `generator`, else from `seed`, else from the operating system:
+    the vocabulary) are never drawn. Randomness comes from `generator`, else from `seed`, else from the system, and
     never from torch's global generator.
 
     Raises: InputError for an empty prompt of ids, an id outside the vocabulary, or a setting out of range.
@@ -146,7 +146,8 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     ids = None
-    logits = logits.float() / temperature
+    # The largest logit becomes 0 first: divided by a tiny temperature, no other number stays finite.
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None:
         logits, ids = logits.topk(min(top_k, logits.size(-1)))
     elif top_p is not None and top_p < 1:

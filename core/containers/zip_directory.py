@@ -15,11 +15,11 @@ from typing import BinaryIO
 from core.containers.inert import as_text
 from core.errors import CheckpointDamaged, CheckpointError
 
-_END = struct.Struct("<4s4H2IH")
-_END64_LOCATOR = struct.Struct("<4sIQI")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_ENTRY = struct.Struct("<4s6H3I5H2I")
-_LOCAL = struct.Struct("<4s5H3I2H")
+_END = struct.Struct("<4sH4xHII2x")  # signature, disk, entries, length and start of the directory
+_END64_LOCATOR = struct.Struct("<4s4xQ4x")  # signature, where the 64-bit end record is
+_END64 = struct.Struct("<4s12xI12xQQQ")  # as _END
+_ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")  # signature, flags, method, CRC, two sizes, three lengths, local head
+_LOCAL = struct.Struct("<4s22xHH")  # signature, two lengths
 _LONGEST_COMMENT = 0xFFFF
 
 
@@ -53,7 +53,7 @@ def read_head(file: BinaryIO, offset: int, where: str) -> tuple[bytes, int]:
 
     Raises: CheckpointDamaged when there is none.
     """
-    sig, *_, name_length, extra_length = _LOCAL.unpack(read_at(file, offset, _LOCAL.size, where))
+    sig, name_length, extra_length = _LOCAL.unpack(read_at(file, offset, _LOCAL.size, where))
     if sig != b"PK\3\4":
         raise CheckpointDamaged(f"{where}: no record at byte {offset}, where its directory places one.")
     name = read_at(file, offset + _LOCAL.size, name_length, where)
@@ -70,10 +70,8 @@ def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, 
     if not size:
         raise CheckpointDamaged(f"{where}: empty (0 bytes), a zip has at least {_END.size}.")
     head = read_at(file, 0, min(size, 4), where)
-    if head[:2] != b"PK":
-        raise CheckpointError(
-            f"{where}: no torch zip file: it begins with {as_text(head)}, a zip with b'PK'.{_hint(head)}"
-        )
+    if head[:2] != b"PK"[:size]:
+        raise _no_zip(head, where)
     tail = b""
     at = -1
     for length in (_END.size, _END.size + _LONGEST_COMMENT):  # torch writes no comment: the first look finds it
@@ -87,17 +85,16 @@ def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, 
             f"{explain(file, size, where)}"
         )
     end = max(size - len(tail), 0) + at
-    _, disk, _, _, count, length, start, _ = _END.unpack_from(tail, at)
+    _, disk, count, length, start = _END.unpack_from(tail, at)
     if end >= _END64_LOCATOR.size:
         locator = _END64_LOCATOR.unpack(read_at(file, end - _END64_LOCATOR.size, _END64_LOCATOR.size, where))
         if locator[0] == b"PK\6\7":
-            end = locator[2]
+            end = locator[1]
             if end > size - _END64.size:
                 raise CheckpointDamaged(f"{where}: its directory ends at byte {end}, the file at {size}.")
-            fields = _END64.unpack(read_at(file, end, _END64.size, where))
-            if fields[0] != b"PK\6\6":
+            sig, disk, count, length, start = _END64.unpack(read_at(file, end, _END64.size, where))
+            if sig != b"PK\6\6":
                 raise CheckpointDamaged(f"{where}: no 64-bit directory record at byte {end}.")
-            disk, count, length, start = fields[4], fields[7], fields[8], fields[9]
     if disk or start + length > end or count * _ENTRY.size > length:
         raise CheckpointDamaged(
             f"{where}: its directory of {count} records claims bytes {start} to {start + length}; it must end by {end} "
@@ -118,42 +115,25 @@ def read_directory(file: BinaryIO, where: str, explain: Explain) -> dict[str, Re
     for _ in range(count):
         if position + _ENTRY.size > length:
             raise CheckpointDamaged(f"{where}: its directory ends after {len(entries)} of {count} records.")
-        (
-            sig,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            crc,
-            packed,
-            size,
-            name_length,
-            extra_length,
-            comment_length,
-            _,
-            _,
-            _,
-            offset,
-        ) = _ENTRY.unpack_from(data, position)
+        fields = _ENTRY.unpack_from(data, position)
+        sig, flags, method, crc, packed, size, name_length, extra_length, comment_length, offset = fields
         name_end = position + _ENTRY.size + name_length
         extra = data[name_end : name_end + extra_length]
         raw_name = data[position + _ENTRY.size : name_end]
         position = name_end + extra_length + comment_length
         if sig != b"PK\1\2" or position > length:
             raise CheckpointDamaged(f"{where}: entry {len(entries)} of {count} in its directory is damaged.")
-        size, packed, offset = _wide(extra, (size, packed, offset), where)
+        size, packed, offset = _wide(extra, (size, packed, offset))
         name = _decode(raw_name, where)
         if flags & 1:
-            raise CheckpointError(f"{where}: {as_text(name)} is encrypted; torch cannot have written it.")
+            raise CheckpointDamaged(f"{where}: {as_text(name)} is encrypted; torch cannot have written it.")
         if method == 0 and packed != size:
             raise CheckpointDamaged(f"{where}: {as_text(name)} has {packed} bytes and claims {size}.")
         entries.append((offset, name, packed, crc, method == 0))
     return _locate(file, entries, start, where)
 
 
-def _wide(extra: bytes, narrow: tuple[int, int, int], where: str) -> list[int]:
+def _wide(extra: bytes, narrow: tuple[int, int, int]) -> list[int]:
     """Replace the 32-bit fields that say "see the 64-bit ones" by these (APPNOTE 4.5.3)."""
     values = list(narrow)
     if 0xFFFFFFFF not in values:
@@ -191,7 +171,7 @@ def _locate(
     for offset, name, size, crc, stored in sorted(entries, reverse=True):
         shown = as_text(name)
         if not name.startswith(folder):
-            raise CheckpointError(f"{where}: holds {as_text(folder)} and {shown}; a torch file is one folder.")
+            raise CheckpointDamaged(f"{where}: holds {as_text(folder)} and {shown}; a torch file is one folder.")
         short = name[len(folder) :]
         if short in records:
             raise CheckpointDamaged(f"{where}: two records are called {shown}.")
@@ -209,9 +189,8 @@ def _locate(
     return dict(reversed(records.items()))
 
 
-def _hint(head: bytes) -> str:
+def _no_zip(head: bytes, where: str) -> CheckpointError:
+    found = f"{where}: no torch zip file: it begins with {as_text(head)}, a zip with b'PK'."
     if head[:1] == b"\x80":
-        return " It may be a file of torch before 1.6: load it with torch and save it again."
-    if head[:1] == b"{":
-        return " It looks like JSON."
-    return ""
+        return CheckpointError(f"{found} It may be a file of torch before 1.6: load it with torch and save it again.")
+    return CheckpointDamaged(found)

@@ -1,0 +1,311 @@
+"""A disk in memory that forgets what was not fsynced, and a Storage on it that can be watched call by call.
+
+Every file and folder is an inode. What happens to names is a list of operations, each one a few assignments
+(folder, name) := inode that take effect together; fsync of a folder makes its assignments durable, and an operation
+that touches two folders is durable when both were fsynced. After a power loss any subset of the operations that are
+not durable is gone. A file that was not fsynced is empty, a prefix, garbage or whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import os
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from core.storage import Storage
+
+ROOT = Path("m")
+"""The model's folder; inode 0."""
+
+Slot = tuple[int, str]
+Operation = tuple[tuple[tuple[Slot, int | None], ...], frozenset[int]]
+"""Its assignments, and the folders among them that were not fsynced since."""
+
+
+class Disk:
+    """The names and contents of everything: what is durable, and the operations and writes that are not yet."""
+
+    def __init__(self) -> None:
+        self.folders: dict[int, dict[str, int]] = {0: {}}
+        self.files: dict[int, tuple[bytes, bytes | None]] = {}
+        self.operations: list[Operation] = []
+        self.seen: dict[int, dict[str, int]] = {0: {}}
+        self.last = 0
+
+    def copy(self) -> Disk:
+        """Copy it; the dicts of names are replaced on change, never changed."""
+        new = Disk.__new__(Disk)
+        new.folders, new.files, new.seen = dict(self.folders), dict(self.files), dict(self.seen)
+        new.operations, new.last = list(self.operations), self.last
+        return new
+
+    def find(self, path: Path) -> int | None:
+        """The inode a running program finds under a path."""
+        inode: int | None = 0
+        for part in path.parts[1:]:
+            if inode is None or inode not in self.seen:
+                return None
+            inode = self.seen[inode].get(part)
+        return inode
+
+    def text(self, path: Path) -> bytes | None:
+        """The content a running program finds under a path."""
+        inode = self.find(path)
+        return self.files[inode][0] if inode in self.files else None
+
+    def assign(self, *changes: tuple[Slot, int | None]) -> None:
+        """Change names together: one operation, not durable."""
+        self.operations.append((changes, frozenset(slot[0] for slot, _ in changes)))
+        for slot, inode in changes:
+            self.seen[slot[0]] = _assigned(self.seen[slot[0]], slot[1], inode)
+
+    def sync(self, inode: int) -> None:
+        """Make the content of a file durable, or the names in a folder."""
+        if inode in self.files:
+            self.files[inode] = (self.files[inode][0],) * 2
+            return
+        left: list[Operation] = []
+        blocked: set[Slot] = set()
+        for changes, unsynced in self.operations:
+            unsynced = unsynced - {inode}
+            slots = {slot for slot, _ in changes}
+            if unsynced or slots & blocked:
+                left.append((changes, unsynced))
+                blocked |= slots
+            else:
+                for slot, target in changes:
+                    self.folders[slot[0]] = _assigned(self.folders[slot[0]], slot[1], target)
+        self.operations = left
+
+    def sync_all(self) -> Disk:
+        """Make everything durable, and return it."""
+        for inode in [*self.files, *self.seen]:
+            self.sync(inode)
+        return self.tidy()
+
+    def tidy(self) -> Disk:
+        """Forget folders, files and operations that no name can ever lead to again."""
+        reach, todo = {0}, [0]
+        while todo:
+            folder = todo.pop()
+            found = set(self.folders[folder].values())
+            found |= {inode for changes, _ in self.operations for (f, _), inode in changes if f == folder and inode}
+            todo += [inode for inode in found - reach if inode in self.folders]
+            reach |= found
+        kept = []
+        for changes, unsynced in self.operations:
+            changes = tuple(change for change in changes if change[0][0] in reach)
+            if changes:
+                kept.append((changes, unsynced & reach))
+        self.operations = kept
+        self.folders = {i: names for i, names in self.folders.items() if i in reach}
+        self.seen = {i: names for i, names in self.seen.items() if i in reach}
+        self.files = {i: content for i, content in self.files.items() if i in reach}
+        return self
+
+    def key(self) -> int:
+        """A hash that is equal for disks that no program and no crash can tell apart."""
+        number: dict[int, int] = {0: 0}
+        parts: list[Any] = []
+        todo = [0]
+
+        def name(inode: int | None) -> int:
+            if inode is None:
+                return -1
+            if inode not in number:
+                number[inode] = len(number)
+                todo.append(inode)
+            return number[inode]
+
+        def visit() -> None:
+            while todo:
+                inode = todo.pop()
+                if inode in self.files:
+                    parts.append(self.files[inode])
+                else:
+                    parts.append(tuple((n, name(i)) for n, i in sorted(self.folders[inode].items())))
+
+        visit()
+        for changes, unsynced in self.operations:
+            parts.append(tuple((name(slot[0]), slot[1], name(inode)) for slot, inode in changes))
+            parts.append(tuple(sorted(name(folder) for folder in unsynced)))
+            visit()
+        return hash(tuple(parts))
+
+    def power_loss(self, limit: int) -> Iterator[Disk]:
+        """Every disk that a power loss now can leave; of more than `limit` subsets of operations, a sample."""
+        optional = [i for i, (_, unsynced) in enumerate(self.operations) if unsynced]
+        for lost in _subsets(optional, limit):
+            folders = dict(self.folders)
+            for i, (changes, _) in enumerate(self.operations):
+                if i not in lost:
+                    for (folder, label), inode in changes:
+                        folders[folder] = _assigned(folders[folder], label, inode)
+            reach: list[int] = [0]
+            for inode in reach:  # grows while it is read
+                if inode in folders:
+                    reach += [i for i in folders[inode].values() if i not in reach]
+            files = [i for i in reach if i in self.files]
+            for contents in itertools.product(*(_torn(*self.files[i]) for i in files)):
+                disk = Disk.__new__(Disk)
+                disk.folders = {i: folders[i] for i in reach if i in folders}
+                disk.seen = dict(disk.folders)
+                disk.files = {i: (content, content) for i, content in zip(files, contents, strict=True)}
+                disk.operations, disk.last = [], self.last
+                yield disk
+
+    def tree(self, folder: int = 0, indent: str = "  ") -> str:
+        """List what a running program finds, for messages."""
+        lines = []
+        for name, inode in sorted(self.seen[folder].items()):
+            lines.append(f"{indent}{name}{'/' if inode in self.seen else f': {self.files[inode][0][:60]!r}'}")
+            if inode in self.seen:
+                lines.append(self.tree(inode, indent + "  "))
+        return "\n".join(line for line in lines if line)
+
+
+def _assigned(names: dict[str, int], name: str, inode: int | None) -> dict[str, int]:
+    names = {n: i for n, i in names.items() if n != name}
+    return names if inode is None else {**names, name: inode}
+
+
+def _torn(content: bytes, durable: bytes | None) -> list[bytes]:
+    if content == durable:
+        return [content]
+    garbage = bytes(byte ^ 0x55 for byte in content)
+    return list(dict.fromkeys([durable or b"", content[: len(content) // 2], garbage, content]))
+
+
+def _subsets(items: list[int], limit: int) -> Iterator[frozenset[int]]:
+    if 2 ** len(items) <= limit:
+        for size in range(len(items) + 1):
+            yield from map(frozenset, itertools.combinations(items, size))
+        return
+    whole = frozenset(items)
+    sample = {frozenset(), whole, *(frozenset([i]) for i in items), *(whole - {i} for i in items)}
+    sample |= {frozenset(items[:i]) for i in range(len(items))}
+    choose = random.Random(len(items))
+    while len(sample) < limit:
+        sample.add(frozenset(i for i in items if choose.random() < 0.5))
+    yield from sample
+
+
+class MemoryStorage(Storage):
+    """The real Storage, its system calls answered by a Disk; `watch` is called before each of them."""
+
+    def __init__(self, disk: Disk, links: bool = True, watch: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.folder_fsync = True
+        self.disk = disk
+        self.can_link = links
+        self.watch = watch
+        self._open: dict[int, int] = {}
+        self._answers: dict[Callable[..., Any], Callable[..., Any]] = {
+            os.mkdir: self._mkdir,
+            os.open: self._create,
+            os.write: self._append,
+            os.fsync: self._fsync,
+            os.replace: self._replace,
+            os.link: self._link,
+            os.unlink: self._unlink,
+            os.rmdir: self._rmdir,
+        }
+
+    def change(self, call: Callable[..., Any], *args: Any) -> Any:
+        self.watch()
+        return self._answers[call](*args)
+
+    def _slot(self, path: Path) -> Slot:
+        folder = self.disk.find(path.parent)
+        if folder is None or folder not in self.disk.seen:
+            raise FileNotFoundError(errno.ENOENT, "no such folder", str(path))
+        return folder, path.name
+
+    def _existing(self, path: Path) -> int:
+        inode = self.disk.find(path)
+        if inode is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+        return inode
+
+    def _new(self, path: Path) -> int:
+        if self.disk.find(path) is not None:
+            raise FileExistsError(errno.EEXIST, "exists", str(path))
+        self.disk.last += 1
+        return self.disk.last
+
+    def _mkdir(self, path: Path) -> None:
+        inode = self._new(path)
+        self.disk.folders[inode] = self.disk.seen[inode] = {}
+        self.disk.assign((self._slot(path), inode))
+
+    def _create(self, path: Path, flags: int, mode: int) -> int:
+        inode = self._new(path)
+        self.disk.files[inode] = (b"", None)
+        self.disk.assign((self._slot(path), inode))
+        fd = os.open(os.devnull, os.O_WRONLY)  # a number that Output may close
+        self._open[fd] = inode
+        return fd
+
+    def _append(self, fd: int, data: memoryview) -> int:
+        content, durable = self.disk.files[self._open[fd]]
+        self.disk.files[self._open[fd]] = (content + bytes(data), durable)
+        return len(data)
+
+    def _fsync(self, target: int | Path) -> None:
+        self.disk.sync(self._open[target] if isinstance(target, int) else self._existing(target))
+
+    def _replace(self, source: Path, target: Path) -> None:
+        inode, over = self._existing(source), self.disk.find(target)
+        if over in self.disk.seen and (inode not in self.disk.seen or self.disk.seen[over]):
+            raise OSError(errno.ENOTEMPTY, "a folder is there", str(target))
+        if over is not None and over in self.disk.files and inode in self.disk.seen:
+            raise NotADirectoryError(errno.ENOTDIR, "a file is there", str(target))
+        self.disk.assign((self._slot(source), None), (self._slot(target), inode))
+
+    def _link(self, source: Path, target: Path) -> None:
+        if not self.can_link:
+            raise OSError(errno.EPERM, "no links here", str(target))
+        if self.disk.find(target) is not None:
+            raise FileExistsError(errno.EEXIST, "exists", str(target))
+        self.disk.assign((self._slot(target), self._existing(source)))
+
+    def _unlink(self, path: Path) -> None:
+        if self._existing(path) in self.disk.seen:
+            raise IsADirectoryError(errno.EISDIR, "a folder", str(path))
+        self.disk.assign((self._slot(path), None))
+
+    def _rmdir(self, path: Path) -> None:
+        if self.disk.seen[self._existing(path)]:
+            raise OSError(errno.ENOTEMPTY, "not empty", str(path))
+        self.disk.assign((self._slot(path), None))
+
+    def sync_folder(self, path: Path) -> None:
+        self.change(os.fsync, path)
+
+    def read(self, path: Path) -> bytes:
+        content = self.disk.text(path)
+        if content is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+        return content
+
+    def open(self, path: Path) -> BinaryIO:
+        return io.BytesIO(self.read(path))
+
+    def names(self, path: Path) -> list[str]:
+        return sorted(self.disk.seen.get(self.disk.find(path), {}))
+
+    def exists(self, path: Path) -> bool:
+        return self.disk.find(path) is not None
+
+    def is_folder(self, path: Path) -> bool:
+        return self.disk.find(path) in self.disk.seen
+
+    def crc32(self, file: BinaryIO) -> int:
+        file.seek(0)
+        return zlib.crc32(file.read())

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+CHANGES = (
+    "mkdir,mkdirat,open,openat,creat,write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2,link,linkat,"
+    "unlink,unlinkat,rmdir,ftruncate,truncate,fallocate,symlink,symlinkat,copy_file_range"
+)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*command) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.slow
+def test_a_save_killed_before_any_storage_call_leaves_the_old_or_the_new_step_whole(tmp_path, capsys):
+    done = run(sys.executable, "-W", "ignore", "-m", "tests.faults.kill_points", tmp_path)
+    counts = json.loads(done.stdout)
+    with capsys.disabled():
+        print(f"\nkill points: {sum(c['kill_points'] for c in counts.values())}, none lost a commit: {counts}")
+    assert all(c["found_old"] > 0 and c["found_new"] > 0 for c in counts.values())
+    assert sum(c["kill_points"] for c in counts.values()) > 100
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed, so its count cannot be compared")
+def test_the_storage_calls_we_count_are_those_that_the_kernel_sees(tmp_path):
+    log = tmp_path / "strace.log"
+    script = (sys.executable, "-W", "ignore", "-m", "tests.faults.kill_points", tmp_path / "run", "--traced")
+    (tmp_path / "run").mkdir()
+    done = run("strace", "-f", "-y", "-e", f"trace={CHANGES}", "-o", log, *script)
+    seen, name, lines = {}, None, log.read_text().splitlines()
+    for line in lines:
+        if mark := re.search(r'mkdir\(".*/(begin|end)(\d+)"', line):
+            name = mark[2] if mark[1] == "begin" else None
+        elif name is not None and f"/traced{name}/" in line and _changes_something(line):
+            seen[name] = seen.get(name, 0) + 1
+    assert list(seen.values()) == list(json.loads(done.stdout).values())
+
+
+def _changes_something(line: str) -> bool:
+    only_reads = re.search(r"open(at)?\(", line) and "O_CREAT" not in line
+    return not only_reads and " = -1 E" not in line
