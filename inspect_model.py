@@ -9,7 +9,6 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +59,8 @@ def checkpoint_facts(path: Path, step: int | None) -> Facts:
     Raises: CheckpointNotFound when nothing is there, CheckpointError when it is nothing that can be read.
     """
     if path.is_file():
+        if step is not None:
+            raise CheckpointError(f"{path}: a single file has no steps to choose from with --step.")
         return file_facts(path)
     if not path.exists():
         raise CheckpointNotFound(f"{path}: nothing here. Give a model folder, a step folder in it, or a .pt file.")
@@ -248,6 +249,8 @@ def _loss(loss: Any) -> str:
 
 
 def _age(saved_at: Any) -> str:
+    from datetime import datetime  # a millisecond that only a history pays
+
     try:
         seconds = datetime.now().astimezone().timestamp() - datetime.fromisoformat(saved_at).timestamp()
     except (TypeError, ValueError):

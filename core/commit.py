@@ -182,7 +182,8 @@ class ModelFolder:
     def recover(self) -> None:
         """Finish a commit that was interrupted, then delete what saves that never committed left behind."""
         if self.storage.exists(self.committed):
-            if self.storage.exists(self.committed / STATE):
+            self.storage.sync_folder(self.path)  # a kill came before commit did: a power loss could still undo it
+            if self.storage.names(self.committed):
                 self._preserve_top()
                 self._roll_forward()
             self._close_commit()
@@ -213,8 +214,7 @@ class ModelFolder:
         self._close_commit()
 
     def _preserve_top(self) -> None:
-        state = unseal(self.storage.read(self.committed / STATE), f"{self.committed / STATE}")
-        present = set(self.storage.names(self.committed))
+        state, present = self._committed_state(), set(self.storage.names(self.committed))
         if not present.issuperset(file_names(state)):
             return  # the roll forward has begun, and it begins only after the old top is durable in its new place
         parent, names = state.get("parent"), self._top_names()
@@ -269,8 +269,12 @@ class ModelFolder:
         listed = {*file_names(self._top_state() or {}), *STANDARD}
         return [name for name in self.storage.names(self.path) if name in listed]
 
+    def _committed_state(self) -> dict[str, Any]:
+        # After a power loss the training state may be at the top already, and other files not yet.
+        return unseal(self.read(STATE), f"{self.path / STATE}")
+
     def _roll_forward(self) -> None:
-        state = unseal(self.storage.read(self.committed / STATE), f"{self.committed / STATE}")
+        state = self._committed_state()
         names = file_names(state)
         if state.get("parent") is not None:
             for name in self._top_names():

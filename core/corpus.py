@@ -69,7 +69,7 @@ def open_corpus(
     if source.kind == "dataset":
         return _open_tokens(source, open_dataset(source.path), tokenization, bpe_path, val_fraction)
     tokenizer = choose_tokenizer(source, tokenization, bpe_path, progress)
-    if sum(path.stat().st_size for path in source.files) > STREAM_ABOVE:
+    if source.size > STREAM_ABOVE:
         key = hashlib.sha256(f"{source.digest} {val_fraction!r} {unknown}".encode()).hexdigest()
         folder = cache / f"{source.path.stem}-{key[:12]}-{tokenizer.fingerprint[:12]}"
         if not (folder / MANIFEST).exists():
@@ -113,9 +113,9 @@ def choose_tokenizer(
 ) -> Tokenizer:
     """Make the tokenizer of a text: the one given, or by name; `char` reads the whole text for its characters."""
     if tokenization is None or tokenization == "char":
-        with byte_bar("characters", sum(path.stat().st_size for path in source.files), progress) as bar:
+        with byte_bar("characters", source.size, progress) as bar:
             whole, _ = split(source.files, 0.0)
-            return make_char(pieces(whole, bar.update))
+            return make_char(pieces(whole, bar.update), str(source.path))
     if isinstance(tokenization, str):
         return _named(tokenization, bpe_file)
     return tokenization

@@ -79,7 +79,7 @@ def load_optimizer_state(
         labels, found = here_names, dict(zip(there_names, there_ids, strict=True))
         _refuse(
             [f"{name} is missing" for name in labels if name not in found]
-            + [f"{name} is too many" for name in found if name not in set(labels)]
+            + [f"{name} is not in this model" for name in found if name not in set(labels)]
         )
     entries = [state["state"].get(found[label], {}) for label in labels]
     adam = isinstance(optimizer, torch.optim.Adam)

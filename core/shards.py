@@ -33,6 +33,8 @@ HEADER_INTS = 256
 LAYOUTS: dict[tuple[int, int], np.dtype] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 """Magic number and version of a header, and the tokens behind it."""
 
+VERSIONS = dict(LAYOUTS.keys())
+
 MANIFEST = "dataset.json"
 VERSION = 1
 SPLITS = ("train", "val")
@@ -58,8 +60,8 @@ def read_shard(path: Path) -> np.ndarray:
         size = path.stat().st_size
         magic, version, count = (*np.fromfile(path, dtype="<i4", count=3).tolist(), 0, 0, 0)[:3]
         dtype = LAYOUTS.get((magic, version))
-        if dtype is None and magic in dict(LAYOUTS):
-            raise InputError(f"{path}: shard version {version}, expected {dict(LAYOUTS)[magic]}. Prepare it again.")
+        if dtype is None and magic in VERSIONS:
+            raise InputError(f"{path}: shard version {version}, expected {VERSIONS[magic]}. Prepare it again.")
         header = 0 if dtype is None else 4 * HEADER_INTS
         if dtype is None:
             dtype, count = np.dtype("<u2"), size // 2
@@ -122,10 +124,9 @@ def write_dataset(
                 return
             entries = {}
             for split, tokens in splits.items():
-                writer = _Writer(staging, split, dtype, shard_tokens)
-                for piece in tokens:
-                    writer.append(piece)
-                writer.close()
+                with _Writer(staging, split, dtype, shard_tokens) as writer:
+                    for piece in tokens:
+                        writer.append(piece)
                 entries[split] = writer.entries
             manifest = {"format_version": VERSION, **about, **entries}
             with (staging / MANIFEST).open("w", encoding="utf-8") as file:
@@ -201,21 +202,32 @@ class _Writer:
             self.entries[-1]["tokens"] += len(part)
             tokens = tokens[len(part) :]
             if self.entries[-1]["tokens"] == self._shard_tokens:
-                self.close()
+                self.finish()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Put the header in front of the last shard and make it durable."""
         if self._file is None:
             return
-        with self._file as file:
-            magic, version = next(kind for kind, dtype in LAYOUTS.items() if dtype == self._dtype)
-            header = np.zeros(HEADER_INTS, dtype="<i4")
-            header[:3] = magic, version, self.entries[-1]["tokens"]
-            file.seek(0)
-            file.write(header.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        magic, version = next(kind for kind, dtype in LAYOUTS.items() if dtype == self._dtype)
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = magic, version, self.entries[-1]["tokens"]
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
         self._file = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            if self._file is not None:
+                self._file.close()
 
 
 def _sync(path: Path) -> None:

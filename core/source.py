@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,11 +54,16 @@ class Source:
             raise InputError(f"{self.path}: no text here. Expected files that end in {', '.join(SUFFIXES)}.")
         return visible
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return int(self._facts["bytes"])
+
     def line(self) -> str:
         """Say in one line which text is used, why, and how to use one's own."""
         size = f"{len(self.files):,} files, " if self.kind == "folder" else ""
         what = "tokens" if self.kind == "dataset" else "text"
-        return f"{what}: {self.path} ({size}{self._facts['bytes']:,} bytes), {self.why}"
+        return f"{what}: {self.path} ({size}{self.size:,} bytes), {self.why}"
 
     def record(self) -> dict[str, Any]:
         """What training_state.json keeps of the source: kind, path, bytes, mtime_ns and the SHA-256 of the contents."""
@@ -68,7 +74,7 @@ class Source:
         if not recorded or recorded.get("digest") in (None, self.digest):
             return None
         return (
-            f"{self.path}: not the text this checkpoint was trained on ({self._facts['bytes']:,} bytes, SHA-256 "
+            f"{self.path}: not the text this checkpoint was trained on ({self.size:,} bytes, SHA-256 "
             f"{self.digest[:12]}; recorded {recorded.get('path')}, {recorded.get('bytes')} bytes, "
             f"{str(recorded['digest'])[:12]}); training goes on with the new one."
         )
@@ -80,7 +86,7 @@ class Source:
             return str(self.recorded["digest"])
         manifest = self.path / MANIFEST
         digest = hashlib.sha256()
-        with byte_bar("reading", self._facts["bytes"]) as bar:
+        with byte_bar("reading", self.size) as bar:
             for path in [manifest] if self.kind == "dataset" and manifest.exists() else self.files:
                 try:
                     with path.open("rb") as file:
@@ -184,7 +190,8 @@ def _write_default(path: Path) -> None:
             os.fsync(file.fileno())
         staged.replace(path)
     except OSError as error:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink()
         raise SaveFailed(
             f"{path}: {error.strerror}, so the default text has no place. Pass --input_file FILE."
         ) from error

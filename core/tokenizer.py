@@ -237,7 +237,7 @@ class HfTokenizer:
         return WindowStream(self.decode)
 
 
-def make_char(texts: Iterable[str]) -> CharTokenizer:
+def make_char(texts: Iterable[str], where: str = "text") -> CharTokenizer:
     """Make a char tokenizer of every character that occurs in the pieces of a text, in code point order.
 
     Raises: InputError when there is no character at all.
@@ -246,7 +246,7 @@ def make_char(texts: Iterable[str]) -> CharTokenizer:
     for text in texts:
         seen[_code_points(text)] = True
     if not seen.any():
-        raise InputError("the text is empty, expected at least one character. Name another with --input_file.")
+        raise InputError(f"{where}: empty, expected at least one character. Name another with --input_file.")
     return CharTokenizer([chr(code) for code in np.flatnonzero(seen)])
 
 

@@ -89,12 +89,14 @@ def fit(
     ):
         while model.step < max_iters:
             run.update()
-            last = model.step == max_iters
-            if model.step % LOG_INTERVAL == 0 or last or stop.requested:
+            ends = model.step == max_iters or stop.requested
+            evaluates = model.step % eval_interval == 0 or model.step == max_iters
+            saves = model.step % save_interval == 0 or ends
+            if model.step % LOG_INTERVAL == 0 or evaluates or saves:
                 run.look()
-            if (model.step % eval_interval == 0 or last) and not stop.requested:
+            if evaluates:
                 run.evaluate(stop)
-            if model.step % save_interval == 0 or last or stop.requested:
+            if saves or stop.requested:
                 run.save()
             if stop.requested:
                 break
@@ -144,6 +146,7 @@ class _Run:
         self._tokens, self._seconds = facts.get("tokens_seen", 0), facts.get("elapsed_seconds", 0.0)
         if self.metrics:
             self.metrics.cut(self.model.step)
+        self._look_from_here()
         self._bar = tqdm(
             initial=self.model.step,
             total=max_iters,
@@ -195,14 +198,13 @@ class _Run:
             if self.metrics:
                 self.metrics.add(step=step, loss=loss, learning_rate=rate, grad_norm=norm)
         if self._unseen:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {self._speed():,.0f} tokens/s")
+            tokens, seconds = self._tokens - self._looked[0], time.perf_counter() - self._looked[1]
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
         self._unseen.clear()
+        self._look_from_here()
 
-    def _speed(self) -> float:
-        rate = self._bar.format_dict["rate"] or (self._bar.n - self._bar.initial) / max(
-            self._bar.format_dict["elapsed"], 1e-9
-        )
-        return rate * self.loader.batch_size * self.loader.block_size * self.accumulation
+    def _look_from_here(self) -> None:
+        self._looked = self._tokens, time.perf_counter()
 
     def _diverged(self, step: int, what: str) -> None:
         kept = "No step was saved."
@@ -237,6 +239,7 @@ class _Run:
             file=sys.stderr,
         )
         seen.clear()
+        self._look_from_here()
 
     def save(self) -> None:
         """Commit this step, its log lines first."""
@@ -258,6 +261,7 @@ class _Run:
         }
         metrics = {"val_loss": self.val_loss} if self._evaluated_step == self.model.step else None
         self.manager.save(self.model, self.optimizer, step=self.model.step, metrics=metrics)
+        self._look_from_here()
 
 
 def _seed_dropout(seed: int, device: torch.device) -> None:

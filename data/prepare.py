@@ -24,16 +24,7 @@ def main(argv: list[str]) -> int:
     folder = Path(args.output_dir).absolute() if args.output_dir in ("", ".", "..") else Path(args.output_dir)
     source = find_source(args.input, None, None, "")
     tokenizer = choose_tokenizer(source, args.tokenization, Path(args.bpe_file) if args.bpe_file else None)
-    wanted = {"tokenizer": tokenizer.state(), "val_fraction": args.val_fraction, "unknown": args.unknown}
-    if (folder / MANIFEST).exists():
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        same = all(found.get(name) == value for name, value in wanted.items())
-        if not same or found["source"]["digest"] != source.digest:
-            raise InputError(
-                f"{folder}: holds another dataset (of {found['source']['path']}, {describe(found['tokenizer'])}, "
-                f"val_fraction {found['val_fraction']}). Name a new folder; nothing was changed."
-            )
-    else:
+    if not (folder / MANIFEST).exists():
         prepare(
             source,
             tokenizer,
@@ -43,6 +34,12 @@ def main(argv: list[str]) -> int:
             shard_tokens=args.shard_tokens,
         )
     made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    wanted = {"tokenizer": tokenizer.state(), "val_fraction": args.val_fraction, "unknown": args.unknown}
+    if made["source"]["digest"] != source.digest or any(made.get(name) != value for name, value in wanted.items()):
+        raise InputError(
+            f"{folder}: holds another dataset (of {made['source']['path']}, {describe(made['tokenizer'])}, "
+            f"val_fraction {made['val_fraction']}). Name a new folder; nothing was changed."
+        )
     train, val = (sum(entry["tokens"] for entry in made[split]) for split in SPLITS)
     print(f"{folder}: {train:,} tokens to train on, {val:,} to validate with, {describe(tokenizer.state())}")
     print(f"next: python train.py --dataset_dir {folder}")

@@ -42,9 +42,7 @@ def trained(**fields) -> tuple[GPT, torch.optim.AdamW]:
 
 
 def moments(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()
-    }
+    return {f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
 
 
 def assert_equal_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -202,7 +200,7 @@ def test_other_optimizers_are_restored_too():
 def test_missing_and_surplus_names_are_listed_up_to_ten():
     model, optimizer = trained()
     other = make(n_layer=1)
-    with pytest.raises(CheckpointMismatch, match="blocks.1.sa.qkv.weight is too many"):
+    with pytest.raises(CheckpointMismatch, match=r"blocks\.1\.sa\.qkv\.weight is not in this model"):
         other.configure_optimizer(1e-2, optimizer_state=export_optimizer_state(optimizer, model))
     larger = make(n_layer=5)
     with pytest.raises(CheckpointMismatch) as raised:
@@ -225,7 +223,10 @@ def _only(optimizer: torch.optim.Optimizer, model: GPT, name: str) -> dict:
         pairs = [pair for pair in zip(g["params"], g["param_names"], strict=True) if "blocks.1." not in pair[1]]
         g["params"], g["param_names"] = ([pair[i] for pair in pairs] for i in (0, 1))
     kept = {i for g in state["param_groups"] for i, n in zip(g["params"], g["param_names"], strict=True) if n == name}
-    return {"state": {i: entry for i, entry in state["state"].items() if i in kept}, "param_groups": state["param_groups"]}
+    return {
+        "state": {i: entry for i, entry in state["state"].items() if i in kept},
+        "param_groups": state["param_groups"],
+    }
 
 
 def test_a_wrong_state_changes_nothing():
@@ -235,7 +236,9 @@ def test_a_wrong_state_changes_nothing():
     before = {name: t.clone() for name, t in moments(again, model).items()}
     broken = copy.deepcopy(state)
     broken["state"][0]["exp_avg_sq"] = torch.zeros(3)
-    with pytest.raises(CheckpointMismatch, match=r"token_embedding_table\.weight: exp_avg_sq is \[3\], expected \[11, 16\]"):
+    with pytest.raises(
+        CheckpointMismatch, match=r"token_embedding_table\.weight: exp_avg_sq is \[3\], expected \[11, 16\]"
+    ):
         load_optimizer_state(again, broken)
     assert_equal_bits(moments(again, model), before)
 
@@ -252,7 +255,7 @@ def test_a_state_of_another_count_without_names_is_refused():
     model, optimizer = trained()
     state = optimizer.state_dict()
     state["param_groups"] = [{"params": [0, 1]}, {"params": [2]}]
-    with pytest.raises(CheckpointMismatch, match="found 3 parameters without names, expected 16"):
+    with pytest.raises(CheckpointMismatch, match="found 3 parameters without names, expected 26"):
         model.configure_optimizer(1e-2, optimizer_state=state)
 
 
@@ -284,7 +287,10 @@ def test_cosine_ends_at_a_tenth_and_stays_there():
 
 
 @given(
-    warmup=st.integers(0, 50), length=st.integers(1, 100), step=st.integers(0, 300), kind=st.sampled_from(["constant", "cosine"])
+    warmup=st.integers(0, 50),
+    length=st.integers(1, 100),
+    step=st.integers(0, 300),
+    kind=st.sampled_from(["constant", "cosine"]),
 )
 def test_rate_is_never_above_the_peak_nor_zero(warmup, length, step, kind):
     schedule = Schedule(kind, 3e-4, warmup, warmup + length)

@@ -181,7 +181,7 @@ def test_gpt2_known_ids(bpe_file):
 
 
 def test_gpt2_padding_rows_are_not_ids(bpe_file):
-    with pytest.raises(InputError, match="token id 50,?257"):
+    with pytest.raises(InputError, match="token id 50257"):
         Gpt2Tokenizer(bpe_file).decode([50257])
 
 
@@ -258,7 +258,7 @@ def test_gpt2_damaged_cache_is_passed_over(nowhere, bpe_file):
     cached = nowhere / "cache" / hashlib.sha1(ranks.URL.encode()).hexdigest()
     cached.parent.mkdir()
     cached.write_bytes(bpe_file.read_bytes()[:1000])
-    with pytest.raises(InputError, match="none of|not in any"):
+    with pytest.raises(InputError, match="not in any of the three places"):
         ranks.find_ranks()
     cached.write_bytes(bpe_file.read_bytes())
     assert len(ranks.find_ranks()) == 50256
@@ -278,7 +278,7 @@ def test_gpt2_file_beside_the_program_is_found_and_the_named_one_wins(nowhere, b
     ranks.BESIDE.parent.mkdir()
     ranks.BESIDE.write_bytes(bpe_file.read_bytes())
     assert len(ranks.find_ranks()) == 50256
-    with pytest.raises(InputError, match="missing.tiktoken: No such file"):
+    with pytest.raises(InputError, match=r"missing\.tiktoken: No such file"):
         ranks.find_ranks(nowhere / "missing.tiktoken")
 
 
