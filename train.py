@@ -52,7 +52,7 @@ RUN_DEFAULTS = {
     "seed": 1337,
 }
 
-ARCHITECTURE = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "dropout", "device")
+CONFIG_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "dropout", "device")
 """Flags that are fields of config.json."""
 
 EPILOG = """examples:
@@ -110,23 +110,24 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
     say(source.line())
     if changed := source.changed(state.get("data")):
         say(f"WARNING: {changed}")
-    recorded = bundle.tokenizer if bundle else None
-    if recorded is not None and "tokenization" not in flags:
+    tokenization = flags.get("tokenization")
+    if tokenization is None and (recorded := manager.tokenizer_state()) is not None:
         tokenization = tokenizer_from_state(recorded, flags.get("bpe_file"))
-    else:
-        tokenization = flags.get("tokenization", "char")
     corpus = open_corpus(source, tokenization, bpe_file=flags.get("bpe_file"), unknown=flags.get("unknown", "error"))
+    for note in corpus.notes:
+        say(note)
     schedule = make_schedule(settings, Schedule)
     model, optimizer, start = manager.initialize_for_training(
-        {name: flags[name] for name in ARCHITECTURE if name in flags} | {"device": wish},
+        {name: flags[name] for name in CONFIG_FLAGS if name in flags},
         corpus.tokenizer,
         None,
         schedule.learning_rate,
         args.init_from_model,
-        preset={**preset, "device": "auto"},
+        preset=preset,
         weight_decay=settings["weight_decay"],
+        seed=settings["seed"],
     )
-    config = model.config
+    config, device = model.config, next(model.parameters()).device
     loader = DataLoader(
         corpus.train, corpus.val, block_size=config.block_size, batch_size=config.batch_size, seed=settings["seed"]
     )
@@ -200,11 +201,17 @@ def say_what_runs(
 
 def finish(manager: CheckpointManager, model: GPT, corpus: Corpus, val_loss: float | None) -> None:
     """Show what was learned, and what to do with it."""
+    from core.errors import CheckpointError
+
     uniform = math.log(corpus.tokenizer.vocab_size)
     if val_loss is not None:
         say(f"done: step {model.step}, validation loss {val_loss:.4f} (a uniform guess has {uniform:.2f})")
-    say("a sample:")
-    print(model.generate("\n", max_new_tokens=200, temperature=0.8, top_k=200, seed=1), flush=True)
+    try:
+        sample = model.generate("\n", max_new_tokens=200, temperature=0.8, top_k=200, seed=1)
+        say("a sample:")
+        print(sample.strip("\n"), flush=True)
+    except CheckpointError as error:  # a dataset of GPT-2 tokens trains without the ranks that turn them into text
+        say(f"no sample: {error}")
     where = (
         ""
         if manager.checkpoint_dir.parent == Path("checkpoints")

@@ -337,6 +337,13 @@ class CheckpointManager:
         }
         return {**state, "extra": dict(extra)} if extra else state
 
+    def tokenizer_state(self) -> dict[str, Any] | None:
+        """The tokenizer.json of the newest step, or one that waits beside a config.json alone; None without one."""
+        try:
+            return parse_json(self._folder.read(TOKENIZER), str(self.checkpoint_dir / TOKENIZER))
+        except FileNotFoundError:
+            return None
+
     def saved_step(self) -> int | None:
         """The newest committed step; None where nothing is saved."""
         return self._top_state().get("step")

@@ -21,9 +21,12 @@ MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with the flags every script has; an unknown flag names the nearest known one."""
+    """An argument parser with the flags every script has; an unknown flag names the nearest known one.
 
-    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
+    A script that works on no model takes `model=False`.
+    """
+
+    def __init__(self, prog: str, description: str, epilog: str = "", model: bool = True) -> None:
         super().__init__(
             prog=prog,
             description=description,
@@ -31,17 +34,13 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.shared = self.add_argument_group("model")
-        self.shared.add_argument("--model_name", metavar="NAME", help="folder of the model below the checkpoint root")
-        self.shared.add_argument(
-            "--checkpoint_root",
-            metavar="DIR",
-            default="checkpoints",
-            help="folder of all models (default: checkpoints)",
-        )
-        self.shared.add_argument(
-            "--config_file", metavar="FILE.json", help="flags by name from a JSON file; the command line wins"
-        )
+        shared = self.add_argument_group("model") if model else self
+        if model:
+            shared.add_argument("--model_name", metavar="NAME", help="folder of the model below the checkpoint root")
+            root = "folder of all models (default: checkpoints)"
+            shared.add_argument("--checkpoint_root", metavar="DIR", default="checkpoints", help=root)
+        settings = "flags by name from a JSON file; the command line wins"
+        shared.add_argument("--config_file", metavar="FILE.json", help=settings)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Parse flags; those of --config_file stand in front, so that the command line wins."""

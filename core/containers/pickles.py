@@ -59,6 +59,7 @@ class _Reader:
         self.persistent, self.resolve, self.reductions = persistent, resolve, reductions
         self.position = 0
         self.stack: list[Any] = []
+        self.push = self.stack.append
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.budget = 16 * len(data) + 4096  # elements that reductions may copy: shared arguments add up
@@ -105,7 +106,11 @@ class _Reader:
         return self.data[position]
 
     def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
+        start = self.position
+        self.position = end = start + size
+        if end > len(self.data):
+            raise Malformed(f"{size} bytes are asked for, {len(self.data) - start} are left")
+        return int.from_bytes(self.data[start:end], "little")
 
     def line(self) -> bytes:
         start = self.position
@@ -125,9 +130,6 @@ class _Reader:
         return line
 
     # the stack
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
 
     def pop(self) -> Any:
         return self.stack.pop()
@@ -161,7 +163,9 @@ class _Reader:
         value: Any = NotImplemented
         reduce = self.reductions.get(callable.path) if isinstance(callable, Global) else None
         if reduce:
-            self.budget -= sum(len(a) for a in args if isinstance(a, (str, bytes, list, tuple, dict)))
+            for arg in args:
+                if isinstance(arg, (str, bytes, list, tuple, dict)):
+                    self.budget -= len(arg)
             if self.budget < 0:
                 raise Malformed("its calls copy more than the file holds")
             try:
@@ -169,6 +173,14 @@ class _Reader:
             except TypeError as error:  # another number of arguments than this callable takes
                 raise Malformed(f"{as_text(callable)} with {len(args)} arguments") from error
         self.push(Call(callable, args) if value is NotImplemented else value)
+
+    def make_tuple(self) -> None:
+        start = self.marks.pop()
+        self.stack[start:] = [tuple(self.stack[start:])]
+
+    def reduce(self) -> None:
+        args = self.stack.pop()
+        self.call(self.stack.pop(), args)
 
     def build(self) -> None:
         state, target = self.pop(), self.stack[-1]
@@ -199,17 +211,8 @@ class _Reader:
         else:
             target.update(map(as_key, values))
 
-    def put_byte(self) -> None:
-        self.memo[self.byte()] = self.stack[-1]
-
-    def get_byte(self) -> None:
-        self.stack.append(self.memo[self.byte()])
-
     def put(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
-
-    def get(self, index: int) -> None:
-        self.stack.append(self.memo[index])
 
     def integer_line(self) -> int | bool:
         line = self.short_line()
@@ -309,7 +312,7 @@ _OPCODES: dict[int, _Operation] = {
         "\x96": lambda r: r.push(r.take(r.number(8))),  # BYTEARRAY8
         # collections
         ")": lambda r: r.push(()),
-        "t": lambda r: r.push(tuple(r.pop_mark())),
+        "t": _Reader.make_tuple,
         "\x85": lambda r: r.push(r.pop_many(1)),
         "\x86": lambda r: r.push(r.pop_many(2)),
         "\x87": lambda r: r.push(r.pop_many(3)),
@@ -326,18 +329,18 @@ _OPCODES: dict[int, _Operation] = {
         "\x91": lambda r: r.push(frozenset(map(as_key, r.pop_mark()))),
         # memo
         "p": lambda r: r.put(int(r.short_line())),
-        "q": _Reader.put_byte,
+        "q": lambda r: r.put(r.byte()),
         "r": lambda r: r.put(r.number(4)),
         "\x94": lambda r: r.put(len(r.memo)),
-        "g": lambda r: r.get(int(r.short_line())),
-        "h": _Reader.get_byte,
-        "j": lambda r: r.get(r.number(4)),
+        "g": lambda r: r.push(r.memo[int(r.short_line())]),
+        "h": lambda r: r.push(r.memo[r.byte()]),
+        "j": lambda r: r.push(r.memo[r.number(4)]),
         # names and calls
         "c": lambda r: r.push(r.named(r.text_line(), r.text_line())),
         "\x93": lambda r: r.push(r.named(*r.pop_many(2))),
         "i": lambda r: r.call(r.named(r.text_line(), r.text_line()), tuple(r.pop_mark())),
         "o": _Reader.obj,
-        "R": lambda r: r.call(*r.pop_many(2)),
+        "R": _Reader.reduce,
         "\x81": lambda r: r.call(*r.pop_many(2)),  # NEWOBJ
         "\x92": _Reader.new_with_keywords,
         "b": _Reader.build,
