@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from core.commandline import DONE, STOPPED, Parser, run
 
 if TYPE_CHECKING:
-    from core.corpus import Corpus
-
     from core.checkpoint import CheckpointManager
+    from core.corpus import Corpus
     from core.model import GPT
 
 CPU_PRESET = {
@@ -85,7 +84,6 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
     """Resume or start the model of a manager that holds its lock."""
     from core.corpus import find_source, open_corpus
     from core.dataloader import DataLoader
-
     from core.device import changed_environment, resolve_device, resolve_dtype
     from core.schedule import Schedule
     from core.tokenizer import tokenizer_from_state
@@ -136,6 +134,9 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
         "data": source.record(),
         "training": {name: settings[name] for name in (*RUN_DEFAULTS, "max_iters", "learning_rate", "warmup_iters")},
     }
+    for name, old in state.get("training", {}).items():
+        if name != "max_iters" and settings.get(name, old) != old:
+            say(f"{name}: {old} so far, {settings[name]} from now on")
     for line in changed_environment(state.get("environment"), device, settings):
         say(line)
     result = fit(
@@ -188,9 +189,8 @@ def say_what_runs(
     parameters = sum(p.numel() for p in model.parameters())
     how = f"resuming at step {start}" if start else "a new model"
     say(f"{manager.checkpoint_dir}: {how}, {parameters / 1e6:.2f} M parameters on {device}")
-    say(
-        f"tokens: {len(corpus.train):,} to train on, {len(corpus.val):,} to validate, {describe(corpus.tokenizer.state())}"
-    )
+    vocabulary = describe(corpus.tokenizer.state())
+    say(f"tokens: {len(corpus.train):,} to train on, {len(corpus.val):,} to validate with, {vocabulary}")
     if preset is CPU_PRESET:
         config = model.config
         say(

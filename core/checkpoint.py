@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from core import start
-from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, history, open_bundle, verify, write_bundle
+from core import intact, start
+from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, open_bundle, verify, write_bundle
 from core.commit import CONFIG, MODEL, ModelFolder, new_id
 from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
 from core.containers.torch_zip_writer import file_size, write_torch_zip
@@ -26,7 +26,6 @@ from core.device import resolve_dtype
 from core.differences import differences, listed
 from core.errors import (
     CheckpointDamaged,
-    CheckpointError,
     CheckpointMismatch,
     CheckpointNotFound,
     InputError,
@@ -164,43 +163,9 @@ class CheckpointManager:
             if not self.exists_new_format():
                 return None
             try:
-                return self.open_verified()
+                return intact.open_verified(self.checkpoint_dir, self.say)
             except (CheckpointDamaged, CheckpointNotFound) as damage:
-                return self._walk_back(damage)
-
-    def open_verified(self, step: int | None = None) -> Bundle:
-        """Open the newest step, or a kept one, and check every byte of it."""
-        bundle = open_bundle(self.checkpoint_dir, step)
-        try:
-            for line in verify(bundle):
-                self.say(f"WARNING: {line}")
-        except BaseException:
-            bundle.close()
-            raise
-        return bundle
-
-    def _walk_back(self, damage: CheckpointError) -> Bundle:
-        passed: list[Path] = []
-        for kept in reversed(history(self.checkpoint_dir)):
-            try:
-                with open_bundle(kept.path) as bundle:
-                    verify(bundle)
-            except CheckpointError as error:
-                passed.append(kept.path)
-                self.say(f"WARNING: {error}")
-                continue
-            aside = [self._folder.set_aside(place) for place in (self.checkpoint_dir, *passed)]
-            self._folder.restore(kept.path)
-            self.say(
-                f"WARNING: {damage}\n"
-                f"WARNING: going on from step {kept.step}, the newest intact one. What is damaged was not deleted: "
-                f"{', '.join(str(path) for path in aside)}"
-            )
-            return self.open_verified()
-        raise CheckpointDamaged(
-            f"{damage} No intact older step is kept in {self.checkpoint_dir}, and nothing was changed. "
-            "To start anew, use another --model_name."
-        )
+                return intact.walk_back(self._folder, damage, self.say)
 
     def initialize_for_training(
         self,
@@ -235,7 +200,7 @@ class CheckpointManager:
         fields = {**(preset or {}), **start.config_alone(self.checkpoint_dir, tokenizer, self.say), **given}
         if init_from_model:
             other = CheckpointManager(init_from_model, self.checkpoint_dir.parent)
-            with other.open_verified() as bundle:
+            with intact.open_verified(other.checkpoint_dir, self.say) as bundle:
                 model = start.from_weights(bundle, fields, tokenizer)
                 self.say(f"starting from the weights of {init_from_model}, step {bundle.step}")
         else:
@@ -452,19 +417,10 @@ class CheckpointManager:
                     manager.say(f"WARNING: {line}")
                 return load_model(bundle, device=device, dtype=resolve_dtype(load_dtype), bpe_file=bpe_file)
         except CheckpointDamaged as damage:
-            raise CheckpointDamaged(f"{damage}{manager._newest_intact_note(number)}") from damage
+            raise CheckpointDamaged(f"{damage} {intact.newest_intact(folder, number)}") from damage
 
     def _best_step(self) -> int:
         best = self._top_state().get("best")
         if not best:
             raise CheckpointNotFound(f"{self.checkpoint_dir}: no step has a validation loss, so none is the best.")
         return int(best["step"])
-
-    def _newest_intact_note(self, damaged: int | None) -> str:
-        for kept in reversed(history(self.checkpoint_dir)):
-            if kept.step == damaged:
-                continue
-            with contextlib.suppress(CheckpointError), open_bundle(kept.path) as bundle:
-                verify(bundle)
-                return f" Newest intact step: {kept.step} ({kept.path.name})."
-        return " No intact older step is kept."

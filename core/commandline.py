@@ -53,12 +53,16 @@ class Parser(argparse.ArgumentParser):
             self._refuse(unknown[0])
         return args
 
+    def error(self, message: str) -> NoReturn:
+        """Exit with one line; the usage of thirty flags would hide it."""
+        self.exit(WRONG_USE, f"{self.prog}: error: {message} (--help shows the flags)\n")
+
     def _refuse(self, word: str) -> NoReturn:
         flag = word.split("=")[0]
         if not flag.startswith("-"):
             self.error(f"unexpected word {word!r}")
         near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), self._flags(), n=1, cutoff=0.5)
-        self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
+        self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
 
     def _flags(self) -> dict[str, argparse.Action]:
         return self._option_string_actions

@@ -132,9 +132,7 @@ class _Loader:
         if self.records is not None:
             record = self.records.get(f"data/{key}")
             if record is None:
-                raise CheckpointDamaged(
-                    f"{self.where}: data/{as_text(key, 40)[1:-1]} is missing, its tensors cannot be read."
-                )
+                raise CheckpointDamaged(f"{self.where}: {_shown(key)} is missing, its tensors cannot be read.")
             if record.size != nbytes or not record.stored:
                 raise CheckpointDamaged(
                     f"{self.where}: {as_text(record.name)[1:-1]} has {record.size} bytes, data.pkl says {nbytes}."
@@ -142,7 +140,7 @@ class _Loader:
         found = self.storages.setdefault(key, Storage(key, dtype, nbytes))
         if found.nbytes != nbytes:
             raise CheckpointDamaged(
-                f"{self.where}: data.pkl gives data/{as_text(key, 40)[1:-1]} both {found.nbytes} and {nbytes} bytes."
+                f"{self.where}: data.pkl gives {_shown(key)} both {found.nbytes} and {nbytes} bytes."
             )
         return found if found.dtype == dtype else Storage(key, dtype, nbytes)
 
@@ -190,12 +188,12 @@ class _Loader:
 
     def spec(self, storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any) -> TensorSpec:
         """Check a tensor's geometry against its storage."""
-        key = f"data/{storage.key}"  # a record's name by now: short enough to be shown
         numbers = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
         if not numbers or len(shape) > _MOST_DIMENSIONS or not _natural(offset, *shape, *strides):
             raise CheckpointDamaged(
-                f"{self.where}: a tensor in {key} of shape {as_text(shape, 60)}, strides {as_text(strides, 60)}, "
-                f"offset {as_text(offset, 30)}: expected as many strides as sizes, all whole numbers from 0."
+                f"{self.where}: a tensor in {_shown(storage.key)} of shape {as_text(shape, 60)}, "
+                f"strides {as_text(strides, 60)}, offset {as_text(offset, 30)}: expected as many strides as sizes, "
+                "all whole numbers from 0."
             )
         item = ITEM_SIZES[dtype]
         nbytes, last = item, (offset + reach(shape, strides)) * item
@@ -204,10 +202,14 @@ class _Loader:
         if last > storage.nbytes or nbytes >= 1 << 63:
             raise CheckpointDamaged(
                 f"{self.where}: a tensor {dtype} of shape {as_text(shape, 60)}, strides {as_text(strides, 60)}, offset "
-                f"{offset} ends at byte {last} of {key}, which has {storage.nbytes}."
+                f"{offset} ends at byte {last} of {_shown(storage.key)}, which has {storage.nbytes}."
             )
         start = self.records[f"data/{storage.key}"].offset if self.records is not None else 0
         return TensorSpec("", dtype, shape, strides, start + offset * item, nbytes, storage.key)
+
+
+def _shown(key: str) -> str:
+    return f"data/{as_text(key, 40)[1:-1]}"
 
 
 def _first(data: Any, *_: Any) -> Any:

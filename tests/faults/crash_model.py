@@ -214,7 +214,7 @@ class Explorer:
 
     def _crash(self, points: list[Point], committed: set[Identity], ends: dict[int, Disk]) -> None:
         self._expand(points, todo := [])
-        ends.setdefault(points[-1].disk.key(), points[-1].disk)
+        self._end(points[-1].disk, ends)
         while todo:
             point = todo.pop()
             found = self.check(point)
@@ -233,8 +233,17 @@ class Explorer:
                 raise self._fault(last.disk, f"lost {lost}")
             for earlier in recovery:
                 earlier.doomed = point.doomed
-            ends.setdefault(last.disk.key(), last.disk)
+            self._end(last.disk, ends)
             self._expand(recovery, todo)
+
+    def _end(self, disk: Disk, ends: dict[int, Disk]) -> None:
+        """Add a disk as the start of the next action; all that may still be undone is the removal of leftovers."""
+        for changes, unsynced in disk.operations:
+            for (folder, name), inode in changes:
+                if unsynced and folder == 0 and not name.startswith((".stage-", ".trash-")):
+                    raise self._fault(disk, f"after the end a power loss may undo {name} := {inode}")
+        durable = disk.copy().sync_all()
+        ends.setdefault(durable.key(), durable)
 
     def _expand(self, points: list[Point], todo: list[Point]) -> None:
         """Add what a kill and every power loss leave at each point, unless it was seen."""

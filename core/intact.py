@@ -1,0 +1,67 @@
+"""Find the newest step whose every byte is what was written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from core.bundle import Bundle, history, open_bundle, verify
+from core.commit import ModelFolder
+from core.errors import CheckpointDamaged, CheckpointError
+
+Say = Callable[[str], None]
+
+
+def open_verified(folder: Path, say: Say) -> Bundle:
+    """Open the newest step of a model and check every byte of it; what was replaced since is said.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    """
+    bundle = open_bundle(folder)
+    try:
+        for line in verify(bundle):
+            say(f"WARNING: {line}")
+    except BaseException:
+        bundle.close()
+        raise
+    return bundle
+
+
+def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
+    """Rename a damaged newest step aside, make the newest intact one the top again, say both, and open it.
+
+    Raises: CheckpointDamaged when no kept step is intact; nothing is changed then.
+    """
+    passed: list[Path] = []
+    for kept in reversed(history(place.path)):
+        try:
+            with open_bundle(kept.path) as bundle:
+                verify(bundle)
+        except CheckpointError as error:
+            passed.append(kept.path)
+            say(f"WARNING: {error}")
+            continue
+        aside = [place.set_aside(damaged) for damaged in (place.path, *passed)]
+        place.restore(kept.path)
+        say(f"WARNING: {damage}")
+        say(
+            f"WARNING: going on from step {kept.step}, the newest intact one. What is damaged was not deleted: "
+            f"{', '.join(str(path) for path in aside)}"
+        )
+        return open_verified(place.path, say)
+    raise CheckpointDamaged(
+        f"{damage} No intact older step is kept in {place.path}, and nothing was changed. "
+        "To start anew, use another --model_name."
+    )
+
+
+def newest_intact(folder: Path, besides: int | None) -> str:
+    """Say which kept step is the newest intact one, besides one that is known to be damaged."""
+    for kept in reversed(history(folder)):
+        if kept.step == besides:
+            continue
+        with contextlib.suppress(CheckpointError), open_bundle(kept.path) as bundle:
+            verify(bundle)
+            return f"Newest intact step: {kept.step} ({kept.path.name})."
+    return "No intact older step is kept."
