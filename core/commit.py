@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +47,7 @@ class Opened:
 
 def new_id() -> str:
     """Make a random commit id."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def step_folder(step: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 # A script of this folder finds the packages beside it from wherever it is started.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core.commandline import DONE, run
+from core.commandline import DONE, Parser, run
 from core.corpus import choose_tokenizer, prepare
 from core.errors import InputError
 from core.shards import MANIFEST, SHARD_TOKENS, SPLITS
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line; wrong use exits with 2."""
-    parser = argparse.ArgumentParser(prog="data/prepare.py", description=__doc__, allow_abbrev=False)
+    parser = Parser("data/prepare.py", __doc__ or "", model=False)
     parser.add_argument("input", metavar="INPUT", help="a UTF-8 text file, or a folder of .txt, .md and .py files")
     parser.add_argument("--output_dir", metavar="DIR", required=True, help="the new dataset folder")
     parser.add_argument(
@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--unknown", choices=("error", "skip"), default="error", help="what to do with characters a vocabulary lacks"
     )
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def _fraction(word: str) -> float:

@@ -240,7 +240,7 @@ class Explorer:
         """Add a disk as the start of the next action; all that may still be undone is the removal of leftovers."""
         for changes, unsynced in disk.operations:
             for (folder, name), inode in changes:
-                if unsynced and folder == 0 and not name.startswith((".stage-", ".trash-")):
+                if unsynced and folder == 0 and not name.startswith((".stage-", ".trash-", ".committed")):
                     raise self._fault(disk, f"after the end a power loss may undo {name} := {inode}")
         durable = disk.copy().sync_all()
         ends.setdefault(durable.key(), durable)
