@@ -139,14 +139,13 @@ SHARE = number(float, sys.float_info.min, 1, "a number above 0 up to 1")
 def make_parser() -> Parser:
     """Describe the flags, grouped as one screen."""
     parser = Parser("generate.py", "Write text with a trained model.", EPILOG)
-    parser.shared.add_argument(
+    loading = parser.add_argument_group("loading")
+    loading.add_argument(
         "--step", type=step_or_best, metavar="N|best", help="a kept step, or the best one (default: the newest)"
     )
-    parser.shared.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what config.json says)")
-    parser.shared.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as saved)")
-    parser.shared.add_argument(
-        "--bpe_file", type=Path, metavar="FILE", help="the GPT-2 ranks, for a machine without network"
-    )
+    loading.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what config.json says)")
+    loading.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as saved)")
+    loading.add_argument("--bpe_file", type=Path, metavar="FILE", help="the GPT-2 ranks, for a machine without network")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with (default: nothing)")
     text.add_argument(

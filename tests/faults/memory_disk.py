@@ -11,10 +11,11 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import math
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,8 @@ ROOT = Path("m")
 """The model's folder; inode 0."""
 
 Slot = tuple[int, str]
-Operation = tuple[tuple[tuple[Slot, int | None], ...], frozenset[int]]
+Changes = tuple[tuple[Slot, int | None], ...]
+Operation = tuple[Changes, frozenset[int]]
 """Its assignments, and the folders among them that were not fsynced since."""
 
 
@@ -139,26 +141,51 @@ class Disk:
         return hash(tuple(parts))
 
     def power_loss(self, limit: int) -> Iterator[Disk]:
-        """Every disk that a power loss now can leave; of more than `limit` subsets of operations, a sample."""
-        optional = [i for i, (_, unsynced) in enumerate(self.operations) if unsynced]
-        for lost in _subsets(optional, limit):
-            folders = dict(self.folders)
-            for i, (changes, _) in enumerate(self.operations):
-                if i not in lost:
-                    for (folder, label), inode in changes:
-                        folders[folder] = _assigned(folders[folder], label, inode)
-            reach: list[int] = [0]
-            for inode in reach:  # grows while it is read
-                if inode in folders:
-                    reach += [i for i in folders[inode].values() if i not in reach]
-            files = [i for i in reach if i in self.files]
-            for contents in itertools.product(*(_torn(*self.files[i]) for i in files)):
-                disk = Disk.__new__(Disk)
-                disk.folders = {i: folders[i] for i in reach if i in folders}
-                disk.seen = dict(disk.folders)
-                disk.files = {i: (content, content) for i, content in zip(files, contents, strict=True)}
-                disk.operations, disk.last = [], self.last
-                yield disk
+        """Every disk that a power loss now can leave; where there are more than `limit`, a sample."""
+        groups = self._groups()
+        outer = [results for touched, results in groups if 0 in touched]
+        for first in _choices(outer, limit):
+            folders = _applied(self.folders, first)
+            reach = self._reach(folders)
+            inner = [results for touched, results in groups if 0 not in touched and touched & set(reach)]
+            for second in _choices(inner, limit):
+                names = _applied(folders, second)
+                files = [i for i in self._reach(names) if i in self.files]
+                for contents in itertools.product(*(_torn(*self.files[i]) for i in files)):
+                    disk = Disk.__new__(Disk)
+                    disk.folders = {i: names[i] for i in reach if i in names}
+                    disk.seen = dict(disk.folders)
+                    disk.files = {i: (content, content) for i, content in zip(files, contents, strict=True)}
+                    disk.operations, disk.last = [], self.last
+                    yield disk
+
+    def _groups(self) -> list[tuple[set[int], list[Changes]]]:
+        """Operations that share a name, as the folders they touch and what each subset of them comes to."""
+        groups: list[tuple[set[Slot], list[Operation]]] = []
+        for operation in self.operations:
+            slots, members = {slot for slot, _ in operation[0]}, []
+            for group in [g for g in groups if g[0] & slots]:
+                groups.remove(group)
+                slots |= group[0]
+                members += group[1]
+            groups.append((slots, [*members, operation]))
+        found = []
+        for slots, members in groups:
+            results: dict[Changes, None] = {}
+            for kept in itertools.product((False, True), repeat=len(members)):
+                if all(keep or unsynced for keep, (_, unsynced) in zip(kept, members, strict=True)):
+                    last = {s: i for keep, (changes, _) in zip(kept, members, strict=True) if keep for s, i in changes}
+                    results[tuple(last.items())] = None
+            found.append(({folder for folder, _ in slots}, list(results)))
+        return found
+
+    @staticmethod
+    def _reach(folders: dict[int, dict[str, int]]) -> list[int]:
+        reach = [0]
+        for inode in reach:  # grows while it is read
+            if inode in folders:
+                reach += [i for i in folders[inode].values() if i not in reach]
+        return reach
 
     def tree(self, folder: int = 0, indent: str = "  ") -> str:
         """List what a running program finds, for messages."""
@@ -182,18 +209,26 @@ def _torn(content: bytes, durable: bytes | None) -> list[bytes]:
     return list(dict.fromkeys([durable or b"", content[: len(content) // 2], garbage, content]))
 
 
-def _subsets(items: list[int], limit: int) -> Iterator[frozenset[int]]:
-    if 2 ** len(items) <= limit:
-        for size in range(len(items) + 1):
-            yield from map(frozenset, itertools.combinations(items, size))
-        return
-    whole = frozenset(items)
-    sample = {frozenset(), whole, *(frozenset([i]) for i in items), *(whole - {i} for i in items)}
-    sample |= {frozenset(items[:i]) for i in range(len(items))}
-    choose = random.Random(len(items))
+def _applied(folders: dict[int, dict[str, int]], chosen: Iterable[Changes]) -> dict[int, dict[str, int]]:
+    folders = dict(folders)
+    for changes in chosen:
+        for (folder, name), inode in changes:
+            folders[folder] = _assigned(folders[folder], name, inode)
+    return folders
+
+
+def _choices(groups: list[list[Changes]], limit: int) -> Iterable[tuple[Changes, ...]]:
+    """Choose one result of each group in every way, or in `limit` ways: all lost, all kept, all but one, at random."""
+    if math.prod(map(len, groups)) <= limit:
+        return itertools.product(*groups)
+    lost, kept = [g[0] for g in groups], [g[-1] for g in groups]
+    sample = {tuple(lost), tuple(kept)}
+    for i in range(len(groups)):
+        sample |= {(*lost[:i], kept[i], *lost[i + 1 :]), (*kept[:i], lost[i], *kept[i + 1 :])}
+    choose = random.Random(len(groups))
     while len(sample) < limit:
-        sample.add(frozenset(i for i in items if choose.random() < 0.5))
-    yield from sample
+        sample.add(tuple(choose.choice(g) for g in groups))
+    return sample
 
 
 class MemoryStorage(Storage):
