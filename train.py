@@ -84,7 +84,7 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
     """Resume or start the model of a manager that holds its lock."""
     from core.corpus import find_source, open_corpus
     from core.dataloader import DataLoader
-    from core.device import changed_environment, resolve_device, resolve_dtype
+    from core.device import DTYPES, changed_environment, resolve_device
     from core.schedule import Schedule
     from core.tokenizer import tokenizer_from_state
     from core.training import fit
@@ -151,7 +151,7 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
         save_interval=settings["save_interval"],
         grad_clip=settings["grad_clip"],
         gradient_accumulation_steps=settings["gradient_accumulation_steps"],
-        dtype=resolve_dtype(settings["dtype"]),
+        dtype=DTYPES[settings["dtype"]],
         compile=settings["compile"],
     )
     if result.stopped_by:

@@ -364,7 +364,7 @@ class CheckpointManager:
         older = [step for step in self._folder.kept_steps() if step < state["step"]]
         stay = set(older[-self.keep :] if self.keep else ())
         stay |= {step for step in older if self.keep_every and step % self.keep_every == 0}
-        stay |= {(state["best"] or {}).get("step"), self.resumed.get("step")}
+        stay.update(step for step in ((state["best"] or {}).get("step"), self.resumed.get("step")) if step is not None)
         self._folder.prune([step for step in older if step not in stay])
 
     # Load

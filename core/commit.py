@@ -367,10 +367,9 @@ class ModelFolder:
         }
 
     def _remove_tree(self, path: Path) -> None:
+        if not self.storage.is_folder(path):
+            self.storage.remove(path)
+            return
         for name in self.storage.names(path):
-            child = path / name
-            if self.storage.is_folder(child):
-                self._remove_tree(child)
-            else:
-                self.storage.remove(child)
+            self._remove_tree(path / name)
         self.storage.remove_folder(path)

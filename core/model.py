@@ -5,9 +5,10 @@ Shapes: B batch, T positions, C n_embd, H heads, D = C / H head size, V vocabula
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,16 @@ def _drop(x: Tensor, p: float, training: bool) -> Tensor:
     return F.dropout(x, p) if training and p > 0 else x
 
 
+def _bound(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported at the first call: mathematics imports nothing that touches files."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    call.__doc__ = f"See `{module}.{name}`."
+    return call
+
+
 class GPT(nn.Module):
     """A GPT whose config says every choice that weights of its family may need.
 
@@ -199,3 +210,7 @@ class GPT(nn.Module):
     # Methods of the public API that are no mathematics live elsewhere and are bound here.
     generate = generation.generate
     configure_optimizer = optimizer.configure_optimizer
+    load = staticmethod(_bound("core.model_files", "load"))
+    save = _bound("core.model_files", "save")
+    save_checkpoint_bundle = _bound("core.model_files", "save_checkpoint_bundle")
+    fit = _bound("core.training", "fit")

@@ -17,6 +17,7 @@ from core.materialize import load_model, load_optimizer
 from core.model import GPT
 from core.state_dict import export_state_dict
 from core.storage import DISK
+from core.tokenizer import Tokenizer
 
 
 def load(
@@ -68,7 +69,7 @@ def save_checkpoint_bundle(
     Raises: SaveFailed.
     """
     manager = CheckpointManager.of_folder(checkpoint_dir)
-    tokenizer = model.tokenizer
+    tokenizer: Tokenizer | dict[str, Any] | None = model.tokenizer
     if tokenizer is None and manager.exists_new_format():
         with open_bundle(manager.checkpoint_dir) as bundle:
             tokenizer = bundle.tokenizer

@@ -132,6 +132,6 @@ def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer) -> Non
         same, wanted = same_vocabulary(bundle.tokenizer, tokenization.state()), describe(tokenization.state())
     if not same:
         raise CheckpointMismatch(
-            f"{bundle.path(TOKENIZER)}: the model was trained with {describe(bundle.tokenizer)}; this run has {wanted}. "
-            "Leave --tokenization out, or train under another --model_name."
+            f"{bundle.path(TOKENIZER)}: the model was trained with {describe(bundle.tokenizer)}; "
+            f"this run has {wanted}. Leave --tokenization out, or train under another --model_name."
         )

@@ -259,7 +259,9 @@ class _Run:
                 "fused": bool(self.optimizer.param_groups[0].get("fused")),
             },
         }
-        metrics = {"val_loss": self.val_loss} if self._evaluated_step == self.model.step else None
+        metrics = {}
+        if self.val_loss is not None and self._evaluated_step == self.model.step:
+            metrics["val_loss"] = self.val_loss
         self.manager.save(self.model, self.optimizer, step=self.model.step, metrics=metrics)
         self._look_from_here()
 

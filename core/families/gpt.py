@@ -82,10 +82,9 @@ def contradictions(config: GPTConfig, found: Mapping[str, Any]) -> list[str]:
                 f"{field} is {fields[field]}, but {name} has {shape[axis]} {side}. Set {field} to {shape[axis]}"
             )
     layers = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in found) if m}
-    if layers and max(layers) + 1 != config.n_layer:
-        faults.append(
-            f"n_layer is {config.n_layer}, but the tensors have {max(layers) + 1} layers. Set n_layer to {max(layers) + 1}"
-        )
+    count = max(layers, default=-1) + 1
+    if count not in (0, config.n_layer):
+        faults.append(f"n_layer is {config.n_layer}, but the tensors have {count} layers. Set n_layer to {count}")
     for field, names in SWITCHES.items():
         here = [name for name in (n.replace("{i}", "0") for n in names) if name in found]
         if bool(here) != fields[field]:

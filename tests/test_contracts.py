@@ -1,0 +1,81 @@
+"""What may import what, read from the source: the walls of the house."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+TORCH_FREE = [
+    "inspect_model.py",
+    *(f"core/{name}.py" for name in ("bundle", "commit", "config", "differences", "errors", "lock", "storage")),
+    *(f"core/{name}.py" for name in ("checksum", "commandline", "training_state")),
+    *(str(p.relative_to(ROOT)) for p in (ROOT / "core/families").glob("*.py")),
+    *(str(p.relative_to(ROOT)) for p in (ROOT / "core/containers").glob("*.py") if p.stem != "torch_zip_writer"),
+]
+FILE_MODULES = {"core.storage", "core.bundle", "core.commit", "core.checkpoint", "core.lock", "core.training_state"}
+
+
+def imports(path, everywhere=False):
+    tree = ast.parse((ROOT / path).read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", TORCH_FREE)
+def test_what_looks_into_files_imports_neither_torch_nor_numpy(path):
+    assert not {name.split(".")[0] for name in imports(path)} & {"torch", "numpy"}
+
+
+def test_importing_all_of_it_loads_neither_torch_nor_numpy():
+    modules = [path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in TORCH_FREE]
+    code = f"import sys, {', '.join(modules)}; print(sorted({{'torch', 'numpy'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_model_imports_nothing_that_touches_files():
+    assert not set(imports("core/model.py")) & FILE_MODULES
+
+
+@pytest.mark.parametrize("path", [p for p in TORCH_FREE if "families" in p])
+def test_families_open_no_files(path):
+    names = {node.id for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.Name)}
+    assert not names & {"open", "Path", "os"} and not set(imports(path, everywhere=True)) & FILE_MODULES
+
+
+def test_the_package_itself_is_empty():
+    assert (ROOT / "core/__init__.py").read_text() == ""
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("core/**/*.py"), *ROOT.glob("*.py"), *ROOT.glob("data/*.py")], ids=str)
+def test_nothing_unpickles_what_a_checkpoint_says(path):
+    loads = [
+        n
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"
+    ]
+    assert all(any(k.arg == "weights_only" and k.value.value is True for k in call.keywords) for call in loads)
+    assert not {"pickle.load", "pickle.loads", "pickle.Unpickler"} & {
+        ast.unparse(n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)
+    }
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("core/**/*.py"), *ROOT.glob("*.py"), *ROOT.glob("data/*.py")], ids=str)
+def test_public_functions_say_what_they_do(path):
+    tree = ast.parse(path.read_text())
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    classes = [node for node in public if isinstance(node, ast.ClassDef)]
+    public += [inner for node in classes for inner in node.body if isinstance(inner, kinds) and inner.name[0] != "_"]
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
+    assert ast.get_docstring(tree) or path.name == "__init__.py"
