@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.commandline import DONE, STOPPED, Parser, run
+from core.commandline import DONE, STOPPED, Parser, count, run
 
 if TYPE_CHECKING:
     from core.checkpoint import CheckpointManager
@@ -188,7 +189,7 @@ def say_what_runs(
 
     parameters = sum(p.numel() for p in model.parameters())
     how = f"resuming at step {start}" if start else "a new model"
-    say(f"{manager.checkpoint_dir}: {how}, {parameters / 1e6:.2f} M parameters on {device}")
+    say(f"{manager.checkpoint_dir}: {how}, {parameters:,} parameters on {device}")
     vocabulary = describe(corpus.tokenizer.state())
     say(f"tokens: {len(corpus.train):,} to train on, {len(corpus.val):,} to validate with, {vocabulary}")
     if preset is CPU_PRESET:
@@ -228,7 +229,7 @@ def make_parser() -> Parser:
     """Describe the flags, grouped as one screen."""
     parser = Parser("train.py", "Train a GPT on text. The same line starts, resumes and continues.", EPILOG)
 
-    def group(title: str, *flags: tuple[str, type, str]) -> argparse._ArgumentGroup:
+    def group(title: str, *flags: tuple[str, Callable[[str], Any], str]) -> argparse._ArgumentGroup:
         made = parser.add_argument_group(title)
         for flag, kind, text in flags:
             made.add_argument(flag, type=kind, help=text, metavar=flag[2:].split("_")[-1].upper())
@@ -244,32 +245,32 @@ def make_parser() -> Parser:
     data.add_argument("--unknown", choices=("error", "skip"), help="what a character without a place does (error)")
     group(
         "model (a checkpoint knows its own; these start a new one)",
-        ("--n_layer", int, "layers"),
-        ("--n_head", int, "attention heads"),
-        ("--n_embd", int, "width, a multiple of the heads"),
-        ("--block_size", int, "longest context, in tokens"),
+        ("--n_layer", count, "layers"),
+        ("--n_head", count, "attention heads"),
+        ("--n_embd", count, "width, a multiple of the heads"),
+        ("--block_size", count, "longest context, in tokens"),
         ("--dropout", float, "share of activations dropped while training"),
         ("--init_from_model", str, "start from the weights of another model below the root"),
     )
     group(
         "optimization",
-        ("--max_iters", int, "optimizer steps in all"),
-        ("--batch_size", int, "sequences per step and accumulation"),
-        ("--gradient_accumulation_steps", int, "batches per optimizer step"),
+        ("--max_iters", count, "optimizer steps in all"),
+        ("--batch_size", count, "sequences per step and accumulation"),
+        ("--gradient_accumulation_steps", count, "batches per optimizer step"),
         ("--learning_rate", float, "peak learning rate of AdamW"),
         ("--warmup_iters", float, "steps of linear warm-up, or a fraction of --lr_decay_iters"),
-        ("--lr_decay_iters", int, "step at which a cosine is lowest; independent of --max_iters"),
+        ("--lr_decay_iters", count, "step at which a cosine is lowest; independent of --max_iters"),
         ("--weight_decay", float, "of matrices"),
         ("--grad_clip", float, "largest gradient norm; 0 for none"),
     ).add_argument("--lr_schedule", choices=("constant", "cosine"), help="after warm-up (constant)")
     saving = group(
         "evaluation and saving",
-        ("--eval_interval", int, "steps between evaluations (250)"),
-        ("--eval_iters", int, "batches per evaluation (20)"),
-        ("--save_interval", int, "steps between saves (as --eval_interval)"),
+        ("--eval_interval", count, "steps between evaluations (250)"),
+        ("--eval_iters", count, "batches per evaluation (20)"),
+        ("--save_interval", count, "steps between saves (as --eval_interval)"),
     )
     saving.add_argument("--keep", type=int, default=1, metavar="N", help="older steps to keep besides the best (1)")
-    saving.add_argument("--keep_every", type=int, metavar="N", help="keep every step that N divides")
+    saving.add_argument("--keep_every", type=count, metavar="N", help="keep every step that N divides")
     machine = group("machine", ("--seed", int, "of data order, dropout and initialisation (1337)"))
     machine.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     machine.add_argument("--dtype", choices=("fp32", "bf16"), help="arithmetic of the forward pass; weights stay fp32")

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,14 @@ class Parser(argparse.ArgumentParser):
         return words
 
 
+def count(word: str) -> int:
+    """Parse a whole number from 1, as a flag's type."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is below 1")
+    return number
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a JSON object of flags.
 
@@ -108,6 +117,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = FAILED
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would only break the way out
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:

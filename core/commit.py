@@ -180,8 +180,9 @@ class ModelFolder:
 
     def recover(self) -> None:
         """Finish a commit that was interrupted, then delete what saves that never committed left behind."""
+        # What a killed writer renamed last may not be durable, and what follows rests on it.
+        self.storage.sync_folder(self.path)
         if self.storage.exists(self.committed):
-            self.storage.sync_folder(self.path)  # a kill came before commit did: a power loss could still undo it
             if self.storage.names(self.committed):
                 self._preserve_top()
                 self._roll_forward()
@@ -217,7 +218,8 @@ class ModelFolder:
         if not present.issuperset(file_names(state)):
             return  # the roll forward has begun, and it begins only after the old top is durable in its new place
         parent, names = state.get("parent"), self._top_names()
-        if parent is None or not {MODEL, STATE} & set(names):
+        begun = self.storage.exists(self.path / BUILDING)  # without links the model may have moved there already
+        if parent is None or not (begun or {MODEL, STATE} & set(names)):
             return
         target = self.path / self._history_name()
         if self.storage.exists(target):
@@ -276,9 +278,11 @@ class ModelFolder:
         state = self._committed_state()
         names = file_names(state)
         if state.get("parent") is not None:
-            for name in self._top_names():
-                if name not in names:
-                    self.storage.remove(self.path / name)
+            stale = [name for name in self._top_names() if name not in names]
+            for name in stale:
+                self.storage.remove(self.path / name)
+            if stale:
+                self.storage.sync_folder(self.path)  # before the training state that no longer lists them
         pending = set(self.storage.names(self.committed))
         for name in names:
             if name not in pending:
@@ -323,14 +327,23 @@ class ModelFolder:
             aside = self.path / f"aside_{state.get('step', 0):08d}_{new_id()}"
             self.storage.make_folder(aside)
             self.storage.sync_folder(self.path)
-            for name in names:
+            for name in sorted(names, key=STATE.__eq__):  # the training state last
+                if name == STATE:  # without it the files at the top would pass for a bundle of format version 1
+                    self._sync_asides()
                 if name == CONFIG:  # what a person edited stays
                     self.storage.write(aside / name, self.storage.read(self.path / name))
                 else:
                     self.storage.rename(self.path / name, aside / name)
-            self.storage.sync_folder(aside)
+            self._sync_asides()
         self.storage.sync_folder(self.path)
         return aside
+
+    def _sync_asides(self) -> None:
+        # All of them: one that was begun and interrupted holds files that must not come back to the top.
+        for name in self.storage.names(self.path):
+            if name.startswith("aside_"):
+                self.storage.sync_folder(self.path / name)
+        self.storage.sync_folder(self.path)
 
     def restore(self, folder: Path) -> None:
         """Make a kept step the newest one again, under the commit id it has; the top has been set aside before."""

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +35,9 @@ Identity = bytes | None
 NOTHING: Identity = None
 DAMAGED: Identity = b"damaged"
 """What a reader reports of a top that lacks a listed file: allowed only while a damaged top is put aside."""
+
+KILLS = 1
+"""Kills in a row without a power loss; each leaves more that is not durable, so that no end would come."""
 
 INTERNAL = (".committed", ".hist", ".stage-", ".trash-")
 
@@ -142,6 +145,8 @@ class Point:
     disk: Disk
     allowed: frozenset[Identity]
     doomed: frozenset[Identity]
+    kills: int = 0
+    depth: int = 0
 
 
 class Explorer:
@@ -150,10 +155,13 @@ class Explorer:
     def __init__(
         self,
         links: bool = True,
-        limit: int = 64,
+        limit: int = 16,
+        share: int = 1,
         folder_type: type[ModelFolder] = ModelFolder,
         storage_type: type[MemoryStorage] = MemoryStorage,
     ) -> None:
+        """Crash every `share`-th recovery; a power loss has at most `limit` outcomes."""
+        self.share, self.depth = share, 1000
         self.links, self.limit = links, limit
         self.folder_type, self.storage_type = folder_type, storage_type
         self.recovery: Action = recover
@@ -213,10 +221,10 @@ class Explorer:
         return list(ends.values())
 
     def _crash(self, points: list[Point], committed: set[Identity], ends: dict[int, Disk]) -> None:
-        self._expand(points, todo := [])
+        self._expand(points, todo := deque())
         self._end(points[-1].disk, ends)
         while todo:
-            point = todo.pop()
+            point = todo.popleft()
             found = self.check(point)
             try:
                 recovery, _ = self.trace(point.disk, self.recovery, point.allowed)
@@ -232,20 +240,23 @@ class Explorer:
             if lost := committed - self.whole_steps(last.disk) - point.doomed - self.unsure:
                 raise self._fault(last.disk, f"lost {lost}")
             for earlier in recovery:
-                earlier.doomed = point.doomed
+                earlier.doomed, earlier.kills, earlier.depth = point.doomed, point.kills, point.depth + 1
             self._end(last.disk, ends)
-            self._expand(recovery, todo)
+            self.counts["recoveries"] += 1
+            if self.counts["recoveries"] % self.share == 0 and point.depth < self.depth:
+                self._expand(recovery, todo)
 
     def _end(self, disk: Disk, ends: dict[int, Disk]) -> None:
         """Add a disk as the start of the next action; all that may still be undone is the removal of leftovers."""
-        for changes, unsynced in disk.operations:
-            for (folder, name), inode in changes:
-                if unsynced and folder == 0 and not name.startswith((".stage-", ".trash-", ".committed")):
+        last = {slot: (inode, unsynced) for changes, unsynced in disk.operations for slot, inode in changes}
+        for (folder, name), (inode, unsynced) in last.items():
+            if unsynced and folder == 0:
+                if not name.startswith((".stage-", ".trash-")):
                     raise self._fault(disk, f"after the end a power loss may undo {name} := {inode}")
         durable = disk.copy().sync_all()
         ends.setdefault(durable.key(), durable)
 
-    def _expand(self, points: list[Point], todo: list[Point]) -> None:
+    def _expand(self, points: list[Point], todo: deque[Point]) -> None:
         """Add what a kill and every power loss leave at each point, unless it was seen."""
         for point in points:
             key = hash((point.disk.key(), point.allowed, point.doomed, "before"))
@@ -253,13 +264,16 @@ class Explorer:
                 continue
             self.visited.add(key)
             self.counts["crash points"] += 1
-            for disk in (point.disk, *point.disk.power_loss(self.limit)):
+            ways = [(disk, 0) for disk in point.disk.power_loss(self.limit)]
+            if point.kills < KILLS:
+                ways.append((point.disk, point.kills + 1))
+            for disk, kills in ways:
                 self.counts["outcomes"] += 1
                 key = hash((disk.key(), point.allowed, point.doomed))
                 if key not in self.visited:
                     self.visited.add(key)
                     self.counts["disk states"] += 1
-                    todo.append(Point(disk, point.allowed, point.doomed))
+                    todo.append(Point(disk, point.allowed, point.doomed, kills, point.depth))
 
     # Checking
 
@@ -477,9 +491,11 @@ def walk_back(explorer: Explorer) -> list[Disk]:
     explorer.steps[damaged] = folder_files(explorer.storage(disk), ROOT)
     explorer.recovery, explorer.unsure = rewind, frozenset({NOTHING, DAMAGED, damaged})
     explorer.also = explorer.unsure | {intact}
+    explorer.depth = 1  # each interrupted walk back leaves one more folder aside, so that no end would come
     disks = explorer.run([disk], rewind, "walk back")
+    explorer.depth = 1000
     explorer.recovery, explorer.unsure, explorer.also = recover, frozenset(), frozenset()
-    disks = explorer.run(disks, save(2, "C"), "the step again")
+    disks = explorer.run(disks[:2], save(2, "C"), "the step again")
     return explorer.run(disks, save(3, "D"), "and the next")
 
 
@@ -497,13 +513,21 @@ SCENARIOS: dict[str, Callable[[Explorer], list[Disk]]] = {
 }
 
 
+EXHAUSTIVE = (2**30, 1)
+QUICK = (8, 32)
+"""`limit` and `share` of a run that takes seconds."""
+
+
 def main(argv: list[str]) -> int:
     """Explore every scenario with and without links and print what was looked at."""
-    limit = 2**30 if "--exhaustive" in argv else 64
+    limit, share = EXHAUSTIVE if "--exhaustive" in argv else QUICK
     print(f"{'scenario':30} {'':6} {'crash points':>12} {'disk states':>12} {'outcomes':>12} {'readers':>9} {'s':>6}")
+    chosen = [a for a in argv if not a.startswith("-")] or SCENARIOS
     for name, scenario in SCENARIOS.items():
+        if name not in chosen:
+            continue
         for links in (True, False):
-            explorer, started = Explorer(links, limit), time.perf_counter()
+            explorer, started = Explorer(links, limit, share), time.perf_counter()
             scenario(explorer)
             c, seconds = explorer.counts, time.perf_counter() - started
             print(

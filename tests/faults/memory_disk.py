@@ -161,21 +161,21 @@ class Disk:
 
     def _groups(self) -> list[tuple[set[int], list[Changes]]]:
         """Operations that share a name, as the folders they touch and what each subset of them comes to."""
-        groups: list[tuple[set[Slot], list[Operation]]] = []
-        for operation in self.operations:
-            slots, members = {slot for slot, _ in operation[0]}, []
+        groups: list[tuple[set[Slot], list[int]]] = []
+        for number, (assigned, _) in enumerate(self.operations):
+            slots, members = {slot for slot, _ in assigned}, [number]
             for group in [g for g in groups if g[0] & slots]:
                 groups.remove(group)
                 slots |= group[0]
                 members += group[1]
-            groups.append((slots, [*members, operation]))
+            groups.append((slots, members))
         found = []
-        for slots, members in groups:
-            results: dict[Changes, None] = {}
-            for kept in itertools.product((False, True), repeat=len(members)):
-                if all(keep or unsynced for keep, (_, unsynced) in zip(kept, members, strict=True)):
-                    last = {s: i for keep, (changes, _) in zip(kept, members, strict=True) if keep for s, i in changes}
-                    results[tuple(last.items())] = None
+        for slots, numbers in groups:
+            members = [self.operations[number] for number in sorted(numbers)]
+            results: dict[Changes, None] = {(): None}
+            for changes, unsynced in members:
+                with_it = {tuple(sorted({**dict(r), **dict(changes)}.items())): None for r in results}
+                results = {**results, **with_it} if unsynced else with_it
             found.append(({folder for folder, _ in slots}, list(results)))
         return found
 

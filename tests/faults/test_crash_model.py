@@ -1,0 +1,186 @@
+"""The commit protocol holds wherever it is cut, and the checker that says so finds each mistake it was made for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from core.commit import COMMITTED, ModelFolder
+from core.training_state import STATE
+from tests.faults.crash_model import EXHAUSTIVE, QUICK, SCENARIOS, Explorer, Fault
+from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
+
+LIMITS = EXHAUSTIVE if os.environ.get("CRASH_MODEL") == "exhaustive" else QUICK
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "moves"])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_crash_leaves_the_old_or_the_new_step_whole(name, links):
+    explorer = Explorer(links, *LIMITS)
+    SCENARIOS[name](explorer)
+    counts = explorer.counts
+    print(f"{counts['crash points']} crash points, {counts['disk states']} disk states, {counts['outcomes']} outcomes")
+    assert counts["crash points"] > 50
+    assert counts["disk states"] > 100
+    assert counts["readers"] > 20
+
+
+class FolderFsyncDoesNothing(MemoryStorage):
+    def sync_folder(self, path):
+        self.watch()
+
+
+class FileFsyncDoesNothing(MemoryStorage):
+    def _fsync(self, target):
+        if isinstance(target, Path):
+            super()._fsync(target)
+
+
+class HistoryNotFsynced(MemoryStorage):
+    def sync_folder(self, path):
+        if path.name != ".hist":
+            super().sync_folder(path)
+
+
+class MovesIntoFolderNotFsynced(ModelFolder):
+    def _build_history(self, names):
+        real, self.storage.sync_folder = self.storage.sync_folder, lambda path: None
+        make = self.storage.make_folder
+
+        def made(path):
+            make(path)
+            if path.name == ".hist":
+                self.storage.sync_folder = lambda p: real(p) if p.name == ".hist" else None
+
+        self.storage.make_folder = made
+        super()._build_history(names)
+        self.storage.sync_folder, self.storage.make_folder = real, make
+
+
+class PruneInPlace(ModelFolder):
+    def prune(self, steps):
+        for step in steps:
+            self._remove_tree(self.kept_steps()[step])
+
+
+class UnlinkBeforeTrashIsDurable(ModelFolder):
+    def prune(self, steps):
+        real, self.storage.sync_folder = self.storage.sync_folder, lambda path: None
+        super().prune(steps)
+        self.storage.sync_folder = real
+
+
+class StageNotFsynced(ModelFolder):
+    def commit(self, stage):
+        self.storage.rename(stage, self.committed)
+        self.storage.sync_folder(self.path)
+
+
+class CommitNotFsynced(ModelFolder):
+    def commit(self, stage):
+        self.storage.sync_folder(stage)
+        self.storage.rename(stage, self.committed)
+
+
+class StepExistsByNumberAlone(ModelFolder):
+    def _is(self, folder, identity):
+        return True
+
+
+class ConfigAlwaysReplaced(ModelFolder):
+    def _top_config_stays(self):
+        return False
+
+
+class ReaderWithoutOverlay(ModelFolder):
+    def _open(self, name):
+        return self.storage.open(self.path / name)
+
+
+class ReaderWithoutSecondLook(ModelFolder):
+    def _state_bytes(self):
+        if not hasattr(self, "first"):
+            self.first = super()._state_bytes()
+        return self.first
+
+
+class RecoveryNeedsTrainingState(ModelFolder):
+    def recover(self):
+        self.storage.sync_folder(self.path)
+        if self.storage.exists(self.committed) and not self.storage.exists(self.path / COMMITTED / STATE):
+            self._close_commit()
+        super().recover()
+
+
+class RecoveryDoesNotFsyncFirst(ModelFolder):
+    def recover(self):
+        real, calls = self.storage.sync_folder, []
+        self.storage.sync_folder = lambda path: real(path) if calls or calls.append(path) else None
+        super().recover()
+        self.storage.sync_folder = real
+
+
+class RestartsHistory(ModelFolder):
+    def _build_history(self, names):
+        if self.storage.exists(self.path / ".hist"):
+            self._remove_tree(self.path / ".hist")
+        super()._build_history(names)
+
+
+MISTAKES = [
+    (FolderFsyncDoesNothing, "three saves", True),
+    (FileFsyncDoesNothing, "three saves", True),
+    (HistoryNotFsynced, "three saves", True),
+    (MovesIntoFolderNotFsynced, "three saves", False),
+    (PruneInPlace, "three saves", True),
+    (UnlinkBeforeTrashIsDurable, "three saves", True),
+    (StageNotFsynced, "three saves", True),
+    (CommitNotFsynced, "three saves", True),
+    (StepExistsByNumberAlone, "same step", True),
+    (ConfigAlwaysReplaced, "edited config", True),
+    (ReaderWithoutOverlay, "three saves", True),
+    (ReaderWithoutSecondLook, "three saves", True),
+    (RecoveryNeedsTrainingState, "three saves", True),
+    (RecoveryDoesNotFsyncFirst, "three saves", True),
+    (RestartsHistory, "three saves", False),
+]
+
+
+@pytest.mark.parametrize(("mistake", "name", "links"), MISTAKES, ids=[m[0].__name__ for m in MISTAKES])
+def test_the_checker_finds(mistake, name, links):
+    kind = {"storage_type" if issubclass(mistake, MemoryStorage) else "folder_type": mistake}
+    try:
+        SCENARIOS[name](Explorer(links, *QUICK, **kind))
+    except (Fault, OSError, KeyError):
+        return
+    pytest.fail(f"{mistake.__name__}: not found")
+
+
+def test_power_loss_keeps_what_was_fsynced_and_may_lose_or_tear_the_rest():
+    disk = Disk()
+    storage = MemoryStorage(disk)
+    storage.write(ROOT / "kept", b"1234")
+    storage.sync_folder(ROOT)
+    with storage.create(ROOT / "torn") as output:
+        output.write(b"abcd")
+        output._flush()
+        left = {(after.text(ROOT / "kept"), after.text(ROOT / "torn")) for after in disk.power_loss(100)}
+    garbage = bytes(byte ^ 0x55 for byte in b"abcd")
+    assert left == {(b"1234", torn) for torn in (None, b"", b"ab", b"abcd", garbage)}
+
+
+def test_power_loss_keeps_or_loses_a_rename_whole():
+    disk = Disk()
+    storage = MemoryStorage(disk)
+    storage.make_folder(ROOT / "a")
+    storage.write(ROOT / "a" / "x", b"1")
+    disk.sync_all()
+    storage.rename(ROOT / "a" / "x", ROOT / "x")
+    found = {(after.text(ROOT / "a" / "x"), after.text(ROOT / "x")) for after in disk.power_loss(100)}
+    assert found == {(b"1", None), (None, b"1")}
+    storage.sync_folder(ROOT)
+    assert {after.text(ROOT / "x") for after in disk.power_loss(100)} == {None, b"1"}
+    storage.sync_folder(ROOT / "a")
+    assert {after.text(ROOT / "x") for after in disk.power_loss(100)} == {b"1"}
