@@ -86,10 +86,9 @@ class Parser(argparse.ArgumentParser):
 
 def count(word: str) -> int:
     """Parse a whole number from 1, as a flag's type."""
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{word} is below 1")
-    return number
+    if not word.isascii() or not word.isdigit() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1")
+    return int(word)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
