@@ -196,7 +196,8 @@ def main() -> None:
                 if turn:  # the first turn warms up, or compiles
                     speeds[name].append(speed)
         for name, values in speeds.items():
-            line = f"{mode:9} {name:20} {statistics.median(values):9,.0f} tokens/s ({min(values):,.0f} to {max(values):,.0f})"
+            spread = f"({min(values):,.0f} to {max(values):,.0f})"
+            line = f"{mode:9} {name:20} {statistics.median(values):9,.0f} tokens/s {spread}"
             if name != "ours":
                 ratio = statistics.median(a / b for a, b in zip(speeds["ours"], values, strict=True))
                 line += f"   ours is {ratio:.2f}x, bar {bar}x"

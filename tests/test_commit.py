@@ -1,0 +1,200 @@
+"""A model's folder on a real disk: what is at the top, kept and aside after each change."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+
+from core.bundle import write_bundle
+from core.commit import ModelFolder
+from core.errors import CheckpointDamaged, CheckpointNotFound
+from core.storage import Storage
+from core.training_state import STATE, unseal
+
+
+@pytest.fixture(params=["links", "moves"])
+def folder(tmp_path, request):
+    storage = Storage()
+    storage.folder_fsync = False
+    storage.links = request.param == "links" and storage.links
+    return ModelFolder(tmp_path, storage)
+
+
+def save(folder, step, label, optimizer=True):
+    folder.recover()
+    stage = stage_step(folder, step, label, optimizer)
+    folder.commit(stage)
+    folder.roll_forward()
+
+
+def stage_step(folder, step, label, optimizer=True):
+    stage = folder.stage()
+    files = {
+        n: lambda out, n=n: out.write(f"{n} {label}".encode()) for n in ("model.pt", "optimizer.pt")[: 1 + optimizer]
+    }
+    files["config.json"] = {"n_embd": 64, "n_head": 1, "saved_with": label}
+    state = {"step": step, "format_version": 2, "commit_id": label, "parent": folder.newest_id()}
+    write_bundle(folder, stage, state, files)
+    return stage
+
+
+def newest(folder):
+    opened = folder.open_newest()
+    try:
+        return opened.state.get("commit_id"), {
+            n: f.read().decode() for n, f in opened.files.items() if n != "config.json"
+        }
+    finally:
+        opened.close()
+
+
+def kept(folder, step):
+    opened = folder.open_step(step)
+    try:
+        return opened.state.get("commit_id"), {
+            n: f.read().decode() for n, f in opened.files.items() if n != "config.json"
+        }
+    finally:
+        opened.close()
+
+
+def whole(label):
+    return label, {"model.pt": f"model.pt {label}", "optimizer.pt": f"optimizer.pt {label}"}
+
+
+def test_a_save_is_at_the_top_and_the_older_step_is_kept(folder):
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    assert newest(folder) == whole("b")
+    assert kept(folder, 1) == whole("a")
+    assert {p.name for p in folder.path.iterdir()} == {
+        "config.json", "model.pt", "optimizer.pt", "step_00000001", "training_state.json"
+    }  # fmt: skip
+
+
+def test_a_committed_step_is_read_before_it_is_rolled_forward(folder):
+    save(folder, 1, "a")
+    folder.commit(stage_step(folder, 2, "b"))
+    assert newest(folder) == whole("b")
+    assert (folder.path / "model.pt").read_text() == "model.pt a"
+    folder.recover()
+    assert (folder.path / "model.pt").read_text() == "model.pt b"
+    assert kept(folder, 1) == whole("a")
+
+
+def test_a_staged_step_is_never_read_and_recovery_removes_it(folder):
+    save(folder, 1, "a")
+    stage = stage_step(folder, 2, "b")
+    assert newest(folder) == whole("a")
+    folder.recover()
+    assert not stage.exists()
+
+
+def test_a_save_without_optimizer_removes_the_old_one_from_the_top_only(folder):
+    save(folder, 1, "a")
+    save(folder, 2, "b", optimizer=False)
+    assert not (folder.path / "optimizer.pt").exists()
+    assert newest(folder) == ("b", {"model.pt": "model.pt b"})
+    assert kept(folder, 1) == whole("a")
+
+
+def test_an_edited_config_survives_a_save(folder):
+    save(folder, 1, "a")
+    edited = '{"n_embd": 64, "n_head": 1, "batch_size": 3}   '
+    (folder.path / "config.json").write_text(edited)
+    save(folder, 2, "b")
+    assert (folder.path / "config.json").read_text() == edited
+    assert (folder.path / "step_00000001" / "config.json").read_text() == edited
+
+
+def test_editing_json_at_the_top_in_place_leaves_history_alone(folder):
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    before = (folder.path / "step_00000001" / "config.json").read_bytes()
+    with (folder.path / "config.json").open("r+b") as file:
+        file.write(b"XXXX")
+    assert (folder.path / "step_00000001" / "config.json").read_bytes() == before
+
+
+def test_the_same_step_with_other_content_puts_the_first_aside(folder):
+    for label in "abc":
+        save(folder, 1, label)
+    assert newest(folder) == whole("c")
+    assert kept(folder, 1) == whole("b")
+    (aside,) = folder.path.glob("aside_00000001_*")
+    assert (aside / "model.pt").read_text() == "model.pt a"
+
+
+def test_a_top_without_commit_id_is_kept_under_its_step(folder):
+    (folder.path / "model.pt").write_text("old model")
+    (folder.path / "config.json").write_text('{"n_embd": 64, "n_head": 1}')
+    (folder.path / STATE).write_text('{"step": 5}')
+    save(folder, 6, "a")
+    assert kept(folder, 5) == (None, {"model.pt": "old model"})
+
+
+def test_a_restored_step_is_at_the_top_under_its_own_id_and_still_kept(folder):
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    aside = folder.set_aside(folder.path)
+    folder.restore(folder.path / "step_00000001")
+    assert newest(folder) == kept(folder, 1) == whole("a")
+    assert (aside / "model.pt").read_text() == "model.pt b"
+    assert list(folder.kept_steps()) == [1]
+    save(folder, 2, "c")
+    assert kept(folder, 1) == whole("a")
+    assert len(list(folder.path.glob("aside_*"))) == 1
+
+
+def test_restoring_a_bundle_of_version_1_gives_it_checksums(folder):
+    old = folder.path / "step_00000005"
+    old.mkdir()
+    (old / "model.pt").write_text("123456789")
+    (old / STATE).write_text('{"step": 5}')
+    folder.restore(old)
+    state = unseal((folder.path / STATE).read_bytes(), "top")
+    assert state["step"] == 5
+    assert state["integrity"]["files"] == {"model.pt": {"size": 9, "crc32": "cbf43926"}}
+    assert json.loads((old / STATE).read_text()) == {"step": 5}
+
+
+def test_prune_removes_only_the_named_steps(folder):
+    for step, label in enumerate("abcd", 1):
+        save(folder, step, label)
+    folder.prune([1, 3])
+    assert list(folder.kept_steps()) == [2]
+    assert not list(folder.path.glob(".trash-*"))
+
+
+def test_a_missing_file_is_named_with_the_step_that_lists_it(folder):
+    save(folder, 7, "a")
+    (folder.path / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"optimizer\.pt: missing, but training_state\.json of step 7 lists it"):
+        folder.open_newest()
+
+
+def test_a_step_that_is_not_kept_is_answered_with_those_that_are(folder):
+    for step, label in enumerate("abc", 1):
+        save(folder, step, label)
+    with pytest.raises(CheckpointNotFound, match=r"step_00000009: this step is not kept\. Kept steps: 1, 2\."):
+        folder.open_step(9)
+
+
+def test_a_file_system_that_refuses_links_gets_moves(tmp_path, monkeypatch):
+    storage = Storage()
+    folder = ModelFolder(tmp_path, storage)
+    real = storage.change
+
+    def change(call, *args):
+        if call.__name__ == "link":
+            raise OSError(errno.EPERM, "no links here")
+        return real(call, *args)
+
+    monkeypatch.setattr(storage, "change", change)
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    assert not storage.links
+    assert newest(folder) == whole("b")
+    assert kept(folder, 1) == whole("a")

@@ -1,0 +1,105 @@
+"""One writer per folder: told who it is, taken over when it is dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core import lock
+from core.errors import CheckpointLocked
+from core.lock import hold
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from core import lock
+lock.KERNEL_LOCKS = sys.argv[2] == "kernel"
+with lock.hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(params=["kernel", "file"])
+def kind(request, monkeypatch):
+    if request.param == "kernel" and not lock.KERNEL_LOCKS:
+        pytest.skip("this system has no flock")
+    monkeypatch.setattr(lock, "KERNEL_LOCKS", request.param == "kernel")
+    return request.param
+
+
+@pytest.fixture
+def holder(tmp_path, kind):
+    root = Path(lock.__file__).parent.parent
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path), kind], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout.readline() == b"held\n"
+    yield child
+    child.kill()
+    child.communicate()
+
+
+def test_a_living_writer_is_named_with_process_and_host(tmp_path, holder):
+    with pytest.raises(CheckpointLocked) as caught, hold(tmp_path):
+        pass
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: process {holder.pid} on {socket.gethostname()} has been writing here since")
+    assert "use another --model_name" in message
+
+
+def test_a_writer_that_ended_leaves_the_folder_free(tmp_path, holder):
+    holder.communicate(b"")
+    assert holder.returncode == 0
+    with hold(tmp_path):
+        pass
+
+
+def test_a_killed_writer_is_taken_over(tmp_path, holder, kind):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / (".lock" if kind == "kernel" else ".lock-owner")).exists()
+    with hold(tmp_path):
+        owner = json.loads((tmp_path / (".lock" if kind == "kernel" else ".lock-owner")).read_bytes())
+        assert owner["pid"] == os.getpid()
+
+
+def test_one_process_may_take_it_again_and_frees_it_at_the_outermost_end(tmp_path, kind):
+    with hold(tmp_path):
+        with hold(tmp_path):
+            pass
+        assert tmp_path.resolve() in lock._held
+    assert tmp_path.resolve() not in lock._held
+    with hold(tmp_path):
+        pass
+
+
+def test_an_error_inside_frees_it(tmp_path, kind):
+    with pytest.raises(ZeroDivisionError), hold(tmp_path):
+        raise ZeroDivisionError
+    with hold(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"not json", b"[]", b'{"pid": 1, "host": "elsewhere"}'])
+def test_an_owner_that_cannot_be_asked_is_not_pushed_aside(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(lock, "KERNEL_LOCKS", False)
+    owner = tmp_path / ".lock-owner"
+    owner.write_bytes(content)
+    with pytest.raises(CheckpointLocked, match=r"If that process is gone, delete .*\.lock-owner"), hold(tmp_path):
+        pass
+    assert owner.read_bytes() == content
+
+
+def test_a_lock_made_while_a_dead_one_is_removed_goes_back(tmp_path):
+    owner = tmp_path / ".lock-owner"
+    owner.write_bytes(b'{"pid": 2, "host": "new"}')
+    lock._bury(owner, {"pid": 1, "host": "old"})
+    assert owner.read_bytes() == b'{"pid": 2, "host": "new"}'
