@@ -208,7 +208,7 @@ def finish(manager: CheckpointManager, model: GPT, corpus: Corpus, val_loss: flo
     if val_loss is not None:
         say(f"done: step {model.step}, validation loss {val_loss:.4f} (a uniform guess has {uniform:.2f})")
     try:
-        sample = model.generate("\n", max_new_tokens=200, temperature=0.8, top_k=200, seed=1)
+        sample = model.generate("", max_new_tokens=200, temperature=0.8, top_k=200, seed=1)
         say("a sample:")
         print(sample.strip("\n"), flush=True)
     except CheckpointError as error:  # a dataset of GPT-2 tokens trains without the ranks that turn them into text

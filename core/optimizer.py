@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from core.differences import listed
 from core.errors import CheckpointMismatch
 from core.state_dict import plain_name
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 BETAS = (0.9, 0.95)
 ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 FUSED_DEVICES = ("cpu", "cuda")
-SHOWN = 10
-"""How many differing names an error lists."""
 OTHER_MODEL = "It is another model's; the weights alone can still be used."
 
 
@@ -86,7 +85,8 @@ def load_optimizer_state(
     faults = [_fault(label, p, entry, adam) for label, (p, _), entry in zip(labels, here, entries, strict=True)]
     _refuse([fault for fault in faults if fault])
     for (p, group), entry in zip(here, entries, strict=True):
-        optimizer.state[p] = {key: _copy(key, value, p, group) for key, value in entry.items()}
+        if entry:
+            optimizer.state[p] = {key: _copy(key, value, p, group) for key, value in entry.items()}
 
 
 def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -125,9 +125,7 @@ def _fault(label: str, p: Tensor, entry: dict[str, Any], adam: bool) -> str | No
 def _refuse(faults: list[str]) -> None:
     """Raise for a list of faults, if there are any."""
     if faults:
-        listed = "; ".join(faults[:SHOWN])
-        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise CheckpointMismatch(f"optimizer state: {listed}{more}. {OTHER_MODEL}")
+        raise CheckpointMismatch(f"optimizer state: {listed(faults)}. {OTHER_MODEL}")
 
 
 def _copy(key: str, value: Any, p: Tensor, group: dict[str, Any]) -> Any:
