@@ -85,7 +85,7 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
     """Resume or start the model of a manager that holds its lock."""
     from core.corpus import find_source, open_corpus
     from core.dataloader import DataLoader
-    from core.device import DTYPES, changed_environment, resolve_device
+    from core.device import DTYPES, resolve_device
     from core.schedule import Schedule
     from core.tokenizer import tokenizer_from_state
     from core.training import fit
@@ -138,8 +138,6 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
     for name, old in state.get("training", {}).items():
         if name != "max_iters" and settings.get(name, old) != old:
             say(f"{name}: {old} so far, {settings[name]} from now on")
-    for line in changed_environment(state.get("environment"), device, settings):
-        say(line)
     result = fit(
         model,
         data_loader=loader,

@@ -42,29 +42,20 @@ def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
-    """What the bits of a training step depend on besides the data and the seed."""
-    facts: dict[str, str | int] = {"torch": torch.__version__, "device": device.type}
+def environment(device: torch.device, *, dtype: torch.dtype, compile: bool, fused: bool) -> dict[str, Any]:
+    """What the bits of a training step depend on besides the data, the settings and the seed."""
+    facts: dict[str, Any] = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         facts["device_name"] = torch.cuda.get_device_name(device)
     else:
         facts["threads"] = torch.get_num_threads()
         facts["cpu"] = torch.backends.cpu.get_cpu_capability()
-    return facts
+    return {**facts, "dtype": str(dtype).removeprefix("torch."), "compile": compile, "fused": fused}
 
 
-def changed_environment(then: Mapping[str, Any] | None, device: torch.device, settings: Mapping[str, Any]) -> list[str]:
-    """Say what exactness depends on and is different now; the state is exact, the last bits of a step may not be."""
-    now = {
-        **environment(device),
-        "compile": bool(settings["compile"]),
-        "dtype": str(resolve_dtype(settings["dtype"])).removeprefix("torch."),
-    }
-    changes = [
-        f"{name} {then[name]} then, {now[name]} now"
-        for name in now
-        if then and name in then and then[name] != now[name]
-    ]
-    if not changes:
-        return []
-    return [f"the state is exact, but kernels may differ in the last bits: {'; '.join(changes)}"]
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Say which parts of an environment are different now; None when none is."""
+    found = [f"{name} {then[name]} then, {now.get(name)} now" for name in then if then[name] != now.get(name)]
+    if not found:
+        return None
+    return f"the state is exact, but kernels may differ in the last bits: {'; '.join(found)}"

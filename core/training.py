@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from core.checkpoint import CheckpointManager
 from core.dataloader import DataLoader
-from core.device import environment
+from core.device import changes, environment
 from core.errors import CheckpointError, InputError
 from core.metrics import Metrics
 from core.model import GPT
@@ -146,6 +146,14 @@ class _Run:
         self._tokens, self._seconds = facts.get("tokens_seen", 0), facts.get("elapsed_seconds", 0.0)
         if self.metrics:
             self.metrics.cut(self.model.step)
+        self.environment = environment(
+            self.device,
+            dtype=self.dtype,
+            compile=self.forward is not self.model,
+            fused=bool(self.optimizer.param_groups[0].get("fused")),
+        )
+        if line := changes(facts.get("environment", {}), self.environment):
+            tqdm.write(line, file=sys.stderr)
         self._look_from_here()
         self._bar = tqdm(
             initial=self.model.step,
@@ -252,12 +260,7 @@ class _Run:
             "tokens_seen": self._tokens,
             "elapsed_seconds": round(self._seconds + time.perf_counter() - self._started, 3),
             "schedule": self.schedule.to_dict() if self.schedule else None,
-            "environment": {
-                **environment(self.device),
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "compile": self.forward is not self.model,
-                "fused": bool(self.optimizer.param_groups[0].get("fused")),
-            },
+            "environment": self.environment,
         }
         metrics = {}
         if self.val_loss is not None and self._evaluated_step == self.model.step:
