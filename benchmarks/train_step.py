@@ -5,7 +5,7 @@ Both train in one process and take turns; medians are compared. Needs a text, an
 
     python benchmarks/train_step.py --input_file tinyshakespeare.txt
     python benchmarks/train_step.py --input_file tinyshakespeare.txt --nanogpt CLONE    # its own model.py beside ours
-    python benchmarks/train_step.py --input_file tinyshakespeare.txt --loss             # 2,000 steps of ours, 1 minute
+    python benchmarks/train_step.py --input_file tinyshakespeare.txt --loss             # 2,000 steps of each, 3 minutes
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from core.training import fit
 LAYERS, HEADS, WIDTH, BLOCK, BATCH = 4, 4, 128, 64, 12
 BARS = {"eager": 1.05, "compiled": 1.2}
 README_LOSS = 1.88
+BETAS = (0.9, 0.99)  # of its config/train_shakespeare_char.py
 COSINE = Schedule("cosine", 1e-3, 100, 2000, 1e-4)
 
 
@@ -105,7 +106,7 @@ class NanoLoop:
         decayed = [p for p in model.parameters() if p.dim() >= 2]
         others = [p for p in model.parameters() if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=BETAS)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.forward = torch.compile(model) if compile else model
         self.batch = self.get_batch()
@@ -138,20 +139,22 @@ class OurLoop:
     def __init__(self, model: GPT, loader: DataLoader, compile: bool) -> None:
         self.model, self.loader, self.compile = model, loader, compile
         self.optimizer = configure_optimizer(model, 1e-3)
+        for group in self.optimizer.param_groups:
+            group["betas"] = BETAS
 
-    def run(self, steps: int, evaluate: bool = False) -> float | None:
+    def run(self, steps: int) -> None:
         with contextlib.redirect_stderr(io.StringIO()):
-            return fit(
+            fit(
                 self.model,
                 data_loader=self.loader,
                 optimizer=self.optimizer,
                 max_iters=self.model.step + steps,
                 schedule=COSINE,
                 eval_interval=10**9,
-                eval_iters=200 if evaluate else 1,
+                eval_iters=1,
                 compile=self.compile,
                 progress=False,
-            ).val_loss
+            )
 
 
 def our_model(vocab_size: int) -> GPT:
@@ -160,25 +163,34 @@ def our_model(vocab_size: int) -> GPT:
     return GPT(GPTConfig(**fields, **sizes, dropout=0.0, vocab_size=vocab_size))
 
 
+def compare_losses(ours: OurLoop, rival: NanoLoop) -> None:
+    """Train both for 2,000 steps and measure them on the same 200 validation batches."""
+    for name, loop in (("ours", ours), ("nanoGPT-style loop", rival)):
+        start = time.perf_counter()
+        loop.run(2000)
+        seconds = time.perf_counter() - start
+        with torch.inference_mode():
+            losses = [loop.model.eval()(*ours.loader.val_batch(i))[1].item() for i in range(200)]
+        print(f"{name}: validation loss {statistics.mean(losses):.4f} after 2,000 steps, {seconds:.0f} s")
+    print(f"nanoGPT's README: {README_LOSS}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input_file", required=True)
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT, for its own model.py")
     parser.add_argument("--steps", type=int, default=100, help="per turn")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--loss", action="store_true", help="train ours for 2,000 steps and show the validation loss")
+    parser.add_argument("--loss", action="store_true", help="train both for 2,000 steps and compare the losses")
     args = parser.parse_args()
     corpus = open_corpus(find_source(args.input_file, None, None, ""))
     loader = DataLoader(corpus.train, corpus.val, block_size=BLOCK, batch_size=BATCH, seed=1337)
     vocab_size = corpus.tokenizer.vocab_size
     torch.manual_seed(1337)
-    if args.loss:
-        start = time.perf_counter()
-        loss = OurLoop(our_model(vocab_size), loader, False).run(2000, evaluate=True)
-        print(f"validation loss after 2,000 steps: {loss:.4f} (nanoGPT's README: {README_LOSS}), ", end="")
-        print(f"{time.perf_counter() - start:.0f} s")
-        return
     tokens = np.concatenate(corpus.train.arrays)
+    if args.loss:
+        compare_losses(OurLoop(our_model(vocab_size), loader, False), NanoLoop(PlainGPT(vocab_size), tokens, False))
+        return
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} turns of {args.steps} steps")
     for mode, bar in BARS.items():
         compiled = mode == "compiled"

@@ -197,7 +197,7 @@ class CheckpointManager:
             self.resumed = bundle.state
             return model, optimizer, model.step
         tokenizer = start.find_tokenizer(tokenization, input_text)
-        fields = {**(preset or {}), **start.config_alone(self.checkpoint_dir, tokenizer, self.say), **given}
+        fields = {**(preset or {}), **start.config_alone(self.checkpoint_dir, given, tokenizer, self.say), **given}
         if init_from_model:
             other = CheckpointManager(init_from_model, self.checkpoint_dir.parent)
             with intact.open_verified(other.checkpoint_dir, self.say) as bundle:

@@ -108,7 +108,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a script's main and exit: a CheckpointError is one line on stderr and exit code 1."""
+    """Run a script's main and exit: an error of ours, or of the file system, is one line on stderr and exit code 1."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -123,6 +123,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         # The reader (head, less) has what it wanted; Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
+    except OSError as error:
+        print(f"error: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
+        code = FAILED
     sys.exit(code)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -306,7 +306,7 @@ class ModelFolder:
         self.storage.remove_folder(self.committed)
         self.storage.sync_folder(self.path)
 
-    def prune(self, steps: Iterable[int]) -> None:
+    def prune(self, steps: Sequence[int]) -> None:
         """Remove kept steps; each leaves under another name first, so that a crash leaves no half of one."""
         kept = self.kept_steps()
         doomed = [self.path / f".trash-{kept[s].name}-{new_id()}" for s in steps]

@@ -85,16 +85,18 @@ def fresh(fields: dict[str, Any], tokenizer: Tokenizer, seed: int) -> GPT:
     return model.to(resolve_device(config.device, "config of the new model"))
 
 
-def config_alone(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -> dict[str, Any]:
+def config_alone(
+    folder: Path, given: dict[str, Any], tokenizer: Tokenizer, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Read a config.json that stands without weights: the architecture of a new model.
 
-    Raises: CheckpointMismatch when a tokenizer.json beside it has another vocabulary.
+    Raises: CheckpointMismatch when a given field, or a tokenizer.json beside it, contradicts it.
     """
     path, alone = folder / CONFIG, folder / TOKENIZER
     if not path.exists():
         return {}
     values = parse_json(path.read_bytes(), str(path))
-    GPTConfig.from_dict(values, str(path))
+    _refuse_other_fields(path, GPTConfig.from_dict(values, str(path)), given)
     say(f"{path}: no weights beside it; training a new model of this architecture")
     if alone.exists():
         recorded = parse_json(alone.read_bytes(), str(alone))
@@ -108,18 +110,19 @@ def config_alone(folder: Path, tokenizer: Tokenizer, say: Callable[[str], None])
 
 def refuse_other_architecture(bundle: Bundle, given: dict[str, Any]) -> None:
     """Raise CheckpointMismatch when a given field is not the checkpoint's."""
-    if bundle.config is None:
-        return
-    found = bundle.config.architecture()
+    if bundle.config is not None:
+        _refuse_other_fields(bundle.path(CONFIG), bundle.config, given)
+
+
+def _refuse_other_fields(where: Path, config: GPTConfig, given: dict[str, Any]) -> None:
+    found = config.architecture()
     faults = [
         f"{name} is {given[name]} here and {found[name]} in the checkpoint"
         for name in given
         if name in found and given[name] != found[name]
     ]
     if faults:
-        raise CheckpointMismatch(
-            f"{bundle.path(CONFIG)}: {'; '.join(faults)}. Leave the flag out, or train under another --model_name."
-        )
+        raise CheckpointMismatch(f"{where}: {'; '.join(faults)}. Leave it out, or train under another --model_name.")
 
 
 def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer) -> None:
