@@ -189,7 +189,8 @@ def main() -> None:
     torch.manual_seed(1337)
     tokens = np.concatenate(corpus.train.arrays)
     if args.loss:
-        compare_losses(OurLoop(our_model(vocab_size), loader, False), NanoLoop(PlainGPT(vocab_size), tokens, False))
+        peer = nanogpt_model(args.nanogpt, vocab_size) if args.nanogpt else PlainGPT(vocab_size)
+        compare_losses(OurLoop(our_model(vocab_size), loader, False), NanoLoop(peer, tokens, False))
         return
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} turns of {args.steps} steps")
     for mode, bar in BARS.items():
