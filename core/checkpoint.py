@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
-import math
 import os
 import shutil
 import sys
@@ -37,7 +36,7 @@ from core.model import GPT
 from core.optimizer import configure_optimizer, load_optimizer_state
 from core.state_dict import export_optimizer_state, export_state_dict, plain_name, unwrap
 from core.tokenizer import Tokenizer
-from core.training_state import STATE, parse_json, unseal
+from core.training_state import STATE, dump_json, parse_json, unseal
 
 LEGACY_FILES = ("latest.pt", "final.pt")
 
@@ -141,11 +140,17 @@ class CheckpointManager:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Be the only writer while the block runs; what an interrupted save left is finished first."""
-        try:
-            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-            with hold(self.checkpoint_dir):
+        with contextlib.ExitStack() as held:
+            with self._explained():
+                self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(hold(self.checkpoint_dir))
                 self._folder.recover()
-                yield
+            yield
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             place = error.filename or self.checkpoint_dir
             raise SaveFailed(f"{place}: {error.strerror}. Nothing that was committed is lost.") from error
@@ -159,13 +164,22 @@ class CheckpointManager:
 
         Raises: CheckpointDamaged when steps exist and none is intact; nothing is changed then.
         """
-        with self.writing():
+        with self.writing(), self._explained():
             if not self.exists_new_format():
+                self._refuse_legacy()
                 return None
             try:
                 return intact.open_verified(self.checkpoint_dir, self.say)
             except (CheckpointDamaged, CheckpointNotFound) as damage:
                 return intact.walk_back(self._folder, damage, self.say)
+
+    def _refuse_legacy(self) -> None:
+        for name in LEGACY_FILES:
+            if self.exists_legacy_format(name):
+                raise CheckpointMismatch(
+                    f"{self.get_path(name)}: a single-file checkpoint, which this version does not read yet, and no "
+                    "bundle beside it. It is untouched; train under another --model_name."
+                )
 
     def initialize_for_training(
         self,
@@ -243,7 +257,7 @@ class CheckpointManager:
         moments = (
             export_optimizer_state(optimizer, module) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
         )
-        with self.writing():
+        with self.writing(), self._explained():
             files = self._files(module, weights, moments, tokenizer or getattr(module, "tokenizer", None))
             state = self._state(step, OPTIMIZER in files, metrics, extra)
             started = time.perf_counter()
@@ -284,10 +298,9 @@ class CheckpointManager:
     def _state(
         self, step: int, has_optimizer: bool, metrics: Mapping[str, float] | None, extra: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        top = self._top_state()
-        best = top.get("best")
+        best = self._top_state().get("best")
         loss = (metrics or {}).get("val_loss")
-        if loss is not None and math.isfinite(loss) and (best is None or loss < best["val_loss"]):
+        if loss is not None and (best is None or loss < best["val_loss"]):
             best = {"step": step, "val_loss": loss}
         state = {
             "step": step,
@@ -296,11 +309,17 @@ class CheckpointManager:
             "commit_id": new_id(),
             "parent": self._folder.newest_id(),
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            **dict(metrics or {}),
             "best": best,
             **self.facts,
         }
-        return {**state, "extra": dict(extra)} if extra else state
+        if clash := state.keys() & (metrics or {}).keys():
+            raise InputError(f"metrics: {', '.join(sorted(clash))} is what the training state calls something else.")
+        state |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
+        try:
+            dump_json(state)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"metrics or extra of step {step}: {error}. They are written as JSON.") from error
+        return state
 
     def tokenizer_state(self) -> dict[str, Any] | None:
         """The tokenizer.json of the newest step, or one that waits beside a config.json alone; None without one."""
@@ -341,10 +360,7 @@ class CheckpointManager:
     def _is_newest(self, stage: Path) -> bool:
         """Whether a staged step holds what the top holds already, byte for byte."""
         top, staged = self._top_state(), unseal(self._folder.storage.read(stage / STATE), STATE)
-        if (
-            any(top.get(key) != staged.get(key) for key in ("step", "optimizer_file", "facts"))
-            or "integrity" not in top
-        ):
+        if any(top.get(key) != staged.get(key) for key in ("step", "optimizer_file")) or "integrity" not in top:
             return False
         files = {key: value for key, value in staged["integrity"]["files"].items() if key != CONFIG}
         return files == {key: value for key, value in top["integrity"]["files"].items() if key != CONFIG} and all(
@@ -410,6 +426,8 @@ class CheckpointManager:
         """
         manager = CheckpointManager(model_name, base_dir)
         folder = manager.checkpoint_dir
+        if legacy_filename is not None or not manager.exists_new_format():
+            manager._refuse_legacy()
         number = manager._best_step() if step == "best" else int(step) if step is not None else None
         try:
             with open_bundle(folder, number) as bundle:

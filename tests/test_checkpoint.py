@@ -324,6 +324,7 @@ def test_existence_is_told_by_format(tmp_path):
     torch.save({}, tmp_path / "dante/final.pt")
     assert made.exists() and not made.exists_new_format()
     assert made.exists_legacy_format("final.pt") and not made.exists_legacy_format()
+    (tmp_path / "dante/final.pt").unlink()
     made, model, optimizer = started(tmp_path)
     train_and_save(made, model, optimizer, 1)
     assert made.exists_new_format()
@@ -469,3 +470,70 @@ def test_weights_alone_can_be_shared(tmp_path):
     assert equal(loaded.state_dict(), model.state_dict()) and loaded.step == 0
     assert isinstance(loaded.generate("In", max_new_tokens=3), str)
     assert loaded.config == GPTConfig.from_dict(model.config.to_dict())
+
+
+def test_metrics_and_extra_that_are_no_json_are_refused_before_anything_is_written(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    with pytest.raises(InputError, match=r"metrics or extra of step 1: .*JSON"):
+        made.save(model, optimizer, step=1, metrics={"loss": float("nan")})
+    with pytest.raises(InputError, match=r"metrics or extra of step 1: .*not JSON serializable"):
+        made.save(model, optimizer, step=1, extra={"model": model})
+    with pytest.raises(InputError, match=r"metrics: step is what the training state calls something else"):
+        made.save(model, optimizer, step=1, metrics={"step": 2.0})
+    assert not (tmp_path / "dante/model.pt").exists()
+
+
+def test_a_config_that_stands_alone_is_not_overruled_by_a_flag(tmp_path):
+    (tmp_path / "dante").mkdir()
+    (tmp_path / "dante/config.json").write_text(json.dumps({**SMALL, "vocab_size": tokenizer().vocab_size}))
+    with pytest.raises(CheckpointMismatch, match=r"n_layer is 7 here and 2 in the checkpoint"):
+        manager(tmp_path).initialize_for_training({"n_layer": 7}, tokenizer(), None, 1e-3)
+
+
+def test_a_single_file_checkpoint_is_never_started_over(tmp_path):
+    (tmp_path / "dante").mkdir()
+    torch.save({"model_state_dict": {}}, tmp_path / "dante/latest.pt")
+    with pytest.raises(CheckpointMismatch, match=r"latest\.pt: a single-file checkpoint.*It is untouched"):
+        started(tmp_path)
+    with pytest.raises(CheckpointMismatch, match=r"latest\.pt: a single-file checkpoint"):
+        CheckpointManager.load_for_inference("dante", tmp_path)
+
+
+@pytest.mark.parametrize("number", [5, 13, 28, 30], ids=["EIO", "EACCES", "ENOSPC", "EROFS"])
+def test_a_call_that_fails_anywhere_in_a_save_leaves_the_old_or_the_new_step(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("core.storage.DISK.links", True)  # a refused link turns it off
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 2)
+    calls = count_calls(made, model, optimizer, monkeypatch)
+    for failing in range(0, calls, 3):
+        step = model.step
+        update(model, optimizer)
+        change = FailAt(failing, number)
+        with monkeypatch.context() as patch:
+            patch.setattr(made._folder.storage, "change", change)
+            with pytest.raises(SaveFailed, match=re.escape(os.strerror(number))):
+                made.save(model, optimizer, step=model.step)
+        with manager(tmp_path).newest_intact() as bundle:
+            assert bundle.step in (step, model.step)
+        made.save(model, optimizer, step=model.step)
+        assert state_of(tmp_path / "dante")["step"] == model.step
+
+
+class FailAt:
+    def __init__(self, at, number):
+        self.count, self.at, self.number = 0, at, number
+
+    def __call__(self, call, *args):
+        self.count += 1
+        if self.count > self.at and call is not os.unlink and call is not os.rmdir:
+            raise OSError(self.number, os.strerror(self.number))
+        return call(*args)
+
+
+def count_calls(made, model, optimizer, monkeypatch):
+    counter = FailAt(10**9, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(made._folder.storage, "change", counter)
+        update(model, optimizer)
+        made.save(model, optimizer, step=model.step)
+    return counter.count
