@@ -29,6 +29,7 @@ class StopSignal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third would only break the way out
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         print(f"\n{self.requested}: finishing this step, then saving (Ctrl-C again ends at once)", file=sys.stderr)

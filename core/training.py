@@ -269,6 +269,17 @@ class _Run:
         self._look_from_here()
 
 
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    # Compiled for several threads, the gradient of an embedding is added up by atomics, in whatever order they come.
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def _seed_dropout(seed: int, device: torch.device) -> None:
     # The generators themselves: torch.manual_seed would seed every device, at a hundred times the cost.
     if device.type == "cuda":
