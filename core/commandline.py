@@ -116,7 +116,6 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = FAILED
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one would only break the way out
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:
@@ -126,6 +125,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except OSError as error:
         print(f"error: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
         code = FAILED
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is over: an impatient Ctrl-C must not change the exit code
     sys.exit(code)
 
 

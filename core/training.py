@@ -84,6 +84,7 @@ def fit(
     save_interval = save_interval or eval_interval
     with (
         manager.writing() if manager else contextlib.nullcontext(),
+        _deterministic() if compile and run.device.type == "cpu" else contextlib.nullcontext(),
         StopSignal() as stop,
         run.open(max_iters, progress),
     ):
