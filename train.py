@@ -136,7 +136,7 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
         "training": {name: settings[name] for name in (*RUN_DEFAULTS, "max_iters", "learning_rate", "warmup_iters")},
     }
     for name, old in state.get("training", {}).items():
-        if name != "max_iters" and settings.get(name, old) != old:
+        if name != "max_iters" and old is not None and settings[name] != old:
             say(f"{name}: {old} so far, {settings[name]} from now on")
     result = fit(
         model,
