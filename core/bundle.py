@@ -108,7 +108,11 @@ def _bundle(opened: Opened, folder: Path) -> Bundle:
             else f"{folder}: no such folder."
         )
     where = str(opened.folder / CONFIG)
-    values = _read_json(opened, CONFIG)
+    try:
+        values = _read_json(opened, CONFIG)
+    except CheckpointDamaged as error:
+        # People edit this file: a slip of theirs is theirs to mend, not damage to walk back from.
+        raise CheckpointMismatch(f"{error} Mend it, or copy the one of a kept step.") from error
     check_version(values, where)
     config = GPTConfig.from_dict(values, where) if values.get("model_class", "GPT") == "GPT" else None
     tokenizer = _read_json(opened, TOKENIZER) if TOKENIZER in opened.files else None

@@ -6,7 +6,6 @@ import contextlib
 import filecmp
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from core import intact, start
 from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, open_bundle, verify, write_bundle
@@ -41,10 +39,6 @@ from core.training_state import STATE, dump_json, parse_json, unseal
 LEGACY_FILES = ("latest.pt", "final.pt")
 
 
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)  # leaves a progress bar whole
-
-
 class CheckpointManager:
     """The checkpoints of one model: a folder whose top is always the newest committed step, whole.
 
@@ -59,7 +53,7 @@ class CheckpointManager:
         *,
         keep: int = 1,
         keep_every: int | None = None,
-        say: Callable[[str], None] = _say,
+        say: Callable[[str], None] = intact.say_on_stderr,
     ) -> None:
         if not model_name or model_name in (".", "..") or Path(model_name).name != model_name or "\\" in model_name:
             raise InputError(f"model name {model_name!r}: expected the name of one folder, without a path.")

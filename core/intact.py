@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 from core.bundle import Bundle, history, open_bundle, verify
 from core.commit import ModelFolder
@@ -13,7 +16,12 @@ from core.errors import CheckpointDamaged, CheckpointError
 Say = Callable[[str], None]
 
 
-def open_verified(folder: Path, say: Say) -> Bundle:
+def say_on_stderr(line: str) -> None:
+    """Print a line where a progress bar may be, and leave the bar whole."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def open_verified(folder: Path, say: Say = say_on_stderr) -> Bundle:
     """Open the newest step of a model and check every byte of it; what was replaced since is said.
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.

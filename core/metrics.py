@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from core.errors import SaveFailed
+
 
 class Metrics:
     """Append-only log of a training run; lines are kept in memory until `flush`."""
@@ -34,13 +36,19 @@ class Metrics:
         self._lines.append(json.dumps(values) + "\n")
 
     def flush(self) -> None:
-        """Append what was logged and make it durable: done before a commit, so that no committed step lacks lines."""
+        """Append what was logged and make it durable: done before a commit, so that no committed step lacks lines.
+
+        Raises: SaveFailed.
+        """
         if not self._lines:
             return
-        with self.path.open("ab") as file:
-            file.write("".join(self._lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("ab") as file:
+                file.write("".join(self._lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SaveFailed(f"{self.path}: {error.strerror}. The last saved step is intact.") from error
         self._lines.clear()
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from core.bundle import open_bundle, verify
+from core.bundle import open_bundle
 from core.checkpoint import CheckpointManager
 from core.commit import MODEL, new_id
 from core.containers.torch_zip_writer import write_torch_zip
 from core.device import resolve_dtype
 from core.errors import SaveFailed
+from core.intact import open_verified
 from core.materialize import load_model, load_optimizer
 from core.model import GPT
 from core.state_dict import export_state_dict
@@ -29,8 +30,7 @@ def load(
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
-    with open_bundle(Path(checkpoint_dir)) as bundle:
-        verify(bundle)
+    with open_verified(Path(checkpoint_dir)) as bundle:
         model = load_model(bundle, device=map_location, dtype=resolve_dtype(load_dtype), writable=True)
         return model, bundle.tokenizer, bundle.step, load_optimizer(bundle)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -69,3 +70,11 @@ def equal(a, b) -> bool:
 
 def config(**fields) -> GPTConfig:
     return GPTConfig.from_dict({**SMALL, "vocab_size": tokenizer().vocab_size, **fields})
+
+
+def state_of(folder: Path) -> dict:
+    return json.loads((folder / "training_state.json").read_text())
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("step_*"))

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 
 import pytest
@@ -13,34 +12,25 @@ from core import lock
 from core.checkpoint import CheckpointManager
 from core.config import GPTConfig
 from core.errors import (
-    CheckpointDamaged,
     CheckpointError,
     CheckpointMismatch,
     CheckpointNotFound,
     InputError,
-    SaveFailed,
 )
 from core.tokenizer import make_char
 from tests.helpers import (
     SMALL,
     TEXT,
     equal,
-    flip,
+    kept,
     manager,
     started,
+    state_of,
     tokenizer,
     train_and_save,
     update,
     weights,
 )
-
-
-def state_of(folder):
-    return json.loads((folder / "training_state.json").read_text())
-
-
-def kept(folder):
-    return sorted(p.name for p in folder.glob("step_*"))
 
 
 def test_a_saved_bundle_is_five_plain_files_that_plain_torch_reads(tmp_path):
@@ -122,90 +112,6 @@ def test_another_state_at_the_same_step_replaces_it_and_keeps_the_first(tmp_path
     made.save(model, optimizer, step=1)
     assert equal(torch.load(tmp_path / "dante/model.pt", weights_only=True), model.state_dict())
     assert equal(torch.load(tmp_path / "dante/step_00000001/model.pt", weights_only=True), first)
-
-
-def test_a_damaged_newest_step_is_named_set_aside_and_resume_walks_back(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    expected = weights(model)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
-    folder = tmp_path / "dante"
-    flip(folder / "model.pt", 4000)
-    said = r"dante/model.pt: \S+ is damaged \(CRC32 \w{8}, recorded \w{8}\)\. Newest intact step: 1 \(step_00000001\)\."
-    with pytest.raises(CheckpointDamaged, match=said):
-        CheckpointManager.load_for_inference("dante", tmp_path)
-    lines = []
-    again = CheckpointManager("dante", tmp_path, say=lines.append)
-    resumed, _, step = again.initialize_for_training({}, "char", None, 1e-3)
-    assert step == 1 and equal(resumed.state_dict(), expected)
-    (aside,) = folder.glob("aside_00000002_*")
-    assert (aside / "model.pt").exists() and (aside / "optimizer.pt").exists() and str(aside) in lines[-1]
-    assert "going on from step 1" in lines[-1]
-    assert state_of(folder)["step"] == 1
-
-
-def test_training_after_a_walk_back_commits_on_and_keeps_the_good_step(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 2)
-    made.close()
-    flip(tmp_path / "dante/optimizer.pt", 4000)
-    made, model, optimizer = started(tmp_path)
-    assert model.step == 1
-    train_and_save(made, model, optimizer, 1)
-    assert state_of(tmp_path / "dante")["step"] == 2
-    assert kept(tmp_path / "dante") == ["step_00000001"]
-
-
-def test_when_no_step_is_intact_nothing_changes_and_nothing_starts_anew(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 2)
-    made.close()
-    folder = tmp_path / "dante"
-    flip(folder / "model.pt", 4000)
-    flip(folder / "step_00000001/model.pt", 4000)
-    before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
-    with pytest.raises(CheckpointDamaged, match=r"No intact older step is kept in .*dante, and nothing was changed"):
-        manager(tmp_path).initialize_for_training({}, "char", None, 1e-3)
-    assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
-
-
-@pytest.mark.parametrize("name", ["model.pt", "optimizer.pt", "tokenizer.json", "training_state.json"])
-def test_flips_and_cuts_anywhere_in_a_bundle_are_found_before_use(tmp_path, name):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 2)
-    made.close()
-    size = (tmp_path / "dante" / name).stat().st_size
-    for number, byte in enumerate(range(0, size, max(1, size // 12))):
-        trial = tmp_path / f"trial{number}"
-        shutil.copytree(tmp_path / "dante", trial / "dante")
-        flip(trial / "dante" / name, byte, number % 8)
-        lines = []
-        damaged = CheckpointManager("dante", trial, say=lines.append)
-        with damaged.newest_intact() as bundle:
-            assert bundle.step == 1 or "was replaced" in lines[0], f"a flip of byte {byte} in {name} was not noticed"
-    for cut in (0, 1, size // 2, size - 2):
-        trial = tmp_path / f"cut{cut}"
-        shutil.copytree(tmp_path / "dante", trial / "dante")
-        os.truncate(trial / "dante" / name, cut)
-        with manager(trial).newest_intact() as bundle:
-            assert bundle.step == 1, f"{name} cut to {cut} bytes was not noticed"
-
-
-def test_a_replaced_model_file_is_used_and_said(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
-    with torch.no_grad():
-        model.ln_f.weight.fill_(3.0)
-    torch.save(model.state_dict(), tmp_path / "dante/model.pt")
-    lines = []
-    again = CheckpointManager("dante", tmp_path, say=lines.append)
-    resumed, _, _ = again.initialize_for_training({}, "char", None, 1e-3)
-    assert torch.equal(resumed.ln_f.weight, torch.full((32,), 3.0))
-    assert re.search(
-        r"model.pt: whole, but not the file that was saved at step 1 \(\d+ bytes; recorded \d+\)", lines[0]
-    )
 
 
 def test_hand_edited_wishes_survive_saves_and_hold_on_resume(tmp_path):
@@ -393,45 +299,6 @@ def test_a_missing_model_is_one_sentence(tmp_path):
         CheckpointManager.load_for_inference("empty", tmp_path)
 
 
-def test_a_full_disk_keeps_the_last_step_and_says_how_much_is_missing(tmp_path, monkeypatch):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    folder, written = tmp_path / "dante", []
-    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-
-    def full(call, *args):
-        if call is os.write:
-            written.append(len(args[1]))
-            if len(written) > 1:
-                raise OSError(28, "No space left on device")
-        return call(*args)
-
-    update(model, optimizer)
-    monkeypatch.setattr(made._folder.storage, "change", full)
-    said = r"save of step 2 failed: No space left on device \([\d.]+ MB needed, [\d.]+ MB free\)\. Step 1 is intact\."
-    with pytest.raises(SaveFailed, match=said):
-        made.save(model, optimizer, step=2)
-    monkeypatch.undo()
-    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-    assert not list(folder.glob(".stage-*"))
-    made.save(model, optimizer, step=2)
-    assert state_of(folder)["step"] == 2
-
-
-def test_without_hard_links_history_and_walk_back_work_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("core.storage.DISK.links", False)
-    monkeypatch.setattr("core.storage.DISK.folder_fsync", False)
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 3)
-    made.close()
-    folder = tmp_path / "dante"
-    assert kept(folder) == ["step_00000002"]
-    assert (folder / "model.pt").stat().st_nlink == 1
-    flip(folder / "model.pt", 4000)
-    with manager(tmp_path).newest_intact() as bundle:
-        assert bundle.step == 2
-
-
 def test_a_second_writer_of_one_name_is_refused_at_once(tmp_path):
     made, _, _ = started(tmp_path)
     held = dict(lock._held)
@@ -497,43 +364,3 @@ def test_a_single_file_checkpoint_is_never_started_over(tmp_path):
         started(tmp_path)
     with pytest.raises(CheckpointMismatch, match=r"latest\.pt: a single-file checkpoint"):
         CheckpointManager.load_for_inference("dante", tmp_path)
-
-
-@pytest.mark.parametrize("number", [5, 13, 28, 30], ids=["EIO", "EACCES", "ENOSPC", "EROFS"])
-def test_a_call_that_fails_anywhere_in_a_save_leaves_the_old_or_the_new_step(tmp_path, monkeypatch, number):
-    monkeypatch.setattr("core.storage.DISK.links", True)  # a refused link turns it off
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 2)
-    calls = count_calls(made, model, optimizer, monkeypatch)
-    for failing in range(0, calls, 3):
-        step = model.step
-        update(model, optimizer)
-        change = FailAt(failing, number)
-        with monkeypatch.context() as patch:
-            patch.setattr(made._folder.storage, "change", change)
-            with pytest.raises(SaveFailed, match=re.escape(os.strerror(number))):
-                made.save(model, optimizer, step=model.step)
-        with manager(tmp_path).newest_intact() as bundle:
-            assert bundle.step in (step, model.step)
-        made.save(model, optimizer, step=model.step)
-        assert state_of(tmp_path / "dante")["step"] == model.step
-
-
-class FailAt:
-    def __init__(self, at, number):
-        self.count, self.at, self.number = 0, at, number
-
-    def __call__(self, call, *args):
-        self.count += 1
-        if self.count > self.at and call is not os.unlink and call is not os.rmdir:
-            raise OSError(self.number, os.strerror(self.number))
-        return call(*args)
-
-
-def count_calls(made, model, optimizer, monkeypatch):
-    counter = FailAt(10**9, 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(made._folder.storage, "change", counter)
-        update(model, optimizer)
-        made.save(model, optimizer, step=model.step)
-    return counter.count

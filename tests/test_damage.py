@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import pytest
+import torch
+
+from core.checkpoint import CheckpointManager
+from core.errors import CheckpointDamaged, CheckpointMismatch, SaveFailed
+from tests.helpers import equal, flip, kept, manager, started, state_of, train_and_save, update, weights
+
+
+def test_a_damaged_newest_step_is_named_set_aside_and_resume_walks_back(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 1)
+    expected = weights(model)
+    train_and_save(made, model, optimizer, 1)
+    made.close()
+    folder = tmp_path / "dante"
+    flip(folder / "model.pt", 4000)
+    said = r"dante/model.pt: \S+ is damaged \(CRC32 \w{8}, recorded \w{8}\)\. Newest intact step: 1 \(step_00000001\)\."
+    with pytest.raises(CheckpointDamaged, match=said):
+        CheckpointManager.load_for_inference("dante", tmp_path)
+    lines = []
+    again = CheckpointManager("dante", tmp_path, say=lines.append)
+    resumed, _, step = again.initialize_for_training({}, "char", None, 1e-3)
+    assert step == 1 and equal(resumed.state_dict(), expected)
+    (aside,) = folder.glob("aside_00000002_*")
+    assert (aside / "model.pt").exists() and (aside / "optimizer.pt").exists() and str(aside) in lines[-1]
+    assert "going on from step 1" in lines[-1]
+    assert state_of(folder)["step"] == 1
+
+
+def test_training_after_a_walk_back_commits_on_and_keeps_the_good_step(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 2)
+    made.close()
+    flip(tmp_path / "dante/optimizer.pt", 4000)
+    made, model, optimizer = started(tmp_path)
+    assert model.step == 1
+    train_and_save(made, model, optimizer, 1)
+    assert state_of(tmp_path / "dante")["step"] == 2
+    assert kept(tmp_path / "dante") == ["step_00000001"]
+
+
+def test_when_no_step_is_intact_nothing_changes_and_nothing_starts_anew(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 2)
+    made.close()
+    folder = tmp_path / "dante"
+    flip(folder / "model.pt", 4000)
+    flip(folder / "step_00000001/model.pt", 4000)
+    before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
+    with pytest.raises(CheckpointDamaged, match=r"No intact older step is kept in .*dante, and nothing was changed"):
+        manager(tmp_path).initialize_for_training({}, "char", None, 1e-3)
+    assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["model.pt", "optimizer.pt", "tokenizer.json", "training_state.json"])
+def test_flips_and_cuts_anywhere_in_a_bundle_are_found_before_use(tmp_path, name):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 2)
+    made.close()
+    size = (tmp_path / "dante" / name).stat().st_size
+    for number, byte in enumerate(range(0, size, max(1, size // 12))):
+        trial = tmp_path / f"trial{number}"
+        shutil.copytree(tmp_path / "dante", trial / "dante")
+        flip(trial / "dante" / name, byte, number % 8)
+        lines = []
+        damaged = CheckpointManager("dante", trial, say=lines.append)
+        with damaged.newest_intact() as bundle:
+            assert bundle.step == 1 or "was replaced" in lines[0], f"a flip of byte {byte} in {name} was not noticed"
+    for cut in (0, 1, size // 2, size - 2):
+        trial = tmp_path / f"cut{cut}"
+        shutil.copytree(tmp_path / "dante", trial / "dante")
+        os.truncate(trial / "dante" / name, cut)
+        with manager(trial).newest_intact() as bundle:
+            assert bundle.step == 1, f"{name} cut to {cut} bytes was not noticed"
+
+
+def test_a_replaced_model_file_is_used_and_said(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 1)
+    made.close()
+    with torch.no_grad():
+        model.ln_f.weight.fill_(3.0)
+    torch.save(model.state_dict(), tmp_path / "dante/model.pt")
+    lines = []
+    again = CheckpointManager("dante", tmp_path, say=lines.append)
+    resumed, _, _ = again.initialize_for_training({}, "char", None, 1e-3)
+    assert torch.equal(resumed.ln_f.weight, torch.full((32,), 3.0))
+    assert re.search(
+        r"model.pt: whole, but not the file that was saved at step 1 \(\d+ bytes; recorded \d+\)", lines[0]
+    )
+
+
+def test_a_full_disk_keeps_the_last_step_and_says_how_much_is_missing(tmp_path, monkeypatch):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 1)
+    folder, written = tmp_path / "dante", []
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+    def full(call, *args):
+        if call is os.write:
+            written.append(len(args[1]))
+            if len(written) > 1:
+                raise OSError(28, "No space left on device")
+        return call(*args)
+
+    update(model, optimizer)
+    monkeypatch.setattr(made._folder.storage, "change", full)
+    said = r"save of step 2 failed: No space left on device \([\d.]+ MB needed, [\d.]+ MB free\)\. Step 1 is intact\."
+    with pytest.raises(SaveFailed, match=said):
+        made.save(model, optimizer, step=2)
+    monkeypatch.undo()
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert not list(folder.glob(".stage-*"))
+    made.save(model, optimizer, step=2)
+    assert state_of(folder)["step"] == 2
+
+
+def test_without_hard_links_history_and_walk_back_work_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("core.storage.DISK.links", False)
+    monkeypatch.setattr("core.storage.DISK.folder_fsync", False)
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 3)
+    made.close()
+    folder = tmp_path / "dante"
+    assert kept(folder) == ["step_00000002"]
+    assert (folder / "model.pt").stat().st_nlink == 1
+    flip(folder / "model.pt", 4000)
+    with manager(tmp_path).newest_intact() as bundle:
+        assert bundle.step == 2
+
+
+@pytest.mark.parametrize("number", [5, 13, 28, 30], ids=["EIO", "EACCES", "ENOSPC", "EROFS"])
+def test_a_call_that_fails_anywhere_in_a_save_leaves_the_old_or_the_new_step(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("core.storage.DISK.links", True)  # a refused link turns it off
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 2)
+    calls = count_calls(made, model, optimizer, monkeypatch)
+    for failing in range(0, calls, 3):
+        step = model.step
+        update(model, optimizer)
+        change = FailAt(failing, number)
+        with monkeypatch.context() as patch:
+            patch.setattr(made._folder.storage, "change", change)
+            with pytest.raises(SaveFailed, match=re.escape(os.strerror(number))):
+                made.save(model, optimizer, step=model.step)
+        with manager(tmp_path).newest_intact() as bundle:
+            assert bundle.step in (step, model.step)
+        made.save(model, optimizer, step=model.step)
+        assert state_of(tmp_path / "dante")["step"] == model.step
+
+
+class FailAt:
+    def __init__(self, at, number):
+        self.count, self.at, self.number = 0, at, number
+
+    def __call__(self, call, *args):
+        self.count += 1
+        if self.count > self.at and call is not os.unlink and call is not os.rmdir:
+            raise OSError(self.number, os.strerror(self.number))
+        return call(*args)
+
+
+def count_calls(made, model, optimizer, monkeypatch):
+    counter = FailAt(10**9, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(made._folder.storage, "change", counter)
+        update(model, optimizer)
+        made.save(model, optimizer, step=model.step)
+    return counter.count
+
+
+def test_a_slip_in_a_hand_edited_config_is_the_persons_to_mend_and_nothing_is_set_aside(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 2)
+    made.close()
+    path = tmp_path / "dante/config.json"
+    text = path.read_text()
+    path.write_text(text.replace(",", "", 1))
+    before = sorted(p.name for p in (tmp_path / "dante").iterdir())
+    with pytest.raises(CheckpointMismatch, match=r"config.json: \d+ bytes that are no valid JSON .* Mend it, or copy"):
+        started(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "dante").iterdir()) == before
+    path.write_text(text)
+    assert started(tmp_path)[1].step == 2
