@@ -165,12 +165,13 @@ def our_model(vocab_size: int) -> GPT:
 
 def compare_losses(ours: OurLoop, rival: NanoLoop) -> None:
     """Train both for 2,000 steps and measure them on the same 200 validation batches."""
+    batches = DataLoader(ours.loader.train, ours.loader.val, block_size=BLOCK, batch_size=BATCH, seed=1337)
     for name, loop in (("ours", ours), ("nanoGPT-style loop", rival)):
         start = time.perf_counter()
         loop.run(2000)
         seconds = time.perf_counter() - start
         with torch.inference_mode():
-            losses = [loop.model.eval()(*ours.loader.val_batch(i))[1].item() for i in range(200)]
+            losses = [loop.model.eval()(*batches.val_batch(i))[1].item() for i in range(200)]
         print(f"{name}: validation loss {statistics.mean(losses):.4f} after 2,000 steps, {seconds:.0f} s")
     print(f"nanoGPT's README: {README_LOSS}")
 
@@ -181,12 +182,13 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT, for its own model.py")
     parser.add_argument("--steps", type=int, default=100, help="per turn")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=1337, help="of the weights and of our batches")
     parser.add_argument("--loss", action="store_true", help="train both for 2,000 steps and compare the losses")
     args = parser.parse_args()
     corpus = open_corpus(find_source(args.input_file, None, None, ""))
-    loader = DataLoader(corpus.train, corpus.val, block_size=BLOCK, batch_size=BATCH, seed=1337)
+    loader = DataLoader(corpus.train, corpus.val, block_size=BLOCK, batch_size=BATCH, seed=args.seed)
     vocab_size = corpus.tokenizer.vocab_size
-    torch.manual_seed(1337)
+    torch.manual_seed(args.seed)
     tokens = np.concatenate(corpus.train.arrays)
     if args.loss:
         peer = nanogpt_model(args.nanogpt, vocab_size) if args.nanogpt else PlainGPT(vocab_size)
