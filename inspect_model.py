@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.bundle import Bundle, Kept, history, open_bundle
+from core.bundle import LEGACY_FILES, Bundle, Kept, history, open_bundle
 from core.commandline import DONE, FAILED, Parser, choose_model, model_names, run
 from core.containers.inert import Call, Global, as_text
 from core.containers.spec import TensorSpec
@@ -21,7 +21,6 @@ from core.errors import CheckpointError, CheckpointNotFound
 from core.families import gpt
 from core.training_state import STATE
 
-LEGACY_FILES = ("latest.pt", "final.pt")
 POSITIONS_AND_TOKENS = ("token_embedding_table.weight", "position_embedding_table.weight")
 Facts = dict[str, Any]
 

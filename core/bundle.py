@@ -21,6 +21,8 @@ from core.training_state import STATE, check_version, dump_json, parse_json, sea
 
 OPTIMIZER = "optimizer.pt"
 TOKENIZER = "tokenizer.json"
+LEGACY_FILES = ("latest.pt", "final.pt")
+"""Single-file checkpoints of older programs, in the order in which they were looked for."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from core import intact, start
-from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, open_bundle, verify, write_bundle
+from core.bundle import LEGACY_FILES, OPTIMIZER, TOKENIZER, Bundle, Writer, open_bundle, verify, write_bundle
 from core.commit import CONFIG, MODEL, ModelFolder, new_id
 from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
 from core.containers.torch_zip_writer import file_size, write_torch_zip
@@ -35,8 +35,6 @@ from core.optimizer import configure_optimizer, load_optimizer_state
 from core.state_dict import export_optimizer_state, export_state_dict, plain_name, unwrap
 from core.tokenizer import Tokenizer
 from core.training_state import STATE, dump_json, parse_json, unseal
-
-LEGACY_FILES = ("latest.pt", "final.pt")
 
 
 class CheckpointManager:
