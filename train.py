@@ -55,11 +55,13 @@ RUN_DEFAULTS = {
 CONFIG_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "dropout", "device")
 """Flags that are fields of config.json."""
 
+METAVARS: dict[Any, str] = {Path: "PATH", str: "NAME", int: "N", count: "N", float: "X"}
+"""What stands for a value in --help, by its type."""
+
 EPILOG = """examples:
   python train.py --model_name dante                          start, or resume: the same line
   python train.py --model_name dante --max_iters 4000         go on for longer
   python train.py --model_name mine --input_file my_book.txt  your own text
-  torch compiled, cosine to zero-ish after 5000 steps:
   python train.py --model_name big --compile --lr_schedule cosine --lr_decay_iters 5000 --warmup_iters 0.02
 
 Ctrl-C finishes the step, saves, and says how to go on (exit code 75); a second one ends at once (130).
@@ -230,7 +232,7 @@ def make_parser() -> Parser:
     def group(title: str, *flags: tuple[str, Callable[[str], Any], str]) -> argparse._ArgumentGroup:
         made = parser.add_argument_group(title)
         for flag, kind, text in flags:
-            made.add_argument(flag, type=kind, help=text, metavar=flag[2:].split("_")[-1].upper())
+            made.add_argument(flag, type=kind, help=text, metavar=METAVARS[kind])
         return made
 
     data = group(
@@ -270,7 +272,7 @@ def make_parser() -> Parser:
     saving.add_argument("--keep", type=int, default=1, metavar="N", help="older steps to keep besides the best (1)")
     saving.add_argument("--keep_every", type=count, metavar="N", help="keep every step that N divides")
     machine = group("machine", ("--seed", int, "of data order, dropout and initialisation (1337)"))
-    machine.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     machine.add_argument("--dtype", choices=("fp32", "bf16"), help="arithmetic of the forward pass; weights stay fp32")
     machine.add_argument("--compile", action="store_true", default=None, help="use torch.compile")
     machine.add_argument("--no_compile", action="store_false", dest="compile", help="do not")

@@ -21,6 +21,11 @@ MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
 """A folder with one of these is a model."""
 
 
+def _wide(prog: str) -> argparse.HelpFormatter:
+    """A page on which the longest flag has its help beside it."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=118)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser with the flags every script has; an unknown flag names the nearest known one.
 
@@ -33,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=epilog,
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_wide,
         )
         shared = self.add_argument_group("model") if model else self
         if model:
