@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from core.commandline import DONE, STOPPED, Parser, count, run
 
 if TYPE_CHECKING:
+    from core.bundle import Bundle
     from core.checkpoint import CheckpointManager
     from core.corpus import Corpus
     from core.model import GPT
@@ -85,6 +87,14 @@ def main(argv: list[str]) -> int:
 
 def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Resume or start the model of a manager that holds its lock."""
+    with manager.newest_intact() or contextlib.nullcontext() as bundle:
+        return train_from(manager, bundle, args, flags)
+
+
+def train_from(
+    manager: CheckpointManager, bundle: Bundle | None, args: argparse.Namespace, flags: dict[str, Any]
+) -> int:
+    """Train on from an open bundle, or anew."""
     from core.corpus import find_source, open_corpus
     from core.dataloader import DataLoader
     from core.device import DTYPES, resolve_device
@@ -92,7 +102,6 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
     from core.tokenizer import tokenizer_from_state
     from core.training import fit
 
-    bundle = manager.newest_intact()
     state = bundle.state if bundle else {}
     wish = flags.get("device") or (bundle.config.device if bundle and bundle.config else "auto")
     device = resolve_device(wish, "--device")
@@ -111,8 +120,8 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
     say(source.line())
     if changed := source.changed(state.get("data")):
         say(f"WARNING: {changed}")
-    tokenization = flags.get("tokenization")
-    if tokenization is None and (recorded := manager.tokenizer_state()) is not None:
+    tokenization, recorded = flags.get("tokenization"), manager.tokenizer_state()
+    if recorded is not None and tokenization in (None, recorded.get("token_kind")):
         tokenization = tokenizer_from_state(recorded, flags.get("bpe_file"))
     corpus = open_corpus(source, tokenization, bpe_file=flags.get("bpe_file"), unknown=flags.get("unknown", "error"))
     for note in corpus.notes:
@@ -127,6 +136,7 @@ def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str,
         preset=preset,
         weight_decay=settings["weight_decay"],
         seed=settings["seed"],
+        bundle=bundle,
     )
     config, device = model.config, next(model.parameters()).device
     loader = DataLoader(

@@ -184,17 +184,19 @@ class CheckpointManager:
         preset: Mapping[str, Any] | None = None,
         weight_decay: float = 0.1,
         seed: int = 1337,
+        bundle: Bundle | None = None,
     ) -> tuple[GPT, torch.optim.AdamW, int]:
         """Resume this model, or start it from another model's weights, or fresh; return model, optimizer and step.
 
         A field given in `config` (of a GPTConfig: one that is not the default) wins over config.json of the
-        checkpoint, which wins over `preset`. The manager holds the writer's lock from here on.
+        checkpoint, which wins over `preset`. The manager holds the writer's lock from here on. A `bundle` is what
+        `newest_intact` has opened before, so that nothing is verified twice; it is closed.
 
         Raises: CheckpointMismatch when the architecture or the tokenizer contradicts the checkpoint; both are shown.
         """
         self.acquire()
         given = start.given_fields(config)
-        bundle = self.newest_intact()
+        bundle = bundle or self.newest_intact()
         if bundle is not None:
             with bundle:
                 model = start.resume(bundle, given, tokenization)
@@ -203,14 +205,14 @@ class CheckpointManager:
             self.resumed = bundle.state
             return model, optimizer, model.step
         tokenizer = start.find_tokenizer(tokenization, input_text)
-        fields = {**(preset or {}), **start.config_alone(self.checkpoint_dir, given, tokenizer, self.say), **given}
+        alone = start.config_alone(self.checkpoint_dir, given, tokenizer, self.say)
         if init_from_model:
             other = CheckpointManager(init_from_model, self.checkpoint_dir.parent)
             with intact.open_verified(other.checkpoint_dir, self.say) as bundle:
-                model = start.from_weights(bundle, fields, tokenizer)
+                model = start.from_weights(bundle, {**alone, **given}, tokenizer)
                 self.say(f"starting from the weights of {init_from_model}, step {bundle.step}")
         else:
-            model = start.fresh(fields, tokenizer, seed)
+            model = start.fresh({**(preset or {}), **alone, **given}, tokenizer, seed)
         return model, configure_optimizer(model, learning_rate, weight_decay), 0
 
     def _load_moments(self, bundle: Bundle, optimizer: torch.optim.Optimizer) -> None:

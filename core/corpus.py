@@ -18,13 +18,12 @@ from core.source import Source, byte_bar, find_source
 from core.text import Segment, pieces, split
 from core.tokenizer import (
     START,
-    Gpt2Tokenizer,
     Tokenizer,
     describe,
     make_char,
+    named_tokenizer,
     same_vocabulary,
     token_dtype,
-    tokenizer_from_file,
     tokenizer_from_state,
 )
 from core.tokens import Tokens
@@ -117,12 +116,8 @@ def choose_tokenizer(
             whole, _ = split(source.files, 0.0)
             return make_char(pieces(whole, bar.update), str(source.path))
     if isinstance(tokenization, str):
-        return _named(tokenization, bpe_file)
+        return named_tokenizer(tokenization, bpe_file)
     return tokenization
-
-
-def _named(tokenization: str, bpe_file: Path | None) -> Tokenizer:
-    return Gpt2Tokenizer(bpe_file) if tokenization == "gpt2" else tokenizer_from_file(Path(tokenization), bpe_file)
 
 
 def _encoded(
@@ -168,7 +163,9 @@ def _open_tokens(
             )
         state, origin = {"token_kind": "gpt2"}, "without dataset.json or meta.pkl its tokens are taken for"
     wanted = (
-        _named(tokenization, bpe_file) if isinstance(tokenization, str) and tokenization != "char" else tokenization
+        named_tokenizer(tokenization, bpe_file)
+        if isinstance(tokenization, str) and tokenization != "char"
+        else tokenization
     )
     if wanted is None:
         tokenizer = tokenizer_from_state(state, bpe_file, str(dataset.folder))

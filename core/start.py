@@ -16,7 +16,7 @@ from core.device import resolve_device
 from core.errors import CheckpointMismatch, InputError
 from core.materialize import load_model
 from core.model import GPT
-from core.tokenizer import Gpt2Tokenizer, Tokenizer, describe, make_char, same_vocabulary, tokenizer_from_file
+from core.tokenizer import Tokenizer, describe, make_char, named_tokenizer, same_vocabulary
 from core.training_state import parse_json
 
 
@@ -32,13 +32,11 @@ def find_tokenizer(tokenization: str | Tokenizer, text: str | None) -> Tokenizer
     """Make the tokenizer of a new model: char (of the text), gpt2, or a Hugging Face tokenizers JSON file."""
     if not isinstance(tokenization, str):
         return tokenization
-    if tokenization == "gpt2":
-        return Gpt2Tokenizer()
-    if tokenization == "char":
-        if not text:
-            raise InputError("tokenization char: found no text, expected the text whose characters are the vocabulary.")
-        return make_char([text])
-    return tokenizer_from_file(Path(tokenization))
+    if tokenization != "char":
+        return named_tokenizer(tokenization)
+    if not text:
+        raise InputError("tokenization char: found no text, expected the text whose characters are the vocabulary.")
+    return make_char([text])
 
 
 def model_vocab_size(tokenizer: Tokenizer) -> int:
@@ -54,10 +52,11 @@ def resume(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer)
     return load_model(bundle, writable=True).train()
 
 
-def from_weights(bundle: Bundle, fields: dict[str, Any], tokenizer: Tokenizer) -> GPT:
+def from_weights(bundle: Bundle, given: dict[str, Any], tokenizer: Tokenizer) -> GPT:
     """Load another model's weights as step 0 of a new one; tokenizer and architecture must be the same."""
+    refuse_other_architecture(bundle, given)
     refuse_other_tokenizer(bundle, tokenizer)
-    _wish(bundle, fields)
+    _wish(bundle, given)
     model = load_model(bundle, writable=True)
     model.step = 0
     return model.train()

@@ -323,6 +323,11 @@ def _definition_fingerprint(definition: Any) -> str:
     return hashlib.sha256(json.dumps(definition, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def named_tokenizer(name: str, bpe_file: Path | None = None) -> Tokenizer:
+    """Make the tokenizer that a flag names, one that needs no text: gpt2, or a tokenizer's JSON file."""
+    return Gpt2Tokenizer(bpe_file) if name == "gpt2" else tokenizer_from_file(Path(name), bpe_file)
+
+
 def _checked_chars(chars: Any, where: str) -> list[str]:
     if not isinstance(chars, list) or not chars:
         raise CheckpointMismatch(f"{where}: chars is {str(chars)[:40]!r}, expected a list of characters.")

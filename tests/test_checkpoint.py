@@ -187,6 +187,10 @@ def test_a_new_model_starts_from_the_weights_of_another(tmp_path):
     other = make_char([TEXT + "xyzq%"])
     with pytest.raises(CheckpointMismatch, match=r"trained with char, .*; this run has char, "):
         manager(tmp_path, "third").initialize_for_training({}, other, None, 1e-3, init_from_model="dante")
+    with pytest.raises(CheckpointMismatch, match=r"n_layer is 9 here and 2 in the checkpoint"):
+        manager(tmp_path, "deep").initialize_for_training(
+            {"n_layer": 9}, tokenizer(), None, 1e-3, init_from_model="dante"
+        )
     with pytest.raises(CheckpointNotFound, match="nobody"):
         manager(tmp_path, "fourth").initialize_for_training({}, other, None, 1e-3, init_from_model="nobody")
 
