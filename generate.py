@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.commandline import DONE, WRONG_USE, Parser, choose_model, run
+from core.commandline import DONE, WRONG_USE, Parser, add_legacy_flag, choose_model, legacy_path, run
 
 if TYPE_CHECKING:
     from core.model import GPT
@@ -34,8 +34,12 @@ When the context is full, its older half is dropped.
 
 def main(argv: list[str]) -> int:
     """Generate, and return the exit code."""
-    args = make_parser().parse(argv)
-    name = choose_model(args)
+    parser = make_parser()
+    args = parser.parse(argv)
+    if args.legacy_checkpoint and args.step is not None:
+        parser.error("--legacy_checkpoint and --step name two checkpoints; give one of them")
+    single = legacy_path(parser, args)
+    name = str(single) if single else choose_model(args)
     if name is None:
         return WRONG_USE
     if args.seed is None:
@@ -45,11 +49,18 @@ def main(argv: list[str]) -> int:
     from core.checkpoint import CheckpointManager
     from core.errors import InputError
 
+    folder = single.absolute().parent if single else Path(args.checkpoint_root) / name
     model = CheckpointManager.load_for_inference(
-        name, args.checkpoint_root, load_dtype=args.dtype, device=args.device, step=args.step, bpe_file=args.bpe_file
+        folder.name,
+        folder.parent,
+        legacy_filename=single.name if single else None,
+        load_dtype=args.dtype,
+        device=args.device,
+        step=args.step,
+        bpe_file=args.bpe_file,
     )
     if model.tokenizer is None:
-        raise InputError(f"{Path(args.checkpoint_root) / name}: no tokenizer.json, so its tokens are no text.")
+        raise InputError(f"{single or folder}: no tokenizer with it, so its tokens are no text.")
     parameters = sum(p.numel() for p in model.parameters())
     device = model.token_embedding_table.weight.device
     say(f"{name}: step {model.step}, {parameters / 1e6:.2f} M parameters, {device}, seed {args.seed}")
@@ -143,6 +154,7 @@ def make_parser() -> Parser:
     loading.add_argument(
         "--step", type=step_or_best, metavar="N|best", help="a kept step, or the best one (default: the newest)"
     )
+    add_legacy_flag(loading)
     loading.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what config.json says)")
     loading.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as saved)")
     loading.add_argument("--bpe_file", type=Path, metavar="FILE", help="the GPT-2 ranks, for a machine without network")

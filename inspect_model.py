@@ -12,13 +12,28 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.bundle import LEGACY_FILES, Bundle, Kept, history, open_bundle
-from core.commandline import DONE, FAILED, Parser, choose_model, model_names, run
-from core.containers.inert import Call, Global, as_text
+from core.bundle import Bundle, Kept, history, open_bundle
+from core.choice import LEGACY_FILES, choose
+from core.commandline import (
+    DONE,
+    FAILED,
+    Parser,
+    add_legacy_flag,
+    choose_model,
+    legacy_path,
+    model_names,
+    run,
+)
+from core.containers.foreign import foreign_calls
+from core.containers.inert import Call, as_text
 from core.containers.spec import TensorSpec
-from core.containers.torch_zip import TorchZip
-from core.errors import CheckpointError, CheckpointNotFound
-from core.families import gpt
+from core.containers.torch_file import open_torch_file
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+from core.evolution import notes
+from core.families.recognise import LECTURE
+from core.fit import contradictions
+from core.legacy import is_legacy, open_legacy
+from core.plain import plain
 from core.training_state import STATE
 
 POSITIONS_AND_TOKENS = ("token_embedding_table.weight", "position_embedding_table.weight")
@@ -34,13 +49,19 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("path", metavar="PATH", nargs="?", help="a model folder, a step folder in it, or a .pt file")
     parser.add_argument("--step", type=int, metavar="N", help="a kept step instead of the newest")
+    add_legacy_flag(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     args = parser.parse(argv)
     if args.path and args.model_name:
         parser.error("PATH and --model_name name two checkpoints; give one of them")
+    if args.path and args.legacy_checkpoint:
+        parser.error("PATH and --legacy_checkpoint name two checkpoints; give one of them")
     root = Path(args.checkpoint_root)
+    single = legacy_path(parser, args)
     try:
-        if args.path or args.model_name or len(names := model_names(root)) < 2:
+        if single is not None:
+            facts = checkpoint_facts(single, args.step)
+        elif args.path or args.model_name or len(names := model_names(root)) < 2:
             facts = checkpoint_facts(Path(args.path) if args.path else root / str(choose_model(args)), args.step)
         else:
             facts = {"root": str(root), "models": [model_facts(root / name) for name in names]}
@@ -49,6 +70,8 @@ def main(argv: list[str]) -> int:
     print(json.dumps(plain(facts), indent=2, allow_nan=False) if args.json else "\n".join(text_of(facts)))
     for problem in facts.get("damaged", []):
         print(f"error: {problem}", file=sys.stderr)
+    for call in facts.get("foreign", []):
+        print(f"WARNING: {facts['location']}: its pickle names {call}; nothing was executed", file=sys.stderr)
     return FAILED if facts.get("damaged") else DONE
 
 
@@ -63,53 +86,73 @@ def checkpoint_facts(path: Path, step: int | None) -> Facts:
         return file_facts(path)
     if not path.exists():
         raise CheckpointNotFound(f"{path}: nothing here. Give a model folder, a step folder in it, or a .pt file.")
-    legacy = [path / name for name in LEGACY_FILES if (path / name).is_file()]
-    if legacy and step is None and not (path / "config.json").exists():
-        return file_facts(legacy[0])
-    with open_bundle(path, step) as bundle:
+    choice = choose(path)
+    chosen = ""
+    if step is None:
+        for line in choice.lines():
+            print(line, file=sys.stderr)
+        chosen = choice.candidates[0].single or "" if choice.candidates else ""
+        if not choice.candidates and choice.passed:
+            raise CheckpointError(choice.passed[0])
+    with open_legacy(path / chosen) if chosen else open_bundle(path, step) as bundle:
         return bundle_facts(bundle, history(path) if step is None else [])
 
 
 def bundle_facts(bundle: Bundle, kept: list[Kept]) -> Facts:
-    """What a bundle says of itself, and what its tensors say of it."""
+    """What a checkpoint of ours says of itself, and what its tensors say of it."""
     facts: Facts = {
-        "format": "New JSON-based format",
-        "location": str(bundle.folder),
+        "format": "Legacy single file" if bundle.single else "New JSON-based format",
+        "location": str(bundle.path("") if bundle.single else bundle.folder),
         "config": bundle.config_values,
         "tokenizer": bundle.tokenizer,
         "training_state": bundle.state,
         "files": dict(bundle.sizes),
         "history": [_kept_facts(k) for k in kept],
         "contradictions": [],
+        "notes": [],
         "damaged": [],
+        "foreign": [],
     }
-    with contextlib.suppress(OSError):
-        facts["files"][STATE] = (bundle.folder / STATE).stat().st_size
+    if not bundle.single:
+        with contextlib.suppress(OSError):
+            facts["files"][STATE] = (bundle.folder / STATE).stat().st_size
     try:
-        archive = TorchZip.open(bundle.files["model.pt"], str(bundle.path("model.pt")))
+        weights = bundle.weights.tensors
     except CheckpointError as error:
         facts["damaged"].append(str(error))
         return facts
-    weights = archive.tensors
-    if isinstance(archive.content, dict) and isinstance(archive.content.get("state_dict"), dict):
-        weights = {name.removeprefix("state_dict."): spec for name, spec in weights.items()}
-    if bundle.config is not None:
-        facts["contradictions"] = gpt.contradictions(bundle.config, weights)
-    return {**facts, "parameters": _parameters(weights), "tensors": _tensor_facts(weights)}
+    facts["foreign"] = foreign_calls(bundle.weights.source.header.content)
+    facts |= {"parameters": _parameters(weights), "tensors": _tensor_facts(weights)}
+    try:
+        if bundle.config is not None:
+            dropped = bundle.evidence.plan.dropped
+            facts["generation"] = bundle.evidence.plan.family
+            facts["parameters"] = _parameters({name: t for name, t in weights.items() if name not in dropped})
+            facts["contradictions"] = contradictions(bundle)
+            facts["notes"] = notes(str(bundle.path("config.json")), bundle.config, bundle.state)
+    except CheckpointDamaged as error:
+        facts["damaged"].append(str(error))
+    except CheckpointError as error:
+        facts["contradictions"] = [str(error)]
+    return facts
 
 
 def file_facts(path: Path) -> Facts:
-    """What a single file holds: its tensors, and its other content as text."""
+    """What a single file holds: as a checkpoint where it is one of ours, else its tensors and other content as text."""
+    if is_legacy(path):
+        with open_legacy(path) as bundle:
+            return bundle_facts(bundle, [])
     with path.open("rb") as file:
-        archive = TorchZip.open(file, str(path))
+        header = open_torch_file(file, str(path))
         size = file.seek(0, io.SEEK_END)
     return {
-        "format": "PyTorch zip file",
+        "format": "PyTorch zip file" if header.container == "zip" else "PyTorch stream file (before torch 1.6)",
         "location": str(path),
-        "content": archive.content if isinstance(archive.content, dict) else {"": archive.content},
+        "content": header.content if isinstance(header.content, dict) else {"": header.content},
         "files": {path.name: size},
-        "parameters": _parameters(archive.tensors),
-        "tensors": _tensor_facts(archive.tensors),
+        "foreign": foreign_calls(header.content),
+        "parameters": _parameters(header.tensors),
+        "tensors": _tensor_facts(header.tensors),
     }
 
 
@@ -126,7 +169,10 @@ def model_facts(folder: Path) -> Facts:
     except CheckpointError as error:
         legacy = [folder / name for name in LEGACY_FILES if (folder / name).is_file()]
         if legacy:
-            return {"name": folder.name, "legacy": legacy[0].name, "bytes": legacy[0].stat().st_size}
+            first = choose(folder).candidates[:1]
+            step = first[0].step if first else None
+            chosen = folder / first[0].single if first and first[0].single else legacy[0]
+            return {"name": folder.name, "legacy": chosen.name, "step": step, "bytes": chosen.stat().st_size}
         return {"name": folder.name, "error": str(error)}
 
 
@@ -161,6 +207,8 @@ def text_of(facts: Facts) -> Iterable[str]:
     yield "=== FORMAT ==="
     yield facts["format"]
     yield f"Location: {printable(facts['location'])}"
+    if facts.get("generation") == LECTURE:
+        yield "Lecture-style names, one layer per head: opens as it is, and gets our names at the next save"
     if "config" in facts:
         yield from _bundle_sections(facts)
     if "content" in facts:
@@ -186,7 +234,7 @@ def text_of(facts: Facts) -> Iterable[str]:
 def _bundle_sections(facts: Facts) -> Iterable[str]:
     """The three sections that every version of this script has begun with."""
     yield from ("", "=== CONFIG ===", ", ".join(f"{k}:{_value(v)}" for k, v in facts["config"].items()))
-    yield from (f"contradicts model.pt: {printable(sentence)}" for sentence in facts["contradictions"])
+    yield from (f"contradiction: {printable(sentence)}" for sentence in facts["contradictions"])
     tokenizer = facts["tokenizer"] or {}
     yield from ("", "=== TOKENIZER ===")
     yield f"kind      : {_value(tokenizer.get('token_kind', 'none'))}"
@@ -197,6 +245,7 @@ def _bundle_sections(facts: Facts) -> Iterable[str]:
     for name in ("val_loss", "best", "saved_at"):
         if state.get(name) is not None:
             yield f"{name:<10}: {_value(state[name])}"
+    yield from (f"note: {printable(note)}" for note in facts["notes"])
 
 
 def _vocabulary(tokenizer: Facts) -> str:
@@ -235,7 +284,8 @@ def _model_row(model: Facts) -> tuple[str, ...]:
     if "error" in model:
         return (model["name"], printable(model["error"]))
     if "legacy" in model:
-        return (model["name"], model["legacy"], "", size_text(model["bytes"]))
+        step = f"step {model['step']}" if model["step"] is not None else "unreadable"
+        return (model["name"], step, model["legacy"], size_text(model["bytes"]))
     return (model["name"], f"step {model['step']}", _loss(model["val_loss"]), size_text(model["bytes"]))
 
 
@@ -317,17 +367,6 @@ def _value(value: Any) -> str:
 def printable(text: str) -> str:
     """Replace what would move the cursor or change the terminal by its escape."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def plain(value: Any) -> Any:
-    """Turn content into what JSON can say; tensors, records and numbers JSON lacks become text."""
-    if isinstance(value, dict):
-        return {k if isinstance(k, str) else as_text(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in value]
-    if isinstance(value, (Call, Global, TensorSpec, bytes)) or (isinstance(value, float) and not math.isfinite(value)):
-        return as_text(value)
-    return value
 
 
 if __name__ == "__main__":

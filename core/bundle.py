@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,29 +13,56 @@ from typing import Any, BinaryIO
 from core.checksum import crc32_file, crc32_range
 from core.commit import CONFIG, MODEL, ModelFolder, Opened
 from core.config import GPTConfig
-from core.containers.torch_zip import TorchZip
-from core.differences import listed
+from core.containers.torch_file import open_torch_file
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
-from core.families import gpt
+from core.evolution import Evidence, evolve
+from core.families.recognise import recognise
+from core.part import WEIGHTS_KEYS, Part, TorchFile
 from core.storage import DISK, Output, Storage
 from core.training_state import STATE, check_version, dump_json, parse_json, seal, unseal
 
 OPTIMIZER = "optimizer.pt"
 TOKENIZER = "tokenizer.json"
-LEGACY_FILES = ("latest.pt", "final.pt")
-"""Single-file checkpoints of older programs, in the order in which they were looked for."""
 
 
 @dataclass
 class Bundle:
-    """One step on disk, its files open: nothing that happens to the folder later changes what is read."""
+    """One step on disk, its files open: nothing that happens to the folder later changes what is read.
+
+    A single-file checkpoint is a bundle too, of which every part lies in that one file, the `single`.
+    """
 
     folder: Path
     state: dict[str, Any]
     config_values: dict[str, Any]
-    config: GPTConfig | None
     tokenizer: dict[str, Any] | None
     files: dict[str, BinaryIO]
+    weights: Part
+    optimizer: Part | None
+    single: str | None = None
+
+    @functools.cached_property
+    def evidence(self) -> Evidence:
+        """What the header of the weights shows: their family, and their shapes under our names.
+
+        Raises: CheckpointDamaged when it cannot be read, CheckpointMismatch when its tensors do not fit together.
+        """
+        where, shapes = self.weights.source.path, self.weights.shapes
+        try:
+            plan = recognise(shapes)
+            return Evidence(plan, plan.shapes(shapes))
+        except CheckpointMismatch as error:
+            raise CheckpointMismatch(f"{where}: {error}.") from error
+
+    @functools.cached_property
+    def config(self) -> GPTConfig | None:
+        """The config, what it lacks filled in from the weights; None for a module that is no GPT.
+
+        Raises: CheckpointMismatch for a wrong type or an impossible value, and as `evidence`.
+        """
+        if self.config_values.get("model_class", "GPT") != "GPT":
+            return None
+        return evolve(self.config_values, self.evidence, str(self.path(CONFIG)))
 
     @property
     def step(self) -> int:
@@ -49,11 +77,11 @@ class Bundle:
     @property
     def has_optimizer(self) -> bool:
         """Whether an optimizer state belongs to this step."""
-        return OPTIMIZER in self.files and self.state.get("optimizer_file", OPTIMIZER) is not None
+        return self.optimizer is not None and self.state.get("optimizer_file", OPTIMIZER) is not None
 
     def path(self, name: str) -> Path:
         """Where a file of this bundle is found by name, for messages."""
-        return self.folder / name
+        return self.folder / (self.single or name)
 
     def close(self) -> None:
         """Close the files."""
@@ -105,7 +133,8 @@ def _bundle(opened: Opened, folder: Path) -> Bundle:
         names = ModelFolder(folder).storage.names(folder)
         there = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
         raise CheckpointNotFound(
-            f"{folder}: no bundle here. Looked for {CONFIG} + {MODEL}; found {there}."
+            f"{folder}: no checkpoint here. Looked for {CONFIG} + {MODEL} (bundle), latest.pt or final.pt (single "
+            f"file); found {there}."
             if folder.exists()
             else f"{folder}: no such folder."
         )
@@ -116,9 +145,11 @@ def _bundle(opened: Opened, folder: Path) -> Bundle:
         # People edit this file: a slip of theirs is theirs to mend, not damage to walk back from.
         raise CheckpointMismatch(f"{error} Mend it, or copy the one of a kept step.") from error
     check_version(values, where)
-    config = GPTConfig.from_dict(values, where) if values.get("model_class", "GPT") == "GPT" else None
     tokenizer = _read_json(opened, TOKENIZER) if TOKENIZER in opened.files else None
-    return Bundle(opened.folder, opened.state, values, config, tokenizer, opened.files)
+    weights = Part(TorchFile(opened.files[MODEL], opened.folder / MODEL), WEIGHTS_KEYS)
+    optimizer = opened.files.get(OPTIMIZER)
+    moments = Part(TorchFile(optimizer, opened.folder / OPTIMIZER)) if optimizer else None
+    return Bundle(opened.folder, opened.state, values, tokenizer, opened.files, weights, moments)
 
 
 def _read_json(opened: Opened, name: str) -> dict[str, Any]:
@@ -146,6 +177,9 @@ def verify(bundle: Bundle, names: tuple[str, ...] = (MODEL, TOKENIZER, OPTIMIZER
 
     Raises: CheckpointDamaged naming the tensor, with both checksums.
     """
+    if bundle.single:
+        verify_records(bundle.files[bundle.single], bundle.path(bundle.single))
+        return []
     recorded = bundle.state.get("integrity", {}).get("files", {})
     replaced = []
     for name in names:
@@ -174,12 +208,12 @@ def verify(bundle: Bundle, names: tuple[str, ...] = (MODEL, TOKENIZER, OPTIMIZER
 
 
 def verify_records(file: BinaryIO, path: Path) -> None:
-    """Check every record of a torch file against the CRC32 in its directory.
+    """Check every record of a torch file against the CRC32 in its directory; the old stream format recorded none.
 
     Raises: CheckpointDamaged naming the tensors whose bytes differ.
     """
     try:
-        archive = TorchZip.open(file, str(path))
+        archive = open_torch_file(file, str(path))
     except CheckpointError as error:
         raise CheckpointDamaged(str(error)) from error
     for record in archive.records.values():
@@ -190,26 +224,6 @@ def verify_records(file: BinaryIO, path: Path) -> None:
             raise CheckpointDamaged(
                 f"{path}: {', '.join(names[:3])} is damaged (CRC32 {found:08x}, recorded {record.crc32:08x})."
             )
-
-
-def check_fit(bundle: Bundle) -> None:
-    """Compare config.json, tokenizer.json and the header of model.pt, before anything is allocated.
-
-    Raises: CheckpointMismatch listing every contradiction with the field and value that would fit.
-    """
-    if bundle.config is None:
-        return
-    where = bundle.path(CONFIG)
-    archive = TorchZip.open(bundle.files[MODEL], str(bundle.path(MODEL)))
-    faults = gpt.contradictions(bundle.config, archive.tensors)
-    if faults:
-        raise CheckpointMismatch(f"{where} does not fit {MODEL}: {listed(faults)}.")
-    chars = (bundle.tokenizer or {}).get("chars")
-    if isinstance(chars, list) and len(chars) > bundle.config.vocab_size:
-        raise CheckpointMismatch(
-            f"{bundle.path(TOKENIZER)}: {len(chars)} characters, but vocab_size in {where} is "
-            f"{bundle.config.vocab_size}. It is the tokenizer of another model."
-        )
 
 
 Writer = Callable[[Output], None]

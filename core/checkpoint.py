@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from core import intact, start
-from core.bundle import LEGACY_FILES, OPTIMIZER, TOKENIZER, Bundle, Writer, open_bundle, verify, write_bundle
+from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, write_bundle
+from core.choice import LEGACY_FILES, Candidate, choose, seen_files
 from core.commit import CONFIG, MODEL, ModelFolder, new_id
 from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
 from core.containers.torch_zip_writer import file_size, write_torch_zip
@@ -23,15 +24,18 @@ from core.device import resolve_dtype
 from core.differences import differences, listed
 from core.errors import (
     CheckpointDamaged,
+    CheckpointError,
     CheckpointMismatch,
     CheckpointNotFound,
     InputError,
     SaveFailed,
 )
+from core.evolution import notes
+from core.inference import load_chosen
 from core.lock import hold
-from core.materialize import load_model, load_optimizer, read_torch_file
+from core.materialize import load_moments, load_optimizer, load_weights, read_part
 from core.model import GPT
-from core.optimizer import configure_optimizer, load_optimizer_state
+from core.optimizer import configure_optimizer
 from core.state_dict import export_optimizer_state, export_state_dict, plain_name, unwrap
 from core.tokenizer import Tokenizer
 from core.training_state import STATE, dump_json, parse_json, unseal
@@ -85,9 +89,10 @@ class CheckpointManager:
         Raises: InputError when the name leads out of the folder.
         """
         path = self.checkpoint_dir / filename
-        if not filename or path.resolve() == self.checkpoint_dir.resolve():
+        name = Path(os.path.normpath(filename))  # a link in the folder may lead where its owner likes
+        if name == Path():
             raise InputError(f"{filename!r}: expected the name of a file in {self.checkpoint_dir}.")
-        if not path.resolve().is_relative_to(self.checkpoint_dir.resolve()):
+        if name.is_absolute() or name.parts[0] == "..":
             raise InputError(
                 f"{filename!r} leads out of {self.checkpoint_dir}; a file of the model stays in its folder."
             )
@@ -150,28 +155,39 @@ class CheckpointManager:
     # Resume
 
     def newest_intact(self) -> Bundle | None:
-        """Open the newest step whose every file is intact; None where there is no bundle at all.
+        """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
 
         A damaged newest step is renamed aside, the newest intact one takes its place, and both are said.
 
         Raises: CheckpointDamaged when steps exist and none is intact; nothing is changed then.
         """
         with self.writing(), self._explained():
-            if not self.exists_new_format():
-                self._refuse_legacy()
-                return None
-            try:
-                return intact.open_verified(self.checkpoint_dir, self.say)
-            except (CheckpointDamaged, CheckpointNotFound) as damage:
-                return intact.walk_back(self._folder, damage, self.say)
-
-    def _refuse_legacy(self) -> None:
-        for name in LEGACY_FILES:
-            if self.exists_legacy_format(name):
-                raise CheckpointMismatch(
-                    f"{self.get_path(name)}: a single-file checkpoint, which this version does not read yet, and no "
-                    "bundle beside it. It is untouched; train under another --model_name."
+            choice = choose(self.checkpoint_dir)
+            for line in choice.lines():
+                self.say(line)
+            for i, candidate in enumerate(choice.candidates):
+                try:
+                    return self._open(candidate)
+                except (CheckpointDamaged, CheckpointNotFound) as damage:
+                    others = choice.candidates[i + 1 :]
+                    if not others:
+                        raise
+                    self.say(f"WARNING: {damage}")
+                    self.say(f"WARNING: trying {others[0].name} instead; nothing was deleted")
+            if choice.passed:
+                raise CheckpointError(
+                    f"{choice.passed[0]} {self.checkpoint_dir} has no other checkpoint, and nothing was changed. "
+                    "To start anew, use another --model_name."
                 )
+            return None
+
+    def _open(self, candidate: Candidate) -> Bundle:
+        try:
+            return intact.open_candidate(candidate, self.say)
+        except (CheckpointDamaged, CheckpointNotFound) as damage:
+            if candidate.single is not None:
+                raise
+            return intact.walk_back(self._folder, damage, self.say)
 
     def initialize_for_training(
         self,
@@ -182,7 +198,7 @@ class CheckpointManager:
         init_from_model: str | None = None,
         *,
         preset: Mapping[str, Any] | None = None,
-        weight_decay: float = 0.1,
+        weight_decay: float | None = None,
         seed: int = 1337,
         bundle: Bundle | None = None,
     ) -> tuple[GPT, torch.optim.AdamW, int]:
@@ -199,32 +215,29 @@ class CheckpointManager:
         bundle = bundle or self.newest_intact()
         if bundle is not None:
             with bundle:
+                for line in notes(str(bundle.path(CONFIG)), bundle.config, bundle.state):
+                    self.say(line)
                 model = start.resume(bundle, given, tokenization)
-                optimizer = configure_optimizer(model, learning_rate, weight_decay)
-                self._load_moments(bundle, optimizer)
+                state = load_optimizer(bundle)
+                self._say_without_moments(bundle, state)
+                optimizer = configure_optimizer(model, learning_rate, weight_decay, state)
             self.resumed = bundle.state
             return model, optimizer, model.step
         tokenizer = start.find_tokenizer(tokenization, input_text)
         alone = start.config_alone(self.checkpoint_dir, given, tokenizer, self.say)
         if init_from_model:
             other = CheckpointManager(init_from_model, self.checkpoint_dir.parent)
-            with intact.open_verified(other.checkpoint_dir, self.say) as bundle:
+            with intact.open_chosen(other.checkpoint_dir, self.say) as bundle:
                 model = start.from_weights(bundle, {**alone, **given}, tokenizer)
                 self.say(f"starting from the weights of {init_from_model}, step {bundle.step}")
         else:
             model = start.fresh({**(preset or {}), **alone, **given}, tokenizer, seed)
         return model, configure_optimizer(model, learning_rate, weight_decay), 0
 
-    def _load_moments(self, bundle: Bundle, optimizer: torch.optim.Optimizer) -> None:
-        state = load_optimizer(bundle)
-        if state is None:
-            if bundle.step:
-                self.say(f"{bundle.folder}: no optimizer state; its moments start from zero at step {bundle.step}")
-            return
-        try:
-            load_optimizer_state(optimizer, state)
-        except CheckpointMismatch as error:
-            raise CheckpointMismatch(f"{bundle.path(OPTIMIZER)}: {error}") from error
+    def _say_without_moments(self, bundle: Bundle, state: dict[str, Any] | None) -> None:
+        if state is None and bundle.step:
+            place = bundle.path(bundle.single) if bundle.single else bundle.folder
+            self.say(f"{place}: no optimizer state; its moments start from zero at step {bundle.step}")
 
     # Save
 
@@ -306,6 +319,8 @@ class CheckpointManager:
             "best": best,
             **self.facts,
         }
+        if seen := seen_files(self.checkpoint_dir, self._top_state().get("legacy", [])):
+            state["legacy"] = seen
         if clash := state.keys() & (metrics or {}).keys():
             raise InputError(f"metrics: {', '.join(sorted(clash))} is what the training state calls something else.")
         state |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
@@ -389,18 +404,18 @@ class CheckpointManager:
             return 0
         with bundle:
             module = unwrap(model)
-            tensors = read_torch_file(bundle.files[MODEL], bundle.path(MODEL))
+            tensors = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
             live = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
             faults = differences(
                 {name: t.shape for name, t in live.items()}, {name: t.shape for name, t in tensors.items()}
             )
             if faults:
-                raise CheckpointMismatch(f"{bundle.path(MODEL)} is of another model: {listed(faults)}.")
+                raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.")
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     live[name].copy_(tensor)
             if optimizer is not None:
-                self._load_moments(bundle, optimizer)
+                self._say_without_moments(bundle, load_moments(bundle, module, optimizer))
             self.resumed = bundle.state
             return bundle.step
 
@@ -416,20 +431,16 @@ class CheckpointManager:
     ) -> GPT:
         """Load a model to write text with: the newest step, a kept step, or the best one (`step="best"`).
 
+        `legacy_filename` takes a single-file checkpoint in the folder, whatever else is there.
+
         Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
         """
         manager = CheckpointManager(model_name, base_dir)
-        folder = manager.checkpoint_dir
-        if legacy_filename is not None or not manager.exists_new_format():
-            manager._refuse_legacy()
         number = manager._best_step() if step == "best" else int(step) if step is not None else None
-        try:
-            with open_bundle(folder, number) as bundle:
-                for line in verify(bundle, (MODEL, TOKENIZER)):
-                    manager.say(f"WARNING: {line}")
-                return load_model(bundle, device=device, dtype=resolve_dtype(load_dtype), bpe_file=bpe_file)
-        except CheckpointDamaged as damage:
-            raise CheckpointDamaged(f"{damage} {intact.newest_intact(folder, number)}") from damage
+        single = manager.get_path(legacy_filename).name if legacy_filename is not None else None
+        return load_chosen(
+            manager.checkpoint_dir, number, single, device=device, dtype=resolve_dtype(load_dtype), bpe_file=bpe_file
+        )
 
     def _best_step(self) -> int:
         best = self._top_state().get("best")

@@ -48,6 +48,11 @@ class GPTConfig:
         Raises: CheckpointMismatch naming each field, its value and what is allowed.
         """
         faults = [fault for name, rule in _RULES.items() if (fault := rule(name, getattr(self, name)))]
+        faults += [
+            f"{name} is {self.unknown[name]!r}, which this model does not compute; allowed is {', '.join(computed)}"
+            for name, computed in _COMPUTED.items()
+            if self.unknown.get(name) not in (None, *computed)
+        ]
         if not faults and self.n_embd % self.n_head:
             near = ", ".join(str(h) for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and h <= 64)
             faults.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; n_head may be {near}")
@@ -130,6 +135,13 @@ def _device(name: str, value: Any) -> str | None:
 def _activation(name: str, value: Any) -> str | None:
     return None if value in ACTIVATIONS else f"{name} is {value!r}; allowed is {', '.join(ACTIVATIONS)}"
 
+
+_COMPUTED = {
+    "pos_encoding": ("learned",),
+    "norm_type": ("layernorm",),
+    "mlp_type": ("mlp", *ACTIVATIONS),
+}
+"""Fields of other programs that change what is computed from the same tensors, and what is computed here."""
 
 _RULES = {
     "batch_size": _positive_int,

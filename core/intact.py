@@ -10,8 +10,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from core.bundle import Bundle, history, open_bundle, verify
+from core.choice import Candidate, choose
 from core.commit import ModelFolder
 from core.errors import CheckpointDamaged, CheckpointError
+from core.legacy import open_legacy
 
 Say = Callable[[str], None]
 
@@ -34,6 +36,37 @@ def open_verified(folder: Path, say: Say = say_on_stderr) -> Bundle:
         bundle.close()
         raise
     return bundle
+
+
+def open_candidate(candidate: Candidate, say: Say = say_on_stderr) -> Bundle:
+    """Open a checkpoint of a folder, and check every byte of it.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    """
+    if candidate.single is None:
+        return open_verified(candidate.folder, say)
+    bundle = open_legacy(candidate.folder / candidate.single)
+    try:
+        verify(bundle)
+    except BaseException:
+        bundle.close()
+        raise
+    return bundle
+
+
+def open_chosen(folder: Path, say: Say = say_on_stderr) -> Bundle:
+    """Open the checkpoint of a folder that is to be used, bundle or single file, and check every byte of it.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    """
+    choice = choose(folder)
+    if not choice.candidates:
+        if choice.passed:
+            raise CheckpointError(choice.passed[0])
+        return open_verified(folder, say)  # which says what is not there
+    for line in choice.lines():
+        say(line)
+    return open_candidate(choice.candidates[0], say)
 
 
 def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:

@@ -1,42 +1,130 @@
-"""From an open bundle to a live model: map the file, check what it holds, assign."""
+"""From an open bundle to a live model: check what it holds, map the file, join what the plan joins, assign."""
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import pickle
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from torch import nn
 
-from core.bundle import OPTIMIZER, Bundle, check_fit
-from core.commit import MODEL
+from core.bundle import Bundle
+from core.containers.spec import TensorSpec
+from core.containers.torch_zip import TorchZip
 from core.device import resolve_device
 from core.errors import CheckpointDamaged, CheckpointMismatch
+from core.families.plan import Plan
+from core.fit import check_fit, rearrange_optimizer
 from core.model import GPT
+from core.optimizer import load_optimizer_state
+from core.optimizer_state import groups_of, names_in_order
+from core.part import Part, TorchFile, once
 from core.tokenizer import tokenizer_from_state
 
 DESCRIPTORS = Path("/proc/self/fd")
 """Where Linux names open files by number: how an open file, rather than its name, is mapped."""
 
 
-def read_torch_file(file: BinaryIO, where: Path) -> Any:
-    """Load a torch file that is already open, mapped where the system can; nothing in it is executed.
+def read_part(part: Part) -> Any:
+    """Load a part of a checkpoint, its tensors on the CPU and mapped where the system can; nothing is executed.
 
     Mapped tensors are private: writing to them copies the page, never the file.
 
-    Raises: CheckpointDamaged when the file cannot be read, or names something that is no tensor or plain value.
+    Raises: CheckpointError when the file names anything but data, CheckpointDamaged when it cannot be read.
     """
-    name = DESCRIPTORS / str(file.fileno())
+    part.source.refuse_foreign()
+    if isinstance(part.source.header, TorchZip):
+        # What torch refuses here is plain data that it does not know, like the object of a config: our own reader does.
+        with contextlib.suppress(pickle.UnpicklingError):
+            return part.of(_torch_load(part.source))
+    return map_tensors(part.source, part.content)
+
+
+def _torch_load(source: TorchFile) -> Any:
+    name = DESCRIPTORS / str(source.file.fileno())
     try:
         if name.exists():
             return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointDamaged(f"{where}: holds something that is no tensor or plain value ({reason}).") from error
+        source.file.seek(0)
+        return torch.load(source.file, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise CheckpointDamaged(f"{where}: no torch file that can be read ({error}).") from error
+        raise CheckpointDamaged(f"{source.path}: no torch file that can be read ({error}).") from error
+
+
+def map_tensors(source: TorchFile, content: Any) -> Any:
+    """Put mapped tensors in place of the specs in a header's content; tensors that share a storage share memory."""
+    memory = torch.frombuffer(mmap.mmap(source.file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    specs = list(_specs(content))
+    ends: dict[str, int] = {}
+    starts: dict[str, int] = {}
+    for spec in specs:
+        starts[spec.storage] = min(spec.offset, starts.get(spec.storage, spec.offset))
+        ends[spec.storage] = max(spec.offset + spec.extent, ends.get(spec.storage, 0))
+    storages = {key: _aligned(memory, starts[key], ends[key]) for key in starts}
+
+    def put(value: Any) -> Any:
+        if isinstance(value, TensorSpec):
+            return _tensor(value, storages[value.storage], value.offset - starts[value.storage])
+        if isinstance(value, dict):
+            return {key: put(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(put, value))
+        return value
+
+    return put(content)
+
+
+def _specs(value: Any) -> Any:
+    if isinstance(value, TensorSpec):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _specs(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _specs(item)
+
+
+def _aligned(memory: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Bytes as a storage of their own: mapped, or copied where the old stream format left them unaligned."""
+    if end <= start:
+        return torch.empty(0, dtype=torch.uint8)
+    piece = memory[start:end]
+    if start % 64:
+        return piece.clone()
+    return torch.frombuffer(piece.numpy(), dtype=torch.uint8)
+
+
+def _tensor(spec: TensorSpec, storage: torch.Tensor, offset: int) -> torch.Tensor:
+    dtype = getattr(torch, spec.dtype)
+    if not spec.numel:
+        return torch.empty(spec.shape, dtype=dtype)
+    whole = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
+    return whole.as_strided(spec.shape, spec.strides, offset // dtype.itemsize)
+
+
+def join_rows(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenate tensors along their rows."""
+    return torch.cat(parts)
+
+
+def planned(plan: Plan, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Make the tensors of a model from those of a file; what is only renamed is not copied."""
+    return {
+        name: tensors[parts[0]] if len(parts) == 1 else join_rows([tensors[part] for part in parts])
+        for name, parts in plan.sources.items()
+    }
+
+
+def load_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
+    """Load the tensors of a GPT under our names.
+
+    Raises: CheckpointDamaged, CheckpointMismatch.
+    """
+    return planned(bundle.evidence.plan, read_part(bundle.weights))
 
 
 def load_model(
@@ -50,24 +138,21 @@ def load_model(
     """Build the model of a bundle, its tokenizer and step set, in eval mode.
 
     The model is built without memory and the mapped tensors take the place of its own. `writable` copies them out
-    of the file, as training needs.
+    of the file, as training needs. Weights that were rounded for the file get the dtype back that the model had.
 
-    Raises: CheckpointMismatch when config, tokenizer and tensors contradict each other, before anything is allocated.
+    Raises: CheckpointMismatch when config, tokenizer, weights and optimizer state contradict each other, before
+    anything is allocated.
     """
-    if bundle.config is None:
-        raise CheckpointMismatch(
-            f"{bundle.path('config.json')}: model_class is {bundle.config_values['model_class']!r}, expected GPT. "
-            "Build that model yourself and fill it with CheckpointManager.load(model)."
-        )
-    check_fit(bundle)
-    target = resolve_device(device or bundle.config.device, str(bundle.path("config.json")))
-    tensors = read_torch_file(bundle.files[MODEL], bundle.path(MODEL))
-    if writable and target.type == "cpu" and dtype is None:
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    config = check_fit(bundle)
+    dtype = dtype or _recorded_dtype(bundle)
+    target = resolve_device(device or config.device, str(bundle.path("config.json")))
+    tensors = load_weights(bundle)
+    if writable and target.type == "cpu":
+        tensors = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}
     with torch.device("meta"):
-        model = GPT(bundle.config)
-    if bundle.config.tied_head:
-        tensors.setdefault("lm_head.weight", tensors["token_embedding_table.weight"])
+        model = GPT(config)
+    if config.tied_head:
+        _refuse_untied(bundle, tensors)
     model.load_state_dict(tensors, assign=True)
     model.retie()
     model.to(device=target, dtype=dtype)
@@ -78,8 +163,60 @@ def load_model(
     return model.eval()
 
 
-def load_optimizer(bundle: Bundle) -> dict[str, Any] | None:
-    """Load the optimizer state of a bundle, mapped; None where the step has none."""
-    if not bundle.has_optimizer:
+def _recorded_dtype(bundle: Bundle) -> torch.dtype | None:
+    """The dtype of the model whose weights were saved in another one; None where nothing was rounded."""
+    content = bundle.weights.source.header.content
+    beside = content if isinstance(content, dict) and bundle.weights.key else {}
+    if (beside.get("checkpoint_dtype") or bundle.state.get("checkpoint_dtype")) is None:
         return None
-    return read_torch_file(bundle.files[OPTIMIZER], bundle.path(OPTIMIZER))
+    name = beside.get("model_dtype") or bundle.state.get("model_dtype_at_save")
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _refuse_untied(bundle: Bundle, tensors: dict[str, torch.Tensor]) -> None:
+    table = tensors["token_embedding_table.weight"]
+    head = tensors.setdefault("lm_head.weight", table)
+    if head.data_ptr() != table.data_ptr() and not torch.equal(head, table):
+        raise CheckpointMismatch(
+            f"{bundle.path('config.json')}: tied_head is true, but lm_head.weight in {bundle.weights.source.path.name} "
+            "has other values than token_embedding_table.weight. Set tied_head to false."
+        )
+
+
+def load_optimizer(bundle: Bundle) -> dict[str, Any] | None:
+    """Load the optimizer state of a GPT, mapped, for the parameters of the model; None where the step has none.
+
+    Raises: CheckpointMismatch when it is another model's.
+    """
+    state = read_optimizer(bundle)
+    if state is None:
+        return None
+    try:
+        return rearrange_optimizer(bundle, state, bundle.evidence.shapes, join_rows)
+    except CheckpointMismatch as error:
+        assert bundle.optimizer is not None
+        raise CheckpointMismatch(f"{bundle.optimizer.source.path}: {error}") from error
+
+
+def read_optimizer(bundle: Bundle) -> dict[str, Any] | None:
+    """Load the optimizer state of any module as it was saved, mapped; None where the step has none."""
+    if not bundle.has_optimizer or bundle.optimizer is None:
+        return None
+    return read_part(bundle.optimizer)
+
+
+def load_moments(bundle: Bundle, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Fill the optimizer of a module from a bundle, by name; returns the state, None where the step has none.
+
+    Raises: CheckpointMismatch when it is another model's; the optimizer is unchanged then.
+    """
+    state = load_optimizer(bundle) if isinstance(module, GPT) else read_optimizer(bundle)
+    if state is None or bundle.optimizer is None:
+        return None
+    try:
+        names = names_in_order(groups_of(state), once(bundle.weights.tensors))
+        load_optimizer_state(optimizer, state, names)
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f"{bundle.optimizer.source.path}: {error}") from error
+    return state

@@ -211,6 +211,7 @@ class GPT(nn.Module):
     generate = generation.generate
     configure_optimizer = optimizer.configure_optimizer
     load = staticmethod(_bound("core.model_files", "load"))
+    load_legacy = staticmethod(_bound("core.model_files", "load_legacy"))
     save = _bound("core.model_files", "save")
     save_checkpoint_bundle = _bound("core.model_files", "save_checkpoint_bundle")
     fit = _bound("core.training", "fit")

@@ -1,4 +1,4 @@
-"""The methods of GPT that touch files: load, save, save_checkpoint_bundle."""
+"""The methods of GPT that touch files: load, load_legacy, save, save_checkpoint_bundle."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from core.bundle import open_bundle
+from core.bundle import Bundle, open_bundle
 from core.checkpoint import CheckpointManager
+from core.choice import Candidate
 from core.commit import MODEL, new_id
 from core.containers.torch_zip_writer import write_torch_zip
 from core.device import resolve_dtype
 from core.errors import SaveFailed
-from core.intact import open_verified
+from core.intact import open_candidate, open_chosen
 from core.materialize import load_model, load_optimizer
 from core.model import GPT
 from core.state_dict import export_state_dict
@@ -26,13 +27,34 @@ def load(
     map_location: str | torch.device | None = None,
     load_dtype: str | torch.dtype | None = None,
 ) -> tuple[GPT, dict[str, Any] | None, int, dict[str, Any] | None]:
-    """Load the newest step of a folder: model, content of tokenizer.json, step, optimizer state.
+    """Load the newest step of a folder, bundle or single file: model, tokenizer state, step, optimizer state.
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
-    with open_verified(Path(checkpoint_dir)) as bundle:
-        model = load_model(bundle, device=map_location, dtype=resolve_dtype(load_dtype), writable=True)
-        return model, bundle.tokenizer, bundle.step, load_optimizer(bundle)
+    with open_chosen(Path(checkpoint_dir)) as bundle:
+        return _loaded(bundle, map_location, load_dtype)
+
+
+def load_legacy(
+    path: str | Path, map_location: str | torch.device | None = None
+) -> tuple[GPT, dict[str, Any] | None, int, dict[str, Any] | None]:
+    """Load a single-file checkpoint of any generation: model, tokenizer state, step, optimizer state.
+
+    The optimizer state is that of the model's own parameters, in their order and with their names, under the
+    hyper-parameters of the file.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    """
+    path = Path(path)
+    with open_candidate(Candidate(path.parent, path.name, 0, False)) as bundle:
+        return _loaded(bundle, map_location, None)
+
+
+def _loaded(
+    bundle: Bundle, map_location: str | torch.device | None, load_dtype: str | torch.dtype | None
+) -> tuple[GPT, dict[str, Any] | None, int, dict[str, Any] | None]:
+    model = load_model(bundle, device=map_location, dtype=resolve_dtype(load_dtype), writable=True)
+    return model, bundle.tokenizer, bundle.step, load_optimizer(bundle)
 
 
 def save(model: GPT, checkpoint_dir: str | Path) -> None:

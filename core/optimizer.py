@@ -10,41 +10,74 @@ from torch import Tensor, nn
 
 from core.differences import listed
 from core.errors import CheckpointMismatch
+from core.optimizer_state import OTHER_MODEL, groups_of, names_in_order
 from core.state_dict import plain_name
 
 if TYPE_CHECKING:
     from core.model import GPT
 
 BETAS = (0.9, 0.95)
+CONTINUED = {"betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "fused", "decoupled_weight_decay"}
+"""What a saved group decides; the learning rate is the run's."""
+
 ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 FUSED_DEVICES = ("cpu", "cuda")
-OTHER_MODEL = "It is another model's; the weights alone can still be used."
 
 
 def configure_optimizer(
     model: GPT | nn.Module,
     learning_rate: float,
-    weight_decay: float = 0.1,
+    weight_decay: float | None = None,
     optimizer_state: dict[str, Any] | None = None,
 ) -> torch.optim.AdamW:
-    """Make AdamW over the named parameters of a model; matrices and embeddings decay, biases and norms do not.
+    """Make AdamW over the named parameters of a model; matrices and embeddings decay (by 0.1), biases and norms do not.
 
-    Fused, which on two CPU cores takes a fifth of the time of the loop or less. A given state is loaded by name; one
-    without names and with a single group is taken to be in the order of the model's parameters.
+    Fused, which on two CPU cores takes a fifth of the time of the loop or less. With a state it goes on as the
+    optimizer that was saved: its groups, betas, weight decay and kernel, since the kernels differ in the last bits;
+    only the learning rate is new, and the weight decay where one is given. A state is loaded by name; one without
+    names and with a single group is taken to be in the order of the model's parameters.
 
     Raises: CheckpointMismatch when the given state is another model's.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [(n, p) for n, p in named if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for _, p in named)
-    made = torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=BETAS, fused=fused)
-    if optimizer_state is not None:
-        one_group = len(optimizer_state.get("param_groups", ())) == 1
-        load_optimizer_state(made, optimizer_state, [name for name, _ in named] if one_group else None)
+    named = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
+    fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in named.values())
+    if optimizer_state is None:
+        decay = 0.1 if weight_decay is None else weight_decay
+        groups = [
+            {"params": [(n, p) for n, p in named.items() if p.dim() >= 2], "weight_decay": decay},
+            {"params": [(n, p) for n, p in named.items() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=BETAS, fused=fused)
+    saved = groups_of(optimizer_state)
+    names = [_plain(n) for n in names_in_order(saved, {name: tuple(p.shape) for name, p in named.items()})]
+    made = _like(saved, names, named, learning_rate, weight_decay, fused)
+    load_optimizer_state(made, optimizer_state, names)
     return made
+
+
+def _like(
+    saved: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    named: dict[str, nn.Parameter],
+    learning_rate: float,
+    weight_decay: float | None,
+    fused: bool,
+) -> torch.optim.AdamW:
+    """AdamW with the groups and hyper-parameters of a saved one, as far as this device has them."""
+    _refuse(
+        [f"{name} is missing" for name in named if name not in names]
+        + [f"{name} is not in this model" for name in names if name not in named]
+    )
+    rest = iter(names)
+    groups = []
+    for group in saved:
+        kept = {key: value for key, value in group.items() if key in CONTINUED}
+        if weight_decay is not None and kept.get("weight_decay"):
+            kept["weight_decay"] = weight_decay
+        kept["fused"] = (kept.get("fused") and fused) or None
+        mine = [next(rest) for _ in group["params"]]
+        groups.append({**kept, "params": [(name, named[name]) for name in mine], "capturable": False})
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate)
 
 
 def load_optimizer_state(
@@ -58,7 +91,7 @@ def load_optimizer_state(
 
     Raises: CheckpointMismatch naming what is missing, too many, or of another shape.
     """
-    groups = _groups(state)
+    groups = groups_of(state)
     here = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     here_names = _names(optimizer.param_groups)
     there_ids = [i for group in groups for i in group["params"]]
@@ -87,16 +120,6 @@ def load_optimizer_state(
     for (p, group), entry in zip(here, entries, strict=True):
         if entry:
             optimizer.state[p] = {key: _copy(key, value, p, group) for key, value in entry.items()}
-
-
-def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The groups of a state dict, after a look at its structure."""
-    groups = state.get("param_groups")
-    if isinstance(groups, list) and isinstance(state.get("state"), dict) and all("params" in g for g in groups):
-        return groups
-    raise CheckpointMismatch(
-        f"optimizer state: found the entries {', '.join(map(str, state)) or 'none'}, expected state and param_groups."
-    )
 
 
 def _names(groups: list[dict[str, Any]]) -> list[str] | None:

@@ -54,12 +54,9 @@ def resume(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer)
 
 def from_weights(bundle: Bundle, given: dict[str, Any], tokenizer: Tokenizer) -> GPT:
     """Load another model's weights as step 0 of a new one; tokenizer and architecture must be the same."""
-    refuse_other_architecture(bundle, given)
-    refuse_other_tokenizer(bundle, tokenizer)
-    _wish(bundle, given)
-    model = load_model(bundle, writable=True)
+    model = resume(bundle, given, tokenizer)
     model.step = 0
-    return model.train()
+    return model
 
 
 def _wish(bundle: Bundle, given: dict[str, Any]) -> None:

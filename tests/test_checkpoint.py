@@ -297,9 +297,8 @@ def test_a_missing_model_is_one_sentence(tmp_path):
         CheckpointManager.load_for_inference("nobody", tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/notes.txt").write_text("x")
-    with pytest.raises(
-        CheckpointNotFound, match=r"empty: no bundle here\. Looked for config.json \+ model.pt; found notes.txt"
-    ):
+    looked = r"config.json \+ model.pt \(bundle\), latest.pt or final.pt \(single file\)"
+    with pytest.raises(CheckpointNotFound, match=rf"empty: no checkpoint here\. Looked for {looked}; found notes.txt"):
         CheckpointManager.load_for_inference("empty", tmp_path)
 
 
@@ -361,10 +360,11 @@ def test_a_config_that_stands_alone_is_not_overruled_by_a_flag(tmp_path):
         manager(tmp_path).initialize_for_training({"n_layer": 7}, tokenizer(), None, 1e-3)
 
 
-def test_a_single_file_checkpoint_is_never_started_over(tmp_path):
+def test_a_single_file_that_cannot_be_used_is_never_started_over(tmp_path):
     (tmp_path / "dante").mkdir()
     torch.save({"model_state_dict": {}}, tmp_path / "dante/latest.pt")
-    with pytest.raises(CheckpointMismatch, match=r"latest\.pt: a single-file checkpoint.*It is untouched"):
+    words = r"latest\.pt: found the entries model_state_dict, expected the entries model_state_dict and config"
+    with pytest.raises(CheckpointError, match=words + ".*nothing was changed"):
         started(tmp_path)
-    with pytest.raises(CheckpointMismatch, match=r"latest\.pt: a single-file checkpoint"):
+    with pytest.raises(CheckpointError, match=words):
         CheckpointManager.load_for_inference("dante", tmp_path)

@@ -35,7 +35,7 @@ def run(*argv: object, **settings) -> subprocess.CompletedProcess:
 def seed_bundle(folder: Path, tokenizer: dict | None = None, **changes) -> GPT:
     """A bundle as the first version of the format had it, written by plain torch and json."""
     torch.manual_seed(0)
-    config = {"batch_size": 32, "block_size": 16, "vocab_size": 50, "n_embd": 24, "n_head": 6, "n_layer": 6}
+    config = {"batch_size": 32, "block_size": 16, "vocab_size": 50304, "n_embd": 24, "n_head": 6, "n_layer": 6}
     config |= {"dropout": 0.2, "bias": False, "device": "cuda"}
     model = GPT(GPTConfig.from_dict(config))
     folder.mkdir(parents=True)
@@ -55,7 +55,7 @@ New JSON-based format
 Location: checkpoints/dante
 
 === CONFIG ===
-batch_size:32, block_size:16, vocab_size:50, n_embd:24, n_head:6, n_layer:6, dropout:0.2, bias:False, device:cuda
+batch_size:32, block_size:16, vocab_size:50304, n_embd:24, n_head:6, n_layer:6, dropout:0.2, bias:False, device:cuda
 
 === TOKENIZER ===
 kind      : gpt2
@@ -90,7 +90,7 @@ def test_parameters_and_tensors_are_those_of_the_model(tmp_path, capsys):
     assert f"total              : {count:,}\nwithout embeddings : {count - tables:,}\n" in out
     assert re.search(r"^blocks\.\{0\.\.5\}\.sa\.qkv\.weight +6 x \(72, 24\) +float32$", out, re.MULTILINE)
     assert re.search(r"^blocks\.\{0\.\.5\}\.fwd\.net\.0\.weight +6 x \(96, 24\) +float32$", out, re.MULTILINE)
-    assert re.search(r"^lm_head\.bias +\(50,\) +float32$", out, re.MULTILINE)
+    assert re.search(r"^lm_head\.bias +\(50304,\) +float32$", out, re.MULTILINE)
 
 
 def test_sizes_are_those_of_the_files(tmp_path, capsys):
@@ -102,7 +102,8 @@ def test_sizes_are_those_of_the_files(tmp_path, capsys):
 def test_config_that_contradicts_the_tensors_is_said_and_is_no_failure(tmp_path, capsys):
     seed_bundle(tmp_path / "m", block_size=2048)
     out = inspect(capsys, tmp_path / "m")
-    assert "contradicts model.pt: block_size is 2048, but position_embedding_table.weight has 16 rows" in out
+    where = f"{tmp_path / 'm' / 'config.json'} does not fit model.pt"
+    assert f"contradiction: {where}: block_size is 2048, but position_embedding_table.weight has 16 rows" in out
 
 
 def test_history_lists_steps_with_loss_size_and_age(tmp_path, capsys):
@@ -142,14 +143,14 @@ def test_several_models_are_listed_with_step_loss_and_size(tmp_path, capsys):
     seed_bundle(tmp_path / "dante")
     (tmp_path / "dante" / "training_state.json").write_text('{"step": 7, "val_loss": 1.5}')
     (tmp_path / "old").mkdir()
-    torch.save({"model_state_dict": {}}, tmp_path / "old" / "latest.pt")
+    torch.save({"model_state_dict": {}, "config": {}, "step": 4}, tmp_path / "old" / "latest.pt")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "config.json").write_text("{")
     out = inspect(capsys, "--checkpoint_root", tmp_path)
     assert out.startswith(f"{tmp_path} holds 4 models; choose one with --model_name:\n")
-    assert re.search(r"^boccaccio +step 1000 +val_loss unknown +[\d.]+ KB$", out, re.MULTILINE)
-    assert re.search(r"^dante +step 7 +val_loss 1\.5000 +[\d.]+ KB$", out, re.MULTILINE)
-    assert re.search(r"^old +latest\.pt +", out, re.MULTILINE)
+    assert re.search(r"^boccaccio +step 1000 +val_loss unknown +[\d.]+ MB$", out, re.MULTILINE)
+    assert re.search(r"^dante +step 7 +val_loss 1\.5000 +[\d.]+ MB$", out, re.MULTILINE)
+    assert re.search(r"^old +step 4 +latest\.pt +[\d.]+ KB$", out, re.MULTILINE)
     assert re.search(r"^torn +.*config\.json", out, re.MULTILINE)
     facts = json.loads(inspect(capsys, "--checkpoint_root", tmp_path, "--json"))
     assert [model["name"] for model in facts["models"]] == ["boccaccio", "dante", "old", "torn"]
@@ -191,7 +192,12 @@ def test_upstream_bundles_are_shown(shared, capsys, bundle):
 def test_folder_with_a_legacy_file_alone_shows_that_file(shared, capsys):
     out = inspect(capsys, shared / "fixtures" / "lecture_char" / "legacy")
     assert "legacy/latest.pt\n" in out
-    assert re.search(r"^step +: +30$", out, re.MULTILINE)
+    assert "=== CONFIG ===\nbatch_size:8, block_size:32, vocab_size:40, n_embd:48, n_head:4, n_layer:3, " in out
+    assert "kind      : char\nvocab     : 40 characters: " in out
+    assert "=== TRAINING STATE ===\nLast recorded training step: 30\n" in out
+    assert re.search(
+        r"^blocks\.\{0\.\.2\}\.sa\.heads\.\{0\.\.3\}\.key\.weight +12 x \(12, 48\) +float32$", out, re.MULTILINE
+    )
 
 
 def test_names_that_move_the_cursor_are_escaped(tmp_path, capsys):

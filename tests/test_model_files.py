@@ -52,7 +52,7 @@ def test_save_into_an_empty_folder_writes_only_the_weights(tmp_path, model):
     model.save(tmp_path / "alone")
     assert [p.name for p in (tmp_path / "alone").iterdir() if not p.name.startswith(".")] == ["model.pt"]
     assert equal(torch.load(tmp_path / "alone/model.pt", weights_only=True), model.state_dict())
-    with pytest.raises(CheckpointNotFound, match=r"no bundle here\. Looked for config.json \+ model.pt; found"):
+    with pytest.raises(CheckpointNotFound, match=r"no checkpoint here\. Looked for config.json \+ model.pt .*; found"):
         GPT.load(tmp_path / "alone")
 
 

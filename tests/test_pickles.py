@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.containers.inert import DEPTH, Call, Global, as_text
-from core.containers.pickles import read_pickle
+from core.containers.pickles import PickleCutOff, parse_pickle, read_pickle
 from core.errors import CheckpointDamaged
 
 PROTOCOLS = range(6)
@@ -224,6 +224,57 @@ def test_random_bytes_never_raise_anything_but_checkpoint_damaged(data):
         as_text(unpickle(data + b"."))
     except CheckpointDamaged as error:
         assert "x.pkl" in str(error)
+
+
+def test_pickles_one_after_the_other_are_read_from_where_the_last_one_ended():
+    values = [7, {"a": [1, 2]}, "x" * 300, None]
+    data = b"".join(pickle.dumps(value, protocol) for value, protocol in zip(values, (0, 2, 4, 5), strict=True))
+    position, found = 0, []
+    while position < len(data):
+        parsed = parse_pickle(data, "x.pkl", position)
+        position = parsed.end
+        found.append(parsed.value)
+    assert found == values
+
+
+@pytest.mark.parametrize("data", MUTATED)
+def test_a_pickle_that_goes_on_behind_the_data_says_so(data):
+    for length in range(1, len(data)):
+        with pytest.raises(PickleCutOff):
+            parse_pickle(b"??" + data[:length], "x.pkl", 2)
+    assert parse_pickle(b"??" + data + b"more", "x.pkl", 2).end == 2 + len(data)
+
+
+def test_what_may_be_copied_grows_with_the_bytes_of_one_pickle_not_of_all():
+    trap, message = TRAPS["copied list"]
+    with pytest.raises(CheckpointDamaged, match=message):
+        parse_pickle(bytes(100_000) + trap + bytes(100_000), "x.pkl", 100_000)
+
+
+SYSTEM = b"cposix\nsystem\nX\x02\x00\x00\x00ls\x85R"
+HIDDEN = {
+    "popped": SYSTEM + b"0N.",
+    "popped with its mark": b"(" + SYSTEM + b"1N.",
+    "left on the stack": SYSTEM + b"N.",
+    "attribute of a dict": b"}" + SYSTEM + b"b.",
+    "state that is replaced": b"ca\nb\n)R" + SYSTEM + b"bNb.",
+    "value that is replaced": b"}NI1\ns" + b"N" + SYSTEM + b"sNNs.",
+    "second key": b"}" + b"I1\n" + SYSTEM + b"sI1\nNs.",
+    "memo": SYSTEM + b"q\x000N.",
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_a_call_that_leaves_no_trace_in_the_value_is_reported(kind):
+    data = HIDDEN[kind]
+    parsed = parse_pickle(data, "x.pkl")
+    assert [as_text(call) for call in parsed.unused] == ['posix.system("ls")']
+    assert "system" not in as_text(parsed.value)
+
+
+def test_calls_that_the_value_holds_are_not_called_unused():
+    data = pickle.dumps([argparse.Namespace(a=datetime.date(2024, 2, 3)), {"k": {math.sqrt}}], 4)
+    assert parse_pickle(data, "x.pkl").unused == []
 
 
 def test_text_stays_on_one_printable_line():

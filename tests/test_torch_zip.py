@@ -157,6 +157,11 @@ def test_tensors_whose_bytes_are_not_their_values_stay_records():
     assert "_rebuild_tensor_v2" in as_text(archive.content["conj"])
 
 
+def test_a_storage_without_tensor_is_a_record_that_can_be_shown():
+    archive = opened(saved({"storage": torch.zeros(3).untyped_storage()}))
+    assert as_text(archive.content) == '{"storage": torch.storage.UntypedStorage("0", 12)}'
+
+
 def test_whole_pickled_module_shows_its_class_and_tensors():
     archive = opened(saved(torch.nn.Sequential(torch.nn.Linear(2, 3))))
     assert "torch.nn.modules.container.Sequential" in as_text(archive.content)
@@ -304,7 +309,7 @@ STORAGES = torch.FloatStorage, "0", "cpu"
 REFUSED = {
     "empty": (b"", "empty (0 bytes)"),
     "json": (b'{"a": 1}', "begins with b'{\"a\"'"),
-    "stream": (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "before 1.6"),
+    "stream": (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "no torch zip file: it begins with b'\\x80\\x02"),
     "two bytes": (b"PK", "cut off after 2 bytes"),
     "no data.pkl": (repacked(SMALL, **{"data.pkl": None}), "a zip without data.pkl"),
     "big endian": (repacked(SMALL, byteorder=b"big"), "big-endian"),
@@ -356,6 +361,31 @@ def test_malformed_file_is_refused_in_one_sentence(kind):
     assert str(caught.value).startswith("x.pt: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "byteorder"])
+def test_a_record_whose_checksum_differs_is_named_with_both_checksums(name):
+    recorded = zipfile.ZipFile(io.BytesIO(SMALL)).getinfo(f"archive/{name}").CRC
+    data = bytearray(SMALL)
+    start = opened(SMALL).records[name].offset
+    data[start] ^= 1
+    found = zlib.crc32(data[start : start + opened(SMALL).records[name].size])
+    with pytest.raises(CheckpointDamaged) as caught:
+        opened(bytes(data))
+    assert str(caught.value) == f"x.pt: {name} is damaged (CRC32 {found:08x}, recorded {recorded:08x})."
+
+
+def test_a_checksum_that_was_not_recorded_is_not_checked():
+    assert list(opened(with_entry("data.pkl", 16, "<I", 0)).tensors) == ["w", "b"]
+
+
+def test_calls_that_the_content_does_not_hold_are_kept_apart():
+    pickled = zipfile.ZipFile(io.BytesIO(SMALL)).read("archive/data.pkl")
+    injected = b"cposix\nsystem\nX\x02\x00\x00\x00ls\x85R0"
+    archive = opened(repacked(SMALL, **{"data.pkl": pickled[:2] + injected + pickled[2:]}))
+    assert list(archive.tensors) == ["w", "b"]
+    assert [as_text(call) for call in archive.unused] == ['posix.system("ls")']
+    assert opened(SMALL).unused == []
 
 
 def test_record_that_claims_more_bytes_than_the_file_has_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from typing import Any
 
 from core.errors import CheckpointDamaged
@@ -137,8 +138,8 @@ def children(value: Any) -> list[Any] | None:
     return None
 
 
-def check_structure(root: Any, where: str, length: int) -> None:
-    """Refuse a structure that whoever walks it could not finish.
+def check_structure(root: Any, where: str, length: int) -> Container[int]:
+    """Refuse a structure that whoever walks it could not finish; returns the identities of all values in it.
 
     It contains itself, is nested deeper than DEPTH, or unfolds (shared parts counted at each use) to far more than the
     `length` bytes it was read from. One pass from the leaves up, without recursion.
@@ -173,3 +174,4 @@ def check_structure(root: Any, where: str, length: int) -> None:
                 f"{where}: its content unfolds to over {limit} values, too many for a pickle of {length} bytes."
             )
         measured[id(value)] = (size, height + 1)
+    return measured

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.containers.inert import Call, Global, Malformed, as_key, as_text, check_structure
 from core.containers.reductions import PLAIN, Reductions, as_dict
@@ -23,25 +23,50 @@ LONGEST_NAME = 1000
 """Characters of the full name of a class or function."""
 
 
-def read_pickle(
+class PickleCutOff(CheckpointDamaged):
+    """A pickle needs more bytes than there are."""
+
+
+class Parsed(NamedTuple):
+    """One pickle as read."""
+
+    value: Any
+    end: int  # the position behind its last byte
+    unused: list[Call]  # calls whose results the value does not hold: made for their effect, or dropped
+
+
+def read_pickle(data: bytes, where: str) -> Any:
+    """Read one pickle into plain values and inert records.
+
+    Raises: CheckpointDamaged for everything that is no whole, sound pickle.
+    """
+    return parse_pickle(data, where).value
+
+
+def parse_pickle(
     data: bytes,
     where: str,
+    start: int = 0,
     *,
     persistent: Callable[[Any], Any] | None = None,
     resolve: Callable[[Global], Any] | None = None,
     reductions: Reductions | None = None,
-) -> Any:
-    """Read one pickle into plain values and inert records.
+) -> Parsed:
+    """Read the pickle that begins at byte `start`, and say where it ends.
 
     `persistent` gives the value of a persistent id, `resolve` what to put for a name; `reductions` adds to PLAIN, and
     one that returns NotImplemented leaves its call an inert record.
 
-    Raises: CheckpointDamaged for everything that is no whole, sound pickle.
+    Raises: PickleCutOff when it does not end within `data`, CheckpointDamaged for all else that is no sound pickle.
     """
-    reader = _Reader(data, where, persistent, resolve or _unresolved, {**PLAIN, **(reductions or {})})
+    reader = _Reader(data, where, start, persistent, resolve or _unresolved, {**PLAIN, **(reductions or {})})
     value = reader.run()
-    check_structure(value, where, len(data))
-    return value
+    held = check_structure(value, where, reader.position - start)
+    return Parsed(value, reader.position, [call for call in reader.calls if id(call) not in held])
+
+
+class _Ends(Malformed):
+    """The data end before the pickle does."""
 
 
 class _Reader:
@@ -51,18 +76,20 @@ class _Reader:
         self,
         data: bytes,
         where: str,
+        start: int,
         persistent: Callable[[Any], Any] | None,
         resolve: Callable[[Global], Any],
         reductions: Reductions,
     ) -> None:
         self.data, self.where = data, where
         self.persistent, self.resolve, self.reductions = persistent, resolve, reductions
-        self.position = 0
+        self.start = self.position = start
         self.stack: list[Any] = []
         self.push = self.stack.append
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.budget = 16 * len(data) + 4096  # elements that reductions may copy: shared arguments add up
+        self.calls: list[Call] = []
+        self.copied = 0  # elements that reductions took: shared arguments add up
 
     def run(self) -> Any:
         data, table, end = self.data, _OPCODES, len(self.data)
@@ -71,7 +98,7 @@ class _Reader:
             while True:
                 begin = self.position
                 if begin >= end:
-                    raise Malformed("it ends without STOP")
+                    raise _Ends("it ends without STOP")
                 code = data[begin]
                 self.position = begin + 1
                 if code == 0x2E:  # STOP
@@ -80,6 +107,8 @@ class _Reader:
                 if operation is None:
                     raise Malformed(f"unknown opcode 0x{code:02x}")
                 operation(self)
+        except _Ends as fault:
+            raise PickleCutOff(f"{self.where}: damaged pickle at byte {begin} of {end}: {fault}.") from None
         except Malformed as fault:
             problem = str(fault)
         except IndexError:
@@ -95,13 +124,13 @@ class _Reader:
     def take(self, count: int) -> bytes:
         start, self.position = self.position, self.position + count
         if count < 0 or self.position > len(self.data):
-            raise Malformed(f"{count} bytes are asked for, {len(self.data) - start} are left")
+            raise _Ends(f"{count} bytes are asked for, {len(self.data) - start} are left")
         return self.data[start : self.position]
 
     def byte(self) -> int:
         position = self.position
         if position >= len(self.data):
-            raise Malformed("1 byte is asked for, 0 are left")
+            raise _Ends("1 byte is asked for, 0 are left")
         self.position = position + 1
         return self.data[position]
 
@@ -109,14 +138,14 @@ class _Reader:
         start = self.position
         self.position = end = start + size
         if end > len(self.data):
-            raise Malformed(f"{size} bytes are asked for, {len(self.data) - start} are left")
+            raise _Ends(f"{size} bytes are asked for, {len(self.data) - start} are left")
         return int.from_bytes(self.data[start:end], "little")
 
     def line(self) -> bytes:
         start = self.position
         end = self.data.find(b"\n", start)
         if end < 0:
-            raise Malformed("a line without end")
+            raise _Ends("a line without end")
         self.position = end + 1
         return self.data[start:end]
 
@@ -165,14 +194,17 @@ class _Reader:
         if reduce:
             for arg in args:
                 if isinstance(arg, (str, bytes, list, tuple, dict)):
-                    self.budget -= len(arg)
-            if self.budget < 0:
+                    self.copied += len(arg)
+            if self.copied > 16 * (self.position - self.start) + 4096:
                 raise Malformed("its calls copy more than the file holds")
             try:
                 value = reduce(*args)
             except TypeError as error:  # another number of arguments than this callable takes
                 raise Malformed(f"{as_text(callable)} with {len(args)} arguments") from error
-        self.push(Call(callable, args) if value is NotImplemented else value)
+        if value is NotImplemented:
+            value = Call(callable, args)
+            self.calls.append(value)
+        self.push(value)
 
     def make_tuple(self) -> None:
         start = self.marks.pop()

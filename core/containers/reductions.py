@@ -18,14 +18,19 @@ _NUMPY_SCALARS = {"f8": "d", "f4": "f", "f2": "e", "b1": "?"} | {
 }
 
 
-def as_dict(*args: Any) -> Any:
-    """OrderedDict(), OrderedDict([(key, value), ...]); with a factory in front, defaultdict."""
-    pairs = args[-1] if args and not isinstance(args[-1], (Global, Call)) and args[-1] is not None else []
+def as_dict(pairs: Any = ()) -> Any:
+    """OrderedDict(), OrderedDict([(key, value), ...])."""
     if isinstance(pairs, dict):
         return dict(pairs)
     if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
         return NotImplemented
     return {as_key(key): value for key, value in pairs}
+
+
+def _default_dict(factory: Any = None, pairs: Any = ()) -> Any:
+    """Without its factory, which makes empty values; one of another kind stays to be seen."""
+    harmless = factory is None or (isinstance(factory, Global) and factory.path in _FACTORIES)
+    return as_dict(pairs) if harmless else NotImplemented
 
 
 def _set(values: Any = ()) -> Any:
@@ -59,12 +64,15 @@ def _numpy_scalar(dtype: Any, data: Any) -> Any:
     return struct.unpack(order + code, data)[0]
 
 
+_FACTORIES = {f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "set", "str", "tuple")}
+_FACTORIES |= {name.replace("builtins", "__builtin__") for name in _FACTORIES}  # as Python 2 called them
+
 _BUILTINS: Reductions = {"set": _set, "frozenset": _frozenset, "bytes": _bytes, "bytearray": _bytes}
 
 PLAIN: Reductions = {
     **{f"{module}.{name}": build for module in ("builtins", "__builtin__") for name, build in _BUILTINS.items()},
     "collections.OrderedDict": as_dict,
-    "collections.defaultdict": as_dict,
+    "collections.defaultdict": _default_dict,
     "_codecs.encode": _encoded,
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from core.containers.inert import as_text
-from core.errors import CheckpointDamaged, CheckpointError
+from core.errors import CheckpointDamaged
 
 _END = struct.Struct("<4sH4xHII2x")  # signature, disk, entries, length and start of the directory
 _END64_LOCATOR = struct.Struct("<4s4xQ4x")  # signature, where the 64-bit end record is
@@ -71,7 +71,7 @@ def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, 
         raise CheckpointDamaged(f"{where}: empty (0 bytes), a zip has at least {_END.size}.")
     head = read_at(file, 0, min(size, 4), where)
     if head[:2] != b"PK"[:size]:
-        raise _no_zip(head, where)
+        raise CheckpointDamaged(f"{where}: no torch zip file: it begins with {as_text(head)}, a zip with b'PK'.")
     tail = b""
     at = -1
     for length in (_END.size, _END.size + _LONGEST_COMMENT):  # torch writes no comment: the first look finds it
@@ -106,7 +106,7 @@ def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, 
 def read_directory(file: BinaryIO, where: str, explain: Explain) -> dict[str, Record]:
     """List the records of a zip by their name without the folder that holds them all.
 
-    Raises: CheckpointDamaged when it is cut off or contradicts itself, CheckpointError when it is another kind of file.
+    Raises: CheckpointDamaged when it is cut off, contradicts itself, or is another kind of file.
     """
     start, length, count = _find_directory(file, where, explain)
     data = read_at(file, start, length, where)
@@ -187,10 +187,3 @@ def _locate(
         following = offset
         records[short] = Record(name, begin, size, crc, stored)
     return dict(reversed(records.items()))
-
-
-def _no_zip(head: bytes, where: str) -> CheckpointError:
-    found = f"{where}: no torch zip file: it begins with {as_text(head)}, a zip with b'PK'."
-    if head[:1] == b"\x80":
-        return CheckpointError(f"{found} It may be a file of torch before 1.6: load it with torch and save it again.")
-    return CheckpointDamaged(found)

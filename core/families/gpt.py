@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from core.config import GPTConfig
 from core.differences import differences
+from core.families.plan import Shape
 
 TENSORS: dict[str, tuple[str, ...]] = {
     "token_embedding_table.weight": ("vocab_size", "n_embd"),
@@ -30,6 +30,9 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "lm_head.bias": ("vocab_size",),
 }
 """Every tensor of a GPT and the config fields that are its sides, in the order of the module."""
+
+DROPPED: dict[str, str] = {"blocks.{i}.sa.tril": "the causal mask, which our attention has in its kernel"}
+"""Buffers of older versions of the model."""
 
 SWITCHES: dict[str, tuple[str, ...]] = {
     "bias": ("blocks.{i}.sa.qkv.bias",),
@@ -68,32 +71,43 @@ def _order(name: str) -> tuple[int, int]:
     return (0 if key < 2 else 10**9), key
 
 
-def contradictions(config: GPTConfig, found: Mapping[str, Any]) -> list[str]:
-    """Say where a config and the tensors of a model (name to anything with a `shape`) do not fit.
+def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
+    """Say where a config and the shapes of a model's tensors do not fit.
 
-    Each sentence names the field, both values, and the value that would fit.
+    Each sentence names the field, both values, and the value that would fit; where it is not a field, the tensors that
+    are missing or have no place, behind the likely cause.
     """
-    faults: list[str] = []
+    if not found.keys() & TENSORS.keys():
+        shown = ", ".join(list(found)[:3]) or "none"
+        cause = [f"none of its {len(found)} tensors has a name of this model ({shown}): it is another program's"]
+        return cause + differences(shapes(config), found)
     fields = config.architecture()
-    for field, (name, axis, side) in MEASURED.items():
-        shape = found[name].shape if name in found else ()
-        if len(shape) == 2 and shape[axis] != fields[field]:
-            faults.append(
-                f"{field} is {fields[field]}, but {name} has {shape[axis]} {side}. Set {field} to {shape[axis]}"
-            )
+    faults = [
+        f"{field} is {fields[field]}, but {name} has {found[name][axis]} {side}. Set {field} to {found[name][axis]}"
+        for field, (name, axis, side) in MEASURED.items()
+        if len(found.get(name, ())) == 2 and found[name][axis] != fields[field]
+    ]
     layers = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in found) if m}
     count = max(layers, default=-1) + 1
-    if count not in (0, config.n_layer):
+    if count != config.n_layer and layers == set(range(count)):
         faults.append(f"n_layer is {config.n_layer}, but the tensors have {count} layers. Set n_layer to {count}")
-    for field, names in SWITCHES.items():
-        here = [name for name in (n.replace("{i}", "0") for n in names) if name in found]
-        if bool(here) != fields[field]:
-            wanted = str(bool(here)).lower()
-            what = f"{here[0]} is there" if here else f"{names[0].replace('{i}', '0')} is not there"
-            faults.append(f"{field} is {str(fields[field]).lower()}, but {what}. Set {field} to {wanted}")
+    for switch, names in SWITCHES.items():
+        here = [name for name in found if re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name) in names]
+        if here and not fields[switch]:
+            faults.append(f"{switch} is false, but {here[0]} is there. Set {switch} to true")
+        if not here and fields[switch]:
+            faults.append(f"{switch} is true, but {names[0].replace('{i}', '0')} is not there. Set {switch} to false")
+    if "lm_head.weight" not in found and not config.tied_head:
+        faults.append("tied_head is false, but lm_head.weight is not there. Set tied_head to true")
     if faults:
         return faults
     expected = shapes(config)
-    if config.tied_head and "lm_head.weight" not in found:
+    if "lm_head.weight" not in found:
         del expected["lm_head.weight"]
-    return differences(expected, {name: spec.shape for name, spec in found.items()})
+    faults = differences(expected, found)
+    missing, surplus = len(expected.keys() - found.keys()), len(found.keys() - expected.keys())
+    if missing:
+        faults.insert(0, f"{missing} of {len(expected)} tensors are missing: it was saved incompletely")
+    elif surplus:
+        faults.insert(0, f"{surplus} tensors are too many: something was added to the model that saved it")
+    return faults

@@ -1,0 +1,167 @@
+"""What a config field was before it existed, and what an old program did before it wrote its settings down.
+
+Each repair is one small function with its reason; it is asked only for a field that a file does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from core.config import ACTIVATIONS, GPTConfig
+from core.errors import CheckpointMismatch
+from core.families.plan import Plan, Shape
+from core.families.recognise import LECTURE
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the header of the weights shows beside a config."""
+
+    plan: Plan
+    shapes: dict[str, Shape]  # under our names
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a tensor of this name."""
+        return name in self.shapes
+
+    def side(self, name: str, axis: int) -> int | None:
+        """One side of a matrix; None where it is not there."""
+        shape = self.shapes.get(name, ())
+        return shape[axis] if len(shape) == 2 else None
+
+
+def _activation(values: Values, seen: Evidence) -> Any:
+    """Lecture-style models computed ReLU, fused ones the exact GELU, before `mlp_type` and `activation` said so."""
+    if values.get("mlp_type") in ACTIVATIONS:
+        return values["mlp_type"]
+    return "relu" if seen.plan.family == LECTURE else "gelu"
+
+
+def _bias(values: Values, seen: Evidence) -> Any:
+    """Lecture-style configs had no `bias` at first: their heads had none."""
+    return seen.has("blocks.0.sa.qkv.bias")
+
+
+def _proj_bias(values: Values, seen: Evidence) -> Any:
+    """`bias` spoke of qkv alone in lecture-style models, whose projection always had one."""
+    has = seen.has("blocks.0.sa.proj.bias")
+    return None if has == values.get("bias", seen.has("blocks.0.sa.qkv.bias")) else has
+
+
+def _mlp_bias(values: Values, seen: Evidence) -> Any:
+    """Biases that no field spoke of are those that are there."""
+    return seen.has("blocks.0.fwd.net.0.bias")
+
+
+def _norm_bias(values: Values, seen: Evidence) -> Any:
+    """As `mlp_bias`."""
+    return seen.has("ln_f.bias")
+
+
+def _head_bias(values: Values, seen: Evidence) -> Any:
+    """As `mlp_bias`."""
+    return seen.has("lm_head.bias")
+
+
+def _tied_head(values: Values, seen: Evidence) -> Any:
+    """Heads had weights of their own; one that a file leaves out is the token table."""
+    return not seen.has("lm_head.weight")
+
+
+def _vocab_size(values: Values, seen: Evidence) -> Any:
+    """Sizes that a file does not say are those of its tensors."""
+    return seen.side("token_embedding_table.weight", 0)
+
+
+def _n_embd(values: Values, seen: Evidence) -> Any:
+    """As `vocab_size`."""
+    return seen.side("token_embedding_table.weight", 1)
+
+
+def _block_size(values: Values, seen: Evidence) -> Any:
+    """As `vocab_size`."""
+    return seen.side("position_embedding_table.weight", 0)
+
+
+def _n_layer(values: Values, seen: Evidence) -> Any:
+    """As `vocab_size`."""
+    layers = {name.split(".")[1] for name in seen.shapes if name.startswith("blocks.")}
+    return len(layers) or None
+
+
+def _n_head(values: Values, seen: Evidence) -> Any:
+    """Lecture-style names count the heads; in fused tensors nothing shows them."""
+    parts = seen.plan.sources.get("blocks.0.sa.qkv.weight", ())
+    return len(parts) // 3 if seen.plan.family == LECTURE else None
+
+
+REPAIRS: dict[str, Callable[[Values, Evidence], Any]] = {
+    "vocab_size": _vocab_size,
+    "n_embd": _n_embd,
+    "block_size": _block_size,
+    "n_layer": _n_layer,
+    "n_head": _n_head,
+    "bias": _bias,
+    "proj_bias": _proj_bias,
+    "mlp_bias": _mlp_bias,
+    "norm_bias": _norm_bias,
+    "head_bias": _head_bias,
+    "tied_head": _tied_head,
+    "activation": _activation,
+}
+
+
+def evolve(values: Values, seen: Evidence, where: str) -> GPTConfig:
+    """Read a config of any age: its own fields, and for those it lacks what they were before they existed.
+
+    Raises: CheckpointMismatch for a wrong type, an impossible value, or heads that nothing counts.
+    """
+    missing = {name: repair(values, seen) for name, repair in REPAIRS.items() if name not in values}
+    if missing.get("n_head", 1) is None and seen.shapes:
+        raise CheckpointMismatch(
+            f"{where}: n_head is missing, and fused weights do not show it. Add it: another number of heads would "
+            "compute something else from the same tensors."
+        )
+    return GPTConfig.from_dict({**values, **{k: v for k, v in missing.items() if v is not None}}, where)
+
+
+def old_settings(optimizer: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings under which a program trained that wrote none down: those of its optimizer, and plain training.
+
+    It had a constant learning rate, no warm-up, no clipping, and computed in fp32.
+    """
+    found: dict[str, Any] = {"lr_schedule": "constant", "warmup_iters": 0.0, "grad_clip": 0.0}
+    found |= {"dtype": "fp32", "compile": False}
+    groups = (optimizer or {}).get("param_groups") or [{}]
+    rates = [group.get("lr") for group in groups]
+    if isinstance(rates[0], (int, float)):
+        found["learning_rate"] = float(rates[0])
+    decays = [group["weight_decay"] for group in groups if isinstance(group.get("weight_decay"), (int, float))]
+    if decays:
+        found["weight_decay"] = max(decays)
+    return found
+
+
+def notes(bundle_path: str, config: GPTConfig | None, state: Mapping[str, Any]) -> list[str]:
+    """What a person should know of an old checkpoint before it is trained on."""
+    found = []
+    if config is not None and config.unknown:
+        found.append(f"{bundle_path}: kept as they are, and not used here: {', '.join(map(str, config.unknown))}")
+    less = one_step_less(state)
+    return [*found, f"{bundle_path}: {less}"] if less else found
+
+
+def one_step_less(state: Mapping[str, Any]) -> str | None:
+    """Say when a final save recorded one step less than was made, as old programs did; it is used as recorded."""
+    training = state.get("training_config")
+    last = training.get("max_iters") if isinstance(training, Mapping) else None
+    if not isinstance(last, int) or state.get("step") != last - 1:
+        return None
+    return (
+        f"step {last - 1} is recorded, and training_config has max_iters {last}: the last save of old programs "
+        f"recorded one step less than was made. {last - 1} is used."
+    )

@@ -1,0 +1,42 @@
+"""The lecture-style GPT, where each attention head has layers of its own: what its tensors are in ours.
+
+Names as in the single-file checkpoints of our own past (docs/formats.md): Andrej Karpathy's lecture "Let's build GPT",
+whose feed-forward part is called `ffwd`, and `fwd` in some later files.
+"""
+
+from __future__ import annotations
+
+TENSORS: dict[str, str] = {
+    "token_embedding_table.weight": "token_embedding_table.weight",
+    "position_embedding_table.weight": "position_embedding_table.weight",
+    "blocks.{i}.sa.heads.{j}.query.weight": "blocks.{i}.sa.qkv.weight",
+    "blocks.{i}.sa.heads.{j}.key.weight": "blocks.{i}.sa.qkv.weight",
+    "blocks.{i}.sa.heads.{j}.value.weight": "blocks.{i}.sa.qkv.weight",
+    "blocks.{i}.sa.heads.{j}.query.bias": "blocks.{i}.sa.qkv.bias",
+    "blocks.{i}.sa.heads.{j}.key.bias": "blocks.{i}.sa.qkv.bias",
+    "blocks.{i}.sa.heads.{j}.value.bias": "blocks.{i}.sa.qkv.bias",
+    "blocks.{i}.sa.proj.weight": "blocks.{i}.sa.proj.weight",
+    "blocks.{i}.sa.proj.bias": "blocks.{i}.sa.proj.bias",
+    "blocks.{i}.ffwd.net.0.weight": "blocks.{i}.fwd.net.0.weight",
+    "blocks.{i}.ffwd.net.0.bias": "blocks.{i}.fwd.net.0.bias",
+    "blocks.{i}.ffwd.net.2.weight": "blocks.{i}.fwd.net.2.weight",
+    "blocks.{i}.ffwd.net.2.bias": "blocks.{i}.fwd.net.2.bias",
+    "blocks.{i}.fwd.net.0.weight": "blocks.{i}.fwd.net.0.weight",
+    "blocks.{i}.fwd.net.0.bias": "blocks.{i}.fwd.net.0.bias",
+    "blocks.{i}.fwd.net.2.weight": "blocks.{i}.fwd.net.2.weight",
+    "blocks.{i}.fwd.net.2.bias": "blocks.{i}.fwd.net.2.bias",
+    "blocks.{i}.ln1.weight": "blocks.{i}.ln1.weight",
+    "blocks.{i}.ln1.bias": "blocks.{i}.ln1.bias",
+    "blocks.{i}.ln2.weight": "blocks.{i}.ln2.weight",
+    "blocks.{i}.ln2.bias": "blocks.{i}.ln2.bias",
+    "ln_f.weight": "ln_f.weight",
+    "ln_f.bias": "ln_f.bias",
+    "lm_head.weight": "lm_head.weight",
+    "lm_head.bias": "lm_head.bias",
+}
+"""Their name: ours. The rows of `qkv` are q | k | v, each of them head by head."""
+
+DROPPED: dict[str, str] = {
+    "blocks.{i}.sa.heads.{j}.tril": "the causal mask, which our attention has in its kernel",
+}
+"""Buffers that are in the file and that our model computes."""

@@ -1,0 +1,57 @@
+"""Load a model to compute with, from whatever the folder of a model holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from core import intact
+from core.bundle import TOKENIZER, Bundle, open_bundle, verify
+from core.choice import Candidate, choose
+from core.commit import MODEL
+from core.errors import CheckpointDamaged, CheckpointError
+from core.materialize import load_model
+from core.model import GPT
+
+
+def load_chosen(
+    folder: Path,
+    step: int | None = None,
+    single: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    bpe_file: Path | None = None,
+    say: intact.Say = intact.say_on_stderr,
+) -> GPT:
+    """Load a model in eval mode: a kept step, a single file by name, or what is newest in the folder; checked whole.
+
+    Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
+    """
+    if single is None and step is None:
+        choice = choose(folder)
+        for line in choice.lines():
+            say(line)
+        if choice.candidates:
+            single = choice.candidates[0].single
+        elif choice.passed:
+            raise CheckpointError(choice.passed[0])
+    try:
+        with _open(folder, step, single, say) as bundle:
+            return load_model(bundle, device=device, dtype=dtype, bpe_file=bpe_file)
+    except CheckpointDamaged as damage:
+        raise CheckpointDamaged(f"{damage} {intact.newest_intact(folder, step)}") from damage
+
+
+def _open(folder: Path, step: int | None, single: str | None, say: intact.Say) -> Bundle:
+    if single is not None:
+        return intact.open_candidate(Candidate(folder, single, 0, False), say)
+    bundle = open_bundle(folder, step)
+    try:
+        for line in verify(bundle, (MODEL, TOKENIZER)):
+            say(f"WARNING: {line}")
+    except BaseException:
+        bundle.close()
+        raise
+    return bundle
