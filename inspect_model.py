@@ -121,7 +121,7 @@ def bundle_facts(bundle: Bundle, kept: list[Kept]) -> Facts:
     except CheckpointError as error:
         facts["damaged"].append(str(error))
         return facts
-    facts["foreign"] = foreign_calls(bundle.weights.source.header.content)
+    facts["foreign"] = bundle.weights.source.foreign
     facts |= {"parameters": _parameters(weights), "tensors": _tensor_facts(weights)}
     try:
         if bundle.config is not None:
@@ -150,7 +150,7 @@ def file_facts(path: Path) -> Facts:
         "location": str(path),
         "content": header.content if isinstance(header.content, dict) else {"": header.content},
         "files": {path.name: size},
-        "foreign": foreign_calls(header.content),
+        "foreign": foreign_calls([header.content, header.unused]),
         "parameters": _parameters(header.tensors),
         "tensors": _tensor_facts(header.tensors),
     }

@@ -98,6 +98,7 @@ def train_from(
     from core.corpus import find_source, open_corpus
     from core.dataloader import DataLoader
     from core.device import DTYPES, resolve_device
+    from core.evolution import old_settings
     from core.schedule import Schedule
     from core.tokenizer import tokenizer_from_state
     from core.training import fit
@@ -106,7 +107,9 @@ def train_from(
     wish = flags.get("device") or (bundle.config.device if bundle and bundle.config else "auto")
     device = resolve_device(wish, "--device")
     preset = CPU_PRESET if device.type == "cpu" else CUDA_PRESET
-    settings = {**RUN_DEFAULTS, **preset, **state.get("training", {}), **flags}
+    moments = bundle.optimizer.content if bundle and bundle.optimizer else None
+    so_far = state.get("training") or old_settings(moments)
+    settings = {**RUN_DEFAULTS, **preset, **so_far, **flags}
     start = bundle.step if bundle else 0
     if start >= settings["max_iters"]:
         print(
@@ -120,7 +123,7 @@ def train_from(
     say(source.line())
     if changed := source.changed(state.get("data")):
         say(f"WARNING: {changed}")
-    tokenization, recorded = flags.get("tokenization"), manager.tokenizer_state()
+    tokenization, recorded = flags.get("tokenization"), bundle.tokenizer if bundle else manager.tokenizer_state()
     if recorded is not None and tokenization in (None, recorded.get("token_kind")):
         tokenization = tokenizer_from_state(recorded, flags.get("bpe_file"))
     corpus = open_corpus(source, tokenization, bpe_file=flags.get("bpe_file"), unknown=flags.get("unknown", "error"))
@@ -134,7 +137,7 @@ def train_from(
         schedule.learning_rate,
         args.init_from_model,
         preset=preset,
-        weight_decay=settings["weight_decay"],
+        weight_decay=flags.get("weight_decay") if bundle else settings["weight_decay"],
         seed=settings["seed"],
         bundle=bundle,
     )
@@ -147,7 +150,10 @@ def train_from(
         "data": source.record(),
         "training": {name: settings[name] for name in (*RUN_DEFAULTS, "max_iters", "learning_rate", "warmup_iters")},
     }
-    for name, old in state.get("training", {}).items():
+    if so_far and "training" not in state:
+        shown = ", ".join(f"{name} {value}" for name, value in so_far.items())
+        say(f"going on as the program that wrote it, unless a flag says otherwise: {shown}")
+    for name, old in so_far.items():
         if name != "max_iters" and old is not None and settings[name] != old:
             say(f"{name}: {old} so far, {settings[name]} from now on")
     result = fit(

@@ -220,7 +220,10 @@ class CheckpointManager:
                 model = start.resume(bundle, given, tokenization)
                 state = load_optimizer(bundle)
                 self._say_without_moments(bundle, state)
-                optimizer = configure_optimizer(model, learning_rate, weight_decay, state)
+                try:
+                    optimizer = configure_optimizer(model, learning_rate, weight_decay, state)
+                except CheckpointMismatch as error:
+                    raise CheckpointMismatch(f"{bundle.path(OPTIMIZER)}: {error}") from error
             self.resumed = bundle.state
             return model, optimizer, model.step
         tokenizer = start.find_tokenizer(tokenization, input_text)

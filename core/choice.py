@@ -50,12 +50,11 @@ class Choice:
             return None
         if not others:
             return f"{first.folder}: using {first.name}; there is no bundle yet"
-        reason = "the newest" if first.step > max(c.step for c in others) else "not older than the rest"
-        if first.single is None and any(c.step > first.step for c in others):
-            reason = "which was written with what is newer already there"
         optimizer = next((c for c in others if c.has_optimizer and not first.has_optimizer), None)
         hint = f"; only {optimizer.single or 'the bundle'} has an optimizer state" if optimizer else ""
-        return f"{first.folder}: using {first.name}, {reason}; beside it {', '.join(c.name for c in others)}{hint}"
+        if first.single is None and any(c.step > first.step for c in others):
+            hint = ", all there when the bundle was written"
+        return f"{first.folder}: using {first.name}; beside it {', '.join(c.name for c in others)}{hint}"
 
 
 def choose(folder: Path) -> Choice:

@@ -129,21 +129,17 @@ def evolve(values: Values, seen: Evidence, where: str) -> GPTConfig:
     return GPTConfig.from_dict({**values, **{k: v for k, v in missing.items() if v is not None}}, where)
 
 
-def old_settings(optimizer: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings under which a program trained that wrote none down: those of its optimizer, and plain training.
+def old_settings(optimizer: Any) -> dict[str, Any]:
+    """The settings of a program that wrote none down, from its optimizer state; none where there is no state.
 
-    It had a constant learning rate, no warm-up, no clipping, and computed in fp32.
+    It had a constant learning rate, no warm-up and no clipping, was not compiled and computed in fp32.
     """
-    found: dict[str, Any] = {"lr_schedule": "constant", "warmup_iters": 0.0, "grad_clip": 0.0}
-    found |= {"dtype": "fp32", "compile": False}
-    groups = (optimizer or {}).get("param_groups") or [{}]
-    rates = [group.get("lr") for group in groups]
-    if isinstance(rates[0], (int, float)):
-        found["learning_rate"] = float(rates[0])
-    decays = [group["weight_decay"] for group in groups if isinstance(group.get("weight_decay"), (int, float))]
-    if decays:
-        found["weight_decay"] = max(decays)
-    return found
+    group = (optimizer.get("param_groups") or [None])[0] if isinstance(optimizer, dict) else None
+    if not isinstance(group, dict) or not isinstance(group.get("lr"), float):
+        return {}
+    decay = {"weight_decay": group["weight_decay"]} if isinstance(group.get("weight_decay"), (int, float)) else {}
+    plain = {"lr_schedule": "constant", "warmup_iters": 0.0, "grad_clip": 0.0, "dtype": "fp32", "compile": False}
+    return {"learning_rate": group["lr"], **decay, **plain}
 
 
 def notes(bundle_path: str, config: GPTConfig | None, state: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from core.errors import CheckpointMismatch
 from core.families.plan import Plan, Shape, plain_names
 
 State = dict[str, Any]
-OTHER_MODEL = "It is another model's; the weights alone can still be used."
+OTHER_MODEL = "It is of another model or optimizer; the weights alone can still be used."
 
 
 def groups_of(state: Any) -> list[dict[str, Any]]:

@@ -34,9 +34,14 @@ class TorchFile:
         """
         return open_torch_file(self.file, str(self.path))
 
+    @property
+    def foreign(self) -> list[str]:
+        """What the pickle of the file names besides data, as text: in its content, and computed and thrown away."""
+        return foreign_calls([self.header.content, self.header.unused])
+
     def refuse_foreign(self) -> None:
         """Raise CheckpointError when the file names anything but data; nothing of it was executed."""
-        calls = foreign_calls(self.header.content)
+        calls = self.foreign
         if calls:
             raise CheckpointError(
                 f"{self.path}: its pickle names {', '.join(calls[:3])}. Nothing was executed, and nothing is loaded; "

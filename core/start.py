@@ -122,8 +122,9 @@ def _refuse_other_fields(where: Path, config: GPTConfig, given: dict[str, Any]) 
 
 
 def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer) -> None:
-    """Raise CheckpointMismatch when a tokenizer is not the checkpoint's."""
+    """Raise CheckpointMismatch when a tokenizer is not the checkpoint's, or cannot be."""
     if bundle.tokenizer is None:
+        _refuse_other_size(bundle, tokenization)
         return
     if isinstance(tokenization, str):
         same, wanted = bundle.tokenizer.get("token_kind") == tokenization, tokenization
@@ -133,4 +134,16 @@ def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer) -> Non
         raise CheckpointMismatch(
             f"{bundle.path(TOKENIZER)}: the model was trained with {describe(bundle.tokenizer)}; "
             f"this run has {wanted}. Leave --tokenization out, or train under another --model_name."
+        )
+
+
+def _refuse_other_size(bundle: Bundle, tokenization: str | Tokenizer) -> None:
+    """Nothing says which tokenizer it was; one of another size it was not."""
+    if isinstance(tokenization, str) or bundle.config is None:
+        return
+    rows = bundle.config.vocab_size
+    if model_vocab_size(tokenization) != rows and tokenization.vocab_size != rows:
+        raise CheckpointMismatch(
+            f"{bundle.path(TOKENIZER)}: no tokenizer is recorded; the model has {rows} ids, this run's tokenizer "
+            f"{tokenization.vocab_size}. Give the text or the tokenizer it was trained with."
         )
