@@ -16,7 +16,7 @@ from torch import nn
 
 from core import intact, start
 from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, write_bundle
-from core.choice import LEGACY_FILES, Candidate, choose, seen_files
+from core.choice import LEGACY_FILES, seen_files
 from core.commit import CONFIG, MODEL, ModelFolder, new_id
 from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
 from core.containers.torch_zip_writer import file_size, write_torch_zip
@@ -24,7 +24,6 @@ from core.device import resolve_dtype
 from core.differences import differences, listed
 from core.errors import (
     CheckpointDamaged,
-    CheckpointError,
     CheckpointMismatch,
     CheckpointNotFound,
     InputError,
@@ -162,32 +161,7 @@ class CheckpointManager:
         Raises: CheckpointDamaged when steps exist and none is intact; nothing is changed then.
         """
         with self.writing(), self._explained():
-            choice = choose(self.checkpoint_dir)
-            for line in choice.lines():
-                self.say(line)
-            for i, candidate in enumerate(choice.candidates):
-                try:
-                    return self._open(candidate)
-                except (CheckpointDamaged, CheckpointNotFound) as damage:
-                    others = choice.candidates[i + 1 :]
-                    if not others:
-                        raise
-                    self.say(f"WARNING: {damage}")
-                    self.say(f"WARNING: trying {others[0].name} instead; nothing was deleted")
-            if choice.passed:
-                raise CheckpointError(
-                    f"{choice.passed[0]} {self.checkpoint_dir} has no other checkpoint, and nothing was changed. "
-                    "To start anew, use another --model_name."
-                )
-            return None
-
-    def _open(self, candidate: Candidate) -> Bundle:
-        try:
-            return intact.open_candidate(candidate, self.say)
-        except (CheckpointDamaged, CheckpointNotFound) as damage:
-            if candidate.single is not None:
-                raise
-            return intact.walk_back(self._folder, damage, self.say)
+            return intact.open_newest_intact(self._folder, self.say)
 
     def initialize_for_training(
         self,
@@ -215,6 +189,7 @@ class CheckpointManager:
         bundle = bundle or self.newest_intact()
         if bundle is not None:
             with bundle:
+                start.refuse_stray_config(bundle)
                 for line in notes(str(bundle.path(CONFIG)), bundle.config, bundle.state):
                     self.say(line)
                 model = start.resume(bundle, given, tokenization)

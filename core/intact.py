@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from core.bundle import Bundle, history, open_bundle, verify
 from core.choice import Candidate, choose
-from core.commit import ModelFolder
-from core.errors import CheckpointDamaged, CheckpointError
+from core.commit import CONFIG, MODEL, ModelFolder
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from core.legacy import open_legacy
 
 Say = Callable[[str], None]
@@ -67,6 +67,47 @@ def open_chosen(folder: Path, say: Say = say_on_stderr) -> Bundle:
     for line in choice.lines():
         say(line)
     return open_candidate(choice.candidates[0], say)
+
+
+def open_newest_intact(place: ModelFolder, say: Say) -> Bundle | None:
+    """Open the checkpoint to train on, walking back from what is damaged; None where there is none at all.
+
+    The caller holds the lock.
+
+    Raises: CheckpointDamaged when checkpoints exist and none is intact, CheckpointMismatch for weights without config;
+    nothing is changed then.
+    """
+    choice = choose(place.path)
+    for line in choice.lines():
+        say(line)
+    for i, candidate in enumerate(choice.candidates):
+        try:
+            return _open_or_walk_back(place, candidate, say)
+        except (CheckpointDamaged, CheckpointNotFound) as damage:
+            if i + 1 == len(choice.candidates):
+                raise
+            say(f"WARNING: {damage}")
+            say(f"WARNING: trying {choice.candidates[i + 1].name} instead; nothing was deleted")
+    if choice.passed:
+        raise CheckpointError(
+            f"{choice.passed[0]} {place.path} has no other checkpoint, and nothing was changed. "
+            "To start anew, use another --model_name."
+        )
+    if (place.path / MODEL).exists():
+        raise CheckpointMismatch(
+            f"{place.path / MODEL}: weights without {CONFIG}, so nothing says what they compute. Put their {CONFIG} "
+            "beside them, or train under another --model_name; nothing was changed."
+        )
+    return None
+
+
+def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say) -> Bundle:
+    try:
+        return open_candidate(candidate, say)
+    except (CheckpointDamaged, CheckpointNotFound) as damage:
+        if candidate.single is not None:
+            raise
+        return walk_back(place, damage, say)
 
 
 def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:

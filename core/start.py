@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from core.bundle import TOKENIZER, Bundle
-from core.commit import CONFIG
-from core.config import EDITABLE, GPTConfig
+from core.commit import CONFIG, MODEL
+from core.config import EDITABLE, GPTConfig, same_architecture
 from core.device import resolve_device
 from core.errors import CheckpointMismatch, InputError
 from core.materialize import load_model
@@ -102,6 +102,18 @@ def config_alone(
                 "Remove the file, or use its tokenizer."
             )
     return values
+
+
+def refuse_stray_config(bundle: Bundle) -> None:
+    """Raise CheckpointMismatch when the next save would replace a config.json that does not belong to a single file."""
+    path = bundle.folder / CONFIG
+    if bundle.single is None or bundle.config is None or (bundle.folder / MODEL).exists() or not path.exists():
+        return
+    if not same_architecture(parse_json(path.read_bytes(), str(path)), bundle.config.to_dict()):
+        raise CheckpointMismatch(
+            f"{path}: is not the config of {bundle.single}, which is used, and has no weights of its own. The next "
+            "save would replace it; move it away, or train under another --model_name."
+        )
 
 
 def refuse_other_architecture(bundle: Bundle, given: dict[str, Any]) -> None:

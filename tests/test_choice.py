@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import inspect_model
 from core.checkpoint import CheckpointManager
 from core.choice import choose
-from core.errors import CheckpointError
+from core.errors import CheckpointError, CheckpointMismatch
 from core.model import GPT
 from core.tokenizer import tokenizer_from_state
-from tests.generations import SIZES, TOKENIZER, FusedGPT, LectureGPT, trained, write_old_bundle, write_single_file
+from tests.generations import SIZES, TOKENIZER, FusedGPT, LectureGPT, fuse, trained, write_old_bundle, write_single_file
 from tests.helpers import flip
 
 
@@ -191,3 +192,43 @@ def test_another_generation_beside_the_bundle_is_compared_by_step_alone(tmp_path
     model = FusedGPT(**SIZES)
     write_single_file(tmp_path / "dante" / "latest.pt", model, trained(model, 1), step=20, stream=True)
     assert used(tmp_path, capsys) == 20
+
+
+def test_an_old_bundle_is_rewritten_under_our_names_at_the_next_save_and_kept(tmp_path, old):
+    folder = write_old_bundle(tmp_path / "dante", *old[9], step=9)
+    before = (folder / "model.pt").read_bytes()
+    made, model, optimizer, step = resume(tmp_path)
+    made.save(model, optimizer, step=step + 1)
+    made.close()
+    now = torch.load(folder / "model.pt", weights_only=True)
+    assert now.keys() == fuse(dict(old[9][0].named_parameters())).keys()
+    assert all(torch.equal(now[name], t) for name, t in fuse(dict(old[9][0].named_parameters())).items())
+    assert (folder / "step_00000009" / "model.pt").read_bytes() == before
+    assert CheckpointManager.load_for_inference("dante", tmp_path, step=9).step == 9
+    assert json.loads((folder / "config.json").read_text())["activation"] == "relu"
+
+
+def test_weights_without_a_config_are_neither_overwritten_nor_started_over(tmp_path, old):
+    folder = write_old_bundle(tmp_path / "dante", *old[9], step=9)
+    (folder / "config.json").unlink()
+    before = (folder / "model.pt").read_bytes()
+    with pytest.raises(CheckpointMismatch, match=r"model\.pt: weights without config\.json.*nothing was changed"):
+        resume(tmp_path)
+    assert (folder / "model.pt").read_bytes() == before
+    single(folder, old, "latest.pt", 4)
+    made, model, optimizer, step = resume(tmp_path)
+    assert step == 4
+    made.save(model, optimizer, step=5)
+    made.save(model, optimizer, step=6)
+    made.close()
+    (aside,) = folder.glob("aside_*")
+    assert (aside / "model.pt").read_bytes() == before
+
+
+def test_a_config_that_belongs_to_nothing_is_not_replaced(tmp_path, old):
+    folder = tmp_path / "dante"
+    single(folder, old, "latest.pt", 4)
+    (folder / "config.json").write_text(json.dumps({"n_layer": 7, "n_head": 1, "n_embd": 8}))
+    with pytest.raises(CheckpointMismatch, match=r"config\.json: is not the config of latest\.pt.*move it away"):
+        resume(tmp_path)
+    assert json.loads((folder / "config.json").read_text())["n_layer"] == 7
