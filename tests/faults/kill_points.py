@@ -59,15 +59,36 @@ def save_of_the_same_step_again(root: Path):
     return made, lambda: made.save(model, step=model.step)
 
 
-SCENARIOS: dict[str, tuple[int, bool, Scenario]] = {
-    "first save": (0, True, first_save),
-    "next save": (3, True, next_save),
-    "next save without hard links": (3, False, next_save),
-    "save that prunes two": (3, True, save_that_prunes_two),
-    "save without optimizer": (3, True, save_without_optimizer),
-    "another state of the same step": (3, True, save_of_the_same_step_again),
+def nothing(root: Path) -> None:
+    pass
+
+
+def three_saves(root: Path) -> None:
+    made, model, optimizer = started(root, keep=9)
+    train_and_save(made, model, optimizer, 3)
+    made.close()
+
+
+def single_file(root: Path) -> None:
+    made, model, optimizer = started(root)
+    for _ in range(3):
+        update(model, optimizer)
+    content = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "step": 3}
+    content |= {"config": model.config.to_dict(), "tokenizer": model.tokenizer.state()}
+    torch.save(content, root / "dante" / "latest.pt")
+    made.close()
+
+
+SCENARIOS: dict[str, tuple[Callable[[Path], None], bool, Scenario]] = {
+    "first save": (nothing, True, first_save),
+    "first save beside a single file": (single_file, True, next_save),
+    "next save": (three_saves, True, next_save),
+    "next save without hard links": (three_saves, False, next_save),
+    "save that prunes two": (three_saves, True, save_that_prunes_two),
+    "save without optimizer": (three_saves, True, save_without_optimizer),
+    "another state of the same step": (three_saves, True, save_of_the_same_step_again),
 }
-"""Name: steps saved before, whether the file system has hard links, and the save."""
+"""Name: what is there before, whether the file system has hard links, and the save."""
 
 
 class Killer:
@@ -110,10 +131,7 @@ def run(folder: Path) -> dict:
     for name, (before, links, scenario) in SCENARIOS.items():
         base = folder / name.replace(" ", "_")
         base.mkdir(parents=True)
-        if before:
-            made, model, optimizer = started(base, keep=9)
-            train_and_save(made, model, optimizer, before)
-            made.close()
+        before(base)
         old = loaded(base)
         DISK.links = links
         calls = count_calls(copy(base, folder / "counted"), scenario)
@@ -166,10 +184,7 @@ def traced(folder: Path) -> dict:
     for number, (name, (before, links, scenario)) in enumerate(SCENARIOS.items()):
         base = folder / f"traced{number}"
         base.mkdir(parents=True)
-        if before:
-            made, model, optimizer = started(base, keep=9)
-            train_and_save(made, model, optimizer, before)
-            made.close()
+        before(base)
         DISK.links = links
         made, save = scenario(base)
         DISK.change = killer = Killer()
