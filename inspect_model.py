@@ -34,6 +34,7 @@ from core.families.recognise import LECTURE
 from core.fit import contradictions
 from core.legacy import is_legacy, open_legacy
 from core.plain import plain
+from core.screen import columns, printable, size_text
 from core.training_state import STATE
 
 POSITIONS_AND_TOKENS = ("token_embedding_table.weight", "position_embedding_table.weight")
@@ -202,7 +203,7 @@ def text_of(facts: Facts) -> Iterable[str]:
     """Write facts for people, line by line."""
     if "models" in facts:
         yield f"{facts['root']} holds {len(facts['models'])} models; choose one with --model_name:"
-        yield from _columns([_model_row(model) for model in facts["models"]])
+        yield from columns([_model_row(model) for model in facts["models"]])
         return
     yield "=== FORMAT ==="
     yield facts["format"]
@@ -213,7 +214,7 @@ def text_of(facts: Facts) -> Iterable[str]:
         yield from _bundle_sections(facts)
     if "content" in facts:
         yield from ("", "=== CONTENT ===")
-        yield from _columns([(printable(str(k)), ":", _content_line(v)) for k, v in facts["content"].items()])
+        yield from columns([(printable(str(k)), ":", _content_line(v)) for k, v in facts["content"].items()])
     if "parameters" in facts:
         count = facts["parameters"]
         yield from ("", "=== PARAMETERS ===")
@@ -222,13 +223,13 @@ def text_of(facts: Facts) -> Iterable[str]:
         if count["total"] != count["without_embeddings"]:
             yield f"without embeddings : {count['without_embeddings']:,}"
     yield from ("", "=== FILES ===")
-    yield from _columns([(name, size_text(size)) for name, size in facts["files"].items()])
+    yield from columns([(name, size_text(size)) for name, size in facts["files"].items()])
     if "tensors" in facts:
         yield from ("", "=== TENSORS ===")
-        yield from _columns(table(facts["tensors"]))
+        yield from columns(table(facts["tensors"]))
     if facts.get("history"):
         yield from ("", "=== HISTORY ===")
-        yield from _columns([_kept_row(kept) for kept in facts["history"]])
+        yield from columns([_kept_row(kept) for kept in facts["history"]])
 
 
 def _bundle_sections(facts: Facts) -> Iterable[str]:
@@ -318,8 +319,8 @@ def table(tensors: list[Facts]) -> list[tuple[str, ...]]:
         groups.setdefault((parts[::2], tuple(tensor["shape"]), tensor["dtype"]), []).append(parts[1::2])
     rows: list[tuple[str, ...]] = []
     for (words, shape, dtype), numbers in groups.items():
-        for columns, count in _products(numbers):
-            name = words[0] + "".join(_span(column) + word for column, word in zip(columns, words[1:], strict=True))
+        for spans, count in _products(numbers):
+            name = words[0] + "".join(_span(span) + word for span, word in zip(spans, words[1:], strict=True))
             rows.append((printable(name), f"{count} x {shape}" if count > 1 else str(shape), dtype))
     return rows
 
@@ -343,30 +344,8 @@ def _span(column: list[str]) -> str:
     return "{" + ",".join(column if len(column) <= 6 else [*column[:3], "...", column[-1]]) + "}"
 
 
-def _columns(rows: list[tuple[str, ...]]) -> Iterable[str]:
-    """Align the cells of rows, two spaces apart; a cell far wider than the others does not widen its column."""
-    widths = [
-        max((len(row[i]) for row in rows if len(row) > i), default=0) for i in range(max(map(len, rows), default=0))
-    ]
-    for row in rows:
-        yield "  ".join(cell.ljust(min(width, 60)) for cell, width in zip(row, widths, strict=False)).rstrip()
-
-
-def size_text(size: int) -> str:
-    """A number of bytes in the unit that leaves one to three digits before the point."""
-    for unit, length in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if size >= length:
-            return f"{size / length:.1f} {unit}"
-    return f"{size} bytes"
-
-
 def _value(value: Any) -> str:
     return printable(value) if isinstance(value, str) else as_text(value, 400)
-
-
-def printable(text: str) -> str:
-    """Replace what would move the cursor or change the terminal by its escape."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from core import intact, start
-from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, write_bundle
+from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, history, write_bundle
 from core.choice import LEGACY_FILES, seen_files
 from core.commit import CONFIG, MODEL, ModelFolder, new_id
 from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
@@ -75,7 +75,7 @@ class CheckpointManager:
         """Manage the model whose folder this is."""
         folder = Path(checkpoint_dir)
         return cls(
-            folder.resolve().name,
+            folder.name if folder.name not in ("", "..") else folder.resolve().name,
             folder.parent if folder.name not in ("", "..") else folder.resolve().parent,
             **settings,
         )
@@ -368,6 +368,8 @@ class CheckpointManager:
         stay = set(older[-self.keep :] if self.keep else ())
         stay |= {step for step in older if self.keep_every and step % self.keep_every == 0}
         stay.update(step for step in ((state["best"] or {}).get("step"), self.resumed.get("step")) if step is not None)
+        # The file that a migrated step was made of may be gone: its step goes only when a person removes it.
+        stay |= {kept.step for kept in history(self.checkpoint_dir) if "migrated_from" in kept.state}
         self._folder.prune([step for step in older if step not in stay])
 
     # Load

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from core.config import FORMAT_VERSION, same_architecture
-from core.errors import CheckpointDamaged, CheckpointNotFound
+from core.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from core.storage import DISK, PIECE, Storage
 from core.training_state import STATE, parse_json, seal, unseal
 
@@ -207,6 +207,16 @@ class ModelFolder:
         self.storage.rename(stage, self.committed)
         self.storage.sync_folder(self.path)
 
+    def keep(self, stage: Path, step: int) -> Path:
+        """Make a staged step a kept one, durably; CheckpointMismatch when that step is kept already."""
+        target = self.path / step_folder(step)
+        if self.storage.exists(target):
+            raise CheckpointMismatch(f"{target}: this step is kept already, and is not replaced.")
+        self.storage.sync_folder(stage)
+        self.storage.rename(stage, target)
+        self.storage.sync_folder(self.path)
+        return target
+
     def roll_forward(self) -> None:
         """Keep the old top as history and move the committed files to the top."""
         self._preserve_top()
@@ -231,9 +241,9 @@ class ModelFolder:
         self.storage.sync_folder(self.path)
 
     def _history_name(self) -> str:
-        """Where the old top goes: under its step, or aside when it does not say which step it is."""
+        """Where the old top goes: under its step, or aside when it does not say which step it is, or is no bundle."""
         state = self._top_state()
-        if state is None:
+        if state is None or not self.storage.exists(self.path / CONFIG):
             return f"aside_{0:08d}_{new_id()}"
         return step_folder(state.get("step", 0))
 

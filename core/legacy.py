@@ -12,6 +12,7 @@ from core.containers.inert import as_text
 from core.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
 from core.part import Part, TorchFile
 from core.plain import plain
+from core.training_state import FIELDS
 
 WEIGHTS, OPTIMIZER_STATE, CONFIG_KEY, TOKENIZER_KEY = "model_state_dict", "optimizer_state_dict", "config", "tokenizer"
 PARTS = (WEIGHTS, OPTIMIZER_STATE, CONFIG_KEY, TOKENIZER_KEY)
@@ -37,25 +38,30 @@ def open_legacy(path: Path) -> Bundle:
 
 def _bundle(source: TorchFile) -> Bundle:
     path, content = source.path, source.header.content
-    if not isinstance(content, dict) or not isinstance(content.get(WEIGHTS), dict) or CONFIG_KEY not in content:
+    if not isinstance(content, dict) or not {WEIGHTS, CONFIG_KEY} <= content.keys():
         raise CheckpointMismatch(
             f"{path}: found {entries(content)}, expected the entries {WEIGHTS} and {CONFIG_KEY} of a single-file "
             "checkpoint. It is of another program; inspect_model.py shows what it holds."
         )
+    for name, optional in ((WEIGHTS, False), (OPTIMIZER_STATE, True), (TOKENIZER_KEY, True)):
+        value = content.get(name)
+        if not isinstance(value, dict) and not (optional and value is None):
+            raise CheckpointMismatch(f"{path}: its {name} is {as_text(value, 80)}, expected a dict.")
     config = attributes(content[CONFIG_KEY])
     if config is None:
         raise CheckpointMismatch(
             f"{path}: its config is {as_text(content[CONFIG_KEY], 80)}, expected fields by name (a dict, or an object "
             "with attributes)."
         )
+    strange = [name for name in config if not isinstance(name, str)]
+    if strange:
+        raise CheckpointMismatch(f"{path}: its config has a field {as_text(strange[0], 80)}, expected names.")
     tokenizer = content.get(TOKENIZER_KEY)
-    if tokenizer is not None and not isinstance(tokenizer, dict):
-        raise CheckpointMismatch(f"{path}: its tokenizer is {as_text(tokenizer, 80)}, expected a dict.")
     step = content.get("step", 0)
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise CheckpointMismatch(f"{path}: its step is {as_text(step, 40)}, expected a whole number from 0.")
-    moments = Part(source, (OPTIMIZER_STATE,)) if isinstance(content.get(OPTIMIZER_STATE), dict) else None
-    others = {name: value for name, value in content.items() if name not in PARTS}
+    moments = Part(source, (OPTIMIZER_STATE,)) if content.get(OPTIMIZER_STATE) is not None else None
+    others = {name: value for name, value in content.items() if name not in PARTS and name not in FIELDS}
     return Bundle(
         folder=path.parent,
         state={**plain(others), "step": step},
@@ -71,7 +77,7 @@ def _bundle(source: TorchFile) -> Bundle:
 def entries(content: Any) -> str:
     """Name what a file holds, for a message."""
     if not isinstance(content, Mapping):
-        return f"a {type(content).__name__}"
+        return as_text(content, 80)
     names = [as_text(name)[1:-1] for name in list(content)[:6]]
     return f"the entries {', '.join(names)}{', ...' if len(content) > 6 else ''}" if names else "an empty dict"
 

@@ -11,6 +11,11 @@ from core.errors import CheckpointDamaged, CheckpointMismatch
 
 STATE = "training_state.json"
 
+FIELDS = {"step", "optimizer_file", "format_version", "commit_id", "parent", "saved_at", "best", "data", "training"}
+FIELDS |= {"schedule", "seed", "tokens_seen", "elapsed_seconds", "environment", "extra", "legacy", "migrated_from"}
+FIELDS |= {"integrity"}
+"""What these names mean here; an entry of an older program that has one of them means something else."""
+
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object; a key that occurs twice is refused, since readers disagree on which one counts.

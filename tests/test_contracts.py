@@ -12,8 +12,10 @@ from tests.conftest import ROOT
 
 TORCH_FREE = [
     "inspect_model.py",
+    "convert_checkpoints.py",
     *(f"core/{name}.py" for name in ("bundle", "commit", "config", "differences", "errors", "lock", "storage")),
-    *(f"core/{name}.py" for name in ("checksum", "commandline", "training_state")),
+    *(f"core/{name}.py" for name in ("checksum", "choice", "commandline", "equality", "evolution", "fit", "legacy")),
+    *(f"core/{name}.py" for name in ("migration", "optimizer_state", "part", "plain", "screen", "training_state")),
     *(str(p.relative_to(ROOT)) for p in (ROOT / "core/families").glob("*.py")),
     *(str(p.relative_to(ROOT)) for p in (ROOT / "core/containers").glob("*.py") if p.stem != "torch_zip_writer"),
 ]

@@ -1,0 +1,165 @@
+"""Bring single-file checkpoints (latest.pt, final.pt) over to bundles; the files stay as they are."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from core.commandline import DONE, FAILED, Parser, model_names, run
+from core.errors import CheckpointError, CheckpointNotFound
+from core.migration import FAILED as NOT_MIGRATED
+from core.migration import Found, Outcome, find, plan, work
+from core.screen import columns, printable, size_text
+
+EPILOG = """examples:
+  python convert_checkpoints.py --dry_run               what would become of every file below checkpoints/
+  python convert_checkpoints.py                         do it
+  python convert_checkpoints.py --model_name dante      one model
+  python convert_checkpoints.py old_runs old/final.pt   folders and files anywhere
+
+In each folder the file with the highest step becomes the bundle, the others kept steps (step_NNNNNNNN/). Each is read
+back and compared with its file, bit for bit, before it counts. No file is changed or deleted; a second run finds what
+is done. Exit code 1 when a file could not be migrated; the rest is done.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Migrate what the command line names, and print what became of it; returns the exit code."""
+    parser = Parser(prog="convert_checkpoints.py", description=__doc__ or "", epilog=EPILOG)
+    parser.add_argument("paths", metavar="PATH", nargs="*", help="a model folder, a folder of models, or a .pt file")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan, and change nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    args = parser.parse(argv)
+    if args.paths and args.model_name:
+        parser.error("PATH and --model_name both say what to migrate; give one of them")
+    places = _places(args.paths, args.model_name, Path(args.checkpoint_root))
+    found = find(places)
+    for line in found.passed:
+        print(f"WARNING: {printable(line)} Passed over.", file=sys.stderr)
+    outcomes = plans(found) if args.dry_run else migrations(found)
+    where = ", ".join(map(str, places))
+    if args.json:
+        print(json.dumps({"dry_run": args.dry_run, "files": [facts(o) for o in outcomes]}, indent=2))
+    elif outcomes:
+        print("\n".join(text_of(outcomes, args.dry_run)))
+    else:
+        print(f"{where}: no single-file checkpoint here; nothing to migrate")
+    for error in dict.fromkeys(o.error for o in outcomes if o.error):
+        print(f"error: {printable(error)}", file=sys.stderr)
+    return FAILED if any(o.error for o in outcomes) else DONE
+
+
+def convert_checkpoint(
+    model_name: str, legacy_file: str = "latest.pt", checkpoint_root: str | Path = "checkpoints"
+) -> None:
+    """Migrate one file of a model, and say what became of it; a file that is not there is no failure.
+
+    Raises: CheckpointError when it cannot be migrated; nothing is changed then.
+    """
+    path = Path(checkpoint_root) / model_name / legacy_file
+    if not path.is_file():
+        print(f"No legacy checkpoint found: {path}")
+        return
+    print(f"Converting {model_name}/{legacy_file}...")
+    (outcome,) = migrations(find([path]))
+    if outcome.error:
+        raise CheckpointError(outcome.error)
+    for note in outcome.notes:
+        print(f"note: {note}")
+    print(f"Converted to new format at {outcome.target}" if outcome.is_made else f"{path}: {outcome.became}")
+
+
+def _places(paths: list[str], name: str | None, root: Path) -> list[Path]:
+    """Where to look: the paths, one model, or the checkpoint root.
+
+    Raises: CheckpointNotFound when the root or the model is not there.
+    """
+    if paths:
+        return [Path(path) for path in paths]
+    if not root.is_dir():
+        raise CheckpointNotFound(f"{root}: no such folder. --checkpoint_root names the folder of all models.")
+    if name is None:
+        return [root]
+    if not (root / name).is_dir():
+        there = ", ".join(model_names(root)) or "none"
+        raise CheckpointNotFound(f"{root / name}: no such folder. Models in {root}: {there}.")
+    return [root / name]
+
+
+def plans(found: Found) -> list[Outcome]:
+    """Say what is to become of every file found."""
+    return [outcome for folder, paths in found.folders.items() for outcome in plan(folder, paths)]
+
+
+def migrations(found: Found) -> list[Outcome]:
+    """Migrate every file found, folder by folder, with a progress bar when it takes time."""
+    if not found.folders:
+        return []
+    from tqdm import tqdm
+
+    from core.rewrite import migrate  # imports torch
+
+    outcomes: list[Outcome] = []
+    total = sum(work(outcome) for outcome in plans(found))
+    with tqdm(total=total, desc="migrating", unit="B", unit_scale=True, delay=2.0, leave=False) as bar:
+        for folder, paths in found.folders.items():
+            outcomes += migrate(folder, paths, bar.update)
+    return outcomes
+
+
+def facts(outcome: Outcome) -> dict[str, Any]:
+    """One file's line of the JSON document."""
+    return {
+        "file": str(outcome.path),
+        "generation": outcome.generation,
+        "step": outcome.step,
+        "action": outcome.action,
+        "became": outcome.became,
+        "target": str(outcome.target) if outcome.target else None,
+        "bytes_before": outcome.size,
+        "bytes_after": outcome.size_after,
+        "notes": outcome.notes,
+        "may_be_deleted": outcome.may_be_deleted,
+        "error": outcome.error,
+    }
+
+
+def text_of(outcomes: list[Outcome], dry_run: bool) -> Iterable[str]:
+    """Write what became, or is to become, of files for people, line by line."""
+    yield from columns([_heading(dry_run), *(_row(outcome, dry_run) for outcome in outcomes)])
+    for note in dict.fromkeys(note for outcome in outcomes for note in outcome.notes):
+        yield f"note: {printable(note)}"
+    if dry_run:
+        return
+    free = [outcome for outcome in outcomes if outcome.may_be_deleted]
+    if free:
+        yield ""
+        size = size_text(sum(outcome.size for outcome in free))
+        yield f"You may delete these now ({size}); what they hold is in the bundles, compared bit for bit:"
+        yield from (f"  {printable(str(outcome.path))}" for outcome in free)
+
+
+def _heading(dry_run: bool) -> tuple[str, ...]:
+    return ("file", "generation", "step", "becomes" if dry_run else "became", "size", *(() if dry_run else ("now",)))
+
+
+def _row(outcome: Outcome, dry_run: bool) -> tuple[str, ...]:
+    after = size_text(outcome.size_after) if outcome.size_after is not None else "-"
+    return (
+        printable(str(outcome.path)),
+        outcome.generation,
+        str(outcome.step) if outcome.step is not None else "-",
+        outcome.became if outcome.action != NOT_MIGRATED else "not migrated: see below",
+        size_text(outcome.size),
+        *(() if dry_run else (after,)),
+    )
+
+
+if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no failure
+    run(main)

@@ -1,0 +1,214 @@
+"""Files that cannot be migrated, full disks, and migrations that are killed: nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import convert_checkpoints
+from core.checkpoint import CheckpointManager
+from core.commit import ModelFolder
+from core.errors import CheckpointMismatch
+from core.lock import hold
+from core.migration import BUNDLE, FAILED
+from core.storage import DISK
+from core.training_state import STATE
+from tests.faults.kill_points import Killer, in_child
+from tests.generations import (
+    fuse,
+)
+from tests.helpers import copy, flip, state_of
+from tests.migrations import bits, bundle_at, edit, fresh, listing, migrated, plain, write
+from tests.old_runs import (
+    assert_same_bits,
+)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    made = tmp_path / "checkpoints" / "dante"
+    made.mkdir(parents=True)
+    return made
+
+
+# What cannot be migrated
+
+
+def misfit(path: Path) -> None:
+    edit(path, lambda content: content["config"].update(block_size=99))
+
+
+def foreign(path: Path) -> None:
+    class Run:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "hook": Run()}, path)
+
+
+FAULTS = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "5000 bytes"),
+    "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
+    "flipped": (lambda path: flip(path, 20000), "is damaged (CRC32"),
+    "misfit": (misfit, "Set block_size to 12"),
+    "foreign": (foreign, "posix.system"),
+    "no step": (lambda path: edit(path, lambda content: content.update(step="ten")), 'step is "ten"'),
+    "surrogate": (lambda path: edit(path, lambda c: c.update(note="\ud800")), "no JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_file_that_cannot_be_migrated_is_said_and_the_others_are_done(folder, fault):
+    spoil, words = FAULTS[fault]
+    write(folder, "latest.pt", 30)
+    theirs = write(folder, "final.pt", 20)
+    spoil(folder / "latest.pt")
+    found = migrated(folder)
+    assert found["latest.pt"].action == FAILED and not found["latest.pt"].may_be_deleted
+    assert str(folder / "latest.pt") in found["latest.pt"].error and words in found["latest.pt"].error
+    assert found["final.pt"].action == BUNDLE
+    assert_same_bits(bits(folder), fuse(plain(theirs)))
+    assert "latest.pt" not in [entry["name"] for entry in state_of(folder)["legacy"]]
+
+
+def test_folder_in_which_a_trainer_writes_fails_alone(tmp_path, capsys):
+    root = tmp_path / "checkpoints"
+    for name in ("busy", "free"):
+        write(root / name, "latest.pt", 30)
+    ready, done = os.pipe(), os.pipe()
+
+    pid = os.fork()
+    if pid == 0:
+        with hold(root / "busy"):
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    code = convert_checkpoints.main(["--checkpoint_root", str(root)])
+    os.write(done[1], b"x")
+    os.waitpid(pid, 0)
+    shown = capsys.readouterr()
+    assert code == 1 and f"error: {root / 'busy'}: process {pid} on" in shown.err
+    assert not (root / "busy" / "model.pt").exists() and (root / "free" / "model.pt").exists()
+    assert convert_checkpoints.main(["--checkpoint_root", str(root)]) == 0
+
+
+def test_disk_that_fills_up_is_one_sentence_and_leaves_nothing_behind(folder, monkeypatch):
+    write(folder, "latest.pt", 30)
+    before = listing(folder)
+    left = 0
+
+    def full(call, *args):
+        nonlocal left
+        left -= call is os.write
+        if left < 0 and call is os.write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return call(*args)
+
+    monkeypatch.setattr(DISK, "change", full, raising=False)
+    for writes in range(5):
+        left = writes
+        outcome = migrated(folder)["latest.pt"]
+        assert outcome.action == FAILED
+        assert outcome.error.startswith(
+            f"{folder / 'latest.pt'}: not migrated: No space left on device (0.3 MB needed, "
+        )
+        assert [p.name for p in folder.iterdir() if p.name != ".lock"] == ["latest.pt"]
+    assert listing(folder) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder_is_one_sentence(folder):
+    write(folder, "latest.pt", 30)
+    folder.chmod(0o555)
+    outcome = migrated(folder)["latest.pt"]
+    folder.chmod(0o755)
+    assert f"{folder / '.lock'}: Permission denied" in outcome.error
+
+
+def test_file_system_that_became_read_only_is_one_sentence(folder, monkeypatch):
+    write(folder, "latest.pt", 30)
+
+    def refuses(call, *args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
+
+    monkeypatch.setattr(DISK, "change", refuses, raising=False)
+    outcome = migrated(folder)["latest.pt"]
+    assert outcome.action == FAILED and "Read-only file system" in outcome.error
+
+
+def test_kept_step_is_never_replaced(folder):
+    write(folder, "latest.pt", 30)
+    write(folder, "final.pt", 20)
+    migrated(folder)
+    before, place = listing(folder / "step_00000020"), ModelFolder(folder)
+    stage = place.stage()
+    with pytest.raises(CheckpointMismatch, match=r"step_00000020: this step is kept already"):
+        place.keep(stage, 20)
+    assert listing(folder / "step_00000020") == before and stage.is_dir()
+
+
+# Killed
+
+
+def beside_a_bundle(folder: Path) -> None:
+    bundle_at(folder, 25)
+    fresh(folder)
+
+
+def content(folder: Path) -> dict:
+    """What a folder holds, but for ids that are drawn anew."""
+    found: dict = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name == STATE:
+            state = json.loads(path.read_text())
+            found[str(path.relative_to(folder))] = {
+                **{name: value for name, value in state.items() if name not in ("commit_id", "parent")},
+                "integrity": state["integrity"]["files"],
+            }
+        elif path.is_file() and path.name != ".lock":
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", [fresh, beside_a_bundle])
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_killed_before_any_storage_call_it_finds_step_30_and_a_second_run_ends_as_if_nothing_had_been(
+    tmp_path, scenario, monkeypatch
+):
+    base = tmp_path / "base" / "dante"
+    base.mkdir(parents=True)
+    scenario(base)
+    whole = copy(base, tmp_path / "whole")
+    counter = Killer()
+    with monkeypatch.context() as patch:
+        patch.setattr(DISK, "change", counter, raising=False)
+        migrated(whole)
+    newest = weights_of(whole)
+    assert counter.count > 40
+    for point in range(counter.count):
+        trial = copy(base, tmp_path / f"trial{point}")
+
+        def killed(trial=trial, point=point) -> None:
+            DISK.change = Killer(point)
+            migrated(trial)
+
+        status = in_child(killed)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"call {point} was not made"
+        assert_same_bits(weights_of(trial), newest)
+        assert all(o.error is None for o in migrated(trial).values())
+        assert content(trial) == content(whole), f"killed before call {point}"
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What a reader finds, whichever checkpoint of the folder is the one to use; with its step."""
+    model = CheckpointManager.load_for_inference(folder.name, folder.parent)
+    return {"step": torch.tensor(model.step), **model.state_dict()}
