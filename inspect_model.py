@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     for problem in facts.get("damaged", []):
         print(f"error: {problem}", file=sys.stderr)
     for call in facts.get("foreign", []):
-        print(f"WARNING: {facts['location']}: its pickle names {call}; nothing was executed", file=sys.stderr)
+        print(f"WARNING: {call}; nothing was executed", file=sys.stderr)
     return FAILED if facts.get("damaged") else DONE
 
 
@@ -87,14 +87,13 @@ def checkpoint_facts(path: Path, step: int | None) -> Facts:
         return file_facts(path)
     if not path.exists():
         raise CheckpointNotFound(f"{path}: nothing here. Give a model folder, a step folder in it, or a .pt file.")
-    choice = choose(path)
     chosen = ""
     if step is None:
+        choice = choose(path)
+        choice.refuse_none()
         for line in choice.lines():
             print(line, file=sys.stderr)
         chosen = choice.candidates[0].single or "" if choice.candidates else ""
-        if not choice.candidates and choice.passed:
-            raise CheckpointError(choice.passed[0])
     with open_legacy(path / chosen) if chosen else open_bundle(path, step) as bundle:
         return bundle_facts(bundle, history(path) if step is None else [])
 
@@ -122,7 +121,11 @@ def bundle_facts(bundle: Bundle, kept: list[Kept]) -> Facts:
     except CheckpointError as error:
         facts["damaged"].append(str(error))
         return facts
-    facts["foreign"] = bundle.weights.source.foreign
+    for part in (bundle.weights, bundle.optimizer):
+        with contextlib.suppress(CheckpointError):  # a damaged optimizer state is named below
+            if part is not None:
+                facts["foreign"] += [f"{part.source.path}: its pickle names {call}" for call in part.source.foreign]
+    facts["foreign"] = list(dict.fromkeys(facts["foreign"]))
     facts |= {"parameters": _parameters(weights), "tensors": _tensor_facts(weights)}
     try:
         if bundle.config is not None:
@@ -151,7 +154,7 @@ def file_facts(path: Path) -> Facts:
         "location": str(path),
         "content": header.content if isinstance(header.content, dict) else {"": header.content},
         "files": {path.name: size},
-        "foreign": foreign_calls([header.content, header.unused]),
+        "foreign": [f"{path}: its pickle names {call}" for call in foreign_calls([header.content, header.unused])],
         "parameters": _parameters(header.tensors),
         "tensors": _tensor_facts(header.tensors),
     }

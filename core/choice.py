@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ class Choice:
     candidates: list[Candidate]
     passed: list[str] = field(default_factory=list)  # files that cannot be read, each in a sentence
 
+    def refuse_none(self) -> None:
+        """Raise CheckpointError when there are files and none of them can be read."""
+        if self.passed and not self.candidates:
+            raise CheckpointError(self.passed[0])
+
     def lines(self) -> list[str]:
         """Say what is passed over, and what is used and why; nothing where there is nothing to choose from."""
         reason = self._reason() if self.candidates else None
@@ -67,7 +73,7 @@ def choose(folder: Path) -> Choice:
     passed: list[str] = []
     singles = []
     for name in LEGACY_FILES:
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             try:
                 with open_legacy(folder / name) as opened:
                     singles.append(Candidate(folder, name, opened.step, opened.has_optimizer))

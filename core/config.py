@@ -54,7 +54,7 @@ class GPTConfig:
             if self.unknown.get(name) not in (None, *computed)
         ]
         if not faults and self.n_embd % self.n_head:
-            near = ", ".join(str(h) for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and h <= 64)
+            near = ", ".join(str(h) for h in range(1, min(self.n_embd, 64) + 1) if self.n_embd % h == 0)
             faults.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; n_head may be {near}")
         if faults:
             raise CheckpointMismatch(f"{where}: " + "; ".join(faults) + ".")

@@ -24,10 +24,22 @@ def resolve_device(wish: str | torch.device | None, where: str = "device") -> to
         device = torch.device(wish)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{where}: {wish!r} is no device. Use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "meta":
+        raise InputError(f"{where}: meta holds no numbers. Use auto, cpu, cuda or cuda:N.")
+    if not _is_here(device):
         print(f"{where}: {wish} is not on this machine; using the CPU", file=sys.stderr)
         return torch.device("cpu")
     return device
+
+
+def _is_here(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError):  # each backend says it in its own way
+        return False
+    return True
 
 
 def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

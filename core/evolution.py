@@ -15,6 +15,7 @@ from core.families.plan import Plan, Shape
 from core.families.recognise import LECTURE
 
 Values = dict[str, Any]
+QKV = ".sa.qkv.weight"
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,18 @@ class Evidence:
     shapes: dict[str, Shape]  # under our names
 
     def has(self, name: str) -> bool:
-        """Whether the model has a tensor of this name."""
-        return name in self.shapes
+        """Whether the model has a tensor of this name, `{i}` any layer."""
+        first, layered, rest = name.partition("{i}")
+        return any(
+            found == name or (layered and found.startswith(first) and found.endswith(rest)) for found in self.shapes
+        )
+
+    @property
+    def heads(self) -> int | None:
+        """How many heads the names of lecture-style tensors count; None where nothing shows them."""
+        if self.plan.family != LECTURE:
+            return None
+        return max((len(parts) // 3 for name, parts in self.plan.sources.items() if name.endswith(QKV)), default=None)
 
     def side(self, name: str, axis: int) -> int | None:
         """One side of a matrix; None where it is not there."""
@@ -43,23 +54,23 @@ def _activation(values: Values, seen: Evidence) -> Any:
 
 def _bias(values: Values, seen: Evidence) -> Any:
     """Lecture-style configs had no `bias` at first: their heads had none."""
-    return seen.has("blocks.0.sa.qkv.bias")
+    return seen.has("blocks.{i}.sa.qkv.bias")
 
 
 def _proj_bias(values: Values, seen: Evidence) -> Any:
     """`bias` spoke of qkv alone in lecture-style models, whose projection always had one."""
-    has = seen.has("blocks.0.sa.proj.bias")
-    return None if has == values.get("bias", seen.has("blocks.0.sa.qkv.bias")) else has
+    has = seen.has("blocks.{i}.sa.proj.bias")
+    return None if has == values.get("bias", seen.has("blocks.{i}.sa.qkv.bias")) else has
 
 
 def _mlp_bias(values: Values, seen: Evidence) -> Any:
     """Biases that no field spoke of are those that are there."""
-    return seen.has("blocks.0.fwd.net.0.bias")
+    return seen.has("blocks.{i}.fwd.net.0.bias") or seen.has("blocks.{i}.fwd.net.2.bias")
 
 
 def _norm_bias(values: Values, seen: Evidence) -> Any:
     """As `mlp_bias`."""
-    return seen.has("ln_f.bias")
+    return any(map(seen.has, ("ln_f.bias", "blocks.{i}.ln1.bias", "blocks.{i}.ln2.bias")))
 
 
 def _head_bias(values: Values, seen: Evidence) -> Any:
@@ -68,8 +79,8 @@ def _head_bias(values: Values, seen: Evidence) -> Any:
 
 
 def _tied_head(values: Values, seen: Evidence) -> Any:
-    """Heads had weights of their own; one that a file leaves out is the token table."""
-    return not seen.has("lm_head.weight")
+    """Heads had weights of their own: one that a file leaves out was lost."""
+    return False
 
 
 def _vocab_size(values: Values, seen: Evidence) -> Any:
@@ -95,8 +106,7 @@ def _n_layer(values: Values, seen: Evidence) -> Any:
 
 def _n_head(values: Values, seen: Evidence) -> Any:
     """Lecture-style names count the heads; in fused tensors nothing shows them."""
-    parts = seen.plan.sources.get("blocks.0.sa.qkv.weight", ())
-    return len(parts) // 3 if seen.plan.family == LECTURE else None
+    return seen.heads
 
 
 REPAIRS: dict[str, Callable[[Values, Evidence], Any]] = {

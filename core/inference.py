@@ -10,7 +10,7 @@ from core import intact
 from core.bundle import TOKENIZER, Bundle, open_bundle, verify
 from core.choice import Candidate, choose
 from core.commit import MODEL
-from core.errors import CheckpointDamaged, CheckpointError
+from core.errors import CheckpointDamaged
 from core.materialize import load_model
 from core.model import GPT
 
@@ -31,17 +31,18 @@ def load_chosen(
     """
     if single is None and step is None:
         choice = choose(folder)
+        choice.refuse_none()
         for line in choice.lines():
             say(line)
         if choice.candidates:
             single = choice.candidates[0].single
-        elif choice.passed:
-            raise CheckpointError(choice.passed[0])
     try:
         with _open(folder, step, single, say) as bundle:
             return load_model(bundle, device=device, dtype=dtype, bpe_file=bpe_file)
     except CheckpointDamaged as damage:
-        raise CheckpointDamaged(f"{damage} {intact.newest_intact(folder, step)}") from damage
+        others = [c.name for c in choose(folder).candidates if c.single != single] if step is None else []
+        hint = f"Beside it: {', '.join(others)}." if others else intact.newest_intact(folder, step)
+        raise CheckpointDamaged(f"{damage} {hint}") from damage
 
 
 def _open(folder: Path, step: int | None, single: str | None, say: intact.Say) -> Bundle:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core.bundle import Bundle, history, open_bundle, verify
+from core.bundle import OPTIMIZER, Bundle, history, open_bundle, verify
 from core.choice import Candidate, choose
 from core.commit import CONFIG, MODEL, ModelFolder
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from core.legacy import open_legacy
+from core.training_state import STATE
 
 Say = Callable[[str], None]
+
+NOTHING_ELSE = "There is no other checkpoint here, and nothing was changed. To start anew, use another --model_name."
 
 
 def say_on_stderr(line: str) -> None:
@@ -60,12 +63,11 @@ def open_chosen(folder: Path, say: Say = say_on_stderr) -> Bundle:
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
     choice = choose(folder)
-    if not choice.candidates:
-        if choice.passed:
-            raise CheckpointError(choice.passed[0])
-        return open_verified(folder, say)  # which says what is not there
+    choice.refuse_none()
     for line in choice.lines():
         say(line)
+    if not choice.candidates:
+        return open_verified(folder, say)  # which says what is not there
     return open_candidate(choice.candidates[0], say)
 
 
@@ -85,18 +87,19 @@ def open_newest_intact(place: ModelFolder, say: Say) -> Bundle | None:
             return _open_or_walk_back(place, candidate, say)
         except (CheckpointDamaged, CheckpointNotFound) as damage:
             if i + 1 == len(choice.candidates):
-                raise
+                if "nothing was changed" in str(damage):
+                    raise
+                raise type(damage)(f"{damage} {NOTHING_ELSE}") from damage
             say(f"WARNING: {damage}")
             say(f"WARNING: trying {choice.candidates[i + 1].name} instead; nothing was deleted")
     if choice.passed:
-        raise CheckpointError(
-            f"{choice.passed[0]} {place.path} has no other checkpoint, and nothing was changed. "
-            "To start anew, use another --model_name."
-        )
-    if (place.path / MODEL).exists():
+        raise CheckpointError(f"{choice.passed[0]} {NOTHING_ELSE}")
+    left = [name for name in (MODEL, OPTIMIZER, STATE) if (place.path / name).exists()]
+    if left:
+        gone = " and ".join(name for name in (MODEL, CONFIG) if not (place.path / name).exists())
         raise CheckpointMismatch(
-            f"{place.path / MODEL}: weights without {CONFIG}, so nothing says what they compute. Put their {CONFIG} "
-            "beside them, or train under another --model_name; nothing was changed."
+            f"{place.path / left[0]}: is here without {gone}, so this is what is left of a checkpoint. Put {gone} "
+            "back, or train under another --model_name; nothing was changed."
         )
     return None
 

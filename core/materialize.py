@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from core.bundle import Bundle
+from core.bundle import TOKENIZER, Bundle
 from core.containers.spec import TensorSpec
 from core.containers.torch_zip import TorchZip
 from core.device import resolve_device
-from core.errors import CheckpointDamaged, CheckpointMismatch
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.families.plan import Plan
 from core.fit import check_fit, rearrange_optimizer
 from core.model import GPT
@@ -45,6 +47,7 @@ def read_part(part: Part) -> Any:
 
 def _torch_load(source: TorchFile) -> Any:
     name = DESCRIPTORS / str(source.file.fileno())
+    mapped(source).close()  # whose error says what torch's would hide
     try:
         if name.exists():
             return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
@@ -54,9 +57,39 @@ def _torch_load(source: TorchFile) -> Any:
         raise CheckpointDamaged(f"{source.path}: no torch file that can be read ({error}).") from error
 
 
+def mapped(source: TorchFile) -> mmap.mmap:
+    """Map a file, privately: writing to it copies the page.
+
+    Raises: CheckpointError when the system does not give the addresses.
+    """
+    try:
+        return mmap.mmap(source.file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        size = os.fstat(source.file.fileno()).st_size
+        raise CheckpointError(
+            f"{source.path}: its {size} bytes cannot be mapped ({error.strerror}). The file is as it was; raise the "
+            "limit of the process (ulimit -v), or use a machine with more memory."
+        ) from error
+
+
+@contextlib.contextmanager
+def _room_for(bundle: Bundle) -> Iterator[None]:
+    """Explain what ends for want of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        size = sum(spec.nbytes for spec in bundle.weights.tensors.values())
+        raise CheckpointError(
+            f"{bundle.weights.source.path}: no memory for its {size} bytes of weights. The file is as it was; free "
+            "memory, use another device, or a machine with more."
+        ) from error
+
+
 def map_tensors(source: TorchFile, content: Any) -> Any:
     """Put mapped tensors in place of the specs in a header's content; tensors that share a storage share memory."""
-    memory = torch.frombuffer(mmap.mmap(source.file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    memory = torch.frombuffer(mapped(source), dtype=torch.uint8)
     specs = list(_specs(content))
     ends: dict[str, int] = {}
     starts: dict[str, int] = {}
@@ -124,7 +157,9 @@ def load_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
 
     Raises: CheckpointDamaged, CheckpointMismatch.
     """
-    return planned(bundle.evidence.plan, read_part(bundle.weights))
+    tensors = read_part(bundle.weights)
+    with _room_for(bundle):
+        return planned(bundle.evidence.plan, tensors)
 
 
 def load_model(
@@ -133,6 +168,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     writable: bool = False,
+    with_optimizer: bool = True,
     bpe_file: Path | None = None,
 ) -> GPT:
     """Build the model of a bundle, its tokenizer and step set, in eval mode.
@@ -143,23 +179,27 @@ def load_model(
     Raises: CheckpointMismatch when config, tokenizer, weights and optimizer state contradict each other, before
     anything is allocated.
     """
-    config = check_fit(bundle)
+    config = check_fit(bundle, with_optimizer)
     dtype = dtype or _recorded_dtype(bundle)
     target = resolve_device(device or config.device, str(bundle.path("config.json")))
+    tokenizer = None
+    if bundle.tokenizer is not None:
+        tokenizer = tokenizer_from_state(bundle.tokenizer, bpe_file, str(bundle.path(TOKENIZER)))
     tensors = load_weights(bundle)
     if writable and target.type == "cpu":
-        tensors = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}
+        with _room_for(bundle):
+            tensors = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}
     with torch.device("meta"):
         model = GPT(config)
     if config.tied_head:
         _refuse_untied(bundle, tensors)
     model.load_state_dict(tensors, assign=True)
     model.retie()
-    model.to(device=target, dtype=dtype)
+    with _room_for(bundle):
+        model.to(device=target, dtype=dtype)
     model.requires_grad_(True)
     model.step = bundle.step
-    if bundle.tokenizer is not None:
-        model.tokenizer = tokenizer_from_state(bundle.tokenizer, bpe_file)
+    model.tokenizer = tokenizer
     return model.eval()
 
 
@@ -192,10 +232,10 @@ def load_optimizer(bundle: Bundle) -> dict[str, Any] | None:
     state = read_optimizer(bundle)
     if state is None:
         return None
+    assert bundle.optimizer is not None and bundle.config is not None
     try:
-        return rearrange_optimizer(bundle, state, bundle.evidence.shapes, join_rows)
+        return rearrange_optimizer(bundle, state, join_rows, bundle.config)
     except CheckpointMismatch as error:
-        assert bundle.optimizer is not None
         raise CheckpointMismatch(f"{bundle.optimizer.source.path}: {error}") from error
 
 

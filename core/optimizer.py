@@ -77,7 +77,21 @@ def _like(
         kept["fused"] = (kept.get("fused") and fused) or None
         mine = [next(rest) for _ in group["params"]]
         groups.append({**kept, "params": [(name, named[name]) for name in mine], "capturable": False})
+    _refuse([fault for number, group in enumerate(groups) for fault in _impossible(number, group)])
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate)
+
+
+def _impossible(number: int, group: dict[str, Any]) -> list[str]:
+    """Settings of a group with which no update can be made; torch would find out at the first one."""
+    betas = group.get("betas", BETAS)
+    whole = isinstance(betas, (tuple, list)) and len(betas) == 2
+    numbers = {f"betas[{i}]": beta for i, beta in enumerate(betas)} if whole else {"betas": betas}
+    numbers |= {name: group[name] for name in ("eps", "weight_decay") if name in group}
+    return [
+        f"group {number}: {name} is {value!r}, expected a number from 0"
+        for name, value in numbers.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
+    ]
 
 
 def load_optimizer_state(
@@ -115,7 +129,7 @@ def load_optimizer_state(
         )
     entries = [state["state"].get(found[label], {}) for label in labels]
     adam = isinstance(optimizer, torch.optim.Adam)
-    faults = [_fault(label, p, entry, adam) for label, (p, _), entry in zip(labels, here, entries, strict=True)]
+    faults = [_fault(label, p, e, group, adam) for label, (p, group), e in zip(labels, here, entries, strict=True)]
     _refuse([fault for fault in faults if fault])
     for (p, group), entry in zip(here, entries, strict=True):
         if entry:
@@ -134,10 +148,12 @@ def _plain(name: str) -> str:
     return plain_name(name).removeprefix("module.")
 
 
-def _fault(label: str, p: Tensor, entry: dict[str, Any], adam: bool) -> str | None:
+def _fault(label: str, p: Tensor, entry: dict[str, Any], settings: dict[str, Any], adam: bool) -> str | None:
     """What is wrong with the saved entry of parameter p; an empty entry is one that was never updated."""
     if adam and entry and not entry.keys() >= ADAM_KEYS:
         return f"{label} has {', '.join(sorted(map(str, entry)))}, expected {', '.join(sorted(ADAM_KEYS))}"
+    if entry and settings.get("amsgrad") and "max_exp_avg_sq" not in entry:
+        return f"{label} has no max_exp_avg_sq, which amsgrad needs"
     for key, value in entry.items():
         expected = () if key == "step" else tuple(p.shape)
         if isinstance(value, Tensor) and tuple(value.shape) not in ({expected, ()} if not adam else {expected}):

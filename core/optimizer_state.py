@@ -15,7 +15,8 @@ from core.errors import CheckpointMismatch
 from core.families.plan import Plan, Shape, plain_names
 
 State = dict[str, Any]
-OTHER_MODEL = "It is of another model or optimizer; the weights alone can still be used."
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+OTHER_MODEL = "It is of another model or optimizer; --init_from_model starts a new model from the weights alone."
 
 
 def groups_of(state: Any) -> list[dict[str, Any]]:
@@ -25,10 +26,29 @@ def groups_of(state: Any) -> list[dict[str, Any]]:
     """
     groups = state.get("param_groups") if isinstance(state, dict) else None
     whole = isinstance(groups, list) and isinstance(state.get("state"), dict)
-    if whole and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups or ()):
-        return groups or []
-    there = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-    raise CheckpointMismatch(f"optimizer state: found {there or 'nothing'}, expected state and param_groups.")
+    if not whole or not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups or ()):
+        there = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise CheckpointMismatch(
+            f"optimizer state: found {there or 'nothing'}, expected state and param_groups (dict, list of dicts). "
+            f"{OTHER_MODEL}"
+        )
+    groups, faults = groups or [], []
+    ids = [i for group in groups for i in group["params"]]
+    if not _each_once(ids, (int, str)):
+        faults.append("params are not the numbers of parameters, each once")
+    else:
+        kinds = {i: type(state["state"].get(i, {})) for i in ids}
+        faults += [f"state[{i}] is {kind.__name__}, expected dict" for i, kind in kinds.items() if kind is not dict]
+    named = [group["param_names"] for group in groups if group.get("param_names") is not None]
+    if not all(isinstance(names, (list, tuple)) and _each_once(names, str) for names in named):
+        faults.append("param_names are not the names of parameters, each once")
+    if faults:
+        raise CheckpointMismatch(f"optimizer state: {listed(faults)}. {OTHER_MODEL}")
+    return groups
+
+
+def _each_once(values: Sequence[Any], kind: type | tuple[type, ...]) -> bool:
+    return all(isinstance(value, kind) for value in values) and len(set(values)) == len(values)
 
 
 def recorded_names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
@@ -107,13 +127,17 @@ def _group(group: Mapping[str, Any], number: int, made: list[tuple[str, int, dic
 
 
 def _faults(entries: Mapping[Any, Any], found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[str]:
-    """Moments must have the shape of their parameter; a count has none."""
-    return [
-        f"{name}: {key} is {tuple(value.shape)}, expected {tuple(shapes[name])}"
-        for name, number in found.items()
-        for key, value in entries.get(number, {}).items()
-        if name in shapes and hasattr(value, "shape") and tuple(value.shape) not in ((), tuple(shapes[name]))
-    ]
+    """Moments must be tensors of the shape of their parameter; a count is a number."""
+    faults = []
+    for name, number in found.items():
+        for key, value in entries.get(number, {}).items() if name in shapes else ():
+            if hasattr(value, "shape"):
+                if tuple(value.shape) not in ((), tuple(shapes[name])):
+                    faults.append(f"{name}: {key} is {tuple(value.shape)}, expected {tuple(shapes[name])}")
+            elif not isinstance(value, (int, float)) or key in MOMENTS:
+                wanted = f"a tensor {tuple(shapes[name])}" if key in MOMENTS else "a number"
+                faults.append(f"{name}: {key} is {type(value).__name__}, expected {wanted}")
+    return faults
 
 
 def _join(name: str, entries: list[dict[str, Any]], join: Callable[[list[Any]], Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from core.commit import CONFIG, MODEL
 from core.config import EDITABLE, GPTConfig, same_architecture
 from core.device import resolve_device
 from core.errors import CheckpointMismatch, InputError
+from core.fit import fits_characters
 from core.materialize import load_model
 from core.model import GPT
 from core.tokenizer import Tokenizer, describe, make_char, named_tokenizer, same_vocabulary
@@ -46,15 +47,19 @@ def model_vocab_size(tokenizer: Tokenizer) -> int:
 
 def resume(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer) -> GPT:
     """Load the model of a bundle to train on; batch_size, dropout and device may be given anew."""
+    return _load(bundle, given, tokenization, with_optimizer=True)
+
+
+def _load(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer, *, with_optimizer: bool) -> GPT:
     refuse_other_architecture(bundle, given)
     refuse_other_tokenizer(bundle, tokenization)
     _wish(bundle, given)
-    return load_model(bundle, writable=True).train()
+    return load_model(bundle, writable=True, with_optimizer=with_optimizer).train()
 
 
 def from_weights(bundle: Bundle, given: dict[str, Any], tokenizer: Tokenizer) -> GPT:
     """Load another model's weights as step 0 of a new one; tokenizer and architecture must be the same."""
-    model = resume(bundle, given, tokenizer)
+    model = _load(bundle, given, tokenizer, with_optimizer=False)
     model.step = 0
     return model
 
@@ -69,10 +74,11 @@ def fresh(fields: dict[str, Any], tokenizer: Tokenizer, seed: int) -> GPT:
     """Initialise a new model, the same for the same seed, without touching the caller's random state."""
     known = {name: value for name, value in fields.items() if name in GPTConfig.__dataclass_fields__}
     config = GPTConfig.from_dict({"vocab_size": model_vocab_size(tokenizer), **known}, "config of the new model")
-    if config.vocab_size < tokenizer.vocab_size:
+    few = config.vocab_size < tokenizer.vocab_size
+    if few or (tokenizer.kind == "char" and not fits_characters(tokenizer.vocab_size, config.vocab_size)):
         raise CheckpointMismatch(
             f"vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids. "
-            f"Set it to at least {tokenizer.vocab_size}, or leave it out."
+            f"Set it to {'at least ' if few else ''}{tokenizer.vocab_size}, or leave it out."
         )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

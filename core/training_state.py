@@ -63,9 +63,11 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     state = parse_json(data, where)
     check_version(state, where)
     integrity = state.get("integrity")
+    step = state.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        found = f"step is {step!r}" if "step" in state else "no step in it"
+        raise CheckpointDamaged(f"{where}: {found}, expected a whole number from 0.")
     if integrity is None and "format_version" not in state:
-        if not isinstance(state.get("step", 0), int):
-            raise CheckpointDamaged(f"{where}: step is {state['step']!r}, expected a whole number.")
         return state
     if not isinstance(integrity, dict) or not isinstance(integrity.get("files"), dict):
         raise CheckpointDamaged(f"{where}: no list of files in its integrity entry.")

@@ -10,7 +10,7 @@ import torch
 import inspect_model
 from core.checkpoint import CheckpointManager
 from core.choice import choose
-from core.errors import CheckpointError, CheckpointMismatch
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.model import GPT
 from core.tokenizer import tokenizer_from_state
 from tests.generations import SIZES, TOKENIZER, FusedGPT, LectureGPT, fuse, trained, write_old_bundle, write_single_file
@@ -212,7 +212,7 @@ def test_weights_without_a_config_are_neither_overwritten_nor_started_over(tmp_p
     folder = write_old_bundle(tmp_path / "dante", *old[9], step=9)
     (folder / "config.json").unlink()
     before = (folder / "model.pt").read_bytes()
-    with pytest.raises(CheckpointMismatch, match=r"model\.pt: weights without config\.json.*nothing was changed"):
+    with pytest.raises(CheckpointMismatch, match=r"model\.pt: is here without config\.json.*nothing was changed"):
         resume(tmp_path)
     assert (folder / "model.pt").read_bytes() == before
     single(folder, old, "latest.pt", 4)
@@ -232,3 +232,39 @@ def test_a_config_that_belongs_to_nothing_is_not_replaced(tmp_path, old):
     with pytest.raises(CheckpointMismatch, match=r"config\.json: is not the config of latest\.pt.*move it away"):
         resume(tmp_path)
     assert json.loads((folder / "config.json").read_text())["n_layer"] == 7
+
+
+@pytest.mark.parametrize("gone", ["model.pt", "config.json"])
+def test_what_is_left_of_a_bundle_is_not_trained_over(tmp_path, old, gone):
+    folder = write_old_bundle(tmp_path / "dante", *old[9], step=9)
+    (folder / gone).unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(CheckpointMismatch, match=rf"is here without {gone}.*Put {gone} back.*nothing was changed"):
+        resume(tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_no_fresh_start(tmp_path, old):
+    folder = tmp_path / "dante"
+    folder.mkdir()
+    (folder / "latest.pt").symlink_to(tmp_path / "unmounted" / "latest.pt")
+    with pytest.raises(CheckpointError, match=r"latest\.pt: cannot be opened .*To start anew"):
+        resume(tmp_path)
+
+
+def test_a_damaged_file_says_what_stands_beside_it(tmp_path, old):
+    folder = tmp_path / "dante"
+    latest = single(folder, old, "latest.pt", 20)
+    single(folder, old, "final.pt", 9)
+    flip(latest, latest.stat().st_size // 2)
+    with pytest.raises(CheckpointDamaged, match=r"is damaged .*Beside it: final\.pt \(step 9\)\."):
+        CheckpointManager.load_for_inference("dante", tmp_path)
+
+
+def test_the_weights_alone_start_a_new_model_where_the_optimizer_state_is_anothers(tmp_path, old):
+    folder = write_old_bundle(tmp_path / "dante", old[9][0], {"state": {}, "param_groups": []}, step=9)
+    made = CheckpointManager("other", tmp_path, say=[].append)
+    model, _, step = made.initialize_for_training({}, tokenizer_from_state(TOKENIZER), None, 1e-3, "dante")
+    made.close()
+    assert step == 0 and folder.exists()
+    assert torch.equal(model.ln_f.weight, old[9][0].ln_f.weight)

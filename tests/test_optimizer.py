@@ -317,3 +317,24 @@ def test_fields_of_a_later_program_are_left_out():
 def test_impossible_schedules_are_named(values, message):
     with pytest.raises(InputError, match=message):
         Schedule(*values)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"betas": "x"}, "group 0: betas is 'x', expected a number from 0"),
+        ({"betas": [0.9]}, "group 0: betas is [0.9]"),
+        ({"betas": (0.9, None)}, "group 0: betas[1] is None"),
+        ({"eps": "x"}, "group 0: eps is 'x'"),
+        ({"weight_decay": None}, "group 0: weight_decay is None"),
+        ({"amsgrad": True}, "has no max_exp_avg_sq, which amsgrad needs"),
+    ],
+    ids=str,
+)
+def test_settings_with_which_no_update_can_be_made_are_named_at_once(settings, said):
+    model, optimizer = trained()
+    state = optimizer.state_dict()
+    state["param_groups"][0].update(settings)
+    with pytest.raises(CheckpointMismatch) as raised:
+        model.configure_optimizer(1e-2, optimizer_state=export_optimizer_state(optimizer, model) | state)
+    assert said in str(raised.value)

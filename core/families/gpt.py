@@ -43,6 +43,9 @@ SWITCHES: dict[str, tuple[str, ...]] = {
 }
 """The tensors that are there only when a field is true."""
 
+EVERYBODYS = {"lm_head.weight", "lm_head.bias"}
+"""Names that tell no program from another."""
+
 MEASURED = {
     "vocab_size": ("token_embedding_table.weight", 0, "rows"),
     "n_embd": ("token_embedding_table.weight", 1, "columns"),
@@ -77,10 +80,11 @@ def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
     Each sentence names the field, both values, and the value that would fit; where it is not a field, the tensors that
     are missing or have no place, behind the likely cause.
     """
-    if not found.keys() & TENSORS.keys():
-        shown = ", ".join(list(found)[:3]) or "none"
-        cause = [f"none of its {len(found)} tensors has a name of this model ({shown}): it is another program's"]
-        return cause + differences(shapes(config), found)
+    if not found:
+        return ["it has no tensors"]
+    if not found.keys() & (TENSORS.keys() - EVERYBODYS):
+        cause = f"none of its {len(found)} tensors has a name of this model's own: they are another program's"
+        return [cause, *differences({}, found)]
     fields = config.architecture()
     faults = [
         f"{field} is {fields[field]}, but {name} has {found[name][axis]} {side}. Set {field} to {found[name][axis]}"
@@ -88,9 +92,11 @@ def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
         if len(found.get(name, ())) == 2 and found[name][axis] != fields[field]
     ]
     layers = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in found) if m}
-    count = max(layers, default=-1) + 1
-    if count != config.n_layer and layers == set(range(count)):
-        faults.append(f"n_layer is {config.n_layer}, but the tensors have {count} layers. Set n_layer to {count}")
+    count = len(layers)
+    whole = 0 < count == max(layers, default=0) + 1  # else some are lost, and the tensors that are missing are listed
+    if (whole and count != config.n_layer) or config.n_layer > len(found):
+        remedy = f". Set n_layer to {count}" if whole else ""
+        faults.append(f"n_layer is {config.n_layer}, but the tensors have {count} layers{remedy}")
     for switch, names in SWITCHES.items():
         here = [name for name in found if re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name) in names]
         if here and not fields[switch]:
@@ -98,7 +104,9 @@ def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
         if not here and fields[switch]:
             faults.append(f"{switch} is true, but {names[0].replace('{i}', '0')} is not there. Set {switch} to false")
     if "lm_head.weight" not in found and not config.tied_head:
-        faults.append("tied_head is false, but lm_head.weight is not there. Set tied_head to true")
+        faults.append(
+            "tied_head is false, but lm_head.weight is not there. Set tied_head to true if the head was the token table"
+        )
     if faults:
         return faults
     expected = shapes(config)

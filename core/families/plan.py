@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from core.differences import listed
 from core.errors import CheckpointMismatch
 
 WRAPPERS = ("_orig_mod", "module", "model")
@@ -27,13 +28,17 @@ class Plan:
 
         Raises: CheckpointMismatch when a part is missing, or parts of one tensor do not fit together.
         """
+        missing = [part for parts in self.sources.values() for part in parts if part not in found]
+        if missing:
+            total = sum(map(len, self.sources.values()))
+            raise CheckpointMismatch(
+                f"{len(missing)} of {total} tensors are missing: it was saved incompletely; "
+                + listed([f"{part} is missing" for part in missing])
+            )
         return {name: _joined(name, parts, found) for name, parts in self.sources.items()}
 
 
 def _joined(name: str, parts: tuple[str, ...], found: Mapping[str, Shape]) -> Shape:
-    missing = [part for part in parts if part not in found]
-    if missing:
-        raise CheckpointMismatch(f"{missing[0]} is missing; {name} is made of {len(parts)} such tensors")
     first, *others = (tuple(found[part]) for part in parts)
     for part, shape in zip(parts[1:], others, strict=True):
         if shape != first:
