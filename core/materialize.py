@@ -47,9 +47,9 @@ def read_part(part: Part) -> Any:
 
 def _torch_load(source: TorchFile) -> Any:
     name = DESCRIPTORS / str(source.file.fileno())
-    mapped(source).close()  # whose error says what torch's would hide
     try:
         if name.exists():
+            mapped(source).close()  # whose error says what torch's would hide
             return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
         source.file.seek(0)
         return torch.load(source.file, map_location="cpu", weights_only=True)
@@ -110,7 +110,7 @@ def map_tensors(source: TorchFile, content: Any) -> Any:
     return put(content)
 
 
-def _specs(value: Any) -> Any:
+def _specs(value: Any) -> Iterator[TensorSpec]:
     if isinstance(value, TensorSpec):
         yield value
     elif isinstance(value, dict):
