@@ -54,9 +54,8 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
         words = [word for word in name.split(".") if word != "_orig_mod"]  # compiled submodules have it in the middle
-        while len(words) > 1 and words[0] in WRAPPERS:
-            del words[0]
-        plain = ".".join(words) or name
+        wrapped = next((i for i, word in enumerate(words[:-1]) if word not in WRAPPERS), len(words) - 1)
+        plain = ".".join(words[max(wrapped, 0) :]) or name
         if plain in found:
             raise CheckpointMismatch(f"{found[plain]} and {name} are the same tensor without their prefixes")
         found[plain] = name
