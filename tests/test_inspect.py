@@ -17,6 +17,8 @@ import torch
 import inspect_model
 from core.config import GPTConfig
 from core.model import GPT
+from core.report_text import age
+from core.tensor_table import grouped
 from tests.helpers import flip, started, train_and_save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +127,7 @@ def test_history_lists_steps_with_loss_size_and_age(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("age", "text"),
+    ("passed", "text"),
     [
         ({"seconds": 30}, "30 seconds"),
         ({"minutes": 5}, "5 minutes"),
@@ -133,9 +135,9 @@ def test_history_lists_steps_with_loss_size_and_age(tmp_path, capsys):
         ({"days": 9}, "9 days"),
     ],
 )
-def test_age_is_told_in_its_own_unit(age, text):
-    assert inspect_model._age((datetime.now().astimezone() - timedelta(**age)).isoformat()) == f"{text} old"
-    assert inspect_model._age(None) == inspect_model._age("yesterday") == "age unknown"
+def test_age_is_told_in_its_own_unit(passed, text):
+    assert age((datetime.now().astimezone() - timedelta(**passed)).isoformat()) == f"{text} old"
+    assert age(None) == age("yesterday") == "age unknown"
 
 
 def test_several_models_are_listed_with_step_loss_and_size(tmp_path, capsys):
@@ -148,8 +150,8 @@ def test_several_models_are_listed_with_step_loss_and_size(tmp_path, capsys):
     (tmp_path / "torn" / "config.json").write_text("{")
     out = inspect(capsys, "--checkpoint_root", tmp_path)
     assert out.startswith(f"{tmp_path} holds 4 models; choose one with --model_name:\n")
-    assert re.search(r"^boccaccio +step 1000 +val_loss unknown +[\d.]+ MB$", out, re.MULTILINE)
-    assert re.search(r"^dante +step 7 +val_loss 1\.5000 +[\d.]+ MB$", out, re.MULTILINE)
+    assert re.search(r"^boccaccio +step 1000 +val_loss unknown +[\d.]+ MB +age unknown$", out, re.MULTILINE)
+    assert re.search(r"^dante +step 7 +val_loss 1\.5000 +[\d.]+ MB +age unknown$", out, re.MULTILINE)
     assert re.search(r"^old +step 4 +latest\.pt +[\d.]+ KB$", out, re.MULTILINE)
     assert re.search(r"^torn +.*config\.json", out, re.MULTILINE)
     facts = json.loads(inspect(capsys, "--checkpoint_root", tmp_path, "--json"))
@@ -220,7 +222,7 @@ def test_names_that_move_the_cursor_are_escaped(tmp_path, capsys):
     ],
 )
 def test_tensors_are_grouped_by_the_numbers_in_their_names(names, expected):
-    rows = inspect_model.table([{"name": n, "shape": [4], "dtype": "bool"} for n in names])
+    rows = grouped([{"name": n, "shape": [4], "dtype": "bool"} for n in names])
     assert rows == [(name, count, "bool") for name, count in expected]
 
 
@@ -246,7 +248,7 @@ def test_mistakes_are_one_sentence_and_the_right_exit_code(tmp_path):
     for argv, code, message in [
         (["--checkpoint_root", tmp_path / "none"], 1, "python train.py --model_name"),
         ([tmp_path / "nothing"], 1, "nothing here. Give a model folder"),
-        ([tmp_path / "x.pt"], 1, "no torch zip file"),
+        ([tmp_path / "x.pt"], 1, "a JSON text, no checkpoint"),
         ([tmp_path / "models" / "m", "--step", "7"], 1, "this step is not kept"),
         ([tmp_path / "models" / "m" / "model.pt", "--step", "7"], 1, "a single file has no steps"),
         ([tmp_path, "--model_name", "m"], 2, "two checkpoints"),

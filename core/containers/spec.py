@@ -32,9 +32,25 @@ ITEM_SIZES = {
 """Bytes of one element, by torch's name of the dtype."""
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A block of a tensor that lies in a file by itself."""
+
+    file: str  # within the container's folder
+    offset: int  # of its first element's first byte, in that file
+    nbytes: int
+    begin: tuple[int, ...]  # where the block begins in the tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements, within the file
+
+
 @dataclass(slots=True)
 class TensorSpec:
-    """One tensor as its container describes it; tensors of one `storage` share bytes (tied weights, views)."""
+    """One tensor as its container describes it; tensors of one `storage` share bytes (tied weights, views).
+
+    A container of several files says which `file` it lies in; of a tensor in several blocks the `chunks` say where they
+    are, in place of `offset` and `strides`.
+    """
 
     name: str
     dtype: str
@@ -43,6 +59,8 @@ class TensorSpec:
     offset: int  # of the first element's first byte, in the file
     nbytes: int  # of the elements laid out densely, whatever the strides are
     storage: str
+    file: str = ""  # within the container's folder; "" where the container is one file
+    chunks: tuple[Chunk, ...] = ()
 
     def __str__(self) -> str:
         return f"tensor {self.dtype} {self.shape}"

@@ -1,0 +1,58 @@
+"""Tensors that lie in blocks: whether the blocks make up the tensor, and its spec."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+from core.containers.spec import ITEM_SIZES, Chunk, TensorSpec, dense_strides
+
+_MOST_CUTS = 5
+"""Dimensions along which one tensor may be cut: meshes have three, and the work doubles with each."""
+
+
+def naturals(values: Any) -> TypeGuard[tuple[int, ...]]:
+    """Whether a value from a file is a tuple of whole numbers from 0, as shapes and offsets are."""
+    return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def blocks_fault(shape: tuple[int, ...], blocks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+    """Say what is wrong with blocks (begin, shape) of a tensor; "" when each element is in exactly one of them.
+
+    By corners, in linear time: give each block +1 and -1 at its corners in turn; blocks fill a tensor exactly when
+    these add up to the same at the tensor's own corners and to 0 elsewhere.
+    """
+    for begin, size in blocks:
+        if len(begin) != len(shape) or len(size) != len(shape):
+            return f"a block of shape {size} from {begin} is no part of a tensor of shape {shape}"
+        if any(b + s > whole for b, s, whole in zip(begin, size, shape, strict=True)):
+            return f"a block of shape {size} from {begin} reaches beyond the shape {shape}"
+    blocks = [block for block in blocks if 0 not in block[1]]
+    have, need = sum(math.prod(size) for _, size in blocks), math.prod(shape)
+    if have != need:
+        fault = "some are missing" if have < need else "some are there twice"
+        return f"its blocks have {have} elements, its shape {shape} {need}: {fault}"
+    cuts = [d for d in range(len(shape)) if any(size[d] != shape[d] for _, size in blocks)]
+    if len(cuts) > _MOST_CUTS:
+        return f"it is cut along {len(cuts)} dimensions, at most {_MOST_CUTS} are read"
+    sums: Counter[tuple[int, ...]] = Counter()
+    for begin, size in blocks:
+        for ends in itertools.product((0, 1), repeat=len(cuts)):
+            sums[tuple(begin[d] + size[d] * end for d, end in zip(cuts, ends, strict=True))] += (-1) ** sum(ends)
+    for ends in itertools.product((0, 1), repeat=len(cuts)) if blocks else ():
+        sums[tuple(shape[d] * end for d, end in zip(cuts, ends, strict=True))] -= (-1) ** sum(ends)
+    return "some of its blocks overlap, and some elements are missing" if any(sums.values()) else ""
+
+
+def spec_of_blocks(name: str, dtype: str, shape: tuple[int, ...], chunks: Sequence[Chunk], storage: str) -> TensorSpec:
+    """The spec of a tensor that these chunks fill; chunks without elements are left out, one alone is the tensor."""
+    chunks = [chunk for chunk in chunks if chunk.nbytes] or list(chunks[:1])
+    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    if len(chunks) == 1 and chunks[0].nbytes == nbytes:
+        one = chunks[0]
+        strides = one.strides if one.shape == shape else dense_strides(shape)
+        return TensorSpec(name, dtype, shape, strides, one.offset, nbytes, storage, one.file)
+    return TensorSpec(name, dtype, shape, dense_strides(shape), 0, nbytes, storage, "", tuple(chunks))

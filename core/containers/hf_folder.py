@@ -1,0 +1,230 @@
+"""Open a Hugging Face folder: weights in one file or in shards that an index lists, with the config beside them.
+
+Which files there are is told in the docs of transformers (Loading models, Sharded checkpoints).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from core.containers.container import Container, is_plain, listing, member, reading
+from core.containers.inert import as_text, check_structure
+from core.containers.safetensors import METADATA, open_safetensors
+from core.containers.spec import TensorSpec
+from core.containers.zip_directory import read_at
+from core.errors import CheckpointDamaged, CheckpointNotFound
+from core.training_state import parse_json
+
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""The names a model goes by; of several that are there the first is taken, as transformers does."""
+
+INDEX = ".index.json"
+"""How the name of an index ends."""
+
+CONFIG = "config.json"
+
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.(safetensors|bin)", re.DOTALL)
+
+_BESIDE = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+)
+"""What else belongs to a model and is not read."""
+
+_USUAL = {METADATA: {"format": "pt"}}
+"""What every safetensors file says that transformers wrote."""
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_LARGEST_JSON = 100_000_000  # bytes
+_MOST_NAMED = 3
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder holds a model under one of the names of Hugging Face."""
+    names = listing(folder)
+    return not names.keys().isdisjoint(WEIGHTS) or bool(_numbered(names))
+
+
+def open_hf_folder(path: Path) -> Container:
+    """Open a Hugging Face folder, or the index of one; only headers are read.
+
+    Its content is the `config` of config.json, the `metadata` of the index, and under the name of each file what that
+    holds besides tensors.
+
+    Raises: CheckpointNotFound when there are no weights; CheckpointDamaged when a shard is missing or damaged, or the
+        index promises what no shard has, or names a file out of the folder.
+    """
+    folder = path.parent if path.name.endswith(INDEX) else path
+    names = listing(folder)
+    main = path.name if folder != path else next((name for name in WEIGHTS if name in names), None)
+    where = str(folder / main) if main else str(folder)
+    files: dict[str, int] = {}
+    content: dict[str, Any] = {}
+    if CONFIG in names:
+        content["config"] = _read_json(folder, CONFIG, files)
+    weight_map: dict[str, str] = {}
+    if main and main.endswith(INDEX):
+        index = _read_json(folder, main, files)
+        weight_map = _weight_map(index, where)
+        content |= {"metadata": index["metadata"]} if "metadata" in index else {}
+    parts = sorted(set(weight_map.values())) or ([main] if main else _numbered(names))
+    if not parts:
+        raise CheckpointNotFound(f"{path}: no weights of Hugging Face here, expected one of {', '.join(WEIGHTS)}.")
+    shards = _open_shards(folder, parts, where)
+    tensors = _merge(shards, where)
+    notes = [] if main else ["no index beside the shards: whether all of their tensors are there cannot be told"]
+    if weight_map:
+        notes += _compare(weight_map, tensors, where) + _total_size(content.get("metadata"), tensors)
+    for name, shard in shards.items():
+        files[name] = shard.files[Path(name).name]
+        others = _without_tensors(shard.content)
+        if others and others != _USUAL:
+            content[name] = others
+    kinds = ["Hugging Face folder"] if "config" in content else []
+    kinds += sorted({shard.kind for shard in shards.values()})
+    return Container(
+        kind=", ".join([*kinds, *([f"{len(shards)} files"] if len(shards) > 1 else [])]),
+        path=folder,
+        tensors=tensors,
+        content=content,
+        files=files,
+        checks=[replace(check, file=name) for name, shard in shards.items() for check in shard.checks],
+        foreign=list(dict.fromkeys(call for shard in shards.values() for call in shard.foreign)),
+        notes=notes + _beside(names, files),
+    )
+
+
+def _numbered(names: Iterable[str]) -> list[str]:
+    """The files of a model that was cut into shards, as their own names count them."""
+    found = sorted((match for name in names if (match := _SHARD.fullmatch(name))), key=lambda m: (m[3], m[1]))
+    if not found:
+        return []
+    stem, total, suffix = found[-1].groups()
+    return [f"{stem}-{i:05}-of-{total}.{suffix}" for i in range(1, int(total) + 1)]
+
+
+def _beside(names: dict[str, int | None], files: dict[str, int]) -> list[str]:
+    """Note what else is in the folder; what belongs to the model is added to its files."""
+    known = {name: size for name in _BESIDE if (size := names.get(name)) is not None}
+    files |= known
+    surplus = [_shown(name) for name in names if name.endswith(_WEIGHT_SUFFIXES) and name not in files]
+    notes = [f"with {', '.join(known)}"] if known else []
+    return notes + ([f"also here, not part of the model: {_some(surplus)}"] if surplus else [])
+
+
+def _read_json(folder: Path, name: str, files: dict[str, int]) -> dict[str, Any]:
+    """Read a JSON object of the folder, and add its size to `files`."""
+    path = member(folder, name, str(folder))
+    with reading(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > _LARGEST_JSON:
+            raise CheckpointDamaged(f"{path}: has {size} bytes, a description of a model at most {_LARGEST_JSON}.")
+        values = parse_json(read_at(file, 0, size, str(path)), str(path))
+    check_structure(values, str(path), size)
+    files[name] = size
+    return values
+
+
+def _weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
+    """The file of each tensor, by name."""
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointDamaged(f"{where}: its weight_map is {as_text(found, 80)}, expected a file for each tensor.")
+    for name, file in found.items():
+        if not isinstance(file, str):
+            raise CheckpointDamaged(f"{where}: places {_shown(name)} in {as_text(file, 80)}, expected a file's name.")
+    return found
+
+
+def _open_shards(folder: Path, names: list[str], where: str) -> dict[str, Container]:
+    """Open the files that hold the tensors."""
+    missing = [name for name in names if is_plain(name) and not os.path.lexists(folder / name)]
+    if missing:
+        raise CheckpointDamaged(
+            f"{where}: of its {len(names)} files, {len(missing)} not there: {_some([_shown(n) for n in missing])}. "
+            "Download or copy them again; the others were not opened."
+        )
+    return {name: _open_shard(member(folder, name, where)) for name in names}
+
+
+def _open_shard(path: Path) -> Container:
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    from core.containers.torch_single import open_torch_single  # not needed for safetensors, and takes longer to import
+
+    return open_torch_single(path)
+
+
+def _merge(shards: dict[str, Container], where: str) -> dict[str, TensorSpec]:
+    """The tensors of all files, each with the file that it lies in."""
+    tensors: dict[str, TensorSpec] = {}
+    for file, shard in shards.items():
+        for name, spec in shard.tensors.items():
+            if name in tensors:
+                raise CheckpointDamaged(f"{where}: {_shown(name)} is in {tensors[name].file} and in {file}.")
+            spec.file, spec.storage = file, f"{file}/{spec.storage}"
+            tensors[name] = spec
+    return tensors
+
+
+def _compare(weight_map: dict[str, str], tensors: dict[str, TensorSpec], where: str) -> list[str]:
+    """Refuse an index that promises what the files do not hold; what it does not list is only noted."""
+    lost = [name for name in weight_map if name not in tensors]
+    if lost:
+        raise CheckpointDamaged(
+            f"{where}: lists {len(weight_map)} tensors, its files hold {len(weight_map) - len(lost)} of them: "
+            f"{_shown(lost[0])} is not in {_shown(weight_map[lost[0]])}."
+        )
+    for name, file in weight_map.items():
+        if tensors[name].file != file:
+            raise CheckpointDamaged(f"{where}: places {_shown(name)} in {file}, it is in {tensors[name].file}.")
+    extra = [name for name in tensors if name not in weight_map]
+    if not extra:
+        return []
+    return [f"not in the index, and yet in the files: {_some([f'{_shown(n)} ({tensors[n].file})' for n in extra])}"]
+
+
+def _total_size(metadata: Any, tensors: dict[str, TensorSpec]) -> list[str]:
+    """Note that the index gives another size than the tensors have, with tied ones counted once or each time."""
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    each = sum(spec.nbytes for spec in tensors.values())
+    once = sum(nbytes for _, _, nbytes in {(spec.storage, spec.offset, spec.nbytes) for spec in tensors.values()})
+    if said is None or said in (each, once):
+        return []
+    return [f"the index gives a total_size of {as_text(said, 40)} bytes, the tensors have {each}"]
+
+
+def _without_tensors(content: Any) -> Any:
+    """The content of a file, of a plain state dict only what is no tensor."""
+    if not isinstance(content, dict):
+        return content
+    return {name: value for name, value in content.items() if not isinstance(value, TensorSpec)}
+
+
+def _some(names: list[str]) -> str:
+    """The first of many names, and how many more there are."""
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shown(name: str) -> str:
+    return as_text(name, 80)[1:-1]

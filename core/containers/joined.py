@@ -1,0 +1,71 @@
+"""Several containers in one folder as one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from core.containers.container import Container, member, reading
+from core.containers.inert import as_text, check_structure
+from core.containers.zip_directory import read_at
+from core.errors import CheckpointDamaged
+from core.training_state import parse_json
+
+_LARGEST_JSON = 10_000_000  # bytes
+
+
+def join(whole: Container, part: Container, name: str = "") -> None:
+    """Add what a part holds, whose path is in the folder of the whole; its tensors get this first name, if any.
+
+    Its content goes by the name, or without one is left to the caller. The part is used up: its specs are changed.
+
+    Raises: CheckpointDamaged when two tensors would have one name.
+    """
+    single = part.path.is_file()
+    folder = part.path.parent if single else part.path
+    before = "" if folder == whole.path else f"{folder.relative_to(whole.path).as_posix()}/"
+    for spec in part.tensors.values():
+        spec.name = f"{name}.{spec.name}" if name else spec.name
+        if spec.name in whole.tensors:
+            raise CheckpointDamaged(f"{whole.path}: two tensors are called {as_text(spec.name, 80)}.")
+        if not spec.chunks:
+            spec.file = before + (part.path.name if single else spec.file)
+        spec.chunks = tuple(replace(chunk, file=before + chunk.file) for chunk in spec.chunks)
+        spec.storage = "/".join(filter(None, (before + part.path.name if single else name, spec.storage)))
+        whole.tensors[spec.name] = spec
+    if name:
+        put(whole, name, part.content)
+    whole.files |= {before + file: size for file, size in part.files.items()}
+    for check in part.checks:
+        names = tuple(f"{name}.{held}" for held in check.names) if name else check.names
+        whole.checks.append(replace(check, file=before + check.file, names=names))
+    whole.foreign += [call for call in part.foreign if call not in whole.foreign]
+    whole.notes += [f"{before}{note}" if before else note for note in part.notes]
+
+
+def put(whole: Container, name: str, content: Any) -> None:
+    """Add to the content of the whole.
+
+    Raises: CheckpointDamaged when it has something of this name.
+    """
+    if name in whole.content:
+        raise CheckpointDamaged(f"{whole.path}: two parts of it are called {as_text(name, 80)}.")
+    whole.content[name] = content
+
+
+def read_json(folder: Path, name: str, files: dict[str, int]) -> dict[str, Any]:
+    """Read a JSON object in a folder, and add its size to `files`.
+
+    Raises: CheckpointNotFound, CheckpointDamaged when it is no JSON object, or not in the folder.
+    """
+    path = member(folder, name, str(folder))
+    with reading(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > _LARGEST_JSON:
+            raise CheckpointDamaged(f"{path}: has {size} bytes, at most {_LARGEST_JSON} are read.")
+        values = parse_json(read_at(file, 0, size, str(path)), str(path))
+    check_structure(values, str(path), size)
+    files[name] = size
+    return values

@@ -1,0 +1,129 @@
+"""Open what Megatron saves: a folder for each iteration, in one of two formats.
+
+    latest_checkpointed_iteration.txt   "100", or "release"
+    iter_0000100/                       torch_dist: a DCP folder with common.pt (arguments of the run) and metadata.json
+    iter_0000100/mp_rank_00_001/        classic: model_optim_rng.pt of each tensor-parallel rank, and pipeline rank
+
+(megatron/training/checkpointing.py and megatron/core/dist_checkpointing.)
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from core.containers.container import Container, listing, member, reading
+from core.containers.inert import as_text
+from core.errors import CheckpointDamaged, CheckpointNotFound
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+_ITERATION = re.compile(r"iter_[0-9]{7}|release")
+_RANK = re.compile(r"mp_rank_[0-9]{2}(_[0-9]{3}){0,2}")
+_CLASSIC = "model_optim_rng.pt"
+_COMMON = "common.pt"
+_JSON = "metadata.json"
+_DCP = ".metadata"
+
+# readers are imported when they are needed: every folder is asked whether it is one of these
+
+
+def is_megatron_folder(path: Path) -> bool:
+    """Whether a folder is one of Megatron: of one iteration, or of the run."""
+    names = listing(path)
+    run = LATEST in names or any(map(_ITERATION.fullmatch, names))
+    return run or any(map(_RANK.fullmatch, names)) or names.keys() >= {_COMMON, _DCP}
+
+
+def open_megatron_folder(path: Path) -> Container:
+    """Read one iteration: of a folder that holds several, the one that Megatron itself would load.
+
+    Its content has the arguments of the run under `common`, or that of each rank under the name of its folder.
+
+    Raises: CheckpointNotFound when there is none, CheckpointDamaged, CheckpointError as the readers of its files.
+    """
+    names = listing(path)
+    if not is_megatron_folder(path):
+        raise CheckpointNotFound(
+            f"{path}: no folder of Megatron here, expected iter_0000100 and the like, {_DCP} with {_COMMON}, or "
+            f"mp_rank_00/{_CLASSIC}."
+        )
+    iterations = [name for name, size in names.items() if size is None and _ITERATION.fullmatch(name)]
+    if LATEST not in names and not iterations:
+        return _open_iteration(path, names)
+    chosen = _latest(path, iterations) if LATEST in names else max(iterations)
+    found = _open_iteration(path / chosen, listing(path / chosen))
+    others = [name for name in iterations if name != chosen]
+    said = f"{LATEST} names it" if LATEST in names else "the last one"
+    found.notes.append(f"{chosen} of {path}: {said}; also there: {', '.join(others) or 'no other'}.")
+    return found
+
+
+def _latest(path: Path, iterations: list[str]) -> str:
+    """The folder of the iteration that the tracker file names."""
+    where = str(path / LATEST)
+    with reading(member(path, LATEST, str(path))) as file:
+        text = file.read(64).decode("utf-8", "replace").strip()
+    if not (text == "release" or (text.isascii() and text.isdecimal() and len(text) < 20)):
+        raise CheckpointDamaged(f"{where}: says {as_text(text, 40)}, expected the number of an iteration or release.")
+    name = text if text == "release" else f"iter_{int(text):07}"
+    if name not in iterations:
+        found = ", ".join(iterations) or "no iter_* folder"
+        raise CheckpointDamaged(f"{where}: names {name}, found {found}. Name the folder of an iteration.")
+    return name
+
+
+def _open_iteration(path: Path, names: dict[str, int | None]) -> Container:
+    if _DCP in names or any(name.endswith(".distcp") for name in names):
+        return _open_torch_dist(path, names)
+    ranks = [name for name, size in names.items() if size is None and _RANK.fullmatch(name)]
+    if not ranks:
+        raise CheckpointDamaged(f"{path}: empty of what Megatron saves: neither {_DCP} nor mp_rank_00/{_CLASSIC}.")
+    return _open_classic(path, ranks)
+
+
+def _open_torch_dist(path: Path, names: dict[str, int | None]) -> Container:
+    """A DCP folder with the arguments of the run beside it."""
+    from core.containers.dcp import open_dcp
+    from core.containers.joined import join, put, read_json
+    from core.containers.torch_single import open_torch_single
+
+    folder = open_dcp(path)
+    whole = Container("", path, {}, folder.content, {})
+    join(whole, folder)
+    if names.get(_COMMON) is not None:
+        join(whole, open_torch_single(member(path, _COMMON, str(path))), "common")
+    else:
+        whole.notes.append(f"{_COMMON} is missing: the arguments of the run are not known.")
+    if names.get(_JSON) is not None:
+        put(whole, "metadata", read_json(path, _JSON, whole.files))
+    whole.kind = f"Megatron iteration (torch_dist), {folder.kind}"
+    return whole
+
+
+def _open_classic(path: Path, ranks: list[str]) -> Container:
+    """The file of each rank; of several, tensors go by the folder of their rank."""
+    from core.containers.joined import join
+    from core.containers.torch_single import open_torch_single
+
+    whole = Container("", path, {}, {}, {})
+    for rank in ranks:
+        held = listing(path / rank)
+        if held.get(_CLASSIC) is None:
+            raise CheckpointDamaged(f"{path / rank}: {_CLASSIC} is missing, found {as_text(list(held))}.")
+        part = open_torch_single(member(path, f"{rank}/{_CLASSIC}", str(path)))
+        if len(ranks) == 1:
+            whole.content = part.content
+        join(whole, part, rank if len(ranks) > 1 else "")
+        whole.files |= {f"{rank}/{name}": size for name, size in held.items() if size is not None}
+    whole.kind = f"Megatron iteration (classic), {len(ranks)} rank{'s' * (len(ranks) != 1)}"
+    why = (
+        "no file says along which dimension its tensors were cut"
+        if len(ranks) > 1
+        else "it holds the program's own objects beside the tensors"
+    )
+    whole.notes.append(
+        f"cannot be converted as it is: {why}. Export it with Megatron (tools/checkpoint/convert.py), or save it with "
+        "--ckpt-format torch_dist."
+    )
+    return whole

@@ -1,0 +1,98 @@
+"""Open a checkpoint of whatever kind: by the first bytes of a file, by what a folder holds."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from core.containers.container import Container, listing, reading
+from core.containers.inert import as_text
+from core.errors import CheckpointError, CheckpointNotFound
+
+_HEAD = 512  # bytes
+
+_FOLDERS = (
+    ("step_folder", "is_step_folder", "open_step_folder"),
+    ("hf_folder", "is_hf_folder", "open_hf_folder"),
+    ("megatron_folder", "is_megatron_folder", "open_megatron_folder"),
+    ("dcp", "is_dcp", "open_dcp"),
+    ("rank_files", "rank_files", "open_rank_files"),
+)
+"""Modules that read folders, how each knows its own, and opens it; the first that knows a folder has it."""
+
+_SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+"""How the names of files end that hold a whole checkpoint each."""
+
+_LOOKED_FOR = (
+    "config.json + model.pt (bundle), latest.pt or final.pt (single file), model.safetensors or pytorch_model.bin or "
+    "an index of their shards (Hugging Face), .metadata and *.distcp (DCP), model_sharded/ or model_rank*.pt (one file "
+    "per rank), iter_* or mp_rank_* (Megatron), or one file *.safetensors, *.pt, *.pth, *.bin, *.ckpt"
+)
+
+
+def open_container(path: Path) -> Container:
+    """Open a checkpoint file or folder of any known kind; only headers are read, nothing is executed.
+
+    Raises: CheckpointNotFound when there is none, saying what was looked for and what was found; CheckpointDamaged when
+        it is cut off or contradicts itself; CheckpointError when it is of another kind.
+    """
+    try:
+        return _open_folder(path) if path.is_dir() else _open_file(path)
+    except OSError as error:  # of a path that leads through something that may not be entered
+        raise CheckpointNotFound(f"{path}: cannot be opened ({error.strerror}).") from error
+
+
+# each reader is imported when it is needed: the pickles of torch cost a reader of safetensors time and memory
+
+
+def _open_file(path: Path) -> Container:
+    """Open a file as what its first bytes say it is."""
+    with reading(path) as file:
+        head = file.read(_HEAD)
+    from core.containers.safetensors import is_safetensors, open_safetensors
+
+    if not head.startswith(b"PK") and (is_safetensors(head) or path.suffix == ".safetensors"):
+        return open_safetensors(path)
+    if path.name == ".metadata" or path.suffix == ".distcp":
+        return _open_folder(path.parent)
+    if head.lstrip()[:1] == b"{" or path.suffix == ".json":
+        return _open_json(path)
+    from core.containers.torch_single import open_torch_single
+
+    return open_torch_single(path)
+
+
+def _open_json(path: Path) -> Container:
+    """Open an index of shards; other JSON is no checkpoint."""
+    from core.containers.hf_folder import INDEX, open_hf_folder
+
+    if not path.name.endswith(INDEX):
+        raise CheckpointError(
+            f"{path}: a JSON text, no checkpoint. Name the folder that it is in, or an index (*{INDEX})."
+        )
+    return open_hf_folder(path)
+
+
+def _open_folder(folder: Path) -> Container:
+    """Open a folder as what it holds."""
+    names = listing(folder)
+    for name, knows, opens in _FOLDERS:
+        module = import_module(f"core.containers.{name}")
+        if getattr(module, knows)(folder):
+            return getattr(module, opens)(folder)
+    single = [name for name, size in names.items() if size is not None and name.endswith(_SINGLE)]
+    if len(single) == 1:
+        return _open_file(folder / single[0])
+    if single:
+        raise CheckpointNotFound(
+            f"{folder}: no one checkpoint here, but {len(single)} files of which each may be one: {_some(single)}. "
+            "Name one of them."
+        )
+    found = _some(list(names)) if names else "nothing"
+    raise CheckpointNotFound(f"{folder}: no checkpoint here. Looked for {_LOOKED_FOR}; found {found}.")
+
+
+def _some(names: list[str]) -> str:
+    """The first five names, and how many more there are."""
+    shown = ", ".join(as_text(name, 80)[1:-1] for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

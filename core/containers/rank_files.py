@@ -1,0 +1,221 @@
+"""Open a folder in which each rank saved its part: model_rank00000.pt, model_rank00001.pt, ... with DTensors in them.
+
+A DTensor says which part of the whole its rank has. What is no DTensor is there once for each rank; the first counts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.containers.blocks import blocks_fault, spec_of_blocks
+from core.containers.container import Check, Container, listing, member, reading
+from core.containers.distributed import Shard, foreign_within, shard_of
+from core.containers.inert import Call, as_text
+from core.containers.joined import join
+from core.containers.spec import Chunk, TensorSpec
+from core.containers.torch_file import open_torch_file
+from core.containers.torch_zip import TorchZip
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+
+_RANK_FILE = re.compile(r"(\w+)_rank(\d{5})\.pt")
+_MOST_NAMED = 5
+
+
+def rank_files(folder: Path) -> dict[str, dict[int, str]]:
+    """The names of the files that ranks saved into a folder, by what they hold ("model", "optimizer") and rank."""
+    found: dict[str, dict[int, str]] = {}
+    for name, size in listing(folder).items():
+        if size is not None and (match := _RANK_FILE.fullmatch(name)):
+            found.setdefault(match[1], {})[int(match[2])] = name
+    return found
+
+
+def open_rank_files(path: Path) -> Container:
+    """Read the files of all ranks: each tensor whole, in blocks; everything else as the first rank has it.
+
+    Tensors go by their names, after `model.` and `optimizer.` when there are several kinds of files.
+
+    Raises: CheckpointNotFound when there are none, CheckpointDamaged when ranks are missing whose parts are needed, or
+        contradict each other, CheckpointError for parts that cannot be put together here.
+    """
+    found = rank_files(path)
+    if not found:
+        raise CheckpointNotFound(f"{path}: no files of ranks here, expected model_rank00000.pt and the like.")
+    parts = {stem: open_ranks(path, stem, names) for stem, names in found.items()}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    counts = sorted({len(names) for names in found.values()})
+    whole = Container(f"files of {' or '.join(map(str, counts))} ranks", path, {}, {}, {})
+    for stem, part in parts.items():
+        join(whole, part, stem)
+    return whole
+
+
+def open_ranks(path: Path, stem: str, names: dict[int, str]) -> Container:
+    """Read the files of one kind; `names` has the file of each rank."""
+    ranks = _Ranks(path, stem)
+    for rank in sorted(names):
+        ranks.read(rank, names[rank])
+    return ranks.joined()
+
+
+@dataclass
+class _Part:
+    """What one rank has of a tensor: a shard, or all of it."""
+
+    file: str
+    shard: Shard | None
+    local: TensorSpec
+    crc32: int
+
+    @property
+    def place(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What ranks with copies have in common; an empty shard may begin where a full one does."""
+        return (self.shard.begin, self.local.shape) if self.shard else ((), ())
+
+    def chunk(self) -> Chunk:
+        begin, local = self.place[0], self.local
+        return Chunk(self.file, local.offset, local.nbytes, begin, local.shape, local.strides)
+
+
+@dataclass
+class _Ranks:
+    """The files of one kind while they are read."""
+
+    path: Path
+    stem: str
+    parts: dict[str, list[_Part]] = field(default_factory=dict)
+    files: dict[int, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    foreign: dict[str, None] = field(default_factory=dict)
+    content: Any = None
+
+    def read(self, rank: int, name: str) -> None:
+        """Read the file of one rank."""
+        where = str(self.path / name)
+        with reading(member(self.path, name, where)) as file:
+            archive = open_torch_file(file, where)
+            self.sizes[name] = file.seek(0, os.SEEK_END)
+        if not isinstance(archive, TorchZip):
+            raise CheckpointError(f"{where}: torch's old stream format; expected a zip, as ranks write it.")
+        shards: dict[str, Shard] = {}
+
+        def collect(held: str, call: Call) -> Any:
+            if shard := shard_of(call, f"{where}: {as_text(held, 80)[1:-1]}"):
+                shards[held] = shard
+            return call
+
+        _change_calls(archive.content, "", collect)
+        in_record: dict[str, list[str]] = {}
+        for held, shard in shards.items():
+            self.add(held, name, shard, shard.local, archive)
+            in_record.setdefault(f"data/{shard.local.storage}", []).append(held)
+        for held, spec in archive.tensors.items():
+            if not _within(held, shards):
+                self.add(held, name, None, spec, archive)
+                in_record.setdefault(f"data/{spec.storage}", []).append(held)
+                spec.file, spec.storage = name, f"{name}/{spec.storage}"
+        for short, record in archive.records.items():
+            crc = record.crc32 or (None if record.size else 0)
+            held_here = tuple(in_record.get(short, ())) or (f"{name}: {short}",)
+            self.checks.append(Check(name, record.offset, record.size, crc if record.stored else None, held_here))
+        self.foreign |= dict.fromkeys(foreign_within([archive.content, *archive.unused]))
+        self.content = self.content if self.files else archive.content
+        self.files[rank] = name
+
+    def add(self, name: str, file: str, shard: Shard | None, local: TensorSpec, archive: TorchZip) -> None:
+        record = archive.records[f"data/{local.storage}"]
+        parts = self.parts.setdefault(name, [])
+        parts.append(_Part(file, shard, local, record.crc32))
+        first = parts[0]
+        same = (first.shard is None) == (shard is None) and first.local.dtype == local.dtype
+        if not same or (shard and first.shard and shard.shape != first.shard.shape):
+            raise CheckpointDamaged(
+                f"{self.path / file}: {as_text(name, 80)[1:-1]} is {_described(parts[-1])}, in {first.file} it is "
+                f"{_described(first)}. The files are of different saves."
+            )
+
+    def joined(self) -> Container:
+        """Put the parts of each tensor together."""
+        tensors: dict[str, TensorSpec] = {}
+        faults: list[str] = []
+        differing: dict[str, None] = {}
+        for name, parts in self.parts.items():
+            first = parts[0]
+            copies: dict[Any, _Part] = {}
+            for part in parts:
+                copy = copies.setdefault(part.place, part)
+                if (part.crc32, part.local.shape) != (copy.crc32, copy.local.shape):
+                    differing[name] = None
+            if first.shard is None:
+                tensors[name] = first.local
+                continue
+            chunks = [part.chunk() for part in copies.values()]
+            shape = first.shard.shape
+            if fault := blocks_fault(shape, [(chunk.begin, chunk.shape) for chunk in chunks]):
+                faults.append(f"{as_text(name, 80)[1:-1]}: {fault}")
+            else:
+                storage = f"{first.file}/{first.local.storage}"
+                tensors[name] = spec_of_blocks(name, first.local.dtype, shape, chunks, storage)
+        notes = self.missing(faults)
+        if differing:
+            names = _some(list(differing))
+            notes.append(f"{self.stem}_rank*.pt: {names}: ranks have copies that differ. The first rank's count.")
+        content = _change_calls(self.content, "", lambda held, call: tensors.get(held, call))
+        kind = f"files of {len(self.files)} rank{'s' * (len(self.files) != 1)}"
+        return Container(kind, self.path, tensors, content, self.sizes, self.checks, list(self.foreign), notes)
+
+    def missing(self, faults: list[str]) -> list[str]:
+        """Note the ranks whose files are not there, or refuse when their parts are needed."""
+        meshes = [part.shard.ranks for parts in self.parts.values() for part in parts if part.shard]
+        world = max([*meshes, *(rank + 1 for rank in self.files)])
+        count = world - len(self.files)
+        gone = itertools.islice((rank for rank in range(world) if rank not in self.files), _MOST_NAMED + 1)
+        names = _some([f"{self.stem}_rank{rank:05}.pt" for rank in gone], count)
+        said = f"{names} missing, {len(self.files)} of {world} ranks are here"
+        if faults and count:
+            raise CheckpointDamaged(
+                f"{self.path}: {said}. {len(faults)} tensors lack parts, first {faults[0]}. Copy all files."
+            )
+        if faults:
+            raise CheckpointDamaged(f"{self.path}: {self.stem}_rank*.pt: {faults[0]}.")
+        return [f"{said}; nothing is lost with them."] if count else []
+
+
+def _change_calls(value: Any, path: str, change: Callable[[str, Call], Any]) -> Any:
+    """A copy of a content with another value for each record in it, by its path."""
+    if isinstance(value, Call):
+        return change(path, value)
+    before = f"{path}." if path else ""
+    if isinstance(value, dict):
+        return {
+            key: _change_calls(item, before + (key if isinstance(key, str) else as_text(key)), change)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return type(value)([_change_calls(item, f"{before}{i}", change) for i, item in enumerate(value)])
+    return value
+
+
+def _within(name: str, shards: dict[str, Shard]) -> bool:
+    """Whether a tensor is part of the record of a DTensor."""
+    return any(name[: match.start()] in shards for match in re.finditer(r"\.args\.", name))
+
+
+def _described(part: _Part) -> str:
+    if part.shard is None:
+        return f"a plain {part.local.dtype} tensor"
+    return f"a part of {part.local.dtype} {part.shard.shape}"
+
+
+def _some(names: list[str], count: int = 0) -> str:
+    """The first of many names, and how many more there are."""
+    more = max(count, len(names)) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

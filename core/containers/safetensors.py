@@ -1,0 +1,175 @@
+"""Read what a .safetensors file holds from its header alone: no torch, no weights.
+
+The format is told in the README of huggingface/safetensors: the length of the header in 8 bytes, a JSON object that
+gives each tensor's dtype, shape and place, then the bytes of the tensors, dense and without a gap. It has no checksums.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from core.containers.container import Check, Container, reading
+from core.containers.inert import as_text
+from core.containers.spec import ITEM_SIZES, TensorSpec, dense_strides
+from core.containers.zip_directory import read_at
+from core.errors import CheckpointDamaged, CheckpointError
+from core.training_state import parse_json
+
+METADATA = "__metadata__"
+
+_LENGTH = 8  # bytes that say how long the header is
+_LONGEST_HEADER = 100_000_000
+_MOST_DIMENSIONS = 64
+_LONGEST_NAME = 1000
+
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+    "C64": "complex64",
+}
+"""Torch's names of the dtypes; F4 counts single numbers, of which torch's element holds two."""
+
+_UNKNOWN_TO_TORCH = ("F6_E2M3", "F6_E3M2")
+
+
+def open_safetensors(path: Path) -> Container:
+    """Open a .safetensors file; only its header is read.
+
+    Its content is the text that the header holds for people, under `__metadata__`, where there is any.
+
+    Raises: CheckpointNotFound, CheckpointDamaged when it is cut off or contradicts itself, CheckpointError for a dtype
+        that torch does not have.
+    """
+    where = str(path)
+    with reading(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        header, begin = _read_header(file, size, where)
+    metadata = header.pop(METADATA, None)
+    if metadata is not None and not _is_text(metadata):
+        raise CheckpointDamaged(f"{where}: its {METADATA} is {as_text(metadata, 80)}, expected texts by name.")
+    tensors = {name: _spec(name, entry, begin, size, where) for name, entry in header.items()}
+    _check_layout(list(tensors.values()), begin, size, where)
+    return Container(
+        kind="safetensors",
+        path=path,
+        tensors=tensors,
+        content={} if metadata is None else {METADATA: metadata},
+        files={path.name: size},
+        checks=[Check(path.name, spec.offset, spec.nbytes, None, (name,)) for name, spec in tensors.items()],
+    )
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is meant as safetensors: no text has zeros before its first brace."""
+    return head[_LENGTH : _LENGTH + 1] == b"{" and b"\0" in head[:_LENGTH]
+
+
+def _read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], int]:
+    """Read the header; returns it with where the bytes of the tensors begin."""
+    if size < _LENGTH:
+        raise CheckpointDamaged(f"{where}: {size} bytes, expected a safetensors file, which begins with {_LENGTH}.")
+    length = int.from_bytes(read_at(file, 0, _LENGTH, where), "little")
+    if length > _LONGEST_HEADER:
+        raise CheckpointDamaged(f"{where}: its header claims {length} bytes, a safetensors file has at most 100000000.")
+    if _LENGTH + length > size:
+        raise CheckpointDamaged(f"{where}: cut off after {size} bytes; its header ends at byte {_LENGTH + length}.")
+    first = read_at(file, _LENGTH, min(length, 1), where)
+    if first != b"{":
+        raise CheckpointDamaged(f"{where}: its header begins with {as_text(first)}, that of safetensors with b'{{'.")
+    return parse_json(read_at(file, _LENGTH, length, where), f"{where}: its header"), _LENGTH + length
+
+
+def _spec(name: str, entry: Any, begin: int, size: int, where: str) -> TensorSpec:
+    """One tensor of the header, checked by itself; `begin` is where the bytes of all tensors begin."""
+    shown = as_text(name, 80)[1:-1]
+    if len(name) > _LONGEST_NAME or not _is_text(name):
+        raise CheckpointDamaged(f"{where}: a tensor is called {as_text(name, 80)}, which is no name.")
+    if not isinstance(entry, dict):
+        raise CheckpointDamaged(f"{where}: {shown} is {as_text(entry, 80)}, expected dtype, shape and data_offsets.")
+    code, sizes, offsets = entry.get("dtype"), _naturals(entry.get("shape")), _naturals(entry.get("data_offsets"))
+    if sizes is None or len(sizes) > _MOST_DIMENSIONS:
+        raise CheckpointDamaged(
+            f"{where}: {shown} has the shape {as_text(entry.get('shape'), 80)}, expected at most {_MOST_DIMENSIONS} "
+            "whole numbers from 0."
+        )
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointDamaged(
+            f"{where}: {shown} has the data_offsets {as_text(entry.get('data_offsets'), 80)}, expected two whole "
+            "numbers from 0, the smaller one first."
+        )
+    dtype, shape = _torch_type(code, sizes, f"{where}: {shown}")
+    first, end = offsets
+    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    if begin + end > size:
+        raise CheckpointDamaged(f"{where}: cut off after {size} bytes; {shown} ends at byte {begin + end}.")
+    if end - first != nbytes or math.prod(max(n, 1) for n in shape) >= 1 << 60:
+        raise CheckpointDamaged(
+            f"{where}: {shown} has {end - first} bytes, its dtype {code} and shape {as_text(shape, 80)} need "
+            f"{as_text(nbytes, 40)}."
+        )
+    return TensorSpec(name, dtype, shape, dense_strides(shape), begin + first, nbytes, name)
+
+
+def _torch_type(code: Any, shape: tuple[int, ...], what: str) -> tuple[str, tuple[int, ...]]:
+    """The dtype and shape as torch has them."""
+    odd = code == "F4" and (not shape or shape[-1] % 2)
+    if odd or code in _UNKNOWN_TO_TORCH:
+        raise CheckpointError(
+            f"{what} has dtype {code} and shape {as_text(shape, 80)}, for which torch has no dtype. Read it with the "
+            "program that wrote it."
+        )
+    dtype = _DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise CheckpointDamaged(f"{what} has dtype {as_text(code, 40)}, expected one of {', '.join(_DTYPES)}.")
+    return dtype, (*shape[:-1], shape[-1] // 2) if code == "F4" else shape
+
+
+def _check_layout(specs: list[TensorSpec], begin: int, size: int, where: str) -> None:
+    """Refuse tensors that overlap, or bytes that belong to none."""
+    position, before = begin, "the header"
+    for spec in sorted(specs, key=lambda s: (s.offset, s.nbytes)):
+        shown = as_text(spec.name, 80)[1:-1]
+        if spec.offset != position:
+            raise CheckpointDamaged(f"{where}: {before} ends at byte {position}, and {shown} begins at {spec.offset}.")
+        position, before = position + spec.nbytes, shown
+    if position != size:
+        raise CheckpointDamaged(
+            f"{where}: has {size} bytes, and {before} ends at byte {position}: {size - position} bytes belong to "
+            "nothing."
+        )
+
+
+def _naturals(values: Any) -> tuple[int, ...] | None:
+    """A list of whole numbers from 0, None for anything else."""
+    natural = isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
+    return tuple(values) if natural else None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text that can be written out, or a dict of such texts."""
+    if isinstance(value, dict):
+        return all(_is_text(text) for item in value.items() for text in item)
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False

@@ -1,0 +1,80 @@
+"""Open the folder of one step that holds model, average (EMA) and optimizer apart, each sharded in its own way.
+
+    0000002/metadata.json       train_steps, world_size, checkpoint_type, has_ema, ...
+            model_sharded/      a DCP folder; also ema_sharded/; unsharded: model.safetensors, ema.safetensors
+            optimizer_rank00000.pt ...
+
+This is the layout of BAGEL and programs after it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from core.containers.container import Container, listing
+from core.errors import CheckpointNotFound
+
+_METADATA = "metadata.json"
+_SHARDED = "_sharded"
+_WHOLE = ".safetensors"
+
+
+# readers are imported when they are needed: every folder is asked whether it is one of these
+
+
+def is_step_folder(path: Path) -> bool:
+    """Whether a folder holds the parts of one step, each by its name."""
+    names = listing(path)
+    if any(size is None and name in ("model_sharded", "ema_sharded") for name, size in names.items()):
+        return True
+    if names.get(_METADATA) is None:
+        return names.keys() >= {"model.safetensors", "ema.safetensors"}
+    from core.containers.rank_files import rank_files
+
+    return bool(rank_files(path))
+
+
+def open_step_folder(path: Path) -> Container:
+    """Read all parts of a step: tensors are called `model.…`, `ema.…`, `optimizer.…`; the content has `metadata`.
+
+    What is there twice, sharded and in files of ranks, is read once.
+
+    Raises: CheckpointNotFound when there are no parts, CheckpointDamaged, CheckpointError as the readers of the parts.
+    """
+    from core.containers.joined import join, put, read_json
+    from core.containers.rank_files import open_ranks, rank_files
+
+    if not is_step_folder(path):
+        raise CheckpointNotFound(
+            f"{path}: no folder of a step here, expected model_sharded/, ema.safetensors beside model.safetensors, or "
+            f"{_METADATA} with model_rank00000.pt."
+        )
+    names = listing(path)
+    whole = Container("", path, {}, {}, {})
+    if names.get(_METADATA) is not None:
+        put(whole, "metadata", read_json(path, _METADATA, whole.files))
+    parts: dict[str, str] = {}  # how each is stored
+    for name, size in names.items():
+        stem = name.removesuffix(_SHARDED if size is None else _WHOLE)
+        if stem != name and stem not in parts:
+            join(whole, _open_part(path / name), stem)
+            parts[stem] = "DCP" if size is None else "safetensors"
+    for stem, files in rank_files(path).items():
+        if stem in parts:
+            whole.files |= {file: names[file] or 0 for file in files.values()}
+            whole.notes.append(f"{stem}_rank*.pt: {len(files)} files with the {stem} again, not looked into.")
+        else:
+            join(whole, open_ranks(path, stem, files), stem)
+            parts[stem] = f"{len(files)} rank{'s' * (len(files) != 1)}"
+    whole.kind = f"step folder, {', '.join(f'{stem} ({kind})' for stem, kind in parts.items())}"
+    return whole
+
+
+def _open_part(path: Path) -> Container:
+    if path.is_dir():
+        from core.containers.dcp import open_dcp
+
+        return open_dcp(path)
+    from core.containers.safetensors import open_safetensors
+
+    return open_safetensors(path)

@@ -1,0 +1,142 @@
+"""Architecture: what the shapes of a model's tensors, and where they are silent its config, say about the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from core.families.claims import Claims
+from core.families.family import parse
+from core.families.match import Match
+from core.families.plan import Shape
+
+VOCABULARIES = {50257: "GPT-2", 32000: "Llama 2", 100277: "cl100k", 128256: "Llama 3", 200019: "o200k"}
+"""Vocabularies that are often padded: number of tokens, and whose it is."""
+
+WHOLE = {32768: "Mistral", 65536: "nanochat"}
+"""Vocabularies whose size could be taken for a padded one."""
+
+PADDINGS = (128, 64, 256, 512, 1024, 2048, 4096, 8192)
+"""What programs round a vocabulary up to, the most common first; from 256 on 128 times the ranks."""
+
+
+@dataclass(slots=True)
+class Architecture:
+    """A model in numbers; None is what neither shapes nor config tell."""
+
+    n_layer: int | None
+    n_head: int | None
+    n_kv_head: int | None  # groups of query heads that share a key and a value
+    head_size: int | None
+    n_embd: int | None
+    n_ffn: int | None
+    vocab_size: int | None  # rows of the token table
+    head_rows: int | None  # rows of the head
+    padding: str  # how many of the rows are padding; "" where nothing points to it
+    block_size: int | None
+    positions: str  # "learned", "rotary" or "none"
+    norm: str
+    activation: str
+    gated: bool
+    qk_norm: bool
+    tied_head: bool | None  # None: head and token table are both there, and nobody said whether they share storage
+    biases: dict[str, bool]  # of qkv, proj, mlp, norm, head
+    parameters: int  # a tied head once; no buffers
+    parameters_without_embeddings: int  # without the tables of tokens, positions and values; an untied head counts
+    from_config: tuple[str, ...] = ()  # what the shapes do not show
+    notes: list[str] = field(default_factory=list)
+
+
+def describe(
+    found: Match, shapes: Mapping[str, Shape], config: Mapping[str, Any] | None, shared: Mapping[str, str] | None
+) -> tuple[Architecture, list[str]]:
+    """Work out the architecture behind a match; also say where the config beside it says otherwise."""
+    family, on = found.family, found.switches
+    sizes = {word: measure.value for word, measure in found.measures.items()}
+    n_embd = sizes.get("n_embd")
+    n_ffn = sizes.get("n_ffn", None if n_embd is None else 4 * n_embd)
+    q_size = sizes.get("q_size", n_embd)
+    kv_size = sizes.get("kv_size", None if "kv_size" in found.words else q_size)
+    claims = Claims(found, config or {})
+    learned, tied = family.positions in found.rows.values(), _tied(found, shared)
+    tied = claims.tied() if tied is None else tied
+    heads = claims.heads(q_size, kv_size)
+    claims.compare(learned=learned, gated=found.gated, tied=tied)
+    total, tables, notes = _count(found, shapes, tied)
+    rows = sizes.get("vocab_size")
+    result = Architecture(
+        n_layer=found.n_layer,
+        **heads,
+        n_embd=n_embd,
+        n_ffn=n_ffn,
+        vocab_size=rows,
+        head_rows=sizes.get("head_rows", rows),
+        padding=padding(rows, claims.number("vocab_size") if family.pads else None),
+        block_size=sizes["block_size"] if "block_size" in sizes else claims.context(),
+        positions="learned" if learned else "rotary" if family.rotary else "none",
+        norm=claims.norm() or (family.norm_without_bias if not on.get("norm_bias") else "") or family.norm,
+        activation=claims.activation() or (family.gated if found.gated else family.activation),
+        gated=found.gated,
+        qk_norm=on.get("qk_norm", False),
+        tied_head=tied,
+        biases={part: on.get(f"{part}_bias", False) for part in ("qkv", "proj", "mlp", "norm", "head")},
+        parameters=total,
+        parameters_without_embeddings=total - tables,
+        from_config=tuple(claims.used),
+        notes=notes,
+    )
+    return result, claims.conflicts
+
+
+def padding(rows: int | None, vocab_size: int | None = None) -> str:
+    """Say how many rows of a token table are padding: known from a vocabulary's size, else only likely."""
+    if rows is None or (vocab_size is None and rows in {**VOCABULARIES, **WHOLE}):
+        return ""
+    sizes = VOCABULARIES if vocab_size is None else {vocab_size: ""}
+    for size, whose in sizes.items():
+        if size < rows and (multiple := next((p for p in PADDINGS if -size % p == rows - size), None)):
+            likely = f"probably the {size} tokens of {whose}" if whose else f"{size} tokens"
+            return f"{likely} + {rows - size} padding rows (a multiple of {multiple})"
+    return ""
+
+
+def _tied(found: Match, shared: Mapping[str, str] | None) -> bool | None:
+    names = {row: name for name, row in found.rows.items()}
+    table, head = names.get(found.family.embedding), names.get(found.family.head)
+    if table is None:
+        return None
+    if head is None:
+        return True if "head" in found.family.switches else None
+    rows = found.measures.get("head_rows")
+    if rows and rows.value != found.measures["vocab_size"].value:
+        return False
+    return None if shared is None else table in shared and shared[table] == shared.get(head)
+
+
+def _count(found: Match, shapes: Mapping[str, Shape], tied: bool | None) -> tuple[int, int, list[str]]:
+    """Count parameters, and those in tables; notes say what was not counted, or only once."""
+    family, tables, total, notes = found.family, 0, 0, list[str]()
+    known = {word: measure.value for word, measure in found.measures.items()}
+    for name in (*found.rows, *found.unplaced):
+        row, count = found.rows.get(name, ""), math.prod(shapes[name])
+        if row == family.head and tied:
+            notes.append(f"{name} is the token table again and counted once")
+            continue
+        if row == family.head and tied is None:
+            notes.append(f"{name} may be the token table again, and is counted as a tensor of its own")
+        least = parse(family.tensors[row][0]) if row and family.tensors[row] else None
+        if least and least.least and (needed := least.value(known)) is not None and count > needed:
+            notes.append(f"{name}: {count - needed} of {count} are padding to a multiple of the ranks, not counted")
+            count = needed
+        total += count
+        tables += count if row in (family.embedding, family.positions, *family.tables) else 0
+    for reason in dict.fromkeys(found.buffers.values()):
+        names = [name for name, why in found.buffers.items() if why == reason]
+        size = sum(math.prod(shapes[name]) for name in names)
+        notes.append(f"{len(names)} buffers ({size:,} numbers) are not counted, such as {names[0]}: {reason}")
+    if found.unplaced:
+        size = sum(math.prod(shapes[name]) for name in found.unplaced)
+        notes.append(f"{len(found.unplaced)} tensors without a place ({size:,} numbers) are counted")
+    return total, tables, notes

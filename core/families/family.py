@@ -1,0 +1,89 @@
+"""Family: the names, shapes and habits of one program's tensors, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+Sides = tuple[str, ...]
+"""A shape in words, each side one of `n_embd`, `3 n_embd`, `head_size / 2`, `q_size + 2 kv_size`, `5 n_layer +` (that
+many or more) or a plain number. The words are fields of a config; besides ours `q_size` and `kv_size` (heads or groups
+times head size), `n_kv_head`, `head_size`, `n_ffn`, and `head_rows` where the head may have other rows than the token
+table; any other word is a number that is only compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """A family within a family: one table, told apart by which of its switches are on."""
+
+    name: str
+    program: str
+    switches: Mapping[str, bool]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one program calls its tensors; in a name `{i}` is a layer, `{j}` a head, `{n}` any number."""
+
+    name: str
+    program: str
+    tensors: Mapping[str, Sides]
+    signature: tuple[str, ...]  # one of these is in every file of the family
+    embedding: str  # the token table
+    head: str
+    positions: str = ""  # the table of positions
+    tables: tuple[str, ...] = ()  # other tables that are looked up by token
+    switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # tensors that come together or not at all
+    always: tuple[str, ...] = ()  # switches that are on in every model of the program
+    buffers: Mapping[str, tuple[Sides | None, str]] = field(default_factory=dict)  # no parameters: shape, what it is
+    without: Mapping[int, str] = field(default_factory=dict)  # a layer, and the beginning of the names that it lacks
+    some: frozenset[str] = frozenset()  # tensors that only some layers have
+    base: str = ""  # what names begin with, unless the body of the model was saved by itself
+    styles: tuple[Style, ...] = ()  # the first whose switches agree
+    rotary: bool = False
+    norm: str = "LayerNorm"
+    norm_without_bias: str = ""  # where the bias tells two kinds of norm apart
+    activation: str = "GELU"
+    gated: str = ""  # the activation where the feed-forward part is gated
+    head_size: int | None = None  # where the program fixes it
+    pads: bool = False  # the token table may have more rows than the config says
+    claims: Mapping[str, str] = field(default_factory=dict)  # field of the config beside it: switch that it decides
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side of a shape: times x symbol / over (+ 2 more), or at least that."""
+
+    times: int
+    symbol: str  # "" for a plain number, which is `times`
+    over: int = 1
+    more: str = ""
+    least: bool = False
+
+    def value(self, known: Mapping[str, int]) -> int | None:
+        """Compute the side; None where a symbol is not known."""
+        if not self.symbol:
+            return self.times
+        if self.symbol not in known or (self.more and self.more not in known):
+            return None
+        return self.times * known[self.symbol] // self.over + (2 * known[self.more] if self.more else 0)
+
+
+@lru_cache(maxsize=256)
+def parse(side: str) -> Side:
+    """Read one side of a table."""
+    words = side.split()
+    times = int(words.pop(0)) if words[0].isdigit() else 1
+    if not words:
+        return Side(times, "")
+    match words[1:]:
+        case []:
+            return Side(times, words[0])
+        case ["/", over]:
+            return Side(times, words[0], over=int(over))
+        case ["+", "2", more]:
+            return Side(times, words[0], more=more)
+        case ["+"]:
+            return Side(times, words[0], least=True)
+    raise ValueError(side)

@@ -1,0 +1,161 @@
+"""Identify: which program a model is from, by a fingerprint of the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from core.differences import listed
+from core.errors import CheckpointMismatch
+from core.families import hf_gpt2, hf_llama, litgpt, megatron, modded, nanochat, nanogpt, ours
+from core.families.architecture import Architecture, describe
+from core.families.family import Family
+from core.families.match import Match, index, match, skeleton
+from core.families.plan import Shape, plain_names
+
+MODULES = (ours, nanogpt, hf_gpt2, hf_llama, modded, megatron, litgpt, nanochat)
+FAMILIES: tuple[Family, ...] = tuple(family for module in MODULES for family in module.FAMILIES)
+
+UNKNOWN = "unknown"
+_ASIDE = re.compile(r"(?:.*\.)?optim(?:s|izers?|izer_states?|izer_state_dict)?\.")
+_DEEP = 6  # words that may stand before the weights of a model
+_LONG = 1000  # characters: a longer name is no family's
+
+
+@dataclass(slots=True)
+class Identity:
+    """What a model is: its family, and how far its tensors are what that family's should be."""
+
+    family: str
+    program: str
+    prefix: str  # what wrappers put before the names
+    reason: str
+    architecture: Architecture | None = None
+    places: dict[str, str] = field(default_factory=dict)  # name in the file: the family's own name
+    buffers: dict[str, str] = field(default_factory=dict)  # name in the file: what it is
+    unplaced: list[str] = field(default_factory=list)  # empty where the family is unknown
+    missing: list[str] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
+
+
+def identify(
+    shapes: Mapping[str, Shape], config: Mapping[str, Any] | None = None, shared: Mapping[str, str] | None = None
+) -> Identity:
+    """Recognise a model by the names and shapes of its tensors.
+
+    `config` is what lies beside it (model_args, config.json, model_config); `shared` names the storage of each tensor,
+    so that a tied head shows. Tensors of an optimizer are left out.
+    """
+    names = [name for name in shapes if not _ASIDE.match(name)]
+    try:
+        plain = plain_names(name for name in names if len(name) <= _LONG)
+    except CheckpointMismatch as error:
+        return Identity(UNKNOWN, "", "", f"{error}: there are two models in it, or one saved twice")
+    skeletons = {skeleton(name) for name in plain}
+    matches = [match(family, plain, shapes) for family in FAMILIES if _signature(family) & skeletons]
+    best = max(matches, key=lambda m: (m.placed - m.unfit, -len(m.missing)), default=None)
+    if best is None or best.placed <= len(best.unplaced) or (best.lost and best.extra):
+        return Identity(UNKNOWN, "", "", _why_unknown(plain, best))
+    config = config if isinstance(config, Mapping) else None
+    architecture, conflicts = describe(best, shapes, config, shared)
+    name, program = _style(best)
+    kind = (config or {}).get("model_type")
+    if name.startswith("hf_") and isinstance(kind, str) and kind != name.removeprefix("hf_"):
+        conflicts.append(f"model_type is {reprlib.repr(kind)} in the config, but names and shapes are of {program}")
+    return Identity(
+        family=name,
+        program=program,
+        prefix=best.prefix,
+        reason=_why(best, len(shapes) - len(names)),
+        architecture=architecture,
+        places=best.places,
+        buffers=best.buffers,
+        unplaced=best.unplaced + [name for name in names if len(name) > _LONG],
+        missing=best.missing,
+        conflicts=best.conflicts + conflicts,
+    )
+
+
+def weights_key(names: Iterable[str]) -> str:
+    """Find under which part of a flat list the weights of a model lie: "model.", "state_dict.", or "" for the top.
+
+    What wrappers add (`_orig_mod.`, `module.`) is left to `identify`.
+    """
+    counts: dict[str, int] = {}
+    depths: dict[str, int | None] = {}
+    for name in names:
+        if len(name) > _LONG:
+            continue
+        shape = skeleton(name)
+        if shape not in depths:
+            depths[shape] = _depth(shape)
+        if (depth := depths[shape]) is not None:
+            words = name.split(".")[:depth]
+            while words and words[-1] in ("_orig_mod", "module"):
+                words.pop()
+            key = "".join(f"{word}." for word in words)
+            counts[key] = counts.get(key, 0) + 1
+    return max(counts, key=lambda key: (counts[key], -key.count(".")), default="")
+
+
+def _depth(shape: str) -> int | None:
+    """How many words stand before a name that only a model has."""
+    words = shape.split(".")
+    for depth in range(min(len(words), _DEEP)):
+        if ".".join(word for word in words[depth:] if word != "_orig_mod") in _decisive():
+            return depth
+    return None
+
+
+@cache
+def _decisive() -> frozenset[str]:
+    """Skeletons of the names that tell families apart, with and without what the family's names begin with."""
+    rows = {(row, family.base) for family in FAMILIES for row in family.signature}
+    full = {row for row, _ in rows} | {row.removeprefix(base) for row, base in rows}
+    return frozenset(skeleton(re.sub(r"\{[ijn]\}", "0", row)) for row in full)
+
+
+def _signature(family: Family) -> set[str]:
+    return set(index(family.name, family.signature, family.base))
+
+
+def _style(found: Match) -> tuple[str, str]:
+    switches = {**found.switches, "gated": found.gated}
+    own = ", with tensors of its own" if found.extra else ""
+    for style in found.family.styles:
+        if all(switches[switch] is wanted for switch, wanted in style.switches.items()):
+            return style.name, style.program + own
+    return found.family.name, found.family.program + own
+
+
+def _why(found: Match, aside: int) -> str:
+    decisive = next(row for row in found.rows.values() if row in found.family.signature)
+    total = found.placed + len(found.unplaced)
+    words = [f"{decisive} is decisive; {found.placed} of {total} tensors have a place"]
+    if found.unfit:
+        words.append(f"{found.unfit} of them another shape")
+    if aside:
+        words.append(f"{aside} tensors of an optimizer were left out")
+    return ", ".join(words)
+
+
+def _why_unknown(plain: Mapping[str, str], nearest: Match | None) -> str:
+    if later := [word for word in modded.LATER if any(word in name for name in plain)]:
+        return f"{later[0]} is of modded-nanogpt after 2025-06, whose versions are another model each"
+    if not plain:
+        return "there are no tensors of a model"
+    if nearest and nearest.lost and nearest.extra:
+        words = f"in no layer is {nearest.lost[0]}, and {nearest.extra[0]} has no place in it"
+        return f"the nearest is {nearest.family.program}, but {words}"
+    if nearest:
+        total = nearest.placed + len(nearest.unplaced)
+        return (
+            f"the nearest is {nearest.family.program}, but only {nearest.placed} of {total} tensors have a place in it"
+        )
+    looked = {family.signature[0]: family.program.split(",")[0] for family in reversed(FAMILIES)}
+    wanted = listed([f"{name} ({program})" for name, program in reversed(looked.items())], limit=20)
+    return f"none of its {len(plain)} names is decisive. Looked for {wanted}"

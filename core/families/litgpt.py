@@ -1,0 +1,87 @@
+"""litgpt: one model for many, with q | k | v concatenated, gated or not; older files interleave them group by group.
+
+Names as in Lightning-AI/litgpt, litgpt/model.py.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+from core.families.family import Family, Sides
+
+COMMON: dict[str, Sides] = {
+    "transformer.wte.weight": ("vocab_size", "n_embd"),
+    "transformer.h.{i}.norm_1.weight": ("n_embd",),
+    "transformer.h.{i}.norm_1.bias": ("n_embd",),
+    "transformer.h.{i}.attn.norm_q.weight": ("head_size",),
+    "transformer.h.{i}.attn.norm_k.weight": ("head_size",),
+    "transformer.h.{i}.attn.proj.weight": ("n_embd", "q_size"),
+    "transformer.h.{i}.attn.proj.bias": ("n_embd",),
+    "transformer.h.{i}.post_attention_norm.weight": ("n_embd",),
+    "transformer.h.{i}.norm_2.weight": ("n_embd",),
+    "transformer.h.{i}.norm_2.bias": ("n_embd",),
+    "transformer.h.{i}.mlp.proj.weight": ("n_embd", "n_ffn"),
+    "transformer.h.{i}.mlp.proj.bias": ("n_embd",),
+    "transformer.h.{i}.post_mlp_norm.weight": ("n_embd",),
+    "transformer.ln_f.weight": ("n_embd",),
+    "transformer.ln_f.bias": ("n_embd",),
+    "lm_head.weight": ("vocab_size", "n_embd"),
+    "lm_head.bias": ("vocab_size",),
+}
+
+CONCATENATED: dict[str, Sides] = {
+    "transformer.h.{i}.attn.qkv.weight": ("q_size + 2 kv_size", "n_embd"),
+    "transformer.h.{i}.attn.qkv.bias": ("q_size + 2 kv_size",),
+}
+
+INTERLEAVED: dict[str, Sides] = {
+    "transformer.h.{i}.attn.attn.weight": ("q_size + 2 kv_size", "n_embd"),
+    "transformer.h.{i}.attn.attn.bias": ("q_size + 2 kv_size",),
+}
+
+PLAIN: dict[str, Sides] = {
+    "transformer.h.{i}.mlp.fc.weight": ("n_ffn", "n_embd"),
+    "transformer.h.{i}.mlp.fc.bias": ("n_ffn",),
+}
+
+GATED: dict[str, Sides] = {
+    "transformer.h.{i}.mlp.fc_1.weight": ("n_ffn", "n_embd"),
+    "transformer.h.{i}.mlp.fc_1.bias": ("n_ffn",),
+    "transformer.h.{i}.mlp.fc_2.weight": ("n_ffn", "n_embd"),
+    "transformer.h.{i}.mlp.fc_2.bias": ("n_ffn",),
+}
+"""fc_1 is the gate, fc_2 goes up."""
+
+
+def _family(qkv: dict[str, Sides], up: dict[str, Sides]) -> Family:
+    tensors = {**COMMON, **qkv, **up}
+    program = "litgpt" if qkv is CONCATENATED else "litgpt, with interleaved q, k and v"
+    return Family(
+        name="litgpt",
+        program=program,
+        tensors=tensors,
+        signature=(next(iter(qkv)),),
+        embedding="transformer.wte.weight",
+        head="lm_head.weight",
+        switches={
+            "qkv_bias": tuple(name for name in qkv if name.endswith("bias")),
+            "proj_bias": ("transformer.h.{i}.attn.proj.bias",),
+            "mlp_bias": tuple(name for name in tensors if ".mlp." in name and name.endswith("bias")),
+            "norm_bias": ("transformer.h.{i}.norm_1.bias", "transformer.ln_f.bias"),
+            "second_norm": ("transformer.h.{i}.norm_2.weight",),
+            "second_norm_bias": ("transformer.h.{i}.norm_2.bias",),
+            "qk_norm": ("transformer.h.{i}.attn.norm_q.weight", "transformer.h.{i}.attn.norm_k.weight"),
+            "norm_after_attention": ("transformer.h.{i}.post_attention_norm.weight",),
+            "norm_after_mlp": ("transformer.h.{i}.post_mlp_norm.weight",),
+            "head_bias": ("lm_head.bias",),
+        },
+        rotary=True,
+        norm_without_bias="RMSNorm",
+        activation="gated" if up is GATED else "GELU",
+        gated="gated" if up is GATED else "",
+        pads=True,
+        claims={"lm_head_bias": "head_bias", "norm_qk": "qk_norm"},
+    )
+
+
+FAMILIES = tuple(_family(qkv, up) for qkv, up in product((CONCATENATED, INTERLEAVED), (PLAIN, GATED)))

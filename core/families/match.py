@@ -1,0 +1,271 @@
+"""Match: the table of a family laid over the names and shapes of a file, and what the sides then measure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
+
+from core.families.family import Family, Sides, parse
+from core.families.plan import WRAPPERS, Shape, plain_names
+
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")
+_VARIABLE = re.compile(r"\{[ijn]\}")
+_MANY = 20  # numbers listed in a sentence
+_MOST = 10_000  # missing names listed: names of a few layers and heads ask for their product
+
+
+@dataclass(slots=True)
+class Measure:
+    """What a word of the table is, and the tensor that shows it."""
+
+    value: int
+    name: str
+    shape: Shape
+
+
+@dataclass(slots=True)
+class Match:
+    """Which tensor of a file is which row of a family's table, and what does not fit."""
+
+    family: Family
+    rows: dict[str, str] = field(default_factory=dict)  # name in the file: row of the table
+    places: dict[str, str] = field(default_factory=dict)  # name in the file: the family's name for it
+    buffers: dict[str, str] = field(default_factory=dict)  # name in the file: what it is
+    unplaced: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
+    measures: dict[str, Measure] = field(default_factory=dict)
+    switches: dict[str, bool] = field(default_factory=dict)
+    layers: set[int] = field(default_factory=set)
+    lost: list[str] = field(default_factory=list)  # rows that no layer has, and a model of the family cannot do without
+    extra: list[str] = field(default_factory=list)  # tensors in layers that the table has not
+    unfit: int = 0  # tensors whose shape is not the table's
+    gated: bool = False
+    prefix: str = ""
+
+    @property
+    def words(self) -> set[str]:
+        """Words of the shapes of the tensors that are there."""
+        sides = (parse(text) for row in set(self.rows.values()) for text in self.family.tensors[row])
+        return {word for side in sides for word in (side.symbol, side.more) if word}
+
+    @property
+    def placed(self) -> int:
+        """Number of tensors that have a place, buffers too."""
+        return len(self.rows) + len(self.buffers)
+
+    @property
+    def n_layer(self) -> int | None:
+        """Number of layers; None when some in between are absent and nothing else tells."""
+        return self.measures["n_layer"].value if "n_layer" in self.measures else None
+
+
+def skeleton(name: str) -> str:
+    """Write `#` for every number of a name: `h.11.ln_1.weight` becomes `h.#.ln_1.weight`."""
+    return _NUMBER.sub("#", name.replace("#", "##"))
+
+
+@cache
+def index(family: str, rows: tuple[str, ...], base: str) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+    """Map the skeleton of each row, without what wrappers add, to the rows and what their numbers are."""
+    found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    plain = plain_names(rows)
+    plain |= {name.removeprefix(base): row for name, row in plain.items()}
+    for name, row in plain.items():
+        numbers = re.findall(r"(?<![^.])(?:\{[ijn]\}|[0-9]+)(?![^.])", name)
+        found.setdefault(skeleton(_VARIABLE.sub("0", name)), []).append((row, tuple(numbers)))
+    return found
+
+
+def find(name: str, rows: Mapping[str, list[tuple[str, tuple[str, ...]]]]) -> tuple[str, dict[str, int]] | None:
+    """Find the row of a plain name, with its numbers `{i}`, `{j}`, `{n}`."""
+    candidates = rows.get(skeleton(name))
+    if candidates:
+        numbers = _NUMBER.findall(name)
+        for row, wanted in candidates:
+            if all(w in ("{i}", "{j}", "{n}", n) for w, n in zip(wanted, numbers, strict=True)):
+                return row, {w: int(n) for w, n in zip(wanted, numbers, strict=True) if w[0] == "{"}
+    return None
+
+
+def _rows(family: Family) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+    return index(family.name, tuple(family.tensors), family.base)
+
+
+def match(family: Family, plain: Mapping[str, str], shapes: Mapping[str, Shape]) -> Match:
+    """Lay the table of a family over plain names (each with its name in the file) and their shapes."""
+    found = Match(family)
+    rows = _rows(family)
+    buffers = index(family.name, tuple(n for n in family.buffers if n[0] != "*"), family.base)
+    endings = {name[1:]: reason for name, (_, reason) in family.buffers.items() if name[0] == "*"}
+    sides: dict[str, Sides] = {}
+    heads: set[int] = set()
+    for name, original in plain.items():
+        if place := find(name, rows):
+            row, numbers = place
+            found.rows[original] = row
+            found.places[original] = _filled(row, numbers)
+            sides[original] = family.tensors[row]
+            found.layers |= {numbers["{i}"]} if "{i}" in numbers else set()
+            heads |= {numbers["{j}"]} if "{j}" in numbers else set()
+        elif place := find(name, buffers):
+            wanted, reason = family.buffers[place[0]]
+            found.buffers[original] = reason
+            if wanted:
+                sides[original] = wanted
+        elif ending := next((e for e in endings if name.endswith(e)), None):
+            found.buffers[original] = endings[ending]
+        else:
+            found.unplaced.append(original)
+    present = set(found.rows.values())
+    found.switches = {switch: bool(present & set(names)) for switch, names in family.switches.items()}
+    found.switches |= dict.fromkeys(family.always, True)
+    found.prefix = _prefix(found, plain)
+    _count(found, "{j}", heads, "n_head", "heads")
+    extra = _extra(found, plain)
+    found.extra = list(extra)
+    found.layers |= set(extra.values())
+    _count(found, "{i}", found.layers, "n_layer", "layers")
+    _measure(found, sides, shapes)
+    _compare(found, sides, shapes)
+    _gate(found)
+    _complete(found)
+    return found
+
+
+def _filled(row: str, numbers: Mapping[str, int]) -> str:
+    for letter, number in numbers.items():
+        row = row.replace(letter, str(number))
+    return row
+
+
+def _extra(found: Match, plain: Mapping[str, str]) -> dict[str, int]:
+    """Tensors in layers that the table has not, and the layer of each: the last layers may be of another kind."""
+    starts = [re.escape(stem) for stem in {name.split("#")[0] for name in _rows(found.family) if "#" in name}]
+    pattern = re.compile(f"(?:{'|'.join(sorted(starts))})(0|[1-9][0-9]{{0,5}})\\.")
+    names, wanted = {original: name for name, original in plain.items()}, found.unplaced if starts else ()
+    return {original: int(m[1]) for original in wanted if (m := pattern.match(names[original]))}
+
+
+def _prefix(found: Match, plain: Mapping[str, str]) -> str:
+    """What stands before the family's own names, where most names have it."""
+    seen: dict[str, int] = {}
+    for original, place in found.places.items():
+        seen[_before(original, place)] = seen.get(_before(original, place), 0) + 1
+    return max(seen, key=lambda prefix: (seen[prefix], len(prefix)), default="")
+
+
+def _before(name: str, place: str) -> str:
+    if name.endswith(place) and (name == place or name[-len(place) - 1] == "."):
+        return name[: len(name) - len(place)]
+    words = name.split(".")
+    wrapped = next((k for k, word in enumerate(words) if word not in WRAPPERS), 0)
+    own = next((k for k, word in enumerate(place.split(".")) if word not in WRAPPERS), 0)
+    return "".join(f"{word}." for word in (words[: wrapped - own] if own <= wrapped else words[:wrapped]))
+
+
+def _count(found: Match, letter: str, numbers: set[int], word: str, plural: str) -> None:
+    """Measure what is counted in names, when none in between is absent."""
+    if not numbers:
+        return
+    if len(numbers) == max(numbers) + 1:
+        name = next((name for name, row in found.rows.items() if letter in row), "")
+        found.measures[word] = Measure(len(numbers), name, ())
+    else:
+        there = sorted(numbers)
+        shown = ", ".join(map(str, there[:_MANY])) + (f" and {len(there) - _MANY} more" if len(there) > _MANY else "")
+        found.conflicts.append(f"{plural} {shown} are there, {max(numbers) + 1 - len(numbers)} in between are not")
+
+
+def _measure(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shape]) -> None:
+    """Let every side say what it measures; most votes win, the first among equals."""
+    for sums in (False, True):
+        votes: dict[str, dict[int, tuple[int, str]]] = {}
+        for name, wanted in sides.items():
+            if len(shapes[name]) != len(wanted):
+                continue
+            for text, size in zip(wanted, shapes[name], strict=True):
+                side = parse(text)
+                word, value, times = side.symbol, size * side.over, side.times
+                if bool(side.more) is not sums or side.least or not word:
+                    continue
+                if side.more:
+                    if word not in found.measures:
+                        continue
+                    word, value, times = side.more, size - found.measures[word].value, 2
+                if word not in found.measures and value >= 0 and value % times == 0:
+                    count, first = votes.setdefault(word, {}).get(value // times, (0, name))
+                    votes[word][value // times] = count + 1, first
+        for word, values in votes.items():
+            value = max(values, key=lambda v: values[v][0])
+            found.measures[word] = Measure(value, values[value][1], shapes[values[value][1]])
+
+
+def _compare(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shape]) -> None:
+    """Say which shapes are not those that the table gives for what was measured."""
+    known = {word: measure.value for word, measure in found.measures.items()}
+    for name, wanted in sides.items():
+        shape = tuple(shapes[name])
+        if len(shape) != len(wanted):
+            found.conflicts.append(f"{name} is {shape}, expected {len(wanted)} sides: {' x '.join(wanted)}")
+            found.unfit += 1
+            continue
+        expected, wrong = list[int | str](shape), ""
+        for k, text in enumerate(wanted):
+            side, value = parse(text), parse(text).value(known)
+            if value is None and side.more and side.symbol in known:  # no size of the keys fits any of them
+                expected[k], wrong = f"{known[side.symbol]} + an even number", wrong or side.symbol
+            elif value is not None and value != shape[k] and not (side.least and shape[k] > value):
+                expected[k], wrong = value, wrong or side.more or side.symbol or text
+        if wrong:
+            found.unfit += 1
+            shown = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+            found.conflicts.append(f"{name} is {shape}, expected ({shown}){_because(found, wrong)}")
+
+
+def _because(found: Match, word: str) -> str:
+    if (measure := found.measures.get(word)) is None:
+        return ""
+    witness = f"{measure.name} {measure.shape}" if measure.shape else f"the layers of {measure.name} and its likes"
+    return f", for {word} is {measure.value} by {witness}"
+
+
+def _gate(found: Match) -> None:
+    """Find out whether the feed-forward part is gated: gate and up in one tensor have twice its rows."""
+    fused, n_ffn = found.measures.get("fc1_rows"), found.measures.get("n_ffn")
+    found.gated = bool(found.family.gated)
+    if fused and n_ffn:
+        found.gated = fused.value == 2 * n_ffn.value
+        if fused.value not in (n_ffn.value, 2 * n_ffn.value):
+            expected = f"expected {n_ffn.value} rows, or {2 * n_ffn.value} where it is gated"
+            found.conflicts.append(f"{fused.name} is {fused.shape}, {expected}{_because(found, 'n_ffn')}")
+
+
+def _complete(found: Match) -> None:
+    """List what the table has, and the file has not; tensors that come together may be absent together."""
+    family, there = found.family, set(found.places.values())
+    found.lost = [row for row in _needed(found) if "{i}" in row and row not in found.rows.values()]
+    lacked = [name for i, start in family.without.items() for name in there if name.startswith(start.format(i=i))]
+    found.conflicts += [f"{name} is there, but this program has none in that layer" for name in lacked]
+    bare = bool(family.base) and not any(family.base in name for name in found.places)
+    names = (name.removeprefix(family.base) if bare else name for name in _expected(found) if name not in there)
+    found.missing = [found.prefix + name for name in islice(names, _MOST)]
+
+
+def _expected(found: Match) -> Iterator[str]:
+    family = found.family
+    heads = range(found.measures["n_head"].value) if "n_head" in found.measures else range(1)
+    for row in _needed(found):
+        for i in sorted(found.layers) if "{i}" in row else (0,):
+            if not (i in family.without and row.startswith(family.without[i])):
+                name = row.replace("{i}", str(i))
+                yield from (name.replace("{j}", str(j)) for j in heads) if "{j}" in row else (name,)
+
+
+def _needed(found: Match) -> list[str]:
+    family = found.family
+    off = {name for switch, names in family.switches.items() if not found.switches[switch] for name in names}
+    return [row for row in family.tensors if row not in off and row not in family.some]

@@ -1,0 +1,62 @@
+"""Our own GPT of both generations, as families."""
+
+from __future__ import annotations
+
+from core.families import gpt, lecture
+from core.families.family import Family, Sides
+from core.families.recognise import FUSED, LECTURE
+
+FUSED_SWITCHES = {"qkv_bias" if switch == "bias" else switch: names for switch, names in gpt.SWITCHES.items()}
+HEAD_SIDES: Sides = ("head_size", "n_embd")
+MASK: Sides = ("block_size", "block_size")
+
+
+def _lecture(feed_forward: str) -> dict[str, Sides]:
+    other = {"ffwd": ".fwd.", "fwd": ".ffwd."}[feed_forward]
+    return {
+        theirs: HEAD_SIDES[: len(gpt.TENSORS[ours])] if "{j}" in theirs else gpt.TENSORS[ours]
+        for theirs, ours in lecture.TENSORS.items()
+        if other not in theirs
+    }
+
+
+def _lecture_family(feed_forward: str) -> Family:
+    tensors = _lecture(feed_forward)
+    return Family(
+        name=LECTURE,
+        program="our GPT, lecture style",
+        tensors=tensors,
+        signature=tuple(name for name in tensors if "{j}" in name and name.endswith(".weight")),
+        embedding="token_embedding_table.weight",
+        head="lm_head.weight",
+        positions="position_embedding_table.weight",
+        switches={
+            "qkv_bias": tuple(name for name in tensors if "{j}" in name and name.endswith(".bias")),
+            "proj_bias": ("blocks.{i}.sa.proj.bias",),
+            "mlp_bias": tuple(name for name in tensors if ".net." in name and name.endswith(".bias")),
+            "norm_bias": gpt.SWITCHES["norm_bias"],
+            "head_bias": ("lm_head.bias",),
+            "head": ("lm_head.weight",),
+        },
+        buffers={name: (MASK, reason) for name, reason in lecture.DROPPED.items()},
+        activation="ReLU",
+        claims={"bias": "qkv_bias", "head_bias": "head_bias"},
+    )
+
+
+FAMILIES = (
+    Family(
+        name=FUSED,
+        program="our GPT",
+        tensors=gpt.TENSORS,
+        signature=("blocks.{i}.sa.qkv.weight",),
+        embedding="token_embedding_table.weight",
+        head="lm_head.weight",
+        positions="position_embedding_table.weight",
+        switches={**FUSED_SWITCHES, "head": ("lm_head.weight",)},
+        buffers={name: (MASK, reason) for name, reason in gpt.DROPPED.items()},
+        claims=dict(zip(gpt.SWITCHES, FUSED_SWITCHES, strict=True)),
+    ),
+    _lecture_family("ffwd"),
+    _lecture_family("fwd"),
+)

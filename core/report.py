@@ -1,0 +1,195 @@
+"""The facts of a checkpoint, from its headers, as values that JSON has; core/report_text.py writes them for people."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from core.bundle import Kept, open_bundle
+from core.choice import LEGACY_FILES, choose
+from core.containers.inert import Call
+from core.containers.spec import TensorSpec
+from core.errors import CheckpointDamaged, CheckpointError
+from core.evolution import notes
+from core.fit import contradictions
+from core.inspection import Inspected
+from core.tensor_table import tensor_facts
+from core.training_state import STATE
+
+Facts = dict[str, Any]
+
+FORMATS = {
+    "bundle": "New JSON-based format",
+    "legacy single file": "Legacy single file",
+    "torch zip": "PyTorch zip file",
+    "torch stream": "PyTorch stream file (before torch 1.6)",
+}
+"""What a kind of container is called in the first line."""
+
+SCRIPTS = {
+    "modded_small": "small (from train_gpt_small.py)",
+    "modded_small_2025_02": "small (from train_gpt_small.py of 2025-02)",
+    "modded_medium": "medium (from train_gpt_medium.py)",
+}
+"""What people call the variants of modded-nanogpt."""
+
+
+def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
+    """Collect what is known of a checkpoint; `pattern` chooses the tensors that are listed."""
+    identity, container = found.identity, found.container
+    architecture = identity.architecture
+    ours = found.bundle is not None
+    facts: Facts = {
+        "format": FORMATS.get(container.kind, container.kind),
+        "location": str(found.path),
+        "family": identity.family,
+        "program": identity.program,
+        "script": SCRIPTS.get(identity.family),
+        "reason": identity.reason,
+        "architecture": _architecture(architecture) if architecture is not None else None,
+        "config": found.config,
+        "step": found.step,
+        "files": dict(container.files),
+        "bytes": found.size,
+        "dtypes": _dtypes(found.weights.values()),
+        "parameters": _parameters(found),
+        "contradictions": [] if ours else [*identity.conflicts, *_lacks(found)],
+        "notes": [*container.notes, *(architecture.notes if architecture is not None and not ours else [])],
+        "health": _health(found),
+        "damaged": [],
+        "foreign": [],
+        "tensors": tensor_facts(found.weights if ours else container.tensors, pattern),
+    }
+    for call in container.foreign:
+        facts["foreign"].append(f"{found.path}: its pickle names {call}")
+    return {**facts, **_of_ours(found)} if ours else {**facts, "content": _content(container.content)}
+
+
+def _of_ours(found: Inspected) -> Facts:
+    """What only a checkpoint of ours has."""
+    bundle = found.bundle
+    assert bundle is not None
+    files = dict(found.container.files)
+    if not bundle.single:
+        with contextlib.suppress(OSError):
+            files[STATE] = (bundle.folder / STATE).stat().st_size
+    facts: Facts = {
+        "tokenizer": bundle.tokenizer,
+        "training_state": bundle.state,
+        "files": files,
+        "history": [_kept_facts(kept) for kept in found.history],
+        "notes": [],
+        "foreign": [],
+        "damaged": list(found.container.notes),
+        "contradictions": [],
+    }
+    for part in (bundle.weights, bundle.optimizer):
+        with contextlib.suppress(CheckpointError):  # damage is among the notes of the container
+            if part is not None:
+                facts["foreign"] += [f"{part.source.path}: its pickle names {call}" for call in part.source.foreign]
+    facts["foreign"] = list(dict.fromkeys(facts["foreign"]))
+    try:
+        if found.weights_read and bundle.config is not None:
+            facts["contradictions"] = contradictions(bundle, with_optimizer=found.optimizer is not None)
+            facts["notes"] = notes(str(bundle.path("config.json")), bundle.config, bundle.state)
+    except CheckpointDamaged as error:
+        facts["damaged"].append(str(error))
+    except CheckpointError as error:
+        facts["contradictions"] = [str(error)]
+    return facts
+
+
+def _architecture(architecture: Any) -> Facts:
+    return {name: getattr(architecture, name) for name in architecture.__slots__ if name != "notes"}
+
+
+def _lacks(found: Inspected) -> list[str]:
+    """What a foreign model lacks, or has too many of, in a sentence each."""
+    said = []
+    for names, what in ((found.identity.missing, "is missing"), (found.identity.unplaced, "has no place in it")):
+        if names:
+            more = f", and so do {len(names) - 3} more" if len(names) > 3 else ""
+            said.append(f"{', '.join(names[:3])} {what}{more}")
+    return said
+
+
+def _parameters(found: Inspected) -> Facts:
+    """Count parameters, tied ones once; of an unknown model, elements of all tensors."""
+    architecture = found.identity.architecture
+    if architecture is not None:
+        return {"total": architecture.parameters, "without_embeddings": architecture.parameters_without_embeddings}
+    tensors = found.weights or found.container.tensors
+    once = {(t.file, t.storage, t.offset, t.shape, t.strides): t.numel for t in tensors.values()}
+    total = sum(once.values())
+    return {"total": total, "without_embeddings": total}
+
+
+def _dtypes(tensors: Iterable[TensorSpec]) -> dict[str, int]:
+    """Elements of each dtype, the most first."""
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _health(found: Inspected) -> Facts:
+    """What of the bytes can be checked."""
+    checks = found.container.checks
+    recorded = sum(check.size for check in checks if check.crc32 is not None and not _whole(check, found))
+    return {"records": len(checks), "recorded_bytes": recorded, "bytes": found.size}
+
+
+def _whole(check: Any, found: Inspected) -> bool:
+    """Whether a check is that of a whole file beside those of its records."""
+    return check.names == (check.file,) and found.bundle is not None
+
+
+def _content(content: Any) -> Facts:
+    return dict(content) if isinstance(content, Mapping) else {"": content}
+
+
+def _kept_facts(kept: Kept) -> Facts:
+    return {
+        "step": kept.step,
+        "val_loss": kept.state.get("val_loss"),
+        "bytes": sum(p.stat().st_size for p in kept.path.iterdir() if p.is_file()),
+        "saved_at": kept.state.get("saved_at"),
+        "path": str(kept.path),
+    }
+
+
+def model_facts(folder: Path) -> Facts:
+    """The line of one model in the list of all."""
+    try:
+        with open_bundle(folder) as bundle:
+            return {
+                "name": folder.name,
+                "step": bundle.step,
+                "val_loss": bundle.state.get("val_loss"),
+                "bytes": sum(bundle.sizes.values()),
+                "saved_at": bundle.state.get("saved_at"),
+            }
+    except CheckpointError as error:
+        legacy = [folder / name for name in LEGACY_FILES if (folder / name).is_file()]
+        if legacy:
+            first = choose(folder).candidates[:1]
+            step = first[0].step if first else None
+            chosen = folder / first[0].single if first and first[0].single else legacy[0]
+            return {"name": folder.name, "legacy": chosen.name, "step": step, "bytes": chosen.stat().st_size}
+        return {"name": folder.name, "error": str(error)}
+
+
+def tensors_in(value: Any) -> Iterable[TensorSpec]:
+    """The tensors somewhere in a content."""
+    if isinstance(value, TensorSpec):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Call):
+        yield from tensors_in((value.args, value.items, value.state))
