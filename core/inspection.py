@@ -16,7 +16,7 @@ from core.containers.container import Check, Container
 from core.containers.inert import Call
 from core.containers.joined import join
 from core.containers.spec import TensorSpec
-from core.errors import CheckpointError, CheckpointNotFound
+from core.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
 from core.families.identify import Identity, identify, weights_key
 from core.legacy import is_legacy, open_legacy
 from core.part import Part
@@ -82,7 +82,11 @@ def inspect_path(path: Path, step: int | None = None) -> Inspected:
     if path.is_file():
         if step is not None:
             raise CheckpointError(f"{path}: a single file has no steps to choose from with --step.")
-        return of_bundle(open_legacy(path)) if is_torch(path) and is_legacy(path) else of_container(path)
+        found = of_container(path)
+        if is_legacy(found.container.content):
+            with contextlib.suppress(CheckpointMismatch):  # one that cannot be loaded is still shown
+                return of_bundle(open_legacy(path))
+        return found
     if not path.exists():
         raise CheckpointNotFound(f"{path}: nothing here. Give a model folder, a step folder in it, or a file.")
     choice = choose(path)
@@ -95,12 +99,6 @@ def inspect_path(path: Path, step: int | None = None) -> Inspected:
     found = of_bundle(open_legacy(path / single) if single else open_bundle(path))
     found.history, found.chosen = history(path), choice.lines()
     return found
-
-
-def is_torch(path: Path) -> bool:
-    """Whether a file begins as those of torch do; a first look, which spares others the reading of a pickle."""
-    with path.open("rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def of_bundle(bundle: Bundle) -> Inspected:

@@ -9,7 +9,7 @@ from typing import Any
 from core.bundle import Bundle
 from core.containers.foreign import attributes
 from core.containers.inert import as_text
-from core.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
+from core.errors import CheckpointMismatch, CheckpointNotFound
 from core.part import Part, TorchFile
 from core.plain import plain
 from core.training_state import FIELDS
@@ -82,10 +82,6 @@ def entries(content: Any) -> str:
     return f"the entries {', '.join(names)}{', ...' if len(content) > 6 else ''}" if names else "an empty dict"
 
 
-def is_legacy(path: Path) -> bool:
-    """Whether a file's header is that of a single-file checkpoint."""
-    try:
-        with open_legacy(path):
-            return True
-    except CheckpointError:
-        return False
+def is_legacy(content: Any) -> bool:
+    """Whether the content of a file is that of a single-file checkpoint of ours."""
+    return isinstance(content, dict) and isinstance(content.get(WEIGHTS), dict) and CONFIG_KEY in content
