@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import io
+import itertools
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +29,70 @@ from core.inspection import Inspected, inspect_path
 from core.plain import plain
 from core.report import Facts, facts_of, model_facts
 from core.report_text import models_text, text_of
+from core.report_views import not_finite, stat_facts, verification_facts, views_text
+from core.screen import printable
 
 EPILOG = """examples:
-  python inspect_model.py                            every model below checkpoints/, or the only one
-  python inspect_model.py --model_name dante         one model
-  python inspect_model.py old.pt                     a file of any program: .pt, .safetensors, .bin
+  python inspect_model.py                                 every model below checkpoints/, or the only one
+  python inspect_model.py --model_name dante              one model
+  python inspect_model.py old.pt                          a file of any program: .pt, .safetensors, .bin
   python inspect_model.py runs/llama --tensors '*norm*'   a folder of any program; some of its tensors, one by one
+  python inspect_model.py dante/model.pt --verify         compare every byte with its checksum
+  python inspect_model.py ckpt.pt --stats '*.weight'      smallest, largest, mean, NaN and Inf of tensors
+  python inspect_model.py --diff latest.pt checkpoints/dante    what changed, whatever the formats
+  python inspect_model.py --model_name dante --html dante.html  a page to look at
 
-Nothing is loaded and nothing in a file is executed. Exit code 1 when something is damaged or cannot be read.
+Nothing is loaded and nothing in a file is executed. Exit code 0 when all is well (with --diff: equal), 1 when
+something is damaged, cannot be read or holds NaN or Inf (with --diff: different), 2 for wrong use and for a --diff
+that cannot be made.
 """
 
 
 def main(argv: list[str]) -> int:
     """Print what checkpoints hold; returns the exit code."""
+    parser = make_parser()
+    args = parser.parse(argv)
+    if args.diff:
+        return diff(parser, args)
+    places = find_places(parser, args)
+    if places is None:
+        return WRONG_USE
+    shown, faults = [], []
+    for place in places:
+        facts, found = look(place, args)
+        shown.append(facts)
+        faults += found
+    return show(shown, faults, args)
+
+
+def make_parser() -> Parser:
+    """Describe the flags."""
     parser = Parser(prog="inspect_model.py", description=__doc__ or "", epilog=EPILOG)
     parser.add_argument("paths", metavar="PATH", nargs="*", help="a checkpoint folder or file, or a folder of models")
     parser.add_argument("--step", type=int, metavar="N", help="a kept step instead of the newest")
     add_legacy_flag(parser)
-    parser.add_argument(
+    views = parser.add_argument_group("views")
+    views.add_argument(
         "--tensors", metavar="GLOB", nargs="?", const="*", help="list tensors one by one, those that a pattern fits"
     )
+    views.add_argument("--verify", action="store_true", help="compare every byte with its recorded checksum")
+    views.add_argument(
+        "--stats", metavar="GLOB", nargs="?", const="*", help="read tensors: min, max, mean, std, zeros, NaN and Inf"
+    )
+    views.add_argument("--diff", metavar=("A", "B"), nargs=2, help="compare two checkpoints of any formats")
+    views.add_argument("--moments", action="store_true", help="with --diff: the tensors of the optimizers as well")
+    views.add_argument("--html", metavar="FILE", type=Path, help="write a page to look at, in one file")
+    views.add_argument("--overwrite", action="store_true", help="with --html: replace a file that is there")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text (docs/inspect.md)")
-    args = parser.parse(argv)
+    return parser
+
+
+def find_places(parser: Parser, args: argparse.Namespace) -> list[Path] | None:
+    """Find what the command line names; None (after saying so) when it could be several."""
     named = [flag for flag in ("model_name", "legacy_checkpoint") if getattr(args, flag)]
+    for flag in ("tensors", "stats"):
+        if Path(getattr(args, flag) or "*").exists():
+            parser.error(f"--{flag} {getattr(args, flag)}: is a path, and would be taken for a pattern; write it first")
     if args.paths and named:
         parser.error(f"PATH and --{named[0]} name two checkpoints; give one of them")
     root = Path(args.checkpoint_root)
@@ -59,29 +104,79 @@ def main(argv: list[str]) -> int:
     elif args.model_name or len(model_names(root)) < 2:
         name = choose_model(args)
         if name is None:
-            return WRONG_USE
+            return None
         places = [root / name]
     else:
         places = [root]
-    if args.step is not None and len(places) != 1:
-        parser.error("--step is a step of one checkpoint; give one PATH")
-    return show([look(place, args.step, args.tensors) for place in places], args.tensors is not None, args.json)
+    for flag in ("step", "html"):
+        if getattr(args, flag) is not None and len(places) != 1:
+            parser.error(f"--{flag} is for one checkpoint; give one PATH")
+    return places
 
 
-def look(place: Path, step: int | None, pattern: str | None) -> Facts:
-    """Collect the facts of one checkpoint, or of all models in a folder of them.
+def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
+    """Collect the facts of one checkpoint, or of all models in a folder of them, and what is wrong with it.
 
     Raises: CheckpointError when nothing there can be read.
     """
     try:
-        names = model_names(place) if place.is_dir() and step is None else []
+        names = model_names(place) if place.is_dir() and args.step is None else []
         if names and not is_checkpoint(place):
-            return {"root": str(place), "models": [model_facts(place / name) for name in names]}
-        with inspect_path(place, step) as found:
+            return {"root": str(place), "models": [model_facts(place / name) for name in names]}, []
+        with inspect_path(place, args.step) as found:
             say_chosen(found)
-            return facts_of(found, pattern)
+            facts = facts_of(found, args.tensors)
+            faults = list(facts["damaged"])
+            if args.verify:
+                from core.verification import verify_container
+
+                with bar("verifying", found.size) as advance:
+                    verification = verify_container(found.container, advance)
+                facts["verification"] = verification_facts(verification)
+                faults += verification.damaged
+            if args.stats is not None:
+                from core.statistics import statistics
+
+                names = [name for name in found.container.tensors if fnmatchcase(name, args.stats)]
+                with bar("reading", sum(found.container.tensors[name].nbytes for name in names)) as advance:
+                    facts["stats"] = [stat_facts(stat) for stat in statistics(found.container, names, advance)]
+                faults += not_finite(facts["stats"])
+            if args.html is not None:
+                from core.page import write_page
+
+                with bar("reading", 2 * sum(t.nbytes for t in found.weights.values())) as advance:
+                    write_page(args.html, found, facts, overwrite=args.overwrite, progress=advance)
+            return facts, faults
     except OSError as error:
         raise CheckpointError(f"{error.filename or place}: cannot be read ({error.strerror}).") from error
+
+
+def diff(parser: Parser, args: argparse.Namespace) -> int:
+    """Compare two checkpoints; returns 0 when they are equal, 1 when not, 2 when they cannot be compared."""
+    if args.paths or args.model_name or args.legacy_checkpoint or args.step is not None:
+        parser.error("--diff A B names both checkpoints; leave the others out")
+    from core.comparison import compare
+    from core.side import Side
+
+    try:
+        with inspect_path(Path(args.diff[0])) as a, inspect_path(Path(args.diff[1])) as b:
+            total = sum(t.nbytes for found in (a, b) for t in found.weights.values())
+            with bar("comparing", total) as advance:
+                found = compare(Side.of(a), Side.of(b), args.moments, advance)
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_USE
+    print(json.dumps(plain(found.facts()), indent=2, allow_nan=False) if args.json else "\n".join(found.lines()))
+    return DONE if found.equal else FAILED
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Show progress in bytes when it takes more than two seconds."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2.0, leave=False) as shown:
+        yield shown.update
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -95,26 +190,25 @@ def say_chosen(found: Inspected) -> None:
         print(line, file=sys.stderr)
 
 
-def show(shown: list[Facts], all_tensors: bool, as_json: bool) -> int:
+def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int:
     """Print facts, and what is wrong on stderr; returns the exit code."""
-    if as_json:
+    if args.json:
         document: Any = shown[0] if len(shown) == 1 else shown
         print(json.dumps(plain(document), indent=2, allow_nan=False))
     else:
-        print("\n\n".join("\n".join(lines(facts, all_tensors)) for facts in shown))
-    damaged = [problem for facts in shown for problem in facts.get("damaged", [])]
-    for problem in damaged:
-        print(f"error: {problem}", file=sys.stderr)
+        print("\n\n".join("\n".join(lines(facts, args.tensors is not None)) for facts in shown))
+    for fault in faults:
+        print(f"error: {printable(fault)}", file=sys.stderr)
     for call in (call for facts in shown for call in facts.get("foreign", [])):
         print(f"WARNING: {call}; nothing was executed", file=sys.stderr)
-    return FAILED if damaged else DONE
+    return FAILED if faults else DONE
 
 
 def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:
     """Write facts for people."""
     if "models" in facts:
         return models_text(facts["root"], facts["models"])
-    return text_of(facts, all_tensors)
+    return itertools.chain(text_of(facts, all_tensors), views_text(facts))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ MODEL = "model.pt"
 STANDARD = (MODEL, CONFIG, "tokenizer.json", STATE, "optimizer.pt")
 """The files of a bundle whose training state does not list them."""
 
+_NOT_THERE = (FileNotFoundError, NotADirectoryError)
+
 READ_ATTEMPTS = 1000
 """Commits that may happen while a reader opens one bundle, before it gives up."""
 
@@ -79,13 +81,13 @@ class ModelFolder:
         """
         try:
             return self.storage.read(self.committed / name)
-        except FileNotFoundError:
+        except _NOT_THERE:
             return self.storage.read(self.path / name)
 
     def _open(self, name: str) -> BinaryIO:
         try:
             return self.storage.open(self.committed / name)
-        except FileNotFoundError:
+        except _NOT_THERE:
             return self.storage.open(self.path / name)
 
     def open_newest(self) -> Opened:
@@ -100,7 +102,7 @@ class ModelFolder:
             for name in file_names(state)[:-1]:
                 try:
                     opened.files[name] = self._open(name)
-                except FileNotFoundError:
+                except _NOT_THERE:
                     missing = missing or name
                 except OSError as error:  # a network file system: the name moved while it was being opened
                     stale = error.errno == errno.ESTALE
@@ -119,7 +121,7 @@ class ModelFolder:
     def _state_bytes(self) -> bytes | None:
         try:
             return self.read(STATE)
-        except FileNotFoundError:
+        except _NOT_THERE:
             return None
 
     def open_step(self, step: int) -> Opened:

@@ -87,7 +87,8 @@ def _parameters(facts: Facts) -> Iterable[str]:
 def architecture_lines(a: Facts) -> Iterable[str]:
     """What the tensors say of a model, in three lines."""
     groups = f" in {a['n_kv_head']} groups" if a["n_kv_head"] not in (None, a["n_head"]) else ""
-    heads = f"{_known(a['n_head'])} heads{groups}" + (f" of {a['head_size']}" if a["head_size"] else "")
+    one = "" if a["n_head"] == 1 else "s"
+    heads = f"{_known(a['n_head'])} head{one}{groups}" + (f" of {a['head_size']}" if a["head_size"] else "")
     yield f"{_known(a['n_layer'])} layers, {heads}, width {_known(a['n_embd'])}, feed-forward {_known(a['n_ffn'])}"
     rows = f"vocabulary {_known(a['vocab_size'])}"
     if a["head_rows"] not in (None, a["vocab_size"]):

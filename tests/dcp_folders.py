@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import warnings
 from collections.abc import Iterable
@@ -23,13 +22,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from tests.torch_files import saved
+
 Boxes = Iterable[tuple[tuple[int, ...], tuple[int, ...]]]
-
-
-def zipped(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 def cut(tensor: torch.Tensor, begin: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
@@ -60,12 +55,12 @@ class Writer:
         self.metadata.state_dict_metadata[name] = TensorStorageMetadata(properties, tensor.size(), chunks)
         self.metadata.planner_data[name] = (name,)
         for i, (begin, shape) in enumerate(boxes):
-            self.item(MetadataIndex(name, begin, i), zipped(cut(tensor, begin, shape)))
+            self.item(MetadataIndex(name, begin, i), saved(cut(tensor, begin, shape)))
 
     def value(self, name: str, value: Any) -> None:
         self.metadata.state_dict_metadata[name] = BytesStorageMetadata()
         self.metadata.planner_data[name] = (name,)
-        self.item(MetadataIndex(name), zipped(value))
+        self.item(MetadataIndex(name), saved(value))
 
     def info(self, name: str) -> _StorageInfo:
         """Where the first item of this name is."""
@@ -90,3 +85,15 @@ def save(state: dict[str, Any], folder: Path) -> Path:
         warnings.simplefilter("ignore", UserWarning)  # that it saves in one process
         dcp.save(state, checkpoint_id=folder, no_dist=True)
     return folder
+
+
+ROWS = [((0, 0), (3, 4)), ((3, 0), (3, 4)), ((6, 0), (1, 4)), ((7, 0), (0, 4))]
+"""(7, 4) on four ranks: the third has one row, the last none."""
+
+
+def write_rows(folder: Path) -> Path:
+    """Write a tensor in rows, and a value."""
+    writer = Writer(folder)
+    writer.tensor("w", torch.arange(28.0).reshape(7, 4), ROWS)
+    writer.value("lr", 0.5)
+    return writer.close()

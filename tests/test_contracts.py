@@ -10,12 +10,16 @@ import pytest
 
 from tests.conftest import ROOT
 
+CORE_MODULES = """
+bundle change checksum choice commandline commit comparison comparison_text config curve differences equality
+errors evolution fit inspection legacy lock migration optimizer_state page part plain report report_text
+report_views screen side statistics storage tensor_table training_state verification
+"""
+
 TORCH_FREE = [
     "inspect_model.py",
     "convert_checkpoints.py",
-    *(f"core/{name}.py" for name in ("bundle", "commit", "config", "differences", "errors", "lock", "storage")),
-    *(f"core/{name}.py" for name in ("checksum", "choice", "commandline", "equality", "evolution", "fit", "legacy")),
-    *(f"core/{name}.py" for name in ("migration", "optimizer_state", "part", "plain", "screen", "training_state")),
+    *(f"core/{name}.py" for name in CORE_MODULES.split()),
     *(str(p.relative_to(ROOT)) for p in (ROOT / "core/families").glob("*.py")),
     *(str(p.relative_to(ROOT)) for p in (ROOT / "core/containers").glob("*.py") if p.stem != "torch_zip_writer"),
 ]

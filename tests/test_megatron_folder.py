@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,36 +11,15 @@ import torch
 from core.containers.foreign import attributes
 from core.containers.megatron_folder import is_megatron_folder, open_megatron_folder
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
-from tests.containers import assert_same
+from tests.containers import assert_same, layers_stacked, write_megatron
 from tests.dcp_folders import save
 
 
-def stacked() -> dict[str, torch.Tensor]:
-    """A model as torch_dist keeps it: the layers of a kind in one tensor."""
-    torch.manual_seed(2)
-    return {
-        "embedding.word_embeddings.weight": torch.randn(16, 4),
-        "decoder.layers.self_attention.linear_qkv.weight": torch.randn(3, 12, 4),
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight": torch.ones(3, 4),
-        "optimizer.state.exp_avg.embedding.word_embeddings.weight": torch.randn(16, 4),
-    }
-
-
-def write_iteration(folder: Path) -> Path:
-    save(stacked(), folder)
-    args = argparse.Namespace(num_layers=3, hidden_size=4, swiglu=True, params_dtype=torch.bfloat16)
-    torch.save(
-        {"args": args, "iteration": 100, "checkpoint_version": 3.0, "seen": torch.arange(3)}, folder / "common.pt"
-    )
-    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "common_backend": "torch"}')
-    return folder
-
-
 def test_an_iteration_has_its_tensors_and_the_arguments_of_its_run(tmp_path):
-    folder = write_iteration(tmp_path / "iter_0000100")
+    folder = write_megatron(tmp_path / "iter_0000100")
     assert is_megatron_folder(folder)
     container = open_megatron_folder(folder)
-    assert_same(container, stacked() | {"common.seen": torch.arange(3)})
+    assert_same(container, layers_stacked() | {"common.seen": torch.arange(3)})
     assert container.kind == "Megatron iteration (torch_dist), DCP folder, 1 file"
     assert attributes(container.content["common"]["args"]) == {
         "num_layers": 3,
@@ -56,7 +34,7 @@ def test_an_iteration_has_its_tensors_and_the_arguments_of_its_run(tmp_path):
 
 def test_of_several_iterations_the_one_that_megatron_would_load_is_read(tmp_path):
     for n in (100, 200):
-        write_iteration(tmp_path / f"iter_{n:07}")
+        write_megatron(tmp_path / f"iter_{n:07}")
     assert is_megatron_folder(tmp_path)
     assert open_megatron_folder(tmp_path).notes == [
         f"iter_0000200 of {tmp_path}: the last one; also there: iter_0000100."
@@ -80,7 +58,7 @@ def test_of_several_iterations_the_one_that_megatron_would_load_is_read(tmp_path
     ],
 )
 def test_a_tracker_file_that_names_nothing_is_refused(tmp_path, text, said):
-    write_iteration(tmp_path / "iter_0000100")
+    write_megatron(tmp_path / "iter_0000100")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
     with pytest.raises(CheckpointDamaged) as caught:
         open_megatron_folder(tmp_path)
@@ -124,7 +102,7 @@ def test_the_file_of_the_only_rank_is_as_it_would_be_alone(tmp_path):
 
 
 def test_an_iteration_without_arguments_says_so(tmp_path):
-    folder = write_iteration(tmp_path / "iter_0000100")
+    folder = write_megatron(tmp_path / "iter_0000100")
     (folder / "common.pt").unlink()
     assert open_megatron_folder(tmp_path).notes[0] == "common.pt is missing: the arguments of the run are not known."
     for file in folder.iterdir():
@@ -134,7 +112,7 @@ def test_an_iteration_without_arguments_says_so(tmp_path):
 
 
 def test_other_folders_are_none(tmp_path):
-    save(stacked(), tmp_path / "dcp")
+    save(layers_stacked(), tmp_path / "dcp")
     for folder in (tmp_path, tmp_path / "dcp"):
         assert not is_megatron_folder(folder)
         with pytest.raises(CheckpointNotFound, match="no folder of Megatron here, expected iter_0000100 and the like"):
@@ -142,7 +120,7 @@ def test_other_folders_are_none(tmp_path):
 
 
 def test_damaged_parts_are_named(tmp_path):
-    folder = write_iteration(tmp_path / "iter_0000100")
+    folder = write_megatron(tmp_path / "iter_0000100")
     size = (folder / "common.pt").stat().st_size
     os.truncate(folder / "common.pt", size - 1)
     with pytest.raises(CheckpointDamaged, match=r"common\.pt: cut off after"):
@@ -155,4 +133,7 @@ def test_damaged_parts_are_named(tmp_path):
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match=r"metadata\.json: 100000 bytes that are no valid JSON"):
+        open_megatron_folder(folder)
+    os.truncate(folder / "metadata.json", 100_000_001)
+    with pytest.raises(CheckpointDamaged, match=r"metadata\.json: has 100000001 bytes, at most 100000000 are read\."):
         open_megatron_folder(folder)

@@ -1,15 +1,11 @@
-"""The torch-free reader of torch's old stream files, with torch itself as the oracle, and what opens any torch file."""
+"""The torch-free reader of torch's old stream files, with torch itself as the oracle."""
 
 from __future__ import annotations
 
 import collections
-import io
 import os
 import pickle
 import struct
-import subprocess
-import sys
-import tarfile
 import time
 import tracemalloc
 
@@ -21,37 +17,25 @@ from hypothesis import strategies as st
 
 from core.containers.inert import as_text
 from core.containers.spec import ITEM_SIZES
-from core.containers.torch_file import open_torch_file
 from core.containers.torch_stream import MAGIC, TorchStream
-from core.errors import CheckpointDamaged, CheckpointError
-from tests.conftest import ROOT
-from tests.test_torch_zip import assert_same_as_torch, bits, example, rebuilt
+from core.errors import CheckpointError
+from tests import torch_files
+from tests.torch_files import (
+    Reference,
+    Tensor,
+    assert_same_as_torch,
+    bits,
+    damage,
+    example,
+    failure,
+    opened,
+    pickled,
+    rebuilt,
+)
 
 
 def saved(content, protocol: int = 2) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
-    return buffer.getvalue()
-
-
-def opened(data: bytes):
-    return open_torch_file(io.BytesIO(data), "x.pt")
-
-
-def failure(data: bytes) -> str:
-    """The sentence with which a file is refused."""
-    with pytest.raises(CheckpointError) as caught:
-        opened(data)
-    assert str(caught.value).startswith("x.pt: ")
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def damage(data: bytes) -> str:
-    """The sentence with which a file is called damaged."""
-    with pytest.raises(CheckpointDamaged):
-        opened(data)
-    return failure(data)
+    return torch_files.saved(content, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
 
 
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
@@ -118,34 +102,6 @@ def test_whole_pickled_module_shows_its_class_and_tensors():
 
 
 # files written by hand, as no torch of today writes them
-
-
-class Reference:
-    """Stands for a storage in a pickle."""
-
-    def __init__(self, *identity):
-        self.identity = identity
-
-
-class Tensor:
-    """Pickles as a tensor in a storage."""
-
-    def __init__(self, reference, offset, shape, strides):
-        self.args = (reference, offset, shape, strides, False, collections.OrderedDict())
-
-    def __reduce__(self):
-        return torch._utils._rebuild_tensor_v2, self.args
-
-
-class Pickler(pickle.Pickler):
-    def persistent_id(self, value):
-        return value.identity if isinstance(value, Reference) else None
-
-
-def pickled(value) -> bytes:
-    buffer = io.BytesIO()
-    Pickler(buffer, 2).dump(value)
-    return buffer.getvalue()
 
 
 SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
@@ -332,90 +288,3 @@ def test_pickles_longer_than_the_first_read_are_read(monkeypatch):
     assert_same_as_torch(data, opened(data))
     monkeypatch.setattr("core.containers.torch_stream.LARGEST_PICKLE", 5000)
     assert "does not end within the first 5000 bytes" in damage(data)
-
-
-# what opens any torch file
-
-
-def npy() -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.arange(3))
-    return buffer.getvalue()
-
-
-def tar(name: str, form: int) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
-        archive.addfile(tarfile.TarInfo(name), io.BytesIO())
-    return buffer.getvalue()
-
-
-def safetensors() -> bytes:
-    from safetensors.torch import save
-
-    return save({"w": torch.ones(3)})
-
-
-TAR_OF_TORCH = "torch's tar format from before version 0.1.10, expected a zip or stream file of torch. Load and save it"
-OTHERS = {
-    "safetensors": (safetensors(), "a safetensors file, expected a torch file"),
-    "numpy": (npy(), "a numpy array, no torch file"),
-    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(40), "an HDF5 file"),
-    "gzip": (b"\x1f\x8b\x08" + bytes(20), "a gzip file, no torch file: it begins with b'\\x1f\\x8b"),
-    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Fetch the file with git lfs pull."),
-    "web page": (b"\n<!DOCTYPE html><title>404</title>", "a web page, no torch file"),
-    "html": (b"<HTML><body>Sorry</body>", "a web page"),
-    "json": (b'{"n_layer": 6}', 'no torch zip file: a text file that begins with "{\\"n_layer'),
-    "text": ("größer\n".encode() * 200, "a text file that begins with"),
-    "plain pickle": (pickle.dumps({"itos": dict(enumerate("abcdefghijklmnopqrstuvw"))}), "without the magic number"),
-    "small pickle": (pickle.dumps([1]), "without the magic number of torch (0x1950a86a20f9469cfc6c): torch.save did"),
-    "cut plain pickle": (pickle.dumps(list(range(2000)))[:900], "without the magic number"),
-    "tar": (tar("notes.txt", tarfile.USTAR_FORMAT), "a tar archive, expected a torch file. Unpack it first."),
-    **{
-        f"torch tar {name} {form}": (tar(name, form), TAR_OF_TORCH)
-        for name, form in (("sys_info", tarfile.PAX_FORMAT), ("./pickle", tarfile.GNU_FORMAT), ("storages", 0))
-    },
-}
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_another_kind_of_file_is_called_by_its_name(kind):
-    data, message = OTHERS[kind]
-    assert message in failure(data)
-    with pytest.raises(CheckpointError) as caught:
-        opened(data)
-    assert type(caught.value) is CheckpointError  # it is not damaged, it is something else
-
-
-@pytest.mark.parametrize("data", [b"\xff\x00\x93\x11" * 30, bytes(1000), b"\x80\xf0abc", b"\x00"])
-def test_random_bytes_are_damage_and_named(data):
-    message = damage(data)
-    assert f"no torch zip file: it begins with {as_text(data[:8])}" in message
-
-
-@given(st.binary(min_size=1, max_size=600), st.sampled_from([b"", b"PK", b"PK\3\4", b"\x80\x02", SMALL[:15]]))
-@settings(max_examples=300, deadline=None)
-def test_no_bytes_raise_anything_but_checkpoint_errors(data, start):
-    with pytest.raises(CheckpointError, match=r"^x\.pt: "):
-        opened(start + data)
-
-
-def test_zip_files_are_opened_as_such():
-    buffer = io.BytesIO()
-    torch.save(example(), buffer)
-    archive = opened(buffer.getvalue())
-    assert archive.container == "zip"
-    assert_same_as_torch(buffer.getvalue(), archive)
-    assert "cut off after 1 bytes" in damage(b"P")
-
-
-def test_opening_imports_neither_torch_nor_pickle():
-    code = (
-        "import sys, io; before = set(sys.modules)\n"
-        "from core.containers.torch_file import open_torch_file\n"
-        "import core.containers.foreign\n"
-        "open_torch_file(io.BytesIO(bytes.fromhex(sys.argv[1])), 'x.pt')\n"
-        "print(sorted({'torch', 'numpy', 'pickle', 'zipfile', 'tarfile'} & (set(sys.modules) - before)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, SMALL.hex()], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -28,6 +28,9 @@ _CLASSES = frozenset(
         *("Shard", "_StridedShard", "Replicate", "Partial", "_Partial", "MCoreMetadata"),
     }
 )
+_MOST_MESH_DIMENSIONS = 16
+"""Data, pipeline, tensor, context and expert parallelism make five; the work grows with the square."""
+
 _BUILDERS = ("torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_wrapper_subclass")
 
 
@@ -85,7 +88,7 @@ def shard_of(value: Any, where: str) -> Shard | None:
     at = tuple(at) if isinstance(at, (list, tuple)) else at
     if (
         not (naturals(sizes) and naturals(at) and isinstance(placements, tuple))
-        or not len(sizes) == len(at) == len(placements)
+        or not len(sizes) == len(at) == len(placements) <= _MOST_MESH_DIMENSIONS
         or not all(i < n for i, n in zip(at, sizes, strict=True))
         or math.prod(sizes) >= 1 << 31
     ):
@@ -112,8 +115,8 @@ def _mesh_sizes(mesh: dict[str, Any]) -> Any:
     """How many ranks a mesh has along each of its dimensions; older torch kept the ranks themselves in `mesh`."""
     axes = (attributes(mesh.get("_layout")) or {}).get("axes")
     if isinstance(axes, tuple):
-        shapes = [(attributes(axis) or {}).get("shape") for axis in axes]
-        return tuple([math.prod(shape) if naturals(shape) else None for shape in shapes])
+        shapes = [(attributes(axis) or {}).get("shape") for axis in axes[: _MOST_MESH_DIMENSIONS + 1]]
+        return tuple([math.prod(s) if naturals(s) and len(s) <= _MOST_MESH_DIMENSIONS else None for s in shapes])
     shape = (attributes(mesh.get("_layout")) or {}).get("shape")
     if shape is not None:
         return shape if isinstance(shape, tuple) else (shape,)

@@ -12,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.containers.container import Container, is_plain, listing, member, reading
-from core.containers.inert import as_text, check_structure
+from core.containers.container import Container, is_plain, listing, member
+from core.containers.inert import as_text
+from core.containers.joined import read_json
 from core.containers.safetensors import METADATA, open_safetensors
 from core.containers.spec import TensorSpec
-from core.containers.zip_directory import read_at
 from core.errors import CheckpointDamaged, CheckpointNotFound
-from core.training_state import parse_json
 
 WEIGHTS = (
     "model.safetensors",
@@ -54,7 +53,6 @@ _USUAL = {METADATA: {"format": "pt"}}
 """What every safetensors file says that transformers wrote."""
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-_LARGEST_JSON = 100_000_000  # bytes
 _MOST_NAMED = 3
 
 
@@ -80,10 +78,10 @@ def open_hf_folder(path: Path) -> Container:
     files: dict[str, int] = {}
     content: dict[str, Any] = {}
     if CONFIG in names:
-        content["config"] = _read_json(folder, CONFIG, files)
+        content["config"] = read_json(folder, CONFIG, files)
     weight_map: dict[str, str] = {}
     if main and main.endswith(INDEX):
-        index = _read_json(folder, main, files)
+        index = read_json(folder, main, files)
         weight_map = _weight_map(index, where)
         content |= {"metadata": index["metadata"]} if "metadata" in index else {}
     parts = sorted(set(weight_map.values())) or ([main] if main else _numbered(names))
@@ -129,19 +127,6 @@ def _beside(names: dict[str, int | None], files: dict[str, int]) -> list[str]:
     surplus = [_shown(name) for name in names if name.endswith(_WEIGHT_SUFFIXES) and name not in files]
     notes = [f"with {', '.join(known)}"] if known else []
     return notes + ([f"also here, not part of the model: {_some(surplus)}"] if surplus else [])
-
-
-def _read_json(folder: Path, name: str, files: dict[str, int]) -> dict[str, Any]:
-    """Read a JSON object of the folder, and add its size to `files`."""
-    path = member(folder, name, str(folder))
-    with reading(path) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size > _LARGEST_JSON:
-            raise CheckpointDamaged(f"{path}: has {size} bytes, a description of a model at most {_LARGEST_JSON}.")
-        values = parse_json(read_at(file, 0, size, str(path)), str(path))
-    check_structure(values, str(path), size)
-    files[name] = size
-    return values
 
 
 def _weight_map(index: dict[str, Any], where: str) -> dict[str, str]:

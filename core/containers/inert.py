@@ -51,6 +51,10 @@ class Call:
         return as_text(self)
 
 
+_LEAVES = frozenset({str, bytes, int, float, bool, type(None), Global})
+"""Types whose values hold nothing."""
+
+
 class Malformed(Exception):
     """What is wrong with a pickle, in words that complete 'damaged pickle at byte N of M: ...'."""
 
@@ -156,17 +160,18 @@ def check_structure(root: Any, where: str, length: int) -> Container[int]:
                 if measured[id(value)] is None:
                     raise CheckpointDamaged(f"{where}: its content contains itself; a checkpoint is a tree.")
                 continue
-            held = children(value)
-            if held is not None:
-                measured[id(value)] = None
+            held = children(value) or []
+            measured[id(value)] = None
+            if inner := [(child, None) for child in held if type(child) not in _LEAVES]:
                 pending.append((value, held))
-                pending.extend((child, None) for child in held)
-            continue
+                pending += inner
+                continue
         size, height = 1, 0
         for child in held:
             child_size, child_height = measured.get(id(child)) or (1, 0)
             size += child_size + (len(child) if isinstance(child, (str, bytes)) else 0)
-            height = max(height, child_height)
+            if child_height > height:
+                height = child_height
         if height >= DEPTH:
             raise CheckpointDamaged(f"{where}: its content is nested deeper than {DEPTH} levels.")
         if size > limit:

@@ -13,7 +13,7 @@ from core.containers.zip_directory import read_at
 from core.errors import CheckpointDamaged
 from core.training_state import parse_json
 
-_LARGEST_JSON = 10_000_000  # bytes
+_LARGEST_JSON = 100_000_000  # bytes; an index of 100,000 tensors has 10 million
 
 
 def join(whole: Container, part: Container, name: str = "") -> None:

@@ -32,7 +32,7 @@ class Parsed(NamedTuple):
 
     value: Any
     end: int  # the position behind its last byte
-    unused: list[Call]  # calls whose results the value does not hold: made for their effect, or dropped
+    unused: list[Any]  # calls and attributes that the value does not hold: made for their effect, or dropped
 
 
 def read_pickle(data: bytes, where: str) -> Any:
@@ -62,7 +62,7 @@ def parse_pickle(
     reader = _Reader(data, where, start, persistent, resolve or _unresolved, {**PLAIN, **(reductions or {})})
     value = reader.run()
     held = check_structure(value, where, reader.position - start)
-    return Parsed(value, reader.position, [call for call in reader.calls if id(call) not in held])
+    return Parsed(value, reader.position, [lost for lost in reader.unheld if id(lost) not in held])
 
 
 class _Ends(Malformed):
@@ -88,11 +88,12 @@ class _Reader:
         self.push = self.stack.append
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.calls: list[Call] = []
+        self.unheld: list[Any] = []  # calls, and what else the value may not hold in the end
         self.copied = 0  # elements that reductions took: shared arguments add up
 
     def run(self) -> Any:
         data, table, end = self.data, _OPCODES, len(self.data)
+        stack, memo = self.stack, self.memo
         begin = 0
         try:
             while True:
@@ -101,6 +102,13 @@ class _Reader:
                     raise _Ends("it ends without STOP")
                 code = data[begin]
                 self.position = begin + 1
+                if code == 0x94:  # MEMOIZE; this and the next are half of all, and need no call
+                    memo[len(memo)] = stack[-1]
+                    continue
+                if code == 0x68 and begin + 1 < end:  # BINGET
+                    self.position = begin + 2
+                    stack.append(memo[data[begin + 1]])
+                    continue
                 if code == 0x2E:  # STOP
                     return self.pop()
                 operation = table.get(code)
@@ -203,7 +211,7 @@ class _Reader:
                 raise Malformed(f"{as_text(callable)} with {len(args)} arguments") from error
         if value is NotImplemented:
             value = Call(callable, args)
-            self.calls.append(value)
+            self.unheld.append(value)
         self.push(value)
 
     def make_tuple(self) -> None:
@@ -216,6 +224,8 @@ class _Reader:
 
     def build(self) -> None:
         state, target = self.pop(), self.stack[-1]
+        if isinstance(state, (dict, tuple)):  # a function among the attributes can be called, and replaced after that
+            self.unheld.append(state)
         if isinstance(target, Call):
             target.state = state
         elif not isinstance(target, dict):  # attributes of a dictionary are dropped: torch's `_metadata`
@@ -233,7 +243,10 @@ class _Reader:
             target.items.extend(zip(values[::2], values[1::2], strict=True))
         else:
             for key, value in zip(values[::2], values[1::2], strict=True):
-                target[as_key(key)] = value
+                key = as_key(key)
+                if isinstance(replaced := target.get(key), Global):
+                    self.unheld.append(replaced)
+                target[key] = value
 
     def add_items(self) -> None:
         values = self.pop_mark()

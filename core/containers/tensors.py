@@ -202,6 +202,7 @@ def name_tensors(content: Any, where: str) -> dict[str, TensorSpec]:
     tensors: dict[str, TensorSpec] = {}
 
     def walk(value: Any, path: str) -> None:
+        path = path[: _LONGEST_NAME + 1]  # or a long key in front of many values would be copied for each of them
         if isinstance(value, TensorSpec):
             if path in tensors or len(path) > _LONGEST_NAME:
                 problem = "two tensors are called" if path in tensors else "a tensor has the endless name"

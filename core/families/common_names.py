@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from core.families import gpt, hf_gpt2, lecture
+from core.families.claims import ACTIVATIONS, NAMES, TIED
 from core.families.identify import FAMILIES
 from core.families.plan import make_plan, plain_names
 from core.families.recognise import FUSED, LECTURE
@@ -87,6 +89,18 @@ def places(family: str, names: Iterable[str]) -> dict[str, Place]:
     turned = TRANSPOSED if family == "hf_gpt2" else set()
     sources = make_plan(family, TABLES[table][1], {}, names).sources
     return {common: Place(parts, _row(common) in turned) for common, parts in sources.items()}
+
+
+def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that most programs have and that mean the same in all of them, by our names."""
+    found = {field: config[name] for field, names in NAMES.items() for name in names if config.get(name) is not None}
+    for name, tied in TIED.items():
+        if isinstance(said := config.get(name), bool):
+            found["tied_head"] = said is tied
+    for name in ("activation_function", "hidden_act", "activation"):
+        if isinstance(said := config.get(name), str):
+            found.setdefault("activation", ACTIVATIONS.get(said, said))
+    return found
 
 
 def head_and_table(family: str) -> tuple[str, str] | None:

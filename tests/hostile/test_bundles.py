@@ -1,0 +1,110 @@
+"""Hostile folders of our own form: whatever a training state says, only files of the folder are opened."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.bundle import open_bundle
+from core.errors import CheckpointError
+from inspect_model import main
+from tests.conftest import ROOT
+from tests.hostile.assemble import FOUR, items, tensor, torch_zip
+
+CONFIG = {"n_layer": 1, "n_head": 1, "n_embd": 2, "block_size": 2, "vocab_size": 2, "dropout": 0.0, "bias": False}
+
+
+def sealed(state: dict[str, Any]) -> bytes:
+    """A training state with its checksum, which anybody can compute."""
+    unsealed = {**state, "integrity": {**state["integrity"], "self": None}}
+    crc = zlib.crc32(json.dumps(unsealed, sort_keys=True, separators=(",", ":")).encode())
+    return json.dumps({**state, "integrity": {**state["integrity"], "self": f"{crc:08x}"}}).encode()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "outside.pt").write_bytes(b"outside")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "batch_size": 1, "device": "cpu"}))
+    (folder / "tokenizer.json").write_text(json.dumps({"token_kind": "char", "chars": ["a", "b"]}))
+    (folder / "model.pt").write_bytes(torch_zip(items(w=tensor()) + b".", {"0": FOUR}))
+    return folder
+
+
+def say(folder: Path, **changes: Any) -> None:
+    """Write a training state with these entries."""
+    sizes = {name: (folder / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.pt")}
+    files = {name: {"size": len(data), "crc32": f"{zlib.crc32(data):08x}"} for name, data in sizes.items()}
+    state = {"step": 1, "format_version": 2, "integrity": {"files": {**files, **changes.pop("files", {})}}, **changes}
+    (folder / "training_state.json").write_bytes(sealed(state))
+
+
+def shown(folder: Path, *words: str) -> str:
+    """What the command line prints; it ends in one of two ways."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            assert main([str(folder), *words]) in (0, 1)
+        except CheckpointError as error:
+            out.write(str(error))
+    return out.getvalue()
+
+
+def test_the_folder_is_sound_before_it_is_made_hostile(folder):
+    say(folder)
+    with open_bundle(folder) as bundle:
+        assert (bundle.step, list(bundle.weights.tensors)) == (1, ["w"])
+    assert "Last recorded training step: 1" in shown(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.pt", "/etc/passwd", "/dev/zero", "sub/x", "..", ".", "", "\0", "x" * 5000]
+)
+def test_a_training_state_names_no_file_out_of_its_folder(name, folder):
+    say(folder, files={name: {"size": 7, "crc32": "00000000"}})
+    with pytest.raises(CheckpointError, match="training_state"):
+        open_bundle(folder).close()
+
+
+@pytest.mark.parametrize("entry", [None, 1, "x", [], {}, {"size": "x", "crc32": "zz"}, {"size": -1, "crc32": 5}])
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_whatever_is_recorded_of_a_file_ends_in_no_traceback(entry, words, folder):
+    say(folder, files={"model.pt": entry})
+    shown(folder, *words)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "training_state.json"])
+@pytest.mark.parametrize("depth", [300, 900, 100_000])
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_deep_json_ends_in_no_traceback(name, depth, words, folder):
+    say(folder)
+    data = (folder / name).read_bytes().rstrip().removesuffix(b"}")
+    if name == "training_state.json":
+        data = b'{"step": 1'  # as programs before ours wrote it, without a checksum
+    (folder / name).write_bytes(data + b', "x": ' + b"[" * depth + b"]" * depth + b"}")
+    shown(folder, *words)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are a thing of POSIX")
+@pytest.mark.parametrize("name", ["config.json", "model.pt", "training_state.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name, folder):
+    say(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    words = [sys.executable, str(ROOT / "inspect_model.py"), str(folder)]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        pytest.fail("it waits for somebody to write into the pipe")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
