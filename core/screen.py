@@ -11,7 +11,7 @@ def columns(rows: list[tuple[str, ...]]) -> Iterable[str]:
         max((len(row[i]) for row in rows if len(row) > i), default=0) for i in range(max(map(len, rows), default=0))
     ]
     for row in rows:
-        yield "  ".join(cell.ljust(min(width, 60)) for cell, width in zip(row, widths, strict=False)).rstrip()
+        yield "  ".join(cell.ljust(min(width, 80)) for cell, width in zip(row, widths, strict=False)).rstrip()
 
 
 def size_text(size: int) -> str:
