@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from core.errors import CheckpointMismatch
+from core.families.recognise import recognise
 from tests.doors import (
     OF_A_FILE,
     OF_A_FOLDER,
@@ -405,3 +407,11 @@ def test_checkpoint_of_nanogpt_in_the_place_of_ours_is_told_by_its_entries(share
             door, folder, f"{folder / 'latest.pt'}: {found}, expected the entries model_state_dict and config", remedy
         )
     assert "iter_num" in looked_at(folder / "latest.pt")[0]
+
+
+def test_head_with_an_absurd_number_costs_nothing(folder):
+    names = {f"blocks.{i}.sa.heads.9999.key.weight": torch.zeros(1, 1) for i in range(200)}
+    began = time.process_time()
+    with pytest.raises(CheckpointMismatch, match="a head has the number 9999, but there are only 200 tensors in all"):
+        recognise(names)
+    assert time.process_time() - began < 1

@@ -88,6 +88,8 @@ def make_plan(family: str, table: Mapping[str, str], dropped: Mapping[str, str],
             joined[target] = (ours, numbers["i"])
         elif made[target] != (original,):
             raise CheckpointMismatch(f"{made[target][0]} and {original} are two names of {target}")
+    if heads > len(plain):
+        raise CheckpointMismatch(f"a head has the number {heads - 1}, but there are only {len(plain)} tensors in all")
     for target, (ours, layer) in joined.items():
         parts = [theirs for theirs, name in table.items() if name == ours and "{j}" in theirs]
         named = [part.format(i=layer, j=j) for part in parts for j in range(heads)]
