@@ -37,7 +37,7 @@ EPILOG = """examples:
   python inspect_model.py --model_name dante              one model
   python inspect_model.py old.pt                          a file of any program: .pt, .safetensors, .bin
   python inspect_model.py runs/llama --tensors '*norm*'   a folder of any program; some of its tensors, one by one
-  python inspect_model.py dante/model.pt --verify         compare every byte with its checksum
+  python inspect_model.py dante/model.pt --verify         compare every record with its checksum
   python inspect_model.py ckpt.pt --stats '*.weight'      smallest, largest, mean, NaN and Inf of tensors
   python inspect_model.py --diff latest.pt checkpoints/dante    what changed, whatever the formats
   python inspect_model.py --model_name dante --html dante.html  a page to look at
@@ -75,7 +75,7 @@ def make_parser() -> Parser:
     views.add_argument(
         "--tensors", metavar="GLOB", nargs="?", const="*", help="list tensors one by one, those that a pattern fits"
     )
-    views.add_argument("--verify", action="store_true", help="compare every byte with its recorded checksum")
+    views.add_argument("--verify", action="store_true", help="compare every record with its checksum")
     views.add_argument(
         "--stats", metavar="GLOB", nargs="?", const="*", help="read tensors: min, max, mean, std, zeros, NaN and Inf"
     )

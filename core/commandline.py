@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +17,13 @@ DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
 """A folder with one of these is a model."""
+
+
+def _near(word: str, words: Iterable[str], n: int, cutoff: float) -> list[str]:
+    """The likeliest of some words; its library is imported only when a flag is wrong."""
+    from difflib import get_close_matches
+
+    return get_close_matches(word, words, n, cutoff)
 
 
 def _wide(prog: str) -> argparse.HelpFormatter:
@@ -50,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Parse flags; those of --config_file stand in front, so that the command line wins."""
-        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=_wide)
         early.add_argument("--config_file")
         config_file = early.parse_known_args(argv)[0].config_file
         from_file = self._from_file(Path(config_file)) if config_file else []
@@ -67,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         flag = word.split("=")[0]
         if not flag.startswith("-"):
             self.error(f"unexpected word {word!r}")
-        near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), self._flags(), n=1, cutoff=0.5)
+        near = _near(flag.replace("-", "_").replace("__", "--", 1), self._flags(), n=1, cutoff=0.5)
         self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
 
     def _flags(self) -> dict[str, argparse.Action]:
@@ -78,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in read_settings(path).items():
             action = self._flags().get(f"--{name}")
             if action is None or name in ("help", "config_file"):
-                near = difflib.get_close_matches(f"--{name}", self._flags(), n=1, cutoff=0.5)
+                near = _near(f"--{name}", self._flags(), n=1, cutoff=0.5)
                 self.error(f"{path}: unknown flag {name!r}" + (f"; did you mean {near[0][2:]!r}?" if near else ""))
             if isinstance(value, bool):
                 negative = f"--no_{name}"
@@ -130,6 +135,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except OSError as error:
         print(f"error: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
         code = FAILED
+    import signal  # a millisecond that no start has to wait for
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is over: an impatient Ctrl-C must not change the exit code
     sys.exit(code)
 

@@ -29,6 +29,8 @@ def text_of(facts: Facts, all_tensors: bool = False) -> Iterable[str]:
         yield "Lecture-style names, one layer per head: opens as it is, and gets our names at the next save"
     if facts["program"] and "training_state" not in facts:
         yield f"Program: {facts['program']}"
+    if facts["step"] is not None and "training_state" not in facts:
+        yield f"Step: {facts['step']}"
     if facts["config"] is not None:
         fields = ", ".join(f"{printable(str(k))}:{_value(v)}" for k, v in facts["config"].items())
         yield from ("", "=== CONFIG ===", fields)

@@ -49,9 +49,13 @@ def views_text(facts: Facts) -> Iterable[str]:
 
 def _verification_lines(found: Facts) -> Iterable[str]:
     speed = f" ({found['checked_bytes'] / found['seconds'] / 1e9:.2f} GB/s)" if found["seconds"] > 0.01 else ""
-    whole = "nothing is damaged" if not found["damaged"] else f"{len(found['damaged'])} are damaged"
+    faults = len(found["damaged"])
+    whole = f"{faults} fault{'s' * (faults != 1)}" if faults else "nothing is damaged"
     size = size_text(found["checked_bytes"])
-    yield f"{size} compared with recorded checksums in {found['seconds']:.2f} s{speed}: {whole}"
+    if found["checked_bytes"] or faults:
+        yield f"{size} compared with recorded checksums in {found['seconds']:.2f} s{speed}: {whole}"
+    else:
+        yield "no checksum is recorded, so nothing could be compared"
     for kind in ("damaged", "replaced", "unrecorded", "notes"):
         yield from (f"{kind.removesuffix('s')}: {printable(line)}" for line in found[kind])
 

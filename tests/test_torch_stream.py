@@ -6,7 +6,6 @@ import collections
 import os
 import pickle
 import struct
-import time
 import tracemalloc
 
 import numpy as np
@@ -270,14 +269,12 @@ def test_only_the_beginning_and_the_counts_of_a_large_file_are_read(tmp_path):
         file.write(data + struct.pack("<q", numel))
         file.truncate(len(data) + 8 + 4 * numel)
     tracemalloc.start()
-    started = time.perf_counter()
     with path.open("rb") as file:
         archive = TorchStream.open(file, str(path))
-    seconds, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert archive.tensors["w"].nbytes == 3_000_000_000
     assert archive.tensors["w"].offset == len(data) + 8
-    assert seconds < 0.5
     assert peak < 4 << 20
 
 
