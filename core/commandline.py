@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from core.errors import CheckpointError, CheckpointNotFound, InputError
+from core.screen import printable
 
 DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: 75 is EX_TEMPFAIL, which batch queues read as "run me again"; 130 is the shell's 128 + SIGINT."""
@@ -123,7 +124,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -40,7 +40,7 @@ _SMALL: dict[str, tuple[int, int, int, str]] = {
 for the `fnuz` formats Noune et al., "8-bit Numerical Formats for Deep Neural Networks"."""
 
 
-def decode(data: bytes, dtype: str) -> np.ndarray:
+def decode(data: bytes | memoryview, dtype: str) -> np.ndarray:
     """Turn the bytes of elements into an array of at least their precision."""
     import numpy as np
 

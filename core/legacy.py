@@ -12,6 +12,7 @@ from core.containers.inert import as_text
 from core.errors import CheckpointMismatch, CheckpointNotFound
 from core.part import Part, TorchFile
 from core.plain import plain
+from core.storage import DISK
 from core.training_state import FIELDS
 
 WEIGHTS, OPTIMIZER_STATE, CONFIG_KEY, TOKENIZER_KEY = "model_state_dict", "optimizer_state_dict", "config", "tokenizer"
@@ -24,7 +25,7 @@ def open_legacy(path: Path) -> Bundle:
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch when it is a checkpoint of another kind.
     """
     try:
-        file = path.open("rb", buffering=0)
+        file = DISK.open(path)
     except OSError as error:
         raise CheckpointNotFound(
             f"{path}: cannot be opened ({error.strerror}). Expected a single-file checkpoint."

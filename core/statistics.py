@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from core.containers.container import Container
 from core.containers.elements import inflated, pieces
 from core.containers.spec import ITEM_SIZES, TensorSpec
+from core.decode import decode
 
 if TYPE_CHECKING:
     import numpy as np  # a tenth of a second that looking into a file need not pay
@@ -122,15 +122,22 @@ def _values(
     container: Container, spec: TensorSpec, progress: Progress = lambda size: None
 ) -> Iterator[tuple[Array, int]]:
     """The elements as numbers in blocks, in any order, and how often each block counts."""
-    import numpy as np
-
-    decode, kind = _decoder(spec.dtype)
+    block = _BLOCK * ITEM_SIZES[spec.dtype]
     for part, copies in _parts(spec):
         for piece in pieces(container, part):
-            stored = np.frombuffer(piece, kind)
-            for start in range(0, len(stored), _BLOCK):
-                yield decode(stored[start : start + _BLOCK]), copies
-            progress(len(piece))
+            view = memoryview(piece)
+            for start in range(0, len(view), block):
+                yield _real(decode(view[start : start + block], spec.dtype)), copies
+            progress(len(view))
+
+
+def _real(values: Array) -> Array:
+    """Numbers that can be ordered and summed: magnitudes of complex ones, and halves in float32."""
+    import numpy as np
+
+    if values.dtype.kind == "c":  # in float64 there is room for the squares of float32
+        return np.hypot(values.real.astype(np.float64), values.imag.astype(np.float64))
+    return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def _parts(spec: TensorSpec) -> Iterator[tuple[TensorSpec, int]]:
@@ -186,7 +193,9 @@ class _Sums:
 
     def stat(self, spec: TensorSpec) -> Stat:
         """The result."""
-        note = BY_MAGNITUDE if spec.dtype in _COMPLEX else TWO_IN_ONE if spec.dtype == "float4_e2m1fn_x2" else ""
+        note = (
+            BY_MAGNITUDE if spec.dtype.startswith("complex") else TWO_IN_ONE if spec.dtype == "float4_e2m1fn_x2" else ""
+        )
         found = Stat(spec.name, self.count, self.nan, self.inf, self.zeros, note=note)
         if not self.finite:
             return found
@@ -212,59 +221,3 @@ def _mean_and_squares(values: Array, low: Any, high: Any) -> tuple[Any, Any]:
     mean = work.mean()
     work -= mean
     return mean, np.square(work, out=work).sum()  # the dot product of a BLAS would start threads for so little
-
-
-def _decoder(dtype: str) -> tuple[Callable[[Array], Array], Any]:
-    """How stored elements become numbers, and the type of numpy that they are stored as."""
-    import numpy as np
-
-    if dtype == "float4_e2m1fn_x2":
-        return lambda stored: _table(dtype)[np.stack((stored & 15, stored >> 4))].reshape(-1), "u1"
-    if dtype in _SMALL_FLOATS:
-        return _table(dtype).take, "u1"
-    if dtype == "bfloat16":
-        return lambda stored: (stored.astype(np.uint32) << 16).view(np.float32), "<u2"
-    if dtype == "float16":
-        return lambda stored: stored.astype(np.float32), "<f2"
-    if dtype == "bool":
-        return lambda stored: (stored != 0).view(np.uint8), "u1"
-    if dtype in _COMPLEX:
-        kind = [("real", _COMPLEX[dtype]), ("imag", _COMPLEX[dtype])]
-        # in float64 there is room for the squares of float32
-        return lambda stored: np.hypot(stored["real"].astype(np.float64), stored["imag"].astype(np.float64)), kind
-    return lambda stored: stored, np.dtype(dtype).newbyteorder("<")
-
-
-_COMPLEX = {"complex32": "<f2", "complex64": "<f4", "complex128": "<f8"}
-
-_SMALL_FLOATS: dict[str, tuple[int, int, int, dict[int, float]]] = {
-    "float8_e4m3fn": (4, 3, 7, {0x7F: math.nan, 0xFF: math.nan}),
-    "float8_e4m3fnuz": (4, 3, 8, {0x80: math.nan}),
-    "float8_e5m2": (
-        *(5, 2, 15),
-        {0x7C: math.inf, 0xFC: -math.inf, **dict.fromkeys((0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF), math.nan)},
-    ),
-    "float8_e5m2fnuz": (5, 2, 16, {0x80: math.nan}),
-    "float8_e8m0fnu": (8, 0, 127, {0xFF: math.nan}),
-    "float4_e2m1fn_x2": (2, 1, 1, {}),
-}
-"""Bits of exponent and mantissa, the exponent's bias, and codes that stand for something else.
-
-From the OCP specifications (8-bit floating point, microscaling formats) and, for "fnuz", from arXiv:2206.02915.
-"""
-
-
-@functools.cache
-def _table(dtype: str) -> Array:
-    """The number that each code of a small type stands for."""
-    import numpy as np
-
-    exponent_bits, mantissa_bits, bias, special = _SMALL_FLOATS[dtype]
-    signed = exponent_bits + mantissa_bits < 8
-    numbers = []
-    for code in range(1 << signed + exponent_bits + mantissa_bits):
-        mantissa, exponent = code % (1 << mantissa_bits), code >> mantissa_bits & (1 << exponent_bits) - 1
-        normal = exponent > 0 or not signed  # e8m0 has powers of two alone, neither zero nor denormals
-        number = math.ldexp(mantissa + (normal << mantissa_bits), (exponent if normal else 1) - bias - mantissa_bits)
-        numbers.append(special.get(code, -number if code >> exponent_bits + mantissa_bits else number))
-    return np.array(numbers, np.float32)

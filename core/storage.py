@@ -6,14 +6,17 @@ the other way round.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from core.checksum import combine, crc32_file
+from core.errors import CheckpointDamaged
 
 PIECE = 8 * 1024 * 1024
 """Bytes handed to one write call."""
@@ -86,12 +89,20 @@ class Storage:
             os.close(fd)
 
     def open(self, path: Path) -> BinaryIO:
-        """Open a file for reading; what is open stays readable when the name moves or goes."""
+        """Open a file for reading; what is open stays readable when the name moves or goes.
+
+        Raises: CheckpointDamaged for a pipe, whose writer would be waited for, or a device.
+        """
+        with contextlib.suppress(OSError):  # what is wrong with the name, opening it says
+            kind = path.stat().st_mode
+            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+                raise CheckpointDamaged(f"{path}: a device or a pipe, expected a file.")
         return path.open("rb", buffering=0)
 
     def read(self, path: Path) -> bytes:
         """Read a whole file."""
-        return path.read_bytes()
+        with self.open(path) as file:
+            return file.read()
 
     def names(self, path: Path) -> list[str]:
         """List a folder, sorted; a folder that is not there is empty."""

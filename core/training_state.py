@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from core.config import FORMAT_VERSION
 from core.errors import CheckpointDamaged, CheckpointMismatch
 
 STATE = "training_state.json"
+_LONGEST_NAME = 255  # characters of a file's name
 
 FIELDS = {"step", "optimizer_file", "format_version", "commit_id", "parent", "saved_at", "best", "data", "training"}
 FIELDS |= {"schedule", "seed", "tokens_seen", "elapsed_seconds", "environment", "extra", "legacy", "migrated_from"}
@@ -75,7 +78,26 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     found = _own_crc({**state, "integrity": {**integrity, "self": None}})
     if recorded != found:
         raise CheckpointDamaged(f"{where} is damaged (CRC32 {found}, recorded {recorded}).")
+    _check_files(integrity["files"].items(), where)
+    seen = state.get("legacy", [])
+    if not isinstance(seen, list) or not all(isinstance(entry, dict) and "name" in entry for entry in seen):
+        raise CheckpointDamaged(f"{where}: legacy is no list of files.")
+    _check_files(((entry["name"], entry) for entry in seen), where)
     return state
+
+
+def _check_files(listed: Iterable[tuple[Any, Any]], where: str) -> None:
+    """A training state is not trusted: what it lists has to lie in its own folder, with a size and a checksum."""
+    for name, entry in listed:
+        plain = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST_NAME
+        if not plain or name in (".", "..") or "/" in name or "\\" in name:
+            raise CheckpointDamaged(f"{where}: lists {str(name)[:80]!r}, expected the names of files in its folder.")
+        size, crc32 = (entry.get("size"), entry.get("crc32")) if isinstance(entry, dict) else (None, None)
+        known = isinstance(crc32, str) and re.fullmatch("[0-9a-f]{8}", crc32)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0 or not known:
+            raise CheckpointDamaged(
+                f"{where}: of {name} it lists {str(entry)[:80]}, expected its size and 8 digits of CRC32."
+            )
 
 
 def check_version(values: dict[str, Any], where: str) -> None:

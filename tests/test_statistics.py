@@ -32,7 +32,7 @@ def numbers(tensor: torch.Tensor) -> torch.Tensor:
     """The elements as float64, whichever type they have."""
     if tensor.dtype == torch.float4_e2m1fn_x2:
         codes = tensor.view(torch.uint8).reshape(-1)
-        return torch.tensor(FLOAT4, dtype=torch.float64)[torch.cat([codes & 15, codes >> 4]).long()]
+        return torch.tensor(FLOAT4, dtype=torch.float64)[torch.stack([codes & 15, codes >> 4], 1).reshape(-1).long()]
     if tensor.is_complex():
         parts = torch.view_as_real(tensor.resolve_conj()).double().reshape(-1, 2)
         return torch.hypot(parts[:, 0], parts[:, 1])

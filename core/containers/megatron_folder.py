@@ -52,7 +52,8 @@ def open_megatron_folder(path: Path) -> Container:
     if LATEST not in names and not iterations:
         return _open_iteration(path, names)
     chosen = _latest(path, iterations) if LATEST in names else max(iterations)
-    found = _open_iteration(path / chosen, listing(path / chosen))
+    place = member(path, chosen, str(path))
+    found = _open_iteration(place, listing(place))
     others = [name for name in iterations if name != chosen]
     said = f"{LATEST} names it" if LATEST in names else "the last one"
     found.notes.append(f"{chosen} of {path}: {said}; also there: {', '.join(others) or 'no other'}.")

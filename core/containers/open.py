@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from core.containers.container import Container, listing, reading
+from core.containers.container import Container, listing, member, reading
 from core.containers.inert import as_text
 from core.errors import CheckpointError, CheckpointNotFound
 
@@ -82,7 +82,7 @@ def _open_folder(folder: Path) -> Container:
             return getattr(module, opens)(folder)
     single = [name for name, size in names.items() if size is not None and name.endswith(_SINGLE)]
     if len(single) == 1:
-        return _open_file(folder / single[0])
+        return _open_file(member(folder, single[0], str(folder)))
     if single:
         raise CheckpointNotFound(
             f"{folder}: no one checkpoint here, but {len(single)} files of which each may be one: {_some(single)}. "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from core.containers.container import Container, listing
+from core.containers.container import Container, listing, member
 from core.errors import CheckpointNotFound
 
 _METADATA = "metadata.json"
@@ -57,7 +57,7 @@ def open_step_folder(path: Path) -> Container:
     for name, size in names.items():
         stem = name.removesuffix(_SHARDED if size is None else _WHOLE)
         if stem != name and stem not in parts:
-            join(whole, _open_part(path / name), stem)
+            join(whole, _open_part(member(path, name, str(path))), stem)
             parts[stem] = "DCP" if size is None else "safetensors"
     for stem, files in rank_files(path).items():
         if stem in parts:

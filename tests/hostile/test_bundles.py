@@ -23,6 +23,10 @@ from tests.hostile.assemble import FOUR, items, tensor, torch_zip
 CONFIG = {"n_layer": 1, "n_head": 1, "n_embd": 2, "block_size": 2, "vocab_size": 2, "dropout": 0.0, "bias": False}
 
 
+NAMES = ["../outside.pt", "/etc/passwd", "/dev/zero", "..", ".", "", "\0", "x" * 5000]
+ENTRIES = [None, 1, "x", [], {}, {"size": "x", "crc32": "zz"}, {"size": -1, "crc32": 5}]
+
+
 def sealed(state: dict[str, Any]) -> bytes:
     """A training state with its checksum, which anybody can compute."""
     unsealed = {**state, "integrity": {**state["integrity"], "self": None}}
@@ -67,16 +71,14 @@ def test_the_folder_is_sound_before_it_is_made_hostile(folder):
     assert "Last recorded training step: 1" in shown(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["../outside.pt", "/etc/passwd", "/dev/zero", "sub/x", "..", ".", "", "\0", "x" * 5000]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_training_state_names_no_file_out_of_its_folder(name, folder):
     say(folder, files={name: {"size": 7, "crc32": "00000000"}})
     with pytest.raises(CheckpointError, match="training_state"):
         open_bundle(folder).close()
 
 
-@pytest.mark.parametrize("entry", [None, 1, "x", [], {}, {"size": "x", "crc32": "zz"}, {"size": -1, "crc32": 5}])
+@pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("words", [[], ["--json"]])
 def test_whatever_is_recorded_of_a_file_ends_in_no_traceback(entry, words, folder):
     say(folder, files={"model.pt": entry})
@@ -84,8 +86,15 @@ def test_whatever_is_recorded_of_a_file_ends_in_no_traceback(entry, words, folde
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "training_state.json"])
-@pytest.mark.parametrize("depth", [300, 900, 100_000])
-@pytest.mark.parametrize("words", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("depth", "words"),
+    [
+        (900, []),
+        (900, ["--json"]),
+        (100_000, []),
+        (100_000, ["--json"]),
+    ],
+)
 def test_deep_json_ends_in_no_traceback(name, depth, words, folder):
     say(folder)
     data = (folder / name).read_bytes().rstrip().removesuffix(b"}")
@@ -103,7 +112,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name, folder):
     os.mkfifo(folder / name)
     words = [sys.executable, str(ROOT / "inspect_model.py"), str(folder)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=3)
     except subprocess.TimeoutExpired:
         pytest.fail("it waits for somebody to write into the pipe")
     assert done.returncode == 1
