@@ -41,7 +41,7 @@ class Inspected:
     step: int | None = None
     bundle: Bundle | None = None
     history: list[Kept] = field(default_factory=list)
-    weights_read: bool = True  # False where the file of the weights is damaged
+    damage: list[str] = field(default_factory=list)  # files of a bundle that cannot be read, each in a sentence
     chosen: list[str] = field(default_factory=list)  # which of several checkpoints this is, and why
 
     @property
@@ -106,11 +106,10 @@ def of_bundle(bundle: Bundle) -> Inspected:
 
     A part of it that cannot be read is a note, so that the rest is still shown.
     """
-    container = _held(bundle)
+    container, damage = _held(bundle)
     weights: dict[str, TensorSpec] = {}
-    weights_read = False
-    with contextlib.suppress(CheckpointError):  # a note of the container says it
-        weights, weights_read = bundle.weights.tensors, True
+    with contextlib.suppress(CheckpointError):  # the damage says it
+        weights = bundle.weights.tensors
     optimizer = None
     with contextlib.suppress(CheckpointError):
         optimizer = bundle.optimizer.content if bundle.optimizer is not None else None
@@ -126,16 +125,18 @@ def of_bundle(bundle: Bundle) -> Inspected:
         optimizer=optimizer,
         step=bundle.step if "step" in bundle.state else None,
         bundle=bundle,
-        weights_read=weights_read,
+        damage=damage,
     )
 
 
-def _held(bundle: Bundle) -> Container:
+def _held(bundle: Bundle) -> tuple[Container, list[str]]:
+    """The open files of a bundle as a container, and what of them cannot be read."""
     from core.containers.torch_single import container_of
 
     path = bundle.path("") if bundle.single else bundle.folder
     whole = _Held("legacy single file" if bundle.single else "bundle", path, {}, {}, dict(bundle.sizes))
     whole.held = bundle.files
+    damage: list[str] = []
     parts: list[tuple[str, Part]] = [("", bundle.weights)]
     if bundle.optimizer is not None and not bundle.single:
         parts.append(("optimizer", bundle.optimizer))
@@ -145,16 +146,17 @@ def _held(bundle: Bundle) -> Container:
             made = container_of(part.source.header, file, bundle.sizes[file.name])
             if bundle.single:
                 whole.tensors, whole.content = made.tensors, made.content
-                whole.checks, whole.foreign = made.checks, made.foreign
+                whole.checks, whole.foreign, whole.notes = made.checks, made.foreign, made.notes
             else:
                 join(whole, made, name)
         except CheckpointError as error:
+            damage.append(str(error))
             whole.notes.append(str(error))
     recorded = bundle.state.get("integrity", {}).get("files", {})
     for name, entry in recorded.items():
         if name in bundle.files and name != CONFIG:  # a person may edit the config
             whole.checks.append(Check(name, 0, entry["size"], int(entry["crc32"], 16), (name,)))
-    return whole
+    return whole, damage
 
 
 def of_container(path: Path) -> Inspected:

@@ -80,9 +80,9 @@ def _of_ours(found: Inspected) -> Facts:
         "training_state": bundle.state,
         "files": files,
         "history": [_kept_facts(kept) for kept in found.history],
-        "notes": [],
+        "notes": [note for note in found.container.notes if note not in found.damage],
         "foreign": [],
-        "damaged": list(found.container.notes),
+        "damaged": list(found.damage),
         "contradictions": [],
     }
     for part in (bundle.weights, bundle.optimizer):
@@ -91,14 +91,20 @@ def _of_ours(found: Inspected) -> Facts:
                 facts["foreign"] += [f"{part.source.path}: its pickle names {call}" for call in part.source.foreign]
     facts["foreign"] = list(dict.fromkeys(facts["foreign"]))
     try:
-        if found.weights_read and bundle.config is not None:
+        if not _unread(found) and bundle.config is not None:
             facts["contradictions"] = contradictions(bundle, with_optimizer=found.optimizer is not None)
-            facts["notes"] = notes(str(bundle.path("config.json")), bundle.config, bundle.state)
+            facts["notes"] += notes(str(bundle.path("config.json")), bundle.config, bundle.state)
     except CheckpointDamaged as error:
         facts["damaged"].append(str(error))
     except CheckpointError as error:
         facts["contradictions"] = [str(error)]
     return facts
+
+
+def _unread(found: Inspected) -> bool:
+    """Whether the file of the weights itself is damaged, so that nothing can be compared with it."""
+    bundle = found.bundle
+    return bundle is not None and any(line.startswith(str(bundle.weights.source.path)) for line in found.damage)
 
 
 def _architecture(architecture: Any) -> Facts:

@@ -36,6 +36,7 @@ def container_of(archive: TorchZip | TorchStream, path: Path, size: int) -> Cont
         files={path.name: size},
         checks=_checks(archive, path.name),
         foreign=foreign_calls([archive.content, archive.unused]),
+        notes=[f"{path.name}: {line}" for line in archive.odd],
     )
 
 

@@ -36,6 +36,7 @@ class TorchStream:
         self.records: dict[str, Record] = {}  # only a zip has records
         self.content = content
         self.tensors = tensors
+        self.odd: list[str] = []
         self.unused = unused  # calls whose results are in no part of the content: how code is hidden in a sound file
 
     @classmethod

@@ -28,11 +28,13 @@ class TorchZip:
         content: Any,
         tensors: dict[str, TensorSpec],
         unused: list[Call],
+        odd: list[str] | None = None,
     ) -> None:
         self.where = where
         self.records = records
         self.content = content
         self.tensors = tensors
+        self.odd = odd or []  # what torch.save does not write, in a sentence each
         self.unused = unused  # calls whose results are in no part of the content: how code is hidden in a sound file
 
     @classmethod
@@ -44,7 +46,7 @@ class TorchZip:
 
         Raises: CheckpointDamaged when it is cut off or contradicts itself, CheckpointError for another kind of file.
         """
-        records = read_directory(file, where, _least_size)
+        records, loose = read_directory(file, where, _least_size)
         if "data.pkl" not in records:
             raise CheckpointError(
                 f"{where}: a zip without data.pkl, so not one that torch.save wrote; it holds "
@@ -59,9 +61,30 @@ class TorchZip:
         if order != b"little":
             raise CheckpointDamaged(f"{where}: its byteorder is {as_text(order)}, expected little or big.")
         loader = TensorLoader(where)
-        parsed = loader.read(_read(file, records, "data.pkl", where))
+        data = _read(file, records, "data.pkl", where)
+        parsed = loader.read(data)
         loader.place(_storage_offsets(loader, records))
-        return cls(where, records, parsed.value, name_tensors(parsed.value, where), parsed.unused)
+        odd = _odd(records, loader, loose, len(data) - parsed.end)
+        return cls(where, records, parsed.value, name_tensors(parsed.value, where), parsed.unused, odd)
+
+
+_KNOWN = ("data.pkl", "byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id")
+
+
+def _odd(records: dict[str, Record], loader: TensorLoader, loose: int, behind: int) -> list[str]:
+    """What the file holds besides what torch.save writes: nothing here reads it, and others may."""
+    said = []
+    known = {*_KNOWN, *(f"data/{key}" for key in loader.storages)}
+    others = [name for name in records if name not in known]
+    if others:
+        shown = ", ".join(as_text(name, 60)[1:-1] for name in others[:5])
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        said.append(f"{len(others)} records that nothing here refers to: {shown}{more}.")
+    if loose:
+        said.append(f"{loose} bytes of the zip belong to no record.")
+    if behind:
+        said.append(f"{behind} bytes stand behind the end of data.pkl's pickle.")
+    return said
 
 
 def _read(file: BinaryIO, records: dict[str, Record], name: str, where: str) -> bytes:

@@ -21,6 +21,7 @@ _END64 = struct.Struct("<4s12xI12xQQQ")  # as _END
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")  # signature, flags, method, CRC, two sizes, three lengths, local head
 _LOCAL = struct.Struct("<4s22xHH")  # signature, two lengths
 _LONGEST_COMMENT = 0xFFFF
+_DESCRIPTOR = 24  # bytes that may follow a record: its checksum and sizes again, in the 64-bit form
 
 
 @dataclass(slots=True)
@@ -64,8 +65,8 @@ Explain = Callable[[BinaryIO, int, str], str]
 """What else is known of a file of this many bytes that was cut off."""
 
 
-def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, int, int]:
-    """Return where the directory starts, its length in bytes, and how many entries it has."""
+def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, int, int, int]:
+    """Return where the directory starts, its length, its entries, and how many bytes after it belong to nothing."""
     size = file.seek(0, os.SEEK_END)
     if not size:
         raise CheckpointDamaged(f"{where}: empty (0 bytes), a zip has at least {_END.size}.")
@@ -85,6 +86,7 @@ def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, 
             f"{explain(file, size, where)}"
         )
     end = max(size - len(tail), 0) + at
+    loose = size - end - _END.size - int.from_bytes(tail[at + _END.size - 2 : at + _END.size], "little")
     _, disk, count, length, start = _END.unpack_from(tail, at)
     if end >= _END64_LOCATOR.size:
         locator = _END64_LOCATOR.unpack(read_at(file, end - _END64_LOCATOR.size, _END64_LOCATOR.size, where))
@@ -100,15 +102,15 @@ def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, 
             f"{where}: its directory of {count} records claims bytes {start} to {start + length}; it must end by {end} "
             f"(the file has {size} bytes)."
         )
-    return start, length, count
+    return start, length, count, max(loose, 0) + end - start - length
 
 
-def read_directory(file: BinaryIO, where: str, explain: Explain) -> dict[str, Record]:
-    """List the records of a zip by their name without the folder that holds them all.
+def read_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[dict[str, Record], int]:
+    """List the records of a zip by their name without the folder that holds them all, and count the bytes of none.
 
     Raises: CheckpointDamaged when it is cut off, contradicts itself, or is another kind of file.
     """
-    start, length, count = _find_directory(file, where, explain)
+    start, length, count, loose = _find_directory(file, where, explain)
     data = read_at(file, start, length, where)
     entries: list[tuple[int, str, int, int, bool]] = []
     position = 0
@@ -130,7 +132,8 @@ def read_directory(file: BinaryIO, where: str, explain: Explain) -> dict[str, Re
         if method == 0 and packed != size:
             raise CheckpointDamaged(f"{where}: {as_text(name)} has {packed} bytes and claims {size}.")
         entries.append((offset, name, packed, crc, method == 0))
-    return _locate(file, entries, start, where)
+    records, between = _locate(file, entries, start, where)
+    return records, loose + between + length - position
 
 
 def _wide(extra: bytes, narrow: tuple[int, int, int]) -> list[int]:
@@ -163,9 +166,10 @@ def _decode(raw: bytes, where: str) -> str:
 
 def _locate(
     file: BinaryIO, entries: list[tuple[int, str, int, int, bool]], directory: int, where: str
-) -> dict[str, Record]:
-    """Find where the bytes of each record begin, and refuse records that overlap or that have one name."""
+) -> tuple[dict[str, Record], int]:
+    """Find where the bytes of each record begin, refuse overlaps and equal names, and count what lies between."""
     records: dict[str, Record] = {}
+    loose = 0
     folder = entries[0][1].partition("/")[0] + "/" if entries else ""
     following = directory
     for offset, name, size, crc, stored in sorted(entries, reverse=True):
@@ -184,6 +188,8 @@ def _locate(
             raise CheckpointDamaged(
                 f"{where}: {shown} claims {size} bytes from byte {begin}, and the next part begins at {following}."
             )
+        gap = following - begin - size
+        loose += gap if gap > _DESCRIPTOR else 0
         following = offset
         records[short] = Record(name, begin, size, crc, stored)
-    return dict(reversed(records.items()))
+    return dict(reversed(records.items())), loose + following
