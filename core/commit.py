@@ -104,9 +104,11 @@ class ModelFolder:
                     opened.files[name] = self._open(name)
                 except _NOT_THERE:
                     missing = missing or name
-                except OSError as error:  # a network file system: the name moved while it was being opened
-                    stale = error.errno == errno.ESTALE
+                except (OSError, CheckpointDamaged) as error:
+                    # a network file system: the name moved while it was being opened
+                    stale = isinstance(error, OSError) and error.errno == errno.ESTALE
                     if not stale:
+                        opened.close()
                         raise
             if not stale and self._state_bytes() == before:
                 if missing is None or "integrity" not in state:

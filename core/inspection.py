@@ -104,8 +104,17 @@ def inspect_path(path: Path, step: int | None = None) -> Inspected:
 def of_bundle(bundle: Bundle) -> Inspected:
     """Look at a bundle or single file of ours.
 
-    A part of it that cannot be read is a note, so that the rest is still shown.
+    A part of it that cannot be read is a note, so that the rest is still shown. The bundle is closed with what is
+    returned, or at once when it cannot be looked at.
     """
+    try:
+        return _of_bundle(bundle)
+    except BaseException:
+        bundle.close()
+        raise
+
+
+def _of_bundle(bundle: Bundle) -> Inspected:
     container, damage = _held(bundle)
     weights: dict[str, TensorSpec] = {}
     with contextlib.suppress(CheckpointError):  # the damage says it
