@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     if model.tokenizer is None:
         raise InputError(f"{single or folder}: no tokenizer with it, so its tokens are no text.")
     parameters = sum(p.numel() for p in model.parameters())
-    device = model.token_embedding_table.weight.device
+    device = model.device
     say(f"{name}: step {model.step}, {parameters / 1e6:.2f} M parameters, {device}, seed {args.seed}")
     ids = [int(i) for i in model.tokenizer.encode(args.prompt, unknown=args.unknown, where="--prompt")]
     started = time.perf_counter()

@@ -9,7 +9,7 @@ positions from 0, which costs one long pass per block_size / 2 tokens. With and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,35 @@ from torch import Tensor
 from core.errors import InputError
 
 if TYPE_CHECKING:
-    from core.model import GPT
+    from core.config import GPTConfig
     from core.stream import Stream
     from core.tokenizer import Tokenizer
 
 Prompt = TypeVar("Prompt", str, Tensor, list[int])
+
+
+class Writer(Protocol):
+    """A model that can write: what `generate` needs of GPT and GPTBatched."""
+
+    config: Any  # with block_size and vocab_size
+    tokenizer: Tokenizer | None
+    training: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    def make_cache(self, batch: int, room: int) -> Any:
+        """Allocate a cache for `room` positions of `batch` sequences; it has `clear()`."""
+
+    def features(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute what the head reads: ids [B, T] to [B, T, C], with a `cache` behind the positions it holds."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Compute logits [B, V] from features [B, C]."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation."""
 
 
 class LayerCache:
@@ -41,8 +65,7 @@ class LayerCache:
 class Cache:
     """Keys and values of all layers, allocated once."""
 
-    def __init__(self, model: GPT, batch: int, room: int) -> None:
-        config, weight = model.config, model.token_embedding_table.weight
+    def __init__(self, config: GPTConfig, batch: int, room: int, weight: Tensor) -> None:
         shape = (config.n_layer, 2, batch, config.n_head, room, config.head_size)
         self.layers = [LayerCache(k, v) for k, v in torch.empty(shape, dtype=weight.dtype, device=weight.device)]
         self.length = 0
@@ -55,7 +78,7 @@ class Cache:
 
 
 def generate(
-    model: GPT,
+    model: Writer,
     prompt: Prompt,
     max_new_tokens: int,
     *,
@@ -65,18 +88,21 @@ def generate(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    attention_mask: Tensor | None = None,
 ) -> Prompt:
     """Continue a prompt by `max_new_tokens` tokens; the result begins with the prompt and is of its kind.
 
     A text needs `model.tokenizer`; an empty one starts where a text may start (see `start_ids`). A tensor holds ids,
     [T] or [B, T]; a list holds ids. Temperature 0 takes the likeliest id. Ids that the tokenizer lacks (padding rows of
     the vocabulary) are never drawn. Randomness comes from `generator`, else from `seed`, else from the system, and
-    never from torch's global generator.
+    never from torch's global generator. `attention_mask` [B, T] is true at the real ids of prompts of several lengths;
+    only GPTBatched takes one, and what is new stands behind the padding too.
 
     Raises: InputError for an empty prompt of ids, an id outside the vocabulary, or a setting out of range.
     """
     ids = _prompt_ids(model, prompt)
-    steps = _tokens(model, ids, max_new_tokens, temperature, top_k, top_p, seed, generator, use_cache)
+    real = None if attention_mask is None else attention_mask.to(ids.device, torch.bool)
+    steps = _tokens(model, ids, real, max_new_tokens, temperature, top_k, top_p, seed, generator, use_cache)
     new = list(steps)
     if isinstance(prompt, str):
         text = text_after(_tokenizer(model), ids[0].tolist())
@@ -88,7 +114,7 @@ def generate(
 
 
 def stream(
-    model: GPT,
+    model: Writer,
     prompt: str | Tensor | Sequence[int],
     max_new_tokens: int,
     *,
@@ -108,7 +134,7 @@ def stream(
     ids = _prompt_ids(model, prompt)
     if ids.size(0) != 1:
         raise InputError(f"prompt: found {ids.size(0)} sequences, expected 1 to stream. Use generate for several.")
-    for new in _tokens(model, ids, max_new_tokens, temperature, top_k, top_p, seed, generator, use_cache):
+    for new in _tokens(model, ids, None, max_new_tokens, temperature, top_k, top_p, seed, generator, use_cache):
         yield int(new)
 
 
@@ -163,8 +189,9 @@ def sample(
 
 @torch.inference_mode()
 def _tokens(
-    model: GPT,
+    model: Writer,
     ids: Tensor,
+    real: Tensor | None,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
@@ -185,11 +212,13 @@ def _tokens(
     drawable = model.config.vocab_size
     if model.tokenizer is not None:
         drawable = min(drawable, model.tokenizer.vocab_size)
+    if real is not None:
+        ids, real = _padded_left(ids, real, block_size - max_new_tokens)
     window = ids[:, -block_size:]
     room = min(block_size, window.size(1) + max_new_tokens)
-    cache = Cache(model, len(ids), room) if use_cache else None
+    cache = model.make_cache(len(ids), room) if use_cache else None
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         unseen = window  # positions that the cache does not hold yet
         for _ in range(max_new_tokens):
@@ -197,14 +226,34 @@ def _tokens(
                 window = unseen = window[:, -max(1, block_size // 2) :]
                 if cache is not None:
                     cache.clear()
-            hidden = model.features(window) if cache is None else model.features(unseen, cache)
-            logits = model.lm_head(hidden[:, -1])
+            padded = {"attention_mask": real} if real is not None and (cache is None or unseen is window) else {}
+            hidden = model.features(window if cache is None else unseen, cache=cache, **padded)
+            logits = model.logits(hidden[:, -1])
             new = sample(logits[:, :drawable], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             unseen = new[:, None]
             window = torch.cat([window, unseen], dim=1)
+            real = None if real is None else torch.cat([real, real.new_ones(len(real), 1)], dim=1)
             yield new
     finally:
         model.train(was_training)
+
+
+def _padded_left(ids: Tensor, real: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Move the real ids of each row to its end, so that what is new follows all of them in one column.
+
+    Raises: InputError for a mask of another shape, a row without ids, or one that is too long.
+    """
+    if real.shape != ids.shape or not bool(real.any(1).all()):
+        raise InputError(
+            f"attention_mask: found shape {tuple(real.shape)} for ids of {tuple(ids.shape)}, expected the same, with a "
+            "real id in every row."
+        )
+    if ids.size(1) > room:
+        raise InputError(
+            f"prompt: found {ids.size(1)} positions, expected at most {room} beside what is to be written."
+        )
+    order = real.to(torch.uint8).argsort(dim=1, stable=True)
+    return ids.gather(1, order), real.gather(1, order)
 
 
 def check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -222,18 +271,18 @@ def check_settings(max_new_tokens: int, temperature: float, top_k: int | None, t
         raise InputError(f"top_p: found {top_p}, expected a number above 0 up to 1.")
 
 
-def _tokenizer(model: GPT) -> Tokenizer:
+def _tokenizer(model: Writer) -> Tokenizer:
     if model.tokenizer is None:
         raise InputError("prompt: found a text, but this model has no tokenizer. Set model.tokenizer, or give ids.")
     return model.tokenizer
 
 
-def _prompt_ids(model: GPT, prompt: str | Tensor | Sequence[int]) -> Tensor:
+def _prompt_ids(model: Writer, prompt: str | Tensor | Sequence[int]) -> Tensor:
     """Turn a prompt into ids [B, T] on the model's device."""
     if isinstance(prompt, str):
         tokenizer = _tokenizer(model)
         prompt = [int(i) for i in tokenizer.encode(prompt)] or start_ids(tokenizer)
-    ids = torch.as_tensor(prompt, dtype=torch.int64, device=model.token_embedding_table.weight.device)
+    ids = torch.as_tensor(prompt, dtype=torch.int64, device=model.device)
     if ids.dim() == 1:
         ids = ids[None]
     vocab_size = model.config.vocab_size

@@ -1,26 +1,30 @@
-"""GPT: the mathematics of the model, and nothing about files.
+"""The models: GPT here, and GPTFlexAttention and GPTBatched of modded-nanogpt; mathematics, and nothing about files.
 
 Shapes: B batch, T positions, C n_embd, H heads, D = C / H head size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core import generation, optimizer
+from core.batched import GPTBatched
+from core.bound import bound
 from core.config import GPTConfig
 from core.errors import InputError
+from core.flex import GPTFlexAttention
 
 if TYPE_CHECKING:
     from core.generation import Cache, LayerCache
     from core.tokenizer import Tokenizer
+
+__all__ = ["GPT", "GPTBatched", "GPTFlexAttention"]
 
 IGNORED = -1
 """Target that does not count in the loss."""
@@ -124,16 +128,6 @@ def _drop(x: Tensor, p: float, training: bool) -> Tensor:
     return F.dropout(x, p) if training and p > 0 else x
 
 
-def _bound(module: str, name: str) -> Callable[..., Any]:
-    """A function of a module that is imported at the first call: mathematics imports nothing that touches files."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
-
-    call.__doc__ = f"See `{module}.{name}`."
-    return call
-
-
 class GPT(nn.Module):
     """A GPT whose config says every choice that weights of its family may need.
 
@@ -195,6 +189,19 @@ class GPT(nn.Module):
             cache.length = stop
         return self.ln_f(x)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.token_embedding_table.weight.device
+
+    def make_cache(self, batch: int, room: int) -> Cache:
+        """Allocate keys and values for `room` positions of `batch` sequences."""
+        return generation.Cache(self.config, batch, room, self.token_embedding_table.weight)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Compute logits from features [..., C]: [..., V]."""
+        return self.lm_head(features)
+
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the next ids: idx [B, T] to logits [B, T, V], with or without targets, and the mean loss with them.
 
@@ -202,7 +209,7 @@ class GPT(nn.Module):
 
         Raises: InputError when T is more than block_size.
         """
-        logits = self.lm_head(self.features(idx))
+        logits = self.logits(self.features(idx))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
@@ -210,8 +217,8 @@ class GPT(nn.Module):
     # Methods of the public API that are no mathematics live elsewhere and are bound here.
     generate = generation.generate
     configure_optimizer = optimizer.configure_optimizer
-    load = staticmethod(_bound("core.model_files", "load"))
-    load_legacy = staticmethod(_bound("core.model_files", "load_legacy"))
-    save = _bound("core.model_files", "save")
-    save_checkpoint_bundle = _bound("core.model_files", "save_checkpoint_bundle")
-    fit = _bound("core.training", "fit")
+    load = staticmethod(bound("core.model_files", "load"))
+    load_legacy = staticmethod(bound("core.model_files", "load_legacy"))
+    save = bound("core.model_files", "save")
+    save_checkpoint_bundle = bound("core.model_files", "save_checkpoint_bundle")
+    fit = bound("core.training", "fit")

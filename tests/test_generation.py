@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from core.config import GPTConfig
 from core.errors import InputError
-from core.generation import Cache, generate, sample, start_ids, stream
+from core.generation import generate, sample, start_ids, stream
 from core.model import GPT
 from core.tokenizer import CharTokenizer, Gpt2Tokenizer
 
@@ -65,7 +65,7 @@ def test_cached_features_are_close_at_every_position(model):
     ids = torch.randint(VOCAB, (2, BLOCK))
     with torch.inference_mode():
         model.eval()
-        cache = Cache(model, 2, BLOCK)
+        cache = model.make_cache(2, BLOCK)
         steps = [model.features(ids[:, :5], cache)] + [
             model.features(ids[:, t : t + 1], cache) for t in range(5, BLOCK)
         ]

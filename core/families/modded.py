@@ -6,10 +6,13 @@ Block 7 has no attention. The head size is fixed in the program; embedding and h
 
 from __future__ import annotations
 
-from core.families.family import Family, Sides
+from collections.abc import Callable, Mapping
+from typing import Any
 
-HEAD_SIZE = 128
-WITHOUT = {7: "blocks.{i}.attn."}
+from core.families.family import Family, Sides
+from core.variant import HEAD_SIZE, WITHOUT_ATTENTION
+
+WITHOUT = {WITHOUT_ATTENTION: "blocks.{i}.attn."}
 VALUES = tuple(f"value_embeds.{n}.weight" for n in range(3))
 
 EMBEDDINGS: dict[str, Sides] = {
@@ -85,3 +88,39 @@ FAMILIES = (
 
 LATER = ("qk_bank", "vo_bank", "attn_bank", "mlp_bank")
 """Names of versions after 2025-06, which are another model each."""
+
+MERGED: dict[str, tuple[str, ...]] = {
+    "blocks.{i}.attn.qkvo_w": ("blocks.{i}.attn.qkv_w", "blocks.{i}.attn.c_proj.weight"),
+    "blocks.{i}.mlp.fc_w": ("blocks.{i}.mlp.c_fc.weight",),
+    "blocks.{i}.mlp.proj_w": ("blocks.{i}.mlp.c_proj.weight",),
+    "lm_head_w": ("lm_head.weight",),
+}
+"""Tensors in the layout of medium, and those of small that they are made of, one behind the other."""
+
+APART = ("skip_weights", "blocks.{i}.lambdas", "blocks.{i}.attn.lambdas")
+"""What 2025-02 keeps apart and the others in `scalars`: L / 2 skip weights, then 2 numbers a layer, twice."""
+
+
+def merged(tensors: Mapping[str, Any], variant: str, n_layer: int, join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """Give the tensors of a model the layout of medium; what it computes stays that of its variant.
+
+    `join` concatenates along the first axis. A layer without attention gets the scalars that attention starts with,
+    and the half of the skip weights that a U-net does not have gets ones: neither is read. A tail of padded scalars
+    is cut.
+    """
+    made = dict(tensors)
+    if variant != "medium":
+        for ours, theirs in MERGED.items():
+            for i in range(n_layer) if "{i}" in ours else (0,):
+                parts = [made.pop(name.format(i=i), None) for name in theirs]
+                if parts[0] is not None:
+                    whole = len(parts) == 1
+                    made[ours.format(i=i)] = parts[0] if whole else join([p if p.ndim == 3 else p[None] for p in parts])
+    if variant == "small_2025_02":
+        skips = made.pop(APART[0])
+        blends = [made.pop(APART[1].format(i=i)) for i in range(n_layer)]
+        mixes = [made.pop(APART[2].format(i=i), None) for i in range(n_layer)]
+        mixes = [skips.new_full((2,), 0.5) if mix is None else mix for mix in mixes]
+        made["scalars"] = join([skips, skips.new_ones(n_layer - len(skips)), *blends, *mixes])
+    made["scalars"] = made["scalars"][: 5 * n_layer]
+    return made

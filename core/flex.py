@@ -1,0 +1,144 @@
+"""GPTFlexAttention: modded-nanogpt as it trains, one long packed sequence of documents; names are upstream's.
+
+Shapes: T positions of the sequence, C n_embd, H heads, D head size, V rows of the head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.bound import bound
+from core.errors import InputError
+from core.families.plan import plain_names
+from core.speedrun import SCALE, Attend, SpeedrunGPT
+from core.speedrun_config import GPT2_END, SpeedrunConfig
+from core.variant import BLOCK, windows_of
+from core.windows import block_mask, documents, mask
+
+KERNELS = ("auto", "flex", "sdpa")
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Tensor]:
+    """Flex attention, compiled at its first use: run eagerly, it ignores the block lists of a mask."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class GPTFlexAttention(SpeedrunGPT):
+    """A modded-nanogpt model over one packed sequence, in which the end-of-text token begins each document.
+
+    `load_state_dict` takes a file of the program as it is: prefixes are stripped, and `scalars` padded for several
+    ranks are cut; the cut tail is in `state_dict` again. On CUDA attention is compiled flex attention, elsewhere
+    (and for gradients there) the same mask for SDPA; `kernel` chooses ("auto", "flex", "sdpa").
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_layers: int,
+        num_heads: int,
+        model_dim: int,
+        max_seq_len: int,
+        variant: str = "small",
+        eos_token_id: int = GPT2_END,
+        *,
+        head_rows: int | None = None,
+    ) -> None:
+        rows = math.ceil(vocab_size / BLOCK) * BLOCK if head_rows is None else head_rows
+        config = SpeedrunConfig(variant, vocab_size, rows, num_layers, num_heads, model_dim, max_seq_len, eos_token_id)
+        super().__init__(config, merged=variant == "medium")
+        self.kernel = "auto"
+        self.scalars_tail: Tensor | None = None
+        self.register_load_state_dict_pre_hook(_take_apart)
+        self.register_state_dict_post_hook(_put_together)
+
+    @classmethod
+    def of_config(cls, config: SpeedrunConfig) -> GPTFlexAttention:
+        """Build the model of a config."""
+        model = cls(
+            config.vocab_size,
+            config.n_layer,
+            config.n_head,
+            config.n_embd,
+            config.block_size,
+            config.variant,
+            config.eos_token_id,
+            head_rows=config.head_rows,
+        )
+        model.config = config
+        return model
+
+    def forward_features(self, ids: Tensor, window: int | str | None = None) -> Tensor:
+        """Compute what the head reads: packed ids [T] to [T, C], after the final norm.
+
+        `window` is the long layers' in blocks of 128 (the others have half of it), "full" is causal within each
+        document, None is what the config says: the variant's last windows.
+
+        Raises: InputError for ids of another shape, or more than max_seq_len.
+        """
+        if ids.dim() != 1 or not len(ids):
+            raise InputError(f"ids: found shape {tuple(ids.shape)}, expected one packed sequence [T] with T from 1.")
+        T = len(ids)
+        if self.config.block_size < T:
+            raise InputError(f"ids: found {T} positions, expected at most max_seq_len {self.config.block_size}.")
+        ids = F.pad(ids, (0, -T % BLOCK), value=self.config.eos_token_id)
+        attend = self._attend(
+            documents(ids, self.config.eos_token_id), self.config.window if window is None else window
+        )
+        positions = torch.arange(len(ids), device=ids.device)
+        return self.stream(ids[None], positions, attend)[0, :T]
+
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, window: int | str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict the next ids: packed ids [T] to fp32 logits [T, V], and the mean loss for targets [T].
+
+        Targets that are -1 do not count; `window` as in `forward_features`.
+        """
+        logits = self.logits(self.forward_features(ids, window))
+        return logits, None if targets is None else self.loss(logits, targets)
+
+    def _attend(self, docs: Tensor, window: int | str) -> Attend:
+        long, short = windows_of(self.variant, window)
+        flex = self.kernel == "flex" or (self.kernel == "auto" and docs.is_cuda)
+        make = block_mask if flex else mask
+        masks = {True: make(len(docs), docs, long, docs.device), False: make(len(docs), docs, short, docs.device)}
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            seen = masks[self.is_long(layer)]
+            if flex:
+                return compiled_flex()(q, k, v, block_mask=seen, scale=SCALE)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=SCALE)
+
+        return attend
+
+    save_checkpoint_bundle = bound("core.model_files", "save_checkpoint_bundle")
+
+
+def _take_apart(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the entries of a state dict their plain names, and cut the tail of padded scalars."""
+    if not prefix:  # at the top: within another module the names are its business
+        for plain, name in plain_names(list(state)).items():
+            state[plain] = state.pop(name)
+    scalars = state.get(f"{prefix}scalars")
+    if scalars is None or module.apart or scalars.dim() != 1:
+        return
+    size = module.scalars.numel()
+    module.scalars_tail = scalars[size:].detach().clone() if len(scalars) > size else None
+    state[f"{prefix}scalars"] = scalars[:size]
+
+
+def _put_together(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put the tail of padded scalars back, so that the program that wrote it reads it again."""
+    if module.scalars_tail is not None:
+        name = f"{prefix}scalars"
+        state[name] = torch.cat([state[name], module.scalars_tail.to(state[name])])
