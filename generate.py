@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from core.commandline import DONE, WRONG_USE, Parser, add_legacy_flag, choose_model, legacy_path, run
 
 if TYPE_CHECKING:
-    from core.model import GPT
+    from core.model import GPT, GPTBatched
 
 SEPARATOR = "-" * 40
 
@@ -24,6 +24,7 @@ EPILOG = """examples:
   python generate.py --model_name dante --prompt "The "         go on from a prompt
   python generate.py --model_name dante --step best             the kept step with the best validation loss
   python generate.py --model_name dante --temperature 0         always the likeliest token: the same text each time
+  python generate.py --checkpoint state_step001770.pt --tokenization gpt2
   python generate.py --model_name dante --top_k 20 --seed 1 --num_samples 3 --json > samples.jsonl
 
 The seed is on stderr, so that a text can be had again; sample i of a run uses seed + i.
@@ -38,16 +39,22 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     if args.legacy_checkpoint and args.step is not None:
         parser.error("--legacy_checkpoint and --step name two checkpoints; give one of them")
+    if args.checkpoint and (args.legacy_checkpoint or args.step is not None or args.model_name):
+        parser.error("--checkpoint names a file; leave out --model_name, --legacy_checkpoint and --step")
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
+    replace_what_stdout_lacks()
+    if args.checkpoint:
+        return write_samples(load_foreign(args), str(args.checkpoint), args)
     single = legacy_path(parser, args)
     name = str(single) if single else choose_model(args)
     if name is None:
         return WRONG_USE
-    if args.seed is None:
-        args.seed = secrets.randbelow(2**31)
-    replace_what_stdout_lacks()
 
     from core.checkpoint import CheckpointManager
     from core.errors import InputError
+    from core.model import GPTFlexAttention
+    from core.tokenizer import named_tokenizer
 
     folder = single.absolute().parent if single else Path(args.checkpoint_root) / name
     model = CheckpointManager.load_for_inference(
@@ -59,11 +66,40 @@ def main(argv: list[str]) -> int:
         step=args.step,
         bpe_file=args.bpe_file,
     )
+    if model.tokenizer is None and args.tokenization:
+        model.tokenizer = named_tokenizer(args.tokenization, args.bpe_file)
     if model.tokenizer is None:
-        raise InputError(f"{single or folder}: no tokenizer with it, so its tokens are no text.")
+        raise InputError(f"{single or folder}: no tokenizer with it, so its tokens are no text. Give --tokenization.")
+    return write_samples(model.batched() if isinstance(model, GPTFlexAttention) else model, name, args)
+
+
+def load_foreign(args: argparse.Namespace) -> GPTBatched:
+    """Load what --checkpoint names: a file of modded-nanogpt."""
+    from core.device import resolve_dtype
+    from core.errors import InputError
+    from core.pretrained import load_pretrained_checkpoint
+    from core.speedrun_files import refuse_large_tokenizer
+    from core.tokenizer import named_tokenizer
+
+    model, _, _ = load_pretrained_checkpoint(
+        args.checkpoint, device=args.device or "auto", dtype=resolve_dtype(args.dtype), say=say
+    )
+    if args.tokenization:
+        model.tokenizer = named_tokenizer(args.tokenization, args.bpe_file)
+        refuse_large_tokenizer(model.tokenizer, model.config, f"--tokenization {args.tokenization}")
+    if model.tokenizer is None:
+        raise InputError(
+            f"{args.checkpoint}: files of this program have no tokenizer. Give --tokenization gpt2, or a Hugging Face "
+            "tokenizers JSON file."
+        )
+    return model
+
+
+def write_samples(model: GPT | GPTBatched, name: str, args: argparse.Namespace) -> int:
+    """Print all samples, and on stderr what wrote them and how fast."""
+    assert model.tokenizer is not None
     parameters = sum(p.numel() for p in model.parameters())
-    device = model.device
-    say(f"{name}: step {model.step}, {parameters / 1e6:.2f} M parameters, {device}, seed {args.seed}")
+    say(f"{name}: step {model.step}, {parameters / 1e6:.2f} M parameters, {model.device}, seed {args.seed}")
     ids = [int(i) for i in model.tokenizer.encode(args.prompt, unknown=args.unknown, where="--prompt")]
     started = time.perf_counter()
     for number in range(args.num_samples):
@@ -74,7 +110,7 @@ def main(argv: list[str]) -> int:
     return DONE
 
 
-def write_sample(model: GPT, name: str, ids: list[int], number: int, args: argparse.Namespace) -> None:
+def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], number: int, args: argparse.Namespace) -> None:
     """Print one sample: as it comes, at its end, or as one line of JSON."""
     from core.generation import start_ids, stream, text_after
 
@@ -155,6 +191,12 @@ def make_parser() -> Parser:
         "--step", type=step_or_best, metavar="N|best", help="a kept step, or the best one (default: the newest)"
     )
     add_legacy_flag(loading)
+    loading.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="a state_step*.pt of modded-nanogpt, or a bundle of one"
+    )
+    loading.add_argument(
+        "--tokenization", metavar="NAME", help="gpt2, or a Hugging Face tokenizers JSON file, where none is saved"
+    )
     loading.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what config.json says)")
     loading.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as saved)")
     loading.add_argument("--bpe_file", type=Path, metavar="FILE", help="the GPT-2 ranks, for a machine without network")

@@ -102,12 +102,13 @@ class GPTBatched(SpeedrunGPT):
         return model
 
     @classmethod
-    def from_pretrained_gpt(cls, flex: GPTFlexAttention, window: int | str = "exact") -> GPTBatched:
+    def from_pretrained_gpt(cls, flex: GPTFlexAttention, window: int | str | None = None) -> GPTBatched:
         """Build the model that computes what a GPTFlexAttention does, from its weights in their dtype.
 
-        Weights that have the same layout are shared with it, not copied.
+        The window is the other model's unless given. Weights that have the same layout are shared, not copied.
         """
-        config = SpeedrunConfig.from_dict({**flex.config.to_dict(cls.__name__), "window": window}, "config")
+        wish = flex.config.window if window is None else window
+        config = SpeedrunConfig.from_dict({**flex.config.to_dict(cls.__name__), "window": wish}, "config")
         with torch.device("meta"):
             model = cls.of_config(config)
         tensors = {name: tensor.detach() for name, tensor in flex.state_dict().items()}

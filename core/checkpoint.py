@@ -33,8 +33,11 @@ from core.evolution import notes
 from core.inference import load_chosen
 from core.lock import hold
 from core.materialize import load_moments, load_optimizer, load_weights, read_part
-from core.model import GPT
+from core.model import GPT, GPTBatched, GPTFlexAttention
 from core.optimizer import configure_optimizer
+from core.speedrun import SpeedrunGPT
+from core.speedrun_config import SpeedrunConfig
+from core.speedrun_files import fill_speedrun
 from core.state_dict import export_optimizer_state, export_state_dict, plain_name, unwrap
 from core.tokenizer import Tokenizer
 from core.training_state import STATE, dump_json, parse_json, unseal
@@ -272,6 +275,8 @@ class CheckpointManager:
         config = getattr(module, "config", None)
         if isinstance(config, GPTConfig):
             values = config.to_dict()
+        elif isinstance(config, SpeedrunConfig):
+            values = config.to_dict(type(module).__qualname__)
         else:
             values = {"model_class": type(module).__qualname__, "format_version": FORMAT_VERSION}
         with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
@@ -384,20 +389,26 @@ class CheckpointManager:
             return 0
         with bundle:
             module = unwrap(model)
-            tensors = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
-            live = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-            faults = differences(
-                {name: t.shape for name, t in live.items()}, {name: t.shape for name, t in tensors.items()}
-            )
-            if faults:
-                raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.")
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    live[name].copy_(tensor)
+            if isinstance(module, SpeedrunGPT):
+                fill_speedrun(bundle, module)
+            else:
+                self._fill(bundle, module)
             if optimizer is not None:
                 self._say_without_moments(bundle, load_moments(bundle, module, optimizer))
             self.resumed = bundle.state
             return bundle.step
+
+    def _fill(self, bundle: Bundle, module: nn.Module) -> None:
+        tensors = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
+        live = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+        faults = differences(
+            {name: t.shape for name, t in live.items()}, {name: t.shape for name, t in tensors.items()}
+        )
+        if faults:
+            raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                live[name].copy_(tensor)
 
     @staticmethod
     def load_for_inference(
@@ -408,10 +419,11 @@ class CheckpointManager:
         device: str | torch.device | None = None,
         step: int | str | None = None,
         bpe_file: Path | None = None,
-    ) -> GPT:
+    ) -> GPT | GPTBatched | GPTFlexAttention:
         """Load a model to write text with: the newest step, a kept step, or the best one (`step="best"`).
 
-        `legacy_filename` takes a single-file checkpoint in the folder, whatever else is there.
+        It is of the class that config.json names. `legacy_filename` takes a single-file checkpoint in the folder,
+        whatever else is there.
 
         Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
         """

@@ -16,6 +16,7 @@ from core.evolution import QKV, Evidence, evolve
 from core.families import gpt
 from core.optimizer_state import rearrange
 from core.part import once
+from core.speedrun_config import CLASSES
 
 MOST_PADDING = 128
 """Vocabularies are padded to a multiple of this at most."""
@@ -39,10 +40,11 @@ def check_fit(bundle: Bundle, with_optimizer: bool = True) -> GPTConfig:
         except CheckpointDamaged:  # who loads it will say so; a model computes without it
             with_optimizer = False
     if bundle.config is None:
-        raise CheckpointMismatch(
-            f"{bundle.path(CONFIG)}: model_class is {bundle.config_values['model_class']!r}, expected GPT. "
-            "Build that model yourself and fill it with CheckpointManager.load(model)."
-        )
+        model_class, how = bundle.config_values["model_class"], "Build that model yourself and fill it with "
+        how += "CheckpointManager.load(model)."
+        if model_class in CLASSES:
+            how = f"Train it with --arch flex_{bundle.config_values.get('variant')}."
+        raise CheckpointMismatch(f"{bundle.path(CONFIG)}: model_class is {model_class!r}, expected GPT. {how}")
     faults = contradictions(bundle, with_optimizer)
     if faults:
         raise CheckpointMismatch(f"{listed(faults)}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from core.speedrun import SCALE, Attend, SpeedrunGPT
 from core.speedrun_config import GPT2_END, SpeedrunConfig
 from core.variant import BLOCK, windows_of
 from core.windows import block_mask, documents, mask
+
+if TYPE_CHECKING:
+    from core.batched import GPTBatched
 
 KERNELS = ("auto", "flex", "sdpa")
 
@@ -90,10 +93,9 @@ class GPTFlexAttention(SpeedrunGPT):
         T = len(ids)
         if self.config.block_size < T:
             raise InputError(f"ids: found {T} positions, expected at most max_seq_len {self.config.block_size}.")
-        ids = F.pad(ids, (0, -T % BLOCK), value=self.config.eos_token_id)
-        attend = self._attend(
-            documents(ids, self.config.eos_token_id), self.config.window if window is None else window
-        )
+        docs = documents(ids, self.config.eos_token_id)
+        ids, docs = F.pad(ids, (0, -T % BLOCK)), F.pad(docs, (0, -T % BLOCK), value=T + 1)
+        attend = self._attend(docs, self.config.window if window is None else window)
         positions = torch.arange(len(ids), device=ids.device)
         return self.stream(ids[None], positions, attend)[0, :T]
 
@@ -120,6 +122,16 @@ class GPTFlexAttention(SpeedrunGPT):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=SCALE)
 
         return attend
+
+    def batched(self) -> GPTBatched:
+        """The same model for batches and for writing text: `GPTBatched.from_pretrained_gpt(self)`."""
+        from core.batched import GPTBatched
+
+        return GPTBatched.from_pretrained_gpt(self)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue a prompt; see `core.generation.generate`."""
+        return self.batched().generate(*args, **kwargs)
 
     save_checkpoint_bundle = bound("core.model_files", "save_checkpoint_bundle")
 

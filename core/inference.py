@@ -12,7 +12,9 @@ from core.choice import Candidate, choose
 from core.commit import MODEL
 from core.errors import CheckpointDamaged
 from core.materialize import load_model
-from core.model import GPT
+from core.model import GPT, GPTBatched, GPTFlexAttention
+from core.speedrun_config import CLASSES
+from core.speedrun_files import load_speedrun
 
 
 def load_chosen(
@@ -24,7 +26,7 @@ def load_chosen(
     dtype: torch.dtype | None = None,
     bpe_file: Path | None = None,
     say: intact.Say = intact.say_on_stderr,
-) -> GPT:
+) -> GPT | GPTBatched | GPTFlexAttention:
     """Load a model in eval mode: a kept step, a single file by name, or what is newest in the folder; checked whole.
 
     Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
@@ -38,7 +40,8 @@ def load_chosen(
             single = choice.candidates[0].single
     try:
         with _open(folder, step, single, say) as bundle:
-            return load_model(bundle, device=device, dtype=dtype, bpe_file=bpe_file)
+            load = load_speedrun if bundle.config_values.get("model_class") in CLASSES else load_model
+            return load(bundle, device=device, dtype=dtype, bpe_file=bpe_file)
     except CheckpointDamaged as damage:
         others = [c.name for c in choose(folder).candidates if c.single != single] if step is None else []
         hint = f"Beside it: {', '.join(others)}." if others else intact.newest_intact(folder, step)

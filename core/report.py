@@ -15,8 +15,10 @@ from core.errors import CheckpointDamaged, CheckpointError
 from core.evolution import notes
 from core.fit import contradictions
 from core.inspection import Inspected
+from core.speedrun_config import CLASSES
 from core.tensor_table import tensor_facts
 from core.training_state import STATE
+from core.variant import VARIANTS
 
 Facts = dict[str, Any]
 
@@ -28,11 +30,7 @@ FORMATS = {
 }
 """What a kind of container is called in the first line."""
 
-SCRIPTS = {
-    "modded_small": "small (from train_gpt_small.py)",
-    "modded_small_2025_02": "small (from train_gpt_small.py of 2025-02)",
-    "modded_medium": "medium (from train_gpt_medium.py)",
-}
+SCRIPTS = {f"modded_{variant.name}": variant.program for variant in VARIANTS.values()}
 """What people call the variants of modded-nanogpt."""
 
 
@@ -46,7 +44,7 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
         "location": str(found.path),
         "family": identity.family,
         "program": identity.program,
-        "script": SCRIPTS.get(identity.family),
+        "script": _script(found),
         "reason": identity.reason,
         "architecture": _architecture(architecture) if architecture is not None else None,
         "config": found.config,
@@ -65,6 +63,14 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
     for call in container.foreign:
         facts["foreign"].append(f"{found.path}: its pickle names {call}")
     return {**facts, **_of_ours(found)} if ours else {**facts, "content": _content(container.content)}
+
+
+def _script(found: Inspected) -> str | None:
+    """Which script of modded-nanogpt it is from; bundles of ours have one layout for all, and the config says it."""
+    config = found.config or {}
+    if config.get("model_class") in CLASSES and (variant := VARIANTS.get(str(config.get("variant")))):
+        return f"{variant.program}, as {config['model_class']}"
+    return SCRIPTS.get(found.identity.family)
 
 
 def _of_ours(found: Inspected) -> Facts:
@@ -91,7 +97,9 @@ def _of_ours(found: Inspected) -> Facts:
                 facts["foreign"] += [f"{part.source.path}: its pickle names {call}" for call in part.source.foreign]
     facts["foreign"] = list(dict.fromkeys(facts["foreign"]))
     try:
-        if not _unread(found) and bundle.config is not None:
+        if bundle.config is None:
+            facts["contradictions"] = [*found.identity.conflicts, *_lacks(found)] if _script(found) else []
+        elif not _unread(found):
             facts["contradictions"] = contradictions(bundle, with_optimizer=found.optimizer is not None)
             facts["notes"] += notes(str(bundle.path("config.json")), bundle.config, bundle.state)
     except CheckpointDamaged as error:

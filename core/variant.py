@@ -62,7 +62,7 @@ VARIANTS: dict[str, Variant] = {
         ),
         Variant(
             name="small_2025_02",
-            program="small (from train_gpt_small.py, 2025-02)",
+            program="small (from train_gpt_small.py of 2025-02)",
             normed_input=True,
             normed_values=False,
             skips=None,

@@ -1,0 +1,217 @@
+"""One-call loading of modded-nanogpt checkpoints: what a file holds is told from its tensors, and computed exactly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.batched import GPTBatched
+from core.bundle import verify_records
+from core.device import resolve_device, resolve_dtype
+from core.differences import listed
+from core.errors import CheckpointMismatch, CheckpointNotFound
+from core.families.identify import Identity, identify, weights_key
+from core.families.match import skeleton
+from core.families.modded import FAMILIES, merged
+from core.families.plan import plain_names
+from core.flex import GPTFlexAttention
+from core.intact import open_chosen
+from core.materialize import read_part
+from core.part import Part, TorchFile
+from core.speedrun import SpeedrunGPT
+from core.speedrun_config import CLASSES, SpeedrunConfig
+from core.speedrun_files import load_speedrun
+from core.storage import DISK
+
+Info = dict[str, Any]
+
+NAMES = {f"modded_{name}": name for name in ("small", "small_2025_02", "medium")}
+"""Families of tensors, and the variants that compute with them."""
+
+
+@dataclass
+class _Opened:
+    """A checkpoint of the program: its content, mapped, and what it is."""
+
+    content: Any
+    tensors: dict[str, torch.Tensor]  # by upstream's names
+    config: SpeedrunConfig
+    info: Info
+
+
+def load_pretrained_checkpoint(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    say: Callable[[str], None] = print,
+) -> tuple[GPTBatched, Info, Any]:
+    """Load a modded-nanogpt checkpoint, or a bundle of ours, as a GPTBatched; also what it is, and its whole content.
+
+    Which variant it is, its sizes, padded rows and padded scalars are told from the tensors. Weights keep their dtype
+    unless one is given, and stay mapped where only their names change; every record is compared with its checksum
+    first, and nothing in the file is executed. The info has: format ("small" or "medium"), variant, program,
+    vocab_size (rows of the embedding), head_rows, num_layers, num_heads, model_dim, max_seq_len, step, dtype,
+    parameters, prefix, scalars_padding, path.
+
+    Raises: CheckpointNotFound, CheckpointDamaged (naming the tensor), CheckpointMismatch (naming what has no place).
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_bundle(path, device, dtype, say)
+    opened = _open(path)
+    say(f"Format: {opened.info['program']}")
+    config = opened.config
+    with torch.device("meta"):
+        model = GPTBatched.of_config(config)
+    model.load_state_dict(merged(opened.tensors, config.variant, config.n_layer, torch.cat), assign=True)
+    model.to(device=resolve_device(device), dtype=resolve_dtype(dtype))
+    model.requires_grad_(True)
+    model.step = opened.info["step"] or 0
+    return model.eval(), opened.info, opened.content
+
+
+def load_flex_checkpoint(path: str | Path) -> tuple[GPTFlexAttention, Info, Any]:
+    """Load a modded-nanogpt checkpoint as the program had it, a GPTFlexAttention; see `load_pretrained_checkpoint`."""
+    opened = _open(Path(path))
+    with torch.device("meta"):
+        model = GPTFlexAttention.of_config(opened.config)
+    model.load_state_dict(opened.tensors, assign=True)
+    model.requires_grad_(True)
+    model.step = opened.info["step"] or 0
+    return model.eval(), opened.info, opened.content
+
+
+def inspect_checkpoint(path: str | Path, *, say: Callable[[str], None] = print) -> tuple[Info, Any]:
+    """Say which modded-nanogpt checkpoint a file is; returns the info and the content of `load_pretrained_checkpoint`.
+
+    Raises: as `load_pretrained_checkpoint`.
+    """
+    opened = _open(Path(path))
+    info = opened.info
+    say(f"Format: {info['program']}")
+    say(
+        f"{info['num_layers']} layers, {info['num_heads']} heads, width {info['model_dim']}, vocabulary "
+        f"{info['vocab_size']} (head {info['head_rows']}), step {info['step']}, {info['parameters']:,} parameters, "
+        f"{info['dtype']}"
+    )
+    return info, opened.content
+
+
+def _open(path: Path) -> _Opened:
+    try:
+        file = DISK.open(path)
+    except OSError as error:
+        raise CheckpointNotFound(
+            f"{path}: cannot be opened ({error.strerror}). Expected a state_step*.pt of modded-nanogpt."
+        ) from error
+    with file:
+        source = TorchFile(file, path)
+        key = weights_key(source.header.tensors)
+        specs = {name.removeprefix(key): spec for name, spec in source.header.tensors.items() if name.startswith(key)}
+        found = identify({name: spec.shape for name, spec in specs.items()})
+        config = _config(path, found, list(specs))
+        source.refuse_foreign()
+        verify_records(file, path)
+        content = read_part(Part(source))
+    inside: Any = content
+    for word in key.split(".")[:-1]:
+        inside = inside[word]
+    tensors = {place: inside[name] for name, place in found.places.items()}
+    scalars = tensors["scalars"].numel() if "scalars" in tensors else 0
+    step = content.get("step") if key and isinstance(content, dict) else None
+    info = {
+        "format": config.variant.partition("_")[0],
+        "variant": config.variant,
+        **_facts(config),
+        "step": step if isinstance(step, int) else None,
+        "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
+        "parameters": sum(t.numel() for t in tensors.values()) - max(0, scalars - 5 * config.n_layer),
+        "prefix": found.prefix,
+        "scalars_padding": max(0, scalars - 5 * config.n_layer),
+        "path": str(path),
+    }
+    return _Opened(content, tensors, config, info)
+
+
+def _facts(config: SpeedrunConfig) -> Info:
+    return {
+        "program": config.kind.program,
+        "vocab_size": config.vocab_size,
+        "head_rows": config.head_rows,
+        "num_layers": config.n_layer,
+        "num_heads": config.n_head,
+        "model_dim": config.n_embd,
+        "max_seq_len": config.block_size,
+    }
+
+
+def _config(path: Path, found: Identity, names: list[str]) -> SpeedrunConfig:
+    """Read the sizes off what was recognised.
+
+    Raises: CheckpointMismatch when it is another program's, or a version without a place for all of its tensors.
+    """
+    size = found.architecture
+    if found.family not in NAMES or size is None:
+        strange = _without_place(names)
+        what = f"it is of {found.program}" if found.program else found.reason
+        listing = f" Without a place: {listed(strange)}." if strange else ""
+        raise CheckpointMismatch(
+            f"{path}: no modded-nanogpt checkpoint of a version that is computed here: {what}.{listing} "
+            "inspect_model.py shows what it holds."
+        )
+    faults = [f"{name} is missing" for name in found.missing]
+    faults += [f"{name} has no place" for name in found.unplaced] + found.conflicts
+    if faults:
+        raise CheckpointMismatch(f"{path}: {found.program}, but {listed(faults)}.")
+    assert size.n_layer and size.n_head and size.n_embd and size.vocab_size and size.head_rows
+    return SpeedrunConfig(
+        variant=NAMES[found.family],
+        vocab_size=size.vocab_size,
+        head_rows=size.head_rows,
+        n_layer=size.n_layer,
+        n_head=size.n_head,
+        n_embd=size.n_embd,
+    )
+
+
+def _without_place(names: list[str]) -> list[str]:
+    """Which names no version of the program has that is known here."""
+    known = {skeleton(re.sub(r"\{[ijn]\}", "0", row)) for family in FAMILIES for row in family.tensors}
+    return [name for plain, name in plain_names(names).items() if skeleton(plain) not in known]
+
+
+def _from_bundle(
+    path: Path, device: str | torch.device, dtype: str | torch.dtype | None, say: Callable[[str], None]
+) -> tuple[GPTBatched, Info, Any]:
+    with open_chosen(path) as bundle:
+        name = bundle.config_values.get("model_class", "GPT")
+        if name not in CLASSES:
+            raise CheckpointMismatch(
+                f"{path}: its model is a {name}, expected one of {', '.join(CLASSES)}. "
+                "CheckpointManager.load_for_inference opens it."
+            )
+        model: SpeedrunGPT = load_speedrun(bundle, device=device, dtype=resolve_dtype(dtype))
+        batched = model.batched() if isinstance(model, GPTFlexAttention) else model
+        assert isinstance(batched, GPTBatched)
+        config = batched.config
+        say(f"Format: {config.kind.program}")
+        weights = model.state_dict()
+        info = {
+            "format": config.variant.partition("_")[0],
+            "variant": config.variant,
+            **_facts(config),
+            "step": bundle.step,
+            "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in weights.values()})),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "prefix": "",
+            "scalars_padding": 0,
+            "path": str(path),
+        }
+        content = {"step": bundle.step, "model": weights, "config": bundle.config_values, "state": bundle.state}
+        return batched, info, content
