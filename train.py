@@ -11,48 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.commandline import DONE, STOPPED, Parser, count, run
+from core.presets import RUN, preset
+from core.variant import VARIANTS
 
 if TYPE_CHECKING:
     from core.bundle import Bundle
     from core.checkpoint import CheckpointManager
     from core.corpus import Corpus
-    from core.model import GPT
+    from core.model import GPT, GPTFlexAttention
 
-CPU_PRESET = {
-    "batch_size": 16,
-    "block_size": 64,
-    "n_embd": 128,
-    "n_head": 4,
-    "n_layer": 4,
-    "dropout": 0.0,
-    "max_iters": 1500,
-    "learning_rate": 1e-3,
-    "warmup_iters": 100.0,
-    "dtype": "fp32",
-    "compile": False,
-}
-"""A model that learns to write in little more than a minute on two cores."""
-
-CUDA_PRESET = {
-    "max_iters": 5000,
-    "learning_rate": 3e-4,
-    "warmup_iters": 100.0,
-    "dtype": "bf16",
-    "compile": True,
-}
-"""The defaults of GPTConfig at the speed of the device."""
-
-RUN_DEFAULTS = {
-    "lr_schedule": "constant",
-    "lr_decay_iters": None,
-    "weight_decay": 0.1,
-    "grad_clip": 1.0,
-    "gradient_accumulation_steps": 1,
-    "eval_interval": 250,
-    "eval_iters": 20,
-    "save_interval": None,
-    "seed": 1337,
-}
+ARCHS = ("gpt", "flex_small", "flex_small_2025_02", "flex_medium")
+"""What --arch takes: our GPT, and the variants of modded-nanogpt."""
 
 CONFIG_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "dropout", "device")
 """Flags that are fields of config.json."""
@@ -65,7 +34,9 @@ EPILOG = """examples:
   python train.py --model_name dante --max_iters 4000         go on for longer
   python train.py --model_name mine --input_file my_book.txt  your own text
   python train.py --model_name big --compile --lr_schedule cosine --lr_decay_iters 5000 --warmup_iters 0.02
+  python train.py --model_name fast --arch flex_small         a modded-nanogpt model: packed documents, Muon
 
+flex_* models see the windows that upstream has at the end of training, from the first step on.
 Ctrl-C finishes the step, saves, and says how to go on (exit code 75); a second one ends at once (130).
 A flag wins over the model's own config and training state, which win over the preset.
 """
@@ -96,20 +67,28 @@ def train_from(
 ) -> int:
     """Train on from an open bundle, or anew."""
     from core.corpus import find_source, open_corpus
-    from core.dataloader import DataLoader
+    from core.dataloader import DataLoader, PackedLoader
     from core.device import DTYPES, resolve_device
     from core.evolution import old_settings
     from core.schedule import Schedule
+    from core.speedrun_start import Wanted, open_origin, start_speedrun, variant_to_train
     from core.tokenizer import tokenizer_from_state
     from core.training import fit
 
     state = bundle.state if bundle else {}
-    wish = flags.get("device") or (bundle.config.device if bundle and bundle.config else "auto")
+    variant, origin = variant_to_train(bundle, args.arch), None
+    if args.init_from_checkpoint and bundle is None:
+        origin = open_origin(args.init_from_checkpoint, args.arch)
+        variant = origin.model.config.variant
+    recorded_device = (
+        bundle.config.device if bundle and bundle.config else bundle and bundle.config_values.get("device")
+    )
+    wish = flags.get("device") or recorded_device or "auto"
     device = resolve_device(wish, "--device")
-    preset = CPU_PRESET if device.type == "cpu" else CUDA_PRESET
-    moments = bundle.optimizer.content if bundle and bundle.optimizer else None
+    defaults = preset(variant, VARIANTS[variant].muon_rate if variant else None, device.type == "cpu")
+    moments = bundle.optimizer.content if bundle and bundle.optimizer and not variant else None
     so_far = state.get("training") or old_settings(moments)
-    settings = {**RUN_DEFAULTS, **preset, **so_far, **flags}
+    settings = {**RUN, **defaults, **so_far, **flags}
     start = bundle.step if bundle else 0
     if start >= settings["max_iters"]:
         print(
@@ -130,25 +109,45 @@ def train_from(
     for note in corpus.notes:
         say(note)
     schedule = make_schedule(settings, Schedule)
-    model, optimizer, start = manager.initialize_for_training(
-        {name: flags[name] for name in CONFIG_FLAGS if name in flags},
-        corpus.tokenizer,
-        None,
-        schedule.learning_rate,
-        args.init_from_model,
-        preset=preset,
-        weight_decay=flags.get("weight_decay") if bundle else settings["weight_decay"],
-        seed=settings["seed"],
-        bundle=bundle,
-    )
-    config, device = model.config, next(model.parameters()).device
-    loader = DataLoader(
-        corpus.train, corpus.val, block_size=config.block_size, batch_size=config.batch_size, seed=settings["seed"]
-    )
-    say_what_runs(manager, model, corpus, start, device, preset if not state else None)
+    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags}
+    model: GPT | GPTFlexAttention
+    optimizer: Any
+    if variant:
+        dtype = flags.get("dtype") or (None if bundle else settings["dtype"])
+        wanted = Wanted(
+            variant=variant,
+            given=given,
+            preset=defaults,
+            tokenizer=corpus.tokenizer,
+            learning_rate=schedule.learning_rate,
+            weight_decay=settings["weight_decay"],
+            seed=settings["seed"],
+            dtype=DTYPES[dtype] if dtype else None,
+        )
+        model, optimizer, start = start_speedrun(manager, wanted, bundle, origin, args.init_from_model)
+        length, settings["dtype"] = model.config.block_size, "fp32"  # its embeddings have the dtype: no autocast
+        loader: DataLoader = PackedLoader(corpus.train, corpus.val, block_size=length, seed=settings["seed"])
+    else:
+        model, optimizer, start = manager.initialize_for_training(
+            given,
+            corpus.tokenizer,
+            None,
+            schedule.learning_rate,
+            args.init_from_model,
+            preset=defaults,
+            weight_decay=flags.get("weight_decay") if bundle else settings["weight_decay"],
+            seed=settings["seed"],
+            bundle=bundle,
+        )
+        config = model.config
+        loader = DataLoader(
+            corpus.train, corpus.val, block_size=config.block_size, batch_size=config.batch_size, seed=settings["seed"]
+        )
+    device = next(model.parameters()).device
+    say_what_runs(manager, model, corpus, start, device, toy=device.type == "cpu" and not (state or origin))
     manager.facts = {
         "data": source.record(),
-        "training": {name: settings[name] for name in (*RUN_DEFAULTS, "max_iters", "learning_rate", "warmup_iters")},
+        "training": {name: settings[name] for name in (*RUN, "max_iters", "learning_rate", "warmup_iters")},
     }
     if so_far and "training" not in state:
         shown = ", ".join(f"{name} {value}" for name, value in so_far.items())
@@ -198,7 +197,7 @@ def say(line: str) -> None:
 
 
 def say_what_runs(
-    manager: CheckpointManager, model: GPT, corpus: Corpus, start: int, device: Any, preset: dict[str, Any] | None
+    manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Corpus, start: int, device: Any, toy: bool
 ) -> None:
     """Say in two or three lines what is trained."""
     from core.tokenizer import describe
@@ -208,7 +207,7 @@ def say_what_runs(
     say(f"{manager.checkpoint_dir}: {how}, {parameters:,} parameters on {device}")
     vocabulary = describe(corpus.tokenizer.state())
     say(f"tokens: {len(corpus.train):,} to train on, {len(corpus.val):,} to validate with, {vocabulary}")
-    if preset is CPU_PRESET:
+    if toy:
         config = model.config
         say(
             f"no GPU: a small preset ({config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
@@ -216,7 +215,7 @@ def say_what_runs(
         )
 
 
-def finish(manager: CheckpointManager, model: GPT, corpus: Corpus, val_loss: float | None) -> None:
+def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Corpus, val_loss: float | None) -> None:
     """Show what was learned, and what to do with it."""
     from core.errors import CheckpointError
 
@@ -267,13 +266,14 @@ def make_parser() -> Parser:
         ("--block_size", count, "longest context, in tokens"),
         ("--dropout", float, "share of activations dropped while training"),
         ("--init_from_model", str, "start from the weights of another model below the root"),
-    )
+        ("--init_from_checkpoint", Path, "start from a state_step*.pt of modded-nanogpt"),
+    ).add_argument("--arch", choices=ARCHS, metavar="NAME", help=f"{', '.join(ARCHS)} (gpt)")
     group(
         "optimization",
         ("--max_iters", count, "optimizer steps in all"),
         ("--batch_size", count, "sequences per step and accumulation"),
         ("--gradient_accumulation_steps", count, "batches per optimizer step"),
-        ("--learning_rate", float, "peak learning rate of AdamW"),
+        ("--learning_rate", float, "peak learning rate of AdamW; of Muon for flex_*, the rest in proportion"),
         ("--warmup_iters", float, "steps of linear warm-up, or a fraction of --lr_decay_iters"),
         ("--lr_decay_iters", count, "step at which a cosine is lowest; independent of --max_iters"),
         ("--weight_decay", float, "of matrices"),
@@ -289,7 +289,11 @@ def make_parser() -> Parser:
     saving.add_argument("--keep_every", type=count, metavar="N", help="keep every step that N divides")
     machine = group("machine", ("--seed", int, "of data order, dropout and initialisation (1337)"))
     machine.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    machine.add_argument("--dtype", choices=("fp32", "bf16"), help="arithmetic of the forward pass; weights stay fp32")
+    machine.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        help="arithmetic of the forward pass; weights stay fp32 (flex_*: but for embeddings)",
+    )
     machine.add_argument("--compile", action="store_true", default=None, help="use torch.compile")
     machine.add_argument("--no_compile", action="store_false", dest="compile", help="do not")
     return parser

@@ -42,3 +42,14 @@ class DataLoader:
         pair[0], pair[1] = tokens[:, :-1], tokens[:, 1:]
         inputs, targets = torch.from_numpy(pair)
         return inputs, targets
+
+
+class PackedLoader(DataLoader):
+    """One packed sequence a batch, int64 [T]: documents as they stand in the data, the first cut anywhere."""
+
+    def __init__(self, train: Tokens, val: Tokens, *, block_size: int, seed: int) -> None:
+        super().__init__(train, val, block_size=block_size, batch_size=1, seed=seed)
+
+    def _pair(self, windows: Windows, seed: int, step: int, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = super()._pair(windows, seed, step, start)
+        return inputs[0], targets[0]

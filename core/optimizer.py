@@ -129,7 +129,10 @@ def load_optimizer_state(
         )
     entries = [state["state"].get(found[label], {}) for label in labels]
     adam = isinstance(optimizer, torch.optim.Adam)
-    faults = [_fault(label, p, e, group, adam) for label, (p, group), e in zip(labels, here, entries, strict=True)]
+    faults = [
+        _fault(label, p, e, group, adam or "betas" in group)
+        for label, (p, group), e in zip(labels, here, entries, strict=True)
+    ]
     _refuse([fault for fault in faults if fault])
     for (p, group), entry in zip(here, entries, strict=True):
         if entry:

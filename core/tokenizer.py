@@ -213,6 +213,7 @@ class HfTokenizer:
         self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.vocab_size:
             raise InputError(f"{where}: this Hugging Face tokenizer has no tokens.")
+        self.end_of_text: int | None = self._library.token_to_id(END_OF_TEXT)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -20,7 +20,8 @@ from core.dataloader import DataLoader
 from core.device import changes, environment
 from core.errors import CheckpointError, InputError
 from core.metrics import Metrics
-from core.model import GPT
+from core.model import GPT, GPTFlexAttention
+from core.muon import MuonWithAdamW
 from core.randomness import mix
 from core.schedule import Schedule
 from core.stop import StopSignal
@@ -44,7 +45,7 @@ class FitResult:
 
 
 def fit(
-    model: GPT,
+    model: GPT | GPTFlexAttention,
     *,
     data_loader: DataLoader,
     optimizer: torch.optim.Optimizer,
@@ -109,7 +110,7 @@ class _Run:
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | GPTFlexAttention,
         data_loader: DataLoader,
         optimizer: torch.optim.Optimizer,
         manager: CheckpointManager | None,
@@ -173,7 +174,9 @@ class _Run:
         rate = self.schedule.at(step) if self.schedule else self.optimizer.param_groups[0]["lr"]
         if self.schedule:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("factor", 1.0)
+        if isinstance(self.optimizer, MuonWithAdamW):
+            self.optimizer.warm_up(step)
         total = torch.zeros((), device=self.device)
         for micro in range(self.accumulation):
             x, y = self._to_device(self.loader.batch(step, micro))

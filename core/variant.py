@@ -41,6 +41,8 @@ class Variant:
     muon_rate: float  # learning rate of the matrices
     adam_rates: Mapping[str, float] = field(default_factory=dict)  # of head, embeddings and scalars
     weight_decay: float = 0.0  # of the matrices
+    mlp_decay: float = 1.0  # times that, of the matrices of feed-forwards
+    coefficients: tuple[tuple[float, float, float], ...] = ((3.4445, -4.7750, 2.0315),) * 5  # of Muon's iteration
 
 
 VARIANTS: dict[str, Variant] = {
@@ -88,6 +90,14 @@ VARIANTS: dict[str, Variant] = {
             muon_rate=0.025,
             adam_rates={"head": 1 / 320, "embed": 0.3, "scalar": 0.015},
             weight_decay=0.01,
+            mlp_decay=2.0,
+            coefficients=(
+                (4.0848, -6.8946, 2.9270),
+                (3.9505, -6.3029, 2.6377),
+                (3.7418, -5.5913, 2.3037),
+                (2.8769, -3.1427, 1.2046),
+                (2.8366, -3.0525, 1.2012),
+            ),
         ),
     )
 }
