@@ -110,6 +110,22 @@ def map_tensors(source: TorchFile, content: Any) -> Any:
     return put(content)
 
 
+def read_tensor(source: TorchFile, spec: TensorSpec) -> torch.Tensor:
+    """Read one tensor into memory of its own, without a map: its pages are gone with it.
+
+    Raises: CheckpointDamaged when the file ends too early.
+    """
+    data = torch.empty(spec.extent, dtype=torch.uint8)
+    view, done = memoryview(data.numpy().data), 0
+    source.file.seek(spec.offset)
+    while done < spec.extent:
+        count = source.file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointDamaged(f"{source.path}: {spec.name} ends after {done} of {spec.extent} bytes.")
+        done += count
+    return _tensor(spec, data, 0)
+
+
 def _specs(value: Any) -> Iterator[TensorSpec]:
     if isinstance(value, TensorSpec):
         yield value

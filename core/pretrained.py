@@ -21,7 +21,7 @@ from core.families.modded import FAMILIES, merged
 from core.families.plan import plain_names
 from core.flex import GPTFlexAttention
 from core.intact import open_chosen
-from core.materialize import read_part
+from core.materialize import read_part, read_tensor
 from core.part import Part, TorchFile
 from core.speedrun import SpeedrunGPT
 from core.speedrun_config import CLASSES, SpeedrunConfig
@@ -64,13 +64,13 @@ def load_pretrained_checkpoint(
     path = Path(path)
     if path.is_dir():
         return _from_bundle(path, device, dtype, say)
-    opened = _open(path)
+    opened = _open(path, resolve_dtype(dtype))
     say(f"Format: {opened.info['program']}")
     config = opened.config
     with torch.device("meta"):
         model = GPTBatched.of_config(config)
     model.load_state_dict(merged(opened.tensors, config.variant, config.n_layer, torch.cat), assign=True)
-    model.to(device=resolve_device(device), dtype=resolve_dtype(dtype))
+    model.to(device=resolve_device(device))
     model.requires_grad_(True)
     model.step = opened.info["step"] or 0
     return model.eval(), opened.info, opened.content
@@ -103,7 +103,8 @@ def inspect_checkpoint(path: str | Path, *, say: Callable[[str], None] = print) 
     return info, opened.content
 
 
-def _open(path: Path) -> _Opened:
+def _open(path: Path, dtype: torch.dtype | None = None) -> _Opened:
+    """Open a file, check it, and map its tensors, or read them into another dtype one by one."""
     try:
         file = DISK.open(path)
     except OSError as error:
@@ -119,10 +120,13 @@ def _open(path: Path) -> _Opened:
         source.refuse_foreign()
         verify_records(file, path)
         content = read_part(Part(source))
-    inside: Any = content
-    for word in key.split(".")[:-1]:
-        inside = inside[word]
-    tensors = {place: inside[name] for name, place in found.places.items()}
+        inside: Any = content
+        for word in key.split(".")[:-1]:
+            inside = inside[word]
+        tensors = {
+            place: inside[name] if dtype is None else read_tensor(source, specs[name]).to(dtype)
+            for name, place in found.places.items()
+        }
     scalars = tensors["scalars"].numel() if "scalars" in tensors else 0
     step = content.get("step") if key and isinstance(content, dict) else None
     info = {
@@ -130,7 +134,7 @@ def _open(path: Path) -> _Opened:
         "variant": config.variant,
         **_facts(config),
         "step": step if isinstance(step, int) else None,
-        "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
+        "dtype": ", ".join(sorted({specs[name].dtype for name in found.places})),
         "parameters": sum(t.numel() for t in tensors.values()) - max(0, scalars - 5 * config.n_layer),
         "prefix": found.prefix,
         "scalars_padding": max(0, scalars - 5 * config.n_layer),
