@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Threads that wait for work in a loop take the cores of whoever else is at work: two training runs side by side took
+# ten times as long. Read when torch is first imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
