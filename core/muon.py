@@ -40,15 +40,15 @@ def orthogonal(matrices: Tensor, coefficients: Coefficients) -> Tensor:
 
     Each step of the iteration maps a singular value s to a s + b s^3 + c s^5.
     """
-    x = matrices.bfloat16()
+    x = matrices.bfloat16().reshape(-1, *matrices.shape[-2:])
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT  # the smaller Gram matrix
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + TINY)
     for a, b, c in coefficients:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):

@@ -104,6 +104,8 @@ def _by_shape(saved: Any, names: list[str], shapes: Mapping[str, tuple[int, ...]
                 "of several"
             )
         order.append(groups.pop(found))
+    if groups:
+        raise CheckpointMismatch(f"it lacks parameters of shape {', '.join(str(list(shape)) for shape in groups)}")
     return _in_order(saved, order)
 
 

@@ -22,3 +22,14 @@ def shared() -> Path:
         assert "REQUIRE_FIXTURES" not in os.environ, f"{folder} is required here and missing"
         pytest.skip("the folder ../shared with fixtures made by the upstream programs is not here")
     return folder
+
+
+@pytest.fixture
+def one_thread():
+    """Compute on one thread: small matrices gain nothing from more, and lose much where other processes compute too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
