@@ -21,7 +21,6 @@ from core.commit import CONFIG, MODEL, ModelFolder, new_id
 from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
 from core.containers.torch_zip_writer import file_size, write_torch_zip
 from core.device import resolve_dtype
-from core.differences import differences, listed
 from core.errors import (
     CheckpointDamaged,
     CheckpointMismatch,
@@ -32,13 +31,13 @@ from core.errors import (
 from core.evolution import notes
 from core.inference import load_chosen
 from core.lock import hold
-from core.materialize import load_moments, load_optimizer, load_weights, read_part
+from core.materialize import fill, load_moments, load_optimizer
 from core.model import GPT, GPTBatched, GPTFlexAttention
 from core.optimizer import configure_optimizer
 from core.speedrun import SpeedrunGPT
 from core.speedrun_config import SpeedrunConfig
 from core.speedrun_files import fill_speedrun
-from core.state_dict import export_optimizer_state, export_state_dict, plain_name, unwrap
+from core.state_dict import export_optimizer_state, export_state_dict, unwrap
 from core.tokenizer import Tokenizer
 from core.training_state import STATE, dump_json, parse_json, unseal
 
@@ -392,23 +391,11 @@ class CheckpointManager:
             if isinstance(module, SpeedrunGPT):
                 fill_speedrun(bundle, module)
             else:
-                self._fill(bundle, module)
+                fill(bundle, module)
             if optimizer is not None:
                 self._say_without_moments(bundle, load_moments(bundle, module, optimizer))
             self.resumed = bundle.state
             return bundle.step
-
-    def _fill(self, bundle: Bundle, module: nn.Module) -> None:
-        tensors = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
-        live = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-        faults = differences(
-            {name: t.shape for name, t in live.items()}, {name: t.shape for name, t in tensors.items()}
-        )
-        if faults:
-            raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                live[name].copy_(tensor)
 
     @staticmethod
     def load_for_inference(

@@ -17,6 +17,7 @@ from core.bundle import TOKENIZER, Bundle
 from core.containers.spec import TensorSpec
 from core.containers.torch_zip import TorchZip
 from core.device import resolve_device
+from core.differences import differences, listed
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.families.plan import Plan
 from core.fit import check_fit, rearrange_optimizer
@@ -24,6 +25,7 @@ from core.model import GPT
 from core.optimizer import load_optimizer_state
 from core.optimizer_state import groups_of, names_in_order
 from core.part import Part, TorchFile, once
+from core.state_dict import plain_name
 from core.tokenizer import tokenizer_from_state
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -217,6 +219,21 @@ def load_model(
     model.step = bundle.step
     model.tokenizer = tokenizer
     return model.eval()
+
+
+def fill(bundle: Bundle, module: nn.Module) -> None:
+    """Copy the weights of a bundle into a live module.
+
+    Raises: CheckpointMismatch when names or shapes do not fit; the module is unchanged then.
+    """
+    tensors = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
+    live = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    faults = differences({name: t.shape for name, t in live.items()}, {name: t.shape for name, t in tensors.items()})
+    if faults:
+        raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            live[name].copy_(tensor)
 
 
 def _recorded_dtype(bundle: Bundle) -> torch.dtype | None:
