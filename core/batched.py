@@ -23,7 +23,7 @@ from core.flex import compiled_flex
 from core.speedrun import IGNORED, SCALE, SpeedrunGPT
 from core.speedrun_config import GPT2_END, SpeedrunConfig
 from core.variant import BLOCK, HEAD_SIZE, WITHOUT_ATTENTION, windows_of
-from core.windows import block_mask, mask
+from core.windows import block_mask, cuts, mask
 
 if TYPE_CHECKING:
     from core.flex import GPTFlexAttention
@@ -176,15 +176,13 @@ class GPTBatched(SpeedrunGPT):
     def _all(self, tokens: Tensor, cache: BatchedCache | None, lengths: Tensor | None) -> Tensor:
         """All positions of rows whose padding, if any, is at their end."""
         T = tokens.size(1)
-        long, short = windows_of(self.variant, self.config.window)
-        masks = {wide: mask(T, None, window, tokens.device) for wide, window in ((True, long), (False, short))}
+        windows = dict(zip((True, False), windows_of(self.variant, self.config.window), strict=True))
         # Without a window that cuts, SDPA has the fastest kernel there is; flex attention skips blocks where one does.
-        flex = tokens.is_cuda and any(m is not None for m in masks.values())
+        flex = tokens.is_cuda and any(cuts(T, window) for window in windows.values())
         if flex:
             tokens = F.pad(tokens, (0, -T % BLOCK))
-            masks = {
-                wide: block_mask(tokens.size(1), None, w, tokens.device) for wide, w in ((True, long), (False, short))
-            }
+        make = block_mask if flex else mask
+        masks = {wide: make(tokens.size(1), None, window, tokens.device) for wide, window in windows.items()}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if cache is not None:

@@ -32,15 +32,20 @@ def sees(docs: Tensor | None, window: int | None) -> Callable[[Any, Any, Tensor,
         if docs is not None:
             seen = seen & (docs[q] == docs[k])
         if window is not None:
-            seen = seen & (q // BLOCK - k // BLOCK < window)
+            seen = seen & (k // BLOCK + window > q // BLOCK)  # so that expanded, only booleans are [T, T]
         return seen
 
     return rule
 
 
+def cuts(T: int, window: int | None) -> bool:
+    """Whether a window hides anything of T positions."""
+    return window is not None and window * BLOCK < T
+
+
 def mask(T: int, docs: Tensor | None, window: int | None, device: torch.device) -> Tensor | None:
     """Expand the rule to bool [T, T] for SDPA; None where it is plain causal attention."""
-    if window is not None and window * BLOCK >= T:
+    if not cuts(T, window):
         window = None
     if docs is not None and bool(docs[0] == docs[-1]):
         docs = None
