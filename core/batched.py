@@ -36,7 +36,8 @@ class BatchedCache:
         config, weight = model.config, model.embed.weight
         shape = (2, batch, config.n_head, room, HEAD_SIZE)
         self.layers = [
-            torch.empty(shape if i != WITHOUT_ATTENTION else 0, dtype=weight.dtype, device=weight.device)
+            # Zeros: of rows that are shorter than the longest, masked slots are read, and NaN times 0 is NaN.
+            torch.zeros(shape if i != WITHOUT_ATTENTION else 0, dtype=weight.dtype, device=weight.device)
             for i in range(config.n_layer)
         ]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
