@@ -80,6 +80,7 @@ def main(argv: list[str]) -> int:
     """Fine-tune, print the scores, and return the exit code."""
     args = parse(argv)
     manager = CheckpointManager(args.model_name or "classification", args.checkpoint_root)
+    schedule = Schedule("constant", args.learning_rate, WARM_UP)
     splits = read_splits(Path(args.dataset), args.text_columns, args.label_column, args.seed)
     classes = splits["train"].classes()
     if len(classes) < 2:
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> int:
         **{name: getattr(args, name) for name in ("dtype", "dropout", "class_weights")},
     }
     with manager:
-        tuning = FineTuning(manager, model, tokenizer, examples, settings)
+        tuning = FineTuning(manager, model, tokenizer, examples, schedule, settings)
         stopped_by = tuning.train(args.num_epochs, args.save_interval)
     if stopped_by:
         say(f"stopped by {stopped_by} at step {tuning.step}, saved. Go on with the same line.")
@@ -163,6 +164,7 @@ class FineTuning:
         model: GPTClassification,
         tokenizer: Tokenizer,
         examples: dict[str, EncodedTexts],
+        schedule: Schedule,
         settings: dict[str, Any],
     ) -> None:
         self.manager, self.model, self.tokenizer = manager, model, tokenizer
@@ -174,7 +176,7 @@ class FineTuning:
             contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.schedule = Schedule("constant", settings["learning_rate"], WARM_UP)
+        self.schedule = schedule
         self.optimizer = configure_optimizer(model, settings["learning_rate"], WEIGHT_DECAY)
         self.steps_per_epoch = math.ceil(len(examples["train"]) / self.batch_size)
         self.metrics = Metrics(manager.get_path(METRICS))
