@@ -1,4 +1,7 @@
-"""Bring single-file checkpoints (latest.pt, final.pt) over to bundles; the files stay as they are."""
+"""Convert a checkpoint of one program into that of another: convert_checkpoints.py SRC DST --to FORMAT.
+
+Without --to: bring single-file checkpoints (latest.pt, final.pt) over to bundles. Sources stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,47 @@ from pathlib import Path
 from typing import Any
 
 from core.commandline import DONE, FAILED, Parser, model_names, run
+from core.conversion_script import add_flags, convert_one, print_matrix
 from core.errors import CheckpointError, CheckpointNotFound
 from core.migration import FAILED as NOT_MIGRATED
 from core.migration import Found, Outcome, find, plan, work
 from core.screen import columns, printable, size_text
 
 EPILOG = """examples:
-  python convert_checkpoints.py --dry_run               what would become of every file below checkpoints/
-  python convert_checkpoints.py                         do it
-  python convert_checkpoints.py --model_name dante      one model
-  python convert_checkpoints.py old_runs old/final.pt   folders and files anywhere
+  python convert_checkpoints.py ckpt.pt checkpoints/dante --to bundle --meta data/dante/meta.pkl
+  python convert_checkpoints.py gpt2/ checkpoints/gpt2 --to bundle      fine-tune it: train.py --init_from_model gpt2
+  python convert_checkpoints.py checkpoints/dante dante-hf --to hf      transformers opens the folder
+  python convert_checkpoints.py gpt2/ gpt2.safetensors --to safetensors --dtype bf16
+  python convert_checkpoints.py gpt2/ small/ --to safetensors --shard_size 1GB
+  python convert_checkpoints.py ckpt.pt x --to hf --dry_run             every tensor: source, rule, target, shape, bytes
+  python convert_checkpoints.py --list                                  what becomes what
 
-In each folder the file with the highest step becomes the bundle, the others kept steps (step_NNNNNNNN/). Each is read
-back and compared with its file, bit for bit, before it counts. No file is changed or deleted; a second run finds what
-is done. Exit code 1 when a file could not be migrated; the rest is done.
+  python convert_checkpoints.py                         migrate every latest.pt and final.pt below checkpoints/
+  python convert_checkpoints.py --model_name dante      those of one model
+  python convert_checkpoints.py old_runs old/final.pt   those in folders and files anywhere
+
+A conversion is planned from headers and checked whole before the first byte is written; it streams tensor by tensor, in
+memory of one tensor. It is written beside DST under a hidden name, read back, turned back by the inverse rules and
+compared with SRC bit for bit (--no_verify leaves that out), and then appears under its name at once. SRC is only read.
+
+A migration makes of the file with the highest step in a folder its bundle, of the others kept steps. No file is changed
+or deleted; a second run finds what is done. Exit code 1 when something could not be converted or migrated.
 """
 
 
 def main(argv: list[str]) -> int:
     """Migrate what the command line names, and print what became of it; returns the exit code."""
     parser = Parser(prog="convert_checkpoints.py", description=__doc__ or "", epilog=EPILOG)
-    parser.add_argument("paths", metavar="PATH", nargs="*", help="a model folder, a folder of models, or a .pt file")
+    words = "SRC DST with --to; else what to migrate: a model folder, a folder of models, or a .pt file"
+    parser.add_argument("paths", metavar="PATH", nargs="*", help=words)
     parser.add_argument("--dry_run", action="store_true", help="print the plan, and change nothing")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    add_flags(parser)
     args = parser.parse(argv)
+    if args.list:
+        return print_matrix(args.json)
+    if args.to is not None:
+        return convert_one(parser, args)
     if args.paths and args.model_name:
         parser.error("PATH and --model_name both say what to migrate; give one of them")
     places = _places(args.paths, args.model_name, Path(args.checkpoint_root))

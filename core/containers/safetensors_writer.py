@@ -1,0 +1,62 @@
+"""Lay out a .safetensors file: its header, and where the bytes of each tensor go; no torch, and no bytes of tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from core.containers.safetensors import _DTYPES
+from core.errors import CheckpointMismatch
+
+CODES = {dtype: code for code, dtype in _DTYPES.items()}
+"""What safetensors calls torch's dtypes."""
+
+USUAL = {"format": "pt"}
+"""What every file says that transformers wrote; it refuses others."""
+
+_ALIGNMENT = 8  # of the first tensor, as the format's own writer has it
+
+
+def header(tensors: Sequence[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """Write the beginning of a file whose tensors (name, dtype, shape, bytes) then follow in this order.
+
+    Raises: CheckpointMismatch for a dtype that the format does not have.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, dtype, shape, nbytes in tensors:
+        if dtype not in CODES:
+            raise CheckpointMismatch(f"{name} has dtype {dtype}, which safetensors does not have. Use --to pt.")
+        sides = [*shape[:-1], 2 * shape[-1]] if dtype == "float4_e2m1fn_x2" else list(shape)  # it counts the numbers
+        entries[name] = {"dtype": CODES[dtype], "shape": sides, "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def in_shards(sizes: Mapping[str, int], most: int | None) -> list[list[str]]:
+    """Cut tensors into files of at most so many bytes, in their order; a larger tensor has a file of its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, nbytes in sizes.items():
+        if most is not None and shards[-1] and size + nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def shard_names(count: int, stem: str = "model") -> list[str]:
+    """Name the files of a model as transformers does."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{k:05}-of-{count:05}.safetensors" for k in range(1, count + 1)]
+
+
+def index(files: Mapping[str, Sequence[str]], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Make the index of a model in several files: which file has which tensor, and the bytes of all."""
+    places = {name: file for file, names in files.items() for name in names}
+    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}

@@ -1,0 +1,199 @@
+"""Lay out a torch file without torch: the pickle of its content by hand, and the zip around records of any length.
+
+The layout is that of core/containers/torch_zip_writer.py, which writes live tensors; here the bytes of a tensor come in
+pieces, so that none has to be in memory.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from core.checksum import combine
+from core.containers.spec import dense_strides
+from core.errors import CheckpointMismatch
+
+ALIGNMENT = 64
+_WIDE_FROM = 0xFFFFFFFF
+_DESCRIPTOR_FOLLOWS, _UTF8 = 0x0008, 0x0800
+_PADDING_ID = 0xD935
+_DOS_DATE = 0x0021  # 1980-01-01: no clock in the bytes
+
+_STORAGES = {
+    "bool": "BoolStorage",
+    "uint8": "ByteStorage",
+    "int8": "CharStorage",
+    "int16": "ShortStorage",
+    "int32": "IntStorage",
+    "int64": "LongStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "float32": "FloatStorage",
+    "float64": "DoubleStorage",
+    "complex64": "ComplexFloatStorage",
+    "complex128": "ComplexDoubleStorage",
+}
+"""Torch's class of a storage; dtypes that have none are rebuilt from bytes (`_rebuild_tensor_v3`)."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Stands in a content where a tensor is: its dtype and shape, and the key of the storage that it fills."""
+
+    key: int
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Sink(Protocol):
+    """What is needed of an output."""
+
+    size: int
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes and return their CRC32."""
+
+
+def pickled(content: Any) -> bytes:
+    """Pickle plain values and `Stored` tensors as torch.save does, by protocol 2.
+
+    Raises: CheckpointMismatch for a value of another type.
+    """
+    out = [b"\x80\x02"]
+    _put(content, out.append)
+    out.append(b".")
+    return b"".join(out)
+
+
+def _put(value: Any, emit: Callable[[bytes], None]) -> None:
+    if value is None:
+        emit(b"N")
+    elif isinstance(value, bool):
+        emit(b"\x88" if value else b"\x89")
+    elif isinstance(value, int):
+        _put_int(value, emit)
+    elif isinstance(value, float):
+        emit(b"G" + struct.pack(">d", value))
+    elif isinstance(value, str):
+        data = value.encode("utf-8", "surrogatepass")
+        emit(b"X" + struct.pack("<I", len(data)) + data)
+    elif isinstance(value, Stored):
+        _put_tensor(value, emit)
+    elif isinstance(value, Mapping):
+        emit(b"}(")
+        for key, item in value.items():
+            _put(key, emit)
+            _put(item, emit)
+        emit(b"u")
+    elif isinstance(value, (list, tuple)):
+        emit(b"](" if isinstance(value, list) else b"(")
+        for item in value:
+            _put(item, emit)
+        emit(b"e" if isinstance(value, list) else b"t")
+    else:
+        raise CheckpointMismatch(f"a {type(value).__name__} cannot be written into a torch file")
+
+
+def _put_int(value: int, emit: Callable[[bytes], None]) -> None:
+    if 0 <= value < 256:
+        emit(b"K" + bytes([value]))
+    elif -(1 << 31) <= value < 1 << 31:
+        emit(b"J" + struct.pack("<i", value))
+    else:
+        data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        if len(data) > 255:
+            raise CheckpointMismatch(f"a number of {len(data)} bytes cannot be written into a torch file")
+        emit(b"\x8a" + bytes([len(data)]) + data)
+
+
+def _put_global(module: str, name: str, emit: Callable[[bytes], None]) -> None:
+    emit(f"c{module}\n{name}\n".encode())
+
+
+def _put_tensor(tensor: Stored, emit: Callable[[bytes], None]) -> None:
+    """A call of the function that rebuilds a tensor from (storage, offset, shape, strides, requires_grad, hooks)."""
+    kind = _STORAGES.get(tensor.dtype)
+    _put_global("torch._utils", "_rebuild_tensor_v2" if kind else "_rebuild_tensor_v3", emit)
+    emit(b"((")
+    _put("storage", emit)
+    if kind:
+        _put_global("torch", kind, emit)
+    else:
+        _put_global("torch.storage", "UntypedStorage", emit)
+    _put(str(tensor.key), emit)
+    _put("cpu", emit)
+    _put_int(math.prod(tensor.shape) if kind else tensor.nbytes, emit)
+    emit(b"tQ")  # the storage, as a persistent id
+    _put_int(0, emit)
+    _put(tensor.shape, emit)
+    _put(dense_strides(tensor.shape), emit)
+    _put(False, emit)
+    _put_global("collections", "OrderedDict", emit)
+    emit(b")R")
+    if not kind:
+        _put_global("torch", tensor.dtype, emit)
+    emit(b"tR")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: bytes
+    offset: int
+    size: int
+    crc32: int
+
+
+class ZipLayout:
+    """A zip of stored, aligned records, written in one pass; the CRC32 of each follows its bytes."""
+
+    def __init__(self, sink: Sink, folder: str = "archive") -> None:
+        self.sink = sink
+        self.folder = folder
+        self._entries: list[_Entry] = []
+
+    def record(self, name: str, size: int, pieces: Iterable[bytes | memoryview]) -> None:
+        """Append a record whose bytes come in pieces, `size` in all."""
+        path, offset = f"{self.folder}/{name}".encode(), self.sink.size
+        wide = size >= _WIDE_FROM
+        extra = struct.pack("<HHQQ", 1, 16, 0, 0) if wide else b""
+        padding = -(offset + 30 + len(path) + len(extra) + 4) % ALIGNMENT
+        extra += struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
+        narrow = 0xFFFFFFFF if wide else 0
+        version = 45 if wide else 20
+        flags = _DESCRIPTOR_FOLLOWS | _UTF8
+        head = (b"PK\3\4", version, flags, 0, 0, _DOS_DATE, 0, narrow, narrow, len(path), len(extra))
+        self.sink.write(struct.pack("<4s5H3I2H", *head) + path + extra)
+        crc = done = 0
+        for piece in pieces:
+            crc = combine(crc, self.sink.write(piece), len(piece))
+            done += len(piece)
+        if done != size:
+            raise CheckpointMismatch(f"{name} has {done} bytes, expected {size}")
+        self.sink.write(struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\7\10", crc, size, size))
+        self._entries.append(_Entry(path, offset, size, crc))
+
+    def close(self) -> None:
+        """Append the directory; nothing may follow."""
+        start = self.sink.size
+        for entry in self._entries:
+            self.sink.write(_directory_entry(entry))
+        length, count, end = self.sink.size - start, len(self._entries), self.sink.size
+        if start >= _WIDE_FROM or length >= _WIDE_FROM or count >= 0xFFFF:
+            self.sink.write(struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start))
+            self.sink.write(struct.pack("<4sIQI", b"PK\6\7", 0, end, 1))
+            start, length, count = 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFF
+        self.sink.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, start, 0))
+
+
+def _directory_entry(entry: _Entry) -> bytes:
+    wide = [value for value in (entry.size, entry.size, entry.offset) if value >= _WIDE_FROM]
+    extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    size, offset = min(entry.size, 0xFFFFFFFF), min(entry.offset, 0xFFFFFFFF)
+    version = 45 if entry.size >= _WIDE_FROM else 20
+    flags = _DESCRIPTOR_FOLLOWS | _UTF8
+    head = (b"PK\1\2", 45, version, flags, 0, 0, _DOS_DATE, entry.crc32, size, size, len(entry.name), len(extra))
+    return struct.pack("<4s6H3I5H2I", *head, 0, 0, 0, 0, offset) + entry.name + extra

@@ -1,0 +1,99 @@
+"""From a path to a plan: open the source, take the model to a family that the format holds, lay out the files."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from core.conversion_formats import FORMATS, Format
+from core.conversion_plan import Model, Options, Plan
+from core.conversion_source import FAMILY, open_model
+from core.differences import listed
+from core.errors import CheckpointMismatch
+from core.families.identify import UNKNOWN, identify
+from core.families.pairs import ways
+from core.view import cut, filled, join
+
+BY_NAME = {one.name: one for one in FORMATS}
+
+
+def plan_conversion(source: Path, target: Path, to: str, options: Options, held: ExitStack) -> Plan:
+    """Plan a conversion from headers; what is opened stays open until `held` is closed.
+
+    Raises: CheckpointError saying what cannot be read, or cannot be converted and why.
+    """
+    kind = BY_NAME[to]
+    model = open_model(source, held, needs_family=bool(kind.families))
+    if options.vocab_size is not None:
+        _set_rows(model, options.vocab_size)
+    if kind.families:
+        _carry(model, kind, options)
+    _set_tied(model, options)
+    plan = kind.plan(model, options, target)
+    if kind.families:
+        _check_family(plan)
+    plan.check()
+    return plan
+
+
+def _carry(model: Model, kind: Format, options: Options) -> None:
+    """Take a model to the first family of a format that it can reach."""
+    found = ways(model.family)
+    way = next((found[family] for family in kind.families if family in found), None)
+    if way is None:
+        there = [one.name for one in FORMATS if not one.families or found.keys() & set(one.families)]
+        raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(there)}.")
+    for pair, back in way:
+        pair.carry(model, options, back)
+
+
+def _set_rows(model: Model, rows: int) -> None:
+    """Crop or pad the vocabulary to so many rows."""
+    family = FAMILY.get(model.family)
+    if family is None:
+        raise model.refuse("--vocab_size needs to know which tensor is the token table, and the program is not known.")
+    for name in (family.embedding, family.head, family.head.replace(".weight", ".bias")):
+        view = model.tensors.get(name)
+        if view is None or view.shape[0] == rows:
+            continue
+        if view.shape[0] > rows:
+            made, rule = cut(view, 0, 0, rows), f"crop {view.shape[0]} rows to {rows}"
+        else:
+            more = filled(view.dtype, (rows - view.shape[0], *view.shape[1:]))
+            made, rule = join([view, more]), f"pad {view.shape[0]} rows with zeros to {rows}"
+        model.replace(name, made, rule)
+    model.config["vocab_size"] = rows
+    model.sizes = {**model.sizes, "vocab_size": rows}
+    model.moments = None
+
+
+def _set_tied(model: Model, options: Options) -> None:
+    """Make the head the token table, or a tensor of its own, where that is asked for."""
+    family = FAMILY.get(model.family)
+    if options.tied is None or family is None:
+        return
+    head, table = family.head, family.embedding
+    if options.tied and head in model.tensors:
+        if not model.is_same(head, table):
+            raise model.refuse(f"{head} has other values than {table}: --tied would change the model.")
+        model.tensors[head] = model.tensors[table]
+    if not options.tied and head not in model.tensors:
+        model.replace(head, model.tensors[table], f"copy of {table}")
+    for field in ("tied_head", "tie_word_embeddings"):
+        if field in model.config:
+            model.config[field] = options.tied
+
+
+def _check_family(plan: Plan) -> None:
+    """Lay the table of the target's family over the plan: names, shapes and config have to fit."""
+    model = plan.model
+    shapes = {target.name: target.view.shape for target in plan.targets if target.is_weight}
+    found = identify(shapes, model.config)
+    faults = [f"{name} is missing" for name in found.missing] + [f"{name} has no place" for name in found.unplaced]
+    if found.family == UNKNOWN:
+        faults.append(found.reason)
+    elif found.family != model.family:
+        faults.append(f"it would be taken for {found.program}")
+    faults += found.conflicts
+    if faults:
+        raise CheckpointMismatch(f"{model.path}: what would be written is no {model.family}: {listed(faults, 5)}.")

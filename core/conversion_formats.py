@@ -1,0 +1,282 @@
+"""What a conversion can write: for each format the families it holds, and the files it consists of."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.bundle import OPTIMIZER, TOKENIZER
+from core.commit import CONFIG, MODEL, new_id
+from core.config import FORMAT_VERSION
+from core.containers import safetensors_writer
+from core.conversion_plan import Model, Options, Plan, Ref, Target, WeightFile, target_of
+from core.families.recognise import FUSED
+from core.model_card import card
+from core.plain import plain
+from core.training_state import FIELDS, dump_json, seal
+from core.view import View
+
+CKPT = "ckpt.pt"
+INDEX = "model.safetensors.index.json"
+CHARACTERS = "characters.json"
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Files beside a model of Hugging Face that go along with it as they are."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of output; without `families` any model, in the names that it has."""
+
+    name: str
+    what: str
+    families: tuple[str, ...]
+    plan: Callable[[Model, Options, Path], Plan]
+
+
+def plan_safetensors(model: Model, options: Options, target: Path) -> Plan:
+    """Plan a .safetensors file, or a folder of them when the target has no such name."""
+    is_folder = target.suffix != ".safetensors"
+    if not is_folder and options.shard_size is not None:
+        raise model.refuse(f"{target.name} is one file, and --shard_size cuts it. Name a folder.")
+    plan = Plan(model, target, "safetensors", [], is_folder=is_folder)
+    _add_safetensors(plan, options, "" if is_folder else target.name)
+    if is_folder:
+        plan.copies = beside(model, ("config.json", *COPIED))
+    if options.include_optimizer:
+        raise model.refuse("an optimizer state is more than tensors: --to pt, --to nanogpt and --to bundle hold it.")
+    return plan
+
+
+def _add_safetensors(plan: Plan, options: Options, name: str = "") -> None:
+    """Plan the files of the weights and, when there are several, their index; tied tensors are written once."""
+    model = plan.model
+    metadata = dict(safetensors_writer.USUAL)
+    for alias, kept in _ties(model).items() if options.tied is not False else ():
+        model.drop(alias, f"tied to {kept}, and safetensors has no tied tensors")
+        metadata[alias] = kept
+    targets = {one: target_of(model, one, "", options) for one in model.tensors}
+    sizes = {one: target.nbytes for one, target in targets.items()}
+    shards = safetensors_writer.in_shards(sizes, options.shard_size)
+    names = [name] if name else safetensors_writer.shard_names(len(shards))
+    for file, shard in zip(names, shards, strict=True):
+        placed = [target_of(model, one, file, options) for one in shard]
+        plan.files.append(WeightFile(file, placed, metadata=metadata))
+    if len(shards) > 1:
+        index = safetensors_writer.index(dict(zip(names, shards, strict=True)), sizes)
+        plan.texts[INDEX] = dump_json(index)
+
+
+def _ties(model: Model) -> dict[str, str]:
+    """Tensors that are another one again, and which."""
+    seen: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for name, view in model.tensors.items():
+        key = (view.dtype, view.shape, tuple((b.offset, b.file, id(b.source), b.strides, b.begin) for b in view.blocks))
+        if view.names and seen.setdefault(key, name) != name:
+            found[name] = seen[key]
+    return found
+
+
+def plan_pt(model: Model, options: Options, target: Path) -> Plan:
+    """Plan one torch file: a state dict, or with an optimizer `{"model", "optimizer"}`."""
+    if options.include_optimizer:
+        return _torch_file(model, options, target, "pt", {})
+    targets = [target_of(model, name, target.name, options) for name in model.tensors]
+    content = {one.path: Ref(one.path) for one in targets}
+    return Plan(model, target, "pt", [WeightFile(target.name, targets, content)], is_folder=False)
+
+
+def _torch_file(model: Model, options: Options, target: Path, kind: str, more: dict[str, Any]) -> Plan:
+    """Plan a torch file of `model`, `optimizer` where it is asked for, and further entries."""
+    file = target.name if target.suffix in (".pt", ".pth", ".bin", ".ckpt") else CKPT
+    targets = [target_of(model, name, file, options, f"model.{name}") for name in model.tensors]
+    content: dict[str, Any] = {"model": {one.name: Ref(one.path) for one in targets}}
+    if options.include_optimizer:
+        order = _parameters(model)
+        state, others = optimizer_content(model, options, order, file, "optimizer", named=kind == "pt")
+        content["optimizer"] = state
+        targets += others
+    content |= more
+    return Plan(model, target, kind, [WeightFile(file, targets, content)], is_folder=file != target.name)
+
+
+def _parameters(model: Model) -> list[str]:
+    aliases = _ties(model)
+    return [name for name in model.tensors if name not in aliases]
+
+
+def optimizer_content(
+    model: Model, options: Options, order: list[str], file: str, prefix: str, named: bool
+) -> tuple[dict[str, Any], list[Target]]:
+    """Lay out the moments as torch.optim does, in the order of the parameters in each group.
+
+    Raises: CheckpointMismatch when the source has none, or they are of other parameters.
+    """
+    moments = model.moments
+    if moments is None:
+        raise model.refuse("it has no optimizer state. Leave out --include_optimizer.")
+    before = f"{prefix}." if prefix else ""
+    group_of = {name: g for g, group in enumerate(moments.groups) for name in group["names"]}
+    state: dict[int, dict[str, Any]] = {}
+    targets: list[Target] = []
+    groups: list[dict[str, Any]] = [{**group, "params": [], "param_names": []} for group in moments.groups]
+    firsts = {name: _first_source(model, name, group_of) for name in order}
+    number_of = 0
+    for g, group in enumerate(groups):
+        del group["names"]
+        for name in order:
+            first = firsts[name]
+            if first is None or group_of[first] != g:
+                continue
+            entry: dict[str, Any] = {}
+            for key, value in moments.others.get(first, {}).items():
+                entry[key] = value if not isinstance(value, View) else Ref(f"{before}state.{number_of}.{key}")
+                if isinstance(value, View):
+                    path = f"{before}state.{number_of}.{key}"
+                    targets.append(Target(f"{name}: {key}", path, file, value.dtype, value, "copy", is_weight=False))
+            for key, views in moments.views.items():
+                if name in views:
+                    path = f"{before}state.{number_of}.{key}"
+                    view = views[name]
+                    targets.append(
+                        Target(f"{name}: {key}", path, file, view.dtype, view, model.rules.get(name, "copy"), False)
+                    )
+                    entry[key] = Ref(path)
+            if entry:
+                state[number_of] = entry
+            group["params"].append(number_of)
+            group["param_names"].append(name)
+            number_of += 1
+        if not named:
+            del group["param_names"]
+    return {"state": state, "param_groups": groups}, targets
+
+
+def _first_source(model: Model, name: str, group_of: dict[str, int]) -> str | None:
+    """The parameter of the source that one of the target's begins with; None for one that was filled in."""
+    raw = model.tensors[name].names
+    for source, view in model.sources.items():
+        if raw and source in group_of and view.names == raw[:1]:
+            return source
+    return None
+
+
+def plan_bundle(model: Model, options: Options, target: Path) -> Plan:
+    """Plan a bundle: model.pt, config, tokenizer, training state, and the optimizer where there is one."""
+    aliases = _ties(model) if options.tied is False else {}
+    targets = [target_of(model, name, MODEL, options) for name in model.tensors]
+    files = [WeightFile(MODEL, targets, {one.path: Ref(one.path) for one in targets})]
+    if model.moments is not None and options.vocab_size is None and not aliases:
+        content, moments = optimizer_content(model, options, _parameters(model), OPTIMIZER, "", named=True)
+        if moments:
+            files.append(WeightFile(OPTIMIZER, moments, content))
+    texts = {CONFIG: dump_json({**model.config, "format_version": FORMAT_VERSION})}
+    if model.tokenizer is not None:
+        texts[TOKENIZER] = dump_json(model.tokenizer)
+    kept = {name: value for name, value in model.state.items() if name in FIELDS or name == "val_loss"}
+    state = {
+        **plain(kept),
+        "step": model.step or 0,
+        "optimizer_file": OPTIMIZER if len(files) > 1 else None,
+        "format_version": FORMAT_VERSION,
+        "commit_id": new_id(),
+        "parent": None,
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "legacy": [],
+        "extra": {**plain(kept.get("extra") or {}), "converted_from": str(model.path), "program": model.program},
+    }
+    state.pop("integrity", None)
+
+    def sealed(recorded: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+        return {"training_state.json": seal({**state, "integrity": {"files": recorded}})}
+
+    return Plan(model, target, "bundle", files, texts, seal=sealed)
+
+
+def plan_nanogpt(model: Model, options: Options, target: Path) -> Plan:
+    """Plan a ckpt.pt that nanoGPT resumes and samples from."""
+    best = (model.state.get("best") or {}).get("val_loss")
+    more = {
+        "model_args": model.config,
+        "iter_num": model.step or 0,
+        "best_val_loss": best if isinstance(best, float) else 1e9,
+        "config": {"dataset": "converted", "init_from": "resume"},
+    }
+    if model.moments is not None and options.include_optimizer:
+        _decayed_first(model)
+    return _torch_file(model, options, target, "nanogpt", more)
+
+
+def _decayed_first(model: Model) -> None:
+    """nanoGPT has two groups: what has at least two sides decays, the rest does not."""
+    assert model.moments is not None
+    groups = model.moments.groups
+    decays = [group.get("weight_decay", 0.0) for group in groups]
+    if len(groups) != 2:
+        raise model.refuse(
+            f"its optimizer has {len(groups)} groups of parameters, nanoGPT's two. Leave out --include_optimizer."
+        )
+    if decays[0] == 0.0 and decays[1] != 0.0:
+        groups.reverse()
+
+
+def plan_hf(model: Model, options: Options, target: Path) -> Plan:
+    """Plan a folder that transformers opens: weights, config.json, generation_config.json, tokenizer, model card."""
+    plan = Plan(model, target, "hf", [])
+    _add_safetensors(plan, options)
+    stored_as = {one.dtype for one in plan.targets}
+    dtype = next(iter(stored_as)) if len(stored_as) == 1 else "float32"
+    plan.copies = beside(model, COPIED)
+    config = {**model.config, "torch_dtype": dtype, "dtype": dtype}
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    plan.texts[CONFIG] = dump_json(config)
+    if "generation_config.json" not in plan.copies:
+        plan.texts["generation_config.json"] = dump_json({"_from_model_config": True, **ids})
+    if model.tokenizer is not None and "tokenizer.json" not in plan.copies:
+        name, text = _tokenizer_for_hf(model.tokenizer)
+        if text is not None:
+            plan.texts[name] = text
+    plan.texts["README.md"] = card(plan).encode()
+    return plan
+
+
+def _tokenizer_for_hf(state: dict[str, Any]) -> tuple[str, bytes | None]:
+    """The file of a tokenizer: its definition, or the list of characters; GPT-2's is named in the card."""
+    kind = state.get("token_kind")
+    if kind == "hf" and isinstance(state.get("definition"), dict):
+        return "tokenizer.json", json.dumps(state["definition"], ensure_ascii=False).encode()
+    return CHARACTERS, dump_json(state) if kind == "char" else None
+
+
+def beside(model: Model, names: tuple[str, ...]) -> dict[str, Path]:
+    """Find files that lie beside the weights of another program's model and go along; links are not followed."""
+    if model.container.path.is_dir() and model.family_of_source not in (FUSED, "lecture"):
+        folder = model.container.path
+        found = {name: folder / name for name in names}
+        return {name: path for name, path in found.items() if os.path.isfile(path)}  # noqa: PTH113
+    return {}
+
+
+FORMATS = (
+    Format("bundle", "a folder of ours: train.py resumes it, generate.py writes text with it", (FUSED,), plan_bundle),
+    Format("nanogpt", "a ckpt.pt that nanoGPT resumes and samples from", ("nanogpt",), plan_nanogpt),
+    Format("hf", "a folder that transformers opens", ("hf_gpt2",), plan_hf),
+    Format("safetensors", "one .safetensors file, or a folder of them; names as they are", (), plan_safetensors),
+    Format("pt", "one torch file of a state dict; names as they are", (), plan_pt),
+)
+"""Everything that --to can be."""

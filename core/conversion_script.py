@@ -1,0 +1,100 @@
+"""The command line of a conversion: its flags, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+from core.commandline import DONE, Parser, count
+from core.conversion_plan import DTYPES, Options
+from core.screen import printable
+
+TO = ("bundle", "nanogpt", "hf", "safetensors", "pt")
+
+
+def add_flags(parser: Parser) -> None:
+    """Add the flags of a conversion."""
+    group = parser.add_argument_group("conversion")
+    group.add_argument("--to", choices=TO, metavar="FORMAT", help=f"what DST is to be: {', '.join(TO)}")
+    group.add_argument("--list", action="store_true", help="print what can become what")
+    dtypes = "cast floating-point tensors, rounding to nearest even (default: keep)"
+    group.add_argument("--dtype", choices=[*DTYPES, "keep"], default="keep", help=dtypes)
+    group.add_argument(
+        "--shard_size", metavar="SIZE", type=size, help="cut safetensors into files of at most 5GB, 500MB"
+    )
+    tied = group.add_mutually_exclusive_group()
+    tied.add_argument("--tied", action="store_true", help="the head is the token table; refused when it is not")
+    tied.add_argument("--untied", action="store_true", help="write the head as a tensor of its own")
+    rows = "rows of the vocabulary: crop padding, or pad with zeros (default: as they are)"
+    group.add_argument("--vocab_size", metavar="N", type=count, help=rows)
+    optimizer = "take the optimizer state along (--to bundle always does)"
+    group.add_argument("--include_optimizer", action="store_true", help=optimizer)
+    group.add_argument("--meta", metavar="FILE", type=Path, help="nanoGPT's meta.pkl: the characters of a vocabulary")
+    group.add_argument("--overwrite", action="store_true", help="move what is at DST aside")
+    group.add_argument("--no_verify", action="store_true", help="do not read back and compare what was written")
+
+
+def size(word: str) -> int:
+    """Parse a number of bytes such as 5GB, as a flag's type."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", word.upper())
+    if not match or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"{word!r} is no size such as 5GB, 500MB or 2GiB")
+    base = 1024 if match[3] else 1000
+    value = int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no size from 1 byte")
+    return value
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """What the flags ask for."""
+    return Options(
+        dtype=DTYPES.get(args.dtype),
+        shard_size=args.shard_size,
+        tied=True if args.tied else False if args.untied else None,
+        vocab_size=args.vocab_size,
+        include_optimizer=args.include_optimizer,
+        meta=args.meta,
+    )
+
+
+def convert_one(parser: Parser, args: argparse.Namespace) -> int:
+    """Convert SRC into DST as the flags say, with a progress bar when it takes time; returns the exit code."""
+    if args.model_name:
+        parser.error("--model_name says what to migrate; with --to name SRC and DST as paths")
+    if len(args.paths) != 2:
+        parser.error(f"--to takes two paths, SRC and DST; found {len(args.paths)}")
+    from core.conversion import plan_conversion
+    from core.conversion_text import plan_facts, plan_text, summary
+    from core.convert import convert, work
+
+    source, target = map(Path, args.paths)
+    with ExitStack() as held:
+        plan = plan_conversion(source, target, args.to, options_of(args), held)
+        if args.dry_run:
+            print(json.dumps(plan_facts(plan), indent=2) if args.json else "\n".join(plan_text(plan)))
+            return DONE
+        from tqdm import tqdm
+
+        verify = not args.no_verify
+        bar = tqdm(total=work(plan, verify), desc="converting", unit="B", unit_scale=True, delay=2.0, leave=False)
+        with bar:
+            said = convert(plan, overwrite=args.overwrite, verify=verify, progress=bar.update)
+    if args.json:
+        print(json.dumps({**plan_facts(plan), "verified": verify, "said": said}, indent=2))
+        return DONE
+    for line in [*summary(plan), *said]:
+        print(printable(line))
+    print("read back and compared with the source, bit for bit" if verify else "not compared with the source")
+    return DONE
+
+
+def print_matrix(as_json: bool) -> int:
+    """Print what can become what; returns the exit code."""
+    from core.conversion_text import matrix, matrix_text
+
+    print(json.dumps(matrix(), indent=2) if as_json else "\n".join(matrix_text()))
+    return DONE

@@ -1,0 +1,178 @@
+"""Open a checkpoint of any program to be converted: its tensors as views, its config, and what lies beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from core.containers.inert import Call, as_text
+from core.containers.spec import TensorSpec
+from core.conversion_plan import Model, Moments
+from core.differences import listed
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from core.families.architecture import Architecture
+from core.families.identify import FAMILIES, UNKNOWN, Identity, identify
+from core.inspection import Inspected, inspect_path
+from core.optimizer_state import groups_of, names_in_order
+from core.part import once
+from core.plain import plain
+from core.view import View, stored
+
+FAMILY = {family.name: family for family in FAMILIES}
+
+CONFIG_ENTRY = {"nanogpt": "model_args"}
+"""The entry of a file that holds the config of the model, where others look like it."""
+
+
+def open_model(path: Path, held: ExitStack, *, needs_family: bool = True) -> Model:
+    """Open what lies at a path; its files stay open until `held` is closed.
+
+    Without `needs_family` tensors of any names are taken as they are.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointError when it cannot be read or names more than data;
+        CheckpointMismatch when its tensors are no whole model of a known program.
+    """
+    found = held.enter_context(inspect_path(path))
+    if found.damage:
+        raise CheckpointDamaged(found.damage[0])
+    if found.container.foreign:
+        raise CheckpointError(
+            f"{path}: its pickle names {', '.join(found.container.foreign[:3])}. Nothing was executed, and nothing is "
+            "converted; inspect_model.py shows its tensors and plain values."
+        )
+    config = _config(found)
+    shared = {name: f"{spec.file}/{spec.storage}/{spec.offset}" for name, spec in found.weights.items()}
+    identity = identify({name: spec.shape for name, spec in found.weights.items()}, config, shared)
+    if identity.family == UNKNOWN or identity.unplaced or identity.missing:
+        if needs_family:
+            raise _unfit(path, identity)
+        return _bare(found, path, config)
+    if identity.conflicts and needs_family:
+        raise CheckpointMismatch(
+            f"{path}: {listed(identity.conflicts, 3)}. Correct the config, or name another source."
+        )
+    return _model(found, path, identity, config)
+
+
+def _unfit(path: Path, identity: Identity) -> CheckpointMismatch:
+    if identity.family == UNKNOWN:
+        reason = identity.reason
+    else:
+        faults = [f"{name} is missing" for name in identity.missing]
+        faults += [f"{name} has no place" for name in identity.unplaced]
+        reason = f"{identity.program}, but {listed(faults, 5)}"
+    return CheckpointMismatch(f"{path}: {reason}. --to safetensors and --to pt take tensors of any names.")
+
+
+def _config(found: Inspected) -> dict[str, Any]:
+    """The config of the model, as its program wrote it."""
+    if found.bundle is not None:
+        made = found.bundle.config
+        return found.bundle.config_values if made is None else made.to_dict()
+    content = found.container.content if isinstance(found.container.content, Mapping) else {}
+    entry = CONFIG_ENTRY.get(found.identity.family, "")
+    if isinstance(content.get(entry), dict):
+        return {str(key): plain(value) for key, value in content[entry].items()}
+    return dict(found.config or {})
+
+
+def _bare(found: Inspected, path: Path, config: dict[str, Any]) -> Model:
+    """Tensors as they are, of a model that is not known."""
+    tensors = {name: stored(found.container, spec) for name, spec in found.weights.items()}
+    model = Model(path, found.container, UNKNOWN, tensors, config, {}, step=found.step, program="an unknown program")
+    model.sources = dict(tensors)
+    return model
+
+
+def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, Any]) -> Model:
+    assert identity.architecture is not None
+    tensors = {}
+    dropped = {}
+    for name, spec in found.weights.items():
+        if name in identity.buffers:
+            dropped[spec.name] = identity.buffers[name]
+        else:
+            tensors[identity.places[name]] = stored(found.container, spec)
+    bundle = found.bundle
+    model = Model(
+        path=path,
+        container=found.container,
+        family=identity.family,
+        tensors=tensors,
+        config=config,
+        sizes=_sizes(identity.architecture),
+        tokenizer=found.tokenizer,
+        step=found.step,
+        state=dict(bundle.state) if bundle is not None else {},
+        sources=dict(tensors),
+        family_of_source=identity.family,
+        dropped=dropped,
+        program=identity.program,
+    )
+    model.notes += found.chosen
+    if found.optimizer is not None:
+        model.moments = _moments(found, identity, model)
+    return model
+
+
+def _sizes(shape: Architecture) -> dict[str, int]:
+    """Numbers of a model by the words of the tables."""
+    words = ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size", "head_rows", "block_size")
+    sizes = {word: value for word in words if (value := getattr(shape, word)) is not None}
+    if {"n_head", "n_kv_head", "head_size"} <= sizes.keys():
+        sizes["q_size"] = sizes["n_head"] * sizes["head_size"]
+        sizes["kv_size"] = sizes["n_kv_head"] * sizes["head_size"]
+    return sizes
+
+
+def _moments(found: Inspected, identity: Identity, model: Model) -> Moments | None:
+    """The optimizer state by names of parameters; None, with a note, where it is of a kind that is not known."""
+    order = once({name: spec for name, spec in found.weights.items() if name not in identity.buffers})
+    try:
+        groups = groups_of(found.optimizer)
+        names = iter(names_in_order(groups, order))
+    except CheckpointMismatch as error:
+        model.notes.append(f"its optimizer state is left out: {error}")
+        return None
+    made = Moments([], {}, {})
+    for group in groups:
+        mine = []
+        for number in group["params"]:
+            raw = next(names)
+            name = identity.places.get(raw) or identity.places.get(_unwrapped(raw, identity.places), raw)
+            mine.append(name)
+            _take_entry(made, model, found, name, found.optimizer["state"].get(number, {}))
+        rest = {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+        made.groups.append({**rest, "names": mine})
+    return made
+
+
+def _unwrapped(name: str, places: Mapping[str, str]) -> str:
+    """The name in the file whose ending is a recorded name."""
+    return next((raw for raw in places if raw.endswith(f".{name}")), name)
+
+
+def _take_entry(made: Moments, model: Model, found: Inspected, name: str, entry: Any) -> None:
+    shape = model.tensors[name].shape if name in model.tensors else None
+    for key, value in entry.items():
+        if isinstance(value, TensorSpec):
+            view = stored(found.container, value)
+            if value.shape == shape and shape != ():
+                made.views.setdefault(key, {})[name] = view
+            else:
+                made.others.setdefault(name, {})[key] = view
+        elif isinstance(value, Call):
+            raise CheckpointMismatch(f"{found.path}: its optimizer state has {as_text(value, 60)} for {name}.")
+        else:
+            made.others.setdefault(name, {})[key] = value
+
+
+def number(view: View) -> float:
+    """Read the one number of a tensor."""
+    from core.decode import decode
+    from core.gather import Gatherer
+
+    with Gatherer() as gatherer:
+        return float(decode(b"".join(piece.tobytes() for piece in gatherer.pieces(view)), view.dtype)[0])

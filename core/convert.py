@@ -1,0 +1,247 @@
+"""Convert: make a plan so: stage, write tensor by tensor, prove, commit by one rename. The source is only read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from core.checksum import combine
+from core.commit import new_id
+from core.containers import safetensors_writer
+from core.containers.torch_zip_layout import Stored, ZipLayout, pickled
+from core.conversion_plan import Plan, Ref, Target, WeightFile
+from core.errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
+from core.gather import PIECE, Gatherer, cast
+from core.storage import DISK, Output, Storage
+
+Progress = Callable[[int], object]
+
+
+class Through(Output):
+    """An output whose large pieces go straight to the file, summed where a checksum of the file is recorded."""
+
+    def __init__(self, storage: Storage, fd: int, is_summed: bool) -> None:
+        super().__init__(storage, fd)
+        self.is_summed = is_summed
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append bytes and return their CRC32, or 0 where nothing is summed."""
+        view = memoryview(data).cast("B")
+        if self.is_summed:
+            if len(view) < PIECE // 2:
+                return super().write(view)
+            crc = zlib.crc32(view)
+            self.crc32 = combine(self.crc32, crc, len(view))
+        else:
+            crc = 0
+        self._flush()
+        self._write_all(view)
+        self.size += len(view)
+        return crc
+
+
+def refuse_target(plan: Plan, overwrite: bool) -> None:
+    """Refuse a target that is there without --overwrite, or that is the source, or in it, or around it.
+
+    Raises: CheckpointMismatch.
+    """
+    source, target = Path(os.path.realpath(plan.model.path)), Path(os.path.realpath(plan.target))
+    if source == target:
+        raise CheckpointMismatch(f"{plan.target}: is the source itself. Name another place.")
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        inside = "in the source" if target.is_relative_to(source) else "around the source"
+        raise CheckpointMismatch(f"{plan.target}: lies {inside} {plan.model.path}. Name a place beside it.")
+    if os.path.lexists(plan.target) and not overwrite:
+        raise CheckpointMismatch(
+            f"{plan.target}: is there already, and nothing is overwritten. Name another place, or add --overwrite, "
+            "which moves it aside."
+        )
+
+
+def convert(
+    plan: Plan, *, overwrite: bool = False, verify: bool = True, progress: Progress = lambda _: None
+) -> list[str]:
+    """Write what a plan says, prove it, and make it visible; returns what a person should know.
+
+    `progress` is told the bytes written, and then those compared.
+
+    Raises: CheckpointMismatch before anything is written; CheckpointDamaged when the source or what was written is;
+        SaveFailed when the disk refuses. Nothing is at the target then that was not there before.
+    """
+    plan.check()
+    refuse_target(plan, overwrite)
+    stage: Path | None = None
+    try:
+        with _staged(plan.target) as stage:
+            place = stage / "made"
+            if plan.is_folder:
+                DISK.make_folder(place)
+            _write(plan, place, progress)
+            if verify:
+                from core.proof import prove
+
+                prove(plan, place, progress)
+            return _commit(plan, place, overwrite)
+    except OSError as error:
+        raise SaveFailed(
+            f"{plan.target}: not written: {error.strerror} ({plan.nbytes / 1e6:.1f} MB needed). {plan.model.path} is "
+            "as it was."
+        ) from error
+
+
+def _write(plan: Plan, place: Path, progress: Progress) -> None:
+    recorded: dict[str, dict[str, Any]] = {}
+    with Gatherer() as gatherer:
+        for file in plan.files:
+            with _create(place / file.name if plan.is_folder else place, plan, file.is_torch) as output:
+                (_write_torch if file.is_torch else _write_safetensors)(file, output, gatherer, progress)
+            recorded[file.name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
+    for name, source in plan.copies.items():
+        with _create(place / name, plan, True) as output, DISK.open(source) as copied:
+            while data := copied.read(PIECE):
+                output.write(data)
+        recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
+    for name, text in plan.texts.items():
+        with _create(place / name, plan, True) as output:
+            output.write(text)
+        recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
+    for name, text in (plan.seal(recorded) if plan.seal is not None else {}).items():
+        DISK.write(place / name, text)
+    if plan.is_folder:
+        DISK.sync_folder(place)
+
+
+def _create(path: Path, plan: Plan, is_summed: bool) -> Through:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+    return Through(DISK, DISK.change(os.open, path, flags, 0o666), is_summed)
+
+
+def _write_safetensors(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> None:
+    entries = [(t.path, t.dtype, t.view.shape, t.nbytes) for t in file.targets]
+    output.write(safetensors_writer.header(entries, file.metadata))
+    for target in file.targets:
+        for piece in elements(gatherer, target, progress):
+            output.write(piece)
+
+
+def _write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> None:
+    keys: list[Target] = []
+    tensors: dict[str, Stored] = {}
+    for target in file.targets:
+        twin = next((k for k, other in enumerate(keys) if _is_tied(target, other)), None)
+        if twin is None:
+            twin = len(keys)
+            keys.append(target)
+        tensors[target.path] = Stored(twin, target.dtype, target.view.shape, target.nbytes)
+    data = pickled(_with_tensors(file.content, tensors))
+    layout = ZipLayout(output)
+    layout.record("data.pkl", len(data), [data])
+    layout.record("byteorder", 6, [b"little"])
+    for key, target in enumerate(keys):
+        layout.record(f"data/{key}", target.nbytes, elements(gatherer, target, progress))
+    layout.record("version", 2, [b"3\n"])
+    layout.close()
+
+
+def _is_tied(a: Target, b: Target) -> bool:
+    return a.is_weight and b.is_weight and a.dtype == b.dtype and bool(a.view.names) and a.view.same_elements(b.view)
+
+
+def _with_tensors(content: Any, tensors: dict[str, Stored]) -> Any:
+    if isinstance(content, Ref):
+        return tensors[content.path]
+    if isinstance(content, dict):
+        return {key: _with_tensors(value, tensors) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(_with_tensors(value, tensors) for value in content)
+    return content
+
+
+def elements(gatherer: Gatherer, target: Target, progress: Progress) -> Iterator[memoryview]:
+    """Give the bytes of a target, cast where it is to be."""
+    for piece in gatherer.pieces(target.view):
+        if target.dtype != target.view.dtype:
+            try:
+                made = cast(piece, target.view.dtype, target.dtype)
+            except CheckpointError as error:
+                raise CheckpointMismatch(f"{target.name} {error}") from error
+        else:
+            made = piece
+        yield made
+        progress(len(made))
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, locked while it is used; those that dead conversions left are removed.
+
+    Raises: CheckpointLocked when another conversion writes the same target.
+    """
+    parent, before = target.parent, f".convert-{target.name}-"
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        DISK.make_folder(folder)
+    for name in DISK.names(parent):
+        if name.startswith(before) and len(name) == len(before) + 16:
+            with _locked(parent / name, target):
+                remove_tree(parent / name)
+    stage = parent / f"{before}{new_id()}"
+    DISK.make_folder(stage)
+    try:
+        with _locked(stage, target):
+            yield stage
+    finally:
+        with contextlib.suppress(OSError):  # a disk that fails may refuse this as well; the next run removes it
+            remove_tree(stage)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, target: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two conversions of one target are the caller's business
+        yield
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise CheckpointLocked(
+            f"{target}: another conversion writes it now. Wait for it, or name another place."
+        ) from error
+    finally:
+        os.close(fd)
+
+
+def _commit(plan: Plan, place: Path, overwrite: bool) -> list[str]:
+    """Make what was written visible under its name."""
+    said = []
+    if os.path.lexists(plan.target):
+        if not overwrite:
+            raise CheckpointMismatch(f"{plan.target}: appeared while it was written. Nothing was overwritten.")
+        aside = plan.target.parent / f"aside_{plan.target.name}_{new_id()}"
+        DISK.rename(plan.target, aside)
+        said.append(f"{plan.target}: what was there is now {aside.name}")
+    DISK.rename(place, plan.target)
+    DISK.sync_folder(plan.target.parent)
+    return said
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all that is in it; links are removed, not followed."""
+    if not DISK.is_folder(path):
+        DISK.remove(path)
+        return
+    for name in DISK.names(path):
+        remove_tree(path / name)
+    DISK.remove_folder(path)
+
+
+def work(plan: Plan, verify: bool) -> int:
+    """Bytes that `convert` reports as progress."""
+    return plan.nbytes * (2 if verify else 1)
