@@ -12,7 +12,7 @@ from typing import Any
 
 from core.containers.blocks import blocks_fault, spec_of_blocks
 from core.containers.container import Check, Container, is_plain, listing, member, reading
-from core.containers.dcp_metadata import Entry, Metadata, Place, read_metadata
+from core.containers.dcp_metadata import METADATA, Entry, Metadata, Place, read_metadata
 from core.containers.foreign import foreign_calls
 from core.containers.inert import as_text
 from core.containers.spec import Chunk, TensorSpec
@@ -21,7 +21,6 @@ from core.containers.torch_items import Item, Items, find_items
 from core.containers.zip_directory import read_at
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 
-METADATA = ".metadata"
 SUFFIX = ".distcp"
 
 

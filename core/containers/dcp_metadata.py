@@ -12,11 +12,12 @@ from typing import Any
 from core.containers.blocks import naturals
 from core.containers.distributed import foreign_within, is_distributed
 from core.containers.foreign import attributes
-from core.containers.inert import Call, Global, as_text
+from core.containers.inert import Call, Global, Key, as_text
 from core.containers.pickles import parse_pickle
 from core.containers.spec import ITEM_SIZES
 from core.errors import CheckpointDamaged, CheckpointError
 
+METADATA = ".metadata"
 _MOST_DIMENSIONS = 64
 _LONGEST_NAME = 1000
 _DEEPEST = 32  # levels of the nested state dict
@@ -92,17 +93,21 @@ def read_metadata(data: bytes, where: str) -> Metadata:
     notes = []
     if surplus := reader.stored.keys() - reader.used:
         notes.append(f"{len(surplus)} stored items belong to no tensor or value: {as_text(sorted(surplus, key=str))}.")
+    if behind := len(data) - parsed.end:
+        notes.append(f"{METADATA}: {behind} bytes stand behind the end of its pickle, and were not read.")
     usual = all(name in _DATA or is_distributed(name) for name in named)
     foreign = [] if usual else foreign_within([parsed.value, *parsed.unused])
     return Metadata(entries, foreign, notes)
 
 
-_Key = tuple[str, tuple[int, ...] | None]
+def _key(name: str, begin: tuple[int, ...] | None) -> Key:
+    """What an item is found by: its name, and where it begins in its tensor; a value begins nowhere."""
+    return Key((name, None) if begin is None else (name, *begin))
 
 
-def _stored(storage: dict[Any, Any], where: str) -> dict[_Key, tuple[str, int, int]]:
+def _stored(storage: dict[Any, Any], where: str) -> dict[Key, tuple[str, int, int]]:
     """The file, offset and length of each item, by its name and where it begins in its tensor."""
-    stored: dict[_Key, tuple[str, int, int]] = {}
+    stored: dict[Key, tuple[str, int, int]] = {}
     for index, info in storage.items():
         key, place = attributes(index) or {}, attributes(info) or {}
         name, begin = key.get("fqn"), key.get("offset")
@@ -121,18 +126,18 @@ def _stored(storage: dict[Any, Any], where: str) -> dict[_Key, tuple[str, int, i
                 f"{where}: {shown} was written through {as_text(transforms, 60)}, which this program "
                 "cannot undo. Load and save it again with torch, without extensions."
             )
-        if (name, begin) in stored:
+        if (item := _key(name, begin)) in stored:
             raise CheckpointDamaged(f"{where}: {shown} at {begin} is stored twice.")
-        stored[name, begin] = (file, numbers[0], numbers[1])
+        stored[item] = (file, numbers[0], numbers[1])
     return stored
 
 
 class _Reader:
     """Joins what is said of a name in state_dict_metadata with its places in storage_data."""
 
-    def __init__(self, where: str, stored: dict[_Key, tuple[str, int, int]]) -> None:
+    def __init__(self, where: str, stored: dict[Key, tuple[str, int, int]]) -> None:
         self.where, self.stored = where, stored
-        self.used: set[_Key] = set()
+        self.used: set[Key] = set()
 
     def entry(self, name: Any, value: Any, path: Any) -> Entry:
         if not isinstance(name, str) or len(name) > _LONGEST_NAME:
@@ -152,25 +157,27 @@ class _Reader:
             )
         if not isinstance(shape, tuple) or not _shape(shape, ITEM_SIZES[dtype]) or not isinstance(chunks, list):
             raise CheckpointDamaged(f"{where} has the shape {as_text(shape, 80)} in blocks {as_text(chunks, 80)}.")
-        places: dict[tuple[int, ...], Place] = {}
+        places: dict[Key, Place] = {}
         for chunk in chunks:
             box = attributes(chunk) or {}
             begin, size = box.get("offsets"), box.get("sizes")
             if not naturals(begin) or not naturals(size) or len(begin) != len(shape) or len(size) != len(shape):
                 raise CheckpointDamaged(f"{where} has a block {as_text(chunk, 120)}, its shape is {as_text(shape)}.")
-            if begin in places and 0 not in size and 0 not in places[begin].shape and places[begin].shape != size:
-                raise CheckpointDamaged(f"{where} has two blocks at {begin}: {places[begin].shape} and {size}.")
-            if begin in places and 0 not in places[begin].shape:
+            there = places.get(at := Key(begin))
+            if there is not None and 0 not in size and 0 not in there.shape and there.shape != size:
+                raise CheckpointDamaged(f"{where} has two blocks at {begin}: {there.shape} and {size}.")
+            if there is not None and 0 not in there.shape:
                 continue  # what each rank has, or an empty shard that begins where a full one does
-            places[begin] = self.place(name, begin, size, where)
+            places[at] = self.place(name, begin, size, where)
         return Entry(name, _path(name, path), dtype, shape, list(places.values()))
 
     def place(self, name: str, begin: tuple[int, ...] | None, size: tuple[int, ...], where: str) -> Place:
-        found = self.stored.get((name, begin))
+        item = _key(name, begin)
+        found = self.stored.get(item)
         if found is None:
             at = "" if begin is None else f" at {begin}"
             raise CheckpointDamaged(f"{where}{at} is nowhere in storage_data: it cannot be found.")
-        self.used.add((name, begin))
+        self.used.add(item)
         return Place(begin or (), size, *found)
 
 

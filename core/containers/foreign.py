@@ -38,16 +38,17 @@ _DATA = frozenset(
 
 
 def foreign_calls(content: Any) -> list[str]:
-    """Name the calls and names in a content that are not known to be mere data, at most 20, each as text.
+    """Name the calls and names in a content that are not known to be mere data, each as text.
 
-    Known are the classes of `_DATA`, and every class whose name ends in Config, made without arguments: whatever
-    module it had, its record is a set of attributes. Quantized and other unusual tensors are foreign: they stayed
-    calls because no tensor spec can describe them. An empty list means that the content may be loaded.
+    They are 20 at most, and a last entry where there are more. Known are the classes of `_DATA`, and every class whose
+    name ends in Config, made without arguments: whatever module it had, its record is a set of attributes. Quantized
+    and other unusual tensors are foreign: they stayed calls because no tensor spec can describe them. An empty list
+    means that the content may be loaded.
     """
     found: dict[str, None] = {}
     seen: set[int] = set()
     pending = [content]
-    while pending and len(found) < _MOST:
+    while pending and len(found) <= _MOST:
         value = pending.pop()
         held = children(value)
         if held is None:
@@ -66,7 +67,8 @@ def foreign_calls(content: Any) -> list[str]:
             args = value.args if known else [a for a in value.args if not isinstance(a, Global)]
             held = [*called, *args, value.state, value.items]
         pending.extend(reversed(held))
-    return list(found)
+    listed = list(found)
+    return listed if len(listed) <= _MOST else [*listed[:_MOST], f"more than these {_MOST}"]
 
 
 def attributes(value: Any) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ Which files there are is told in the docs of transformers (Loading models, Shard
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -87,7 +86,7 @@ def open_hf_folder(path: Path) -> Container:
     parts = sorted(set(weight_map.values())) or ([main] if main else _numbered(names))
     if not parts:
         raise CheckpointNotFound(f"{path}: no weights of Hugging Face here, expected one of {', '.join(WEIGHTS)}.")
-    shards = _open_shards(folder, parts, where)
+    shards = _open_shards(folder, parts, where, names)
     tensors = _merge(shards, where)
     notes = [] if main else ["no index beside the shards: whether all of their tensors are there cannot be told"]
     if weight_map:
@@ -124,7 +123,7 @@ def _beside(names: dict[str, int | None], files: dict[str, int]) -> list[str]:
     """Note what else is in the folder; what belongs to the model is added to its files."""
     known = {name: size for name in _BESIDE if (size := names.get(name)) is not None}
     files |= known
-    surplus = [_shown(name) for name in names if name.endswith(_WEIGHT_SUFFIXES) and name not in files]
+    surplus = [name for name in names if name.endswith(_WEIGHT_SUFFIXES) and name not in files]
     notes = [f"with {', '.join(known)}"] if known else []
     return notes + ([f"also here, not part of the model: {_some(surplus)}"] if surplus else [])
 
@@ -140,12 +139,13 @@ def _weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
     return found
 
 
-def _open_shards(folder: Path, names: list[str], where: str) -> dict[str, Container]:
-    """Open the files that hold the tensors."""
-    missing = [name for name in names if is_plain(name) and not os.path.lexists(folder / name)]
+def _open_shards(folder: Path, names: list[str], where: str, there: Iterable[str]) -> dict[str, Container]:
+    """Open the files that hold the tensors, of those that are there."""
+    listed = set(there)
+    missing = [name for name in names if is_plain(name) and name not in listed]
     if missing:
         raise CheckpointDamaged(
-            f"{where}: of its {len(names)} files, {len(missing)} not there: {_some([_shown(n) for n in missing])}. "
+            f"{where}: of its {len(names)} files, {len(missing)} not there: {_some(missing)}. "
             "Download or copy them again; the others were not opened."
         )
     return {name: _open_shard(member(folder, name, where)) for name in names}
@@ -185,7 +185,7 @@ def _compare(weight_map: dict[str, str], tensors: dict[str, TensorSpec], where: 
     extra = [name for name in tensors if name not in weight_map]
     if not extra:
         return []
-    return [f"not in the index, and yet in the files: {_some([f'{_shown(n)} ({tensors[n].file})' for n in extra])}"]
+    return [f"not in the index, and yet in the files: {_some([f'{n} ({tensors[n].file})' for n in extra])}"]
 
 
 def _total_size(metadata: Any, tensors: dict[str, TensorSpec]) -> list[str]:
@@ -206,9 +206,9 @@ def _without_tensors(content: Any) -> Any:
 
 
 def _some(names: list[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """The first of many names, safe to print, and how many more there are."""
     more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(_shown, names[:_MOST_NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
 def _shown(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from core.errors import CheckpointDamaged
@@ -13,9 +13,6 @@ DEPTH = 200
 
 SLACK = 100_000
 """Values that a structure may unfold to, beyond 8 for each byte of its pickle."""
-
-
-_BRACKETS = {list: ("[", "]"), tuple: ("(", ")")}
 
 
 class Global:
@@ -45,11 +42,34 @@ class Call:
         self.callable = callable
         self.args = args
         self.state: Any = None  # what BUILD would set: usually the attributes, by name
-        self.items: list[Any] = []  # appended values, and (key, value) pairs
+        self.items: Sequence[Any] = ()  # appended values, and (key, value) pairs; few have any
+
+    def extend(self, values: Iterable[Any]) -> None:
+        """Append values, as to a list or dictionary that is an instance of a class of its own."""
+        if not isinstance(self.items, list):
+            self.items = []
+        self.items.extend(values)
 
     def __repr__(self) -> str:
         return as_text(self)
 
+
+class Key(tuple):
+    """A tuple as a dictionary key, with a hash that nobody can foresee: Python salts the hashes of text alone.
+
+    Thousands of tuples of one hash would be compared with each other, one by one.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(" ".join([str(hash(value)) for value in self]))
+
+    def __eq__(self, other: object) -> bool:
+        return tuple.__eq__(self, other) is True
+
+
+_BRACKETS = {list: ("[", "]"), tuple: ("(", ")"), Key: ("(", ")")}
 
 _LEAVES = frozenset({str, bytes, int, float, bool, type(None), Global})
 """Types whose values hold nothing."""
@@ -70,7 +90,7 @@ def as_key(value: Any) -> Any:
     if isinstance(value, int) and value.bit_length() <= 60:
         return value
     if isinstance(value, tuple) and len(value) <= 16 and not any(isinstance(v, (tuple, frozenset)) for v in value):
-        return tuple(map(as_key, value))
+        return Key(map(as_key, value))
     if isinstance(value, (list, dict, set)):
         raise Malformed(f"a {type(value).__name__} as a dictionary key")
     return Call(Global("pickle", "key"), (value,))
@@ -131,15 +151,15 @@ def _put(text: str, parts: list[str], room: int) -> int:
     return room - len(text)
 
 
-def children(value: Any) -> list[Any] | None:
+def children(value: Any) -> Sequence[Any] | None:
     """What a value holds, or None when it holds nothing."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return list(value)
+    if isinstance(value, (list, tuple)):
+        return value
     if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
+        return [*value, *value.values()]
     if isinstance(value, Call):
-        return [value.callable, value.args, value.state, value.items]
-    return None
+        return (value.callable, value.args, value.state, value.items)
+    return list(value) if isinstance(value, (set, frozenset)) else None
 
 
 def check_structure(root: Any, where: str, length: int) -> Container[int]:
@@ -151,32 +171,46 @@ def check_structure(root: Any, where: str, length: int) -> Container[int]:
     Raises: CheckpointDamaged.
     """
     limit = 8 * length + SLACK
-    measured: dict[int, tuple[int, int] | None] = {}  # by identity: size and height; None while its children are open
-    pending: list[tuple[Any, list[Any] | None]] = [(root, None)]
-    while pending:
-        value, held = pending.pop()
-        if held is None:
-            if id(value) in measured:
-                if measured[id(value)] is None:
+    measured: dict[int, int | None] = {}  # by identity: size << 8 | height; None while its children are open
+    pending = [root]
+    opened: list[tuple[int, int, list[Any], int]] = []  # whose children are all above that many of `pending`
+    while pending or opened:
+        if opened and len(pending) == opened[-1][0]:
+            _, identity, inner, size = opened.pop()
+            height = 0
+            for child in inner:
+                found = measured[id(child)] or 0
+                size += found >> 8
+                if found & 255 > height:
+                    height = found & 255
+            if height >= DEPTH:
+                raise CheckpointDamaged(f"{where}: its content is nested deeper than {DEPTH} levels.")
+        else:
+            value = pending.pop()
+            identity = id(value)
+            if identity in measured:
+                if measured[identity] is None:
                     raise CheckpointDamaged(f"{where}: its content contains itself; a checkpoint is a tree.")
                 continue
-            held = children(value) or []
-            measured[id(value)] = None
-            if inner := [(child, None) for child in held if type(child) not in _LEAVES]:
-                pending.append((value, held))
+            size, height, inner = 1, 0, []
+            for child in children(value) or ():
+                kind = type(child)
+                if kind is str or kind is bytes:
+                    size += 1 + len(child)
+                elif kind in _LEAVES:
+                    size += 1
+                elif child or kind is Call:
+                    inner.append(child)
+                else:
+                    size += 1
+            if inner:
+                measured[identity] = None
+                opened.append((len(pending), identity, inner, size))
                 pending += inner
                 continue
-        size, height = 1, 0
-        for child in held:
-            child_size, child_height = measured.get(id(child)) or (1, 0)
-            size += child_size + (len(child) if isinstance(child, (str, bytes)) else 0)
-            if child_height > height:
-                height = child_height
-        if height >= DEPTH:
-            raise CheckpointDamaged(f"{where}: its content is nested deeper than {DEPTH} levels.")
         if size > limit:
             raise CheckpointDamaged(
                 f"{where}: its content unfolds to over {limit} values, too many for a pickle of {length} bytes."
             )
-        measured[id(value)] = (size, height + 1)
+        measured[identity] = size << 8 | height + 1
     return measured

@@ -197,16 +197,31 @@ _STORAGES: dict[str, tuple[str | None, int]] = {  # dtype and bytes of an elemen
 }
 
 
+_USUAL_NAME = 100
+"""Characters of a name that cost nothing."""
+
+_ROOM_FOR_LONG_NAMES = 1_000_000
+"""Characters beyond that in all names together: 4 KB could ask for a list of 180 MB."""
+
+
 def name_tensors(content: Any, where: str) -> dict[str, TensorSpec]:
     """Name each tensor by the path to it; the same tensor found twice has a spec under each name."""
     tensors: dict[str, TensorSpec] = {}
+    room = _ROOM_FOR_LONG_NAMES
 
     def walk(value: Any, path: str) -> None:
+        nonlocal room
         path = path[: _LONGEST_NAME + 1]  # or a long key in front of many values would be copied for each of them
         if isinstance(value, TensorSpec):
             if path in tensors or len(path) > _LONGEST_NAME:
                 problem = "two tensors are called" if path in tensors else "a tensor has the endless name"
                 raise CheckpointError(f"{where}: {problem} {as_text(path, 80)}.")
+            room -= max(0, len(path) - _USUAL_NAME)
+            if room < 0:
+                raise CheckpointError(
+                    f"{where}: after {len(tensors)} tensors their names have over {_ROOM_FOR_LONG_NAMES} characters "
+                    f"too many, such as {as_text(path, 80)}. They share parts, which every list would write out."
+                )
             if not value.name:
                 value.name = path
             tensors[path] = value if value.name == path else replace(value, name=path)

@@ -136,13 +136,15 @@ LISTS = {
         refused="nested deeper than 200 levels",
     ),
     "100,000 marks": Case(file(torch_zip(b"(" * 100_000 + b"N.")), reported=""),
+    "1,000,000 lists on the stack": Case(file(torch_zip(b"]" * 1_000_000 + b".")), reported=""),
     "12,000 keys of one hash": Case(
         file(torch_zip(b"}(" + b"".join(map(clashing, range(12_000))) + b"u.")), reported=""
     ),
     "2**60 values": Case(file(torch_zip(doubled(60))), refused="unfolds to over"),
     "2**15 values in 200 bytes": Case(file(torch_zip(doubled(15))), reported=""),
     "2**14 tensors with names of 900 wide characters": Case(
-        file(torch_zip(b"}" + text("\U0001f600" * 900) + doubled(14, tensor())[:-1] + b"s.", WEIGHTS)), reported=""
+        file(torch_zip(b"}" + text("\U0001f600" * 900) + doubled(14, tensor())[:-1] + b"s.", WEIGHTS)),
+        refused="their names have over 1000000 characters too many",
     ),
     "2**60 tensors": Case(file(torch_zip(doubled(60, tensor()), WEIGHTS)), refused="unfolds to over"),
     "200,000 values behind a key of 200,000 characters": Case(
