@@ -1,4 +1,4 @@
-"""What every test may use: the fixtures folder beside the repository."""
+"""What every test may use: the fixtures folder beside the repository, a place for a model, models of old programs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,22 @@ def shared() -> Path:
         assert "REQUIRE_FIXTURES" not in os.environ, f"{folder} is required here and missing"
         pytest.skip("the folder ../shared with fixtures made by the upstream programs is not here")
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Where a model belongs, below a checkpoint root; nothing is there yet."""
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    return root / "dante"
+
+
+@pytest.fixture(scope="module")
+def old():
+    """A fused and a per-head model of old programs, with the state of their optimizers."""
+    from tests.doors import Old
+
+    return Old()
 
 
 @pytest.fixture

@@ -44,17 +44,6 @@ from tests.generations import (
 )
 from tests.helpers import flip, state_of
 
-
-@pytest.fixture(scope="module")
-def old() -> Old:
-    return Old()
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return tmp_path / "dante"
-
-
 # Files that are no torch files
 
 

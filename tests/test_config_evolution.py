@@ -33,11 +33,6 @@ ALLOWED = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return tmp_path / "dante"
-
-
 def without(folder: Path, *fields: str) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in fields}))

@@ -16,14 +16,6 @@ from tests.conftest import ROOT
 from tests.helpers import kept, state_of
 from tests.migrations import fresh, listing, write
 
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    made = tmp_path / "checkpoints" / "dante"
-    made.mkdir(parents=True)
-    return made
-
-
 # The script
 
 

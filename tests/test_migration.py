@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,14 +38,6 @@ from tests.old_runs import (
     resume,
     update_both,
 )
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    made = tmp_path / "checkpoints" / "dante"
-    made.mkdir(parents=True)
-    return made
-
 
 # What becomes of the files of a folder
 
@@ -92,7 +83,6 @@ def test_logits_and_updates_are_those_of_before_to_the_bit(folder, generation, f
 
 def test_fixture_of_the_real_program_keeps_its_logits_and_equal_steps_are_compared(shared, folder):
     fixtures = shared / "fixtures" / "lecture_char"
-    folder.rmdir()
     copied(fixtures / "legacy", folder)
     content = fixture_model(fixtures)[1]
     found = migrated(folder)

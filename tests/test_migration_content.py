@@ -7,7 +7,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,14 +32,6 @@ from tests.migrations import bits, edit, listing, migrated, plain, write
 from tests.old_runs import (
     assert_same_bits,
 )
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    made = tmp_path / "checkpoints" / "dante"
-    made.mkdir(parents=True)
-    return made
-
 
 # What goes along
 

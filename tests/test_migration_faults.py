@@ -29,14 +29,6 @@ from tests.old_runs import (
     assert_same_bits,
 )
 
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    made = tmp_path / "checkpoints" / "dante"
-    made.mkdir(parents=True)
-    return made
-
-
 # What cannot be migrated
 
 

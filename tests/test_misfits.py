@@ -14,7 +14,6 @@ from core.families.recognise import recognise
 from tests.doors import (
     OF_A_FILE,
     OF_A_FOLDER,
-    Old,
     changed,
     edit,
     generate,
@@ -34,17 +33,6 @@ from tests.generations import (
     write_old_bundle,
     write_single_file,
 )
-
-
-@pytest.fixture(scope="module")
-def old() -> Old:
-    return Old()
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return tmp_path / "dante"
-
 
 GPT2 = {"token_kind": "gpt2"}
 TABLE = "token_embedding_table.weight"
