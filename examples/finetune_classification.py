@@ -280,8 +280,9 @@ class FineTuning:
             "val_macro_f": macro_f(score.counts),
         }
         self.metrics.add(step=self.step, **found)
-        shown = ", ".join(f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in found.items())
-        say(f"epoch {self.step // self.steps_per_epoch}, step {self.step}: validation {shown}")
+        loss, right, f_score = found.values()
+        epoch = self.step // self.steps_per_epoch
+        say(f"epoch {epoch}, step {self.step}: validation loss {loss:.4f}, accuracy {right:.4f}, macro F {f_score:.4f}")
         return found
 
     def save(self, scores: dict[str, float]) -> None:

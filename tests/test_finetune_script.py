@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from core.checkpoint import CheckpointManager
-from core.classification import GPTClassification
+from core.classification import GPTClassification, load_classifier
 from core.commandline import DONE, FAILED, STOPPED, WRONG_USE
 from core.encoded import encode, shares
 from core.errors import CheckpointError, InputError
@@ -78,14 +78,22 @@ def test_it_learns_from_a_file_of_the_upstream_program(made, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "nli/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 31)]
 
-    pretrained = load_pretrained_checkpoint(made / "state_step001770.pt", dtype="fp32", say=lambda line: None)[0]
-    classifier = GPTClassification(pretrained, 3).eval()
-    assert CheckpointManager("nli", tmp_path).load(classifier) == 30
-    examples = encoded(read_labelled(made / "nli/test.jsonl"), made, classes=sorted(CLASSES))
+    found = load_classifier(tmp_path / "nli")
+    assert (found.classes, found.step) == (sorted(CLASSES), 30)
+    examples = encode(read_labelled(made / "nli/test.jsonl"), found.classes, found.tokenizer, 64)
     tokens, mask, labels = examples.batch(range(90), torch.device("cpu"))
     with torch.no_grad():
-        right = (classifier(tokens, mask)[0].argmax(-1) == labels).float().mean().item()
-    assert right == pytest.approx(report["accuracy"], abs=1e-6), "the saved classifier is the one that was scored"
+        logits, loss = found.model(tokens, mask, labels)
+    right = (logits.argmax(-1) == labels).float().mean().item()
+    assert right == pytest.approx(report["accuracy"]) and loss.item() == pytest.approx(report["loss"], rel=1e-3), (
+        "the classifier that was saved is the one that was scored"
+    )
+
+    pretrained = load_pretrained_checkpoint(made / "state_step001770.pt", dtype="fp32", say=lambda line: None)[0]
+    live = GPTClassification(pretrained, 3).eval()
+    assert CheckpointManager("nli", tmp_path).load(live) == 30
+    with torch.no_grad():
+        assert torch.equal(live(tokens, mask)[0], logits)
 
 
 def encoded(table, made, classes=CLASSES, length=64):
@@ -171,11 +179,13 @@ def test_a_run_cannot_change_what_its_steps_are_a_function_of(made, tmp_path, ca
     assert "learning_rate: 0.001 so far, 0.0001 from now on" in said and "num_epochs: 1 so far, 2 from" in said
 
 
-def test_a_model_of_another_program_is_not_resumed(made, tmp_path):
+def test_a_model_of_another_program_is_neither_resumed_nor_a_classifier(made, tmp_path):
     model = torch.nn.Linear(2, 2)
     CheckpointManager("nli", tmp_path, say=lambda line: None).save(model, step=1)
     with pytest.raises(CheckpointError, match="is of another model"):
         main(words(made, tmp_path))
+    with pytest.raises(CheckpointError, match="step 1 is no classifier"):
+        load_classifier(tmp_path / "nli")
 
 
 @pytest.mark.parametrize(
