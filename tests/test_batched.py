@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 SAME = 1e-5  # fp32: the same numbers, added up in another order
-LENGTHS = (150, 1, 87, 260)
+LENGTHS = (150, 1, 210)
 
 
 def rows() -> list[torch.Tensor]:
@@ -45,18 +45,16 @@ def padded(texts, side, filler):
     return tokens, real
 
 
-@each_variant
-@pytest.mark.parametrize("window", ["exact", 1])
+@pytest.mark.parametrize(("variant", "window"), [*((variant, 1) for variant in VARIANTS), ("small", "exact")])
 @torch.no_grad()
 def test_padding_on_any_side_changes_no_logit(variant, window):
     model, texts = random_batched(variant, window=window), rows()
     alone = [model(text[None])[0][0] for text in texts]
     for side in ("left", "right", "scattered"):
         tokens, real = padded(texts, side, filler=1)
-        for mask in (real, real.long()):
-            logits, _ = model(tokens, attention_mask=mask)
-            for row, expected in enumerate(alone):
-                assert apart(logits[row, real[row]], expected) < SAME, (side, row)
+        logits, _ = model(tokens, attention_mask=real.long() if side == "left" else real)
+        for row, expected in enumerate(alone):
+            assert apart(logits[row, real[row]], expected) < SAME, (side, row)
 
 
 @each_variant
@@ -145,7 +143,7 @@ def gradients(model, *inputs, **settings) -> dict[str, torch.Tensor]:
 @each_variant
 def test_gradient_checkpointing_gives_equal_gradients(variant):
     model = random_batched(variant, window=1)
-    tokens, real = padded(rows()[:3], "right", 0)
+    tokens, real = padded(rows(), "right", 0)
     expected = gradients(model, tokens, tokens.roll(-1, 1), attention_mask=real)
     model.gradient_checkpointing = True
     found = gradients(model, tokens, tokens.roll(-1, 1), attention_mask=real)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -89,12 +90,16 @@ def wrong_by(model, kind, ids, window, rows, expected, mistake, patch) -> float:
     return apart(logits_of(model, kind, ids, window)[rows], expected)
 
 
+@functools.cache
+def text_and_logits(variant):
+    ids, weights = packed(150), random_checkpoint(variant)[1]
+    return ids, reference.logits(weights, reference.hidden(weights, ids.numpy(), END))
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 @each_mistake
 def test_a_mistake_is_seen_against_the_reference(variant, name, mistake, kind, monkeypatch):
-    weights = random_checkpoint(variant)[1]
-    ids = packed(150)
-    expected = reference.logits(weights, reference.hidden(weights, ids.numpy(), END))
+    ids, expected = text_and_logits(variant)
     model = random_flex(variant)
     if kind == "GPTBatched":
         model = GPTBatched.from_pretrained_gpt(model)
