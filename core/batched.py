@@ -8,7 +8,6 @@ so left padding, right padding and none compute the same, and attention needs no
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from core.errors import InputError
 from core.families.modded import merged
 from core.flex import compiled_flex
 from core.speedrun import IGNORED, SCALE, SpeedrunGPT
-from core.speedrun_config import GPT2_END, SpeedrunConfig
+from core.speedrun_config import SpeedrunConfig
 from core.variant import BLOCK, HEAD_SIZE, WITHOUT_ATTENTION, windows_of
 from core.windows import block_mask, cuts, mask
 
@@ -66,41 +65,7 @@ class GPTBatched(SpeedrunGPT):
     `window` is "exact" (the variant's last windows), "full" (plain causal attention) or the long window in blocks.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        num_layers: int,
-        num_heads: int,
-        model_dim: int,
-        max_seq_len: int,
-        variant: str = "small",
-        eos_token_id: int = GPT2_END,
-        *,
-        window: int | str = "exact",
-        head_rows: int | None = None,
-    ) -> None:
-        rows = math.ceil(vocab_size / BLOCK) * BLOCK if head_rows is None else head_rows
-        config = SpeedrunConfig(
-            variant, vocab_size, rows, num_layers, num_heads, model_dim, max_seq_len, eos_token_id, window
-        )
-        super().__init__(config, merged=True)
-
-    @classmethod
-    def of_config(cls, config: SpeedrunConfig) -> GPTBatched:
-        """Build the model of a config."""
-        model = cls(
-            config.vocab_size,
-            config.n_layer,
-            config.n_head,
-            config.n_embd,
-            config.block_size,
-            config.variant,
-            config.eos_token_id,
-            window=config.window,
-            head_rows=config.head_rows,
-        )
-        model.config = config
-        return model
+    merged_always = True
 
     @classmethod
     def from_pretrained_gpt(cls, flex: GPTFlexAttention, window: int | str | None = None) -> GPTBatched:

@@ -6,7 +6,6 @@ Shapes: T positions of the sequence, C n_embd, H heads, D head size, V rows of t
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,7 @@ from torch.nn import functional as F
 
 from core.bound import bound
 from core.errors import InputError
-from core.families.plan import plain_names
 from core.speedrun import SCALE, Attend, SpeedrunGPT
-from core.speedrun_config import GPT2_END, SpeedrunConfig
 from core.variant import BLOCK, windows_of
 from core.windows import block_mask, documents, mask
 
@@ -39,46 +36,11 @@ def compiled_flex() -> Callable[..., Tensor]:
 class GPTFlexAttention(SpeedrunGPT):
     """A modded-nanogpt model over one packed sequence, in which the end-of-text token begins each document.
 
-    `load_state_dict` takes a file of the program as it is: prefixes are stripped, and `scalars` padded for several
-    ranks are cut; the cut tail is in `state_dict` again. On CUDA attention is compiled flex attention, elsewhere
+    On CUDA attention is compiled flex attention, elsewhere
     (and for gradients there) the same mask for SDPA; `kernel` chooses ("auto", "flex", "sdpa").
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        num_layers: int,
-        num_heads: int,
-        model_dim: int,
-        max_seq_len: int,
-        variant: str = "small",
-        eos_token_id: int = GPT2_END,
-        *,
-        head_rows: int | None = None,
-    ) -> None:
-        rows = math.ceil(vocab_size / BLOCK) * BLOCK if head_rows is None else head_rows
-        config = SpeedrunConfig(variant, vocab_size, rows, num_layers, num_heads, model_dim, max_seq_len, eos_token_id)
-        super().__init__(config, merged=variant == "medium")
-        self.kernel = "auto"
-        self.scalars_tail: Tensor | None = None
-        self.register_load_state_dict_pre_hook(_take_apart)
-        self.register_state_dict_post_hook(_put_together)
-
-    @classmethod
-    def of_config(cls, config: SpeedrunConfig) -> GPTFlexAttention:
-        """Build the model of a config."""
-        model = cls(
-            config.vocab_size,
-            config.n_layer,
-            config.n_head,
-            config.n_embd,
-            config.block_size,
-            config.variant,
-            config.eos_token_id,
-            head_rows=config.head_rows,
-        )
-        model.config = config
-        return model
+    kernel = "auto"
 
     def forward_features(self, ids: Tensor, window: int | str | None = None) -> Tensor:
         """Compute what the head reads: packed ids [T] to [T, C], after the final norm.
@@ -134,23 +96,3 @@ class GPTFlexAttention(SpeedrunGPT):
         return self.batched().generate(*args, **kwargs)
 
     save_checkpoint_bundle = bound("core.model_files", "save_checkpoint_bundle")
-
-
-def _take_apart(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give the entries of a state dict their plain names, and cut the tail of padded scalars."""
-    if not prefix:  # at the top: within another module the names are its business
-        for plain, name in plain_names(list(state)).items():
-            state[plain] = state.pop(name)
-    scalars = state.get(f"{prefix}scalars")
-    if scalars is None or module.apart or scalars.dim() != 1:
-        return
-    size = module.scalars.numel()
-    module.scalars_tail = scalars[size:].detach().clone() if len(scalars) > size else None
-    state[f"{prefix}scalars"] = scalars[:size]
-
-
-def _put_together(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put the tail of padded scalars back, so that the program that wrote it reads it again."""
-    if module.scalars_tail is not None:
-        name = f"{prefix}scalars"
-        state[name] = torch.cat([state[name], module.scalars_tail.to(state[name])])

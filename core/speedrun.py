@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from core.speedrun_config import SpeedrunConfig
-from core.variant import HEAD_SIZE, VALUE_TABLES, WITHOUT_ATTENTION, Variant, is_long, skips_of, value_table
+from core.families.plan import plain_names
+from core.speedrun_config import GPT2_END, SpeedrunConfig
+from core.variant import BLOCK, HEAD_SIZE, VALUE_TABLES, WITHOUT_ATTENTION, Variant, is_long, skips_of, value_table
 
 SCALE = 0.12
 """Of the attention scores, in place of 1 / sqrt(D)."""
@@ -245,11 +246,35 @@ class TrainingScriptBlock(Block):
 class SpeedrunGPT(nn.Module):
     """What GPTFlexAttention and GPTBatched share: the stream through the layers, and the head.
 
-    `merged` takes the layout of medium for the weights, whatever the variant computes.
+    `window` is "exact" (the variant's last windows), "full" (plain causal attention) or the long window in blocks of
+    128. The head has `vocab_size` rows rounded up to 128, unless `head_rows` says otherwise. Under
+    `torch.device("meta")` nothing is allocated.
+
+    `load_state_dict` takes a file of the program as it is: prefixes are stripped, and `scalars` padded for several
+    ranks are cut; the cut tail is in `state_dict` again.
     """
 
-    def __init__(self, config: SpeedrunConfig, merged: bool) -> None:
+    merged_always = False
+    """Whether weights have the layout of medium whatever the variant computes."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_layers: int,
+        num_heads: int,
+        model_dim: int,
+        max_seq_len: int,
+        variant: str = "small",
+        eos_token_id: int = GPT2_END,
+        *,
+        window: int | str = "exact",
+        head_rows: int | None = None,
+    ) -> None:
         super().__init__()
+        rows = math.ceil(vocab_size / BLOCK) * BLOCK if head_rows is None else head_rows
+        sizes = (vocab_size, rows, num_layers, num_heads, model_dim, max_seq_len)
+        config = SpeedrunConfig(variant, *sizes, eos_token_id, window)
+        merged = self.merged_always or variant == "medium"
         self.config = config
         self.variant = config.kind
         self.tokenizer: Any = None
@@ -270,6 +295,17 @@ class SpeedrunGPT(nn.Module):
             self.skip_weights = nn.Parameter(torch.ones(config.n_layer // 2))
         else:
             self.scalars = nn.Parameter(start_scalars(config.n_layer))
+        self.scalars_tail: Tensor | None = None
+        self.register_load_state_dict_pre_hook(_take_apart)
+        self.register_state_dict_post_hook(_put_together)
+
+    @classmethod
+    def of_config(cls, config: SpeedrunConfig) -> Self:
+        """Build the model of a config."""
+        sizes = (config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.block_size)
+        model = cls(*sizes, config.variant, config.eos_token_id, head_rows=config.head_rows)
+        model.config = config
+        return model
 
     @property
     def head(self) -> Tensor:
@@ -338,3 +374,23 @@ class SpeedrunGPT(nn.Module):
 def start_scalars(n_layer: int) -> Tensor:
     """The scalars of a new model [5L]: L skip weights (a U-net reads half), L blends, L mixes of values."""
     return torch.cat([torch.ones(n_layer), *([torch.tensor([1.0, 0.0])] * n_layer), torch.full((2 * n_layer,), 0.5)])
+
+
+def _take_apart(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the entries of a state dict their plain names, and cut the tail of padded scalars."""
+    if not prefix:  # at the top: within another module the names are its business
+        for plain, name in plain_names(list(state)).items():
+            state[plain] = state.pop(name)
+    scalars = state.get(f"{prefix}scalars")
+    if scalars is None or module.apart or scalars.dim() != 1:
+        return
+    size = module.scalars.numel()
+    module.scalars_tail = scalars[size:].detach().clone() if len(scalars) > size else None
+    state[f"{prefix}scalars"] = scalars[:size]
+
+
+def _put_together(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put the tail of padded scalars back, so that the program that wrote it reads it again."""
+    if module.scalars_tail is not None:
+        name = f"{prefix}scalars"
+        state[name] = torch.cat([state[name], module.scalars_tail.to(state[name])])

@@ -74,7 +74,7 @@ def refuse_other_shapes(bundle: Bundle, model: SpeedrunGPT) -> None:
     found = {plain: shapes[name] for plain, name in plain_names(shapes).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tail = found.get("scalars", (0,))
-    if isinstance(model, GPTFlexAttention) and len(tail) == 1 and tail > expected.get("scalars", tail):
+    if len(tail) == 1 and tail > expected.get("scalars", tail):
         expected["scalars"] = tail  # padded for several ranks
     if faults := differences(expected, found):
         raise CheckpointMismatch(

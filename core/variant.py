@@ -7,7 +7,7 @@ train_gpt_medium.py (06743860).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from core.errors import CheckpointMismatch
 
@@ -45,62 +45,46 @@ class Variant:
     coefficients: tuple[tuple[float, float, float], ...] = ((3.4445, -4.7750, 2.0315),) * 5  # of Muon's iteration
 
 
-VARIANTS: dict[str, Variant] = {
-    variant.name: variant
-    for variant in (
-        Variant(
-            name="small",
-            program="small (from train_gpt_small.py)",
-            normed_input=True,
-            normed_values=False,
-            skips=None,
-            cap=30.0,
-            long_layers=(0, 4, 7, 11),
-            depth=12,
-            window=14,
-            short_window=7,
-            muon_rate=0.05,
-            adam_rates={"head": 0.22, "embed": 0.6, "scalar": 0.04},
-        ),
-        Variant(
-            name="small_2025_02",
-            program="small (from train_gpt_small.py of 2025-02)",
-            normed_input=True,
-            normed_values=False,
-            skips=None,
-            cap=30.0,
-            long_layers=(0, 4, 7, 11),
-            depth=12,
-            window=14,
-            short_window=7,
-            muon_rate=0.05,
-            adam_rates={"head": 0.22, "embed": 0.6, "scalar": 0.04},
-        ),
-        Variant(
-            name="medium",
-            program="medium (from train_gpt_medium.py)",
-            normed_input=False,
-            normed_values=True,
-            skips={9: 6, 10: 4, 11: 2},
-            cap=15.0,
-            long_layers=(0, 4, 11, 15),
-            depth=16,
-            window=27,
-            short_window=13,
-            muon_rate=0.025,
-            adam_rates={"head": 1 / 320, "embed": 0.3, "scalar": 0.015},
-            weight_decay=0.01,
-            mlp_decay=2.0,
-            coefficients=(
-                (4.0848, -6.8946, 2.9270),
-                (3.9505, -6.3029, 2.6377),
-                (3.7418, -5.5913, 2.3037),
-                (2.8769, -3.1427, 1.2046),
-                (2.8366, -3.0525, 1.2012),
-            ),
-        ),
-    )
-}
+SMALL = Variant(
+    name="small",
+    program="small (from train_gpt_small.py)",
+    normed_input=True,
+    normed_values=False,
+    skips=None,
+    cap=30.0,
+    long_layers=(0, 4, 7, 11),
+    depth=12,
+    window=14,
+    short_window=7,
+    muon_rate=0.05,
+    adam_rates={"head": 0.22, "embed": 0.6, "scalar": 0.04},
+)
+SMALL_2025_02 = replace(SMALL, name="small_2025_02", program="small (from train_gpt_small.py of 2025-02)")
+MEDIUM = Variant(
+    name="medium",
+    program="medium (from train_gpt_medium.py)",
+    normed_input=False,
+    normed_values=True,
+    skips={9: 6, 10: 4, 11: 2},
+    cap=15.0,
+    long_layers=(0, 4, 11, 15),
+    depth=16,
+    window=27,
+    short_window=13,
+    muon_rate=0.025,
+    adam_rates={"head": 1 / 320, "embed": 0.3, "scalar": 0.015},
+    weight_decay=0.01,
+    mlp_decay=2.0,
+    coefficients=(
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+)
+
+VARIANTS = {variant.name: variant for variant in (SMALL, SMALL_2025_02, MEDIUM)}
 
 
 def variant_named(name: str) -> Variant:
