@@ -51,7 +51,7 @@ class SpeedrunConfig:
             for name in ("vocab_size", "head_rows", "n_layer", "n_head", "n_embd", "block_size", "batch_size")
             if not _whole(value := getattr(self, name), 1)
         ]
-        if self.variant not in VARIANTS:
+        if not isinstance(self.variant, str) or self.variant not in VARIANTS:
             faults.append(f"variant is {self.variant!r}; allowed is {', '.join(VARIANTS)}")
         if not _whole(self.eos_token_id, 0):
             faults.append(f"eos_token_id is {self.eos_token_id!r}; allowed is a whole number from 0")

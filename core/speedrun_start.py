@@ -137,6 +137,8 @@ def start_speedrun(
             manager.say(f"{bundle.path(OPTIMIZER)}: no optimizer state; its moments start from zero")
         manager.resumed = bundle.state
         return model, optimizer, model.step
+    if origin is not None and init_from_model:
+        raise InputError("--init_from_checkpoint and --init_from_model: a run has one start. Leave one out.")
     alone = _config_alone(manager, wanted.variant, given)
     if origin is not None:
         model = origin.model

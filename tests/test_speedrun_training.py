@@ -98,7 +98,8 @@ def test_a_toy_learns_and_writes(tmp_path, text, capsys):
     assert loss < 2.0, "a uniform guess has 3.1"
     assert "no GPU: a small preset" in said.err and 100 < len(said.out) < 400, "the sample, and nothing else"
     lines = [json.loads(line) for line in (tmp_path / "default/metrics.jsonl").read_text().splitlines()]
-    assert {line["learning_rate"] for line in lines if "loss" in line} == {0.025}
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates[0] == 0.025 and rates == sorted(rates, reverse=True) and len(rates) == 40
 
 
 def test_the_schedule_scales_all_rates_and_the_momentum_follows_the_step(tmp_path, text):
@@ -244,6 +245,24 @@ def test_a_gpt_is_no_modded_nanogpt_model(tmp_path, text):
     assert script.main(words(tmp_path, text, **flags, max_iters=1)) == DONE
     with pytest.raises(CheckpointMismatch, match=r"the checkpoint is a GPT, this run has --arch flex_small"):
         script.main(words(tmp_path, text, arch="flex_small", max_iters=2))
+
+
+def test_a_model_for_batches_is_not_trained_here(tmp_path, text):
+    assert train(tmp_path, text, arch="flex_small", max_iters=1) == DONE
+    batched = CheckpointManager.load_for_inference("default", tmp_path).batched()
+    CheckpointManager("tuned", tmp_path).save(batched, step=1)
+    with pytest.raises(
+        CheckpointMismatch, match=r"model_class is GPTBatched; train\.py trains GPT and GPTFlexAttention"
+    ):
+        train(tmp_path, text, model_name="tuned", max_iters=2)
+    with pytest.raises(CheckpointMismatch, match="the checkpoint is a GPTBatched, this run has --arch flex_small"):
+        train(tmp_path, text, model_name="tuned", arch="flex_small", max_iters=2)
+
+
+def test_a_run_has_one_start(tmp_path, text, shared):
+    with pytest.raises(InputError, match="a run has one start"):
+        flags = {"init_from_checkpoint": checkpoint(shared, MEDIUM), "init_from_model": "other", "max_iters": 1}
+        script.main(words(tmp_path, text, **flags))
 
 
 def test_an_upstream_file_of_another_variant_or_program_is_refused(tmp_path, text, shared):
