@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from core.conversion_plan import Model, Options, Plan
 from core.conversion_source import FAMILY, open_model
 from core.differences import listed
 from core.errors import CheckpointMismatch
+from core.families.family import Family
 from core.families.identify import UNKNOWN, identify
+from core.families.match import skeleton
 from core.families.pairs import ways
-from core.view import cut, filled, join
+from core.view import View, cut, filled, join
+from core.vocabulary import add_tokenizer
 
 BY_NAME = {one.name: one for one in FORMATS}
 
@@ -24,6 +28,10 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
     """
     kind = BY_NAME[to]
     model = open_model(source, held, needs_family=bool(kind.families))
+    if kind.families:
+        add_tokenizer(model, options)
+    elif options.meta is not None:
+        raise model.refuse(f"--meta is the vocabulary of a model, and --to {to} has no place for one.")
     if options.vocab_size is not None:
         _set_rows(model, options.vocab_size)
     if kind.families:
@@ -45,6 +53,22 @@ def _carry(model: Model, kind: Format, options: Options) -> None:
         raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(there)}.")
     for pair, back in way:
         pair.carry(model, options, back)
+    if way:
+        model.tensors = _in_order(model.tensors, FAMILY[model.family])
+
+
+def _in_order(tensors: dict[str, View], family: Family) -> dict[str, View]:
+    """Tensors as the modules of the program have them: what stands before the layers, each layer, what follows."""
+    rows = [(skeleton(row.replace("{i}", "0").replace("{j}", "0")), "{i}" in row) for row in family.tensors]
+    first = next((k for k, (_, is_layer) in enumerate(rows) if is_layer), len(rows))
+    place = {row: (1 if is_layer else 0 if k < first else 2, k) for k, (row, is_layer) in enumerate(rows)}
+
+    def key(name: str) -> tuple[int, int, int]:
+        part, k = place.get(skeleton(name), (2, len(rows)))
+        layer = re.search(r"(?<![^.])\d+(?![^.])", name)
+        return part, int(layer[0]) if part == 1 and layer else 0, k
+
+    return {name: tensors[name] for name in sorted(tensors, key=key)}
 
 
 def _set_rows(model: Model, rows: int) -> None:
@@ -76,7 +100,7 @@ def _set_tied(model: Model, options: Options) -> None:
     if options.tied and head in model.tensors:
         if not model.is_same(head, table):
             raise model.refuse(f"{head} has other values than {table}: --tied would change the model.")
-        model.tensors[head] = model.tensors[table]
+        model.tie(head, table)
     if not options.tied and head not in model.tensors:
         model.replace(head, model.tensors[table], f"copy of {table}")
     for field in ("tied_head", "tie_word_embeddings"):

@@ -18,7 +18,7 @@ from core.conversion_plan import Model, Options, Plan, Ref, Target, WeightFile, 
 from core.families.recognise import FUSED
 from core.model_card import card
 from core.plain import plain
-from core.training_state import FIELDS, dump_json, seal
+from core.training_state import dump_json, seal
 from core.view import View
 
 CKPT = "ckpt.pt"
@@ -188,7 +188,8 @@ def plan_bundle(model: Model, options: Options, target: Path) -> Plan:
     texts = {CONFIG: dump_json({**model.config, "format_version": FORMAT_VERSION})}
     if model.tokenizer is not None:
         texts[TOKENIZER] = dump_json(model.tokenizer)
-    kept = {name: value for name, value in model.state.items() if name in FIELDS or name == "val_loss"}
+    rounded = () if options.dtype is None else ("checkpoint_dtype", "model_dtype_at_save")
+    kept = {name: value for name, value in model.state.items() if name not in ("integrity", *rounded)}
     state = {
         **plain(kept),
         "step": model.step or 0,
@@ -200,7 +201,6 @@ def plan_bundle(model: Model, options: Options, target: Path) -> Plan:
         "legacy": [],
         "extra": {**plain(kept.get("extra") or {}), "converted_from": str(model.path), "program": model.program},
     }
-    state.pop("integrity", None)
 
     def sealed(recorded: dict[str, dict[str, Any]]) -> dict[str, bytes]:
         return {"training_state.json": seal({**state, "integrity": {"files": recorded}})}
@@ -243,7 +243,9 @@ def plan_hf(model: Model, options: Options, target: Path) -> Plan:
     dtype = next(iter(stored_as)) if len(stored_as) == 1 else "float32"
     plan.copies = beside(model, COPIED)
     config = {**model.config, "torch_dtype": dtype, "dtype": dtype}
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    ids: dict[str, Any] = {
+        name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config
+    }
     plan.texts[CONFIG] = dump_json(config)
     if "generation_config.json" not in plan.copies:
         plan.texts["generation_config.json"] = dump_json({"_from_model_config": True, **ids})

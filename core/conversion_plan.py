@@ -71,6 +71,12 @@ class Model:
             for views in self.moments.views.values():
                 views.pop(name, None)
 
+    def tie(self, name: str, other: str) -> None:
+        """Let a tensor be another one again, of which it had the values."""
+        if self.tensors[name].names != self.tensors[other].names:
+            self.drop(name, f"the values of {other}, written once for both")
+        self.tensors[name] = self.tensors[other]
+
     def replace(self, name: str, view: View, rule: str) -> None:
         """Put another view in the place of a tensor, or of none, and say how it was made."""
         self.tensors[name] = view

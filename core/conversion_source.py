@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from core.bundle import Bundle
 from core.containers.inert import Call, as_text
 from core.containers.spec import TensorSpec
 from core.conversion_plan import Model, Moments
@@ -21,6 +23,9 @@ from core.plain import plain
 from core.view import View, stored
 
 FAMILY = {family.name: family for family in FAMILIES}
+
+_NO_LOSS = 1e9
+"""nanoGPT's best loss before the first evaluation."""
 
 CONFIG_ENTRY = {"nanogpt": "model_args"}
 """The entry of a file that holds the config of the model, where others look like it."""
@@ -112,9 +117,31 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
         program=identity.program,
     )
     model.notes += found.chosen
+    if bundle is not None:
+        model.state |= _rounded(bundle)
+    elif identity.family == "nanogpt":
+        model.state |= _best(found)
     if found.optimizer is not None:
         model.moments = _moments(found, identity, model)
     return model
+
+
+def _rounded(bundle: Bundle) -> dict[str, Any]:
+    """What old writers said, beside the weights, of the dtype that these were rounded to for the file."""
+    content = bundle.weights.source.header.content
+    beside = content if isinstance(content, dict) and bundle.weights.key else {}
+    said = {"checkpoint_dtype": beside.get("checkpoint_dtype"), "model_dtype_at_save": beside.get("model_dtype")}
+    return {name: value for name, value in said.items() if isinstance(value, str)}
+
+
+def _best(found: Inspected) -> dict[str, Any]:
+    """nanoGPT's best loss, under the step of the file; when it was measured is not recorded."""
+    value = found.container.content.get("best_val_loss")
+    if isinstance(value, TensorSpec) and value.numel == 1:
+        value = number(stored(found.container, value))
+    if not isinstance(value, float) or not math.isfinite(value) or value >= _NO_LOSS:
+        return {}
+    return {"val_loss": value, "best": {"step": found.step or 0, "val_loss": value}}
 
 
 def _sizes(shape: Architecture) -> dict[str, int]:
@@ -144,7 +171,7 @@ def _moments(found: Inspected, identity: Identity, model: Model) -> Moments | No
             name = identity.places.get(raw) or identity.places.get(_unwrapped(raw, identity.places), raw)
             mine.append(name)
             _take_entry(made, model, found, name, found.optimizer["state"].get(number, {}))
-        rest = {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+        rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         made.groups.append({**rest, "names": mine})
     return made
 

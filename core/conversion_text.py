@@ -41,7 +41,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 def plan_text(plan: Plan) -> Iterable[str]:
     """Write a plan for people: every tensor, what is left out, what is filled in."""
-    rows = [("source", "rule", "target", "shape", "dtype", "bytes")]
+    rows: list[tuple[str, ...]] = [("source", "rule", "target", "shape", "dtype", "bytes")]
     rows += [
         (_sources(t.view.names), t.rule, printable(t.name), str(t.view.shape), t.dtype, str(t.nbytes))
         for t in plan.targets

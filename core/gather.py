@@ -27,6 +27,9 @@ PIECE = 256 * 1024
 SLAB = 8 << 20
 """Bytes read at a time of a tensor whose elements have to be put in place."""
 
+SMALL, _MOST_SPARSE = 16384, 4
+"""Elements that are read for nothing rather than skipped, and how many there may be for each that is wanted."""
+
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 """Dtypes that a cast makes one another of."""
 
@@ -124,8 +127,7 @@ class Gatherer:
         import numpy as np
 
         item, extent = box.itemsize, _extent(box.shape, strides)
-        sparse = extent > 2 * box.size + 4096
-        if box.ndim == 0 or (extent * item <= SLAB and not sparse) or all(stride == 0 for stride in strides):
+        if box.ndim == 0 or (extent * item <= SLAB and extent <= _MOST_SPARSE * box.size + SMALL):
             data = memoryview(bytearray(extent * item))
             self._read(block, offset, data)
             flat = np.frombuffer(data, box.dtype)
@@ -133,9 +135,9 @@ class Gatherer:
             box[...] = np.lib.stride_tricks.as_strided(flat, box.shape, steps, writeable=False)
             return
         inner = _extent(box.shape[1:], strides[1:])
-        rows = max((SLAB // item - inner) // max(strides[0], 1) + 1, 1)
-        if rows == 1 or strides[0] > 2 * inner + 4096:  # what lies between is more than what is wanted
-            for k in range(box.shape[0]):
+        rows = (SLAB // item - inner) // max(strides[0], 1) + 1
+        if rows >= box.shape[0] or rows < 2 or strides[0] > _MOST_SPARSE * inner + SMALL:
+            for k in range(box.shape[0]):  # what lies between would be read for nothing
                 self._fill(block, box[k], strides[1:], offset + k * strides[0] * item)
             return
         for k in range(0, box.shape[0], rows):
@@ -191,4 +193,4 @@ def cast(piece: memoryview, dtype: str, target: str) -> memoryview:
     if infinite.any() and not np.isinf(numbers[infinite]).all():
         largest = float(np.abs(numbers[np.isfinite(numbers)]).max())
         raise CheckpointError(f"holds {largest:.6g}, which is beyond {target}. Keep the dtype, or use bf16.")
-    return memoryview(np.ascontiguousarray(made)).cast("B")
+    return np.ascontiguousarray(made).data.cast("B")

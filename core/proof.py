@@ -14,7 +14,7 @@ from core.containers.container import Container
 from core.containers.open import open_container
 from core.conversion_plan import Plan, Target, WeightFile
 from core.errors import CheckpointDamaged, CheckpointMismatch
-from core.gather import FLOATS, PIECE, Gatherer, cast
+from core.gather import FLOATS, Gatherer, cast
 from core.rules import apply
 from core.view import View, cut, stored
 
@@ -81,9 +81,10 @@ def _compare(plan: Plan, name: str, source: View, made: View, progress: Progress
             if len(rest) < len(piece):
                 rest = memoryview(rest.tobytes() + b"".join(_take(right, len(piece) - len(rest))))
             if rest[: len(piece)] != piece:
+                near = at // max(made.nbytes // max(made.numel, 1), 1)
                 raise CheckpointDamaged(
-                    f"{plan.target}: {name} is not what {plan.model.path} holds (from element "
-                    f"{at // max(made.nbytes // max(made.numel, 1), 1)} on). It was removed again; the disk may be failing."
+                    f"{plan.target}: {name} is not what {plan.model.path} holds, within {len(piece)} bytes from "
+                    f"element {near} on. It was removed again; the disk may be failing."
                 )
             at += len(piece)
             rest = rest[len(piece) :]

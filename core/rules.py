@@ -252,7 +252,7 @@ def _make(
     others = [name for name, view in zip(parts, views, strict=True) if view.dtype != views[0].dtype]
     if others:
         raise CheckpointMismatch(
-            f"{others[0]} and {parts[0]} have different dtypes, and {targets[0]} is made of both; --dtype makes them equal"
+            f"{others[0]} and {parts[0]} have different dtypes, and {targets[0]} is made of both"
         )
     try:
         results = (rule.inverse if back else rule.forward)(views, sizes, len(targets))

@@ -6,6 +6,7 @@ and in row-major order, however they lie.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -193,7 +194,7 @@ def _aligned(block: Block, axis: int, inner: int, item: int) -> Iterator[Block]:
     begin, end = block.begin[axis], block.begin[axis] + block.shape[axis]
     first, last = -(-begin // inner) * inner, end // inner * inner
     edges = sorted({begin, end, *(edge for edge in (first, last) if begin < edge < end)})
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         yield _part(block, axis, low - begin, high - begin, item)
 
 

@@ -29,6 +29,9 @@ FROM_HF = {
 
 TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
+GPT2_END = 50256
+"""GPT-2's end of text, with which transformers also begins one."""
+
 EPSILON = 1e-5
 """Of our layer norms, and nanoGPT's."""
 
@@ -112,8 +115,8 @@ def _drop_head_bias(model: Model, target: str) -> None:
         return
     if not model.is_zero(HEAD_BIAS):
         raise model.refuse(
-            f"{HEAD_BIAS} has values other than 0, and {target} has no bias in its head: it would compute other logits. "
-            "--to safetensors and --to bundle keep it."
+            f"{HEAD_BIAS} has values other than 0, and {target} has no bias in its head: it would compute other "
+            "logits. --to safetensors and --to bundle keep it."
         )
     model.drop(HEAD_BIAS, f"all zeros; {target} has no bias in its head")
 
@@ -144,6 +147,7 @@ def ours_to_hf(model: Model, options: Options) -> dict[str, Any]:
     if tied:
         _drop_tied_head(model, "HF GPT-2")
     _add_zero_biases(model)
+    end = GPT2_END if (model.tokenizer or {}).get("token_kind") == "gpt2" else None
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -166,6 +170,8 @@ def ours_to_hf(model: Model, options: Options) -> dict[str, Any]:
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": tied,
+        "bos_token_id": end,
+        "eos_token_id": end,
         "use_cache": True,
     }
 
@@ -183,6 +189,8 @@ def ours_to_nanogpt(model: Model, options: Options) -> dict[str, Any]:
             "its head is not its token table, and nanoGPT has one tensor for both. --to bundle and --to hf keep two."
         )
     _drop_head_bias(model, "nanoGPT")
+    if HEAD in model.tensors:
+        model.tie(HEAD, TABLE)
     model.tensors[HEAD] = model.tensors[TABLE]
     has_bias = any(value for switch, value in _biases(model).items() if switch != "head_bias")
     if has_bias:

@@ -1,0 +1,67 @@
+"""The tokenizer of another program's model, as a tokenizer.json of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from core.containers.container import reading
+from core.containers.inert import Call, Global, as_text
+from core.containers.pickles import read_pickle
+from core.conversion_plan import Model, Options
+from core.errors import CheckpointMismatch
+from core.training_state import parse_json
+
+GPT2_ROWS = range(50257, 50305)
+"""Rows that a vocabulary of GPT-2's 50257 tokens has: exactly, or padded to a multiple of 64 or 128."""
+
+_LARGEST = 64 << 20  # bytes
+
+
+def add_tokenizer(model: Model, options: Options) -> None:
+    """Give a model the tokenizer that belongs to it, where that is known; a note says what is missing.
+
+    Raises: CheckpointMismatch when a vocabulary has another size than the model; CheckpointDamaged, CheckpointNotFound.
+    """
+    if options.meta is not None:
+        if model.tokenizer is not None:
+            raise model.refuse("it has a tokenizer of its own. Leave out --meta.")
+        model.tokenizer = characters(options.meta, model.sizes.get("vocab_size"))
+        return
+    rows = model.sizes.get("vocab_size", 0)
+    if model.tokenizer is not None:
+        return
+    definition = model.container.path / "tokenizer.json"
+    if model.family_of_source.startswith("hf_") and definition.is_file():
+        with reading(definition) as file:
+            model.tokenizer = {"token_kind": "hf", "definition": parse_json(file.read(_LARGEST), str(definition))}
+    elif rows in GPT2_ROWS and model.family_of_source in ("hf_gpt2", "nanogpt"):
+        model.tokenizer = {"token_kind": "gpt2"}
+        model.notes.append(f"{rows} rows: its tokenizer is taken to be GPT-2's")
+    elif model.family_of_source == "nanogpt":
+        model.notes.append("the characters of nanoGPT are in meta.pkl beside its data: --meta FILE takes them along")
+    else:
+        model.notes.append("no tokenizer is known: generate.py needs one to write text")
+
+
+def characters(path: Path, rows: int | None) -> dict[str, Any]:
+    """Read nanoGPT's meta.pkl as data; nothing in it is executed.
+
+    Raises: CheckpointMismatch when it holds no such vocabulary, or one of another size than the model's.
+    """
+    with reading(path) as file:
+        content = read_pickle(file.read(_LARGEST), str(path))
+    if isinstance(content, (Call, Global)) or not isinstance(content, dict):
+        raise CheckpointMismatch(f"{path}: found {as_text(content, 60)}, expected vocab_size, itos and stoi by name.")
+    itos, stoi = content.get("itos"), content.get("stoi")
+    size = len(itos) if isinstance(itos, dict) else 0
+    chars = [itos.get(k) for k in range(size)] if isinstance(itos, dict) else []
+    if not chars or not all(isinstance(c, str) and len(c) == 1 for c in chars) or len(set(chars)) != size:
+        raise CheckpointMismatch(f"{path}: its itos is {as_text(itos, 60)}, expected a character for each id from 0.")
+    if isinstance(stoi, dict) and stoi != {c: k for k, c in enumerate(chars)}:
+        raise CheckpointMismatch(f"{path}: its stoi is not its itos turned round. It is damaged, or was changed.")
+    if rows is not None and size != rows:
+        raise CheckpointMismatch(
+            f"{path}: {size} characters, but the model has {rows} rows. It is the vocabulary of another model."
+        )
+    return {"token_kind": "char", "chars": chars}
