@@ -185,6 +185,7 @@ class FineTuning:
         manager.facts = {"finetuning": settings, "seed": self.seed, "environment": here}
         if self.step:
             self._resume(here)
+        self.metrics.cut(self.step)  # lines of steps that were made and never committed
 
     def _resume(self, here: dict[str, Any]) -> None:
         """Check that this is the run that was saved, and take up what it keeps besides weights and moments."""
@@ -205,7 +206,6 @@ class FineTuning:
             say(line)
         if self.scaler.is_enabled() and (scale := state.get("extra", {}).get("grad_scaler")):
             self.scaler.load_state_dict(scale)
-        self.metrics.cut(self.step)
         say(f"{folder}: resuming at step {self.step}")
 
     def train(self, num_epochs: int, save_interval: int) -> str | None:

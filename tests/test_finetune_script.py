@@ -166,6 +166,15 @@ def test_half_precision_trains_and_resumes_with_its_scale(made, tmp_path, dtype,
     assert {t.dtype for t in weights.values()} == {torch.float32}, "the weights stay what AdamW needs"
 
 
+def test_the_log_has_no_lines_of_steps_that_were_never_saved(made, tmp_path):
+    (tmp_path / "nli").mkdir()
+    (tmp_path / "nli/metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    assert main(words(made, tmp_path)) == DONE
+    lines = [json.loads(line) for line in (tmp_path / "nli/metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "loss" in line) for line in lines] == [(1, True), (2, True), (3, True), (3, False)]
+    assert lines[0]["loss"] < 2
+
+
 def test_a_run_cannot_change_what_its_steps_are_a_function_of(made, tmp_path, capsys):
     assert main(words(made, tmp_path)) == DONE
     before = (tmp_path / "nli/model.pt").read_bytes()
