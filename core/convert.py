@@ -208,12 +208,13 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointLocked(
+                f"{target}: another conversion writes it now. Wait for it, or name another place."
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise CheckpointLocked(
-            f"{target}: another conversion writes it now. Wait for it, or name another place."
-        ) from error
     finally:
         os.close(fd)
 
