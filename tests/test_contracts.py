@@ -23,6 +23,7 @@ TORCH_FREE = [
     *(str(p.relative_to(ROOT)) for p in (ROOT / "core/families").glob("*.py")),
     *(str(p.relative_to(ROOT)) for p in (ROOT / "core/containers").glob("*.py") if p.stem != "torch_zip_writer"),
 ]
+SCRIPTS = ("core/**/*.py", "*.py", "data/*.py", "examples/*.py")
 FILE_MODULES = {"core.storage", "core.bundle", "core.commit", "core.checkpoint", "core.lock", "core.training_state"}
 
 
@@ -63,7 +64,7 @@ def test_the_package_itself_is_empty():
     assert (ROOT / "core/__init__.py").read_text() == ""
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("core/**/*.py"), *ROOT.glob("*.py"), *ROOT.glob("data/*.py")], ids=str)
+@pytest.mark.parametrize("path", [p for glob in SCRIPTS for p in ROOT.glob(glob)], ids=str)
 def test_nothing_unpickles_what_a_checkpoint_says(path):
     loads = [
         n
@@ -76,7 +77,7 @@ def test_nothing_unpickles_what_a_checkpoint_says(path):
     }
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("core/**/*.py"), *ROOT.glob("*.py"), *ROOT.glob("data/*.py")], ids=str)
+@pytest.mark.parametrize("path", [p for glob in SCRIPTS for p in ROOT.glob(glob)], ids=str)
 def test_public_functions_say_what_they_do(path):
     tree = ast.parse(path.read_text())
     kinds = (ast.FunctionDef, ast.ClassDef)
