@@ -7,12 +7,12 @@ filesystem.py in that package, older torch had some of them elsewhere. Nothing o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from core.containers.blocks import naturals
 from core.containers.distributed import foreign_within, is_distributed
 from core.containers.foreign import attributes
-from core.containers.inert import Call, Global, Key, as_text
+from core.containers.inert import Call, Global, as_text
 from core.containers.pickles import parse_pickle
 from core.containers.spec import ITEM_SIZES
 from core.errors import CheckpointDamaged, CheckpointError
@@ -71,7 +71,8 @@ def read_metadata(data: bytes, where: str) -> Metadata:
         named[name.path] = None
         return name
 
-    parsed = parse_pickle(data, where, resolve=resolve, reductions={"torch.Size": _size})
+    reductions = {"torch.Size": _size, "torch.serialization._get_layout": _layout}
+    parsed = parse_pickle(data, where, resolve=resolve, reductions=reductions)
     root = attributes(parsed.value) if isinstance(parsed.value, Call) else None
     if root is None or not isinstance(root.get("state_dict_metadata"), dict):
         raise CheckpointError(
@@ -92,7 +93,7 @@ def read_metadata(data: bytes, where: str) -> Metadata:
     ]
     notes = []
     if surplus := reader.stored.keys() - reader.used:
-        notes.append(f"{len(surplus)} stored items belong to no tensor or value: {as_text(sorted(surplus, key=str))}.")
+        notes.append(f"{len(surplus)} stored items belong to no tensor or value: {as_text(sorted(surplus))}.")
     if behind := len(data) - parsed.end:
         notes.append(f"{METADATA}: {behind} bytes stand behind the end of its pickle, and were not read.")
     usual = all(name in _DATA or is_distributed(name) for name in named)
@@ -100,34 +101,36 @@ def read_metadata(data: bytes, where: str) -> Metadata:
     return Metadata(entries, foreign, notes)
 
 
-def _key(name: str, begin: tuple[int, ...] | None) -> Key:
-    """What an item is found by: its name, and where it begins in its tensor; a value begins nowhere."""
-    return Key((name, None) if begin is None else (name, *begin))
+def _key(name: str, begin: tuple[int, ...] | None) -> str:
+    """What an item is found by: its name, and where it begins in its tensor; a value begins nowhere.
+
+    Text, whose hash nobody can foresee: thousands of tuples of one hash would be compared with each other.
+    """
+    return f"{name} {begin}"
 
 
-def _stored(storage: dict[Any, Any], where: str) -> dict[Key, tuple[str, int, int]]:
+def _stored(storage: dict[Any, Any], where: str) -> dict[str, tuple[str, int, int]]:
     """The file, offset and length of each item, by its name and where it begins in its tensor."""
-    stored: dict[Key, tuple[str, int, int]] = {}
+    stored: dict[str, tuple[str, int, int]] = {}
     for index, info in storage.items():
         key, place = attributes(index) or {}, attributes(info) or {}
         name, begin = key.get("fqn"), key.get("offset")
         file, offset, length = place.get("relative_path"), place.get("offset"), place.get("length")
         numbers = (offset, length)
-        if not isinstance(name, str) or not (begin is None or naturals(begin)) or not naturals(numbers):
+        if not isinstance(name, str) or not (begin is None or _is_place(begin)) or not naturals(numbers):
             raise CheckpointDamaged(
                 f"{where}: an item {as_text(index, 120)} at {as_text(info, 120)}, expected a name, and a file, offset "
                 "and length, all whole numbers from 0."
             )
-        shown = as_text(name, 80)[1:-1]
         if not isinstance(file, str):
-            raise CheckpointDamaged(f"{where}: {shown} is in a file called {as_text(file, 40)}.")
+            raise CheckpointDamaged(f"{where}: {_shown(name)} is in a file called {as_text(file, 40)}.")
         if transforms := place.get("transform_descriptors"):
             raise CheckpointError(
-                f"{where}: {shown} was written through {as_text(transforms, 60)}, which this program "
+                f"{where}: {_shown(name)} was written through {as_text(transforms, 60)}, which this program "
                 "cannot undo. Load and save it again with torch, without extensions."
             )
         if (item := _key(name, begin)) in stored:
-            raise CheckpointDamaged(f"{where}: {shown} at {begin} is stored twice.")
+            raise CheckpointDamaged(f"{where}: {_shown(name)} at {begin} is stored twice.")
         stored[item] = (file, numbers[0], numbers[1])
     return stored
 
@@ -135,14 +138,14 @@ def _stored(storage: dict[Any, Any], where: str) -> dict[Key, tuple[str, int, in
 class _Reader:
     """Joins what is said of a name in state_dict_metadata with its places in storage_data."""
 
-    def __init__(self, where: str, stored: dict[Key, tuple[str, int, int]]) -> None:
+    def __init__(self, where: str, stored: dict[str, tuple[str, int, int]]) -> None:
         self.where, self.stored = where, stored
-        self.used: set[Key] = set()
+        self.used: set[str] = set()
 
     def entry(self, name: Any, value: Any, path: Any) -> Entry:
         if not isinstance(name, str) or len(name) > _LONGEST_NAME:
             raise CheckpointDamaged(f"{self.where}: an item called {as_text(name, 80)}, expected a short text.")
-        where = f"{self.where}: {as_text(name, 80)[1:-1]}"
+        where = f"{self.where}: {_shown(name)}"
         kind = _class(value)
         if kind == "BytesStorageMetadata":
             return Entry(name, _path(name, path), None, (), [self.place(name, None, (), where)])
@@ -157,13 +160,13 @@ class _Reader:
             )
         if not isinstance(shape, tuple) or not _shape(shape, ITEM_SIZES[dtype]) or not isinstance(chunks, list):
             raise CheckpointDamaged(f"{where} has the shape {as_text(shape, 80)} in blocks {as_text(chunks, 80)}.")
-        places: dict[Key, Place] = {}
+        places: dict[str, Place] = {}
         for chunk in chunks:
             box = attributes(chunk) or {}
             begin, size = box.get("offsets"), box.get("sizes")
-            if not naturals(begin) or not naturals(size) or len(begin) != len(shape) or len(size) != len(shape):
+            if not _is_place(begin) or not _is_place(size) or len(begin) != len(shape) or len(size) != len(shape):
                 raise CheckpointDamaged(f"{where} has a block {as_text(chunk, 120)}, its shape is {as_text(shape)}.")
-            there = places.get(at := Key(begin))
+            there = places.get(at := str(begin))
             if there is not None and 0 not in size and 0 not in there.shape and there.shape != size:
                 raise CheckpointDamaged(f"{where} has two blocks at {begin}: {there.shape} and {size}.")
             if there is not None and 0 not in there.shape:
@@ -181,6 +184,10 @@ class _Reader:
         return Place(begin or (), size, *found)
 
 
+def _shown(name: str) -> str:
+    return as_text(name, 80)[1:-1]
+
+
 def _path(name: str, path: Any) -> tuple[str | int, ...]:
     """Where an item was in its state dict; planners that do not flatten say nothing, or other things."""
     whole = isinstance(path, tuple) and 0 < len(path) < _DEEPEST
@@ -194,9 +201,8 @@ def _dtype(properties: Any) -> str | None:
         state = (state.get("dtype"), state.get("layout"))
     if not isinstance(state, tuple) or len(state) < 2 or not isinstance(state[0], Global):
         return None
-    layout = state[1].args if isinstance(state[1], Call) else ()
     dtype = state[0].path.removeprefix("torch.")
-    return dtype if dtype in ITEM_SIZES and layout == ("torch.strided",) else None
+    return dtype if dtype in ITEM_SIZES and state[1] == "torch.strided" else None
 
 
 def _class(value: Any) -> str:
@@ -206,7 +212,7 @@ def _class(value: Any) -> str:
 
 
 def _shape(shape: tuple[Any, ...], item: int) -> bool:
-    if len(shape) > _MOST_DIMENSIONS or not naturals(shape):
+    if not _is_place(shape):
         return False
     nbytes = item
     for size in shape:
@@ -214,5 +220,15 @@ def _shape(shape: tuple[Any, ...], item: int) -> bool:
     return nbytes < 1 << 63
 
 
+def _is_place(numbers: Any) -> TypeGuard[tuple[int, ...]]:
+    """Whether a value is as many whole numbers as a tensor has dimensions; thousands may share a longer one."""
+    return isinstance(numbers, tuple) and len(numbers) <= _MOST_DIMENSIONS and naturals(numbers)
+
+
 def _size(sizes: Any = ()) -> Any:
     return tuple(sizes) if isinstance(sizes, (tuple, list)) else NotImplemented
+
+
+def _layout(name: Any) -> Any:
+    """How the elements of a tensor lie, by its name."""
+    return name if isinstance(name, str) else NotImplemented

@@ -82,6 +82,8 @@ def attributes(value: Any) -> dict[str, Any] | None:
     if not isinstance(value, Call):
         return None
     state = value.state
+    if type(state) is dict:
+        return state if {*map(type, state)} <= {str} else None
     if state is None and len(value.args) == 1:
         state = value.args[0]  # made with keywords alone
     parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)

@@ -98,9 +98,12 @@ def as_key(value: Any) -> Any:
 
 def as_text(value: Any, limit: int = 200) -> str:
     """Show a value on one line of at most `limit` ASCII characters, as Python would write it; safe to print."""
-    parts: list[str] = []
-    _write(value, parts, limit)
-    text = "".join(parts)
+    if type(value) is str:
+        text = json.dumps(value[: limit + 1])
+    else:
+        parts: list[str] = []
+        _write(value, parts, limit)
+        text = "".join(parts)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

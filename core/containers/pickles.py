@@ -97,40 +97,38 @@ class _Reader:
     def run(self) -> Any:
         data, table, end = self.data, _OPCODES, len(self.data)
         stack, memo, marks = self.stack, self.memo, self.marks
-        begin = 0
+        begin = position = self.position
         try:
             while True:
-                begin = self.position
+                begin = position
                 if begin >= end:
                     raise _Ends("it ends without STOP")
                 code = data[begin]
-                self.position = begin + 1
+                position = begin + 1
                 if code == 0x94:  # MEMOIZE; this and the next five are two thirds of all, and need no call
                     memo[len(memo)] = stack[-1]
-                    continue
-                if code == 0x68 and begin + 1 < end:  # BINGET
-                    self.position = begin + 2
-                    stack.append(memo[data[begin + 1]])
-                    continue
-                if code == 0x6A and begin + 4 < end:  # LONG_BINGET
-                    self.position = begin + 5
-                    stack.append(memo[_uint32(data, begin + 1)[0]])
-                    continue
-                if code == 0x29:  # EMPTY_TUPLE
+                elif code == 0x68 and position < end:  # BINGET
+                    stack.append(memo[data[position]])
+                    position += 1
+                elif code == 0x6A and begin + 4 < end:  # LONG_BINGET
+                    stack.append(memo[_uint32(data, position)[0]])
+                    position += 4
+                elif code == 0x29:  # EMPTY_TUPLE
                     stack.append(())
-                    continue
-                if code == 0x85:  # TUPLE1
+                elif code == 0x85:  # TUPLE1
                     stack[-1] = (stack[-1],)
-                    continue
-                if code == 0x28:  # MARK
+                elif code == 0x28:  # MARK
                     marks.append(len(stack))
-                    continue
-                if code == 0x2E:  # STOP
-                    return self.pop()
-                operation = table.get(code)
-                if operation is None:
-                    raise Malformed(f"unknown opcode 0x{code:02x}")
-                operation(self)
+                elif code == 0x2E:  # STOP
+                    self.position = position
+                    return stack.pop()
+                else:
+                    operation = table.get(code)
+                    if operation is None:
+                        raise Malformed(f"unknown opcode 0x{code:02x}")
+                    self.position = position
+                    operation(self)
+                    position = self.position
         except _Ends as fault:
             raise PickleCutOff(f"{self.where}: damaged pickle at byte {begin} of {end}: {fault}.") from None
         except Malformed as fault:
@@ -230,6 +228,13 @@ class _Reader:
             self.unheld.append(value)
         self.push(value)
 
+    def empty_dict(self) -> None:
+        self.stack.append({})
+
+    def pair(self) -> None:
+        last = self.stack.pop()
+        self.stack[-1] = (self.stack[-1], last)
+
     def make_tuple(self) -> None:
         start = self.marks.pop()
         self.stack[start:] = [tuple(self.stack[start:])]
@@ -240,8 +245,8 @@ class _Reader:
 
     def build(self) -> None:
         state, target = self.pop(), self.stack[-1]
-        if state and isinstance(state, (dict, tuple)):  # a function among the attributes can be called, and replaced after that
-            self.unheld.append(state)
+        if state and isinstance(state, (dict, tuple)):
+            self.unheld.append(state)  # a function among the attributes can be called, and replaced after that
         if isinstance(target, Call):
             target.state = state
         elif not isinstance(target, dict):  # attributes of a dictionary are dropped: torch's `_metadata`
@@ -254,15 +259,20 @@ class _Reader:
     def set_items(self, values: list[Any]) -> None:
         if len(values) % 2:
             raise Malformed("a key without value")
-        target = self.top(dict, Call)
+        target, keys, items = self.top(dict, Call), values[::2], values[1::2]
         if isinstance(target, Call):
-            target.extend(zip(values[::2], values[1::2], strict=True))
-        else:
-            for key, value in zip(values[::2], values[1::2], strict=True):
-                key = as_key(key)
-                if isinstance(replaced := target.get(key), Global):
-                    self.unheld.append(replaced)
-                target[key] = value
+            target.extend(zip(keys, items, strict=True))
+            return
+        if not target and {*map(type, keys)} == {str}:  # the attributes of a record: nothing to make of the keys
+            target.update(zip(keys, items, strict=True))
+            if len(target) == len(keys):
+                return
+            target.clear()
+        for key, value in zip(keys, items, strict=True):
+            key = as_key(key)
+            if isinstance(replaced := target.get(key), Global):
+                self.unheld.append(replaced)
+            target[key] = value
 
     def add_items(self) -> None:
         values = self.pop_mark()
@@ -375,13 +385,13 @@ _OPCODES: dict[int, _Operation] = {
         ")": lambda r: r.push(()),
         "t": _Reader.make_tuple,
         "\x85": lambda r: r.push(r.pop_many(1)),
-        "\x86": lambda r: r.push(r.pop_many(2)),
+        "\x86": _Reader.pair,
         "\x87": lambda r: r.push(r.pop_many(3)),
         "]": lambda r: r.push([]),
         "l": lambda r: r.push(r.pop_mark()),
         "a": lambda r: r.append([r.pop()]),
         "e": lambda r: r.append(r.pop_mark()),
-        "}": lambda r: r.push({}),
+        "}": _Reader.empty_dict,
         "d": lambda r: r.push(as_dict(list(zip(*[iter(r.pop_mark())] * 2, strict=True)))),
         "s": lambda r: r.set_items(list(r.pop_many(2))),
         "u": lambda r: r.set_items(r.pop_mark()),
@@ -402,7 +412,7 @@ _OPCODES: dict[int, _Operation] = {
         "i": lambda r: r.call(r.named(r.text_line(), r.text_line()), tuple(r.pop_mark())),
         "o": _Reader.obj,
         "R": _Reader.reduce,
-        "\x81": lambda r: r.call(*r.pop_many(2)),  # NEWOBJ
+        "\x81": _Reader.reduce,  # NEWOBJ
         "\x92": _Reader.new_with_keywords,
         "b": _Reader.build,
         "P": lambda r: r.persist(r.text_line()),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from core.config import GPTConfig
 from core.differences import differences
 from core.families.plan import Shape
+
+if TYPE_CHECKING:
+    from core.config import GPTConfig
 
 TENSORS: dict[str, tuple[str, ...]] = {
     "token_embedding_table.weight": ("vocab_size", "n_embd"),
