@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -21,13 +22,13 @@ from core.commandline import (
     add_legacy_flag,
     choose_model,
     legacy_path,
-    model_names,
     run,
 )
 from core.errors import CheckpointError
 from core.inspection import Inspected, inspect_path
+from core.model_names import model_names
 from core.plain import plain
-from core.report import Facts, facts_of, model_facts
+from core.report import Facts, facts_of
 from core.report_text import models_text, text_of
 from core.report_views import not_finite, stat_facts, verification_facts, views_text
 from core.screen import printable
@@ -122,6 +123,8 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     try:
         names = model_names(place) if place.is_dir() and args.step is None else []
         if names and not is_checkpoint(place):
+            from core.report_ours import model_facts
+
             return {"root": str(place), "models": [model_facts(place / name) for name in names]}, []
         with inspect_path(place, args.step) as found:
             say_chosen(found)
@@ -212,6 +215,7 @@ def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:
 
 
 if __name__ == "__main__":
+    gc.disable()  # all that is read is shown at the end; looking for cycles among it took a tenth of the time
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no failure
     run(main)

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from core.errors import CheckpointError, CheckpointNotFound, InputError
+from core.model_names import model_names
 from core.screen import printable
 
 DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: 75 is EX_TEMPFAIL, which batch queues read as "run me again"; 130 is the shell's 128 + SIGINT."""
-
-MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
-"""A folder with one of these is a model."""
 
 
 def _near(word: str, words: Iterable[str], n: int, cutoff: float) -> list[str]:
@@ -140,15 +138,6 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is over: an impatient Ctrl-C must not change the exit code
     sys.exit(code)
-
-
-def model_names(root: Path) -> list[str]:
-    """List the models below a checkpoint root, by name."""
-    try:
-        folders = sorted(p for p in root.iterdir() if p.is_dir())
-    except OSError:
-        return []
-    return [p.name for p in folders if any((p / name).exists() for name in MODEL_FILES) or any(p.glob("step_*"))]
 
 
 def add_legacy_flag(group: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

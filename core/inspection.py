@@ -7,20 +7,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from core.bundle import Bundle, Kept, history, open_bundle
-from core.choice import choose
-from core.commit import CONFIG
 from core.containers.container import Check, Container
 from core.containers.inert import Call
-from core.containers.joined import join
 from core.containers.spec import TensorSpec
 from core.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
 from core.families.identify import Identity, identify, weights_key
-from core.legacy import is_legacy, open_legacy
-from core.part import Part
+from core.model_names import is_model
 from core.plain import plain
+
+if TYPE_CHECKING:
+    from core.bundle import Bundle, Kept
+    from core.part import Part
+
+# what reads our own bundles is imported when there is one: it takes as long as opening a file of another program
 
 CONFIG_KEYS = ("config", "model_config", "model_args", "args")
 """Where programs put the config of a model in the content of a checkpoint."""
@@ -83,12 +84,21 @@ def inspect_path(path: Path, step: int | None = None) -> Inspected:
         if step is not None:
             raise CheckpointError(f"{path}: a single file has no steps to choose from with --step.")
         found = of_container(path)
-        if is_legacy(found.container.content):
-            with contextlib.suppress(CheckpointMismatch):  # one that cannot be loaded is still shown
-                return of_bundle(open_legacy(path))
+        if isinstance(found.container.content, dict) and "model_state_dict" in found.container.content:
+            from core.legacy import is_legacy, open_legacy
+
+            if is_legacy(found.container.content):
+                with contextlib.suppress(CheckpointMismatch):  # one that cannot be loaded is still shown
+                    return of_bundle(open_legacy(path))
         return found
     if not path.exists():
         raise CheckpointNotFound(f"{path}: nothing here. Give a model folder, a step folder in it, or a file.")
+    if step is None and not is_model(path):
+        return of_container(path)
+    from core.bundle import history, open_bundle
+    from core.choice import choose
+    from core.legacy import open_legacy
+
     choice = choose(path)
     if step is not None:
         return of_bundle(open_bundle(path, step))
@@ -140,6 +150,8 @@ def _of_bundle(bundle: Bundle) -> Inspected:
 
 def _held(bundle: Bundle) -> tuple[Container, list[str]]:
     """The open files of a bundle as a container, and what of them cannot be read."""
+    from core.commit import CONFIG
+    from core.containers.joined import join
     from core.containers.torch_single import container_of
 
     path = bundle.path("") if bundle.single else bundle.folder

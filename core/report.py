@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from core.bundle import Kept, open_bundle
-from core.choice import LEGACY_FILES, choose
 from core.containers.inert import Call
 from core.containers.spec import TensorSpec
-from core.errors import CheckpointDamaged, CheckpointError
-from core.evolution import notes
-from core.fit import contradictions
 from core.inspection import Inspected
-from core.speedrun_config import CLASSES
 from core.tensor_table import tensor_facts
-from core.training_state import STATE
 from core.variant import VARIANTS
 
 Facts = dict[str, Any]
@@ -44,7 +35,7 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
         "location": str(found.path),
         "family": identity.family,
         "program": identity.program,
-        "script": _script(found),
+        "script": script_of(found),
         "reason": identity.reason,
         "architecture": _architecture(architecture) if architecture is not None else None,
         "config": found.config,
@@ -53,7 +44,7 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
         "bytes": found.size,
         "dtypes": _dtypes(found.weights.values()),
         "parameters": _parameters(found),
-        "contradictions": [] if ours else [*identity.conflicts, *_lacks(found)],
+        "contradictions": [] if ours else [*identity.conflicts, *lacks(found)],
         "notes": [*container.notes, *(architecture.notes if architecture is not None and not ours else [])],
         "health": _health(found),
         "damaged": [],
@@ -62,65 +53,30 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
     }
     for call in container.foreign:
         facts["foreign"].append(f"{found.path}: its pickle names {call}")
-    return {**facts, **_of_ours(found)} if ours else {**facts, "content": _content(container.content)}
+    if not ours:
+        return {**facts, "content": _content(container.content)}
+    from core.report_ours import facts_of_ours  # what reads our bundles takes as long to import as a file to open
+
+    return {**facts, **facts_of_ours(found)}
 
 
-def _script(found: Inspected) -> str | None:
-    """Which script of modded-nanogpt it is from; bundles of ours have one layout for all, and the config says it."""
+def script_of(found: Inspected) -> str | None:
+    """Name the script of modded-nanogpt it is from; bundles of ours have one layout for all, and the config says it."""
     config = found.config or {}
-    if config.get("model_class") in CLASSES and (variant := VARIANTS.get(str(config.get("variant")))):
-        return f"{variant.program}, as {config['model_class']}"
+    if "model_class" in config:
+        from core.speedrun_config import CLASSES
+
+        if config["model_class"] in CLASSES and (variant := VARIANTS.get(str(config.get("variant")))):
+            return f"{variant.program}, as {config['model_class']}"
     return SCRIPTS.get(found.identity.family)
-
-
-def _of_ours(found: Inspected) -> Facts:
-    """What only a checkpoint of ours has."""
-    bundle = found.bundle
-    assert bundle is not None
-    files = dict(found.container.files)
-    if not bundle.single:
-        with contextlib.suppress(OSError):
-            files[STATE] = (bundle.folder / STATE).stat().st_size
-    facts: Facts = {
-        "tokenizer": bundle.tokenizer,
-        "training_state": bundle.state,
-        "files": files,
-        "history": [_kept_facts(kept) for kept in found.history],
-        "notes": [note for note in found.container.notes if note not in found.damage],
-        "foreign": [],
-        "damaged": list(found.damage),
-        "contradictions": [],
-    }
-    for part in (bundle.weights, bundle.optimizer):
-        with contextlib.suppress(CheckpointError):  # damage is among the notes of the container
-            if part is not None:
-                facts["foreign"] += [f"{part.source.path}: its pickle names {call}" for call in part.source.foreign]
-    facts["foreign"] = list(dict.fromkeys(facts["foreign"]))
-    try:
-        if bundle.config is None:
-            facts["contradictions"] = [*found.identity.conflicts, *_lacks(found)] if _script(found) else []
-        elif not _unread(found):
-            facts["contradictions"] = contradictions(bundle, with_optimizer=found.optimizer is not None)
-            facts["notes"] += notes(str(bundle.path("config.json")), bundle.config, bundle.state)
-    except CheckpointDamaged as error:
-        facts["damaged"].append(str(error))
-    except CheckpointError as error:
-        facts["contradictions"] = [str(error)]
-    return facts
-
-
-def _unread(found: Inspected) -> bool:
-    """Whether the file of the weights itself is damaged, so that nothing can be compared with it."""
-    bundle = found.bundle
-    return bundle is not None and any(line.startswith(str(bundle.weights.source.path)) for line in found.damage)
 
 
 def _architecture(architecture: Any) -> Facts:
     return {name: getattr(architecture, name) for name in architecture.__slots__ if name != "notes"}
 
 
-def _lacks(found: Inspected) -> list[str]:
-    """What a foreign model lacks, or has too many of, in a sentence each."""
+def lacks(found: Inspected) -> list[str]:
+    """Say what a foreign model lacks, or has too many of, in a sentence each."""
     said = []
     for names, what in ((found.identity.missing, "is missing"), (found.identity.unplaced, "has no place in it")):
         if names:
@@ -162,37 +118,6 @@ def _whole(check: Any, found: Inspected) -> bool:
 
 def _content(content: Any) -> Facts:
     return dict(content) if isinstance(content, Mapping) else {"": content}
-
-
-def _kept_facts(kept: Kept) -> Facts:
-    return {
-        "step": kept.step,
-        "val_loss": kept.state.get("val_loss"),
-        "bytes": sum(p.stat().st_size for p in kept.path.iterdir() if p.is_file()),
-        "saved_at": kept.state.get("saved_at"),
-        "path": str(kept.path),
-    }
-
-
-def model_facts(folder: Path) -> Facts:
-    """The line of one model in the list of all."""
-    try:
-        with open_bundle(folder) as bundle:
-            return {
-                "name": folder.name,
-                "step": bundle.step,
-                "val_loss": bundle.state.get("val_loss"),
-                "bytes": sum(bundle.sizes.values()),
-                "saved_at": bundle.state.get("saved_at"),
-            }
-    except CheckpointError as error:
-        legacy = [folder / name for name in LEGACY_FILES if (folder / name).is_file()]
-        if legacy:
-            first = choose(folder).candidates[:1]
-            step = first[0].step if first else None
-            chosen = folder / first[0].single if first and first[0].single else legacy[0]
-            return {"name": folder.name, "legacy": chosen.name, "step": step, "bytes": chosen.stat().st_size}
-        return {"name": folder.name, "error": str(error)}
 
 
 def tensors_in(value: Any) -> Iterable[TensorSpec]:
