@@ -76,7 +76,8 @@ def _set_rows(model: Model, rows: int) -> None:
     family = FAMILY.get(model.family)
     if family is None:
         raise model.refuse("--vocab_size needs to know which tensor is the token table, and the program is not known.")
-    for name in (family.embedding, family.head, family.head.replace(".weight", ".bias")):
+    heads = (family.head, family.head.replace(".weight", ".bias"))
+    for name in (family.embedding, *heads, *family.tables):
         view = model.tensors.get(name)
         if view is None or view.shape[0] == rows:
             continue
@@ -86,8 +87,9 @@ def _set_rows(model: Model, rows: int) -> None:
             more = filled(view.dtype, (rows - view.shape[0], *view.shape[1:]))
             made, rule = join([view, more]), f"pad {view.shape[0]} rows with zeros to {rows}"
         model.replace(name, made, rule)
-    model.config["vocab_size"] = rows
-    model.sizes = {**model.sizes, "vocab_size": rows}
+    words = [word for word in ("vocab_size", "head_rows") if word in model.sizes]
+    model.sizes = {**model.sizes, **dict.fromkeys(words, rows)}
+    model.config |= {word: rows for word in ("vocab_size", "head_rows") if word in model.config}
     model.moments = None
 
 
@@ -116,7 +118,7 @@ def _check_family(plan: Plan) -> None:
     faults = [f"{name} is missing" for name in found.missing] + [f"{name} has no place" for name in found.unplaced]
     if found.family == UNKNOWN:
         faults.append(found.reason)
-    elif found.family != model.family:
+    elif found.family != FAMILY[model.family].name:
         faults.append(f"it would be taken for {found.program}")
     faults += found.conflicts
     if faults:

@@ -15,6 +15,7 @@ from core.commit import CONFIG, MODEL, new_id
 from core.config import FORMAT_VERSION
 from core.containers import safetensors_writer
 from core.conversion_plan import Model, Options, Plan, Ref, Target, WeightFile, target_of
+from core.families.modded_pairs import BATCHED
 from core.families.recognise import FUSED
 from core.model_card import card
 from core.plain import plain
@@ -275,7 +276,12 @@ def beside(model: Model, names: tuple[str, ...]) -> dict[str, Path]:
 
 
 FORMATS = (
-    Format("bundle", "a folder of ours: train.py resumes it, generate.py writes text with it", (FUSED,), plan_bundle),
+    Format(
+        "bundle",
+        "a folder of ours: train.py resumes it, generate.py writes text with it",
+        (FUSED, BATCHED),
+        plan_bundle,
+    ),
     Format("nanogpt", "a ckpt.pt that nanoGPT resumes and samples from", ("nanogpt",), plan_nanogpt),
     Format("hf", "a folder that transformers opens", ("hf_gpt2",), plan_hf),
     Format("safetensors", "one .safetensors file, or a folder of them; names as they are", (), plan_safetensors),

@@ -229,7 +229,7 @@ class Plan:
             if foreign:
                 block = foreign[0]
                 what = f"{block.value:g}" if block.source is None else f"{block.name} of {block.source.path}"
-                found[target.name] = what if len(foreign) == len(target.view.blocks) else f"its last rows: {what}"
+                found[target.name] = what if len(foreign) == len(target.view.blocks) else f"in part: {what}"
         return found
 
     def check(self) -> None:

@@ -16,6 +16,7 @@ from core.differences import listed
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.families.architecture import Architecture
 from core.families.identify import FAMILIES, UNKNOWN, Identity, identify
+from core.families.modded_pairs import BATCHED
 from core.inspection import Inspected, inspect_path
 from core.optimizer_state import groups_of, names_in_order
 from core.part import once
@@ -23,6 +24,7 @@ from core.plain import plain
 from core.view import View, stored
 
 FAMILY = {family.name: family for family in FAMILIES}
+FAMILY[BATCHED] = FAMILY["modded_medium"]
 
 _NO_LOSS = 1e9
 """nanoGPT's best loss before the first evaluation."""
@@ -104,7 +106,7 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
     model = Model(
         path=path,
         container=found.container,
-        family=identity.family,
+        family=_family_of(identity, config),
         tensors=tensors,
         config=config,
         sizes=_sizes(identity.architecture),
@@ -112,7 +114,7 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
         step=found.step,
         state=dict(bundle.state) if bundle is not None else {},
         sources=dict(tensors),
-        family_of_source=identity.family,
+        family_of_source=_family_of(identity, config),
         dropped=dropped,
         program=identity.program,
     )
@@ -121,9 +123,16 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
         model.state |= _rounded(bundle)
     elif identity.family == "nanogpt":
         model.state |= _best(found)
-    if found.optimizer is not None:
+    if isinstance(found.optimizer, list) and found.optimizer:
+        model.notes.append(f"its {len(found.optimizer)} optimizer states are left out: only one can be taken along")
+    elif found.optimizer:
         model.moments = _moments(found, identity, model)
     return model
+
+
+def _family_of(identity: Identity, config: Mapping[str, Any]) -> str:
+    """The family, which of a GPTBatched the config tells: its tensors are laid out as medium's."""
+    return BATCHED if config.get("model_class") == "GPTBatched" else identity.family
 
 
 def _rounded(bundle: Bundle) -> dict[str, Any]:

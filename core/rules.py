@@ -1,9 +1,9 @@
 """Rules: how tensors of one program become tensors of another, each with its inverse; and tables of them.
 
 A rule works on views (core/view.py): it is geometry, and reads nothing. A table is a tuple of rows
-`(their name or names, our name or names, rule)`; in a name `{i}` is a layer, and `{j}` in one of their names a head,
-over which a rule of several tensors then runs. A table is read both ways: `apply(table, ...)` makes ours of theirs, and
-with `back=True` theirs of ours.
+`(their name or names, our name or names, rule)`; in a name `{i}` is a layer: the row is applied to each. A name with a
+`{j}` stands for those of all heads, with an `{l}` for those of all layers, on which a rule of several tensors works.
+A table is read both ways: `apply(table, ...)` makes ours of theirs, and with `back=True` theirs of ours.
 """
 
 from __future__ import annotations
@@ -205,6 +205,9 @@ class Inverse:
         return self.rule.forward(views, sizes, count)
 
 
+COUNTED = {"{j}": "n_head", "{l}": "n_layer"}
+"""Letters that stand for many tensors of one row, and the word of the sizes that says how many."""
+
 RENAME, TRANSPOSE = Rename(), Permute((1, 0))
 
 Names = str | tuple[str, ...]
@@ -251,9 +254,7 @@ def _make(
 ) -> None:
     others = [name for name, view in zip(parts, views, strict=True) if view.dtype != views[0].dtype]
     if others:
-        raise CheckpointMismatch(
-            f"{others[0]} and {parts[0]} have different dtypes, and {targets[0]} is made of both"
-        )
+        raise CheckpointMismatch(f"{others[0]} and {parts[0]} have different dtypes, and {targets[0]} is made of both")
     try:
         results = (rule.inverse if back else rule.forward)(views, sizes, len(targets))
     except (CheckpointMismatch, IndexError, KeyError, ZeroDivisionError) as error:
@@ -287,9 +288,10 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def _expanded(names: Names, i: str, sizes: Sizes) -> list[str]:
-    """The names of one layer; one with a `{j}` stands for that of every head."""
+    """The names of one layer; one with a `{j}` stands for that of every head, with an `{l}` of every layer."""
     made = []
     for name in (names,) if isinstance(names, str) else names:
         name = name.replace("{i}", i)
-        made += [name.replace("{j}", str(j)) for j in range(sizes["n_head"])] if "{j}" in name else [name]
+        letter = next((letter for letter in COUNTED if letter in name), None)
+        made += [name.replace(letter, str(k)) for k in range(sizes[COUNTED[letter]])] if letter else [name]
     return made

@@ -15,6 +15,8 @@ from core.training_state import parse_json
 GPT2_ROWS = range(50257, 50305)
 """Rows that a vocabulary of GPT-2's 50257 tokens has: exactly, or padded to a multiple of 64 or 128."""
 
+GPT2_FAMILIES = ("hf_gpt2", "nanogpt", "modded_")
+
 _LARGEST = 64 << 20  # bytes
 
 
@@ -35,7 +37,7 @@ def add_tokenizer(model: Model, options: Options) -> None:
     if model.family_of_source.startswith("hf_") and definition.is_file():
         with reading(definition) as file:
             model.tokenizer = {"token_kind": "hf", "definition": parse_json(file.read(_LARGEST), str(definition))}
-    elif rows in GPT2_ROWS and model.family_of_source in ("hf_gpt2", "nanogpt"):
+    elif rows in GPT2_ROWS and model.family_of_source.startswith(GPT2_FAMILIES):
         model.tokenizer = {"token_kind": "gpt2"}
         model.notes.append(f"{rows} rows: its tokenizer is taken to be GPT-2's")
     elif model.family_of_source == "nanogpt":

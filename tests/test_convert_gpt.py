@@ -325,9 +325,12 @@ def test_safetensors_and_torch_files_of_anything_become_each_other(tmp_path):
     plan = converted(tmp_path / "x.pt", tmp_path / "y.safetensors", "safetensors")
     assert plan["dropped"] == {"tied": "tied to a.weight, and safetensors has no tied tensors"}
     made = load_file(tmp_path / "y.safetensors")
-    same = lambda a, b: (
-        a.dtype == b.dtype and torch.equal(a.view(torch.uint8) if a.dim() else a, b.view(torch.uint8) if b.dim() else b)
-    )  # noqa: E501, E731
+
+    def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
     assert made.keys() == content.keys() - {"tied"}
     assert all(same(made[name], content[name].contiguous()) for name in made)
     converted(tmp_path / "y.safetensors", tmp_path / "z.pt", "pt")

@@ -152,8 +152,8 @@ def test_the_proof_names_the_tensor_that_differs_and_removes_what_was_written(so
     with pytest.raises(CheckpointDamaged) as caught:
         converted(source, tmp_path / "out.safetensors", "safetensors")
     assert str(caught.value) == (
-        f"{tmp_path}/out.safetensors: w7 is not what {source} holds, within 8000 bytes from element 0 on. It was removed "
-        "again; the disk may be failing."
+        f"{tmp_path}/out.safetensors: w7 is not what {source} holds, within 8000 bytes from element 0 on. It was "
+        "removed again; the disk may be failing."
     )
     assert names(tmp_path) == ["src.pt"]
     converted(source, tmp_path / "out.safetensors", "safetensors", verify=False)
@@ -190,8 +190,8 @@ def test_what_is_there_is_not_overwritten_unless_asked_and_then_moved_aside(sour
     with pytest.raises(CheckpointMismatch) as caught:
         converted(source, tmp_path / "out.pt", "pt")
     assert str(caught.value) == (
-        f"{tmp_path}/out.pt: is there already, and nothing is overwritten. Name another place, or add --overwrite, which "
-        "moves it aside."
+        f"{tmp_path}/out.pt: is there already, and nothing is overwritten. Name another place, or add --overwrite, "
+        "which moves it aside."
     )
     assert (tmp_path / "out.pt").read_text() == "mine"
     converted(source, tmp_path / "out.pt", "pt", overwrite=True)
