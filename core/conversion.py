@@ -14,6 +14,7 @@ from core.errors import CheckpointMismatch
 from core.families.family import Family
 from core.families.identify import UNKNOWN, identify
 from core.families.match import skeleton
+from core.families.megatron_settings import FLAGS
 from core.families.pairs import ways
 from core.view import View, cut, filled, join
 from core.vocabulary import add_tokenizer
@@ -32,6 +33,7 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
         add_tokenizer(model, options)
     elif options.meta is not None:
         raise model.refuse(f"--meta is the vocabulary of a model, and --to {to} has no place for one.")
+    _refuse_flags(model, kind, options)
     if options.vocab_size is not None:
         _set_rows(model, options.vocab_size)
     if kind.families:
@@ -42,6 +44,16 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
         _check_family(plan)
     plan.check()
     return plan
+
+
+def _refuse_flags(model: Model, kind: Format, options: Options) -> None:
+    """Refuse flags that would have no effect: they say what a Megatron file leaves out of another program's config."""
+    asked = [f"--{name}" for name in FLAGS if name in options.more]
+    if asked and not (model.family.startswith("megatron_") and kind.name in ("hf", "bundle", "nanogpt")):
+        raise model.refuse(
+            f"{', '.join(asked)}: for Megatron's models with --to hf and bundle, and this is {model.program} "
+            f"with --to {kind.name}. Leave it out."
+        )
 
 
 def _carry(model: Model, kind: Format, options: Options) -> None:
@@ -118,7 +130,7 @@ def _check_family(plan: Plan) -> None:
     faults = [f"{name} is missing" for name in found.missing] + [f"{name} has no place" for name in found.unplaced]
     if found.family == UNKNOWN:
         faults.append(found.reason)
-    elif found.family != FAMILY[model.family].name:
+    elif found.family not in (model.family, FAMILY[model.family].name):
         faults.append(f"it would be taken for {found.program}")
     faults += found.conflicts
     if faults:

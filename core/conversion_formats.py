@@ -14,6 +14,7 @@ from core.bundle import OPTIMIZER, TOKENIZER
 from core.commit import CONFIG, MODEL, new_id
 from core.config import FORMAT_VERSION
 from core.containers import safetensors_writer
+from core.conversion_megatron import plan_megatron
 from core.conversion_plan import Model, Options, Plan, Ref, Target, WeightFile, target_of
 from core.families.modded_pairs import BATCHED
 from core.families.recognise import FUSED
@@ -24,6 +25,8 @@ from core.view import View
 
 CKPT = "ckpt.pt"
 INDEX = "model.safetensors.index.json"
+HF = ("hf_gpt2", "hf_llama", "hf_qwen2", "hf_qwen3")
+MEGATRON = ("megatron_gpt2", "megatron_llama", "megatron_qwen2", "megatron_qwen3")
 CHARACTERS = "characters.json"
 COPIED = (
     "generation_config.json",
@@ -283,7 +286,8 @@ FORMATS = (
         plan_bundle,
     ),
     Format("nanogpt", "a ckpt.pt that nanoGPT resumes and samples from", ("nanogpt",), plan_nanogpt),
-    Format("hf", "a folder that transformers opens", ("hf_gpt2",), plan_hf),
+    Format("hf", "a folder that transformers opens", HF, plan_hf),
+    Format("megatron", "an exported_model.pt of Megatron, with the names of the local layers", MEGATRON, plan_megatron),
     Format("safetensors", "one .safetensors file, or a folder of them; names as they are", (), plan_safetensors),
     Format("pt", "one torch file of a state dict; names as they are", (), plan_pt),
 )

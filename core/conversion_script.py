@@ -12,7 +12,7 @@ from core.commandline import DONE, Parser, count
 from core.conversion_plan import DTYPES, Options
 from core.screen import printable
 
-TO = ("bundle", "nanogpt", "hf", "safetensors", "pt")
+TO = ("bundle", "nanogpt", "hf", "megatron", "safetensors", "pt")
 
 
 def add_flags(parser: Parser) -> None:
@@ -33,8 +33,35 @@ def add_flags(parser: Parser) -> None:
     optimizer = "take the optimizer state along (--to bundle always does)"
     group.add_argument("--include_optimizer", action="store_true", help=optimizer)
     group.add_argument("--meta", metavar="FILE", type=Path, help="nanoGPT's meta.pkl: the characters of a vocabulary")
+    _add_megatron_flags(parser)
     group.add_argument("--overwrite", action="store_true", help="move what is at DST aside")
     group.add_argument("--no_verify", action="store_true", help="do not read back and compare what was written")
+
+
+def _add_megatron_flags(parser: Parser) -> None:
+    """Add what a file of Megatron does not say; defaults that are taken are printed."""
+    group = parser.add_argument_group("of a Megatron model, where nothing beside its tensors says it")
+    group.add_argument("--rope_theta", metavar="X", type=positive, help="base of the rotary embedding (10000)")
+    group.add_argument("--norm_eps", metavar="X", type=positive, help="epsilon of the norms (1e-5; Qwen 1e-6)")
+    group.add_argument("--rotary_percent", metavar="X", type=positive, help="part of a head that is rotated (1)")
+    group.add_argument(
+        "--layernorm_1p", action="store_true", default=None, help="norm weights are stored as gamma - 1: add 1"
+    )
+    group.add_argument("--activation", choices=("gelu", "gelu_new"), help="of the GPT-2 style (gelu, the exact form)")
+    group.add_argument("--max_position_embeddings", metavar="N", type=count, help="longest text, of rotary positions")
+    group.add_argument("--bos_token_id", metavar="N", type=int, help="token that begins a text (none)")
+    group.add_argument("--eos_token_id", metavar="N", type=int, help="token that ends a text (none)")
+
+
+def positive(word: str) -> float:
+    """Parse a number above 0, as a flag's type."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
+    return value
 
 
 def size(word: str) -> int:
@@ -51,6 +78,8 @@ def size(word: str) -> int:
 
 def options_of(args: argparse.Namespace) -> Options:
     """What the flags ask for."""
+    from core.families.megatron_settings import FLAGS
+
     return Options(
         dtype=DTYPES.get(args.dtype),
         shard_size=args.shard_size,
@@ -58,6 +87,7 @@ def options_of(args: argparse.Namespace) -> Options:
         vocab_size=args.vocab_size,
         include_optimizer=args.include_optimizer,
         meta=args.meta,
+        more={name: value for name in FLAGS if (value := getattr(args, name)) is not None},
     )
 
 

@@ -14,6 +14,7 @@ from core.containers.spec import TensorSpec
 from core.conversion_plan import Model, Moments
 from core.differences import listed
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from core.families import megatron_source
 from core.families.architecture import Architecture
 from core.families.identify import FAMILIES, UNKNOWN, Identity, identify
 from core.families.modded_pairs import BATCHED
@@ -23,7 +24,10 @@ from core.part import once
 from core.plain import plain
 from core.view import View, stored
 
-FAMILY = {family.name: family for family in FAMILIES}
+FAMILY = {
+    name: family for family in reversed(FAMILIES) for name in (family.name, *(style.name for style in family.styles))
+}
+"""By the names of families and of their styles; of several of one name the first, which is what is written."""
 FAMILY[BATCHED] = FAMILY["modded_medium"]
 
 _NO_LOSS = 1e9
@@ -44,23 +48,32 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True) -> Mod
     found = held.enter_context(inspect_path(path))
     if found.damage:
         raise CheckpointDamaged(found.damage[0])
-    if found.container.foreign:
+    megatron_source.refuse_classic(found.container)
+    megatron_source.set_aside(found)
+    if found.container.foreign and not megatron_source.is_iteration(found.container):
         raise CheckpointError(
             f"{path}: its pickle names {', '.join(found.container.foreign[:3])}. Nothing was executed, and nothing is "
             "converted; inspect_model.py shows its tensors and plain values."
         )
     config = _config(found)
     shared = {name: f"{spec.file}/{spec.storage}/{spec.offset}" for name, spec in found.weights.items()}
-    identity = identify({name: spec.shape for name, spec in found.weights.items()}, config, shared)
+    shapes = {name: spec.shape for name, spec in found.weights.items()}
+    identity = identify(shapes, config, shared)
     if identity.family == UNKNOWN or identity.unplaced or identity.missing:
         if needs_family:
             raise _unfit(path, identity)
         return _bare(found, path, config)
-    if identity.conflicts and needs_family:
+    said = megatron_source.conflicts_said(shapes, shared, identity)
+    if identity.conflicts and needs_family and not said:
         raise CheckpointMismatch(
             f"{path}: {listed(identity.conflicts, 3)}. Correct the config, or name another source."
         )
-    return _model(found, path, identity, config)
+    model = _model(found, path, identity, config)
+    model.notes += said
+    if needs_family:
+        megatron_source.refuse_mixed(model)
+    megatron_source.drop_extra_states(model, found.key)
+    return model
 
 
 def _unfit(path: Path, identity: Identity) -> CheckpointMismatch:

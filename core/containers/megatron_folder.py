@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from core.containers.container import Container, listing, member, reading
 from core.containers.inert import as_text
@@ -22,6 +23,7 @@ _ITERATION = re.compile(r"iter_[0-9]{7}|release")
 _RANK = re.compile(r"mp_rank_[0-9]{2}(_[0-9]{3}){0,2}")
 _CLASSIC = "model_optim_rng.pt"
 _COMMON = "common.pt"
+_MOST_RANKS, _MOST_NAMED = 4096, 20
 _JSON = "metadata.json"
 _DCP = ".metadata"
 
@@ -117,6 +119,9 @@ def _open_classic(path: Path, ranks: list[str]) -> Container:
             whole.content = part.content
         join(whole, part, rank if len(ranks) > 1 else "")
         whole.files |= {f"{rank}/{name}": size for name, size in held.items() if size is not None}
+    lost = _missing(ranks, _sizes(whole.content, ranks))
+    if lost:
+        whole.notes.append(f"{', '.join(lost)} missing; there are {', '.join(ranks)}.")
     whole.kind = f"Megatron iteration (classic), {len(ranks)} rank{'s' * (len(ranks) != 1)}"
     why = (
         "no file says along which dimension its tensors were cut"
@@ -128,3 +133,23 @@ def _open_classic(path: Path, ranks: list[str]) -> Container:
         "--ckpt-format torch_dist."
     )
     return whole
+
+
+def _sizes(content: Any, ranks: list[str]) -> list[int]:
+    """How many tensor-parallel and pipeline ranks the arguments of the run name; 1 each where they name none."""
+    from core.containers.foreign import attributes
+
+    part = content.get(ranks[0], content) if isinstance(content, dict) else {}
+    args = attributes(part.get("args")) if isinstance(part, dict) else None
+    found = [(args or {}).get(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline")]
+    return [size if type(size) is int and 0 < size <= _MOST_RANKS else 1 for size in found]
+
+
+def _missing(ranks: list[str], sizes: list[int]) -> list[str]:
+    """Name the folders of ranks that are not there: below the sizes of the run, or between those that are there."""
+    numbers = [tuple(map(int, name.split("_")[2:4])) for name in ranks]
+    tensor = max(sizes[0], *(one[0] + 1 for one in numbers))
+    pipeline = max(sizes[1], *(one[1] + 1 if len(one) > 1 else 1 for one in numbers))
+    there = {(one[0], one[1] if len(one) > 1 else 0) for one in numbers}
+    lost = [(t, p) for t in range(tensor) for p in range(pipeline) if (t, p) not in there]
+    return [f"mp_rank_{t:02}_{p:03}" if pipeline > 1 else f"mp_rank_{t:02}" for t, p in lost][:_MOST_NAMED]

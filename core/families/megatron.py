@@ -69,6 +69,7 @@ STYLES: tuple[tuple[str, str, dict[str, bool]], ...] = (
     ("qwen3", "Qwen3 style", {"qk_norm": True, "norm_bias": False}),
     ("qwen2", "Qwen2 style", {"qkv_bias": True, "proj_bias": False, "norm_bias": False, "gated": True}),
     ("llama", "Llama style", {"qkv_bias": False, "proj_bias": False, "norm_bias": False, "gated": True}),
+    ("llama", "Llama style with biases", {"qkv_bias": True, "proj_bias": True, "norm_bias": False, "gated": True}),
     ("gpt2", "GPT-2 style", {"norm_bias": True, "gated": False}),
     ("mixed", "no known style", {}),
 )

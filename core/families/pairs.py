@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from core.conversion_plan import Pair
-from core.families import gpt_pairs, modded_pairs
+from core.families import gpt_pairs, megatron_pairs, modded_pairs
 
 PAIRS: tuple[Pair, ...] = (
     *gpt_pairs.PAIRS,
     *modded_pairs.PAIRS,
+    *megatron_pairs.PAIRS,
 )
 
 Way = list[tuple[Pair, bool]]

@@ -1,0 +1,100 @@
+"""Settings of a Megatron model that its tensors do not show: from flags, from the config beside it, else defaults.
+
+The config is that of an export, which says little, or the arguments of a run (common.pt), which say all. Every default
+that is taken becomes a note.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.conversion_plan import Model, Options
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "rope_theta": ("rotary_base",),
+    "norm_eps": ("norm_epsilon", "layernorm_epsilon"),
+    "rotary_percent": ("rotary_percent",),
+    "layernorm_1p": ("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
+    "max_position_embeddings": ("max_position_embeddings",),
+}
+"""Flags, and what Megatron calls them."""
+
+FLAGS = (*NAMES, "activation", "bos_token_id", "eos_token_id")
+"""Everything that a flag may say of a Megatron model."""
+
+ONLY: dict[str, tuple[Any, ...]] = {
+    "rotary_interleaved": (False,),
+    "use_rope_scaling": (False,),
+    "rope_scaling": (False, None),
+    "position_embedding_type": ("rope", "learned_absolute"),
+    "apply_residual_connection_post_layernorm": (False,),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "qk_l2_norm": (False,),
+    "window_size": (None,),
+    "softmax_type": ("vanilla",),
+    "attention_output_gate": (False,),
+    "multi_latent_attention": (False,),
+    "num_experts": (None,),
+    "activation_func_clamp_value": (None,),
+    "scale_embeddings": (False,),
+}
+"""Settings that change what a model computes, and their values in a model that transformers has."""
+
+
+def setting(model: Model, options: Options, flag: str, default: Any) -> Any:
+    """Look up a setting; a note says where it is from, unless the config says it and no flag does."""
+    said = next((model.config[name] for name in NAMES[flag] if model.config.get(name) is not None), None)
+    asked = options.more.get(flag)
+    if asked is not None:
+        if said is not None and said != asked:
+            model.notes.append(f"{flag} is {said} in its config; --{flag} {asked} was asked for, and taken")
+        return asked
+    if said is not None and type(said) in ((bool,) if isinstance(default, bool) else (int, float)):
+        return said
+    if default is not None and not isinstance(default, bool):
+        model.notes.append(f"{flag} {default}: a default, for nothing beside the tensors says it (--{flag})")
+    return default
+
+
+def refuse_other_models(model: Model, options: Options) -> None:
+    """Refuse what the tensors do not show, and transformers does not compute.
+
+    Raises: CheckpointMismatch.
+    """
+    for name, values in ONLY.items():
+        if name in model.config and model.config[name] not in values:
+            raise model.refuse(
+                f"{name} is {model.config[name]!r}; Llama, Qwen and GPT-2 of transformers have {values[0]!r}."
+            )
+    percent = setting(model, options, "rotary_percent", True)  # 1, and no note of it
+    if percent != 1:
+        raise model.refuse(
+            f"rotary_percent is {percent}: only that part of a head is rotated, and Llama and Qwen rotate all of it. "
+            "--to safetensors keeps the tensors."
+        )
+
+
+def activation(model: Model, options: Options) -> str:
+    """Find out which GELU a model computes, in transformers' words: the bias fused into it has the tanh form."""
+    asked = options.more.get("activation")
+    said = None
+    if model.config.get("openai_gelu") is True or model.config.get("bias_gelu_fusion") is True:
+        said = "gelu_new"
+    elif model.config.get("bias_gelu_fusion") is False:
+        said = "gelu"
+    if asked is not None:
+        if said not in (None, asked):
+            model.notes.append(f"its config says {said}; --activation {asked} was asked for, and taken")
+        return str(asked)
+    if said is None:
+        model.notes.append(
+            "activation gelu, the exact form: a default; a model trained with bias_gelu_fusion has the tanh form "
+            "(--activation gelu_new)"
+        )
+    return said or "gelu"
+
+
+def ids(options: Options, config: dict[str, Any]) -> dict[str, Any]:
+    """The tokens that begin and end a text: from flags; None, which means none, where nobody says."""
+    return {name: options.more.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id")}

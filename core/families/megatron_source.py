@@ -1,0 +1,155 @@
+"""What is particular in opening Megatron's checkpoints for a conversion: whose tensors, whose config, which layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.containers.container import Container
+from core.containers.foreign import attributes
+from core.containers.inert import as_text
+from core.containers.spec import TensorSpec
+from core.conversion_plan import Model
+from core.errors import CheckpointError, CheckpointMismatch
+from core.families.identify import Identity, identify
+from core.families.megatron_tables import TRANSFORMER_ENGINE, unstacked
+from core.families.plan import Shape
+from core.inspection import Inspected
+from core.plain import plain
+from core.rules import Table, apply
+from core.view import View
+
+TORCH_DIST, CLASSIC = "Megatron iteration (torch_dist)", "Megatron iteration (classic)"
+MIXED = "megatron_mixed"
+EXTRA = "_extra_state"
+
+ASIDE = ("optimizer.", "chained_", "common.", "rng_state", "rerun_state_machine_state")
+"""What an iteration has beside its model, by the beginning of the names."""
+
+
+def is_iteration(container: Container) -> bool:
+    """Whether a container is an iter_* folder whose tensors are in a DCP folder: its pickles are not what is read."""
+    return container.kind.startswith(TORCH_DIST)
+
+
+def refuse_classic(container: Container) -> None:
+    """Refuse the files of classic ranks, with the reason.
+
+    Raises: CheckpointError.
+    """
+    if container.kind.startswith(CLASSIC):
+        reasons = [note for note in container.notes if "mp_rank" in note or note.startswith("cannot be converted")]
+        raise CheckpointError(f"{container.path}: {' '.join(reasons)}")
+
+
+def set_aside(found: Inspected) -> None:
+    """Leave of an iteration only the tensors of the model, and say what else there is; take up the run's arguments."""
+    if not is_iteration(found.container):
+        return
+    model: dict[str, TensorSpec] = {}
+    others: dict[str, int] = {}
+    for name, spec in found.weights.items():
+        first = next((word for word in ASIDE if name.startswith(word)), None)
+        if first is None:
+            model[name] = spec
+        else:
+            others[first] = others.get(first, 0) + 1
+    if others and model:
+        found.weights = model
+        shown = ", ".join(f"{count} of {word.rstrip('._')}" for word, count in others.items())
+        found.chosen.append(f"tensors beside the model are left out: {shown}")
+    common = _common(found.container)
+    fields = attributes(common.get("args"))
+    if fields is not None:
+        found.config = read_arguments({str(key): plain(value) for key, value in fields.items()})
+    if type(common.get("iteration")) is int:
+        found.step = common["iteration"]
+
+
+def _common(container: Container) -> dict[str, Any]:
+    content = container.content if isinstance(container.content, dict) else {}
+    common = content.get("common")
+    return common if isinstance(common, dict) else {}
+
+
+def read_arguments(fields: dict[str, Any]) -> dict[str, Any]:
+    """Make a config of the arguments of a run: what they leave to other arguments is taken out."""
+    config = dict(fields)
+    if config.get("add_bias_linear") is True:  # biases everywhere, and this one is not asked
+        config.pop("add_qkv_bias", None)
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def conflicts_said(shapes: dict[str, Shape], shared: dict[str, str], identity: Identity) -> list[str]:
+    """The conflicts of a Megatron model that are the config's alone: the tensors win, and these are said.
+
+    [] when the tensors contradict each other, or leave open what the config contradicts.
+    """
+    if not identity.family.startswith("megatron_") or identify(shapes, None, shared).conflicts:
+        return []
+    known = identity.architecture
+    if known is None or known.n_head is None or known.n_kv_head is None:
+        return []
+    return [f"the tensors win where the config says otherwise: {conflict}" for conflict in identity.conflicts]
+
+
+def refuse_mixed(model: Model) -> None:
+    """Refuse what is neither Llama, nor Qwen, nor GPT-2, and say why.
+
+    Raises: CheckpointMismatch.
+    """
+    if model.family != MIXED:
+        return
+    localize(model)
+
+    def has(name: str) -> bool:
+        return f"decoder.layers.0.{name}" in model.tensors
+
+    fc1, gated = model.tensors.get("decoder.layers.0.mlp.linear_fc1.weight"), False
+    if fc1 is not None and "n_ffn" in model.sizes:
+        gated = fc1.shape[0] == 2 * model.sizes["n_ffn"]
+    if has("input_layernorm.bias"):
+        why = "its norms have biases (LayerNorm) and its feed-forward part is gated: GPT-2's is not, Llama's norms not"
+        if has("self_attention.q_layernorm.weight"):
+            why = "it has a norm on q and k, as Qwen3, and norms with biases, as GPT-2"
+    elif not gated:
+        why = "its norms have no biases, as Llama's, and its feed-forward part has no gate, as GPT-2's"
+    else:
+        why = "linear_proj has a bias and linear_qkv none: Llama has both or neither, Qwen2 the other one"
+    raise model.refuse(f"{model.program}: {why}. --to safetensors and --to pt keep the tensors.")
+
+
+def drop_extra_states(model: Model, key: str) -> None:
+    """List what Transformer Engine keeps beside the tensors, and is no tensor, as dropped."""
+    node: Any = model.container.content
+    for word in key.split(".")[:-1]:
+        node = node.get(word) if isinstance(node, dict) else None
+    for name, value in node.items() if isinstance(node, dict) else ():
+        if isinstance(name, str) and name.endswith(EXTRA) and not isinstance(value, TensorSpec):
+            kind = "None" if value is None else as_text(value, 30).split("(")[0]
+            model.dropped[f"{key}{name}"] = f"what Transformer Engine keeps for FP8, here {kind}"
+
+
+def localize(model: Model) -> None:
+    """Give tensors the names of the local layers, one for each layer.
+
+    Sources are renamed and cut with them: they are compared layer by layer after writing, in the memory of one.
+    """
+    for table in (_stack_table(model), TRANSFORMER_ENGINE):
+        made = _renamed(model, table, model.tensors)
+        rules = {name: rule for name, rule in model.rules.items() if name in made[0]}
+        model.tensors, model.rules = made[0], rules | made[1]
+        model.sources = _renamed(model, table, model.sources)[0]
+
+
+def _stack_table(model: Model) -> Table:
+    if "decoder.layers.self_attention.linear_qkv.weight" not in model.tensors:
+        return ()
+    return unstacked(model.sizes["n_layer"])
+
+
+def _renamed(model: Model, table: Table, tensors: dict[str, View]) -> tuple[dict[str, View], dict[str, str]]:
+    try:
+        made = apply(table, tensors, model.sizes)
+    except CheckpointMismatch as error:
+        raise model.refuse(f"{error}.") from error
+    return {name: tensors[name] for name in made.unused} | made.tensors, made.rules
