@@ -15,6 +15,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
+def tell(request):
+    """Have a line shown at the end of the run, whichever process the test runs in."""
+    return lambda line: request.node.user_properties.append(("told", line))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Show what tests told."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    told = [p for r in reports if getattr(r, "when", None) == "call" for p in r.user_properties if p[0] == "told"]
+    if told:
+        terminalreporter.section("counts")
+    for _, line in told:
+        terminalreporter.line(line)
+
+
+@pytest.fixture
 def shared() -> Path:
     """The folder of upstream fixtures and real text, which the repository does not carry."""
     folder = ROOT.parent / "shared"

@@ -163,7 +163,7 @@ def start(root, text):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_twenty_random_moments_ends_with_the_bits_of_one_never_interrupted(tmp_path, capsys):
+def test_a_run_killed_at_twenty_random_moments_ends_with_the_bits_of_one_never_interrupted(tmp_path, tell):
     text = tmp_path / "text.txt"
     text.write_text("".join(random.Random(3).choices(TEXT, k=20_000)))
     assert start(tmp_path / "whole", text).wait() == 0
@@ -189,5 +189,4 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_bits_of_one_never_i
     assert same(bits(tmp_path / "whole/killed"), bits(tmp_path / "killed/killed"))
     assert losses(tmp_path / "whole", "killed") == losses(tmp_path / "killed", "killed")
     assert len(losses(tmp_path / "whole", "killed")) == 1400
-    with capsys.disabled():
-        print(f"\n20 kills, committed steps after each: {resumed_at}; the final bits are those of a run never killed")
+    tell(f"20 kills, committed steps after each: {resumed_at}; the final bits are those of a run never killed")

@@ -25,11 +25,10 @@ def run(*command) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_a_save_killed_before_any_storage_call_leaves_the_old_or_the_new_step_whole(tmp_path, capsys):
+def test_a_save_killed_before_any_storage_call_leaves_the_old_or_the_new_step_whole(tmp_path, tell):
     done = run(sys.executable, "-W", "ignore", "-m", "tests.faults.kill_points", tmp_path)
     counts = json.loads(done.stdout)
-    with capsys.disabled():
-        print(f"\nkill points: {sum(c['kill_points'] for c in counts.values())}, none lost a commit: {counts}")
+    tell(f"kill points: {sum(c['kill_points'] for c in counts.values())}, none lost a commit: {counts}")
     assert all(c["found_old"] > 0 and c["found_new"] > 0 for c in counts.values())
     assert sum(c["kill_points"] for c in counts.values()) > 100
 

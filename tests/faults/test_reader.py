@@ -29,7 +29,7 @@ for step in range(1, int(sys.argv[3]) + 1):
 
 
 @pytest.mark.parametrize("links", ["links", "moves"])
-def test_a_reader_beside_a_hundred_saves_always_sees_one_step_whole(tmp_path, links, capsys):
+def test_a_reader_beside_a_hundred_saves_always_sees_one_step_whole(tmp_path, links, tell):
     writer = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", WRITER, tmp_path, links, str(SAVES)], cwd=ROOT, stderr=subprocess.DEVNULL
     )
@@ -48,7 +48,4 @@ def test_a_reader_beside_a_hundred_saves_always_sees_one_step_whole(tmp_path, li
         assert all(torch.all(m["exp_avg"] == step) for m in moments["state"].values())
         seen.append(step)
     assert seen == sorted(seen)
-    with capsys.disabled():
-        print(
-            f"\n{len(seen)} loads beside {SAVES} saves saw {len(set(seen))} different steps, none a mixture ({links})"
-        )
+    tell(f"{len(seen)} loads beside {SAVES} saves saw {len(set(seen))} different steps, none a mixture ({links})")

@@ -27,11 +27,10 @@ def seeds(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_twenty_thousand_mutations_give_only_checkpoint_errors_in_time_and_memory(seeds, capsys):
+def test_twenty_thousand_mutations_give_only_checkpoint_errors_in_time_and_memory(seeds, tell):
     words = [sys.executable, "-m", "tests.fuzz.mutate", "--count", str(COUNT), "--seed", "1", "--seeds", str(seeds)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    with capsys.disabled():
-        print(f"\n{done.stdout}")
+    tell(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = dict(re.findall(r"^(\w+) +(\d+) mutations", done.stdout, re.MULTILINE))
     assert int(counts.pop("all")) == COUNT
