@@ -18,6 +18,7 @@ from core.errors import CheckpointError, CheckpointNotFound
 from core.migration import FAILED as NOT_MIGRATED
 from core.migration import Found, Outcome, find, plan, work
 from core.screen import columns, printable, size_text
+from core.sharded_flags import take_spelling
 
 EPILOG = """examples:
   python convert_checkpoints.py ckpt.pt checkpoints/dante --to bundle --meta data/dante/meta.pkl
@@ -26,6 +27,8 @@ EPILOG = """examples:
   python convert_checkpoints.py gpt2/ gpt2.safetensors --to safetensors --dtype bf16
   python convert_checkpoints.py gpt2/ small/ --to safetensors --shard_size 1GB
   python convert_checkpoints.py ckpt.pt x --to hf --dry_run             every tensor: source, rule, target, shape, bytes
+  python convert_checkpoints.py 0000002/ ema.safetensors --to safetensors --match_original BAGEL/ --save_ema
+  python convert_checkpoints.py model.safetensors sharded/ --to dcp     torch.distributed.checkpoint loads the folder
   python convert_checkpoints.py --list                                  what becomes what
 
   python convert_checkpoints.py                         migrate every latest.pt and final.pt below checkpoints/
@@ -52,6 +55,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     if args.list:
         return print_matrix(args.json)
+    take_spelling(parser, args)
     if args.to is not None:
         return convert_one(parser, args)
     if args.paths and args.model_name:

@@ -16,6 +16,8 @@ from core.families.identify import UNKNOWN, identify
 from core.families.match import skeleton
 from core.families.megatron_settings import FLAGS
 from core.families.pairs import ways
+from core.match_original import plan_matched
+from core.sharded import take_parts
 from core.view import View, cut, filled, join
 from core.vocabulary import add_tokenizer
 
@@ -28,7 +30,10 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
     Raises: CheckpointError saying what cannot be read, or cannot be converted and why.
     """
     kind = BY_NAME[to]
-    model = open_model(source, held, needs_family=bool(kind.families))
+    if options.more.get("match_original") is not None:
+        return plan_matched(source, target, to, options, held)
+    model = open_model(source, held, needs_family=bool(kind.families), options=options)
+    take_parts(model, source, options)
     if kind.families:
         add_tokenizer(model, options)
     elif options.meta is not None:

@@ -14,12 +14,14 @@ from core.bundle import OPTIMIZER, TOKENIZER
 from core.commit import CONFIG, MODEL, new_id
 from core.config import FORMAT_VERSION
 from core.containers import safetensors_writer
+from core.conversion_dcp import in_dcp
 from core.conversion_megatron import plan_megatron
 from core.conversion_plan import Model, Options, Plan, Ref, Target, WeightFile, target_of
 from core.families.modded_pairs import BATCHED
 from core.families.recognise import FUSED
 from core.model_card import card
 from core.plain import plain
+from core.sharded import add_optimizer, add_optimizer_tensors
 from core.training_state import dump_json, seal
 from core.view import View
 
@@ -57,11 +59,13 @@ def plan_safetensors(model: Model, options: Options, target: Path) -> Plan:
     is_folder = target.suffix != ".safetensors"
     if not is_folder and options.shard_size is not None:
         raise model.refuse(f"{target.name} is one file, and --shard_size cuts it. Name a folder.")
+    if options.include_optimizer and model.along:
+        add_optimizer_tensors(model, options)
     plan = Plan(model, target, "safetensors", [], is_folder=is_folder)
     _add_safetensors(plan, options, "" if is_folder else target.name)
     if is_folder:
         plan.copies = beside(model, ("config.json", *COPIED))
-    if options.include_optimizer:
+    if options.include_optimizer and not model.along:
         raise model.refuse("an optimizer state is more than tensors: --to pt, --to nanogpt and --to bundle hold it.")
     return plan
 
@@ -98,11 +102,18 @@ def _ties(model: Model) -> dict[str, str]:
 
 def plan_pt(model: Model, options: Options, target: Path) -> Plan:
     """Plan one torch file: a state dict, or with an optimizer `{"model", "optimizer"}`."""
-    if options.include_optimizer:
+    if options.include_optimizer and not model.along:
         return _torch_file(model, options, target, "pt", {})
     targets = [target_of(model, name, target.name, options) for name in model.tensors]
-    content = {one.path: Ref(one.path) for one in targets}
-    return Plan(model, target, "pt", [WeightFile(target.name, targets, content)], is_folder=False)
+    file = WeightFile(target.name, targets, {one.path: Ref(one.path) for one in targets})
+    if model.along:
+        add_optimizer(model, file)
+    return Plan(model, target, "pt", [file], is_folder=False)
+
+
+def plan_dcp(model: Model, options: Options, target: Path) -> Plan:
+    """Plan a folder of torch.distributed.checkpoint, nested as the torch file of the same model."""
+    return in_dcp(plan_pt(model, options, target))
 
 
 def _torch_file(model: Model, options: Options, target: Path, kind: str, more: dict[str, Any]) -> Plan:
@@ -290,5 +301,6 @@ FORMATS = (
     Format("megatron", "an exported_model.pt of Megatron, with the names of the local layers", MEGATRON, plan_megatron),
     Format("safetensors", "one .safetensors file, or a folder of them; names as they are", (), plan_safetensors),
     Format("pt", "one torch file of a state dict; names as they are", (), plan_pt),
+    Format("dcp", "a folder that torch.distributed.checkpoint loads; names as they are", (), plan_dcp),
 )
 """Everything that --to can be."""

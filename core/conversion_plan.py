@@ -62,6 +62,7 @@ class Model:
     route: list[tuple[tuple[Row, ...], bool]] = field(default_factory=list)  # tables gone through; True: backwards
     notes: list[str] = field(default_factory=list)
     program: str = ""  # what wrote it, for people
+    along: dict[str, View] = field(default_factory=dict)  # an optimizer's tensors that keep their names and layout
 
     def drop(self, name: str, reason: str) -> None:
         """Leave a tensor out, for a reason."""
@@ -207,6 +208,7 @@ class Plan:
     files: list[WeightFile]
     texts: dict[str, bytes] = field(default_factory=dict)  # further files, by name
     copies: dict[str, Path] = field(default_factory=dict)  # files copied along, by name
+    beside: dict[str, Path] = field(default_factory=dict)  # files copied to where the target is one file
     seal: Sealed | None = None  # texts made of the size and CRC32 of each file
     is_folder: bool = True
 

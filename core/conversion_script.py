@@ -11,8 +11,9 @@ from pathlib import Path
 from core.commandline import DONE, Parser, count
 from core.conversion_plan import DTYPES, Options
 from core.screen import printable
+from core.sharded_flags import add_sharded_flags, more_of
 
-TO = ("bundle", "nanogpt", "hf", "megatron", "safetensors", "pt")
+TO = ("bundle", "nanogpt", "hf", "megatron", "safetensors", "pt", "dcp")
 
 
 def add_flags(parser: Parser) -> None:
@@ -34,6 +35,7 @@ def add_flags(parser: Parser) -> None:
     group.add_argument("--include_optimizer", action="store_true", help=optimizer)
     group.add_argument("--meta", metavar="FILE", type=Path, help="nanoGPT's meta.pkl: the characters of a vocabulary")
     _add_megatron_flags(parser)
+    add_sharded_flags(parser)
     group.add_argument("--overwrite", action="store_true", help="move what is at DST aside")
     group.add_argument("--no_verify", action="store_true", help="do not read back and compare what was written")
 
@@ -87,7 +89,7 @@ def options_of(args: argparse.Namespace) -> Options:
         vocab_size=args.vocab_size,
         include_optimizer=args.include_optimizer,
         meta=args.meta,
-        more={name: value for name in FLAGS if (value := getattr(args, name)) is not None},
+        more={name: value for name in FLAGS if (value := getattr(args, name)) is not None} | more_of(args),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from core.bundle import Bundle
 from core.containers.inert import Call, as_text
 from core.containers.spec import TensorSpec
-from core.conversion_plan import Model, Moments
+from core.conversion_plan import Model, Moments, Options
 from core.differences import listed
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.families import megatron_source
@@ -22,6 +22,7 @@ from core.inspection import Inspected, inspect_path
 from core.optimizer_state import groups_of, names_in_order
 from core.part import once
 from core.plain import plain
+from core.sharded import is_sharded, open_sharded
 from core.view import View, stored
 
 FAMILY = {
@@ -37,7 +38,7 @@ CONFIG_ENTRY = {"nanogpt": "model_args"}
 """The entry of a file that holds the config of the model, where others look like it."""
 
 
-def open_model(path: Path, held: ExitStack, *, needs_family: bool = True) -> Model:
+def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, options: Options | None = None) -> Model:
     """Open what lies at a path; its files stay open until `held` is closed.
 
     Without `needs_family` tensors of any names are taken as they are.
@@ -45,7 +46,8 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True) -> Mod
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointError when it cannot be read or names more than data;
         CheckpointMismatch when its tensors are no whole model of a known program.
     """
-    found = held.enter_context(inspect_path(path))
+    sharded = options is not None and is_sharded(path)
+    found = held.enter_context(open_sharded(path, options) if sharded and options else inspect_path(path))
     if found.damage:
         raise CheckpointDamaged(found.damage[0])
     megatron_source.refuse_classic(found.container)

@@ -12,7 +12,10 @@ from typing import Any
 from core.checksum import combine
 from core.commit import new_id
 from core.containers import safetensors_writer
+from core.containers.dcp import SUFFIX
+from core.containers.dcp_metadata import METADATA
 from core.containers.torch_zip_layout import Stored, ZipLayout, pickled
+from core.conversion_dcp import write_items
 from core.conversion_plan import Plan, Ref, Target, WeightFile
 from core.errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from core.gather import PIECE, Gatherer, cast
@@ -95,17 +98,22 @@ def convert(
 
 def _write(plan: Plan, place: Path, progress: Progress) -> None:
     recorded: dict[str, dict[str, Any]] = {}
+    metadata: bytes | None = None  # of a DCP folder, which says where its items came to be
     with Gatherer() as gatherer:
         for file in plan.files:
             with _create(place / file.name if plan.is_folder else place, plan, file.is_torch) as output:
-                (_write_torch if file.is_torch else _write_safetensors)(file, output, gatherer, progress)
+                if file.name.endswith(SUFFIX):
+                    metadata = write_items(file, output, lambda t: elements(gatherer, t, progress))
+                else:
+                    (_write_torch if file.is_torch else _write_safetensors)(file, output, gatherer, progress)
             recorded[file.name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
     for name, source in plan.copies.items():
         with _create(place / name, plan, True) as output, DISK.open(source) as copied:
             while data := copied.read(PIECE):
                 output.write(data)
         recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
-    for name, text in plan.texts.items():
+    texts = plan.texts if metadata is None else {**plan.texts, METADATA: metadata}
+    for name, text in texts.items():
         with _create(place / name, plan, True) as output:
             output.write(text)
         recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
@@ -228,9 +236,22 @@ def _commit(plan: Plan, place: Path, overwrite: bool) -> list[str]:
         aside = plan.target.parent / f"aside_{plan.target.name}_{new_id()}"
         DISK.rename(plan.target, aside)
         said.append(f"{plan.target}: what was there is now {aside.name}")
+    for name, source in plan.beside.items():
+        said += _copy_beside(plan.target.parent / name, source, place.parent / f"{place.name}.{name}")
     DISK.rename(place, plan.target)
     DISK.sync_folder(plan.target.parent)
     return said
+
+
+def _copy_beside(path: Path, source: Path, stage: Path) -> list[str]:
+    """Copy a file to where the target is; one that is there stays, and is said to differ where it does."""
+    data = DISK.read(source)
+    if os.path.lexists(path):
+        same = path.is_file() and DISK.read(path) == data
+        return [] if same else [f"{path}: was there already, other than {source}. It was left as it is."]
+    DISK.write(stage, data)
+    DISK.rename(stage, path)
+    return []
 
 
 def remove_tree(path: Path) -> None:

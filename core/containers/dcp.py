@@ -29,27 +29,39 @@ def is_dcp(path: Path) -> bool:
     return path.is_dir() and any(name == METADATA or name.endswith(SUFFIX) for name in listing(path))
 
 
-def open_dcp(path: Path) -> Container:
+def open_dcp(path: Path, rebuilt: Metadata | None = None) -> Container:
     """Read what a DCP folder holds: each tensor with its blocks, values as inert content nested as they were.
+
+    `rebuilt` stands for a `.metadata` that is lost (core/containers/dcp_rebuilt.py).
 
     Raises: CheckpointNotFound when it is none, CheckpointDamaged when files are missing, cut off or contradict
         `.metadata`, CheckpointError for what cannot be read here.
     """
     names = listing(path)
-    if METADATA not in names:
+    if rebuilt is not None:
+        folder = _Folder(path, rebuilt, None)
+    elif METADATA in names:
+        folder = _Folder(path, *metadata_of(path))
+    else:
         raise _without_metadata(path, [name for name in names if name.endswith(SUFFIX)])
-    where = str(path / METADATA)
-    with reading(member(path, METADATA, where)) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size > LARGEST_PICKLE:
-            raise CheckpointError(f"{where}: has {size} bytes, at most {LARGEST_PICKLE} are read.")
-        data = read_at(file, 0, size, where)
-    folder = _Folder(path, read_metadata(data, where), size)
     folder.read_items()
     folder.put_entries()
     surplus = [name for name in names if name.endswith(SUFFIX) and name not in folder.files]
     folder.notes += [f"{name}: {METADATA} names nothing in it. It may be of another save." for name in surplus]
     return folder.container()
+
+
+def metadata_of(path: Path) -> tuple[Metadata, int]:
+    """Read the `.metadata` of a folder; returns it with its size in bytes.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointError as `read_metadata`.
+    """
+    where = str(path / METADATA)
+    with reading(member(path, METADATA, where)) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > LARGEST_PICKLE:
+            raise CheckpointError(f"{where}: has {size} bytes, at most {LARGEST_PICKLE} are read.")
+        return read_metadata(read_at(file, 0, size, where), where), size
 
 
 def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
@@ -62,17 +74,19 @@ def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
             count += len(find_items(file, str(path / name)))
     return CheckpointDamaged(
         f"{path / METADATA}: missing. The {SUFFIX} files ({len(names)}) hold {count} whole items, but only {METADATA} "
-        "says what they are called and where in their tensors they belong. Copy it from where the folder was written."
+        "says what they are called and where in their tensors they belong. Copy it from where the folder was written; "
+        "convert_checkpoints.py --metadata_from DIR rebuilds it where that is exact."
     )
 
 
 class _Folder:
     """A DCP folder while it is read."""
 
-    def __init__(self, path: Path, metadata: Metadata, size: int) -> None:
+    def __init__(self, path: Path, metadata: Metadata, size: int | None) -> None:
         self.path, self.metadata = path, metadata
-        self.files = {METADATA: size}
-        self.checks = [Check(METADATA, 0, size, None, ("names, shapes and places of all items",))]
+        self.files = {} if size is None else {METADATA: size}
+        what = ("names, shapes and places of all items",)
+        self.checks = [] if size is None else [Check(METADATA, 0, size, None, what)]
         self.foreign = dict.fromkeys(metadata.foreign)
         self.notes = list(metadata.notes)
         self.tensors: dict[str, TensorSpec] = {}
@@ -80,7 +94,7 @@ class _Folder:
         self.content: Any = {}
 
     def container(self) -> Container:
-        count = len(self.files) - 1
+        count = len(self.files) - (METADATA in self.files)
         kind = f"DCP folder, {count} file{'s' * (count != 1)}"
         return Container(
             kind, self.path, self.tensors, self.content, self.files, self.checks, list(self.foreign), self.notes

@@ -9,6 +9,7 @@ This is the layout of BAGEL and programs after it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from core.containers.container import Container, listing, member
@@ -34,10 +35,22 @@ def is_step_folder(path: Path) -> bool:
     return bool(rank_files(path))
 
 
-def open_step_folder(path: Path) -> Container:
-    """Read all parts of a step: tensors are called `model.…`, `ema.…`, `optimizer.…`; the content has `metadata`.
+def step_parts(path: Path) -> list[str]:
+    """Name the parts of a step that are there: model, ema, optimizer, ..."""
+    from core.containers.rank_files import rank_files
 
-    What is there twice, sharded and in files of ranks, is read once.
+    names = listing(path)
+    stems = {name: name.removesuffix(_SHARDED if size is None else _WHOLE) for name, size in names.items()}
+    return list(dict.fromkeys([*(stem for name, stem in stems.items() if stem != name), *rank_files(path)]))
+
+
+def open_step_folder(
+    path: Path, only: Collection[str] | None = None, open_part: Callable[[Path], Container] | None = None
+) -> Container:
+    """Read the parts of a step: tensors are called `model.…`, `ema.…`, `optimizer.…`; the content has `metadata`.
+
+    What is there twice, sharded and in files of ranks, is read once. `only` names the parts to be read, where it is not
+    all of them; `open_part` opens a sharded folder or safetensors file, where that is to be done in another way.
 
     Raises: CheckpointNotFound when there are no parts, CheckpointDamaged, CheckpointError as the readers of the parts.
     """
@@ -56,10 +69,12 @@ def open_step_folder(path: Path) -> Container:
     parts: dict[str, str] = {}  # how each is stored
     for name, size in names.items():
         stem = name.removesuffix(_SHARDED if size is None else _WHOLE)
-        if stem != name and stem not in parts:
-            join(whole, _open_part(member(path, name, str(path))), stem)
+        if stem != name and stem not in parts and (only is None or stem in only):
+            join(whole, (open_part or _open_part)(member(path, name, str(path))), stem)
             parts[stem] = "DCP" if size is None else "safetensors"
     for stem, files in rank_files(path).items():
+        if only is not None and stem not in only:
+            continue
         if stem in parts:
             whole.files |= {file: names[file] or 0 for file in files.values()}
             whole.notes.append(f"{stem}_rank*.pt: {len(files)} files with the {stem} again, not looked into.")

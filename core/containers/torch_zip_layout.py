@@ -49,6 +49,23 @@ class Stored:
     nbytes: int
 
 
+@dataclass(frozen=True, eq=False)
+class Named:
+    """Stands in a content where a class or function of a program is, or one of its constants."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """Stands in a content where a record is: `kind(*args)` or, without args, a new one that gets this state."""
+
+    kind: Named
+    args: tuple[Any, ...] | None = None
+    state: Any = None
+
+
 class Sink(Protocol):
     """What is needed of an output."""
 
@@ -83,6 +100,10 @@ def _put(value: Any, emit: Callable[[bytes], None]) -> None:
         emit(b"X" + struct.pack("<I", len(data)) + data)
     elif isinstance(value, Stored):
         _put_tensor(value, emit)
+    elif isinstance(value, Named):
+        _put_global(value.module, value.name, emit)
+    elif isinstance(value, Made):
+        _put_made(value, emit)
     elif isinstance(value, Mapping):
         emit(b"}(")
         for key, item in value.items():
@@ -96,6 +117,15 @@ def _put(value: Any, emit: Callable[[bytes], None]) -> None:
         emit(b"e" if isinstance(value, list) else b"t")
     else:
         raise CheckpointMismatch(f"a {type(value).__name__} cannot be written into a torch file")
+
+
+def _put_made(record: Made, emit: Callable[[bytes], None]) -> None:
+    _put(record.kind, emit)
+    _put(record.args or (), emit)
+    emit(b"\x81" if record.args is None else b"R")  # a new object, or what a call returns
+    if record.args is None:
+        _put(record.state, emit)
+        emit(b"b")
 
 
 def _put_int(value: int, emit: Callable[[bytes], None]) -> None:
