@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from core.commandline import (
     DONE,
@@ -27,7 +26,7 @@ from core.commandline import (
 from core.errors import CheckpointError
 from core.inspection import Inspected, inspect_path
 from core.model_names import model_names
-from core.plain import plain
+from core.plain import Room, plain
 from core.report import Facts, facts_of
 from core.report_text import models_text, text_of
 from core.report_views import not_finite, stat_facts, verification_facts, views_text
@@ -166,10 +165,14 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
             total = sum(t.nbytes for found in (a, b) for t in found.weights.values())
             with bar("comparing", total) as advance:
                 found = compare(Side.of(a), Side.of(b), args.moments, advance)
+                room = Room(a.size + b.size)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_USE
-    print(json.dumps(plain(found.facts()), indent=2, allow_nan=False) if args.json else "\n".join(found.lines()))
+    if args.json:
+        print(json.dumps(plain(found.facts(), room=room), indent=2, allow_nan=False))
+    else:
+        print("\n".join(found.lines()))
     return DONE if found.equal else FAILED
 
 
@@ -196,8 +199,8 @@ def say_chosen(found: Inspected) -> None:
 def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int:
     """Print facts, and what is wrong on stderr; returns the exit code."""
     if args.json:
-        document: Any = shown[0] if len(shown) == 1 else shown
-        print(json.dumps(plain(document), indent=2, allow_nan=False))
+        documents = [plain(facts, room=Room(facts["bytes"]) if "bytes" in facts else None) for facts in shown]
+        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2, allow_nan=False))
     else:
         print("\n\n".join("\n".join(lines(facts, args.tensors is not None)) for facts in shown))
     for fault in faults:

@@ -12,6 +12,7 @@ import inspect_model
 from core.commandline import DONE, FAILED, WRONG_USE
 from tests.generations import SIZES, LectureGPT, trained, write_old_bundle, write_single_file
 from tests.helpers import flip
+from tests.hostile.assemble import items, text, torch_zip
 
 
 def inspect(capsys, *argv: object) -> tuple[int, str, str]:
@@ -131,3 +132,17 @@ def test_flags_that_do_not_go_together_are_wrong_use(argv, said, capsys):
     with pytest.raises(SystemExit) as raised:
         inspect_model.main(argv)
     assert raised.value.code == WRONG_USE and said in capsys.readouterr().err
+
+
+def test_json_of_shared_parts_is_bounded_and_says_what_it_lacks(tmp_path, capsys):
+    """A list of 4,000 numbers, in a list of 30 of it, 180 levels deep: 120,000 lines of 370 characters from 9 KB."""
+    rows = b"](" + b"K\x01" * 4000 + b"eq\x000](" + b"h\x00" * 30 + b"e" + b"q\x010" + b"h\x01" + b"\x85" * 180
+    (tmp_path / "x.pt").write_bytes(torch_zip(items(step=b"K\x07", deep=rows, after=text("word")) + b"."))
+    code, out, _ = inspect(capsys, tmp_path / "x.pt", "--json")
+    facts = json.loads(out)
+    assert code == DONE and len(out) < 3_000_000 and len(out.replace(" ", "")) < len(out) / 2
+    assert "more, left out" in out
+    assert facts["step"] == 7 and facts["tensors"] == [] and facts["format"] == "PyTorch zip file"
+    (tmp_path / "y.pt").write_bytes(torch_zip(items(step=b"K\x08") + b"."))
+    code, out, _ = inspect(capsys, "--diff", tmp_path / "x.pt", tmp_path / "y.pt", "--json")
+    assert len(out) < 3_000_000
