@@ -94,9 +94,8 @@ def _ties(model: Model) -> dict[str, str]:
     seen: dict[tuple[Any, ...], str] = {}
     found = {}
     for name, view in model.tensors.items():
-        key = (view.dtype, view.shape, tuple((b.offset, b.file, id(b.source), b.strides, b.begin) for b in view.blocks))
-        if view.names and seen.setdefault(key, name) != name:
-            found[name] = seen[key]
+        if view.names and (first := seen.setdefault(view.place, name)) != name:
+            found[name] = first
     return found
 
 
@@ -105,7 +104,8 @@ def plan_pt(model: Model, options: Options, target: Path) -> Plan:
     if options.include_optimizer and not model.along:
         return _torch_file(model, options, target, "pt", {})
     targets = [target_of(model, name, target.name, options) for name in model.tensors]
-    file = WeightFile(target.name, targets, {one.path: Ref(one.path) for one in targets})
+    content = {one.path: Ref(one.path) for one in targets}
+    file = WeightFile(target.name, targets, content, ties=options.tied is not False)
     if model.along:
         add_optimizer(model, file)
     return Plan(model, target, "pt", [file], is_folder=False)
@@ -195,7 +195,8 @@ def plan_bundle(model: Model, options: Options, target: Path) -> Plan:
     """Plan a bundle: model.pt, config, tokenizer, training state, and the optimizer where there is one."""
     aliases = _ties(model) if options.tied is False else {}
     targets = [target_of(model, name, MODEL, options) for name in model.tensors]
-    files = [WeightFile(MODEL, targets, {one.path: Ref(one.path) for one in targets})]
+    weights = {one.path: Ref(one.path) for one in targets}
+    files = [WeightFile(MODEL, targets, weights, ties=options.tied is not False)]
     if model.moments is not None and options.vocab_size is None and not aliases:
         content, moments = optimizer_content(model, options, _parameters(model), OPTIMIZER, "", named=True)
         if moments:

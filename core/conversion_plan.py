@@ -188,6 +188,7 @@ class WeightFile:
     targets: list[Target]
     content: Any = None  # of a torch file: plain values, and a Ref for each tensor
     metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors file
+    ties: bool = True  # in a torch file, tensors of the same bytes share one storage
 
     @property
     def is_torch(self) -> bool:

@@ -139,12 +139,13 @@ def _write_safetensors(file: WeightFile, output: Output, gatherer: Gatherer, pro
 def _write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> None:
     keys: list[Target] = []
     tensors: dict[str, Stored] = {}
+    seen: dict[Any, int] = {}  # tied tensors have one storage
     for target in file.targets:
-        twin = next((k for k, other in enumerate(keys) if _is_tied(target, other)), None)
-        if twin is None:
-            twin = len(keys)
+        is_one = file.ties and target.is_weight and target.view.names
+        key = seen.setdefault((target.dtype, target.view.place) if is_one else target.path, len(keys))
+        if key == len(keys):
             keys.append(target)
-        tensors[target.path] = Stored(twin, target.dtype, target.view.shape, target.nbytes)
+        tensors[target.path] = Stored(key, target.dtype, target.view.shape, target.nbytes)
     data = pickled(_with_tensors(file.content, tensors))
     layout = ZipLayout(output)
     layout.record("data.pkl", len(data), [data])
@@ -153,10 +154,6 @@ def _write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress:
         layout.record(f"data/{key}", target.nbytes, elements(gatherer, target, progress))
     layout.record("version", 2, [b"3\n"])
     layout.close()
-
-
-def _is_tied(a: Target, b: Target) -> bool:
-    return a.is_weight and b.is_weight and a.dtype == b.dtype and bool(a.view.names) and a.view.same_elements(b.view)
 
 
 def _with_tensors(content: Any, tensors: dict[str, Stored]) -> Any:

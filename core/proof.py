@@ -6,28 +6,34 @@ the plan says.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from core.checksum import crc32_range
-from core.containers.container import Container
+from core.containers.container import Check, Container
 from core.containers.open import open_container
 from core.conversion_plan import Plan, Target, WeightFile
 from core.errors import CheckpointDamaged, CheckpointMismatch
 from core.gather import FLOATS, Gatherer, cast
 from core.rules import apply
-from core.view import View, cut, stored
+from core.view import View, cut, is_in_order, stored
 
 Progress = Callable[[int], object]
+Comparison = tuple[str, View, View]
+
+_FEW = 32 << 20  # bytes
+_WORKERS = 4
 
 
 def prove(plan: Plan, place: Path, progress: Progress) -> None:
-    """Compare what lies at `place` with the source of the plan.
+    """Compare what lies at `place` with the source of the plan, and the source with its own checksums.
 
     Raises: CheckpointDamaged with the name of the tensor that differs, in what was written or in the source.
     """
-    _check_source(plan)
     written: dict[str, View] = {}
+    direct: list[Comparison] = []
     for file in plan.files:
         container = _opened(place / file.name if plan.is_folder else place, file, plan)
         for target in file.targets:
@@ -35,18 +41,45 @@ def prove(plan: Plan, place: Path, progress: Progress) -> None:
             if target.is_weight:
                 written[target.name] = view
             if not target.is_weight or any(b.source is not plan.model.container for b in target.view.blocks):
-                _compare(plan, target.name, target.view, view, progress if not target.is_weight else lambda _: None)
-    sizes = {**plan.model.sizes}
+                direct.append((target.name, target.view, view))
     for rows, back in reversed(plan.model.route):
         try:
-            written = apply(rows, written, sizes, not back).tensors
+            written = apply(rows, written, plan.model.sizes, not back).tensors
         except CheckpointMismatch as error:
             raise CheckpointDamaged(f"{plan.target}: cannot be turned back ({error}). It was removed again.") from error
+    turned: list[Comparison] = []
     for name, source in plan.model.sources.items():
         if name in written:
-            _compare(plan, name, *_common(source, written[name]), progress)
+            turned.append((name, *_common(source, written[name])))
         elif any(raw not in plan.model.dropped for raw in source.names):
             raise CheckpointDamaged(f"{plan.target}: {name} of {plan.model.path} is not in it. It was removed again.")
+    _work_off(plan, direct + turned, progress)
+
+
+def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> None:
+    """Compare with checksums and with the source; what needs no memory on several processors."""
+    easy = [one for one in comparisons if is_in_order(one[1]) and is_in_order(one[2])]
+    jobs: list[Callable[[], None]] = [
+        partial(_check, container, check, used) for container, check, used in _checks(plan)
+    ]
+    jobs += [partial(_compare, plan, one, progress) for one in easy]
+    if plan.nbytes < _FEW:
+        for job in jobs:
+            job()
+    else:
+        from concurrent.futures import ThreadPoolExecutor  # 10 ms that small files need not pay
+
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _WORKERS)) as pool:
+            futures = [pool.submit(job) for job in jobs]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+    for one in comparisons:
+        if not (is_in_order(one[1]) and is_in_order(one[2])):
+            _compare(plan, one, progress)
 
 
 def _common(source: View, made: View) -> tuple[View, View]:
@@ -72,15 +105,18 @@ def _opened(path: Path, file: WeightFile, plan: Plan) -> Container:
     return container
 
 
-def _compare(plan: Plan, name: str, source: View, made: View, progress: Progress) -> None:
-    """Raise CheckpointDamaged unless the second holds the elements of the first, cast where the plan says."""
+def _compare(plan: Plan, comparison: Comparison, progress: Progress) -> None:
+    """Raise CheckpointDamaged unless the second view holds the elements of the first, cast where the plan says."""
+    name, source, made = comparison
     with Gatherer() as one, Gatherer() as two:
         left, right = _even(one, source, made.dtype), two.pieces(made)
         rest, at = memoryview(b""), 0
         for piece in left:
             if len(rest) < len(piece):
+                rest = next(right, memoryview(b"")) if not len(rest) else rest
+            if len(rest) < len(piece):
                 rest = memoryview(rest.tobytes() + b"".join(_take(right, len(piece) - len(rest))))
-            if rest[: len(piece)] != piece:
+            if bytearray(piece) != rest[: len(piece)]:  # views are compared byte by byte, arrays as memory
                 near = at // max(made.nbytes // max(made.numel, 1), 1)
                 raise CheckpointDamaged(
                     f"{plan.target}: {name} is not what {plan.model.path} holds, within {len(piece)} bytes from "
@@ -105,18 +141,24 @@ def _even(gatherer: Gatherer, view: View, dtype: str) -> Iterator[memoryview]:
         yield cast(piece, view.dtype, dtype) if view.dtype != dtype and view.dtype in FLOATS else piece
 
 
-def _check_source(plan: Plan) -> None:
-    """Compare the bytes that were used with the checksums that the source recorded."""
-    container = plan.model.container
-    used = {name for target in plan.targets for name in target.view.names}
-    for check in container.checks:
-        if check.crc32 is None or not used & set(check.names):
-            continue
-        with container.open(check.file) as file:
-            found = crc32_range(file.fileno(), check.offset, check.offset + check.size)
-        if found != check.crc32:
-            name = next(name for name in check.names if name in used)
-            raise CheckpointDamaged(
-                f"{container.path}: {name} is damaged (CRC32 {found:08x}, recorded {check.crc32:08x}). "
-                "Nothing was written."
-            )
+def _checks(plan: Plan) -> Iterator[tuple[Container, Check, str]]:
+    """The checksums that the sources recorded of the bytes that were used, each with the name of a tensor there."""
+    used: dict[int, tuple[Container, set[str]]] = {}
+    for target in plan.targets:
+        for block in target.view.blocks:
+            if block.source is not None:
+                used.setdefault(id(block.source), (block.source, set()))[1].add(block.name)
+    for container, names in used.values():
+        for check in container.checks:
+            name = next((name for name in check.names if name in names), None)
+            if check.crc32 is not None and name is not None:
+                yield container, check, name
+
+
+def _check(container: Container, check: Check, name: str) -> None:
+    with container.open(check.file) as file:
+        found = crc32_range(file.fileno(), check.offset, check.offset + check.size)
+    if found != check.crc32:
+        raise CheckpointDamaged(
+            f"{container.path}: {name} is damaged (CRC32 {found:08x}, recorded {check.crc32:08x}). Nothing was written."
+        )

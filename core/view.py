@@ -61,11 +61,13 @@ class View:
 
     def same_elements(self, other: View) -> bool:
         """Whether both are the same bytes of the same file, as tied tensors are."""
-        return (self.dtype, self.shape) == (other.dtype, other.shape) and _places(self) == _places(other)
+        return self.place == other.place
 
-
-def _places(view: View) -> list[tuple[object, ...]]:
-    return [(b.begin, b.shape, b.strides, b.offset, b.file, id(b.source), b.value) for b in view.blocks]
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What is equal for two views of the same bytes of the same file, as tied tensors are."""
+        blocks = ((b.begin, b.shape, b.strides, b.offset, b.file, id(b.source), b.value) for b in self.blocks)
+        return (self.dtype, self.shape, *blocks)
 
 
 def stored(container: Container, spec: TensorSpec) -> View:

@@ -260,6 +260,10 @@ def test_the_head_can_be_untied_and_tied_again(nanogpt, tmp_path):
     assert worst(hf_logits(tmp_path / "hf", ids), logits) < 2e-6
     assert json.loads((tmp_path / "hf/config.json").read_text())["tie_word_embeddings"] is False
     assert "lm_head.weight" in tensors_of(tmp_path / "hf")
+    converted(nanogpt / "ckpt.pt", tmp_path / "b", "bundle", tied=False)
+    model = GPT.load(tmp_path / "b")[0]
+    assert not model.config.tied_head and model.lm_head.weight is not model.token_embedding_table.weight
+    assert model.lm_head.weight.data_ptr() != model.token_embedding_table.weight.data_ptr()
     converted(tmp_path / "hf", tmp_path / "tied", "hf", tied=True)
     assert "lm_head.weight" not in tensors_of(tmp_path / "tied")
     assert worst(hf_logits(tmp_path / "tied", ids), logits) < 2e-6
