@@ -169,6 +169,7 @@ def take_parts(model: Model, path: Path, options: Options) -> None:
 
     Raises: CheckpointMismatch when parts are asked for of a checkpoint that has none.
     """
+    path = _folder(path)
     if not is_sharded(path):
         if options.more.get("save_ema"):
             raise model.refuse(

@@ -131,9 +131,9 @@ def _after_order(path: Path, found: dict[str, list[Found]], like: Path) -> list[
 
 def _matched(found: dict[str, list[Found]], reference: Container, by_size: bool) -> list[Entry]:
     files = list(found)
-    queues = {file: [item for item in found[file] if item.dtype] for file in files}
-    values = sum(map(len, found.values())) - sum(map(len, queues.values()))
-    if values:
+    # an empty part, of a tensor with fewer rows than there are ranks, is of no one's elements
+    queues = {file: [item for item in found[file] if 0 not in item.shape] for file in files}
+    if values := sum(item.dtype is None for items in queues.values() for item in items):
         raise CheckpointMismatch(f"{values} items are values, whose names are lost")
     specs = list(reference.tensors.values())
     if by_size:
@@ -161,28 +161,15 @@ Way = tuple[list[Place], str]
 
 
 def _ways(spec: TensorSpec, files: list[str], queues: dict[str, list[Found]], at: dict[str, int]) -> list[Way]:
-    """How the next items of the files can be a tensor: in rows, with or without empty parts, or whole in one file."""
+    """How the next items of the files can be a tensor: in rows, or whole in one file."""
+    if 0 in spec.shape:
+        return [([], spec.dtype)]
     heads = {file: queues[file][at[file]] for file in files if at[file] < len(queues[file])}
     found: dict[tuple[str, ...], Way] = {}
-    parts = _rows(spec.shape, files)
-    for wanted in (parts, {file: box for file, box in parts.items() if 0 not in box[1] or 0 in spec.shape}):
-        _add(found, wanted, heads)
-    stored_once = {
-        file: box for k, (file, box) in enumerate(parts.items()) if 0 not in box[1] or _first_empty(parts, k)
-    }
-    _add(found, stored_once, heads)
+    _add(found, {file: box for file, box in _rows(spec.shape, files).items() if 0 not in box[1]}, heads)
     for file in files:
         _add(found, {file: ((0,) * len(spec.shape), spec.shape)}, heads)
-    # parts without elements change nothing of the tensor: the way that accounts for most items is the one meant
-    whole = [way for way in found.values() if len(way[0]) > 1] or list(found.values())
-    most = max((len(way[0]) for way in whole), default=0)
-    return [way for way in whole if len(way[0]) == most]
-
-
-def _first_empty(parts: dict[str, tuple[Shape, Shape]], k: int) -> bool:
-    """Whether a part is the first of those without rows: they begin at the same row, and one of them is stored."""
-    boxes = list(parts.values())
-    return 0 in boxes[k][1] and all(0 not in box[1] for box in boxes[:k])
+    return list(found.values())
 
 
 def _add(found: dict[tuple[str, ...], Way], wanted: dict[str, tuple[Shape, Shape]], heads: dict[str, Found]) -> None:

@@ -113,12 +113,14 @@ class _Ranks:
             return call
 
         _change_calls(archive.content, "", collect)
+        for held in archive.tensors:  # in the order of the file, which is that of the modules
+            self.parts.setdefault(_owner(held, shards), [])
         in_record: dict[str, list[str]] = {}
         for held, shard in shards.items():
             self.add(held, name, shard, shard.local, archive)
             in_record.setdefault(f"data/{shard.local.storage}", []).append(held)
         for held, spec in archive.tensors.items():
-            if not _within(held, shards):
+            if _owner(held, shards) == held:
                 self.add(held, name, None, spec, archive)
                 in_record.setdefault(f"data/{spec.storage}", []).append(held)
                 spec.file, spec.storage = name, f"{name}/{spec.storage}"
@@ -204,9 +206,10 @@ def _change_calls(value: Any, path: str, change: Callable[[str, Call], Any]) -> 
     return value
 
 
-def _within(name: str, shards: dict[str, Shard]) -> bool:
-    """Whether a tensor is part of the record of a DTensor."""
-    return any(name[: match.start()] in shards for match in re.finditer(r"\.args\.", name))
+def _owner(name: str, shards: dict[str, Shard]) -> str:
+    """The DTensor in whose record a tensor is, or the tensor itself."""
+    starts = (name[: match.start()] for match in re.finditer(r"\.args\.", name))
+    return next((start for start in starts if start in shards), name)
 
 
 def _described(part: _Part) -> str:
