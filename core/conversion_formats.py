@@ -24,12 +24,12 @@ from core.plain import plain
 from core.sharded import add_optimizer, add_optimizer_tensors
 from core.training_state import dump_json, seal
 from core.view import View
+from core.vocabulary import definition_of
 
 CKPT = "ckpt.pt"
 INDEX = "model.safetensors.index.json"
 HF = ("hf_gpt2", "hf_llama", "hf_qwen2", "hf_qwen3")
 MEGATRON = ("megatron_gpt2", "megatron_llama", "megatron_qwen2", "megatron_qwen3")
-CHARACTERS = "characters.json"
 COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -266,19 +266,22 @@ def plan_hf(model: Model, options: Options, target: Path) -> Plan:
     if "generation_config.json" not in plan.copies:
         plan.texts["generation_config.json"] = dump_json({"_from_model_config": True, **ids})
     if model.tokenizer is not None and "tokenizer.json" not in plan.copies:
-        name, text = _tokenizer_for_hf(model.tokenizer)
-        if text is not None:
-            plan.texts[name] = text
+        plan.texts |= _tokenizer_for_hf(model.tokenizer, model.sizes.get("block_size"))
     plan.texts["README.md"] = card(plan).encode()
     return plan
 
 
-def _tokenizer_for_hf(state: dict[str, Any]) -> tuple[str, bytes | None]:
-    """The file of a tokenizer: its definition, or the list of characters; GPT-2's is named in the card."""
-    kind = state.get("token_kind")
-    if kind == "hf" and isinstance(state.get("definition"), dict):
-        return "tokenizer.json", json.dumps(state["definition"], ensure_ascii=False).encode()
-    return CHARACTERS, dump_json(state) if kind == "char" else None
+def _tokenizer_for_hf(state: dict[str, Any], context: int | None) -> dict[str, bytes]:
+    """The files of a tokenizer, with which AutoTokenizer opens it; GPT-2's is named in the card instead."""
+    definition = state.get("definition")
+    if state.get("token_kind") == "char":
+        definition = definition_of(state["chars"])
+    if not isinstance(definition, dict):
+        return {}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {"model_max_length": context} if context else {}
+    text = json.dumps(definition, ensure_ascii=False, indent=1).encode()
+    return {"tokenizer.json": text, "tokenizer_config.json": dump_json(settings)}
 
 
 def beside(model: Model, names: tuple[str, ...]) -> dict[str, Path]:

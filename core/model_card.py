@@ -40,5 +40,5 @@ def _tokenizer(state: dict[str, object]) -> str:
     if kind == "gpt2":
         return "GPT-2 BPE (`AutoTokenizer.from_pretrained('openai-community/gpt2')`)"
     if kind == "char":
-        return "characters; the id of each is its place in the list `chars` of `characters.json`"
+        return "one token for each character; one that is not in the vocabulary is an error"
     return "`tokenizer.json`"

@@ -17,6 +17,8 @@ GPT2_ROWS = range(50257, 50305)
 
 GPT2_FAMILIES = ("hf_gpt2", "nanogpt", "modded_")
 
+_EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
+
 _LARGEST = 64 << 20  # bytes
 
 
@@ -36,7 +38,11 @@ def add_tokenizer(model: Model, options: Options) -> None:
     definition = model.container.path / "tokenizer.json"
     if model.family_of_source.startswith("hf_") and definition.is_file():
         with reading(definition) as file:
-            model.tokenizer = {"token_kind": "hf", "definition": parse_json(file.read(_LARGEST), str(definition))}
+            content = parse_json(file.read(_LARGEST), str(definition))
+        chars = characters_of(content)
+        model.tokenizer = (
+            {"token_kind": "char", "chars": chars} if chars else {"token_kind": "hf", "definition": content}
+        )
     elif rows in GPT2_ROWS and model.family_of_source.startswith(GPT2_FAMILIES):
         model.tokenizer = {"token_kind": "gpt2"}
         model.notes.append(f"{rows} rows: its tokenizer is taken to be GPT-2's")
@@ -44,6 +50,29 @@ def add_tokenizer(model: Model, options: Options) -> None:
         model.notes.append("the characters of nanoGPT are in meta.pkl beside its data: --meta FILE takes them along")
     else:
         model.notes.append("no tokenizer is known: generate.py needs one to write text")
+
+
+def definition_of(chars: list[str]) -> dict[str, Any]:
+    """Write characters as a tokenizer.json of Hugging Face: each is a token, and an unknown one is an error."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": _EACH_CHARACTER,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {c: k for k, c in enumerate(chars)}, "unk_token": "<unk>"},
+    }
+
+
+def characters_of(definition: dict[str, Any]) -> list[str] | None:
+    """Read the characters that `definition_of` wrote; None for any other tokenizer."""
+    model = definition.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    chars = list(vocab) if isinstance(vocab, dict) else []
+    return chars if chars and definition == definition_of(chars) and all(len(c) == 1 for c in chars) else None
 
 
 def characters(path: Path, rows: int | None) -> dict[str, Any]:

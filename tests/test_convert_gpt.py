@@ -120,6 +120,35 @@ def test_a_vocabulary_that_does_not_fit_or_is_no_data_is_refused(nanogpt, tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_vocabulary_of_characters_goes_to_hugging_face_and_back(nanogpt, tmp_path):
+    from transformers import AutoTokenizer
+
+    converted(nanogpt / "ckpt.pt", tmp_path / "hf", "hf", meta=nanogpt / "meta.pkl")
+    meta = pickle.loads((nanogpt / "meta.pkl").read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "".join(meta["stoi"])
+    assert tokenizer(text)["input_ids"] == list(range(34)) and tokenizer.decode(range(34)) == text
+    with pytest.raises(Exception, match=r"Missing \[UNK\] token"):
+        tokenizer("\u4e2d")
+    converted(tmp_path / "hf", tmp_path / "b", "bundle")
+    assert json.loads((tmp_path / "b/tokenizer.json").read_text()) == {"token_kind": "char", "chars": list(text)}
+    assert GPT.load(tmp_path / "b")[1]["token_kind"] == "char"
+
+
+def test_a_tokenizer_of_hugging_face_goes_into_a_bundle_and_back(hf, tmp_path):
+    from tests.test_tokenizer import hf_definition
+
+    folder = Path(shutil.copytree(hf, tmp_path / "hf"))
+    definition = hf_definition()
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    converted(folder, tmp_path / "b", "bundle")
+    made = json.loads((tmp_path / "b/tokenizer.json").read_text())
+    assert made == {"token_kind": "hf", "definition": definition}
+    assert GPT.load(tmp_path / "b")[0].tokenizer.kind == "hf"
+    converted(tmp_path / "b", tmp_path / "back", "hf")
+    assert json.loads((tmp_path / "back/tokenizer.json").read_text()) == definition
+
+
 # Hugging Face
 
 
