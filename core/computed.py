@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,16 +23,18 @@ class Computed(Container):
 
     def __init__(self, what: str) -> None:
         super().__init__("computed", Path(what), {}, {}, {"computed": 0})
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed with the last view of it
+        with tempfile.TemporaryFile() as file:
+            self._fd = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._fd)  # with the last view of it
 
     def open(self, name: str) -> BinaryIO:
-        return os.fdopen(os.dup(self._file.fileno()), "rb", buffering=0)
+        """Open the one file there is."""
+        return os.fdopen(os.dup(self._fd), "rb", buffering=0)
 
     def put(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> View:
         """Add a tensor, and give a view of it."""
         offset = self.files["computed"]
-        self._file.write(data)
-        self._file.flush()
+        os.pwrite(self._fd, data, offset)
         self.files["computed"] = offset + len(data)
         return stored(self, TensorSpec(name, dtype, shape, dense_strides(shape), offset, len(data), "computed"))
 

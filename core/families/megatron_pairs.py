@@ -44,7 +44,7 @@ def _ready(model: Model, options: Options) -> None:
 
 def _norms(model: Model, options: Options) -> None:
     norms = [name for name in model.tensors if name.endswith("layernorm.weight")]
-    if setting(model, options, "layernorm_1p", False):
+    if setting(model, options, "layernorm_1p", False, is_said=False):
         into = Computed(f"{model.path.name}, plus 1")
         for name in norms:
             made = plus_one(model.tensors[name], into, model.tensors[name].names[0])
@@ -64,7 +64,7 @@ def _drop_tied_head(model: Model, options: Options, head: str, table: str) -> bo
     """Leave out a head that is the token table; say whether head and table are one."""
     if head not in model.tensors:
         return options.tied is not False
-    if options.tied is not False and model.tensors[head].same_elements(model.tensors[table]):
+    if options.tied is not False and model.tensors[head].place == model.tensors[table].place:
         model.drop(head, f"tied to {table}")
         return True
     return False
@@ -196,9 +196,7 @@ def to_gpt2(model: Model, options: Options) -> dict[str, Any]:
             f"{size['n_head']} heads share {size['n_kv_head']} keys and values, and in HF GPT-2 each has its own."
         )
     if size["q_size"] != size["n_embd"]:
-        raise model.refuse(
-            f"its heads are {size['q_size']} wide in all, HF GPT-2's as the model: {size['n_embd']}."
-        )
+        raise model.refuse(f"its heads are {size['q_size']} wide in all, HF GPT-2's as the model: {size['n_embd']}.")
     positions = model.tensors[POSITIONS].shape[0]
     if options.more.get("max_position_embeddings", positions) != positions:
         raise model.refuse(f"its table of positions has {positions} rows. Leave out --max_position_embeddings.")

@@ -42,17 +42,17 @@ ONLY: dict[str, tuple[Any, ...]] = {
 """Settings that change what a model computes, and their values in a model that transformers has."""
 
 
-def setting(model: Model, options: Options, flag: str, default: Any) -> Any:
-    """Look up a setting; a note says where it is from, unless the config says it and no flag does."""
+def setting(model: Model, options: Options, flag: str, default: Any, *, is_said: bool = True) -> Any:
+    """Look up a setting; a note says that a default was taken, or that a flag says other than the config."""
     said = next((model.config[name] for name in NAMES[flag] if model.config.get(name) is not None), None)
     asked = options.more.get(flag)
     if asked is not None:
         if said is not None and said != asked:
             model.notes.append(f"{flag} is {said} in its config; --{flag} {asked} was asked for, and taken")
         return asked
-    if said is not None and type(said) in ((bool,) if isinstance(default, bool) else (int, float)):
+    if type(said) in ((bool,) if isinstance(default, bool) else (int, float)):
         return said
-    if default is not None and not isinstance(default, bool):
+    if is_said and default is not None:
         model.notes.append(f"{flag} {default}: a default, for nothing beside the tensors says it (--{flag})")
     return default
 
@@ -67,7 +67,7 @@ def refuse_other_models(model: Model, options: Options) -> None:
             raise model.refuse(
                 f"{name} is {model.config[name]!r}; Llama, Qwen and GPT-2 of transformers have {values[0]!r}."
             )
-    percent = setting(model, options, "rotary_percent", True)  # 1, and no note of it
+    percent = setting(model, options, "rotary_percent", 1.0, is_said=False)
     if percent != 1:
         raise model.refuse(
             f"rotary_percent is {percent}: only that part of a head is rotated, and Llama and Qwen rotate all of it. "

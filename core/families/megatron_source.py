@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.containers.container import Container
 from core.containers.foreign import attributes
@@ -13,10 +13,12 @@ from core.errors import CheckpointError, CheckpointMismatch
 from core.families.identify import Identity, identify
 from core.families.megatron_tables import TRANSFORMER_ENGINE, unstacked
 from core.families.plan import Shape
-from core.inspection import Inspected
 from core.plain import plain
 from core.rules import Table, apply
 from core.view import View
+
+if TYPE_CHECKING:
+    from core.inspection import Inspected
 
 TORCH_DIST, CLASSIC = "Megatron iteration (torch_dist)", "Megatron iteration (classic)"
 MIXED = "megatron_mixed"

@@ -1,0 +1,329 @@
+"""Megatron exports and iterations: Megatron's own logits in transformers, the same bytes there and back, refusals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from core.errors import CheckpointError
+from core.model import GPT
+from tests.conversions import converted, tensors_of
+from tests.megatrons import exported, hf_model, off_by, write_export, write_iteration
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LLAMA, QWEN, GPT2 = "megatron_llama_gqa", "megatron_qwen2_tied_qkvbias", "megatron_gpt2style_mha_learnedpos"
+FIXTURES = {
+    LLAMA: (LLAMA, {"rope_theta": 500000.0}),
+    "megatron_llama_gqa_TEnames": (LLAMA, {"rope_theta": 500000.0}),
+    "megatron_llama_gqa_TEnames_oldTE_BytesIO": (LLAMA, {"rope_theta": 500000.0}),
+    QWEN: (QWEN, {"rope_theta": 1e6}),
+    GPT2: (GPT2, {}),
+}
+RUN = {
+    LLAMA: {"rotary_base": 500000, "norm_epsilon": 1e-5, "swiglu": True, "add_bias_linear": False},
+    QWEN: {
+        "rotary_base": 1000000,
+        "norm_epsilon": 1e-6,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+    },
+    GPT2: {"add_bias_linear": True, "add_qkv_bias": False, "bias_gelu_fusion": False, "norm_epsilon": 1e-5},
+}
+
+
+@pytest.fixture
+def fixtures(shared) -> Path:
+    return shared / "fixtures"
+
+
+def export_of(fixtures: Path, name: str) -> Path:
+    return fixtures / name / "exported_model.pt"
+
+
+def refused(source: Path, target: Path, to: str = "hf", **options) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        converted(source, target, to, **options)
+    assert not target.exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_transformers_computes_the_logits_of_megatron(fixtures, tmp_path, name):
+    of, flags = FIXTURES[name]
+    expected = load_file(fixtures / of / "expected.safetensors")
+    facts = converted(export_of(fixtures, name), tmp_path / "hf", "hf", more=flags)
+    assert off_by(tmp_path / "hf", expected["input_ids"], expected["logits_fp32"]) < 2e-6
+    assert any(f"norm_eps {1e-6 if of == QWEN else 1e-5}: a default" in note for note in facts["notes"])
+    states = [reason for name, reason in facts["dropped"].items() if name.endswith("_extra_state")]
+    assert len(states) >= 9 and all(reason.startswith("what Transformer Engine keeps for FP8") for reason in states)
+
+
+def test_names_of_transformer_engine_make_no_difference(fixtures, tmp_path):
+    for k, name in enumerate(FIXTURES):
+        if "llama" in name:
+            converted(export_of(fixtures, name), tmp_path / str(k), "hf")
+            converted(export_of(fixtures, name), tmp_path / f"{k}.pt", "megatron")
+    for k in (1, 2):
+        assert tensors_of(tmp_path / str(k)) == tensors_of(tmp_path / "0")
+        assert exported(tmp_path / f"{k}.pt")[1] == exported(tmp_path / "0.pt")[1]
+        assert tensors_of(tmp_path / f"{k}.pt") == tensors_of(tmp_path / "0.pt")
+
+
+@pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
+def test_there_and_back_gives_the_same_tensors(fixtures, tmp_path, name):
+    converted(export_of(fixtures, name), tmp_path / "hf", "hf", more={"norm_eps": 1e-4})
+    converted(tmp_path / "hf", tmp_path / "back", "megatron")
+    state, config = exported(tmp_path / "back/exported_model.pt")
+    before, said = exported(export_of(fixtures, name))
+    assert state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in state)
+    assert said.items() - {("vocab_size", 250)} <= config.items()
+    again = converted(tmp_path / "back/exported_model.pt", tmp_path / "again", "hf")  # what the export says is taken
+    assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads(
+        (tmp_path / "hf/config.json").read_text()
+    )
+    assert not any("a default" in note for note in again["notes"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module.model."])
+def test_prefixes_are_taken_off(fixtures, tmp_path, prefix):
+    state, config = exported(export_of(fixtures, QWEN))
+    source = write_export(tmp_path / "a.pt", {prefix + name: t for name, t in state.items()}, config)
+    converted(source, tmp_path / "a", "hf")
+    converted(export_of(fixtures, QWEN), tmp_path / "b", "hf")
+    assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
+
+
+def test_safetensors_and_pt_keep_the_names(fixtures, tmp_path):
+    state = exported(export_of(fixtures, LLAMA))[0]
+    converted(export_of(fixtures, LLAMA), tmp_path / "a.safetensors", "safetensors")
+    converted(export_of(fixtures, LLAMA), tmp_path / "a.pt", "pt")
+    for found in (load_file(tmp_path / "a.safetensors"), torch.load(tmp_path / "a.pt")):
+        assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
+def test_an_iteration_is_converted_by_the_arguments_of_its_run(fixtures, tmp_path, name):
+    state, config = exported(export_of(fixtures, name))
+    source = write_iteration(tmp_path / "iter_0000100", state, **config, **RUN[name])
+    expected = load_file(fixtures / name / "expected.safetensors")
+    facts = converted(source, tmp_path / "hf", "hf")
+    assert off_by(tmp_path / "hf", expected["input_ids"], expected["logits_fp32"]) < 2e-6
+    assert not any("a default" in note or "the tensors win" in note for note in facts["notes"])
+    assert any("beside the model are left out: 1 of optimizer, 1 of common" in note for note in facts["notes"])
+    converted(export_of(fixtures, name), tmp_path / "direct", "hf")
+    assert tensors_of(tmp_path / "hf") == tensors_of(tmp_path / "direct")
+    converted(source, tmp_path / "export", "megatron")
+    found, said = exported(tmp_path / "export/exported_model.pt")
+    assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+    assert config.items() <= said.items() and RUN[name].items() - {("add_qkv_bias", False)} <= said.items()
+    converted(source, tmp_path / "a.safetensors", "safetensors")
+    kept = load_file(tmp_path / "a.safetensors")
+    assert kept["decoder.layers.mlp.linear_fc2.weight"].shape[0] == config["num_layers"]
+
+
+def test_layernorm_1p_adds_one_exactly(fixtures, tmp_path):
+    state, config = exported(export_of(fixtures, LLAMA))
+    norms = [name for name in state if "norm" in name]
+    less = state | {name: (state[name].float() - 1).bfloat16() for name in norms}
+    source = write_export(tmp_path / "1p.pt", less, config)
+    facts = converted(source, tmp_path / "plain", "hf")
+    assert any("warning: 5 of 5 norm weights average below 0.5" in note for note in facts["notes"])
+    facts = converted(source, tmp_path / "hf", "hf", more={"layernorm_1p": True})
+    assert not any("warning" in note for note in facts["notes"])
+    assert any("1 was added to 5 norm weights, which are float32 now" in note for note in facts["notes"])
+    made = load_file(tmp_path / "hf/model.safetensors")
+    for theirs, ours in (("decoder.final_layernorm", "model.norm"), ("decoder.layers.1.pre_mlp_layernorm", _POST)):
+        assert torch.equal(made[f"{ours}.weight"], less[f"{theirs}.weight"].float() + 1)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "float32"
+    run = RUN[LLAMA] | {"apply_layernorm_1p": True}
+    converted(write_iteration(tmp_path / "iter_0000001", less, **config, **run), tmp_path / "iter", "hf")
+    assert tensors_of(tmp_path / "iter") == tensors_of(tmp_path / "hf")
+
+
+_POST = "model.layers.1.post_attention_layernorm"
+
+
+def test_padding_of_the_vocabulary_is_kept_or_cropped(fixtures, tmp_path):
+    facts = converted(export_of(fixtures, LLAMA), tmp_path / "kept", "hf")
+    assert any("256 rows of the vocabulary: 250 tokens and 6 of padding, kept" in note for note in facts["notes"])
+    converted(export_of(fixtures, LLAMA), tmp_path / "cropped", "hf", vocab_size=250)
+    made, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("cropped", "kept"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(made[name], whole[name][:250])
+    assert json.loads((tmp_path / "cropped/config.json").read_text())["vocab_size"] == 250
+    hf_model(tmp_path / "cropped")
+
+
+def gpt2_export(path: Path) -> tuple[Path, torch.nn.Module]:
+    """A random GPT-2 of transformers as an export: its Conv1D weights turned, q, k and v head by head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(5)
+    made = GPT2Config(
+        n_layer=2, n_head=4, n_embd=32, n_positions=32, vocab_size=96, activation_function="gelu", initializer_range=0.3
+    )
+    model = GPT2LMHeadModel(made).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    theirs = {name.removeprefix("transformer."): t for name, t in model.state_dict().items()}
+    state = {"embedding.word_embeddings.weight": theirs["wte.weight"],
+             "embedding.position_embeddings.weight": theirs["wpe.weight"]}  # fmt: skip
+    for i in range(2):
+        for a, b in GPT2_PARTS.items():
+            for kind in ("weight", "bias"):
+                tensor = theirs[f"h.{i}.{a}.{kind}"]
+                tensor = tensor.T if tensor.dim() == 2 else tensor
+                if b == QKV:  # rows q, k, v of all heads: for each head its q, k, v
+                    tensor = tensor.reshape(3, 4, 8, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+                state[f"decoder.layers.{i}.{b}.{kind}"] = tensor.contiguous()
+    state |= {f"decoder.final_layernorm.{kind}": theirs[f"ln_f.{kind}"] for kind in ("weight", "bias")}
+    config = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96, "kv_channels": 8}
+    return write_export(path, state, config | {"max_position_embeddings": 32}), model
+
+
+QKV = "self_attention.linear_qkv"
+GPT2_PARTS = {
+    "ln_1": "input_layernorm",
+    "attn.c_attn": QKV,
+    "attn.c_proj": "self_attention.linear_proj",
+    "ln_2": "pre_mlp_layernorm",
+    "mlp.c_fc": "mlp.linear_fc1",
+    "mlp.c_proj": "mlp.linear_fc2",
+}
+
+
+def test_gpt2_style_becomes_a_bundle_of_ours_and_back(fixtures, tmp_path):
+    source, model = gpt2_export(tmp_path / "export.pt")
+    ids = torch.randint(96, (2, 32))
+    with torch.no_grad():
+        expected = model(ids).logits
+    converted(source, tmp_path / "bundle", "bundle")
+    with torch.no_grad():
+        assert (GPT.load(tmp_path / "bundle")[0].eval()(ids)[0] - expected).abs().max() < 1e-5
+    converted(tmp_path / "bundle", tmp_path / "back.pt", "megatron")
+    assert tensors_of(tmp_path / "back.pt") == tensors_of(source)
+    tanh = tmp_path / "tanh"
+    converted(source, tanh, "hf", more={"activation": "gelu_new"})
+    assert json.loads((tanh / "config.json").read_text())["activation_function"] == "gelu_new"
+    said = refused(export_of(fixtures, GPT2), tmp_path / "no", "bundle")  # ffn_hidden_size 224 of a width of 64
+    assert said.endswith("n_inner is 224; our GPT has 4 n_embd, 256.")
+
+
+def test_tensors_win_over_a_config_that_contradicts_them(fixtures, tmp_path):
+    state, config = exported(export_of(fixtures, GPT2))
+    told = config | {"ffn_hidden_size": 999, "num_query_groups": 2, "num_layers": 7}
+    facts = converted(write_export(tmp_path / "a.pt", state, told), tmp_path / "a", "hf")
+    said = [note for note in facts["notes"] if note.startswith("the tensors win where the config says otherwise: ")]
+    assert sorted(note.split(": ")[1].split(" is ")[0] for note in said) == [
+        "ffn_hidden_size",
+        "num_layers",
+        "num_query_groups",
+    ]
+    converted(export_of(fixtures, GPT2), tmp_path / "b", "hf")
+    assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
+    told = {name: value for name, value in config.items() if name != "kv_channels"} | {"num_attention_heads": 5}
+    assert "no multiple of" in refused(write_export(tmp_path / "c.pt", state, told), tmp_path / "c")
+
+
+def changed(state: dict, change: str) -> dict:
+    """Tensors of another kind of model."""
+    fc1 = {name: t for name, t in state.items() if name.endswith("linear_fc1.weight")}
+    proj = {name.replace("weight", "bias"): t[:, 0] for name, t in state.items() if name.endswith("linear_proj.weight")}
+    norms = {name.replace("weight", "bias"): t for name, t in state.items() if name.endswith("norm.weight")}
+    positions = "embedding.position_embeddings.weight"
+    return {
+        "no gate": state | {name: t[: t.shape[0] // 2] for name, t in fc1.items()},
+        "proj bias": state | proj,
+        "norm bias": state | norms,
+        "fc1 bias": state | {name.replace("weight", "bias"): t[:, 0] for name, t in fc1.items()}
+        | {name.replace("fc1.weight", "fc2.bias"): torch.zeros(48) for name in fc1},
+        "positions": state | {positions: torch.zeros(64, 64)},
+        "no positions": {name: t for name, t in state.items() if name != positions},
+    }[change]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            LLAMA,
+            "no gate",
+            "no known style: its norms have no biases, as Llama's, and its feed-forward part has no gate",
+        ),
+        (LLAMA, "proj bias", "linear_proj has a bias and linear_qkv none: Llama has both or neither"),
+        (LLAMA, "norm bias", "its norms have biases (LayerNorm) and its feed-forward part is gated"),
+        (LLAMA, "positions", "it has a table of positions (position_embeddings), and Llama and Qwen have rotary ones."),
+        (QWEN, "fc1 bias", "its feed-forward part has biases, and Qwen2ForCausalLM has no place for them."),
+        (GPT2, "no positions", "its norms have biases and it has no table of positions: neither Llama nor GPT-2."),
+    ],
+)
+def test_what_transformers_has_no_model_for_is_refused(fixtures, tmp_path, name, change, said):
+    state, config = exported(export_of(fixtures, name))
+    assert said in refused(write_export(tmp_path / "a.pt", changed(state, change), config), tmp_path / "hf")
+
+
+OTHERS = {
+    "rotary_percent": 0.25,
+    "use_rope_scaling": True,
+    "rotary_interleaved": True,
+    "position_embedding_type": "none",
+    "window_size": [128, 0],
+}
+
+
+def test_settings_that_change_what_is_computed_are_refused(fixtures, tmp_path):
+    state, config = exported(export_of(fixtures, LLAMA))
+    target, source = tmp_path / "hf", export_of(fixtures, LLAMA)
+    assert "rotary_percent is 0.5: only that part of a head is rotated" in refused(
+        source, target, more={"rotary_percent": 0.5}
+    )
+    for k, (name, value) in enumerate(OTHERS.items()):
+        folder = write_iteration(tmp_path / f"iter_{k:07}", state, **config, **RUN[LLAMA], **{name: value})
+        assert f"{name} is {value!r}" in refused(folder, target)
+    bare = {name: value for name, value in config.items() if name != "max_position_embeddings"}
+    short = write_export(tmp_path / "a.pt", state, bare)
+    assert "Add --max_position_embeddings N." in refused(short, target)
+    converted(short, target, "hf", more={"max_position_embeddings": 99, "eos_token_id": 7})
+    made = json.loads((target / "config.json").read_text())
+    assert (made["max_position_embeddings"], made["eos_token_id"], made["bos_token_id"]) == (99, 7, None)
+    said = refused(tmp_path / "hf", tmp_path / "x.pt", "megatron", more={"rope_theta": 1.0})
+    assert "--rope_theta: for Megatron's models with --to hf and bundle" in said
+
+
+def test_a_flag_wins_over_what_the_run_says_and_is_said(fixtures, tmp_path):
+    state, config = exported(export_of(fixtures, LLAMA))
+    source = write_iteration(tmp_path / "iter_0000001", state, **config, **RUN[LLAMA])
+    facts = converted(source, tmp_path / "hf", "hf", more={"rope_theta": 7.0})
+    assert "rope_theta is 500000 in its config; --rope_theta 7.0 was asked for, and taken" in facts["notes"]
+    assert json.loads((tmp_path / "hf/config.json").read_text())["rope_parameters"]["rope_theta"] == 7.0
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron", "safetensors", "pt"])
+def test_classic_ranks_are_refused_and_a_missing_one_is_named(tmp_path, to):
+    run = tmp_path / "iter_0000100"
+    for rank in ("mp_rank_00", "mp_rank_02"):
+        (run / rank).mkdir(parents=True)
+        args = argparse.Namespace(num_layers=2, tensor_model_parallel_size=4)
+        torch.save({"model": {"w": torch.zeros(2)}, "args": args}, run / rank / "model_optim_rng.pt")
+    said = refused(run, tmp_path / "out", to)
+    assert "no file says along which dimension its tensors were cut" in said
+    assert "mp_rank_01, mp_rank_03 missing; there are mp_rank_00, mp_rank_02." in said
+
+
+def test_the_script_prints_the_defaults_that_it_takes(fixtures, tmp_path, capsys):
+    from convert_checkpoints import main
+
+    words = [str(export_of(fixtures, LLAMA)), str(tmp_path / "hf"), "--to", "hf", "--rope_theta", "5e5"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "norm_eps 1e-05: a default, for nothing beside the tensors says it (--norm_eps)" in out
+    assert "rope_theta" not in out and re.search("read back and compared with the source, bit for bit", out)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["rope_theta"] == 500000.0
