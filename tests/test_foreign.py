@@ -316,12 +316,13 @@ def test_functions_and_objects_of_other_classes_are_named():
     ]
 
 
-def test_twenty_are_named_each_once_and_each_on_one_short_line_and_the_last_says_that_there_are_more():
+def test_twenty_are_named_each_once_and_each_on_one_short_line_and_the_others_are_counted():
     calls = [Call(Global("a", "f"), (i // 2, "x" * 1000)) for i in range(100)]
     found = foreign_calls({"calls": calls})
     assert len(found) == len(set(found)) == 21
-    assert found[-1] == "more than these 20"
-    assert len(foreign_calls({"calls": calls[:40]})) == 20
+    assert found[-1] == "61 more calls and names"  # the other half of the twentieth is said again
+    assert len(foreign_calls({"calls": calls[:39]})) == 20
+    assert foreign_calls([Global("a", f"f{i}") for i in range(23)])[-1] == "3 more calls and names"
     assert found[0].startswith('a.f(0, "xxx')
     assert all(len(text) <= 200 and text.isascii() for text in found)
 

@@ -40,20 +40,24 @@ _DATA = frozenset(
 def foreign_calls(content: Any) -> list[str]:
     """Name the calls and names in a content that are not known to be mere data, each as text.
 
-    They are 20 at most, and a last entry where there are more. Known are the classes of `_DATA`, and every class whose
-    name ends in Config, made without arguments: whatever module it had, its record is a set of attributes. Quantized
-    and other unusual tensors are foreign: they stayed calls because no tensor spec can describe them. An empty list
-    means that the content may be loaded.
+    They are 20 at most, and a last entry that counts the others. Known are the classes of `_DATA`, and every class
+    whose name ends in Config, made without arguments: whatever module it had, its record is a set of attributes.
+    Quantized and other unusual tensors are foreign: they stayed calls because no tensor spec can describe them. An
+    empty list means that the content may be loaded.
     """
     found: dict[str, None] = {}
     seen: set[int] = set()
     pending = [content]
-    while pending and len(found) <= _MOST:
+    more = 0
+    while pending:
         value = pending.pop()
         held = children(value)
         if held is None:
             if isinstance(value, Global) and not _is_data(value):
-                found[as_text(value)] = None
+                if len(found) < _MOST:
+                    found[as_text(value)] = None
+                else:
+                    more += value.path not in found
             continue
         if id(value) in seen:
             continue
@@ -61,14 +65,15 @@ def foreign_calls(content: Any) -> list[str]:
         if isinstance(value, Call):
             # the name that is called is judged with its call; those it is given are, when it is foreign
             known = _makes_data(value)
-            if not known:
+            if not known and len(found) < _MOST:
                 found[as_text(value)] = None
+            elif not known:
+                more += 1
             called = [] if isinstance(value.callable, Global) else [value.callable]
             args = value.args if known else [a for a in value.args if not isinstance(a, Global)]
             held = [*called, *args, value.state, value.items]
         pending.extend(reversed(held))
-    listed = list(found)
-    return listed if len(listed) <= _MOST else [*listed[:_MOST], f"more than these {_MOST}"]
+    return [*found, *([f"{more} more calls and names"] if more else [])]
 
 
 def attributes(value: Any) -> dict[str, Any] | None:

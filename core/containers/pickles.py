@@ -12,8 +12,9 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from core.containers.inert import Call, Global, Malformed, as_key, as_text, check_structure
-from core.containers.reductions import PLAIN, Reductions, as_dict
+from core.containers.inert import SLACK, Call, Global, Malformed, as_key, as_text, check_structure
+from core.containers.opcodes import old_text, opcode_table, unescape
+from core.containers.reductions import PLAIN, Reductions
 from core.errors import CheckpointDamaged
 
 LONGEST_INT = 1024
@@ -22,6 +23,9 @@ LONGEST_INT = 1024
 LONGEST_NAME = 1000
 """Characters of the full name of a class or function."""
 
+
+_BYTES_OF_ONE = 5
+"""Bytes of a pickle to each list, dictionary and set that it may make: each takes 60 to 220 bytes of memory."""
 
 _uint32 = struct.Struct("<I").unpack_from
 
@@ -92,6 +96,8 @@ class _Reader:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.unheld: list[Any] = []  # calls, and what else the value may not hold in the end
+        self.made = 0  # lists, dictionaries and sets
+        self.most = (len(data) - start) // _BYTES_OF_ONE + SLACK
         self.copied = 0  # elements that reductions took: shared arguments add up
 
     def run(self) -> Any:
@@ -228,8 +234,11 @@ class _Reader:
             self.unheld.append(value)
         self.push(value)
 
-    def empty_dict(self) -> None:
-        self.stack.append({})
+    def collection(self, made: Any) -> None:
+        self.made += 1
+        if self.made > self.most:
+            raise Malformed(f"over {self.most} lists, dictionaries and sets, too many for {len(self.data)} bytes")
+        self.stack.append(made)
 
     def pair(self) -> None:
         last = self.stack.pop()
@@ -298,7 +307,7 @@ class _Reader:
         line = self.line().strip()
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
             raise Malformed("a text without quotes")
-        return _old_text(re.sub(rb"\\(x[0-9a-fA-F]{2}|.)", _unescape, line[1:-1], flags=re.DOTALL))
+        return old_text(re.sub(rb"\\(x[0-9a-fA-F]{2}|.)", unescape, line[1:-1], flags=re.DOTALL))
 
     def proto(self) -> None:
         if (version := self.byte()) > 5:
@@ -327,95 +336,4 @@ def _unresolved(name: Global) -> Any:
     return name
 
 
-def _unescape(match: re.Match[bytes]) -> bytes:
-    escape = match[1]
-    if len(escape) == 3:
-        return bytes([int(escape[1:], 16)])
-    return {b"n": b"\n", b"t": b"\t", b"r": b"\r"}.get(escape, escape)
-
-
-def _old_text(raw: bytes) -> str | bytes:
-    """A `str` of Python 2: text where it can be text, else bytes."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw
-
-
-def _utf8(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogatepass")
-
-
-_Operation = Callable[[_Reader], Any]
-
-_OPCODES: dict[int, _Operation] = {
-    ord(code): operation
-    for code, operation in {
-        "\x80": _Reader.proto,
-        "\x95": lambda r: r.take(8),  # FRAME
-        "(": lambda r: r.marks.append(len(r.stack)),
-        "0": _Reader.pop,
-        "1": _Reader.pop_mark,
-        "2": lambda r: r.push(r.stack[-1]),  # DUP
-        # plain values
-        "N": lambda r: r.push(None),
-        "\x88": lambda r: r.push(True),
-        "\x89": lambda r: r.push(False),
-        "I": lambda r: r.push(r.integer_line()),
-        "L": lambda r: r.push(int(r.short_line().rstrip(b"L"))),
-        "F": lambda r: r.push(float(r.short_line())),
-        "J": lambda r: r.push(int.from_bytes(r.take(4), "little", signed=True)),
-        "K": lambda r: r.push(r.byte()),
-        "M": lambda r: r.push(r.number(2)),
-        "\x8a": lambda r: r.push(r.long(r.byte())),
-        "\x8b": lambda r: r.push(r.long(r.number(4))),
-        "G": lambda r: r.push(struct.unpack(">d", r.take(8))[0]),
-        "V": lambda r: r.push(r.line().decode("raw_unicode_escape")),
-        "X": lambda r: r.push(_utf8(r.take(r.number(4)))),
-        "\x8c": lambda r: r.push(_utf8(r.take(r.byte()))),
-        "\x8d": lambda r: r.push(_utf8(r.take(r.number(8)))),
-        "S": lambda r: r.push(r.quoted()),
-        "T": lambda r: r.push(_old_text(r.take(r.number(4)))),
-        "U": lambda r: r.push(_old_text(r.take(r.byte()))),
-        "B": lambda r: r.push(r.take(r.number(4))),
-        "C": lambda r: r.push(r.take(r.byte())),
-        "\x8e": lambda r: r.push(r.take(r.number(8))),
-        "\x96": lambda r: r.push(r.take(r.number(8))),  # BYTEARRAY8
-        # collections
-        ")": lambda r: r.push(()),
-        "t": _Reader.make_tuple,
-        "\x85": lambda r: r.push(r.pop_many(1)),
-        "\x86": _Reader.pair,
-        "\x87": lambda r: r.push(r.pop_many(3)),
-        "]": lambda r: r.push([]),
-        "l": lambda r: r.push(r.pop_mark()),
-        "a": lambda r: r.append([r.pop()]),
-        "e": lambda r: r.append(r.pop_mark()),
-        "}": _Reader.empty_dict,
-        "d": lambda r: r.push(as_dict(list(zip(*[iter(r.pop_mark())] * 2, strict=True)))),
-        "s": lambda r: r.set_items(list(r.pop_many(2))),
-        "u": lambda r: r.set_items(r.pop_mark()),
-        "\x8f": lambda r: r.push(set()),
-        "\x90": _Reader.add_items,
-        "\x91": lambda r: r.push(frozenset(map(as_key, r.pop_mark()))),
-        # memo
-        "p": lambda r: r.put(int(r.short_line())),
-        "q": lambda r: r.put(r.byte()),
-        "r": lambda r: r.put(r.number(4)),
-        "\x94": lambda r: r.put(len(r.memo)),
-        "g": lambda r: r.push(r.memo[int(r.short_line())]),
-        "h": lambda r: r.push(r.memo[r.byte()]),
-        "j": lambda r: r.push(r.memo[r.number(4)]),
-        # names and calls
-        "c": lambda r: r.push(r.named(r.text_line(), r.text_line())),
-        "\x93": lambda r: r.push(r.named(*r.pop_many(2))),
-        "i": lambda r: r.call(r.named(r.text_line(), r.text_line()), tuple(r.pop_mark())),
-        "o": _Reader.obj,
-        "R": _Reader.reduce,
-        "\x81": _Reader.reduce,  # NEWOBJ
-        "\x92": _Reader.new_with_keywords,
-        "b": _Reader.build,
-        "P": lambda r: r.persist(r.text_line()),
-        "Q": lambda r: r.persist(r.pop()),
-    }.items()
-}
+_OPCODES = opcode_table(_Reader)

@@ -136,7 +136,13 @@ LISTS = {
         refused="nested deeper than 200 levels",
     ),
     "100,000 marks": Case(file(torch_zip(b"(" * 100_000 + b"N.")), reported=""),
-    "1,000,000 lists on the stack": Case(file(torch_zip(b"]" * 1_000_000 + b".")), reported=""),
+    "1,000,000 lists on the stack": Case(
+        file(torch_zip(b"]" * 1_000_000 + b".")), refused="lists, dictionaries and sets"
+    ),
+    "1,000,000 sets in a list": Case(
+        file(torch_zip(b"(" + b"\x8f" * 1_000_000 + b"l.")), refused="lists, dictionaries and sets"
+    ),
+    "90,000 lists in a list": Case(file(torch_zip(b"(" + b"]" * 90_000 + b"l.")), reported=""),
     "12,000 keys of one hash": Case(
         file(torch_zip(b"}(" + b"".join(map(clashing, range(12_000))) + b"u.")), reported=""
     ),
