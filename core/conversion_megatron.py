@@ -16,7 +16,7 @@ KEPT = (
     *dict.fromkeys(name for names in NAMES.values() for name in names if name != "max_position_embeddings"),
     *ONLY,
     *("normalization", "swiglu", "add_qkv_bias", "add_bias_linear", "qk_layernorm", "bias_gelu_fusion", "openai_gelu"),
-    *("bos_token_id", "eos_token_id", UNTIED),
+    *("bos_token_id", "eos_token_id", "rope_scaling", UNTIED),
 )
 """Settings that go into model_config where they are known, by the names of Megatron's arguments."""
 

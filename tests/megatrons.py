@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 
 import torch
@@ -64,6 +65,8 @@ def write_iteration(folder: Path, state: dict[str, torch.Tensor], ranks: int = 2
             [(tuple(size * r if k == axis else 0 for k in range(tensor.dim())), shape) for r in range(ranks)],
         )
     writer.tensor("optimizer.state.exp_avg.embedding.word_embeddings.weight", torch.zeros(4, 2))
+    writer.value("decoder.layers.mlp.linear_fc1._extra_state/shard_0_2", io.BytesIO(b""))
+    writer.metadata.mcore_data = {}  # type: ignore[attr-defined]  as Megatron's strategy adds it
     writer.close()
     common = {"args": argparse.Namespace(**args), "iteration": 100, "checkpoint_version": 3.0}
     torch.save(common | {"seen": torch.arange(3)}, folder / "common.pt")

@@ -239,9 +239,12 @@ def test_what_an_export_cannot_hold_is_refused_or_said(tmp_path):
     assert "model_type is 'mistral' in the config" in refused(source, tmp_path / "x.pt")
     change(num_attention_heads=5)
     assert "num_attention_heads is 5 in the config" in refused(source, tmp_path / "x.pt")
-    change(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0})
+    scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    change(rope_parameters=scaled)
     facts = converted(source, tmp_path / "scaled.pt", "megatron")
-    assert any("warning: its positions are scaled (llama3" in note for note in facts["notes"])
+    assert "warning: its positions are scaled (llama3): set that in Megatron by hand" in facts["notes"]
+    converted(tmp_path / "scaled.pt", tmp_path / "scaled", "hf")
+    assert json.loads((tmp_path / "scaled/config.json").read_text())["rope_parameters"] == scaled
     (source / "config.json").unlink()
     assert "no config.json beside it" in refused(source, tmp_path / "x.pt")
 

@@ -89,6 +89,8 @@ def to_hf(model: Model, options: Options) -> dict[str, Any]:
         raise model.refuse("nothing says how long a text it was trained for. Add --max_position_embeddings N.")
     _say_padding(model)
     theta = float(setting(model, options, "rope_theta", THETA))
+    scaling = model.config.get("rope_scaling")  # only where to_megatron wrote it
+    rope = {"rope_type": "default", **(scaling if isinstance(scaling, dict) else {}), "rope_theta": theta}
     config = {
         "architectures": [CLASSES[style]],
         "model_type": style,
@@ -102,7 +104,7 @@ def to_hf(model: Model, options: Options) -> dict[str, Any]:
         "max_position_embeddings": context,
         "rms_norm_eps": setting(model, options, "norm_eps", EPSILON[style]),
         "rope_theta": theta,
-        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+        "rope_parameters": rope,
         "hidden_act": "silu",
         "attention_bias": qkv,
         "mlp_bias": mlp,
@@ -144,26 +146,30 @@ def to_megatron(model: Model, options: Options) -> dict[str, Any]:
     if HF_TABLE not in model.tensors:
         raise model.refuse(f"{HF_TABLE} is missing.")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
+    if not isinstance(rope, dict):
+        raise model.refuse(f"rope_parameters is {rope!r}, expected names and values.")
+    more = {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        model.notes.append(f"warning: its positions are scaled ({kind}: {rope}), which the export layout cannot say")
+        more["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        model.notes.append(f"warning: its positions are scaled ({kind}): set that in Megatron by hand")
     if config.get("use_sliding_window") is True:
-        model.notes.append("warning: it uses a sliding window, which the export layout cannot say")
-    theta = rope.get("rope_theta", config.get("rope_theta", THETA)) if isinstance(rope, dict) else THETA
+        more["window_size"] = [config.get("sliding_window"), 0]
+        model.notes.append("warning: some of its layers see a sliding window only: set that in Megatron by hand")
     tied = _tied_by_config(model, options)
     return _export_config(
         model,
         normalization="RMSNorm",
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         position_embedding_type="rope",
-        rotary_base=theta,
+        rotary_base=rope.get("rope_theta", config.get("rope_theta", THETA)),
         rotary_percent=config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)),
         swiglu=True,
         add_qkv_bias="model.layers.0.self_attn.q_proj.bias" in model.tensors,
         add_bias_linear=any(f"{part}.bias" in model.tensors for part in _HF_BIASES),
         qk_layernorm=style == "qwen3",
         untie_embeddings_and_output_weights=not tied,
-        **{name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None},
+        **more,
     )
 
 

@@ -25,7 +25,6 @@ FLAGS = (*NAMES, "activation", "bos_token_id", "eos_token_id")
 ONLY: dict[str, tuple[Any, ...]] = {
     "rotary_interleaved": (False,),
     "use_rope_scaling": (False,),
-    "rope_scaling": (False, None),
     "position_embedding_type": ("rope", "learned_absolute"),
     "apply_residual_connection_post_layernorm": (False,),
     "squared_relu": (False,),
