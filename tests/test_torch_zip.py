@@ -122,7 +122,7 @@ def test_records_are_those_of_zipfile():
 
 
 def test_64_bit_directory_is_read(tmp_path):
-    from core.containers import torch_zip_writer
+    from core.containers import torch_zip_layout, torch_zip_writer
 
     class Sink(io.BytesIO):
         size = 0
@@ -133,11 +133,11 @@ def test_64_bit_directory_is_read(tmp_path):
             return zlib.crc32(data)
 
     sink = Sink()
-    limit, torch_zip_writer.ZIP64_FROM = torch_zip_writer.ZIP64_FROM, 100
+    limit, torch_zip_layout.ZIP64_FROM = torch_zip_layout.ZIP64_FROM, 100
     try:
         torch_zip_writer.write_torch_zip(sink, example())
     finally:
-        torch_zip_writer.ZIP64_FROM = limit
+        torch_zip_layout.ZIP64_FROM = limit
     data = sink.getvalue()
     assert b"PK\6\6" in data
     assert_same_as_torch(data, opened(data))

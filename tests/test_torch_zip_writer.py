@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.containers import torch_zip_writer
+from core.containers import torch_zip_layout
 from core.containers.torch_zip import TorchZip
 from core.containers.torch_zip_writer import file_size, write_torch_zip
 from core.storage import DISK
@@ -93,7 +93,7 @@ def test_equal_objects_give_equal_bytes(tmp_path):
 
 @pytest.mark.parametrize("zip64_from", [0xFFFFFFFF, 100], ids=["32-bit", "64-bit"])
 def test_zip_programs_find_every_record_whole(tmp_path, monkeypatch, zip64_from):
-    monkeypatch.setattr(torch_zip_writer, "ZIP64_FROM", zip64_from)
+    monkeypatch.setattr(torch_zip_layout, "ZIP64_FROM", zip64_from)
     path = tmp_path / "a.pt"
     write(path, example())
     with zipfile.ZipFile(path) as archive:
@@ -107,7 +107,7 @@ def test_zip_programs_find_every_record_whole(tmp_path, monkeypatch, zip64_from)
 
 @pytest.mark.parametrize("zip64_from", [0xFFFFFFFF, 100], ids=["32-bit", "64-bit"])
 def test_our_own_reader_agrees_with_torch_on_names_shapes_and_bytes(tmp_path, monkeypatch, zip64_from):
-    monkeypatch.setattr(torch_zip_writer, "ZIP64_FROM", zip64_from)
+    monkeypatch.setattr(torch_zip_layout, "ZIP64_FROM", zip64_from)
     content = example()
     write(tmp_path / "a.pt", content)
     with (tmp_path / "a.pt").open("rb") as file:

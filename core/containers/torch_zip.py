@@ -1,7 +1,7 @@
 """Read what a `.pt` zip holds from its directory and `data.pkl` alone: no torch, no weights, nothing executed.
 
 The zip is PKWARE's APPNOTE 4.3 with its 64-bit extension; which records a torch file has is told in
-docs of torch.serialization and in the docstring of `core/containers/torch_zip_writer.py`.
+docs of torch.serialization and in the docstring of `core/containers/torch_zip_layout.py`.
 """
 
 from __future__ import annotations

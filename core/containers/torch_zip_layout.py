@@ -1,7 +1,9 @@
-"""Lay out a torch file without torch: the pickle of its content by hand, and the zip around records of any length.
+"""Lay out a torch file without torch: the zip around its records, and the pickle of a content by hand.
 
-The layout is that of core/containers/torch_zip_writer.py, which writes live tensors; here the bytes of a tensor come in
-pieces, so that none has to be in memory.
+A torch file is a zip whose records are stored uncompressed and 64-byte aligned: `data.pkl` (the object, its storages
+replaced by keys), `data/<key>` (the bytes of each storage), `byteorder` and `version`. The CRC32 of a record is known
+only when its bytes have passed, so it follows them in a data descriptor (APPNOTE 4.3.9) and stands in the directory.
+Equal objects give equal bytes. The bytes of a record may come in pieces, so that no tensor has to be in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from core.containers.spec import dense_strides
 from core.errors import CheckpointMismatch
 
 ALIGNMENT = 64
-_WIDE_FROM = 0xFFFFFFFF
+ZIP64_FROM = 0xFFFFFFFF
+"""Sizes and offsets from here on stand in 64-bit fields; tests lower it."""
+
 _DESCRIPTOR_FOLLOWS, _UTF8 = 0x0008, 0x0800
 _PADDING_ID = 0xD935
 _DOS_DATE = 0x0021  # 1980-01-01: no clock in the bytes
@@ -67,7 +71,7 @@ class Made:
 
 
 class Sink(Protocol):
-    """What is needed of an output."""
+    """What the writers need of an output."""
 
     size: int
 
@@ -188,7 +192,7 @@ class ZipLayout:
     def record(self, name: str, size: int, pieces: Iterable[bytes | memoryview]) -> None:
         """Append a record whose bytes come in pieces, `size` in all."""
         path, offset = f"{self.folder}/{name}".encode(), self.sink.size
-        wide = size >= _WIDE_FROM
+        wide = size >= ZIP64_FROM
         extra = struct.pack("<HHQQ", 1, 16, 0, 0) if wide else b""
         padding = -(offset + 30 + len(path) + len(extra) + 4) % ALIGNMENT
         extra += struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
@@ -212,7 +216,7 @@ class ZipLayout:
         for entry in self._entries:
             self.sink.write(_directory_entry(entry))
         length, count, end = self.sink.size - start, len(self._entries), self.sink.size
-        if start >= _WIDE_FROM or length >= _WIDE_FROM or count >= 0xFFFF:
+        if start >= ZIP64_FROM or length >= ZIP64_FROM or count >= 0xFFFF:
             self.sink.write(struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start))
             self.sink.write(struct.pack("<4sIQI", b"PK\6\7", 0, end, 1))
             start, length, count = 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFF
@@ -220,10 +224,10 @@ class ZipLayout:
 
 
 def _directory_entry(entry: _Entry) -> bytes:
-    wide = [value for value in (entry.size, entry.size, entry.offset) if value >= _WIDE_FROM]
+    wide = [value for value in (entry.size, entry.size, entry.offset) if value >= ZIP64_FROM]
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-    size, offset = min(entry.size, 0xFFFFFFFF), min(entry.offset, 0xFFFFFFFF)
-    version = 45 if entry.size >= _WIDE_FROM else 20
+    size, offset = (min(v, 0xFFFFFFFF) if v < ZIP64_FROM else 0xFFFFFFFF for v in (entry.size, entry.offset))
+    version = 45 if entry.size >= ZIP64_FROM else 20
     flags = _DESCRIPTOR_FOLLOWS | _UTF8
     head = (b"PK\1\2", 45, version, flags, 0, 0, _DOS_DATE, entry.crc32, size, size, len(entry.name), len(extra))
     return struct.pack("<4s6H3I5H2I", *head, 0, 0, 0, 0, offset) + entry.name + extra

@@ -96,7 +96,14 @@ def hf_to_ours(model: Model, options: Options) -> dict[str, Any]:
         raise model.refuse(f"layer_norm_epsilon is {config['layer_norm_epsilon']!r}; our GPT has {EPSILON}.")
     if model.sizes.get("n_ffn", 4 * model.sizes["n_embd"]) != 4 * model.sizes["n_embd"]:
         raise model.refuse(f"n_inner is {model.sizes['n_ffn']}; our GPT has 4 n_embd, {4 * model.sizes['n_embd']}.")
-    tied = HEAD not in model.tensors or model.is_same(HEAD, HF_TABLE)
+    says_tied = config.get("tie_word_embeddings", True)
+    same = HEAD not in model.tensors or model.is_same(HEAD, HF_TABLE)
+    if says_tied and not same:
+        raise model.refuse(
+            f"tie_word_embeddings is true, but {HEAD} has other values than {HF_TABLE}: transformers would leave it "
+            "out. Set it to false if the model was trained with a head of its own."
+        )
+    tied = says_tied and same
     if tied:
         model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
     dropout = config.get("resid_pdrop", 0.1)
