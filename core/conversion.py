@@ -54,9 +54,9 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
 def _refuse_flags(model: Model, kind: Format, options: Options) -> None:
     """Refuse flags that would have no effect: they say what a Megatron file leaves out of another program's config."""
     asked = [f"--{name}" for name in FLAGS if name in options.more]
-    if asked and not (model.family.startswith("megatron_") and kind.name in ("hf", "bundle", "nanogpt")):
+    if asked and not (model.family.startswith("megatron_") and kind.families):
         raise model.refuse(
-            f"{', '.join(asked)}: for Megatron's models with --to hf and bundle, and this is {model.program} "
+            f"{', '.join(asked)}: what a Megatron file does not say, and this is {model.program} "
             f"with --to {kind.name}. Leave it out."
         )
 

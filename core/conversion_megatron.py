@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from core.conversion_plan import Model, Options, Plan, Ref, WeightFile, target_of
-from core.families.megatron_settings import NAMES, ONLY
+from core.families.megatron_settings import NAMES, ONLY, unknown
 from core.families.megatron_source import localize
 
 FILE, STATE, SETTINGS = "exported_model.pt", "model_state_dict", "model_config"
@@ -28,13 +28,13 @@ def plan_megatron(model: Model, options: Options, target: Path) -> Plan:
     localize(model)
     is_folder = target.suffix not in (".pt", ".pth", ".bin", ".ckpt")
     file = FILE if is_folder else target.name
-    model.config = export_config(model)
+    model.config = export_config(model, options)
     targets = [target_of(model, name, file, options, f"{STATE}.{name}") for name in model.tensors]
     content = {STATE: {one.name: Ref(one.path) for one in targets}, SETTINGS: model.config}
     return Plan(model, target, "megatron", [WeightFile(file, targets, content)], is_folder=is_folder)
 
 
-def export_config(model: Model) -> dict[str, Any]:
+def export_config(model: Model, options: Options) -> dict[str, Any]:
     """Write the config of an export: the eight fields it always has, as the tensors show them, and what else is known.
 
     Raises: CheckpointMismatch when neither the tensors nor a config say what the heads are.
@@ -42,7 +42,7 @@ def export_config(model: Model) -> dict[str, Any]:
     needed = ("n_layer", "n_embd", "n_head", "n_ffn", "n_kv_head", "head_size", "vocab_size")
     lost = [word for word in needed if word not in model.sizes]
     if lost:
-        raise model.refuse(f"{', '.join(lost)} cannot be told from its tensors, and no config beside it says it.")
+        raise unknown(model, lost)
     size, said = model.sizes, model.config.get("vocab_size")
     config = {
         "num_layers": size["n_layer"],
@@ -57,4 +57,8 @@ def export_config(model: Model) -> dict[str, Any]:
     }
     if UNTIED in config:
         config[UNTIED] = HEAD in model.tensors
+    config |= {NAMES[flag][0]: value for flag, value in options.more.items() if flag in NAMES}
+    config |= {flag: options.more[flag] for flag in ("bos_token_id", "eos_token_id") if flag in options.more}
+    if "activation" in options.more:
+        config["bias_gelu_fusion"] = options.more["activation"] == "gelu_new"
     return config

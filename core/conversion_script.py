@@ -43,6 +43,8 @@ def add_flags(parser: Parser) -> None:
 def _add_megatron_flags(parser: Parser) -> None:
     """Add what a file of Megatron does not say; defaults that are taken are printed."""
     group = parser.add_argument_group("of a Megatron model, where nothing beside its tensors says it")
+    heads = "heads, where no config says it: the tensors show only their groups and width together"
+    group.add_argument("--num_attention_heads", metavar="N", type=count, help=heads)
     group.add_argument("--rope_theta", metavar="X", type=positive, help="base of the rotary embedding (10000)")
     group.add_argument("--norm_eps", metavar="X", type=positive, help="epsilon of the norms (1e-5; Qwen 1e-6)")
     group.add_argument("--rotary_percent", metavar="X", type=positive, help="part of a head that is rotated (1)")

@@ -52,6 +52,7 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
         raise CheckpointDamaged(found.damage[0])
     megatron_source.refuse_classic(found.container)
     megatron_source.set_aside(found)
+    megatron_source.take_heads(found, options or Options())
     if found.container.foreign and not megatron_source.is_iteration(found.container):
         raise CheckpointError(
             f"{path}: its pickle names {', '.join(found.container.foreign[:3])}. Nothing was executed, and nothing is "
@@ -115,8 +116,10 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
     for name, spec in found.weights.items():
         if name in identity.buffers:
             dropped[spec.name] = identity.buffers[name]
-        else:
+        elif name in identity.places:
             tensors[identity.places[name]] = stored(found.container, spec)
+        else:  # beside a whole model there is only that
+            dropped[spec.name] = "of an optimizer"
     bundle = found.bundle
     model = Model(
         path=path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -295,7 +296,36 @@ def test_settings_that_change_what_is_computed_are_refused(fixtures, tmp_path):
     made = json.loads((target / "config.json").read_text())
     assert (made["max_position_embeddings"], made["eos_token_id"], made["bos_token_id"]) == (99, 7, None)
     said = refused(tmp_path / "hf", tmp_path / "x.pt", "megatron", more={"rope_theta": 1.0})
-    assert "--rope_theta: for Megatron's models with --to hf and bundle" in said
+    assert "--rope_theta: what a Megatron file does not say, and this is Hugging Face Llama" in said
+
+
+def test_heads_that_no_config_says_are_asked_for(fixtures, tmp_path):
+    for name, heads in ((LLAMA, 8), (GPT2, 4)):
+        state = exported(export_of(fixtures, name))[0]
+        bare = write_export(tmp_path / f"{heads}.pt", state, {})
+        said = refused(bare, tmp_path / "x")
+        assert "n_head" in said and said.endswith("no config beside them says it. Add --num_attention_heads N.")
+        more = {"num_attention_heads": heads} | ({"max_position_embeddings": 64} if name == LLAMA else {})
+        converted(bare, tmp_path / f"hf{heads}", "hf", more=more)
+        converted(export_of(fixtures, name), tmp_path / f"direct{heads}", "hf")
+        assert tensors_of(tmp_path / f"hf{heads}") == tensors_of(tmp_path / f"direct{heads}")
+    converted(bare, tmp_path / "out.pt", "megatron", more={"num_attention_heads": 4, "norm_eps": 1e-3})
+    assert exported(tmp_path / "out.pt")[1].items() >= {("num_attention_heads", 4), ("norm_epsilon", 1e-3)}
+
+
+def test_what_is_no_data_in_the_arguments_of_a_run_is_neither_executed_nor_in_the_way(fixtures, tmp_path):
+    state, config = exported(export_of(fixtures, LLAMA))
+    source = write_iteration(tmp_path / "run/iter_0000100", state, **config, **RUN[LLAMA], trap=Trap())
+    converted(source, tmp_path / "hf", "hf")
+    (source / "common.pt").unlink()
+    assert "Add --num_attention_heads N." in refused(source, tmp_path / "x")
+
+
+class Trap:
+    """Ends the process of whoever unpickles it; Megatron's own arguments hold enums of its modules."""
+
+    def __reduce__(self):
+        return sys.exit, (99,)
 
 
 def test_a_flag_wins_over_what_the_run_says_and_is_said(fixtures, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 from core.computed import Computed, mean, plus_one
 from core.conversion_plan import Model, Options, Pair
 from core.families import megatron_tables
-from core.families.megatron_settings import activation, ids, refuse_other_models, setting
+from core.families.megatron_settings import activation, ids, refuse_other_models, setting, unknown
 from core.families.megatron_source import localize
 from core.view import filled
 
@@ -31,7 +31,7 @@ def _numbers(model: Model, *needed: str) -> dict[str, int]:
     """Numbers of the model that have to be known."""
     lost = [word for word in needed if word not in model.sizes]
     if lost:
-        raise model.refuse(f"{', '.join(lost)} cannot be told from its tensors, and no config beside it says it.")
+        raise unknown(model, lost)
     return {word: model.sizes[word] for word in needed}
 
 

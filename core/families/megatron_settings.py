@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from core.conversion_plan import Model, Options
+from core.errors import CheckpointMismatch
 
 NAMES: dict[str, tuple[str, ...]] = {
     "rope_theta": ("rotary_base",),
@@ -19,7 +20,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """Flags, and what Megatron calls them."""
 
-FLAGS = (*NAMES, "activation", "bos_token_id", "eos_token_id")
+FLAGS = (*NAMES, "num_attention_heads", "activation", "bos_token_id", "eos_token_id")
 """Everything that a flag may say of a Megatron model."""
 
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -72,6 +73,14 @@ def refuse_other_models(model: Model, options: Options) -> None:
             f"rotary_percent is {percent}: only that part of a head is rotated, and Llama and Qwen rotate all of it. "
             "--to safetensors keeps the tensors."
         )
+
+
+def unknown(model: Model, words: list[str]) -> CheckpointMismatch:
+    """Make the error that says which numbers of a model nothing shows."""
+    help_ = " Add --num_attention_heads N." if model.family.startswith("megatron_") else ""
+    return model.refuse(
+        f"{', '.join(words)} cannot be told from its tensors, and no config beside them says it.{help_}"
+    )
 
 
 def activation(model: Model, options: Options) -> str:

@@ -8,7 +8,7 @@ from core.containers.container import Container
 from core.containers.foreign import attributes
 from core.containers.inert import as_text
 from core.containers.spec import TensorSpec
-from core.conversion_plan import Model
+from core.conversion_plan import Model, Options
 from core.errors import CheckpointError, CheckpointMismatch
 from core.families.identify import Identity, identify
 from core.families.megatron_tables import TRANSFORMER_ENGINE, unstacked
@@ -71,6 +71,21 @@ def _common(container: Container) -> dict[str, Any]:
     content = container.content if isinstance(container.content, dict) else {}
     common = content.get("common")
     return common if isinstance(common, dict) else {}
+
+
+def take_heads(found: Inspected, options: Options) -> None:
+    """Put the number of heads that a flag says into the config of a Megatron model, and with it how wide one is.
+
+    Raises: CheckpointMismatch when the tensors cannot have so many.
+    """
+    heads: int = options.more.get("num_attention_heads", 0)
+    if not heads or not found.identity.family.startswith("megatron_"):
+        return
+    wide = next((spec.shape[-1] for name, spec in found.weights.items() if name.endswith(".linear_proj.weight")), 1)
+    if wide % heads == 0:
+        found.config = {**(found.config or {}), "num_attention_heads": heads, "kv_channels": wide // heads}
+        return
+    raise CheckpointMismatch(f"{found.path}: linear_proj.weight has {wide} columns, no multiple of {heads} heads.")
 
 
 def read_arguments(fields: dict[str, Any]) -> dict[str, Any]:
