@@ -86,6 +86,7 @@ def plan_matched(source: Path, target: Path, to: str, options: Options, held: Ex
         plan.copies = along
     else:
         plan.beside = along
+        model.notes.append(f"copied beside {target.name}: {', '.join(along) or 'nothing'}")
     plan.check()
     return plan
 
@@ -158,7 +159,7 @@ def _target(model: Model, name: str, original: View) -> Target:
     view = model.tensors.get(name, original)
     rule = model.rules.get(name, "copy") if name in model.tensors else "from the original"
     rule += f", cast to {original.dtype}" if view.dtype != original.dtype else ""
-    return Target(name, name, "", original.dtype, view, rule, is_weight=name in model.tensors)
+    return Target(name, name, "", original.dtype, view, rule)
 
 
 def _laid_out(model: Model, targets: dict[str, Target], original: Container, target: Path, options: Options) -> Plan:

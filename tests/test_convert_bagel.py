@@ -82,6 +82,7 @@ def test_both_spellings_write_the_published_model_with_the_weights_of_the_step(
     assert sorted(taken) == sorted(name for name in pair.published if "vision_model.encoder.layers.26." in name)
     assert len(taken) == 16
     assert any("16 of 1239 tensors are not in" in line for line in said)
+    assert any(": safetensors, 1239 tensors, bfloat16" in line for line in said)
     assert any("1223 tensors are cast from float32 to bfloat16" in line for line in said)
     assert sorted(p.name for p in out.parent.iterdir()) == sorted([*bagel.COPIED, out.name])
     assert all((out.parent / name).read_bytes() == (pair.original / name).read_bytes() for name in bagel.COPIED)
