@@ -14,6 +14,7 @@ from core.containers.distributed import foreign_within, is_distributed
 from core.containers.foreign import attributes
 from core.containers.inert import Call, Global, as_text
 from core.containers.pickles import parse_pickle
+from core.containers.reductions import Reductions
 from core.containers.spec import ITEM_SIZES
 from core.errors import CheckpointDamaged, CheckpointError
 
@@ -28,7 +29,7 @@ _DATA = frozenset(
 """What it names besides the classes of torch.distributed."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Place:
     """A block of a tensor, or a value, and the bytes of the torch zip that holds it."""
 
@@ -39,7 +40,7 @@ class Place:
     length: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Entry:
     """One name in a DCP folder: a tensor in blocks, or, without a dtype, a value in one torch zip."""
 
@@ -50,7 +51,7 @@ class Entry:
     places: list[Place]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Metadata:
     """What `.metadata` says, checked for what can be checked without the other files."""
 
@@ -71,7 +72,7 @@ def read_metadata(data: bytes, where: str) -> Metadata:
         named[name.path] = None
         return name
 
-    reductions = {"torch.Size": _size, "torch.serialization._get_layout": _layout}
+    reductions: Reductions = {"torch.Size": _size, "torch.serialization._get_layout": _layout}
     parsed = parse_pickle(data, where, resolve=resolve, reductions=reductions)
     root = attributes(parsed.value) if isinstance(parsed.value, Call) else None
     if root is None or not isinstance(root.get("state_dict_metadata"), dict):

@@ -195,8 +195,8 @@ def check_structure(root: Any, where: str, length: int) -> Container[int]:
                 if measured[identity] is None:
                     raise CheckpointDamaged(f"{where}: its content contains itself; a checkpoint is a tree.")
                 continue
-            size, height, inner = 1, 0, []
-            for child in children(value) or ():
+            size, height, inner, kind = 1, 0, [], type(value)
+            for child in value if kind is tuple else children(value) or ():
                 kind = type(child)
                 if kind is str or kind is bytes:
                     size += 1 + len(child)

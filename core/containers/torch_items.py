@@ -24,7 +24,7 @@ _END64 = struct.Struct("<4s36xQQ")  # as _END
 _CRC_BEFORE_NAME = 46 - 16  # in an entry of the directory, whose fixed part has 46 bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Item:
     """What one torch zip holds; offsets in its specs and records count from the beginning of the file around it."""
 
@@ -91,7 +91,7 @@ class _Window:
         return read_at(self.file, self.start + begin, end - begin, self.where)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class _Layout:
     """The zip of one plain tensor, but for the bytes of the tensor; offsets count from its beginning."""
 

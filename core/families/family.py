@@ -13,7 +13,7 @@ times head size), `n_kv_head`, `head_size`, `n_ffn`, and `head_rows` where the h
 table; any other word is a number that is only compared."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Style:
     """A family within a family: one table, told apart by which of its switches are on."""
 
@@ -22,7 +22,7 @@ class Style:
     switches: Mapping[str, bool]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Family:
     """What one program calls its tensors; in a name `{i}` is a layer, `{j}` a head, `{n}` any number."""
 
@@ -51,7 +51,7 @@ class Family:
     claims: Mapping[str, str] = field(default_factory=dict)  # field of the config beside it: switch that it decides
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Side:
     """One side of a shape: times x symbol / over (+ 2 more), or at least that."""
 

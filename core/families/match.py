@@ -17,7 +17,7 @@ _MANY = 20  # numbers listed in a sentence
 _MOST = 10_000  # missing names listed: names of a few layers and heads ask for their product
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Measure:
     """What a word of the table is, and the tensor that shows it."""
 
@@ -26,7 +26,7 @@ class Measure:
     shape: Shape
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Match:
     """Which tensor of a file is which row of a family's table, and what does not fit."""
 
