@@ -57,7 +57,7 @@ def identify(
         return Identity(UNKNOWN, "", "", f"{error}: there are two models in it, or one saved twice")
     skeletons = {skeleton(name) for name in plain}
     matches = [match(family, plain, shapes) for family in FAMILIES if _signature(family) & skeletons]
-    best = max(matches, key=lambda m: (m.placed - m.unfit, -len(m.missing)), default=None)
+    best = max(matches, key=lambda m: (m.placed - m.unfit, m.placed, -len(m.missing)), default=None)
     if best is None or best.placed <= len(best.unplaced) or (best.lost and best.extra):
         return Identity(UNKNOWN, "", "", _why_unknown(plain, best))
     config = config if isinstance(config, Mapping) else None
