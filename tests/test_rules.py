@@ -48,6 +48,19 @@ def test_views_rearrange_as_numpy_does(scratch, shape, axes, seed):
         assert (read(split_axis(merged, k, both.shape[k + 1])) == fused).all()
 
 
+def test_large_tensors_of_every_order_are_put_in_place(scratch, monkeypatch):
+    rng = np.random.default_rng(0)
+    for slab in (8 << 20, 40_000):  # read at once, and a slab at a time
+        monkeypatch.setattr("core.gather.SLAB", slab)
+        for shape, axes in (((301, 257), (1, 0)), ((5, 300, 170), (2, 0, 1)), ((300, 3, 170), (2, 1, 0))):
+            array = numbers(rng, *shape)
+            view = permute(scratch.put("a", array), axes)
+            assert (read(view) == array.transpose(axes)).all()
+            part, expected = cut(view, 1, 1, view.shape[1]), array.transpose(axes)[:, 1:]
+            assert (read(part) == expected).all()
+            assert (read(cut(part, 0, 7, 8)) == expected[7:8]).all()
+
+
 @many
 @given(st.data())
 def test_each_rule_and_its_inverse_give_the_same_bytes_back(scratch, data):
