@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import gc
 import io
@@ -218,7 +219,8 @@ def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    gc.disable()  # all that is read is shown at the end; looking for cycles among it took a tenth of the time
+    gc.disable()  # all that is read is shown at the end; looking for cycles among it took a tenth of the time,
+    atexit.register(gc.freeze)  # and as much again at the end of the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no failure
     run(main)

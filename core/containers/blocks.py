@@ -16,7 +16,12 @@ _MOST_CUTS = 5
 
 def naturals(values: Any) -> TypeGuard[tuple[int, ...]]:
     """Whether a value from a file is a tuple of whole numbers from 0, as shapes and offsets are."""
-    return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+    if not isinstance(values, tuple):
+        return False
+    for value in values:  # noqa: SIM110 (three times as fast as all(), and asked for every tensor)
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            return False
+    return True
 
 
 def blocks_fault(shape: tuple[int, ...], blocks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
