@@ -239,16 +239,23 @@ def plan_nanogpt(model: Model, options: Options, target: Path) -> Plan:
 
 
 def _decayed_first(model: Model) -> None:
-    """nanoGPT has two groups: what has at least two sides decays, the rest does not."""
+    """nanoGPT has two groups: what has at least two sides decays, the rest does not.
+
+    Raises: CheckpointMismatch for an optimizer of other groups, or with parameters that were filled in.
+    """
     assert model.moments is not None
     groups = model.moments.groups
-    decays = [group.get("weight_decay", 0.0) for group in groups]
-    if len(groups) != 2:
-        raise model.refuse(
-            f"its optimizer has {len(groups)} groups of parameters, nanoGPT's two. Leave out --include_optimizer."
-        )
-    if decays[0] == 0.0 and decays[1] != 0.0:
-        groups.reverse()
+    sides = {name: len(view.shape) for name, view in model.sources.items()}
+    kinds = [{sides.get(name, 0) >= 2 for name in group["names"]} for group in groups]
+    filled = [name for name, view in model.tensors.items() if view.is_constant]
+    if sorted(map(list, kinds)) != [[False], [True]]:
+        found = f"{len(groups)} groups of parameters, which are not"
+    elif filled:
+        found = f"no moments for {filled[0]}, which is filled in; nanoGPT has groups of"
+    else:
+        groups.sort(key=lambda group: sides[group["names"][0]] < 2)
+        return
+    raise model.refuse(f"its optimizer has {found} all matrices and all the rest. Leave out --include_optimizer.")
 
 
 def plan_hf(model: Model, options: Options, target: Path) -> Plan:

@@ -13,6 +13,7 @@ from core.differences import listed
 from core.errors import CheckpointMismatch
 from core.gather import FLOATS, Gatherer
 from core.rules import Row, Sizes, Table, apply
+from core.tensor_table import grouped
 from core.view import View
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -261,6 +262,12 @@ class Plan:
             raise CheckpointMismatch(
                 f"{self.model.path}: the plan is not whole: {listed(faults)}. Nothing was written."
             )
+
+
+def folded(said: Mapping[str, str]) -> dict[str, str]:
+    """Names that differ only in their numbers, and of which the same is said, in one: `blocks.{0..5}.ln1.bias`."""
+    facts = [{"name": name, "shape": (), "dtype": text} for name, text in said.items()]
+    return {name: text for name, _, text in grouped(facts)}
 
 
 def _numel(shape: Iterable[int]) -> int:

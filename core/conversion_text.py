@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from core.conversion_formats import FORMATS
-from core.conversion_plan import Plan
+from core.conversion_plan import Plan, folded
 from core.families.pairs import PAIRS, ways
 from core.screen import columns, printable, size_text
 
@@ -47,9 +47,9 @@ def plan_text(plan: Plan) -> Iterable[str]:
         for t in plan.targets
     ]
     yield from columns(rows)
-    for name, reason in plan.model.dropped.items():
+    for name, reason in folded(plan.model.dropped).items():
         yield f"left out: {printable(name)} ({reason})"
-    for name, what in plan.filled.items():
+    for name, what in folded(plan.filled).items():
         yield f"not from the source: {printable(name)} = {printable(what)}"
     yield from summary(plan)
 

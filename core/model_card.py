@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.conversion_plan import Plan
+from core.conversion_plan import Plan, folded
 
 
 def card(plan: Plan) -> str:
@@ -25,11 +25,8 @@ def card(plan: Plan) -> str:
     if model.step is not None:
         lines.append(f"- trained for {model.step} steps")
     lines += [f"- {note}" for note in model.notes]
-    lines += [f"- not in it: `{name}`, {reason}" for name, reason in list(model.dropped.items())[:20]]
-    filled = plan.filled
-    if filled:
-        first = next(iter(filled))
-        lines.append(f"- {len(filled)} tensors are not from the source, such as `{first}`: {filled[first]}")
+    lines += [f"- not in it: `{name}`, {reason}" for name, reason in folded(model.dropped).items()]
+    lines += [f"- not from the source: `{name}` is {what}" for name, what in folded(plan.filled).items()]
     if model.tokenizer is not None:
         lines.append(f"- tokenizer: {_tokenizer(model.tokenizer)}")
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.model import GPT
 from tests.conversions import converted, hf_logits, index_of, tensors_of, worst
-from tests.helpers import config, manager, started, train_and_save
+from tests.helpers import SMALL, config, manager, started, train_and_save
 
 
 @pytest.fixture
@@ -97,6 +97,21 @@ def test_nanogpt_comes_back_from_a_bundle_bit_for_bit_with_its_optimizer(nanogpt
     assert second["iter_num"] == 40 and second["best_val_loss"] == float(first["best_val_loss"])
     params = [group["params"] for group in second["optimizer"]["param_groups"]]
     assert params == [group["params"] for group in first["optimizer"]["param_groups"]]
+
+
+def test_an_optimizer_that_nanogpt_has_not_is_refused(tmp_path):
+    fields = {"tied_head": True, "head_bias": False, "bias": False}
+    made, model, optimizer = started(tmp_path, "a", config={**SMALL, **fields})  # norms have biases, qkv has none
+    train_and_save(made, model, optimizer, 1)
+    with pytest.raises(CheckpointMismatch, match=r"no moments for .*bias, which is filled in; nanoGPT has groups of"):
+        converted(tmp_path / "a", tmp_path / "a.pt", "nanogpt", include_optimizer=True)
+    made, model, optimizer = started(tmp_path, "b", config={**SMALL, **fields, "bias": True})
+    train_and_save(made, model, optimizer, 1)
+    converted(tmp_path / "b", tmp_path / "b.pt", "nanogpt", include_optimizer=True)
+    content = torch.load(tmp_path / "b.pt", weights_only=True)
+    shapes = [t.ndim for name, t in content["model"].items() if name != "lm_head.weight"]
+    groups = [len(group["params"]) for group in content["optimizer"]["param_groups"]]
+    assert groups == [sum(n >= 2 for n in shapes), sum(n < 2 for n in shapes)]
 
 
 def test_a_vocabulary_that_does_not_fit_or_is_no_data_is_refused(nanogpt, tmp_path):
