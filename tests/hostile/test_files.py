@@ -20,22 +20,6 @@ from tests.hostile.assemble import torch_zip
 from tests.hostile.files import CASES
 from tests.hostile.pickles import PAYLOADS
 
-OPEN: dict[str, list[str]] = {}
-"""Known faults, each with the cases that show it; a case that is mended has to be taken off this list."""
-
-SLOW: dict[str, list[str]] = {}
-RAW: dict[str, list[str]] = {}
-
-
-def each(*known: dict[str, list[str]]):
-    reasons = {case: reason for faults in known for reason, cases in faults.items() for case in cases}
-    assert reasons.keys() <= CASES.keys()
-    cases = [
-        pytest.param(name, marks=[pytest.mark.xfail(reason=reasons[name], strict=True)] if name in reasons else [])
-        for name in CASES
-    ]
-    return pytest.mark.parametrize("name", cases)
-
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
@@ -46,7 +30,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path / "checkpoint"
 
 
-@each(OPEN)
+@pytest.mark.parametrize("name", CASES)
 def test_a_hostile_file_is_refused_or_opened_with_the_finding(name, folder):
     case = CASES[name]
     path = case.write(folder)
@@ -76,14 +60,14 @@ def measured(tmp_path_factory) -> dict[str, dict]:
     return dict(zip(paths, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@each(SLOW)
+@pytest.mark.parametrize("name", CASES)
 def test_a_hostile_file_takes_less_than_a_second_and_200_megabytes(name, measured):
     found = measured[name]
     assert found["seconds"] < 1
     assert found["megabytes"] < 200
 
 
-@each(RAW)
+@pytest.mark.parametrize("name", CASES)
 def test_the_command_line_shows_a_hostile_file_without_a_traceback(name, folder):
     out = shown([str(CASES[name].write(folder))])
     assert re.sub(r"[ -~\n]", "", out.encode("ascii", "xmlcharrefreplace").decode()) == ""
