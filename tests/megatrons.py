@@ -88,3 +88,60 @@ def off_by(folder: Path, ids: torch.Tensor, expected: torch.Tensor) -> float:
     """How far the logits of a folder are from what is expected, relative to their range."""
     with torch.no_grad():
         return worst(hf_model(folder)(ids).logits, expected)
+
+
+def gpt2_export(path: Path) -> tuple[Path, torch.nn.Module]:
+    """A random GPT-2 of transformers as an export: its Conv1D weights turned, q, k and v head by head."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(5)
+    made = GPT2Config(
+        n_layer=2, n_head=4, n_embd=32, n_positions=32, vocab_size=96, activation_function="gelu", initializer_range=0.3
+    )
+    model = GPT2LMHeadModel(made).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    theirs = {name.removeprefix("transformer."): t for name, t in model.state_dict().items()}
+    state = {"embedding.word_embeddings.weight": theirs["wte.weight"],
+             "embedding.position_embeddings.weight": theirs["wpe.weight"]}  # fmt: skip
+    for i in range(2):
+        for a, b in GPT2_PARTS.items():
+            for kind in ("weight", "bias"):
+                tensor = theirs[f"h.{i}.{a}.{kind}"]
+                tensor = tensor.T if tensor.dim() == 2 else tensor
+                if b == QKV:  # rows q, k, v of all heads: for each head its q, k, v
+                    tensor = tensor.reshape(3, 4, 8, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+                state[f"decoder.layers.{i}.{b}.{kind}"] = tensor.contiguous()
+    state |= {f"decoder.final_layernorm.{kind}": theirs[f"ln_f.{kind}"] for kind in ("weight", "bias")}
+    config = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96, "kv_channels": 8}
+    return write_export(path, state, config | {"max_position_embeddings": 32}), model
+
+
+QKV = "self_attention.linear_qkv"
+GPT2_PARTS = {
+    "ln_1": "input_layernorm",
+    "attn.c_attn": QKV,
+    "attn.c_proj": "self_attention.linear_proj",
+    "ln_2": "pre_mlp_layernorm",
+    "mlp.c_fc": "mlp.linear_fc1",
+    "mlp.c_proj": "mlp.linear_fc2",
+}
+
+
+def changed(state: dict, change: str) -> dict:
+    """Tensors of another kind of model."""
+    fc1 = {name: t for name, t in state.items() if name.endswith("linear_fc1.weight")}
+    proj = {name.replace("weight", "bias"): t[:, 0] for name, t in state.items() if name.endswith("linear_proj.weight")}
+    norms = {name.replace("weight", "bias"): t for name, t in state.items() if name.endswith("norm.weight")}
+    positions = "embedding.position_embeddings.weight"
+    return {
+        "no gate": state | {name: t[: t.shape[0] // 2] for name, t in fc1.items()},
+        "odd gate": state | {name: t[:-2] for name, t in fc1.items()},
+        "no layer 0": {name: t for name, t in state.items() if "layers.0." not in name},
+        "proj bias": state | proj,
+        "norm bias": state | norms,
+        "fc1 bias": state | {name.replace("weight", "bias"): t[:, 0] for name, t in fc1.items()}
+        | {name.replace("fc1.weight", "fc2.bias"): torch.zeros(48) for name in fc1},
+        "positions": state | {positions: torch.zeros(64, 64)},
+        "no positions": {name: t for name, t in state.items() if name != positions},
+    }[change]  # fmt: skip

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from core.errors import CheckpointError
 from core.model import GPT
 from tests.conversions import converted, tensors_of
-from tests.megatrons import exported, hf_model, off_by, write_export, write_iteration
+from tests.megatrons import changed, exported, gpt2_export, hf_model, off_by, write_export, write_iteration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,13 +137,18 @@ def test_layernorm_1p_adds_one_exactly(fixtures, tmp_path):
     source = write_export(tmp_path / "1p.pt", less, config)
     facts = converted(source, tmp_path / "plain", "hf")
     assert any("warning: 5 of 5 norm weights average below 0.5" in note for note in facts["notes"])
-    facts = converted(source, tmp_path / "hf", "hf", more={"layernorm_1p": True})
+    flags = {"layernorm_1p": True, "rope_theta": 500000.0}
+    facts = converted(source, tmp_path / "hf", "hf", more=flags)
     assert not any("warning" in note for note in facts["notes"])
     assert any("1 was added to 5 norm weights, which are float32 now" in note for note in facts["notes"])
     made = load_file(tmp_path / "hf/model.safetensors")
     for theirs, ours in (("decoder.final_layernorm", "model.norm"), ("decoder.layers.1.pre_mlp_layernorm", _POST)):
         assert torch.equal(made[f"{ours}.weight"], less[f"{theirs}.weight"].float() + 1)
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "float32"
+    exact = write_export(tmp_path / "exact.pt", state | {name: state[name].float() - 1 for name in norms}, config)
+    converted(exact, tmp_path / "exact", "hf", more=flags)
+    expected = load_file(fixtures / LLAMA / "expected.safetensors")
+    assert off_by(tmp_path / "exact", expected["input_ids"], expected["logits_fp32"]) < 2e-6
     run = RUN[LLAMA] | {"apply_layernorm_1p": True}
     converted(write_iteration(tmp_path / "iter_0000001", less, **config, **run), tmp_path / "iter", "hf")
     assert tensors_of(tmp_path / "iter") == tensors_of(tmp_path / "hf")
@@ -161,44 +166,6 @@ def test_padding_of_the_vocabulary_is_kept_or_cropped(fixtures, tmp_path):
         assert torch.equal(made[name], whole[name][:250])
     assert json.loads((tmp_path / "cropped/config.json").read_text())["vocab_size"] == 250
     hf_model(tmp_path / "cropped")
-
-
-def gpt2_export(path: Path) -> tuple[Path, torch.nn.Module]:
-    """A random GPT-2 of transformers as an export: its Conv1D weights turned, q, k and v head by head."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(5)
-    made = GPT2Config(
-        n_layer=2, n_head=4, n_embd=32, n_positions=32, vocab_size=96, activation_function="gelu", initializer_range=0.3
-    )
-    model = GPT2LMHeadModel(made).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    theirs = {name.removeprefix("transformer."): t for name, t in model.state_dict().items()}
-    state = {"embedding.word_embeddings.weight": theirs["wte.weight"],
-             "embedding.position_embeddings.weight": theirs["wpe.weight"]}  # fmt: skip
-    for i in range(2):
-        for a, b in GPT2_PARTS.items():
-            for kind in ("weight", "bias"):
-                tensor = theirs[f"h.{i}.{a}.{kind}"]
-                tensor = tensor.T if tensor.dim() == 2 else tensor
-                if b == QKV:  # rows q, k, v of all heads: for each head its q, k, v
-                    tensor = tensor.reshape(3, 4, 8, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
-                state[f"decoder.layers.{i}.{b}.{kind}"] = tensor.contiguous()
-    state |= {f"decoder.final_layernorm.{kind}": theirs[f"ln_f.{kind}"] for kind in ("weight", "bias")}
-    config = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96, "kv_channels": 8}
-    return write_export(path, state, config | {"max_position_embeddings": 32}), model
-
-
-QKV = "self_attention.linear_qkv"
-GPT2_PARTS = {
-    "ln_1": "input_layernorm",
-    "attn.c_attn": QKV,
-    "attn.c_proj": "self_attention.linear_proj",
-    "ln_2": "pre_mlp_layernorm",
-    "mlp.c_fc": "mlp.linear_fc1",
-    "mlp.c_proj": "mlp.linear_fc2",
-}
 
 
 def test_gpt2_style_becomes_a_bundle_of_ours_and_back(fixtures, tmp_path):
@@ -234,23 +201,6 @@ def test_tensors_win_over_a_config_that_contradicts_them(fixtures, tmp_path):
     assert "no multiple of" in refused(write_export(tmp_path / "c.pt", state, told), tmp_path / "c")
 
 
-def changed(state: dict, change: str) -> dict:
-    """Tensors of another kind of model."""
-    fc1 = {name: t for name, t in state.items() if name.endswith("linear_fc1.weight")}
-    proj = {name.replace("weight", "bias"): t[:, 0] for name, t in state.items() if name.endswith("linear_proj.weight")}
-    norms = {name.replace("weight", "bias"): t for name, t in state.items() if name.endswith("norm.weight")}
-    positions = "embedding.position_embeddings.weight"
-    return {
-        "no gate": state | {name: t[: t.shape[0] // 2] for name, t in fc1.items()},
-        "proj bias": state | proj,
-        "norm bias": state | norms,
-        "fc1 bias": state | {name.replace("weight", "bias"): t[:, 0] for name, t in fc1.items()}
-        | {name.replace("fc1.weight", "fc2.bias"): torch.zeros(48) for name in fc1},
-        "positions": state | {positions: torch.zeros(64, 64)},
-        "no positions": {name: t for name, t in state.items() if name != positions},
-    }[change]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
@@ -259,6 +209,8 @@ def changed(state: dict, change: str) -> dict:
             "no gate",
             "no known style: its norms have no biases, as Llama's, and its feed-forward part has no gate",
         ),
+        (LLAMA, "odd gate", "expected 176 rows, or 352 where it is gated"),
+        (LLAMA, "no layer 0", "layers 1 are there, 1 in between are not"),
         (LLAMA, "proj bias", "linear_proj has a bias and linear_qkv none: Llama has both or neither"),
         (LLAMA, "norm bias", "its norms have biases (LayerNorm) and its feed-forward part is gated"),
         (LLAMA, "positions", "it has a table of positions (position_embeddings), and Llama and Qwen have rotary ones."),
@@ -274,6 +226,7 @@ def test_what_transformers_has_no_model_for_is_refused(fixtures, tmp_path, name,
 OTHERS = {
     "rotary_percent": 0.25,
     "use_rope_scaling": True,
+    "rotary_seq_len_interpolation_factor": 4,
     "rotary_interleaved": True,
     "position_embedding_type": "none",
     "window_size": [128, 0],

@@ -26,6 +26,8 @@ FLAGS = (*NAMES, "num_attention_heads", "activation", "bos_token_id", "eos_token
 ONLY: dict[str, tuple[Any, ...]] = {
     "rotary_interleaved": (False,),
     "use_rope_scaling": (False,),
+    "rotary_seq_len_interpolation_factor": (None, 1, False),
+    "no_rope_freq": (None, False),
     "position_embedding_type": ("rope", "learned_absolute"),
     "apply_residual_connection_post_layernorm": (False,),
     "squared_relu": (False,),
