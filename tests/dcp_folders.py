@@ -97,3 +97,31 @@ def write_rows(folder: Path) -> Path:
     writer.tensor("w", torch.arange(28.0).reshape(7, 4), ROWS)
     writer.value("lr", 0.5)
     return writer.close()
+
+
+def write_ranks(folder: Path, tensors: dict[str, torch.Tensor], ranks: int, by_size: bool = False) -> Path:
+    """Write what FSDP ranks do: each its rows of all tensors, in their order or by size; no part without rows."""
+    writer = Writer(folder, ranks)
+    rows = {name: -(-len(tensor) // ranks) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():  # what is said of each; the items follow
+        tail = tuple(tensor.shape[1:])
+        firsts = range(0, len(tensor), rows[name])
+        boxes = [((k, *[0] * len(tail)), (min(rows[name], len(tensor) - k), *tail)) for k in firsts]
+        writer.tensor(name, tensor, boxes)
+    writer.data = [bytearray() for _ in range(ranks)]
+    writer.metadata.storage_data.clear()
+    for rank in range(ranks):
+        parts = {name: tensor[rank * rows[name] : (rank + 1) * rows[name]] for name, tensor in tensors.items()}
+        names = sorted(parts, key=lambda name: parts[name].numel()) if by_size else list(parts)
+        for name in names:
+            if len(parts[name]):
+                writer.count = rank
+                begin = (rank * rows[name], *[0] * (tensors[name].dim() - 1))
+                writer.item(MetadataIndex(name, begin), saved(parts[name].clone()))
+    return writer.close()
+
+
+def lost(folder: Path) -> Path:
+    """The folder without its `.metadata`."""
+    (folder / ".metadata").unlink()
+    return folder

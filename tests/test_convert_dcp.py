@@ -15,7 +15,7 @@ import convert_checkpoints
 from core.containers.dcp_rebuilt import rebuild
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from tests.conversions import converted, index_of
-from tests.dcp_folders import Writer, cut, save
+from tests.dcp_folders import lost, save, write_ranks
 from tests.torch_files import bits
 
 STEP = "0000002"
@@ -199,56 +199,23 @@ def test_lost_metadata_without_anything_to_go_by_is_refused(step, tmp_path):
         convert(step, tmp_path)
 
 
-def lost(folder: Path) -> Path:
-    (folder / ".metadata").unlink()
-    return folder
-
-
-def rows(folder: Path, tensors: dict[str, torch.Tensor], files: int, by_size: bool = False) -> Path:
-    """Each rank's rows of all tensors, as FSDP ranks write them."""
-    writer = Writer(folder, files)
-    boxes: list[tuple[str, tuple, tuple, int]] = []
-    for name, tensor in tensors.items():
-        part = -(-len(tensor) // files)
-        for rank in range(files):
-            first = min(rank * part, len(tensor))
-            size = (min(part, len(tensor) - first), *tensor.shape[1:])
-            boxes.append((name, (first, *[0] * (tensor.dim() - 1)), size, rank))
-    for name, tensor in tensors.items():
-        mine = [(begin, size) for held, begin, size, _ in boxes if held == name and size[0]]
-        writer.tensor(name, tensor, mine)
-    writer.data = [bytearray() for _ in range(files)]
-    writer.metadata.storage_data.clear()
-    written = [box for box in boxes if box[2][0]]
-    if by_size:
-        written.sort(key=lambda box: torch.Size(box[2]).numel())
-    for name, begin, size, rank in written:
-        from torch.distributed.checkpoint.metadata import MetadataIndex
-
-        from tests.torch_files import saved
-
-        writer.count = rank
-        writer.item(MetadataIndex(name, begin), saved(cut(tensors[name], begin, size)))
-    return writer.close()
-
-
 MODEL = {"a": torch.randn(7, 3), "b": torch.randn(5), "c": torch.randn(8, 2), "d": torch.randn(5), "e": torch.randn(3)}
 
 
 @pytest.mark.parametrize("by_size", [False, True])
 def test_rows_by_rank_are_named_by_the_order_of_the_modules_or_of_sizes(by_size, tmp_path):
-    folder = lost(rows(tmp_path / "rows", MODEL, 3, by_size))
+    folder = lost(write_ranks(tmp_path / "rows", MODEL, 3, by_size))
     torch.save(MODEL, tmp_path / "like.pt")
     assert same(convert(folder, tmp_path, metadata_from=tmp_path / "like.pt"), MODEL)
 
 
 def test_what_does_not_account_for_every_item_is_refused(ranks, step, tmp_path):
     folder = lost(step / "model_sharded")
-    others = rows(tmp_path / "others", MODEL, 4)
+    others = write_ranks(tmp_path / "others", MODEL, 4)
     with pytest.raises(CheckpointMismatch, match=r"another layout: __0_0\.distcp: found \d+ items, expected \d+"):
         rebuild(folder, others)
     with pytest.raises(CheckpointMismatch, match=r"found the files .*, expected __0_0\.distcp, __1_0"):
-        rebuild(folder, rows(tmp_path / "two", MODEL, 2))
+        rebuild(folder, write_ranks(tmp_path / "two", MODEL, 2))
     with pytest.raises(CheckpointMismatch, match="lists tensors in an order of its own"):
         rebuild(folder, ranks / "expected_model.safetensors")
     names = list(expected(ranks))
@@ -262,7 +229,7 @@ def test_what_does_not_account_for_every_item_is_refused(ranks, step, tmp_path):
 
 
 def test_one_choice_among_several_is_no_choice(tmp_path):
-    folder = lost(rows(tmp_path / "rows", MODEL, 3))
+    folder = lost(write_ranks(tmp_path / "rows", MODEL, 3))
     more = {"a": MODEL["a"], "x": torch.randn(5), **{n: t for n, t in MODEL.items() if n not in "ab"}}
     torch.save({**more, "y": torch.randn(2)}, tmp_path / "like.pt")
     with pytest.raises(CheckpointMismatch, match=r"y \(2,\) fits nowhere, the files go on with nothing"):
@@ -317,6 +284,35 @@ def test_a_flipped_bit_is_found_by_the_checksum_of_its_item(ranks, step, tmp_pat
     with pytest.raises(CheckpointDamaged, match=r"embed\.weight is damaged"):
         convert(step, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [STEP]
+
+
+def test_a_file_of_a_rank_that_is_missing_or_cut_off_is_named(ranks, tmp_path):
+    alone = writable(ranks / STEP, tmp_path / "alone", "model_rank*")
+    os.truncate(alone / "model_rank00003.pt", 20_000)
+    with pytest.raises(CheckpointDamaged, match=r"model_rank00003\.pt: .*\d"):
+        convert(alone, tmp_path)
+    (alone / "model_rank00003.pt").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"model_rank00003\.pt missing, 3 of 4 ranks are here"):
+        convert(alone, tmp_path)
+
+
+def test_files_of_ranks_under_each_others_names_are_put_together_by_what_they_say(ranks, tmp_path):
+    alone = writable(ranks / STEP, tmp_path / "alone", "model_rank*")
+    (alone / "model_rank00001.pt").rename(alone / "x")
+    (alone / "model_rank00002.pt").rename(alone / "model_rank00001.pt")
+    (alone / "x").rename(alone / "model_rank00002.pt")
+    assert same(convert(alone, tmp_path), expected(ranks))
+
+
+def test_a_known_model_in_a_dcp_folder_becomes_what_its_family_does(shared, tmp_path):
+    nanogpt = shared / "fixtures/nanogpt_char_biasFalse"
+    state = torch.load(nanogpt / "ckpt.pt", weights_only=True)
+    folder = save({key: state[key] for key in ("model", "model_args", "iter_num")}, tmp_path / "dcp")
+    meta = nanogpt / "meta.pkl"
+    for source, name in ((folder, "from_dcp"), (nanogpt / "ckpt.pt", "from_file")):
+        converted(source, tmp_path / name, "hf", meta=meta)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("from_dcp", "from_file"))
+    assert same(safetensors.torch.load_file(one), safetensors.torch.load_file(other))
 
 
 # the command line
