@@ -19,6 +19,9 @@ GPT2_FAMILIES = ("hf_gpt2", "nanogpt", "modded_")
 
 _EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
 
+_GPT2_TOKENS = {"!": 0, "\u0120t": 256, "\u0120the": 262, "\u0120gazed": 50255, "<|endoftext|>": 50256}
+"""Some of its tokens, the first and the last ones among them: no other vocabulary of 50257 has them there."""
+
 _LARGEST = 64 << 20  # bytes
 
 
@@ -39,10 +42,7 @@ def add_tokenizer(model: Model, options: Options) -> None:
     if model.family_of_source.startswith("hf_") and definition.is_file():
         with reading(definition) as file:
             content = parse_json(file.read(_LARGEST), str(definition))
-        chars = characters_of(content)
-        model.tokenizer = (
-            {"token_kind": "char", "chars": chars} if chars else {"token_kind": "hf", "definition": content}
-        )
+        model.tokenizer = _state_of(content)
     elif rows in GPT2_ROWS and model.family_of_source.startswith(GPT2_FAMILIES):
         model.tokenizer = {"token_kind": "gpt2"}
         model.notes.append(f"{rows} rows: its tokenizer is taken to be GPT-2's")
@@ -50,6 +50,19 @@ def add_tokenizer(model: Model, options: Options) -> None:
         model.notes.append("the characters of nanoGPT are in meta.pkl beside its data: --meta FILE takes them along")
     else:
         model.notes.append("no tokenizer is known: generate.py needs one to write text")
+
+
+def _state_of(definition: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer of ours for one of Hugging Face: GPT-2's and characters need no library."""
+    if chars := characters_of(definition):
+        return {"token_kind": "char", "chars": chars}
+    model = definition.get("model")
+    vocab, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+    if isinstance(vocab, dict) and isinstance(merges, list):
+        known = all(vocab.get(token) == number for token, number in _GPT2_TOKENS.items())
+        if known and (len(vocab), len(merges)) == (50257, 50000):
+            return {"token_kind": "gpt2"}
+    return {"token_kind": "hf", "definition": definition}
 
 
 def definition_of(chars: list[str]) -> dict[str, Any]:

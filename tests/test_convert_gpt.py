@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.model import GPT
@@ -176,6 +177,35 @@ def test_hugging_face_gpt2_becomes_a_bundle_with_the_same_logits(shared, tmp_pat
     converted(tmp_path / "b", tmp_path / "hf", "hf")
     assert worst(hf_logits(tmp_path / "hf", ids), logits) < 2e-6
     assert tensors_of(tmp_path / "hf") == tensors_of(shared / "fixtures" / folder)
+
+
+def test_names_as_the_first_files_of_gpt2_have_them_without_prefix_and_with_masks(hf, tmp_path):
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": 4, "n_layer": 3, "n_ctx": 64}))
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(hf / "model.safetensors").items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(64, 64).tril()[None, None].clone() for i in range(3)}
+    save_file({**tensors, **masks}, folder / "model.safetensors")
+    plan = converted(folder, tmp_path / "b", "bundle")
+    assert plan["dropped"] == dict.fromkeys(masks, "the causal mask")
+    ids, logits = expected(hf)
+    assert (our_logits(tmp_path / "b", ids) - logits).abs().max() < 1e-5
+    converted(folder, tmp_path / "hf", "hf")
+    assert tensors_of(tmp_path / "hf") == tensors_of(hf)
+
+
+def test_gpt2s_own_tokenizer_is_known_by_its_tokens(shared):
+    from core.vocabulary import _state_of
+
+    tokens = {"!": 0, "\u0120t": 256, "\u0120the": 262, "\u0120gazed": 50255, "<|endoftext|>": 50256}
+    vocab = {**{f"other {k}": k for k in range(50257) if k not in tokens.values()}, **tokens}
+    definition = {"model": {"type": "BPE", "vocab": vocab, "merges": ["a b"] * 50000}}
+    assert _state_of(definition) == {"token_kind": "gpt2"}
+    vocab["\u0120the"] = 1
+    assert _state_of(definition)["token_kind"] == "hf"
+    ranks = [line.split() for line in (shared / "data/gpt2.tiktoken").read_bytes().splitlines()]
+    numbers = {base64.b64decode(token): int(number) for token, number in ranks}
+    assert [numbers[word] for word in (b"!", b" t", b" the", b" gazed")] == [0, 256, 262, 50255]
 
 
 def test_a_bin_file_in_a_folder_is_read_without_running_anything(hf, tmp_path):
