@@ -81,7 +81,8 @@ def plan_matched(source: Path, target: Path, to: str, options: Options, held: Ex
         model.notes.append(f"{len(taken)} of {len(wanted)} tensors are not in {source}, and were taken from {folder}:")
         model.notes += [f"taken from the original: {name}" for name in taken]
     plan = _laid_out(model, targets, original, target, options)
-    along = {name: folder / name for name in ALONG if os.path.isfile(folder / name)}  # noqa: PTH113
+    beside = _home(folder)
+    along = {name: beside / name for name in ALONG if os.path.isfile(beside / name)}  # noqa: PTH113
     if plan.is_folder:
         plan.copies = along
     else:
@@ -106,8 +107,13 @@ def _refuse_others(model: Model, to: str, target: Path, options: Options, folder
     }
     if wrong := [flag for flag, value in asked.items() if value is not None]:
         raise model.refuse(f"--match_original says all of what is written. Leave out {', '.join(wrong)}.")
-    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
+    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(_home(folder))):
         raise CheckpointMismatch(f"{target}: lies in the original {folder}, which is only read. Name another place.")
+
+
+def _home(original: Path) -> Path:
+    """The folder of a model that is named by its folder, by an index, or by its one file."""
+    return original if original.is_dir() else original.parent
 
 
 def _original(folder: Path) -> Container:

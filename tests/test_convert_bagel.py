@@ -107,6 +107,19 @@ def test_shard_size_cuts_other_files(pair, tmp_path):
     assert len(places) == 1239 and len(set(places.values())) > 2
 
 
+def test_the_original_may_be_named_by_its_index_or_its_one_file(pair, tmp_path):
+    whole = bagel.write_original(tmp_path / "whole", pair.published, files=1)
+    (whole / "model-00001-of-00001.safetensors").rename(whole / "ema.safetensors")
+    (whole / "model.safetensors.index.json").unlink()
+    for k, named in enumerate((whole / "ema.safetensors", pair.original / "model.safetensors.index.json")):
+        converted(pair.step, tmp_path / f"made{k}", "safetensors", more={"match_original": named})
+        assert {p.name for p in (tmp_path / f"made{k}").iterdir()} >= set(bagel.COPIED)
+    assert_same(load(tmp_path / "made0/model.safetensors"), pair.expected(pair.main))
+    assert index_of(tmp_path / "made1") == index_of(pair.original)
+    with pytest.raises(CheckpointMismatch, match=r"found no safetensors|found ema\.safetensors, expected model\."):
+        converted(pair.step, tmp_path / "x", "safetensors", more={"match_original": whole})
+
+
 def test_a_config_that_is_there_already_stays(pair, tmp_path, capsys):
     (tmp_path / "config.json").write_text("mine")
     words = [str(pair.step), str(tmp_path / "m.safetensors"), "--to", "safetensors"]
