@@ -199,6 +199,14 @@ def test_what_is_there_is_not_overwritten_unless_asked_and_then_moved_aside(sour
     assert aside.read_text() == "mine" and tensors_of(tmp_path / "out.pt") == tensors_of(source)
 
 
+def test_a_target_needs_a_name(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for target in (".", "x/..", "/"):
+        with pytest.raises(CheckpointMismatch, match="names no file or folder of its own"):
+            converted(source, Path(target), "safetensors", overwrite=True)
+    assert names(tmp_path) == ["src.pt"]
+
+
 def test_source_and_target_may_not_contain_each_other(shared, tmp_path):
     folder = Path(shutil.copytree(shared / "fixtures/hf_gpt2", tmp_path / "hf"))
     (tmp_path / "link").symlink_to(folder)
