@@ -56,7 +56,9 @@ def write_iteration(folder: Path, state: dict[str, torch.Tensor], ranks: int = 2
         axis = tensor.dim() - 1 if "linear_proj.weight" in name or "linear_fc2.weight" in name else -2 % tensor.dim()
         size = tensor.shape[axis] // ranks
         if tensor.shape[axis] % ranks or "norm" in name or ".weight" not in name:
-            writer.tensor(name, tensor)
+            whole = not name.startswith("decoder.layers.")  # else one block for each layer, as of pipeline ranks
+            boxes = [((i, *[0] * (tensor.dim() - 1)), (1, *tensor.shape[1:])) for i in range(len(tensor))]
+            writer.tensor(name, tensor, None if whole else boxes)
             continue
         shape = tuple(size if k == axis else side for k, side in enumerate(tensor.shape))
         writer.tensor(
