@@ -85,6 +85,7 @@ def _after_layout(path: Path, found: dict[str, list[Found]], like: Path) -> list
     for entry in entries:
         for place in entry.places:
             theirs.setdefault(place.file, []).append((place, entry))
+    found = {name: mine for name, mine in found.items() if mine}  # a rank without rows writes an empty file, or none
     if theirs.keys() != found.keys():
         raise _unlike(path, like, f"found the files {_some(found)}, expected {_some(theirs)}")
     for name, mine in found.items():
