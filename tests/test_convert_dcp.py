@@ -222,6 +222,9 @@ def test_what_does_not_account_for_every_item_is_refused(ranks, step, tmp_path):
     torch.save({name: expected(ranks)[name] for name in names}, tmp_path / "sorted.pt")  # not the order of modules
     with pytest.raises(CheckpointMismatch, match="does not account for every item"):
         rebuild(folder, tmp_path / "sorted.pt")
+    (gone := write_ranks(tmp_path / "gone", MODEL, 3) / "__1_0.distcp").unlink()
+    with pytest.raises(CheckpointMismatch, match=r"found the files __0_0\.distcp, __2_0\.distcp, expected one of each"):
+        rebuild(lost(gone.parent), tmp_path / "sorted.pt")
     with (folder / "__2_0.distcp").open("ab") as file:
         file.write(b"surplus")
     with pytest.raises(CheckpointDamaged, match=r"__2_0\.distcp: no zip ends at byte"):

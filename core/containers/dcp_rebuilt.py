@@ -74,8 +74,8 @@ def items_of(path: Path) -> dict[str, list[Found]]:
 
 def _rank(name: str) -> tuple[int, str]:
     """Files in the order of the ranks that wrote them."""
-    digits = "".join(c for c in name.split("_0.")[0] if c.isdigit())
-    return int(digits or 0), name
+    digits = name.removeprefix("__").split("_")[0]
+    return int(digits) if digits.isdecimal() and len(digits) < 10 else -1, name
 
 
 def _after_layout(path: Path, found: dict[str, list[Found]], like: Path) -> list[Entry]:
@@ -117,6 +117,11 @@ def _after_order(path: Path, found: dict[str, list[Found]], like: Path) -> list[
         raise CheckpointMismatch(
             f"{like}: found {reference.kind}, expected a torch file or DCP folder: safetensors lists tensors in an "
             f"order of its own, and {path} can be rebuilt only from names in the order of the modules."
+        )
+    if list(found) != [f"__{rank}_0{SUFFIX}" for rank in range(len(found))]:
+        raise CheckpointMismatch(
+            f"{path / METADATA}: missing, found the files {_some(found)}, expected one of each rank (__0_0{SUFFIX}, "
+            f"__1_0{SUFFIX}, ...). --metadata_from names a folder that the same program wrote on as many ranks."
         )
     faults = []
     for by_size in (False, True):  # a program on GPUs writes small tensors first, equal ones in their order
