@@ -54,7 +54,7 @@ def refuse_target(plan: Plan, overwrite: bool) -> None:
     """
     if plan.target.name in ("", ".."):
         raise CheckpointMismatch(
-            f"{plan.target}: names no file or folder of its own. Give the name that DST is to have."
+            f"{plan.target}: names no file or folder of its own. Give DST the name it is to have."
         )
     source, target = Path(os.path.realpath(plan.model.path)), Path(os.path.realpath(plan.target))
     if source == target:
