@@ -53,9 +53,7 @@ def refuse_target(plan: Plan, overwrite: bool) -> None:
     Raises: CheckpointMismatch.
     """
     if plan.target.name in ("", ".."):
-        raise CheckpointMismatch(
-            f"{plan.target}: names no file or folder of its own. Give DST the name it is to have."
-        )
+        raise CheckpointMismatch(f"{plan.target}: names no file or folder of its own. Give DST the name it is to have.")
     source, target = Path(os.path.realpath(plan.model.path)), Path(os.path.realpath(plan.target))
     if source == target:
         raise CheckpointMismatch(f"{plan.target}: is the source itself. Name another place.")
