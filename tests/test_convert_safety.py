@@ -97,16 +97,17 @@ def test_kill_9_at_random_moments_leaves_no_partial_target_and_a_second_run_succ
     begun = time.monotonic()
     assert script("src.pt", "first", "--to", "safetensors", "--shard_size", "20MB", cwd=tmp_path).wait() == 0
     whole = time.monotonic() - begun
-    chance, killed = random.Random(0), 0
-    for _ in range(12):
+    chance, killed, tries = random.Random(0), 0, 0
+    while killed < 8 and tries < 100:  # a machine that is quicker than before ends some of them first
+        tries += 1
         child = script("src.pt", "out", "--to", "safetensors", "--shard_size", "20MB", cwd=tmp_path)
-        time.sleep(chance.uniform(0.1, 1.05) * whole)
+        time.sleep(chance.uniform(0.1, 0.95) * whole)
         child.send_signal(signal.SIGKILL)
         killed += child.wait() == -signal.SIGKILL
         if (tmp_path / "out").exists():
             assert tensors_of(tmp_path / "out") == good
             shutil.rmtree(tmp_path / "out")
-    assert killed > 5
+    assert killed == 8
     assert script("src.pt", "out", "--to", "safetensors", "--shard_size", "20MB", cwd=tmp_path).wait() == 0
     assert tensors_of(tmp_path / "out") == good and names(tmp_path) == ["first", "out", "src.pt"]
 
