@@ -14,6 +14,7 @@ from core.bundle import OPTIMIZER, TOKENIZER
 from core.commit import CONFIG, MODEL, new_id
 from core.config import FORMAT_VERSION
 from core.containers import safetensors_writer
+from core.containers.hf_folder import BESIDE
 from core.conversion_dcp import in_dcp
 from core.conversion_megatron import plan_megatron
 from core.conversion_plan import Model, Options, Plan, Ref, Target, WeightFile, target_of
@@ -30,18 +31,6 @@ CKPT = "ckpt.pt"
 INDEX = "model.safetensors.index.json"
 HF = ("hf_gpt2", "hf_llama", "hf_qwen2", "hf_qwen3")
 MEGATRON = ("megatron_gpt2", "megatron_llama", "megatron_qwen2", "megatron_qwen3")
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""Files beside a model of Hugging Face that go along with it as they are."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,7 @@ def plan_safetensors(model: Model, options: Options, target: Path) -> Plan:
     plan = Plan(model, target, "safetensors", [], is_folder=is_folder)
     _add_safetensors(plan, options, "" if is_folder else target.name)
     if is_folder:
-        plan.copies = beside(model, ("config.json", *COPIED))
+        plan.copies = beside(model, ("config.json", *BESIDE))
     if options.include_optimizer and not model.along:
         raise model.refuse("an optimizer state is more than tensors: --to pt, --to nanogpt and --to bundle hold it.")
     return plan
@@ -264,7 +253,7 @@ def plan_hf(model: Model, options: Options, target: Path) -> Plan:
     _add_safetensors(plan, options)
     stored_as = {one.dtype for one in plan.targets}
     dtype = next(iter(stored_as)) if len(stored_as) == 1 else "float32"
-    plan.copies = beside(model, COPIED)
+    plan.copies = beside(model, BESIDE)
     config = {**model.config, "torch_dtype": dtype, "dtype": dtype}
     ids: dict[str, Any] = {
         name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config

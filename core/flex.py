@@ -22,8 +22,6 @@ from core.windows import block_mask, documents, mask
 if TYPE_CHECKING:
     from core.batched import GPTBatched
 
-KERNELS = ("auto", "flex", "sdpa")
-
 
 @functools.cache
 def compiled_flex() -> Callable[..., Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from core.containers import safetensors_writer
 from core.containers.container import Container, listing
-from core.containers.hf_folder import is_hf_folder, open_hf_folder
+from core.containers.hf_folder import BESIDE, is_hf_folder, open_hf_folder
 from core.containers.open import open_container
 from core.conversion_plan import Model, Options, Plan, Target, WeightFile
 from core.conversion_source import open_model
@@ -26,22 +26,7 @@ from core.view import View, stored
 
 INDEX = "model.safetensors.index.json"
 
-ALONG = (
-    "config.json",
-    "llm_config.json",
-    "vit_config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
+ALONG = ("config.json", "llm_config.json", "vit_config.json", *BESIDE)
 """Files of the original that go along as they are."""
 
 PATCHES = "patch_embedding.weight"

@@ -19,15 +19,13 @@ from core.bound import bound
 from core.config import GPTConfig
 from core.errors import InputError
 from core.flex import GPTFlexAttention
+from core.speedrun import IGNORED
 
 if TYPE_CHECKING:
     from core.generation import Cache, LayerCache
     from core.tokenizer import Tokenizer
 
 __all__ = ["GPT", "GPTBatched", "GPTFlexAttention"]
-
-IGNORED = -1
-"""Target that does not count in the loss."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,

@@ -129,22 +129,21 @@ def _open(path: Path, dtype: torch.dtype | None = None) -> _Opened:
         }
     scalars = tensors["scalars"].numel() if "scalars" in tensors else 0
     step = content.get("step") if key and isinstance(content, dict) else None
+    padding = max(0, scalars - 5 * config.n_layer)
     info = {
-        "format": config.variant.partition("_")[0],
-        "variant": config.variant,
-        **_facts(config),
+        **_facts(config, path, {specs[name].dtype for name in found.places}),
         "step": step if isinstance(step, int) else None,
-        "dtype": ", ".join(sorted({specs[name].dtype for name in found.places})),
-        "parameters": sum(t.numel() for t in tensors.values()) - max(0, scalars - 5 * config.n_layer),
+        "parameters": sum(t.numel() for t in tensors.values()) - padding,
         "prefix": found.prefix,
-        "scalars_padding": max(0, scalars - 5 * config.n_layer),
-        "path": str(path),
+        "scalars_padding": padding,
     }
     return _Opened(content, tensors, config, info)
 
 
-def _facts(config: SpeedrunConfig) -> Info:
+def _facts(config: SpeedrunConfig, path: Path, dtypes: set[str]) -> Info:
     return {
+        "format": config.variant.partition("_")[0],
+        "variant": config.variant,
         "program": config.kind.program,
         "vocab_size": config.vocab_size,
         "head_rows": config.head_rows,
@@ -152,6 +151,8 @@ def _facts(config: SpeedrunConfig) -> Info:
         "num_heads": config.n_head,
         "model_dim": config.n_embd,
         "max_seq_len": config.block_size,
+        "dtype": ", ".join(sorted(dtypes)),
+        "path": str(path),
     }
 
 
@@ -207,15 +208,11 @@ def _from_bundle(
         say(f"Format: {config.kind.program}")
         weights = model.state_dict()
         info = {
-            "format": config.variant.partition("_")[0],
-            "variant": config.variant,
-            **_facts(config),
+            **_facts(config, path, {str(t.dtype).removeprefix("torch.") for t in weights.values()}),
             "step": bundle.step,
-            "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in weights.values()})),
             "parameters": sum(p.numel() for p in model.parameters()),
             "prefix": "",
             "scalars_padding": 0,
-            "path": str(path),
         }
         content = {"step": bundle.step, "model": weights, "config": bundle.config_values, "state": bundle.state}
         return batched, info, content

@@ -358,9 +358,9 @@ class SpeedrunGPT(nn.Module):
         """Compute logits from features [..., C], through the variant's soft cap: fp32 [..., V]."""
         raw = F.linear(features, self.head.type_as(features)).float()
         cap = self.variant.cap
-        if self.variant.skips is None:
-            return cap * torch.sigmoid(raw / (7.5 * features.size(-1) ** 0.5))
-        return cap * raw * torch.rsqrt(raw.square() + cap**2)
+        if self.variant.signed:
+            return cap * raw * torch.rsqrt(raw.square() + cap**2)
+        return cap * torch.sigmoid(raw / (7.5 * features.size(-1) ** 0.5))
 
     def is_long(self, i: int) -> bool:
         """Whether layer i has the long window."""

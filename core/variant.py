@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from core.errors import CheckpointMismatch
-
 HEAD_SIZE = 128
 """Width of an attention head: fixed in the programs, and not in their files."""
 
@@ -33,7 +31,8 @@ class Variant:
     normed_input: bool  # whether attention reads the normed stream, or the stream as it is
     normed_values: bool  # whether values are normed like queries and keys
     skips: Mapping[int, int] | None  # layer: the layer whose output it adds; None is a U-net
-    cap: float  # no logit is larger than this (medium: nor smaller than its negative)
+    cap: float  # no logit is larger than this
+    signed: bool  # whether logits are from -cap to cap, or from 0
     long_layers: tuple[int, ...]  # of the depth that upstream has; the others see half of the window
     depth: int  # layers that upstream has
     window: int  # of the long layers at the end of training, in blocks
@@ -52,6 +51,7 @@ SMALL = Variant(
     normed_values=False,
     skips=None,
     cap=30.0,
+    signed=False,
     long_layers=(0, 4, 7, 11),
     depth=12,
     window=14,
@@ -67,6 +67,7 @@ MEDIUM = Variant(
     normed_values=True,
     skips={9: 6, 10: 4, 11: 2},
     cap=15.0,
+    signed=True,
     long_layers=(0, 4, 11, 15),
     depth=16,
     window=27,
@@ -85,16 +86,6 @@ MEDIUM = Variant(
 )
 
 VARIANTS = {variant.name: variant for variant in (SMALL, SMALL_2025_02, MEDIUM)}
-
-
-def variant_named(name: str) -> Variant:
-    """Look up a variant.
-
-    Raises: CheckpointMismatch naming those there are.
-    """
-    if name not in VARIANTS:
-        raise CheckpointMismatch(f"variant {name!r}: expected one of {', '.join(VARIANTS)}.")
-    return VARIANTS[name]
 
 
 def skips_of(variant: Variant, n_layer: int) -> dict[int, tuple[int, int]]:

@@ -33,7 +33,7 @@ CONFIG = "config.json"
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.(safetensors|bin)", re.DOTALL)
 
-_BESIDE = (
+BESIDE = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -46,7 +46,7 @@ _BESIDE = (
     "chat_template.jinja",
     "preprocessor_config.json",
 )
-"""What else belongs to a model and is not read."""
+"""What else belongs to a model: not read, and copied with it as it is."""
 
 _USUAL = {METADATA: {"format": "pt"}}
 """What every safetensors file says that transformers wrote."""
@@ -121,7 +121,7 @@ def _numbered(names: Iterable[str]) -> list[str]:
 
 def _beside(names: dict[str, int | None], files: dict[str, int]) -> list[str]:
     """Note what else is in the folder; what belongs to the model is added to its files."""
-    known = {name: size for name in _BESIDE if (size := names.get(name)) is not None}
+    known = {name: size for name in BESIDE if (size := names.get(name)) is not None}
     files |= known
     surplus = [name for name in names if name.endswith(_WEIGHT_SUFFIXES) and name not in files]
     notes = [f"with {', '.join(known)}"] if known else []
