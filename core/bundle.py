@@ -17,6 +17,7 @@ from core.containers.torch_file import open_torch_file
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from core.evolution import Evidence, evolve
 from core.families.recognise import recognise
+from core.lineage import order
 from core.part import WEIGHTS_KEYS, Part, TorchFile
 from core.storage import DISK, Output, Storage
 from core.training_state import STATE, check_version, dump_json, parse_json, seal, unseal
@@ -97,11 +98,16 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Kept:
-    """One older step in a model's folder."""
+    """One older step in a model's folder; its state is empty where it cannot be read."""
 
     step: int
     path: Path
     state: dict[str, Any]
+
+    @property
+    def order(self) -> int:
+        """Its place among the commits of its branch."""
+        return order({"step": self.step, **self.state})
 
 
 def open_bundle(folder: Path, step: int | None = None, storage: Storage = DISK) -> Bundle:
@@ -159,14 +165,14 @@ def _read_json(opened: Opened, name: str) -> dict[str, Any]:
 
 
 def history(folder: Path, storage: Storage = DISK) -> list[Kept]:
-    """List the kept steps of a model, oldest first; one whose training state cannot be read has an empty state."""
+    """List the kept steps of a model, in the order they were committed in."""
     kept = []
     for step, path in ModelFolder(folder, storage).kept_steps().items():
         state: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
             state = unseal(storage.read(path / STATE), str(path / STATE))
         kept.append(Kept(step, path, state))
-    return kept
+    return sorted(kept, key=lambda step: step.order)
 
 
 def verify(bundle: Bundle, names: tuple[str, ...] = (MODEL, TOKENIZER, OPTIMIZER)) -> list[str]:

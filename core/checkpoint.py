@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import filecmp
 import os
 import shutil
@@ -30,10 +31,12 @@ from core.errors import (
 )
 from core.evolution import notes
 from core.inference import load_chosen
+from core.lineage import descent
 from core.lock import hold
 from core.materialize import fill, load_moments, load_optimizer
 from core.model import GPT, GPTBatched, GPTFlexAttention
 from core.optimizer import configure_optimizer
+from core.retention import Retention, best_of
 from core.speedrun import SpeedrunGPT
 from core.speedrun_config import SpeedrunConfig
 from core.speedrun_files import fill_speedrun
@@ -287,7 +290,8 @@ class CheckpointManager:
     def _state(
         self, step: int, has_optimizer: bool, metrics: Mapping[str, float] | None, extra: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        best = self._top_state().get("best")
+        top, kept = self._top_state(), history(self.checkpoint_dir)
+        best = best_of(top, kept)
         loss = (metrics or {}).get("val_loss")
         if loss is not None and (best is None or loss < best["val_loss"]):
             best = {"step": step, "val_loss": loss}
@@ -297,11 +301,13 @@ class CheckpointManager:
             "format_version": FORMAT_VERSION,
             "commit_id": new_id(),
             "parent": self._folder.newest_id(),
+            **descent(top, (step.state for step in kept)),
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "best": best,
+            "retention": dataclasses.asdict(self._retention()),
             **self.facts,
         }
-        if seen := seen_files(self.checkpoint_dir, self._top_state().get("legacy", [])):
+        if seen := seen_files(self.checkpoint_dir, top.get("legacy", [])):
             state["legacy"] = seen
         if clash := state.keys() & (metrics or {}).keys():
             raise InputError(f"metrics: {', '.join(sorted(clash))} is what the training state calls something else.")
@@ -368,13 +374,11 @@ class CheckpointManager:
         return SaveFailed(f"{self.checkpoint_dir}: save of step {step} failed: {error.strerror}{sizes}. {stays}")
 
     def _prune(self, state: dict[str, Any]) -> None:
-        older = [step for step in self._folder.kept_steps() if step < state["step"]]
-        stay = set(older[-self.keep :] if self.keep else ())
-        stay |= {step for step in older if self.keep_every and step % self.keep_every == 0}
-        stay.update(step for step in ((state["best"] or {}).get("step"), self.resumed.get("step")) if step is not None)
-        # The file that a migrated step was made of may be gone: its step goes only when a person removes it.
-        stay |= {kept.step for kept in history(self.checkpoint_dir) if "migrated_from" in kept.state}
-        self._folder.prune([step for step in older if step not in stay])
+        kept = history(self.checkpoint_dir)
+        self._folder.prune([step.step for step in self._retention().going(state, kept)])
+
+    def _retention(self) -> Retention:
+        return Retention(self.keep, self.keep_every, self.resumed.get("step"))
 
     # Load
 
@@ -422,7 +426,7 @@ class CheckpointManager:
         )
 
     def _best_step(self) -> int:
-        best = self._top_state().get("best")
+        best = best_of(self._top_state(), history(self.checkpoint_dir))
         if not best:
             raise CheckpointNotFound(f"{self.checkpoint_dir}: no step has a validation loss, so none is the best.")
         return int(best["step"])

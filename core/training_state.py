@@ -17,7 +17,7 @@ _LONGEST_NAME = 255  # characters of a file's name
 
 FIELDS = {"step", "optimizer_file", "format_version", "commit_id", "parent", "saved_at", "best", "data", "training"}
 FIELDS |= {"schedule", "seed", "tokens_seen", "elapsed_seconds", "environment", "extra", "legacy", "migrated_from"}
-FIELDS |= {"integrity"}
+FIELDS |= {"run", "commit_number", "branch", "went_back", "retention", "integrity"}
 """What these names mean here; an entry of an older program that has one of them means something else."""
 
 
@@ -74,6 +74,9 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         return state
     if not isinstance(integrity, dict) or not isinstance(integrity.get("files"), dict):
         raise CheckpointDamaged(f"{where}: no list of files in its integrity entry.")
+    number = state.get("commit_number", 0)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise CheckpointDamaged(f"{where}: commit_number is {number!r}, expected a whole number from 0.")
     recorded = integrity.get("self")
     found = _own_crc({**state, "integrity": {**integrity, "self": None}})
     if recorded != found:
