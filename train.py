@@ -169,6 +169,7 @@ def train_from(
         gradient_accumulation_steps=settings["gradient_accumulation_steps"],
         dtype=DTYPES[settings["dtype"]],
         compile=settings["compile"],
+        strict_resume=args.strict_resume,
     )
     if result.stopped_by:
         say(f"stopped by {result.stopped_by} at step {result.step}, saved. Go on with the same line.")
@@ -287,6 +288,7 @@ def make_parser() -> Parser:
     )
     saving.add_argument("--keep", type=int, default=1, metavar="N", help="older steps to keep besides the best (1)")
     saving.add_argument("--keep_every", type=count, metavar="N", help="keep every step that N divides")
+    saving.add_argument("--strict_resume", action="store_true", help="refuse to go on where the resume is not exact")
     machine = group("machine", ("--seed", int, "of data order, dropout and initialisation (1337)"))
     machine.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     machine.add_argument(

@@ -234,17 +234,21 @@ def verify_records(file: BinaryIO, path: Path) -> None:
             )
 
 
-Writer = Callable[[Output], None]
+Writer = Callable[[Output], str | None]
+"""Writes the content of a file, and returns the digest of its tensors where it has any."""
 
 
 def write_bundle(folder: ModelFolder, stage: Path, state: dict[str, Any], files: dict[str, Writer | dict]) -> None:
     """Write the files of one step into a staged folder, each durable, the training state with their checksums last."""
     recorded = {}
     for name, content in files.items():
+        tensors = None
         with folder.storage.create(stage / name) as output:
             if isinstance(content, dict):
                 output.write(dump_json(content))
             else:
-                content(output)
+                tensors = content(output)
         recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
+        if tensors is not None:
+            recorded[name]["tensors"] = tensors
     folder.storage.write(stage / STATE, seal({**state, "integrity": {"files": recorded}}))

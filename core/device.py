@@ -65,9 +65,15 @@ def environment(device: torch.device, *, dtype: torch.dtype, compile: bool, fuse
     return {**facts, "dtype": str(dtype).removeprefix("torch."), "compile": compile, "fused": fused}
 
 
-def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Say which parts of an environment are different now; None when none is."""
-    found = [f"{name} {then[name]} then, {now.get(name)} now" for name in then if then[name] != now.get(name)]
-    if not found:
-        return None
-    return f"the state is exact, but kernels may differ in the last bits: {'; '.join(found)}"
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Say which entries are others now, by name; what was not recorded then is not compared."""
+    return {name: f"{name} {old} then, {now.get(name)} now" for name, old in then.items() if old != now.get(name)}
+
+
+def seed_generator(seed: int, device: torch.device) -> None:
+    """Seed what dropout on this device draws from."""
+    # The generators themselves: torch.manual_seed would seed every device, at a hundred times the cost.
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

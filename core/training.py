@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from core.certificate import EXACT, certificate_of, differences, make_certificate, settings_of, state_digests, verdict
 from core.checkpoint import CheckpointManager
 from core.dataloader import DataLoader
-from core.device import changes, environment
-from core.errors import CheckpointError, InputError
+from core.device import environment, seed_generator
+from core.errors import CheckpointError, CheckpointMismatch, InputError
 from core.metrics import Metrics
 from core.model import GPT, GPTFlexAttention
 from core.muon import MuonWithAdamW
@@ -61,14 +62,17 @@ def fit(
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
     progress: bool = True,
+    strict_resume: bool = False,
 ) -> FitResult:
     """Train from the model's step up to `max_iters` updates, evaluating and saving on the way and at the end.
 
     Batches, dropout and learning rate are functions of (seed, step): N steps, a resume and M steps equal N + M steps.
     Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. A
     learning rate without a `schedule` stays what the optimizer has. SIGINT and SIGTERM finish the step and save.
+    A resume is compared with the certificate of its step: one line says whether it is exact, and what differs.
 
-    Raises: TrainingDiverged when a loss or gradient is no longer a number, SaveFailed, InputError.
+    Raises: TrainingDiverged when a loss or gradient is no longer a number, SaveFailed, InputError; CheckpointMismatch
+    when `strict_resume` is asked for and the resume is not exact, before anything is changed.
     """
     counts = {"eval_interval": eval_interval, "eval_iters": eval_iters, "max_iters": max_iters}
     counts |= {"gradient_accumulation_steps": gradient_accumulation_steps, "save_interval": save_interval or 1}
@@ -87,7 +91,7 @@ def fit(
         manager.writing() if manager else contextlib.nullcontext(),
         _deterministic() if compile and run.device.type == "cpu" else contextlib.nullcontext(),
         StopSignal() as stop,
-        run.open(max_iters, progress),
+        run.open(max_iters, progress, strict_resume),
     ):
         while model.step < max_iters:
             run.update()
@@ -141,21 +145,20 @@ class _Run:
         self._started = time.perf_counter()
 
     @contextlib.contextmanager
-    def open(self, max_iters: int, progress: bool) -> Iterator[None]:
-        """Cut the log back to the step resumed from, and show a bar."""
+    def open(self, max_iters: int, progress: bool, strict_resume: bool) -> Iterator[None]:
+        """Say whether the resume is exact, cut the log back to its step, and show a bar."""
         self.model.train()
         facts = self.manager.resumed | self.manager.facts if self.manager else {}
         self._tokens, self._seconds = facts.get("tokens_seen", 0), facts.get("elapsed_seconds", 0.0)
-        if self.metrics:
-            self.metrics.cut(self.model.step)
         self.environment = environment(
             self.device,
             dtype=self.dtype,
             compile=self.forward is not self.model,
             fused=bool(self.optimizer.param_groups[0].get("fused")),
         )
-        if line := changes(facts.get("environment", {}), self.environment):
-            tqdm.write(line, file=sys.stderr)
+        self._compare_resume(strict_resume)
+        if self.metrics:
+            self.metrics.cut(self.model.step)
         self._look_from_here()
         self._bar = tqdm(
             initial=self.model.step,
@@ -167,6 +170,27 @@ class _Run:
         )
         with self._bar:
             yield
+
+    def _compare_resume(self, strict: bool) -> None:
+        if self.manager is None or not self.model.step or self.manager.resumed.get("step") != self.model.step:
+            return
+        state = self.manager.resumed
+        live = state_digests(self.model, self.optimizer) if certificate_of(state) else {}
+        line = verdict(state, differences(state, {**self.manager.facts, **self._facts()}, live))
+        if strict and line != EXACT:
+            raise CheckpointMismatch(
+                f"{self.manager.checkpoint_dir}: {line} This run asked for an exact resume (--strict_resume); nothing "
+                "was changed."
+            )
+        tqdm.write(line, file=sys.stderr)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a training state records of this run for the one that goes on."""
+        settings = settings_of(self.optimizer, self.schedule, self.grad_clip)
+        return {
+            "environment": self.environment,
+            "certificate": make_certificate(self.model.step, self.loader, self.model, self.accumulation, settings),
+        }
 
     def update(self) -> None:
         """Make one optimizer step."""
@@ -180,7 +204,7 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for micro in range(self.accumulation):
             x, y = self._to_device(self.loader.batch(step, micro))
-            _seed_dropout(mix(self.loader.seed, step, micro), self.device)
+            seed_generator(mix(self.loader.seed, step, micro), self.device)
             with self.autocast:
                 loss = self.forward(x, y)[1] / self.accumulation
             loss.backward()
@@ -264,7 +288,7 @@ class _Run:
             "tokens_seen": self._tokens,
             "elapsed_seconds": round(self._seconds + time.perf_counter() - self._started, 3),
             "schedule": self.schedule.to_dict() if self.schedule else None,
-            "environment": self.environment,
+            **self._facts(),
         }
         metrics = {}
         if self.val_loss is not None and self._evaluated_step == self.model.step:
@@ -282,11 +306,3 @@ def _deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def _seed_dropout(seed: int, device: torch.device) -> None:
-    # The generators themselves: torch.manual_seed would seed every device, at a hundred times the cost.
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)

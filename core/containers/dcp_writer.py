@@ -58,7 +58,7 @@ def write_value(sink: Sink, value: Any) -> int:
     return _write(sink, value, lambda _: None)
 
 
-def _write(sink: Sink, content: Any, put_data: Callable[[ZipLayout], None]) -> int:
+def _write(sink: Sink, content: Any, put_data: Callable[[ZipLayout], object]) -> int:
     part, data = _Part(sink), pickled(content)
     layout = ZipLayout(part)
     layout.record("data.pkl", len(data), [data])

@@ -189,8 +189,8 @@ class ZipLayout:
         self.folder = folder
         self._entries: list[_Entry] = []
 
-    def record(self, name: str, size: int, pieces: Iterable[bytes | memoryview]) -> None:
-        """Append a record whose bytes come in pieces, `size` in all."""
+    def record(self, name: str, size: int, pieces: Iterable[bytes | memoryview]) -> int:
+        """Append a record whose bytes come in pieces, `size` in all, and return their CRC32."""
         path, offset = f"{self.folder}/{name}".encode(), self.sink.size
         wide = size >= ZIP64_FROM
         extra = struct.pack("<HHQQ", 1, 16, 0, 0) if wide else b""
@@ -209,6 +209,7 @@ class ZipLayout:
             raise CheckpointMismatch(f"{name} has {done} bytes, expected {size}")
         self.sink.write(struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\7\10", crc, size, size))
         self._entries.append(_Entry(path, offset, size, crc))
+        return crc
 
     def close(self) -> None:
         """Append the directory; nothing may follow."""
