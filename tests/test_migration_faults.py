@@ -1,30 +1,25 @@
-"""Files that cannot be migrated, full disks, and migrations that are killed: nothing is lost."""
+"""Files that cannot be migrated, and full disks: nothing is lost. tests/faults/ kills migrations."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 import convert_checkpoints
-from core.checkpoint import CheckpointManager
 from core.commit import ModelFolder
 from core.errors import CheckpointMismatch
 from core.lock import hold
 from core.migration import BUNDLE, FAILED
 from core.storage import DISK
-from core.training_state import STATE
-from tests.faults.kill_points import Killer, in_child
 from tests.generations import (
     fuse,
 )
-from tests.helpers import copy, flip, state_of
-from tests.migrations import bits, bundle_at, edit, fresh, listing, migrated, plain, write
+from tests.helpers import flip, state_of
+from tests.migrations import bits, edit, listing, migrated, plain, write
 from tests.old_runs import (
     assert_same_bits,
 )
@@ -145,62 +140,3 @@ def test_kept_step_is_never_replaced(folder):
     with pytest.raises(CheckpointMismatch, match=r"step_00000020: this step is kept already"):
         place.keep(stage, 20)
     assert listing(folder / "step_00000020") == before and stage.is_dir()
-
-
-# Killed
-
-
-def beside_a_bundle(folder: Path) -> None:
-    bundle_at(folder, 25)
-    fresh(folder)
-
-
-def content(folder: Path) -> dict:
-    """What a folder holds, but for ids that are drawn anew."""
-    found: dict = {}
-    for path in sorted(folder.rglob("*")):
-        if path.name == STATE:
-            state = json.loads(path.read_text())
-            found[str(path.relative_to(folder))] = {
-                **{name: value for name, value in state.items() if name not in ("commit_id", "parent")},
-                "integrity": state["integrity"]["files"],
-            }
-        elif path.is_file() and path.name != ".lock":
-            found[str(path.relative_to(folder))] = path.read_bytes()
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scenario", [fresh, beside_a_bundle])
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_killed_before_any_storage_call_it_finds_step_30_and_a_second_run_ends_as_if_nothing_had_been(
-    tmp_path, scenario, monkeypatch
-):
-    base = tmp_path / "base" / "dante"
-    base.mkdir(parents=True)
-    scenario(base)
-    whole = copy(base, tmp_path / "whole")
-    counter = Killer()
-    with monkeypatch.context() as patch:
-        patch.setattr(DISK, "change", counter, raising=False)
-        migrated(whole)
-    newest = weights_of(whole)
-    assert counter.count > 40
-    for point in range(counter.count):
-        trial = copy(base, tmp_path / f"trial{point}")
-
-        def killed(trial=trial, point=point) -> None:
-            DISK.change = Killer(point)
-            migrated(trial)
-
-        status = in_child(killed)
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"call {point} was not made"
-        assert_same_bits(weights_of(trial), newest)
-        assert all(o.error is None for o in migrated(trial).values())
-        assert content(trial) == content(whole), f"killed before call {point}"
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """What a reader finds, whichever checkpoint of the folder is the one to use; with its step."""
-    model = CheckpointManager.load_for_inference(folder.name, folder.parent)
-    return {"step": torch.tensor(model.step), **model.state_dict()}

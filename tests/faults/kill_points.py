@@ -1,7 +1,7 @@
-"""Kill a save before every storage call it makes, and look what a reader and the next writer find.
+"""Kill what changes a model's folder at every storage call, and look what a reader and the next run find.
 
-    python -m tests.faults.kill_points FOLDER           every kill point of every scenario; prints a JSON summary
-    python -m tests.faults.kill_points FOLDER --traced  one save of each scenario between two marks, for strace
+    python -m tests.faults.kill_points FOLDER [NAME ...]   every kill point of every scenario
+    python -m tests.faults.kill_points FOLDER --traced     each scenario once, between two marks, for strace
 
 A process that has imported torch forks a child for each point, which is killed with SIGKILL by its own hand.
 """
@@ -14,196 +14,136 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from core.checkpoint import CheckpointManager
-from core.errors import CheckpointError
 from core.storage import DISK
-from tests.helpers import copy, equal, started, train_and_save, update, weights
-
-Scenario = Callable[[Path], tuple[CheckpointManager, Callable[[], None]]]
-
-
-def first_save(root: Path):
-    made, model, optimizer = started(root)
-    update(model, optimizer)
-    return made, lambda: made.save(model, optimizer, step=1)
-
-
-def next_save(root: Path):
-    made, model, optimizer = started(root)
-    update(model, optimizer)
-    return made, lambda: made.save(model, optimizer, step=model.step)
-
-
-def save_that_prunes_two(root: Path):
-    made, model, optimizer = started(root, keep=0)
-    made.resumed = {}
-    update(model, optimizer)
-    return made, lambda: made.save(model, optimizer, step=model.step)
-
-
-def save_without_optimizer(root: Path):
-    made, model, optimizer = started(root)
-    update(model, optimizer)
-    return made, lambda: made.save(model, step=model.step)
-
-
-def save_of_the_same_step_again(root: Path):
-    made, model, _ = started(root)
-    with torch.no_grad():
-        model.ln_f.weight += 1
-    return made, lambda: made.save(model, step=model.step)
-
-
-def nothing(root: Path) -> None:
-    pass
-
-
-def three_saves(root: Path) -> None:
-    made, model, optimizer = started(root, keep=9)
-    train_and_save(made, model, optimizer, 3)
-    made.close()
-
-
-def single_file(root: Path) -> None:
-    made, model, optimizer = started(root)
-    for _ in range(3):
-        update(model, optimizer)
-    content = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "step": 3}
-    content |= {"config": model.config.to_dict(), "tokenizer": model.tokenizer.state()}
-    torch.save(content, root / "dante" / "latest.pt")
-    made.close()
-
-
-SCENARIOS: dict[str, tuple[Callable[[Path], None], bool, Scenario]] = {
-    "first save": (nothing, True, first_save),
-    "first save beside a single file": (single_file, True, next_save),
-    "next save": (three_saves, True, next_save),
-    "next save without hard links": (three_saves, False, next_save),
-    "save that prunes two": (three_saves, True, save_that_prunes_two),
-    "save without optimizer": (three_saves, True, save_without_optimizer),
-    "another state of the same step": (three_saves, True, save_of_the_same_step_again),
-}
-"""Name: what is there before, whether the file system has hard links, and the save."""
+from tests.faults.scenarios import SCENARIOS, Expected, Scenario, in_child, same
+from tests.faults.tally import Tally
+from tests.helpers import copy
 
 
 class Killer:
-    """Counts storage calls; kills the process before one of them."""
+    """Counts storage calls, and kills the process before call `at`, or when half of that call's bytes are written.
 
-    def __init__(self, at: int | None = None) -> None:
-        self.count, self.at = 0, at
+    Where a process is killed, what was written stays: fsync is counted and not made.
+    """
+
+    def __init__(self, at: int | None = None, half: bool = False) -> None:
+        self.calls: list[str] = []
+        self.at, self.half = at, half
+
+    @property
+    def count(self) -> int:
+        """Calls so far."""
+        return len(self.calls)
 
     def __call__(self, call, *args):
         if self.count == self.at:
+            if self.half:
+                os.write(args[0], args[1][: len(args[1]) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        self.count += 1
-        return call(*args)
+        self.calls.append(call.__name__)
+        return None if call is os.fsync else call(*args)
 
 
-def loaded(root: Path):
-    """What a reader finds: step and weights, or None before the first commit."""
-    try:
-        model = CheckpointManager.load_for_inference("dante", root)
-    except CheckpointError:
-        return None
-    return model.step, weights(model)
-
-
-def same(a, b) -> bool:
-    return a is b is None or (a is not None and b is not None and a[0] == b[0] and equal(a[1], b[1]))
-
-
-def in_child(work: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        work()
-        os._exit(0)
-    return os.waitpid(pid, 0)[1]
-
-
-def run(folder: Path) -> dict:
-    """Try every kill point; raise AssertionError at the first that loses anything."""
-    counts = {}
-    for name, (before, links, scenario) in SCENARIOS.items():
-        base = folder / name.replace(" ", "_")
-        base.mkdir(parents=True)
-        before(base)
-        old = loaded(base)
-        DISK.links = links
-        calls = count_calls(copy(base, folder / "counted"), scenario)
-        new = loaded(folder / "counted")
-        shutil.rmtree(folder / "counted")
-        assert not same(old, new)
-        committed = 0
-        for point in range(calls):
-            trial = copy(base, folder / "trial")
-
-            def killed(trial=trial, point=point, scenario=scenario) -> None:
-                _, save = scenario(trial)
-                DISK.change = Killer(point)
-                save()
-
-            status = in_child(killed)
-            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (
-                f"{name}: call {point} was not made"
-            )
-            found = loaded(trial)
-            assert same(found, old) or same(found, new), f"{name}, killed before call {point}: neither old nor new"
-            assert not committed or same(found, new), f"{name}, killed before call {point}: the commit was lost"
-            committed += same(found, new)
-            again, model, optimizer = started(trial)
-            assert model.step == (found[0] if found else 0), f"{name}, killed before call {point}: another step resumed"
-            with again:
-                train_and_save(again, model, optimizer, 1)
-            left = [
-                p.name for p in (trial / "dante").iterdir() if p.name.startswith((".stage", ".trash", ".hist", ".com"))
-            ]
-            assert not left, f"{name}, killed before call {point}: {left} stayed"
-            shutil.rmtree(trial)
-        DISK.links = True
-        counts[name] = {"kill_points": calls, "found_old": calls - committed, "found_new": committed}
-    return counts
-
-
-def count_calls(root: Path, scenario: Scenario) -> int:
-    made, save = scenario(root)
+def expected(scenario: Scenario, base: Path, whole: Path) -> tuple[Expected, list[str]]:
+    """Run a scenario on a copy of a folder; say what it leads to, and name its storage calls."""
+    copy(base, whole)
+    DISK.links = scenario.links
+    act = scenario.prepare(whole)
     DISK.change = killer = Killer()
-    save()
-    del DISK.change
-    made.close()
-    return killer.count
+    act()
+    DISK.change = Killer()
+    return Expected.of(scenario, base, whole), killer.calls
 
 
-def traced(folder: Path) -> dict:
-    """Make one save of each scenario between two marks that strace sees; return how many calls we counted."""
+def kill_everywhere(name: str, folder: Path) -> Tally:
+    """Kill one scenario before its first storage call, after each, and in the middle of each write."""
+    scenario, tally = SCENARIOS[name], Tally()
+    base = folder / "base"
+    base.mkdir()
+    scenario.before(base)
+    try:
+        what, calls = expected(scenario, base, folder / "whole")
+        points = [(at, half) for at, call in enumerate(calls) for half in (False, True) if not half or call == "write"]
+        committed = False
+        for at, half in [*points, (len(calls), False)]:
+            trial = copy(base, folder / "trial")
+            where = f"{name}, killed {'in the middle of' if half else 'before'} call {at} of {len(calls)}"
+            _kill(scenario, trial, Killer(at, half), tally, where)
+            found = what.check_interrupted(trial, tally, where)
+            if not same(what.old, what.new):
+                tally.check(not committed or same(found, what.new), f"{where}: the commit was undone")
+                committed = committed or same(found, what.new)
+            what.check_finished(trial, found, tally, where)
+            tally.counts["kill points"] += 1
+            shutil.rmtree(trial)
+        tally.counts["storage calls"] += len(calls)
+    finally:
+        DISK.__dict__.pop("change", None)
+        DISK.links = True
+    return tally
+
+
+def _kill(scenario: Scenario, root: Path, killer: Killer, tally: Tally, where: str) -> None:
+    def work() -> None:
+        act = scenario.prepare(root)
+        DISK.change = killer
+        act()
+        os.kill(os.getpid(), signal.SIGKILL)  # after the last call
+
+    DISK.links = scenario.links
+    status = in_child(work)
+    tally.check(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{where}: it was not killed")
+
+
+def run(folder: Path, names: Any = SCENARIOS) -> Tally:
+    """Kill every scenario everywhere."""
+    torch.set_num_threads(1)
+    tally = Tally()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads: torch has some that sleep
+        for name in names:
+            place = folder / name.replace(" ", "_")
+            place.mkdir(parents=True)
+            tally.add(kill_everywhere(name, place))
+            shutil.rmtree(place)
+    return tally
+
+
+def traced(folder: Path) -> dict[str, int]:
+    """Run each scenario between two marks that strace sees; return how many calls we counted."""
     counts = {}
-    for number, (name, (before, links, scenario)) in enumerate(SCENARIOS.items()):
+    for number, (name, scenario) in enumerate(SCENARIOS.items()):
         base = folder / f"traced{number}"
         base.mkdir(parents=True)
-        before(base)
-        DISK.links = links
-        made, save = scenario(base)
-        DISK.change = killer = Killer()
+        scenario.before(base)
+        DISK.links = scenario.links
+        act = scenario.prepare(base)
+        counted = []
+        DISK.change = lambda call, *args, counted=counted: (counted.append(call), call(*args))[1]
         (folder / f"begin{number}").mkdir()
-        save()
+        act()
         (folder / f"end{number}").mkdir()
         del DISK.change
         DISK.links = True
-        made.close()
-        counts[name] = killer.count
+        counts[name] = len(counted)
     return counts
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", default=list(SCENARIOS))
     parser.add_argument("--traced", action="store_true")
     args = parser.parse_args()
-    sys.stderr.close()
-    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
-    torch.set_num_threads(1)
-    print(json.dumps(traced(args.folder) if args.traced else run(args.folder)))
+    if args.traced:
+        print(json.dumps(traced(args.folder)))
+    else:
+        found = run(args.folder, args.names)
+        print("\n".join([str(found), *found.losses]))
+        sys.exit(bool(found.losses))

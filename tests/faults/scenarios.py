@@ -1,0 +1,325 @@
+"""What is interrupted: saves, prunes, migrations, recoveries and walk backs of real folders; and what must hold then.
+
+Each is killed at every storage call (kill_points.py), has every call fail (failing_calls.py), and loses power at every
+call (power_loss.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.bundle import open_bundle, verify
+from core.commit import COMMITTED
+from core.errors import CheckpointError
+from core.inference import load_chosen
+from core.migration import find
+from core.rewrite import migrate
+from core.storage import DISK
+from core.training_state import STATE
+from tests.faults.tally import Tally
+from tests.helpers import equal, flip, manager, started, train_and_save, update, weights
+
+NAME = "dante"
+Act = Callable[[], None]
+Found = tuple[int, dict[str, torch.Tensor]] | None
+"""What a reader finds: step and weights, or None where it is told that there is nothing good."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A folder, and what is done in it; `prepare` makes no change that an interruption would have to survive."""
+
+    before: Callable[[Path], None]
+    prepare: Callable[[Path], Act]
+    links: bool = True
+
+
+# Folders to begin with
+
+
+def nothing(root: Path) -> None:
+    """No folder at all."""
+
+
+def three_saves(root: Path) -> None:
+    """Step 3 at the top, steps 1 and 2 kept, and a file of the user's."""
+    made, model, optimizer = started(root, keep=9)
+    train_and_save(made, model, optimizer, 3)
+    made.close()
+    (root / NAME / "notes.txt").write_text("mine")
+
+
+def single_file(root: Path) -> None:
+    """A single-file checkpoint of step 3."""
+    _singles(root, {"latest.pt": 3})
+
+
+def two_single_files(root: Path) -> None:
+    """Single-file checkpoints of steps 3 and 2."""
+    _singles(root, {"latest.pt": 3, "final.pt": 2})
+
+
+def single_file_older_than_a_bundle(root: Path) -> None:
+    """A bundle of steps 3, 2 and 1, and a single file that becomes another kept step: it is of step 0."""
+    _singles(root, {"latest.pt": 0})
+    three_saves(root)
+
+
+def _singles(root: Path, steps: dict[str, int]) -> None:
+    made, model, optimizer = started(root)
+    for step in range(max(steps.values()) + 1):
+        content = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "step": step}
+        content |= {"config": model.config.to_dict(), "tokenizer": model.tokenizer.state()}
+        for name in (name for name, of in steps.items() if of == step):
+            torch.save(content, root / NAME / name)
+        update(model, optimizer)
+    made.close()
+
+
+def damaged_top(root: Path) -> None:
+    """Three saves, one bit of the newest model.pt flipped."""
+    three_saves(root)
+    flip(root / NAME / "model.pt", 4000)
+
+
+def killed(at: Callable[..., bool], prepare: Callable[[Path], Act], links: bool = True) -> Callable[[Path], None]:
+    """Three saves, and what a process that was killed right after some call of something left."""
+
+    def before(root: Path) -> None:
+        three_saves(root)
+
+        def work() -> None:
+            DISK.links = links
+            act = prepare(root)
+            DISK.change = lambda call, *args: (call(*args), at(call, *args) and os.kill(os.getpid(), signal.SIGKILL))[0]
+            act()
+
+        assert os.WIFSIGNALED(in_child(work)), "it was not killed"
+
+    return before
+
+
+def in_child(work: Act) -> int:
+    """Run something in a forked child, and return how it ended."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+def renamed_to(name: str) -> Callable[..., bool]:
+    """The call that gives a file or folder this name."""
+    return lambda call, *args: call is os.replace and args[1].name == name
+
+
+# What is done
+
+
+def saving(step_again: bool = False, optimizer: bool = True, **settings: Any) -> Callable[[Path], Act]:
+    """Resume, train one step, and save it; or save another state of the same step."""
+
+    def prepare(root: Path) -> Act:
+        made, model, moments = started(root, **settings)
+        if step_again:
+            with torch.no_grad():
+                model.ln_f.weight += 1
+        else:
+            update(model, moments)
+
+        def act() -> None:
+            made.save(model, moments if optimizer else None, step=model.step)
+            made.close()
+
+        return act
+
+    return prepare
+
+
+def saving_and_pruning_two(root: Path) -> Act:
+    """Save a step, where none of the older ones is to stay but the newest."""
+    made, model, optimizer = started(root)
+    made.resumed = {}
+    update(model, optimizer)
+
+    def act() -> None:
+        made.save(model, optimizer, step=model.step)
+        made.close()
+
+    return act
+
+
+def migrating(root: Path) -> Act:
+    """Bring the single files of a folder over, as convert_checkpoints.py does."""
+    folder = root / NAME
+
+    def act() -> None:
+        for paths in find([folder]).folders.values():
+            for outcome in migrate(folder, paths):
+                if outcome.error:
+                    raise CheckpointError(outcome.error)
+
+    return act
+
+
+def recovering(root: Path) -> Act:
+    """What every writer does first."""
+
+    def act() -> None:
+        with manager(root):
+            pass
+
+    return act
+
+
+def resuming(root: Path) -> Act:
+    """Open the newest intact step to train on: walks back from a damaged one."""
+
+    def act() -> None:
+        bundle = manager(root).newest_intact()
+        assert bundle is not None
+        bundle.close()
+
+    return act
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "first save": Scenario(nothing, saving()),
+    "first save beside a single file": Scenario(single_file, saving()),
+    "next save": Scenario(three_saves, saving()),
+    "next save without hard links": Scenario(three_saves, saving(), links=False),
+    "save that prunes two": Scenario(three_saves, saving_and_pruning_two),
+    "save without optimizer": Scenario(three_saves, saving(optimizer=False)),
+    "another state of the same step": Scenario(three_saves, saving(step_again=True)),
+    "migration of two files": Scenario(two_single_files, migrating),
+    "migration to a kept step": Scenario(single_file_older_than_a_bundle, migrating),
+    "recovery of a commit": Scenario(killed(renamed_to(COMMITTED), saving()), recovering),
+    "recovery of a commit without links": Scenario(
+        killed(renamed_to(COMMITTED), saving(), links=False), recovering, links=False
+    ),
+    "recovery of half a roll forward": Scenario(killed(renamed_to("model.pt"), saving()), recovering),
+    "recovery of a half-written step": Scenario(killed(lambda call, *_: call is os.write, saving()), recovering),
+    "recovery of a prune": Scenario(killed(lambda call, *_: call is os.unlink, saving_and_pruning_two), recovering),
+    "walk back": Scenario(damaged_top, resuming),
+    "walk back without hard links": Scenario(damaged_top, resuming, links=False),
+}
+
+
+# What must hold
+
+
+def loaded(root: Path) -> Found:
+    """What a program that only reads finds."""
+    try:
+        model = load_chosen(root / NAME, say=lambda line: None)
+    except CheckpointError:
+        return None
+    return model.step, weights(model)
+
+
+def same(a: Found, b: Found) -> bool:
+    """Whether two readers found the same step with the same bits."""
+    return a is b is None or (a is not None and b is not None and a[0] == b[0] and equal(a[1], b[1]))
+
+
+def contents(root: Path) -> dict[str, str]:
+    """The content of every file a user would miss, as a digest, and one name of it."""
+    return {
+        hashlib.sha256(path.read_bytes()).hexdigest(): str(path.relative_to(root))
+        for path in (root / NAME).rglob("*")
+        if path.suffix in (".pt", ".txt") and path.is_file() and not re.search(r"/\.(stage|trash)-", str(path))
+    }
+
+
+def whole_steps(root: Path) -> dict[str, str]:
+    """Every kept step and every one put aside that is whole, as a digest of its tensors; and its folder's name."""
+    found = {}
+    for folder in (root / NAME).glob("[sa]*_*"):
+        try:
+            with open_bundle(folder) as bundle:
+                verify(bundle)
+                files = [folder / name for name in bundle.files if name.endswith(".pt")]
+        except CheckpointError:
+            continue
+        found[hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()] = folder.name
+    return found
+
+
+def listing(root: Path) -> dict[str, Any]:
+    """What a folder holds, but for what is drawn anew in every run, and for what was put aside."""
+    found: dict[str, Any] = {}
+    for path in sorted((root / NAME).rglob("*")):
+        name = str(path.relative_to(root))
+        if "/aside_" in name or path.name.startswith(".lock"):
+            continue
+        if path.name == STATE:
+            state = json.loads(path.read_text())
+            found[name] = {k: v for k, v in state.items() if k not in ("commit_id", "parent", "saved_at", "integrity")}
+        else:
+            found[name] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+@dataclass
+class Expected:
+    """What a scenario leads to when nothing interrupts it, and what has to outlive it."""
+
+    scenario: Scenario
+    old: Found
+    new: Found
+    before: dict[str, Any]
+    end: dict[str, Any]
+    contents: dict[str, str]
+    steps: dict[str, str]
+
+    @classmethod
+    def of(cls, scenario: Scenario, base: Path, whole: Path) -> Expected:
+        """Compare a folder before with the same one after it; what is gone then is gone by the user's will."""
+        left, steps = contents(whole), whole_steps(whole)
+        return cls(
+            scenario,
+            loaded(base),
+            loaded(whole),
+            listing(base),
+            listing(whole),
+            {digest: name for digest, name in contents(base).items() if digest in left},
+            {digest: name for digest, name in whole_steps(base).items() if digest in steps},
+        )
+
+    def check_interrupted(self, root: Path, tally: Tally, where: str) -> Found:
+        """Check what an interruption left for those who only read; return what they find."""
+        found = loaded(root)
+        tally.check(same(found, self.old) or same(found, self.new), f"{where}: a reader finds neither old nor new")
+        there = contents(root)
+        gone = [name for digest, name in self.contents.items() if digest not in there]
+        tally.check(not gone, f"{where}: the content of {gone} is nowhere")
+        return found
+
+    def check_finished(self, root: Path, found: Found, tally: Tally, where: str) -> None:
+        """Let the next run do its work, and check that it ends as if nothing had happened."""
+        is_done = same(found, self.new) and not same(self.old, self.new)
+        DISK.links = self.scenario.links
+        try:
+            (recovering if is_done else self.scenario.prepare)(root)()
+        except (CheckpointError, OSError) as error:
+            tally.losses.append(f"{where}: the next run says {error!r}")
+            return
+        tally.check(same(loaded(root), self.new), f"{where}: the next run leads to another step")
+        there, end = whole_steps(root), listing(root)
+        lost = [name for digest, name in self.steps.items() if digest not in there]
+        tally.check(not lost, f"{where}: {lost} is whole nowhere after the next run")
+        # A prune that did not come about is left to the next save: what was there before may still be there.
+        differs = [n for n in end.keys() | self.end.keys() if end.get(n) != self.end.get(n, self.before.get(n))]
+        tally.check(not differs, f"{where}: after the next run {sorted(differs)} differ from a run never interrupted")
