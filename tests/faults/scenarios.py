@@ -257,6 +257,9 @@ def whole_steps(root: Path) -> dict[str, str]:
     return found
 
 
+DRAWN_ANEW = {"commit_id", "parent", "run", "saved_at", "integrity"}
+
+
 def listing(root: Path) -> dict[str, Any]:
     """What a folder holds, but for what is drawn anew in every run, and for what was put aside."""
     found: dict[str, Any] = {}
@@ -266,7 +269,7 @@ def listing(root: Path) -> dict[str, Any]:
             continue
         if path.name == STATE:
             state = json.loads(path.read_text())
-            found[name] = {k: v for k, v in state.items() if k not in ("commit_id", "parent", "saved_at", "integrity")}
+            found[name] = {k: v for k, v in state.items() if k not in DRAWN_ANEW}
         else:
             found[name] = path.read_bytes() if path.is_file() else None
     return found
