@@ -200,10 +200,15 @@ class CheckpointManager:
                 model = start.resume(bundle, given, tokenization)
                 state = load_optimizer(bundle)
                 self._say_without_moments(bundle, state)
+                where = bundle.path(OPTIMIZER)
+
+                def say(line: str) -> None:
+                    self.say(f"{where}: {line}")
+
                 try:
-                    optimizer = configure_optimizer(model, learning_rate, weight_decay, state)
+                    optimizer = configure_optimizer(model, learning_rate, weight_decay, state, say)
                 except CheckpointMismatch as error:
-                    raise CheckpointMismatch(f"{bundle.path(OPTIMIZER)}: {error}") from error
+                    raise CheckpointMismatch(f"{where}: {error}") from error
             self.resumed = bundle.state
             return model, optimizer, model.step
         tokenizer = start.find_tokenizer(tokenization, input_text)
@@ -382,8 +387,12 @@ class CheckpointManager:
 
     # Load
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, strict: bool = True) -> int:
         """Fill a live module, and its optimizer, from the newest intact step, and return that step; 0 for none.
+
+        Moments follow the names of their parameters, whatever the order or the groups. Those of parameters that were
+        not trained before start from zero, those of frozen ones are dropped; both are said. `strict=False` is for a
+        module that was changed, like one with a new head: tensors that only one side has are left alone, and said.
 
         Raises: CheckpointMismatch when names or shapes do not fit; the module is unchanged then.
         """
@@ -395,9 +404,10 @@ class CheckpointManager:
             if isinstance(module, SpeedrunGPT):
                 fill_speedrun(bundle, module)
             else:
-                fill(bundle, module)
+                for line in fill(bundle, module, strict):
+                    self.say(f"{bundle.path(MODEL)}: {line}")
             if optimizer is not None:
-                self._say_without_moments(bundle, load_moments(bundle, module, optimizer))
+                self._say_without_moments(bundle, load_moments(bundle, module, optimizer, self.say, strict))
             self.resumed = bundle.state
             return bundle.step
 

@@ -17,7 +17,12 @@ def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
     return missing + surplus + wrong
 
 
-def listed(faults: list[str], limit: int = 10) -> str:
+def counted(what: str, names: list[str]) -> str:
+    """Count names and list them, at most ten: "2 new parameters (a, b)"; `what` is in the singular."""
+    return f"{len(names)} {what}{'s' * (len(names) != 1)} ({listed(names, separator=', ')})"
+
+
+def listed(faults: list[str], limit: int = 10, separator: str = "; ") -> str:
     """Join sentences, at most ten of them "and 37 more"."""
-    more = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
-    return "; ".join(faults[:limit]) + more
+    more = f"{separator}and {len(faults) - limit} more" if len(faults) > limit else ""
+    return separator.join(faults[:limit]) + more

@@ -6,7 +6,7 @@ import contextlib
 import mmap
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from core.bundle import TOKENIZER, Bundle
 from core.containers.spec import TensorSpec
 from core.containers.torch_zip import TorchZip
 from core.device import resolve_device
-from core.differences import differences, listed
+from core.differences import counted, differences, listed
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.families.plan import Plan
 from core.fit import check_fit, rearrange_optimizer
@@ -221,19 +221,28 @@ def load_model(
     return model.eval()
 
 
-def fill(bundle: Bundle, module: nn.Module) -> None:
-    """Copy the weights of a bundle into a live module.
+def fill(bundle: Bundle, module: nn.Module, strict: bool = True) -> list[str]:
+    """Copy the weights of a bundle into a live module, and say what has no counterpart on the other side.
+
+    Where not `strict`, tensors that only one side has are left alone; otherwise they are an error, as are other shapes
+    in either case.
 
     Raises: CheckpointMismatch when names or shapes do not fit; the module is unchanged then.
     """
     tensors = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
     live = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-    faults = differences({name: t.shape for name, t in live.items()}, {name: t.shape for name, t in tensors.items()})
-    if faults:
-        raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.")
+    new, left = [n for n in live if n not in tensors], [n for n in tensors if n not in live]
+    common = [name for name in live if name in tensors]
+    compared = common if common and not strict else {**live, **tensors}
+    expected, found = ({n: t.shape for n, t in side.items() if n in compared} for side in (live, tensors))
+    if faults := differences(expected, found):
+        hint = " What fits is loaded with strict=False." if common and strict and (new or left) else ""
+        raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.{hint}")
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            live[name].copy_(tensor)
+        for name in common:
+            live[name].copy_(tensors[name])
+    lines = [f"new: {counted('tensor', new)}, not in the checkpoint; they stay as they are"] if new else []
+    return lines + ([f"left out: {counted('tensor', left)}, not in the module"] if left else [])
 
 
 def _recorded_dtype(bundle: Bundle) -> torch.dtype | None:
@@ -279,7 +288,13 @@ def read_optimizer(bundle: Bundle) -> dict[str, Any] | None:
     return read_part(bundle.optimizer)
 
 
-def load_moments(bundle: Bundle, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def load_moments(
+    bundle: Bundle,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    say: Callable[[str], None],
+    strict: bool = True,
+) -> dict[str, Any] | None:
     """Fill the optimizer of a module from a bundle, by name; returns the state, None where the step has none.
 
     Raises: CheckpointMismatch when it is another model's; the optimizer is unchanged then.
@@ -289,7 +304,9 @@ def load_moments(bundle: Bundle, module: nn.Module, optimizer: torch.optim.Optim
         return None
     try:
         names = names_in_order(groups_of(state), once(bundle.weights.tensors))
-        load_optimizer_state(optimizer, state, names)
+        lines = load_optimizer_state(optimizer, state, names, model=module, strict=strict)
     except CheckpointMismatch as error:
         raise CheckpointMismatch(f"{bundle.optimizer.source.path}: {error}") from error
+    for line in lines:
+        say(f"{bundle.optimizer.source.path}: {line}")
     return state

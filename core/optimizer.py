@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from core.differences import listed
+from core.differences import counted, listed
 from core.errors import CheckpointMismatch
 from core.optimizer_state import OTHER_MODEL, groups_of, names_in_order
 from core.state_dict import plain_name
@@ -24,22 +25,29 @@ ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 FUSED_DEVICES = ("cpu", "cuda")
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def configure_optimizer(
     model: GPT | nn.Module,
     learning_rate: float,
     weight_decay: float | None = None,
     optimizer_state: dict[str, Any] | None = None,
+    say: Callable[[str], None] = _say,
 ) -> torch.optim.AdamW:
     """Make AdamW over the named parameters of a model; matrices and embeddings decay (by 0.1), biases and norms do not.
 
     Fused, which on two CPU cores takes a fifth of the time of the loop or less. With a state it goes on as the
     optimizer that was saved: its groups, betas, weight decay and kernel, since the kernels differ in the last bits;
-    only the learning rate is new, and the weight decay where one is given. A state is loaded by name; one without
+    only the learning rate is new, and the weight decay where one is given. A state is loaded by name, as
+    `load_optimizer_state` does: parameters that it lacks start from zero, in the group of those like them. One without
     names and with a single group is taken to be in the order of the model's parameters.
 
     Raises: CheckpointMismatch when the given state is another model's.
     """
-    named = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
+    everything = {_plain(name): p for name, p in model.named_parameters()}
+    named = {name: p for name, p in everything.items() if p.requires_grad}
     fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in named.values())
     if optimizer_state is None:
         decay = 0.1 if weight_decay is None else weight_decay
@@ -50,8 +58,10 @@ def configure_optimizer(
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=BETAS, fused=fused)
     saved = groups_of(optimizer_state)
     names = [_plain(n) for n in names_in_order(saved, {name: tuple(p.shape) for name, p in named.items()})]
+    _refuse([f"{name} is not in this model" for name in names if name not in everything])
     made = _like(saved, names, named, learning_rate, weight_decay, fused)
-    load_optimizer_state(made, optimizer_state, names)
+    for line in load_optimizer_state(made, optimizer_state, names, known=everything):
+        say(line)
     return made
 
 
@@ -64,19 +74,18 @@ def _like(
     fused: bool,
 ) -> torch.optim.AdamW:
     """AdamW with the groups and hyper-parameters of a saved one, as far as this device has them."""
-    _refuse(
-        [f"{name} is missing" for name in named if name not in names]
-        + [f"{name} is not in this model" for name in names if name not in named]
-    )
-    rest = iter(names)
-    groups = []
+    rest, new = iter(names), [name for name in named if name not in set(names)]
+    groups: list[dict[str, Any]] = []
     for group in saved:
         kept = {key: value for key, value in group.items() if key in CONTINUED}
         if weight_decay is not None and kept.get("weight_decay"):
             kept["weight_decay"] = weight_decay
         kept["fused"] = (kept.get("fused") and fused) or None
-        mine = [next(rest) for _ in group["params"]]
+        mine = [name for name in (next(rest) for _ in group["params"]) if name in named]
         groups.append({**kept, "params": [(name, named[name]) for name in mine], "capturable": False})
+    for name in new:
+        alike = [g for g in groups if any((p.dim() < 2) == (named[name].dim() < 2) for _, p in g["params"])]
+        (alike or groups)[-1]["params"].append((name, named[name]))
     _refuse([fault for number, group in enumerate(groups) for fault in _impossible(number, group)])
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate)
 
@@ -95,19 +104,35 @@ def _impossible(number: int, group: dict[str, Any]) -> list[str]:
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, state: dict[str, Any], names: Sequence[str] | None = None
-) -> None:
-    """Copy the moments of a saved state into an optimizer; hyper-parameters stay those of this run.
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    names: Sequence[str] | None = None,
+    *,
+    model: nn.Module | None = None,
+    known: Collection[str] = (),
+    strict: bool = True,
+) -> list[str]:
+    """Copy the moments of a saved state into an optimizer, and say which ones start from zero or are dropped.
 
-    Matches by name where the state carries names, or where `names` gives them in the state's order; else by order. All
-    is checked before anything changes. (`Optimizer.load_state_dict` goes by position, checks no shape, keeps the
-    tensors it is given and takes hyper-parameters from the file.)
+    Hyper-parameters stay those of this run. Matches by name where the state carries names, or where `names` gives them
+    in the state's order; else by order. The optimizer's own names are those of its groups, or of the `model`. Then
+    order and groups do not matter; a parameter that the state lacks starts from zero; the moments of one that is
+    `known` (by default: in the model) but not in the optimizer, since it is frozen, are dropped. Not `strict`, so are
+    those of parameters that the model does not have. All is checked before anything changes.
+    (`Optimizer.load_state_dict` goes by position, checks no shape, keeps the tensors it is given and takes
+    hyper-parameters from the file.)
 
     Raises: CheckpointMismatch naming what is missing, too many, or of another shape.
     """
     groups = groups_of(state)
     here = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     here_names = _names(optimizer.param_groups)
+    lines, new = list[str](), list[str]()
+    if model is not None:
+        found_names = {id(p): _plain(name) for name, p in model.named_parameters()}
+        known = known or found_names.values()
+        if here_names is None and all(id(p) in found_names for p, _ in here):
+            here_names = [found_names[id(p)] for p, _ in here]
     there_ids = [i for group in groups for i in group["params"]]
     there_names = _names(groups) or ([_plain(n) for n in names] if names is not None else None)
     if there_names is not None and len(there_names) != len(there_ids):
@@ -123,20 +148,31 @@ def load_optimizer_state(
         found = dict(zip(labels, there_ids, strict=True))
     else:
         labels, found = here_names, dict(zip(there_names, there_ids, strict=True))
+        new = [name for name in labels if name not in found]
+        gone = [name for name in found if name not in set(labels)]
+        foreign = [name for name in gone if name not in set(known)]
+        strangers = len(new) == len(labels) > 0 and len(found) > 0  # nothing in common: it is another model's
         _refuse(
-            [f"{name} is missing" for name in labels if name not in found]
-            + [f"{name} is not in this model" for name in found if name not in set(labels)]
+            [f"{name} is missing" for name in new if strangers]
+            + [f"{name} is not in this model" for name in foreign if strict or strangers]
         )
-    entries = [state["state"].get(found[label], {}) for label in labels]
+        if new:
+            lines.append(f"reset: {counted('new parameter', new)}; moments start from zero")
+        if gone:
+            lines.append(f"dropped: the moments of {counted('parameter', gone)}, no longer in the optimizer")
+    entries = [state["state"].get(found.get(label), {}) for label in labels]
     adam = isinstance(optimizer, torch.optim.Adam)
     faults = [
         _fault(label, p, e, group, adam or "betas" in group)
         for label, (p, group), e in zip(labels, here, entries, strict=True)
     ]
     _refuse([fault for fault in faults if fault])
-    for (p, group), entry in zip(here, entries, strict=True):
+    for label, (p, group), entry in zip(labels, here, entries, strict=True):
         if entry:
             optimizer.state[p] = {key: _copy(key, value, p, group) for key, value in entry.items()}
+        elif label in new:
+            optimizer.state.pop(p, None)
+    return lines
 
 
 def _names(groups: list[dict[str, Any]]) -> list[str] | None:

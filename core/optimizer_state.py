@@ -86,7 +86,8 @@ def rearrange(
     """Give a state the parameters of the model: fused by the plan of the weights, named, in the order of `ours`.
 
     `order` has the parameters of the program that saved it, as they stand in its weights file; `join` concatenates
-    tensors along their rows. Hyper-parameters stay those of the groups.
+    tensors along their rows. Hyper-parameters stay those of the groups. A state that names its parameters may lack
+    some of the model's: those were not trained.
 
     Raises: CheckpointMismatch naming what is missing, too many, of another shape, or does not fit together.
     """
@@ -95,11 +96,15 @@ def rearrange(
     place = {i: g for g, group in enumerate(groups) for i in group["params"]}
     plain = {name: plain for plain, name in plain_names(order).items()}
     found = dict(zip(plain_names(names_in_order(groups, order)), ids, strict=True))
+    named = recorded_names(groups) is not None
+    strangers = not any(plain.get(part, part) in found for name in ours for part in plan.sources.get(name, (name,)))
     faults = _faults(state["state"], found, {plain[name]: shape for name, shape in order.items()})
     made: list[tuple[str, int, dict[str, Any]]] = []
     for name in ours:
         parts = [found.pop(plain.get(part, part), None) for part in plan.sources.get(name, (name,))]
         known = [part for part in parts if part is not None]
+        if not known and named and not strangers:
+            continue
         if len(known) < len(parts) or len({place[part] for part in known}) != 1:
             faults.append(f"{name} is missing" if not known else f"{name} is {len(known)} of {len(parts)} parts")
             continue

@@ -133,7 +133,7 @@ def start_speedrun(
     if bundle is not None:
         model = _from_bundle(bundle, given, wanted, manager)
         optimizer = configure_muon(model, wanted.learning_rate, wanted.weight_decay)
-        if load_moments(bundle, model, optimizer) is None and bundle.step:
+        if load_moments(bundle, model, optimizer, manager.say) is None and bundle.step:
             manager.say(f"{bundle.path(OPTIMIZER)}: no optimizer state; its moments start from zero")
         manager.resumed = bundle.state
         return model, optimizer, model.step

@@ -202,12 +202,29 @@ def test_missing_and_surplus_names_are_listed_up_to_ten():
     other = make(n_layer=1)
     with pytest.raises(CheckpointMismatch, match=r"blocks\.1\.sa\.qkv\.weight is not in this model"):
         other.configure_optimizer(1e-2, optimizer_state=export_optimizer_state(optimizer, model))
-    larger = make(n_layer=5)
+    strangers = torch.nn.ModuleDict({"other": make(n_layer=5)})
     with pytest.raises(CheckpointMismatch) as raised:
-        larger.configure_optimizer(1e-2, optimizer_state=export_optimizer_state(optimizer, model))
-    message = str(raised.value)
-    per_layer = sum(name.startswith("blocks.0.") for name, _ in model.named_parameters())
-    assert message.count(" is missing") == 10 and f" and {3 * per_layer - 10} more." in message
+        configure_optimizer(strangers, 1e-2, optimizer_state=export_optimizer_state(optimizer, model))
+    message, count = str(raised.value), len(list(model.named_parameters()))
+    assert message.count(" is not in this model") == 10 and f" and {count - 10} more." in message
+
+
+def test_a_deeper_model_resets_the_moments_of_its_new_layers_and_lists_ten_of_them():
+    model, optimizer = trained()
+    larger, lines = make(n_layer=5), []
+    state = export_optimizer_state(optimizer, model)
+    made = larger.configure_optimizer(1e-2, optimizer_state=state, say=lines.append)
+    new = [name for name, _ in larger.named_parameters() if name not in dict(model.named_parameters())]
+    (line,) = lines
+    assert line.startswith(f"reset: {len(new)} new parameters (blocks.2.sa.qkv.weight, ")
+    assert line.endswith(f", and {len(new) - 10} more); moments start from zero")
+    kept = {name: p for name, p in larger.named_parameters() if name not in new}
+    assert_equal_bits(
+        {f"{n}.{k}": v for n, p in kept.items() for k, v in made.state[p].items()}, moments(optimizer, model)
+    )
+    assert not any(made.state[p] for n, p in larger.named_parameters() if n in new)
+    for group in made.param_groups:
+        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] > 0}, "new ones decay like their kind"
 
 
 def test_a_state_of_another_width_names_both_shapes():
