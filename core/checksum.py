@@ -52,7 +52,8 @@ def combine(first: int, second: int, second_length: int) -> int:
     return _multiply(_shift(second_length), first) ^ second
 
 
-def _read_at(fd: int, buffer: memoryview, position: int) -> int:
+def read_into(fd: int, buffer: memoryview, position: int) -> int:
+    """Read from a position of an open file into a buffer, as far as it goes; returns the bytes read, 0 at the end."""
     if POSITIONED_READS:
         return os.preadv(fd, [buffer], position)
     os.lseek(fd, position, os.SEEK_SET)
@@ -66,7 +67,7 @@ def crc32_range(fd: int, start: int, end: int) -> int:
     buffer = memoryview(bytearray(min(CHUNK, max(end - start, 1))))
     crc, position = 0, start
     while position < end:
-        count = _read_at(fd, buffer[: end - position], position)
+        count = read_into(fd, buffer[: end - position], position)
         if not count:
             break
         crc = zlib.crc32(buffer[:count], crc)

@@ -19,17 +19,30 @@ from core.conversion_dcp import write_items
 from core.conversion_plan import Plan, Ref, Target, WeightFile
 from core.errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from core.gather import PIECE, Gatherer, cast
+from core.proof import prove, source_checks
 from core.storage import DISK, Output, Storage
+from core.workers import Workers
 
 Progress = Callable[[int], object]
 
 
+WRITEBACK = hasattr(os, "posix_fadvise")
+"""Off (macOS, Windows, tests): the disk begins to write when it is waited for."""
+
+_AT_ONCE = 16 << 20  # bytes after which the disk is told to begin
+_MOST_OPEN = 64
+
+
 class Through(Output):
-    """An output whose large pieces go straight to the file, summed where a checksum of the file is recorded."""
+    """An output whose large pieces go straight to the file, summed where a checksum of the file is recorded.
+
+    The disk writes while the conversion goes on; what is left then is waited for when the output is closed.
+    """
 
     def __init__(self, storage: Storage, fd: int, is_summed: bool) -> None:
         super().__init__(storage, fd)
         self.is_summed = is_summed
+        self._written = self._begun = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append bytes and return their CRC32, or 0 where nothing is summed."""
@@ -41,10 +54,45 @@ class Through(Output):
             self.crc32 = combine(self.crc32, crc, len(view))
         else:
             crc = 0
-        self._flush()
+        self.flush()
         self._write_all(view)
         self.size += len(view)
         return crc
+
+    def flush(self) -> None:
+        """Hand the system what was gathered, so that the file can be read."""
+        self._flush()
+
+    def _write_all(self, view: memoryview) -> None:
+        super()._write_all(view)
+        self._written += len(view)
+        if WRITEBACK and self._written - self._begun >= _AT_ONCE:
+            # Linux begins to write such a range; of its pages it drops those that are on the disk, so none as yet.
+            with contextlib.suppress(OSError):  # a file system that takes no advice
+                os.posix_fadvise(self._fd, self._begun, self._written - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = self._written
+
+
+class Made(contextlib.ExitStack):
+    """The files that a conversion makes, open until they are all made durable, which leaving it does."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self.place = place
+        self.recorded: dict[str, dict[str, Any]] = {}  # by name: size and CRC32
+
+    @contextlib.contextmanager
+    def file(self, name: str, is_summed: bool = True) -> Iterator[Through]:
+        """Make a file of this name in the folder, or with "" in its place."""
+        if len(self.recorded) % _MOST_OPEN == _MOST_OPEN - 1:  # a model may have thousands
+            self.close()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        fd = DISK.change(os.open, self.place / name, flags, 0o666)
+        output = Through(DISK, fd, is_summed)
+        self.enter_context(output)
+        yield output
+        output.flush()
+        self.recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
 
 
 def refuse_target(plan: Plan, overwrite: bool) -> None:
@@ -85,11 +133,13 @@ def convert(
             place = stage / "made"
             if plan.is_folder:
                 DISK.make_folder(place)
-            _write(plan, place, progress)
-            if verify:
-                from core.proof import prove
-
-                prove(plan, place, progress)
+            with Made(place) as made, Workers(source_checks(plan) if verify else [], 1) as checking:
+                _write(plan, made, progress)
+                if verify:
+                    prove(plan, place, progress)
+                checking.wait()
+            if plan.is_folder:
+                DISK.sync_folder(place)
             return _commit(plan, place, overwrite)
     except OSError as error:
         raise SaveFailed(
@@ -98,44 +148,38 @@ def convert(
         ) from error
 
 
-def _write(plan: Plan, place: Path, progress: Progress) -> None:
-    recorded: dict[str, dict[str, Any]] = {}
+def _write(plan: Plan, made: Made, progress: Progress) -> None:
     metadata: bytes | None = None  # of a DCP folder, which says where its items came to be
     with Gatherer() as gatherer:
         for file in plan.files:
-            with _create(place / file.name if plan.is_folder else place, plan, file.is_torch) as output:
+            with made.file(file.name if plan.is_folder else "", file.is_torch) as output:
                 if file.name.endswith(SUFFIX):
                     metadata = write_items(file, output, lambda t: elements(gatherer, t, progress))
                 else:
                     (_write_torch if file.is_torch else _write_safetensors)(file, output, gatherer, progress)
-            recorded[file.name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
     for name, source in plan.copies.items():
-        with _create(place / name, plan, True) as output, DISK.open(source) as copied:
+        with made.file(name) as output, DISK.open(source) as copied:
             while data := copied.read(PIECE):
                 output.write(data)
-        recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
     texts = plan.texts if metadata is None else {**plan.texts, METADATA: metadata}
     for name, text in texts.items():
-        with _create(place / name, plan, True) as output:
+        with made.file(name) as output:
             output.write(text)
-        recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
-    for name, text in (plan.seal(recorded) if plan.seal is not None else {}).items():
-        DISK.write(place / name, text)
-    if plan.is_folder:
-        DISK.sync_folder(place)
-
-
-def _create(path: Path, plan: Plan, is_summed: bool) -> Through:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
-    return Through(DISK, DISK.change(os.open, path, flags, 0o666), is_summed)
+    for name, text in (plan.seal(made.recorded) if plan.seal is not None else {}).items():
+        with made.file(name) as output:
+            output.write(text)
 
 
 def _write_safetensors(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> None:
     entries = [(t.path, t.dtype, t.view.shape, t.nbytes) for t in file.targets]
     output.write(safetensors_writer.header(entries, file.metadata))
     for target in file.targets:
-        for piece in elements(gatherer, target, progress):
-            output.write(piece)
+        _append(output, elements(gatherer, target, progress))
+
+
+def _append(output: Output, pieces: Iterator[memoryview]) -> None:
+    for piece in pieces:  # the last one is let go of, with the tensor behind it, before the next tensor is made
+        output.write(piece)
 
 
 def _write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> None:

@@ -5,18 +5,20 @@ Bytes that lie in order already are read and handed on, without numpy; others ar
 
 from __future__ import annotations
 
-import os
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from core.containers.container import Container
+from core import checksum
 from core.containers.spec import ITEM_SIZES
 from core.decode import decode
 from core.errors import CheckpointDamaged, CheckpointError
 from core.view import Block, View, is_in_order
+from core.workers import Job, Workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,13 +26,16 @@ if TYPE_CHECKING:
 PIECE = 256 * 1024
 """Bytes at a time: what stays in a core's cache between being read, summed and written."""
 
-SLAB = 8 << 20
-"""Bytes read at a time of a tensor whose elements have to be put in place."""
+SLAB = 2 << 20
+"""Bytes read at a time of a tensor whose elements have to be put in place; they too stay in a core's cache."""
 
 SMALL, _MOST_SPARSE = 16384, 4
 """Elements that are read for nothing rather than skipped, and how many there may be for each that is wanted."""
 
-_TILE = 128  # elements
+_LARGE = 2 << 20  # bytes of a tensor that threads are worth starting for
+_MOST_OPEN = 64  # files; a folder may have thousands
+
+_TILE = 64, 256  # elements that follow one another where they are put, and where they lie
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 """Dtypes that a cast makes one another of."""
@@ -42,7 +47,8 @@ class Gatherer:
     def __init__(self) -> None:
         self._held = ExitStack()
         self._files: dict[tuple[int, str], BinaryIO] = {}
-        self._buffer = memoryview(bytearray(PIECE))
+        self._buffers: dict[str, bytearray] = {}
+        self._idle: list[bytearray] = []  # memory of slabs
 
     def __enter__(self) -> Gatherer:
         return self
@@ -52,41 +58,47 @@ class Gatherer:
     ) -> None:
         self._held.close()
 
-    def pieces(self, view: View) -> Iterator[memoryview]:
-        """Give the elements in row-major order; a piece is overwritten when the next one is asked for.
+    def _room(self, use: str, size: int) -> bytearray:
+        """At least so many bytes, the same ones for one use: memory that is asked for anew has to be cleared first."""
+        if len(self._buffers.get(use, b"")) < size:
+            self._buffers.pop(use, None)  # before the larger one is made
+            self._buffers[use] = bytearray(size)
+        return self._buffers[use]
+
+    def pieces(self, view: View, size: int = PIECE) -> Iterator[memoryview]:
+        """Give the elements in row-major order, `size` bytes at a time, in memory that the next piece overwrites.
 
         Raises: CheckpointDamaged when a file cannot be read or ends too early.
         """
         if not is_in_order(view):
-            whole = memoryview(self._placed(view)).cast("B")
-            for start in range(0, len(whole), PIECE):
-                yield whole[start : start + PIECE]
+            whole = self._placed(view)
+            for start in range(0, len(whole), size):
+                yield whole[start : start + size]
             return
-        item = ITEM_SIZES[view.dtype]
+        room = memoryview(self._room("piece", size))[:size]
+        filled = 0
         for block in sorted(view.blocks, key=lambda b: b.begin):
-            size = item
-            for side in block.shape:
-                size *= side
-            if block.source is None:
-                yield from _repeated(_constant(view.dtype, block.value), size)
-            else:
-                yield from self._read_through(block, size)
-
-    def _read_through(self, block: Block, size: int) -> Iterator[memoryview]:
-        done = 0
-        while done < size:
-            piece = self._buffer[: min(PIECE, size - done)]
-            self._read(block, block.offset + done, piece)
-            yield piece
-            done += len(piece)
+            left, offset = math.prod(block.shape) * ITEM_SIZES[view.dtype], block.offset
+            while left:
+                part = room[filled : filled + min(size - filled, left)]
+                if block.source is None:
+                    element = _constant(view.dtype, block.value)
+                    part[:] = element * (len(part) // len(element))
+                else:
+                    self._read(block, offset, part)
+                left, offset, filled = left - len(part), offset + len(part), filled + len(part)
+                if filled == size:
+                    yield room
+                    filled = 0
+        if filled:
+            yield room[:filled]
 
     def _read(self, block: Block, offset: int, into: memoryview) -> None:
-        assert block.source is not None
-        file = self._file(block.source, block.file)
+        file = self._file(block)
         where, done = _where(block), 0
         try:
             while done < len(into):
-                count = os.preadv(file.fileno(), [into[done:]], offset + done)
+                count = checksum.read_into(file.fileno(), into[done:], offset + done)
                 if not count:
                     raise CheckpointDamaged(
                         f"{where}: {block.name} ends after {offset + done} of {offset + len(into)} bytes of the file. "
@@ -96,66 +108,101 @@ class Gatherer:
         except OSError as error:
             raise CheckpointDamaged(f"{where}: cannot be read ({error.strerror}). The disk may be failing.") from error
 
-    def _file(self, source: Container, name: str) -> BinaryIO:
-        name = name or source.path.name
-        key = (id(source), name)
+    def _file(self, block: Block) -> BinaryIO:
+        assert block.source is not None
+        name = block.file or block.source.path.name
+        key = (id(block.source), name)
         if key not in self._files:
-            if len(self._files) >= 64:  # a folder may have thousands
-                self._held.close()
-                self._files.clear()
-            self._files[key] = self._held.enter_context(source.open(name))
+            if len(self._files) >= _MOST_OPEN:
+                self._close()
+            self._files[key] = self._held.enter_context(block.source.open(name))
         return self._files[key]
 
-    def _placed(self, view: View) -> bytearray:
-        """All elements of a tensor, put where they belong."""
+    def _close(self) -> None:
+        self._held.close()
+        self._files.clear()
+
+    def _placed(self, view: View) -> memoryview:
+        """All elements of a tensor, put where they belong, by several threads where it is large."""
         import numpy as np
 
         item = ITEM_SIZES[view.dtype]
         kind: np.dtype = np.dtype(f"u{item}" if item <= 8 else "V16")
-        dense = bytearray(view.nbytes)
-        out = np.frombuffer(dense, kind).reshape(view.shape)
+        dense = memoryview(self._room("tensor", view.nbytes))[: view.nbytes]
+        fills = self._fills(view, np.frombuffer(dense, kind).reshape(view.shape))
+        if view.nbytes < _LARGE or not self._can_share(view):
+            for fill in fills:
+                fill()
+        else:
+            with Workers(fills) as workers:
+                workers.wait()
+        return dense
+
+    def _can_share(self, view: View) -> bool:
+        """Open the files of a view together, so that several threads may read them; False where that cannot be."""
+        files = {(id(block.source), block.file): block for block in view.blocks if block.source is not None}
+        if not checksum.POSITIONED_READS or len(files) > _MOST_OPEN:
+            return False
+        if len(self._files) + len(files) > _MOST_OPEN:
+            self._close()
+        for block in files.values():
+            self._file(block)
+        return True
+
+    def _fills(self, view: View, out: np.ndarray) -> Iterator[Job]:
+        """Give the jobs that put all elements of a tensor in place."""
+        import numpy as np
+
         for block in view.blocks:
             box = out[tuple(slice(b, b + n) for b, n in zip(block.begin, block.shape, strict=True))]
             if block.source is None:
-                box[...] = np.frombuffer(_constant(view.dtype, block.value), kind)[0]
+                box[...] = np.frombuffer(_constant(view.dtype, block.value), out.dtype)[0]
             else:
                 order = sorted(range(box.ndim), key=lambda d: -block.strides[d])
                 strides = tuple(block.strides[d] for d in order)
-                self._fill(block, box.transpose(order), strides, block.offset)
-        return dense
+                yield from self._slabs(block, box.transpose(order), strides, block.offset)
 
-    def _fill(self, block: Block, box: np.ndarray, strides: tuple[int, ...], offset: int) -> None:
-        """Fill a box whose axes are sorted by their strides in the file, a slab of these at a time."""
-        import numpy as np
-
+    def _slabs(self, block: Block, box: np.ndarray, strides: tuple[int, ...], offset: int) -> Iterator[Job]:
+        """Give the jobs that fill a box whose axes are sorted by their strides in the file: a slab of the file each."""
         item, extent = box.itemsize, _extent(box.shape, strides)
         if box.ndim == 0 or (extent * item <= SLAB and extent <= _MOST_SPARSE * box.size + SMALL):
-            data = memoryview(bytearray(extent * item))
-            self._read(block, offset, data)
-            flat = np.frombuffer(data, box.dtype)
-            steps = tuple(stride * item for stride in strides)
-            _put(box, np.lib.stride_tricks.as_strided(flat, box.shape, steps, writeable=False))
+            yield partial(self._fill, block, box, strides, offset)
             return
         inner = _extent(box.shape[1:], strides[1:])
         rows = (SLAB // item - inner) // max(strides[0], 1) + 1
         if rows >= box.shape[0] or rows < 2 or strides[0] > _MOST_SPARSE * inner + SMALL:
-            for k in range(box.shape[0]):  # what lies between would be read for nothing
-                self._fill(block, box[k], strides[1:], offset + k * strides[0] * item)
-            return
-        for k in range(0, box.shape[0], rows):
-            self._fill(block, box[k : k + rows], strides, offset + k * strides[0] * item)
+            rows = 0  # what lies between would be read for nothing
+        for k in range(0, box.shape[0], rows or 1):
+            part, at = (box[k : k + rows], strides) if rows else (box[k], strides[1:])
+            yield from self._slabs(block, part, at, offset + k * strides[0] * item)
+
+    def _fill(self, block: Block, box: np.ndarray, strides: tuple[int, ...], offset: int) -> None:
+        """Fill a box from a slab of the file."""
+        import numpy as np
+
+        try:
+            slab = self._idle.pop()
+        except IndexError:  # the first of a thread
+            slab = bytearray(SLAB)
+        data = memoryview(slab)[: _extent(box.shape, strides) * box.itemsize]
+        self._read(block, offset, data)
+        flat = np.frombuffer(data, box.dtype)
+        steps = tuple(stride * box.itemsize for stride in strides)
+        _put(box, np.lib.stride_tricks.as_strided(flat, box.shape, steps, writeable=False))
+        self._idle.append(slab)
 
 
 def _put(box: np.ndarray, values: np.ndarray) -> None:
     """Copy, by tiles that fit a core's cache where the two have another axis as their innermost: 8 times as fast."""
     inner = min(range(box.ndim), key=lambda d: (box.strides[d] if box.shape[d] > 1 else 1 << 62, -d), default=0)
-    if box.ndim < 2 or inner == box.ndim - 1 or box.size <= _TILE * _TILE:
+    if box.ndim < 2 or inner == box.ndim - 1 or box.size <= math.prod(_TILE):
         box[...] = values
         return
     out, given = box.swapaxes(inner, -2), values.swapaxes(inner, -2)
-    for k in range(0, out.shape[-2], _TILE):
-        for j in range(0, out.shape[-1], _TILE):
-            out[..., k : k + _TILE, j : j + _TILE] = given[..., k : k + _TILE, j : j + _TILE]
+    rows, columns = _TILE
+    for k in range(0, out.shape[-2], rows):
+        for j in range(0, out.shape[-1], columns):
+            out[..., k : k + rows, j : j + columns] = given[..., k : k + rows, j : j + columns]
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
@@ -166,12 +213,6 @@ def _where(block: Block) -> str:
     assert block.source is not None
     path = block.source.path
     return str(path if not block.file or block.file == path.name else path / block.file)
-
-
-def _repeated(element: bytes, size: int) -> Iterator[memoryview]:
-    many = memoryview(element * (min(size, PIECE) // len(element)))
-    for start in range(0, size, len(many)):
-        yield many[: size - start]
 
 
 def _constant(dtype: str, value: float) -> bytes:

@@ -6,7 +6,7 @@ the plan says.
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,23 +14,22 @@ from pathlib import Path
 from core.checksum import crc32_range
 from core.containers.container import Check, Container
 from core.containers.open import open_container
+from core.containers.spec import ITEM_SIZES
 from core.conversion_plan import Plan, Target, WeightFile
 from core.errors import CheckpointDamaged, CheckpointMismatch
-from core.gather import FLOATS, Gatherer, cast
+from core.gather import FLOATS, PIECE, Gatherer, cast
 from core.rules import apply
 from core.view import View, cut, is_in_order, stored
+from core.workers import Job, Workers
 
 Progress = Callable[[int], object]
 Comparison = tuple[str, View, View]
 
-_FEW = 32 << 20  # bytes
-_WORKERS = 4
-
 
 def prove(plan: Plan, place: Path, progress: Progress) -> None:
-    """Compare what lies at `place` with the source of the plan, and the source with its own checksums.
+    """Compare what lies at `place` with the source of the plan.
 
-    Raises: CheckpointDamaged with the name of the tensor that differs, in what was written or in the source.
+    Raises: CheckpointDamaged with the name of the tensor that differs.
     """
     written: dict[str, View] = {}
     direct: list[Comparison] = []
@@ -57,26 +56,10 @@ def prove(plan: Plan, place: Path, progress: Progress) -> None:
 
 
 def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> None:
-    """Compare with checksums and with the source; what needs no memory on several processors."""
+    """Compare on several processors what needs no memory, and then what has to be put in place, a tensor at a time."""
     easy = [one for one in comparisons if is_in_order(one[1]) and is_in_order(one[2])]
-    jobs: list[Callable[[], None]] = [
-        partial(_check, container, check, used) for container, check, used in _checks(plan)
-    ]
-    jobs += [partial(_compare, plan, one, progress) for one in easy]
-    if plan.nbytes < _FEW:
-        for job in jobs:
-            job()
-    else:
-        from concurrent.futures import ThreadPoolExecutor  # 10 ms that small files need not pay
-
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, _WORKERS)) as pool:
-            futures = [pool.submit(job) for job in jobs]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
+    with Workers(partial(_compare, plan, one, progress) for one in easy) as workers:
+        workers.wait()
     for one in comparisons:
         if not (is_in_order(one[1]) and is_in_order(one[2])):
             _compare(plan, one, progress)
@@ -108,37 +91,34 @@ def _opened(path: Path, file: WeightFile, plan: Plan) -> Container:
 def _compare(plan: Plan, comparison: Comparison, progress: Progress) -> None:
     """Raise CheckpointDamaged unless the second view holds the elements of the first, cast where the plan says."""
     name, source, made = comparison
+    count = PIECE // max(ITEM_SIZES[source.dtype], ITEM_SIZES[made.dtype])
     with Gatherer() as one, Gatherer() as two:
-        left, right = _even(one, source, made.dtype), two.pieces(made)
-        rest, at = memoryview(b""), 0
-        for piece in left:
-            if len(rest) < len(piece):
-                rest = next(right, memoryview(b"")) if not len(rest) else rest
-            if len(rest) < len(piece):
-                rest = memoryview(rest.tobytes() + b"".join(_take(right, len(piece) - len(rest))))
-            if bytearray(piece) != rest[: len(piece)]:  # views are compared byte by byte, arrays as memory
-                near = at // max(made.nbytes // max(made.numel, 1), 1)
+        left = _as(made.dtype, source.dtype, one.pieces(source, count * ITEM_SIZES[source.dtype]))
+        right = two.pieces(made, count * ITEM_SIZES[made.dtype])
+        for number, (a, b) in enumerate(itertools.zip_longest(left, right, fillvalue=memoryview(b""))):
+            if not _same(a, b):
                 raise CheckpointDamaged(
-                    f"{plan.target}: {name} is not what {plan.model.path} holds, within {len(piece)} bytes from "
-                    f"element {near} on. It was removed again; the disk may be failing."
+                    f"{plan.target}: {name} is not what {plan.model.path} holds, within {len(a)} bytes from "
+                    f"element {number * count} on. It was removed again; the disk may be failing."
                 )
-            at += len(piece)
-            rest = rest[len(piece) :]
-            progress(len(piece))
+            progress(len(a))
 
 
-def _take(pieces: Iterator[memoryview], size: int) -> Iterator[bytes]:
-    while size > 0:
-        piece = next(pieces, None)
-        if piece is None:
-            return
-        size -= len(piece)
-        yield piece.tobytes()
+def _as(dtype: str, given: str, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    for piece in pieces:
+        yield cast(piece, given, dtype) if given != dtype and given in FLOATS else piece
 
 
-def _even(gatherer: Gatherer, view: View, dtype: str) -> Iterator[memoryview]:
-    for piece in gatherer.pieces(view):
-        yield cast(piece, view.dtype, dtype) if view.dtype != dtype and view.dtype in FLOATS else piece
+def _same(a: memoryview, b: memoryview) -> bool:
+    """Whether both have the same bytes: Python compares two views one by one, a bytearray at the speed of memory."""
+    if isinstance(a.obj, bytearray) and len(a.obj) == len(a):
+        return a.obj == b
+    return a == b.obj if isinstance(b.obj, bytearray) and len(b.obj) == len(b) else a.tobytes() == b
+
+
+def source_checks(plan: Plan) -> Iterator[Job]:
+    """Give jobs that compare the source with its own checksums, and raise CheckpointDamaged with a tensor's name."""
+    return (partial(_check, *found) for found in _checks(plan))
 
 
 def _checks(plan: Plan) -> Iterator[tuple[Container, Check, str]]:
