@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.commandline import DONE, STOPPED, Parser, count, run
+from core.distributed import PARALLEL
 from core.presets import RUN, preset
 from core.variant import VARIANTS
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from core.checkpoint import CheckpointManager
     from core.corpus import Corpus
     from core.model import GPT, GPTFlexAttention
+    from core.ranked_checkpoint import RankedManager
 
 ARCHS = ("gpt", "flex_small", "flex_small_2025_02", "flex_medium")
 """What --arch takes: our GPT, and the variants of modded-nanogpt."""
@@ -35,6 +37,7 @@ EPILOG = """examples:
   python train.py --model_name mine --input_file my_book.txt  your own text
   python train.py --model_name big --compile --lr_schedule cosine --lr_decay_iters 5000 --warmup_iters 0.02
   python train.py --model_name fast --arch flex_small         a modded-nanogpt model: packed documents, Muon
+  torchrun --nproc_per_node=4 train.py --model_name dante     on several GPUs, or processes: docs/distributed.md
 
 flex_* models see the windows that upstream has at the end of training, from the first step on.
 Ctrl-C finishes the step, saves, and says how to go on (exit code 75); a second one ends at once (130).
@@ -47,24 +50,24 @@ def main(argv: list[str]) -> int:
     args = make_parser().parse(argv)
     flags = {name: value for name, value in vars(args).items() if value is not None}
 
-    from core.checkpoint import CheckpointManager
+    from core.distributed import open_world
+    from core.ranked_checkpoint import RankedManager
 
-    manager = CheckpointManager(
-        args.model_name or "default", args.checkpoint_root, keep=args.keep, keep_every=args.keep_every
-    )
-    with manager:
-        return train(manager, args, flags)
+    with open_world(args.parallel) as world:
+        manager = RankedManager(
+            args.model_name or "default", args.checkpoint_root, world=world, keep=args.keep, keep_every=args.keep_every
+        )
+        with manager:
+            return train(manager, args, flags)
 
 
-def train(manager: CheckpointManager, args: argparse.Namespace, flags: dict[str, Any]) -> int:
+def train(manager: RankedManager, args: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Resume or start the model of a manager that holds its lock."""
     with manager.newest_intact() or contextlib.nullcontext() as bundle:
         return train_from(manager, bundle, args, flags)
 
 
-def train_from(
-    manager: CheckpointManager, bundle: Bundle | None, args: argparse.Namespace, flags: dict[str, Any]
-) -> int:
+def train_from(manager: RankedManager, bundle: Bundle | None, args: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Train on from an open bundle, or anew."""
     from core.corpus import find_source, open_corpus
     from core.dataloader import DataLoader, PackedLoader
@@ -75,7 +78,7 @@ def train_from(
     from core.tokenizer import tokenizer_from_state
     from core.training import fit
 
-    state = bundle.state if bundle else {}
+    state, world = bundle.state if bundle else {}, manager.world
     variant, origin = variant_to_train(bundle, args.arch), None
     if args.init_from_checkpoint and bundle is None:
         origin = open_origin(args.init_from_checkpoint, args.arch)
@@ -84,6 +87,8 @@ def train_from(
         bundle.config.device if bundle and bundle.config else bundle and bundle.config_values.get("device")
     )
     wish = flags.get("device") or recorded_device or "auto"
+    if world.size > 1:
+        flags["device"] = wish = world.device_of(wish)
     device = resolve_device(wish, "--device")
     defaults = preset(variant, VARIANTS[variant].muon_rate if variant else None, device.type == "cpu")
     moments = bundle.optimizer.content if bundle and bundle.optimizer and not variant else None
@@ -145,6 +150,7 @@ def train_from(
         )
     device = next(model.parameters()).device
     say_what_runs(manager, model, corpus, start, device, toy=device.type == "cpu" and not (state or origin))
+    world.agree("data", source.record())
     manager.facts = {
         "data": source.record(),
         "training": {name: settings[name] for name in (*RUN, "max_iters", "learning_rate", "warmup_iters")},
@@ -170,11 +176,13 @@ def train_from(
         dtype=DTYPES[settings["dtype"]],
         compile=settings["compile"],
         strict_resume=args.strict_resume,
+        world=world,
     )
     if result.stopped_by:
         say(f"stopped by {result.stopped_by} at step {result.step}, saved. Go on with the same line.")
         return STOPPED
-    finish(manager, model, corpus, result.val_loss)
+    if world.is_first:
+        finish(manager, model, corpus, result.val_loss)
     return DONE
 
 
@@ -290,6 +298,7 @@ def make_parser() -> Parser:
     saving.add_argument("--keep_every", type=count, metavar="N", help="keep every step that N divides")
     saving.add_argument("--strict_resume", action="store_true", help="refuse to go on where the resume is not exact")
     machine = group("machine", ("--seed", int, "of data order, dropout and initialisation (1337)"))
+    machine.add_argument("--parallel", choices=PARALLEL, help="under torchrun: a whole model per rank, or shards (ddp)")
     machine.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     machine.add_argument(
         "--dtype",

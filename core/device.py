@@ -54,7 +54,9 @@ def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def environment(device: torch.device, *, dtype: torch.dtype, compile: bool, fused: bool) -> dict[str, Any]:
+def environment(
+    device: torch.device, *, dtype: torch.dtype, compile: bool, fused: bool, ranks: int = 1
+) -> dict[str, Any]:
     """What the bits of a training step depend on besides the data, the settings and the seed."""
     facts: dict[str, Any] = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
@@ -62,7 +64,7 @@ def environment(device: torch.device, *, dtype: torch.dtype, compile: bool, fuse
     else:
         facts["threads"] = torch.get_num_threads()
         facts["cpu"] = torch.backends.cpu.get_cpu_capability()
-    return {**facts, "dtype": str(dtype).removeprefix("torch."), "compile": compile, "fused": fused}
+    return {**facts, "dtype": str(dtype).removeprefix("torch."), "compile": compile, "fused": fused, "ranks": ranks}
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from core.certificate import EXACT, certificate_of, differences, make_certificat
 from core.checkpoint import CheckpointManager
 from core.dataloader import DataLoader
 from core.device import environment, seed_generator
+from core.distributed import ALONE, World, whole
 from core.errors import CheckpointError, CheckpointMismatch, InputError
 from core.metrics import Metrics
 from core.model import GPT, GPTFlexAttention
@@ -63,6 +64,7 @@ def fit(
     compile: bool = False,
     progress: bool = True,
     strict_resume: bool = False,
+    world: World = ALONE,
 ) -> FitResult:
     """Train from the model's step up to `max_iters` updates, evaluating and saving on the way and at the end.
 
@@ -70,6 +72,7 @@ def fit(
     Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. A
     learning rate without a `schedule` stays what the optimizer has. SIGINT and SIGTERM finish the step and save.
     A resume is compared with the certificate of its step: one line says whether it is exact, and what differs.
+    The ranks of a `world` share each batch; a signal to one of them stops all at the end of the same step.
 
     Raises: TrainingDiverged when a loss or gradient is no longer a number, SaveFailed, InputError; CheckpointMismatch
     when `strict_resume` is asked for and the resume is not exact, before anything is changed.
@@ -82,10 +85,19 @@ def fit(
     if manager is None and checkpoint_dir is not None:
         manager = CheckpointManager.of_folder(checkpoint_dir)
     run = _Run(
-        model, data_loader, optimizer, manager, schedule, eval_iters, grad_clip, gradient_accumulation_steps, dtype
+        model,
+        data_loader,
+        optimizer,
+        manager,
+        schedule,
+        eval_iters,
+        grad_clip,
+        gradient_accumulation_steps,
+        dtype,
+        world,
     )
     if compile:
-        run.forward = torch.compile(model)
+        run.forward = torch.compile(run.forward)
     save_interval = save_interval or eval_interval
     with (
         manager.writing() if manager else contextlib.nullcontext(),
@@ -95,18 +107,21 @@ def fit(
     ):
         while model.step < max_iters:
             run.update()
-            ends = model.step == max_iters or stop.requested
+            stopping = run.edge(stop)
+            ends = model.step == max_iters or stopping
             evaluates = model.step % eval_interval == 0 or model.step == max_iters
             saves = model.step % save_interval == 0 or ends
             if model.step % LOG_INTERVAL == 0 or evaluates or saves:
                 run.look()
             if evaluates:
-                run.evaluate(stop)
-            if saves or stop.requested:
+                stopping = run.evaluate(stop) or stopping
+            if saves or stopping:
                 run.save()
-            if stop.requested:
+            if world.size == 1:
+                stopping = stop.requested
+            if stopping:
                 break
-        return FitResult(model.step, run.val_loss, stop.requested if model.step < max_iters else None)
+        return FitResult(model.step, run.val_loss, stopping if model.step < max_iters else None)
 
 
 class _Run:
@@ -123,23 +138,26 @@ class _Run:
         grad_clip: float,
         accumulation: int,
         dtype: torch.dtype,
+        world: World,
     ) -> None:
         self.model = model
-        self.forward: Any = model
+        self.accumulation = accumulation
+        self.world = world
+        self.share = world.share(data_loader.batch_size, accumulation)
+        self.forward: Any = world.wrap(model)
         self.loader = data_loader
         self.optimizer = optimizer
         self.manager = manager
         self.schedule = schedule
         self.eval_iters = eval_iters
         self.grad_clip = grad_clip
-        self.accumulation = accumulation
         self.dtype = dtype
         self.val_loss: float | None = None
         self._evaluated_step = -1
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-        self.metrics = Metrics(manager.get_path(METRICS)) if manager else None
+        self.metrics = Metrics(manager.get_path(METRICS)) if manager and world.is_first else None
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         self._since_evaluation: list[float] = []
         self._started = time.perf_counter()
@@ -153,8 +171,9 @@ class _Run:
         self.environment = environment(
             self.device,
             dtype=self.dtype,
-            compile=self.forward is not self.model,
+            compile=hasattr(self.forward, "_orig_mod"),
             fused=bool(self.optimizer.param_groups[0].get("fused")),
+            ranks=self.world.size,
         )
         self._compare_resume(strict_resume)
         if self.metrics:
@@ -202,20 +221,26 @@ class _Run:
         if isinstance(self.optimizer, MuonWithAdamW):
             self.optimizer.warm_up(step)
         total = torch.zeros((), device=self.device)
-        for micro in range(self.accumulation):
-            x, y = self._to_device(self.loader.batch(step, micro))
-            seed_generator(mix(self.loader.seed, step, micro), self.device)
-            with self.autocast:
-                loss = self.forward(x, y)[1] / self.accumulation
-            loss.backward()
+        mine = self.share.micro_steps
+        for micro in mine:
+            x, y = self._to_device(self.loader.batch(step, micro, self.share.rows))
+            seed_generator(mix(self.loader.seed, step, micro, *self.world.noise), self.device)
+            with self.world.without_sync(self.forward, last=micro == mine[-1]):
+                with self.autocast:
+                    loss = self.forward(x, y)[1] / len(mine)
+                loss.backward()
             total += loss.detach()
-            self._tokens += x.numel()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or math.inf)
+            self._tokens += x.numel() * self.world.size
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or math.inf))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         model.step = step + 1
         self._unseen.append((model.step, rate, total, norm))
         self._bar.update()
+
+    def edge(self, stop: StopSignal) -> str | None:
+        """Average the loss of this step over the ranks, and say which signal one of them got, if any."""
+        return self.world.at_edge(self._unseen[-1][2], stop.requested)
 
     def _to_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.device.type == "cuda":
@@ -250,20 +275,23 @@ class _Run:
         raise TrainingDiverged(f"step {step}: {what}. {kept} Try a lower --learning_rate.")
 
     @torch.inference_mode()
-    def evaluate(self, stop: StopSignal) -> None:
-        """Measure the loss on fixed batches of the validation split."""
+    def evaluate(self, stop: StopSignal) -> str | None:
+        """Measure the loss on fixed batches of the validation split, a rank every size-th; returns a signal, if any."""
         self.model.eval()
-        total = 0.0
-        for i in range(self.eval_iters):
-            if stop.requested:
+        total = torch.zeros((), dtype=torch.float64)
+        for first in range(0, self.eval_iters, self.world.size):
+            if stopping := self.world.any_signal(stop.requested):
                 break
-            x, y = self._to_device(self.loader.val_batch(i))
+            i = first + self.world.rank
+            x, y = self._to_device(self.loader.val_batch(min(i, self.eval_iters - 1)))
             with self.autocast:
-                total += self.forward(x, y)[1].item()
+                loss_tensor = self.forward(x, y)[1]  # on every rank, counted or not: a sharded model needs all of them
+            if i < self.eval_iters:
+                total += loss_tensor.item()
         self.model.train()
-        if stop.requested:
-            return
-        loss = total / self.eval_iters
+        if stopping := stopping or self.world.any_signal(stop.requested):
+            return stopping
+        loss = self.world.sum(total).item() / self.eval_iters
         if not math.isfinite(loss):
             self._diverged(self.model.step, f"validation loss is {loss}")
         self.val_loss, self._evaluated_step = loss, self.model.step
@@ -276,6 +304,7 @@ class _Run:
         )
         seen.clear()
         self._look_from_here()
+        return None
 
     def save(self) -> None:
         """Commit this step, its log lines first."""

@@ -1,0 +1,249 @@
+"""Ranks: the processes that train one model together, as torchrun starts them.
+
+The only file that reads RANK and WORLD_SIZE. The ranks of a step share its global batch, batch_size times
+gradient_accumulation_steps sequences: its micro-steps are divided among the ranks, and, where there are more ranks than
+micro-steps, the rows of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from core.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PARALLEL = ("ddp", "fsdp")
+"""What --parallel takes: a copy of the model on each rank, or a shard of it."""
+
+SIGNALS = ("SIGINT", "SIGTERM")
+"""Signals that stop a run at the edge of a step."""
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for one that lives and says nothing; of one that is gone it hears at once."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank computes of a global batch: some of its micro-steps, and of each of these some rows."""
+
+    micro_steps: range
+    rows: slice
+
+
+class World:
+    """The ranks of this run, and which one this is; of one process unless torchrun started several."""
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, parallel: str | None = None) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.parallel = parallel
+        self._unread: torch.Tensor | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that prints, logs and commits."""
+        return self.rank == 0
+
+    @property
+    def noise(self) -> tuple[int, ...]:
+        """What this rank adds to the seed of its dropout; the first one nothing, as a process alone."""
+        return (self.rank,) if self.rank else ()
+
+    def share(self, batch_size: int, accumulation: int) -> Share:
+        """Cut this rank's part from the global batch.
+
+        Raises: InputError when the ranks cannot have equal parts.
+        """
+        columns = math.gcd(accumulation, self.size)
+        parts = self.size // columns
+        if batch_size % parts:
+            raise InputError(
+                f"{self.size} ranks share batch_size {batch_size} x gradient_accumulation_steps {accumulation}: found "
+                f"{parts} ranks for the {batch_size} rows of a micro-step, expected a divisor. Use another "
+                "--nproc_per_node, --batch_size or --gradient_accumulation_steps."
+            )
+        column, part = divmod(self.rank, parts)
+        steps, rows = accumulation // columns, batch_size // parts
+        return Share(range(column * steps, (column + 1) * steps), slice(part * rows, (part + 1) * rows))
+
+    def device_of(self, wish: str) -> str:
+        """The device that a wish means on this rank: of several GPUs of a machine, each rank has its own."""
+        if self.size > 1 and wish.startswith("cuda:"):
+            return "cuda"
+        return wish
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Make a model whose backward pass averages gradients over the ranks; of a sharded one that is so already."""
+        if self.size == 1 or self.parallel != "ddp":
+            return model
+        from torch.nn.parallel import DistributedDataParallel
+
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    @contextlib.contextmanager
+    def without_sync(self, forward: nn.Module, last: bool) -> Iterator[None]:
+        """Leave gradients on this rank while the block runs, unless it is the last micro-step."""
+        wrapped: Any = getattr(forward, "_orig_mod", forward)
+        with wrapped.no_sync() if hasattr(wrapped, "no_sync") and not last else contextlib.nullcontext():
+            yield
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor over all ranks, in place."""
+        if self.size > 1:
+            from torch import distributed
+
+            distributed.all_reduce(values)
+        return values
+
+    def any_signal(self, mine: str | None) -> str | None:
+        """Say which signal any rank got; None for none."""
+        if self.size == 1:
+            return mine
+        import torch
+
+        return self.at_edge(torch.zeros(()), mine)
+
+    def at_edge(self, loss: torch.Tensor, mine: str | None) -> str | None:
+        """Average the loss of a step over the ranks, in place, and say which signal any rank got; one collective.
+
+        A GPU is not waited for: what it adds up is read at the next edge, on all ranks alike.
+        """
+        if self.size == 1:
+            return mine
+        import torch
+
+        flags = [float(mine == name) for name in SIGNALS]
+        both = torch.cat([loss.detach().float().reshape(1) / self.size, torch.tensor(flags).to(loss.device)])
+        self.sum(both)
+        loss.copy_(both[0])
+        read: torch.Tensor | None = both
+        if loss.device.type != "cpu":
+            read, self._unread = self._unread, both
+        counts = read[1:].tolist() if read is not None else [0.0]
+        return next((name for name, count in zip(SIGNALS, counts, strict=False) if count), None)
+
+    def from_first(self, value: Any = None) -> Any:
+        """Give every rank the plain value that the first one has."""
+        if self.size == 1:
+            return value
+        from torch import distributed
+
+        held = [value]
+        distributed.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def everyone(self, value: Any) -> list[Any]:
+        """Give every rank the plain values of all of them, by rank."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def agree(self, what: str, value: Any) -> None:
+        """Check that all ranks have the same value.
+
+        Raises: CheckpointError naming the first rank that has another.
+        """
+        values = self.everyone(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise CheckpointError(
+                    f"{what}: found {other} on rank {rank}, expected {values[0]} as on rank 0. All ranks need the same "
+                    "files; nothing was changed."
+                )
+
+
+ALONE = World()
+"""One process."""
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Give every rank the whole of a tensor that may be spread over them."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def open_world(parallel: str | None) -> Iterator[World]:
+    """Join the ranks that torchrun started while the block runs; without torchrun, be alone.
+
+    Only the first rank's output is seen. An error on any rank ends all: the first one to fail says why, the others end
+    without a word, each with exit code 1.
+
+    Raises: InputError when --parallel is given and torchrun is not there.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        if parallel:
+            raise InputError(
+                f"--parallel {parallel}: found one process, expected several. Start them with "
+                "torchrun --nproc_per_node=N train.py ..."
+            )
+        yield ALONE
+        return
+    import torch
+    from torch import distributed
+
+    store, rank, size = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
+    world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), parallel or "ddp")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        with _silent(not world.is_first):
+            yield world
+    except Exception as error:
+        if not _claim(store, rank):
+            sys.exit(1)
+        if isinstance(error, CheckpointError) and size > 1:
+            raise type(error)(f"rank {rank}: {error}") from error
+        if _lost_a_peer(error):
+            raise CheckpointError(
+                f"rank {rank}: another rank is gone ({str(error).splitlines()[0][:200]}). The last committed step is "
+                "intact; the same line goes on from it, and torchrun --max_restarts does so by itself."
+            ) from error
+        raise
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _silent(quiet: bool) -> Iterator[None]:
+    with contextlib.ExitStack() as held:
+        if quiet:
+            nowhere = held.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+            held.enter_context(contextlib.redirect_stderr(nowhere))
+            held.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+def _claim(store: Any, rank: int) -> bool:
+    """Be the one rank that says why the run ends."""
+    try:
+        return store.compare_set("failed", "", str(rank)) == str(rank).encode()
+    except RuntimeError:  # the store went with the process that kept it
+        return True
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether an error is that of a collective whose other side is gone."""
+    from torch import distributed
+
+    text = str(error)
+    return isinstance(error, distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "Connection", "NCCL"))
+    )
