@@ -196,7 +196,9 @@ def open_world(parallel: str | None) -> Iterator[World]:
     import torch
     from torch import distributed
 
-    store, rank, size = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
+    shared, rank, size = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
+    # torchrun keeps one store over its restarts: the addresses in it may be those of processes that are gone.
+    store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), parallel or "ddp")
     backend = "gloo"
     if torch.cuda.is_available():
