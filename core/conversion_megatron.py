@@ -16,7 +16,7 @@ KEPT = (
     *dict.fromkeys(name for names in NAMES.values() for name in names if name != "max_position_embeddings"),
     *ONLY,
     *("normalization", "swiglu", "add_qkv_bias", "add_bias_linear", "qk_layernorm", "bias_gelu_fusion", "openai_gelu"),
-    *("bos_token_id", "eos_token_id", "rope_scaling", UNTIED),
+    *("bos_token_id", "eos_token_id", "rope_scaling", "rope_scaling_factor", UNTIED),
 )
 """Settings that go into model_config where they are known, by the names of Megatron's arguments."""
 
@@ -59,6 +59,9 @@ def export_config(model: Model, options: Options) -> dict[str, Any]:
         config[UNTIED] = HEAD in model.tensors
     config |= {NAMES[flag][0]: value for flag, value in options.more.items() if flag in NAMES}
     config |= {flag: options.more[flag] for flag in ("bos_token_id", "eos_token_id") if flag in options.more}
+    if "rope_scaling_factor" in options.more:
+        config["use_rope_scaling"] = True
+        config.pop("rope_scaling", None)
     if "activation" in options.more:
         config["bias_gelu_fusion"] = options.more["activation"] == "gelu_new"
     return config

@@ -46,6 +46,8 @@ def _add_megatron_flags(parser: Parser) -> None:
     heads = "heads, where no config says it: the tensors show only their groups and width together"
     group.add_argument("--num_attention_heads", metavar="N", type=count, help=heads)
     group.add_argument("--rope_theta", metavar="X", type=positive, help="base of the rotary embedding (10000)")
+    scaling = "its frequencies are scaled as Llama 3's, by so much (off; 8 in a run with --use-rope-scaling)"
+    group.add_argument("--rope_scaling_factor", metavar="X", type=positive, help=scaling)
     group.add_argument("--norm_eps", metavar="X", type=positive, help="epsilon of the norms (1e-5; Qwen 1e-6)")
     group.add_argument("--rotary_percent", metavar="X", type=positive, help="part of a head that is rotated (1)")
     group.add_argument(

@@ -17,6 +17,7 @@ from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.families import megatron_source
 from core.families.architecture import Architecture
 from core.families.identify import FAMILIES, UNKNOWN, Identity, identify
+from core.families.megatron_iteration import is_iteration
 from core.families.modded_pairs import BATCHED
 from core.inspection import Inspected, inspect_path
 from core.optimizer_state import groups_of, names_in_order
@@ -51,9 +52,8 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     if found.damage:
         raise CheckpointDamaged(found.damage[0])
     megatron_source.refuse_classic(found.container)
-    megatron_source.set_aside(found)
     megatron_source.take_heads(found, options or Options())
-    if found.container.foreign and not megatron_source.is_iteration(found.container):
+    if found.container.foreign and not is_iteration(found.container):
         raise CheckpointError(
             f"{path}: its pickle names {', '.join(found.container.foreign[:3])}. Nothing was executed, and nothing is "
             "converted; inspect_model.py shows its tensors and plain values."

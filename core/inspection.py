@@ -13,6 +13,7 @@ from core.containers.container import Check, Container
 from core.containers.inert import Call
 from core.containers.spec import TensorSpec
 from core.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
+from core.families import megatron_iteration
 from core.families.identify import Identity, identify, weights_key
 from core.model_names import is_model
 from core.plain import plain
@@ -191,7 +192,12 @@ def of_container(path: Path) -> Inspected:
     config = next((found for k in CONFIG_KEYS if (found := _fields(content.get(k))) is not None), None)
     step = next((content[k] for k in ("step", "iter_num", "iteration") if type(content.get(k)) is int), None)
     optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optimizers") if k in content), None)
-    return Inspected(path, container, weights, key, _identity(weights, config), config, None, optimizer, step)
+    notes: list[str] = []
+    if megatron_iteration.is_iteration(container):
+        weights, notes = megatron_iteration.model_of(weights)
+        config, step = megatron_iteration.said(container)
+    identity = _identity(weights, config)
+    return Inspected(path, container, weights, key, identity, config, None, optimizer, step, chosen=notes)
 
 
 def _fields(value: Any) -> dict[str, Any] | None:

@@ -1,22 +1,38 @@
-"""Megatron models as tests make them: exports of other layouts, and iterations written by DCP."""
+"""Megatron models as tests make them: exports of several layouts."""
 
 from __future__ import annotations
 
-import argparse
-import io
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests import dcp_folders
-from tests.conversions import worst
+from core.errors import CheckpointError
+from tests.conversions import converted, worst
 
-TE = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-    "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
+LLAMA, QWEN, GPT2 = "megatron_llama_gqa", "megatron_qwen2_tied_qkvbias", "megatron_gpt2style_mha_learnedpos"
+RUN = {
+    LLAMA: {"rotary_base": 500000, "norm_epsilon": 1e-5, "swiglu": True, "add_bias_linear": False},
+    QWEN: {
+        "rotary_base": 1000000,
+        "norm_epsilon": 1e-6,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+    },
+    GPT2: {"add_bias_linear": True, "add_qkv_bias": False, "bias_gelu_fusion": False, "norm_epsilon": 1e-5},
 }
+
+
+def export_of(fixtures: Path, name: str) -> Path:
+    return fixtures / name / "exported_model.pt"
+
+
+def refused(source: Path, target: Path, to: str = "hf", **options) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        converted(source, target, to, **options)
+    assert not target.exists()
+    return str(caught.value)
 
 
 def exported(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -30,49 +46,6 @@ def write_export(path: Path, state: dict[str, torch.Tensor], config: dict) -> Pa
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model_state_dict": state, "model_config": config}, path)
     return path
-
-
-def without_layer(name: str) -> tuple[str, int | None]:
-    """The name of a tensor of all layers, and which layer this one is of."""
-    words = name.split(".")
-    if words[:2] != ["decoder", "layers"]:
-        return name, None
-    rest = ".".join(words[3:])
-    return f"decoder.layers.{TE.get(rest, rest)}", int(words[2])
-
-
-def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of an iteration: all layers in one, with the names of Transformer Engine."""
-    found: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in state.items():
-        found.setdefault(without_layer(name)[0], []).append(tensor)
-    return {name: torch.stack(all_) if name.startswith("decoder.layers.") else all_[0] for name, all_ in found.items()}
-
-
-def write_iteration(folder: Path, state: dict[str, torch.Tensor], ranks: int = 2, **args) -> Path:
-    """Write what Megatron saves as torch_dist: blocks of tensor-parallel ranks, an optimizer, the run's arguments."""
-    writer = dcp_folders.Writer(folder)
-    for name, tensor in stacked(state).items():
-        axis = tensor.dim() - 1 if "linear_proj.weight" in name or "linear_fc2.weight" in name else -2 % tensor.dim()
-        size = tensor.shape[axis] // ranks
-        if tensor.shape[axis] % ranks or "norm" in name or ".weight" not in name:
-            whole = not name.startswith("decoder.layers.")  # else one block for each layer, as of pipeline ranks
-            boxes = [((i, *[0] * (tensor.dim() - 1)), (1, *tensor.shape[1:])) for i in range(len(tensor))]
-            writer.tensor(name, tensor, None if whole else boxes)
-            continue
-        shape = tuple(size if k == axis else side for k, side in enumerate(tensor.shape))
-        writer.tensor(
-            name,
-            tensor,
-            [(tuple(size * r if k == axis else 0 for k in range(tensor.dim())), shape) for r in range(ranks)],
-        )
-    writer.tensor("optimizer.state.exp_avg.embedding.word_embeddings.weight", torch.zeros(4, 2))
-    writer.value("decoder.layers.mlp.linear_fc1._extra_state/shard_0_2", io.BytesIO(b""))
-    writer.metadata.mcore_data = {}  # type: ignore[attr-defined]  as Megatron's strategy adds it
-    writer.close()
-    common = {"args": argparse.Namespace(**args), "iteration": 100, "checkpoint_version": 3.0}
-    torch.save(common | {"seen": torch.arange(3)}, folder / "common.pt")
-    return folder
 
 
 def hf_model(folder: Path) -> torch.nn.Module:

@@ -16,7 +16,8 @@ from core.errors import CheckpointError
 from core.families.megatron_tables import GPT2, LLAMA, TRANSFORMER_ENGINE, unstacked
 from core.rules import apply
 from tests.conversions import Scratch, converted, read, tensors_of
-from tests.megatrons import exported, hf_model, off_by, write_iteration
+from tests.megatron_iterations import write_iteration
+from tests.megatrons import exported, hf_model, off_by
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

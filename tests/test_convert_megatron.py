@@ -5,21 +5,32 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.errors import CheckpointError
 from core.model import GPT
 from tests.conversions import converted, tensors_of
-from tests.megatrons import changed, exported, gpt2_export, hf_model, off_by, write_export, write_iteration
+from tests.megatron_iterations import write_iteration
+from tests.megatrons import (
+    GPT2,
+    LLAMA,
+    QWEN,
+    RUN,
+    changed,
+    export_of,
+    exported,
+    gpt2_export,
+    hf_model,
+    off_by,
+    refused,
+    write_export,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LLAMA, QWEN, GPT2 = "megatron_llama_gqa", "megatron_qwen2_tied_qkvbias", "megatron_gpt2style_mha_learnedpos"
 FIXTURES = {
     LLAMA: (LLAMA, {"rope_theta": 500000.0}),
     "megatron_llama_gqa_TEnames": (LLAMA, {"rope_theta": 500000.0}),
@@ -27,33 +38,11 @@ FIXTURES = {
     QWEN: (QWEN, {"rope_theta": 1e6}),
     GPT2: (GPT2, {}),
 }
-RUN = {
-    LLAMA: {"rotary_base": 500000, "norm_epsilon": 1e-5, "swiglu": True, "add_bias_linear": False},
-    QWEN: {
-        "rotary_base": 1000000,
-        "norm_epsilon": 1e-6,
-        "swiglu": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": True,
-    },
-    GPT2: {"add_bias_linear": True, "add_qkv_bias": False, "bias_gelu_fusion": False, "norm_epsilon": 1e-5},
-}
 
 
 @pytest.fixture
 def fixtures(shared) -> Path:
     return shared / "fixtures"
-
-
-def export_of(fixtures: Path, name: str) -> Path:
-    return fixtures / name / "exported_model.pt"
-
-
-def refused(source: Path, target: Path, to: str = "hf", **options) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        converted(source, target, to, **options)
-    assert not target.exists()
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -108,26 +97,6 @@ def test_safetensors_and_pt_keep_the_names(fixtures, tmp_path):
     converted(export_of(fixtures, LLAMA), tmp_path / "a.pt", "pt")
     for found in (load_file(tmp_path / "a.safetensors"), torch.load(tmp_path / "a.pt")):
         assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
-
-
-@pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
-def test_an_iteration_is_converted_by_the_arguments_of_its_run(fixtures, tmp_path, name):
-    state, config = exported(export_of(fixtures, name))
-    source = write_iteration(tmp_path / "iter_0000100", state, **config, **RUN[name])
-    expected = load_file(fixtures / name / "expected.safetensors")
-    facts = converted(source, tmp_path / "hf", "hf")
-    assert off_by(tmp_path / "hf", expected["input_ids"], expected["logits_fp32"]) < 2e-6
-    assert not any("a default" in note or "the tensors win" in note for note in facts["notes"])
-    assert any("beside the model are left out: 1 of optimizer, 1 of common" in note for note in facts["notes"])
-    converted(export_of(fixtures, name), tmp_path / "direct", "hf")
-    assert tensors_of(tmp_path / "hf") == tensors_of(tmp_path / "direct")
-    converted(source, tmp_path / "export", "megatron")
-    found, said = exported(tmp_path / "export/exported_model.pt")
-    assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
-    assert config.items() <= said.items() and RUN[name].items() - {("add_qkv_bias", False)} <= said.items()
-    converted(source, tmp_path / "a.safetensors", "safetensors")
-    kept = load_file(tmp_path / "a.safetensors")
-    assert kept["decoder.layers.mlp.linear_fc2.weight"].shape[0] == config["num_layers"]
 
 
 def test_layernorm_1p_adds_one_exactly(fixtures, tmp_path):
@@ -225,11 +194,13 @@ def test_what_transformers_has_no_model_for_is_refused(fixtures, tmp_path, name,
 
 OTHERS = {
     "rotary_percent": 0.25,
-    "use_rope_scaling": True,
+    "use_rope_scaling": "yes",
     "rotary_seq_len_interpolation_factor": 4,
     "rotary_interleaved": True,
     "position_embedding_type": "none",
     "window_size": [128, 0],
+    "softmax_scale": 0.5,
+    "use_mup": True,
 }
 
 
@@ -264,29 +235,6 @@ def test_heads_that_no_config_says_are_asked_for(fixtures, tmp_path):
         assert tensors_of(tmp_path / f"hf{heads}") == tensors_of(tmp_path / f"direct{heads}")
     converted(bare, tmp_path / "out.pt", "megatron", more={"num_attention_heads": 4, "norm_eps": 1e-3})
     assert exported(tmp_path / "out.pt")[1].items() >= {("num_attention_heads", 4), ("norm_epsilon", 1e-3)}
-
-
-def test_what_is_no_data_in_the_arguments_of_a_run_is_neither_executed_nor_in_the_way(fixtures, tmp_path):
-    state, config = exported(export_of(fixtures, LLAMA))
-    source = write_iteration(tmp_path / "run/iter_0000100", state, **config, **RUN[LLAMA], trap=Trap())
-    converted(source, tmp_path / "hf", "hf")
-    (source / "common.pt").unlink()
-    assert "Add --num_attention_heads N." in refused(source, tmp_path / "x")
-
-
-class Trap:
-    """Ends the process of whoever unpickles it; Megatron's own arguments hold enums of its modules."""
-
-    def __reduce__(self):
-        return sys.exit, (99,)
-
-
-def test_a_flag_wins_over_what_the_run_says_and_is_said(fixtures, tmp_path):
-    state, config = exported(export_of(fixtures, LLAMA))
-    source = write_iteration(tmp_path / "iter_0000001", state, **config, **RUN[LLAMA])
-    facts = converted(source, tmp_path / "hf", "hf", more={"rope_theta": 7.0})
-    assert "rope_theta is 500000 in its config; --rope_theta 7.0 was asked for, and taken" in facts["notes"]
-    assert json.loads((tmp_path / "hf/config.json").read_text())["rope_parameters"]["rope_theta"] == 7.0
 
 
 @pytest.mark.parametrize("to", ["hf", "megatron", "safetensors", "pt"])

@@ -25,7 +25,9 @@ _CLASSES = frozenset(
         *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
         *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING", "_StorageInfo"),
         *("DTensor", "DTensorSpec", "TensorMeta", "ShardOrderEntry", "DeviceMesh", "_MeshLayout", "_FlatLayout"),
-        *("Shard", "_StridedShard", "Replicate", "Partial", "_Partial", "MCoreMetadata"),
+        *("Shard", "_StridedShard", "Replicate", "Partial", "_Partial"),
+        *("MCoreMetadata", "MCoreSavePlan", "SavePlan", "WriteItem", "WriteItemType"),  # Megatron keeps its plans
+        *("TensorWriteData", "BytesIOWriteData"),
     }
 )
 _MOST_MESH_DIMENSIONS = 16

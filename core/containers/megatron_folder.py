@@ -1,7 +1,8 @@
 """Open what Megatron saves: a folder for each iteration, in one of two formats.
 
     latest_checkpointed_iteration.txt   "100", or "release"
-    iter_0000100/                       torch_dist: a DCP folder with common.pt (arguments of the run) and metadata.json
+    iter_0000100/                       torch_dist: a DCP folder with metadata.json, and the arguments of the run in
+                                        common.pt, or in the DCP folder itself as an object called common_state
     iter_0000100/mp_rank_00_001/        classic: model_optim_rng.pt of each tensor-parallel rank, and pipeline rank
 
 (megatron/training/checkpointing.py and megatron/core/dist_checkpointing.)
@@ -22,7 +23,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_[0-9]{7}|release")
 _RANK = re.compile(r"mp_rank_[0-9]{2}(_[0-9]{3}){0,2}")
 _CLASSIC = "model_optim_rng.pt"
-_COMMON = "common.pt"
+_COMMON, _COMMON_STATE = "common.pt", "common_state/shard_0_1"
 _MOST_RANKS, _MOST_NAMED = 4096, 20
 _JSON = "metadata.json"
 _DCP = ".metadata"
@@ -34,7 +35,15 @@ def is_megatron_folder(path: Path) -> bool:
     """Whether a folder is one of Megatron: of one iteration, or of the run."""
     names = listing(path)
     run = LATEST in names or any(map(_ITERATION.fullmatch, names))
-    return run or any(map(_RANK.fullmatch, names)) or names.keys() >= {_COMMON, _DCP}
+    return run or any(map(_RANK.fullmatch, names)) or names.keys() >= {_COMMON, _DCP} or _is_torch_dist(path, names)
+
+
+def _is_torch_dist(path: Path, names: dict[str, int | None]) -> bool:
+    """Whether the file that Megatron writes last says that a DCP folder is one of its iterations."""
+    if not names.keys() >= {_JSON, _DCP}:
+        return False
+    with reading(member(path, _JSON, str(path))) as file:
+        return b'"sharded_backend": "torch_dist"' in file.read(1000)
 
 
 def open_megatron_folder(path: Path) -> Container:
@@ -47,8 +56,8 @@ def open_megatron_folder(path: Path) -> Container:
     names = listing(path)
     if not is_megatron_folder(path):
         raise CheckpointNotFound(
-            f"{path}: no folder of Megatron here, expected iter_0000100 and the like, {_DCP} with {_COMMON}, or "
-            f"mp_rank_00/{_CLASSIC}."
+            f"{path}: no folder of Megatron here, expected iter_0000100 and the like, {_DCP} with {_COMMON} or with "
+            f"a {_JSON} that says torch_dist, or mp_rank_00/{_CLASSIC}."
         )
     iterations = [name for name, size in names.items() if size is None and _ITERATION.fullmatch(name)]
     if LATEST not in names and not iterations:
@@ -86,7 +95,7 @@ def _open_iteration(path: Path, names: dict[str, int | None]) -> Container:
 
 
 def _open_torch_dist(path: Path, names: dict[str, int | None]) -> Container:
-    """A DCP folder with the arguments of the run beside it."""
+    """A DCP folder with the arguments of the run beside it, or among its items."""
     from core.containers.dcp import open_dcp
     from core.containers.joined import join, put, read_json
     from core.containers.torch_single import open_torch_single
@@ -94,8 +103,11 @@ def _open_torch_dist(path: Path, names: dict[str, int | None]) -> Container:
     folder = open_dcp(path)
     whole = Container("", path, {}, folder.content, {})
     join(whole, folder)
+    state = whole.content.get(_COMMON_STATE)
     if names.get(_COMMON) is not None:
         join(whole, open_torch_single(member(path, _COMMON, str(path))), "common")
+    elif isinstance(state, list) and len(state) == 1:
+        put(whole, "common", state[0])
     else:
         whole.notes.append(f"{_COMMON} is missing: the arguments of the run are not known.")
     if names.get(_JSON) is not None:

@@ -7,7 +7,15 @@ from typing import Any
 from core.computed import Computed, mean, plus_one
 from core.conversion_plan import Model, Options, Pair
 from core.families import megatron_tables
-from core.families.megatron_settings import activation, ids, refuse_other_models, setting, unknown
+from core.families.megatron_settings import (
+    LLAMA3,
+    activation,
+    ids,
+    refuse_other_models,
+    rope_scaling,
+    setting,
+    unknown,
+)
 from core.families.megatron_source import localize
 from core.view import filled
 
@@ -79,6 +87,8 @@ def to_hf(model: Model, options: Options) -> dict[str, Any]:
     qkv, proj, mlp = (_has(model, f"{part}.bias") for part in _BIASES)
     if not model.sizes["n_ffn"] * 2 == model.tensors[f"{LAYER}mlp.linear_fc1.weight"].shape[0]:
         raise model.refuse("its feed-forward part has no gate (fc1 has the rows of fc2's columns), and Qwen3's has.")
+    if model.config.get("swiglu") is False:
+        raise model.refuse("swiglu is false in its config, and it has a gate: of another activation than Llama's silu.")
     if mlp and style != "llama":
         raise model.refuse(f"its feed-forward part has biases, and {CLASSES[style]} has no place for them.")
     if qkv != proj and style != "qwen2":
@@ -89,8 +99,7 @@ def to_hf(model: Model, options: Options) -> dict[str, Any]:
         raise model.refuse("nothing says how long a text it was trained for. Add --max_position_embeddings N.")
     _say_padding(model)
     theta = float(setting(model, options, "rope_theta", THETA))
-    scaling = model.config.get("rope_scaling")  # only where to_megatron wrote it
-    rope = {"rope_type": "default", **(scaling if isinstance(scaling, dict) else {}), "rope_theta": theta}
+    scaling = rope_scaling(model, options)
     config = {
         "architectures": [CLASSES[style]],
         "model_type": style,
@@ -104,7 +113,8 @@ def to_hf(model: Model, options: Options) -> dict[str, Any]:
         "max_position_embeddings": context,
         "rms_norm_eps": setting(model, options, "norm_eps", EPSILON[style]),
         "rope_theta": theta,
-        "rope_parameters": rope,
+        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": theta},
+        **({"rope_scaling": scaling} if scaling else {}),
         "hidden_act": "silu",
         "attention_bias": qkv,
         "mlp_bias": mlp,
@@ -150,7 +160,9 @@ def to_megatron(model: Model, options: Options) -> dict[str, Any]:
         raise model.refuse(f"rope_parameters is {rope!r}, expected names and values.")
     more = {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
+    if LLAMA3.items() <= rope.items() and isinstance(rope.get("factor"), (int, float)):
+        more |= {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    elif kind != "default":
         more["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
         model.notes.append(f"warning: its positions are scaled ({kind}): set that in Megatron by hand")
     if config.get("use_sliding_window") is True:

@@ -17,6 +17,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "rotary_percent": ("rotary_percent",),
     "layernorm_1p": ("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
     "max_position_embeddings": ("max_position_embeddings",),
+    "rope_scaling_factor": ("rope_scaling_factor",),
 }
 """Flags, and what Megatron calls them."""
 
@@ -25,7 +26,7 @@ FLAGS = (*NAMES, "num_attention_heads", "activation", "bos_token_id", "eos_token
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "rotary_interleaved": (False,),
-    "use_rope_scaling": (False,),
+    "use_rope_scaling": (False, True),
     "rotary_seq_len_interpolation_factor": (None, 1, False),
     "no_rope_freq": (None, False),
     "position_embedding_type": ("rope", "learned_absolute"),
@@ -40,8 +41,23 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "num_experts": (None,),
     "activation_func_clamp_value": (None,),
     "scale_embeddings": (False,),
+    "softmax_scale": (None,),
+    "glu_linear_offset": (0,),
+    "use_mup": (False,),
+    "linear_attention_freq": (None,),
 }
 """Settings that change what a model computes, and their values in a model that transformers has."""
+
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What --use-rope-scaling of Megatron computes, in transformers' words: these are constants there, `factor` is not."""
+
+FACTOR = 8.0
+"""Its factor, before --rope-scaling-factor could say another one."""
 
 
 def setting(model: Model, options: Options, flag: str, default: Any, *, is_said: bool = True) -> Any:
@@ -57,6 +73,21 @@ def setting(model: Model, options: Options, flag: str, default: Any, *, is_said:
     if is_said and default is not None:
         model.notes.append(f"{flag} {default}: a default, for nothing beside the tensors says it (--{flag})")
     return default
+
+
+def rope_scaling(model: Model, options: Options) -> dict[str, Any]:
+    """How the positions of a model are scaled, in transformers' words; {} where they are not.
+
+    Raises: CheckpointMismatch for a factor that is no number from 1.
+    """
+    factor = options.more.get("rope_scaling_factor")
+    if factor is None and model.config.get("use_rope_scaling") is not True:
+        said = model.config.get("rope_scaling")  # only where to_megatron wrote it
+        return dict(said) if isinstance(said, dict) else {}
+    factor = setting(model, options, "rope_scaling_factor", FACTOR)
+    if factor < 1:
+        raise model.refuse(f"rope_scaling_factor is {factor}, expected a number from 1: texts become longer by it.")
+    return {**LLAMA3, "factor": float(factor)}
 
 
 def refuse_other_models(model: Model, options: Options) -> None:

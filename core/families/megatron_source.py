@@ -5,32 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from core.containers.container import Container
-from core.containers.foreign import attributes
 from core.containers.inert import as_text
 from core.containers.spec import TensorSpec
 from core.conversion_plan import Model, Options
 from core.errors import CheckpointError, CheckpointMismatch
 from core.families.identify import Identity, identify
+from core.families.megatron_iteration import is_extra_state
 from core.families.megatron_tables import TRANSFORMER_ENGINE, unstacked
 from core.families.plan import Shape
-from core.plain import plain
 from core.rules import Table, apply
 from core.view import View
 
 if TYPE_CHECKING:
     from core.inspection import Inspected
 
-TORCH_DIST, CLASSIC = "Megatron iteration (torch_dist)", "Megatron iteration (classic)"
+CLASSIC = "Megatron iteration (classic)"
 MIXED = "megatron_mixed"
-EXTRA = "_extra_state"
-
-ASIDE = ("optimizer.", "chained_", "common.", "rng_state", "rerun_state_machine_state")
-"""What an iteration has beside its model, by the beginning of the names."""
-
-
-def is_iteration(container: Container) -> bool:
-    """Whether a container is an iter_* folder whose tensors are in a DCP folder: its pickles are not what is read."""
-    return container.kind.startswith(TORCH_DIST)
 
 
 def refuse_classic(container: Container) -> None:
@@ -41,36 +31,6 @@ def refuse_classic(container: Container) -> None:
     if container.kind.startswith(CLASSIC):
         reasons = [note for note in container.notes if "mp_rank" in note or note.startswith("cannot be converted")]
         raise CheckpointError(f"{container.path}: {' '.join(reasons)}")
-
-
-def set_aside(found: Inspected) -> None:
-    """Leave of an iteration only the tensors of the model, and say what else there is; take up the run's arguments."""
-    if not is_iteration(found.container):
-        return
-    model: dict[str, TensorSpec] = {}
-    others: dict[str, int] = {}
-    for name, spec in found.weights.items():
-        first = next((word for word in ASIDE if name.startswith(word)), None)
-        if first is None:
-            model[name] = spec
-        else:
-            others[first] = others.get(first, 0) + 1
-    if others and model:
-        found.weights = model
-        shown = ", ".join(f"{count} of {word.rstrip('._')}" for word, count in others.items())
-        found.chosen.append(f"tensors beside the model are left out: {shown}")
-    common = _common(found.container)
-    fields = attributes(common.get("args"))
-    if fields is not None:
-        found.config = read_arguments({str(key): plain(value) for key, value in fields.items()})
-    if type(common.get("iteration")) is int:
-        found.step = common["iteration"]
-
-
-def _common(container: Container) -> dict[str, Any]:
-    content = container.content if isinstance(container.content, dict) else {}
-    common = content.get("common")
-    return common if isinstance(common, dict) else {}
 
 
 def take_heads(found: Inspected, options: Options) -> None:
@@ -86,14 +46,6 @@ def take_heads(found: Inspected, options: Options) -> None:
         found.config = {**(found.config or {}), "num_attention_heads": heads, "kv_channels": wide // heads}
         return
     raise CheckpointMismatch(f"{found.path}: linear_proj.weight has {wide} columns, no multiple of {heads} heads.")
-
-
-def read_arguments(fields: dict[str, Any]) -> dict[str, Any]:
-    """Make a config of the arguments of a run: what they leave to other arguments is taken out."""
-    config = dict(fields)
-    if config.get("add_bias_linear") is True:  # biases everywhere, and this one is not asked
-        config.pop("add_qkv_bias", None)
-    return {name: value for name, value in config.items() if value is not None}
 
 
 def conflicts_said(shapes: dict[str, Shape], shared: dict[str, str], identity: Identity) -> list[str]:
@@ -136,13 +88,14 @@ def refuse_mixed(model: Model) -> None:
 
 
 def drop_extra_states(model: Model, key: str) -> None:
-    """List what Transformer Engine keeps beside the tensors, and is no tensor, as dropped."""
+    """List what Transformer Engine keeps beside the tensors as dropped: None, bytes, of a shard of layers anything."""
     node: Any = model.container.content
     for word in key.split(".")[:-1]:
         node = node.get(word) if isinstance(node, dict) else None
     for name, value in node.items() if isinstance(node, dict) else ():
-        if isinstance(name, str) and name.endswith(EXTRA) and not isinstance(value, TensorSpec):
-            kind = "None" if value is None else as_text(value, 30).split("(")[0]
+        if isinstance(name, str) and is_extra_state(name) and not isinstance(value, TensorSpec):
+            held = value[0] if isinstance(value, list) and len(value) == 1 else value  # a shard's is in a list
+            kind = "a tensor" if isinstance(held, TensorSpec) else as_text(held, 30).split("(")[0]
             model.dropped[f"{key}{name}"] = f"what Transformer Engine keeps for FP8, here {kind}"
 
 

@@ -1,0 +1,61 @@
+"""An iteration of Megatron (torch_dist): which of its tensors are the model's, and what the run says of itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from core.containers.container import Container
+from core.containers.foreign import attributes
+from core.containers.spec import TensorSpec
+from core.plain import plain
+
+KIND = "Megatron iteration (torch_dist)"
+EXTRA = "_extra_state"
+
+ASIDE = ("optimizer.", "chained_", "common.", "common_state", "rng_state", "rerun_state_machine_state")
+"""What an iteration has beside its model, by the beginning of the names."""
+
+
+def is_iteration(container: Container) -> bool:
+    """Whether a container is an iter_* folder whose tensors are in a DCP folder: its pickles are not what is read."""
+    return container.kind.startswith(KIND)
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether a name is of what Transformer Engine keeps for FP8, of a layer or of a shard of layers."""
+    return name.partition("/")[0].endswith(EXTRA)
+
+
+def model_of(tensors: Mapping[str, TensorSpec]) -> tuple[dict[str, TensorSpec], list[str]]:
+    """The tensors of the model, and a sentence that counts the others; all of them where there is no model."""
+    others: Counter[str] = Counter()
+    model = {}
+    for name, spec in tensors.items():
+        first = EXTRA if is_extra_state(name) else next((word for word in ASIDE if name.startswith(word)), None)
+        if first is None:
+            model[name] = spec
+        else:
+            others[first.strip("._")] += 1
+    if not model or not others:
+        return dict(tensors), []
+    shown = ", ".join(f"{count} of {word}" for word, count in others.items())
+    return model, [f"tensors beside the model are left out: {shown}"]
+
+
+def said(container: Container) -> tuple[dict[str, Any] | None, int | None]:
+    """The arguments of the run as a config, and the iteration; None for what the folder does not say."""
+    common = container.content.get("common") if isinstance(container.content, dict) else None
+    common = common if isinstance(common, dict) else {}
+    fields = attributes(common.get("args"))
+    step = common.get("iteration")
+    return None if fields is None else _config(fields), step if type(step) is int else None
+
+
+def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that are set; biases everywhere make the one that asks for those of qkv alone void."""
+    config = {str(name): plain(value) for name, value in arguments.items() if value is not None}
+    if config.get("add_bias_linear") is True:
+        config.pop("add_qkv_bias", None)
+    return config
