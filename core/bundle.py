@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,8 @@ from core.checksum import crc32_file, crc32_range
 from core.commit import CONFIG, MODEL, ModelFolder, Opened
 from core.config import GPTConfig
 from core.containers.torch_file import open_torch_file
+from core.containers.torch_stream import TorchStream
+from core.containers.torch_zip import TorchZip
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from core.evolution import Evidence, evolve
 from core.families.recognise import recognise
@@ -24,6 +27,11 @@ from core.training_state import STATE, check_version, dump_json, parse_json, sea
 
 OPTIMIZER = "optimizer.pt"
 TOKENIZER = "tokenizer.json"
+EMA = "ema.pt"
+
+ALL_PARTS = (MODEL, TOKENIZER, OPTIMIZER, EMA)
+FOR_INFERENCE = (MODEL, TOKENIZER)
+"""The files that a load verifies: those it reads, and no others."""
 
 
 @dataclass
@@ -175,46 +183,80 @@ def history(folder: Path, storage: Storage = DISK) -> list[Kept]:
     return sorted(kept, key=lambda step: step.order)
 
 
-def verify(bundle: Bundle, names: tuple[str, ...] = (MODEL, TOKENIZER, OPTIMIZER)) -> list[str]:
+def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
     """Check files of a bundle against their checksums, and return a sentence for each that was replaced since.
 
     A replaced file is whole by its own checksums but not the recorded one. Files of old bundles, which recorded
-    nothing, are checked by the CRC32 that each zip record carries.
+    nothing, are checked by the CRC32 that each zip record carries. Of a single file the parts that go by these names
+    are checked.
 
     Raises: CheckpointDamaged naming the tensor, with both checksums.
     """
     if bundle.single:
-        verify_records(bundle.files[bundle.single], bundle.path(bundle.single))
+        unused = bundle.optimizer if OPTIMIZER not in names else None
+        verify_records(bundle.files[bundle.single], bundle.path(bundle.single), _storages_alone(unused, bundle.weights))
         return []
     recorded = bundle.state.get("integrity", {}).get("files", {})
     replaced = []
     for name in names:
-        if name not in bundle.files or (name == TOKENIZER and name not in recorded):
+        if name not in bundle.files:
             continue
-        file, path = bundle.files[name], bundle.path(name)
+        file, path, expected = bundle.files[name], bundle.path(name), recorded.get(name)
+        if expected is None:
+            if name != TOKENIZER:
+                verify_records(file, path)
+            continue
         size = os.fstat(file.fileno()).st_size
-        if name in recorded:
-            expected = recorded[name]
-            crc = f"{crc32_file(file.fileno(), size):08x}" if size == expected["size"] else None
-            if crc == expected["crc32"]:
-                continue
-            if name == TOKENIZER:
-                raise CheckpointDamaged(
-                    f"{path} is damaged ({size} bytes, CRC32 {crc or 'not compared'}; "
-                    f"recorded {expected['size']} bytes, {expected['crc32']})."
-                )
-            verify_records(file, path)
-            replaced.append(
-                f"{path}: whole, but not the file that was saved at step {bundle.step} "
-                f"({size} bytes; recorded {expected['size']}). It was replaced, and is used as it is."
-            )
+        crc = f"{crc32_file(file.fileno(), size):08x}" if size == expected["size"] else None
+        if crc == expected["crc32"]:
+            continue
+        found = (
+            f"{size} bytes; recorded {expected['size']}"
+            if crc is None
+            else f"CRC32 {crc}, recorded {expected['crc32']}"
+        )
+        if name == TOKENIZER:
+            if not _proves_itself(bundle.tokenizer):
+                raise CheckpointDamaged(f"{path} is damaged ({found}).")
+            same = False
         else:
-            verify_records(file, path)
+            same = expected.get("tensors") == tensors_digest(verify_records(file, path))
+        replaced.append(f"{path}: {_what_differs(crc, same, expected)} ({found}). It is used as it is.")
     return replaced
 
 
-def verify_records(file: BinaryIO, path: Path) -> None:
-    """Check every record of a torch file against the CRC32 in its directory; the old stream format recorded none.
+def _what_differs(crc: str | None, same: bool, expected: Mapping[str, Any]) -> str:
+    """Say what a file is that is whole, but not the recorded one; without a CRC32 it has another size."""
+    if same and crc is not None:
+        return "every tensor is bit for bit what was saved, but a byte in its headers or its padding is not"
+    if same:
+        return "written anew since it was saved, with every tensor bit for bit the same"
+    if crc is not None and "tensors" not in expected and "size" in expected:
+        return "whole, but not the file that was saved: it was replaced, or a bit flipped between its tensors"
+    return "whole, but not the file that was saved: it was replaced"
+
+
+def _proves_itself(tokenizer: dict[str, Any] | None) -> bool:
+    """Whether a tokenizer carries the fingerprint of its vocabulary."""
+    from core.tokenizer import tokenizer_from_state  # numpy, which looking into a bundle does without
+
+    try:
+        return tokenizer is not None and "fingerprint" in tokenizer and bool(tokenizer_from_state(tokenizer))
+    except CheckpointError:
+        return False
+
+
+def _storages_alone(unused: Part | None, used: Part) -> set[str]:
+    """The storages of a part that another part of the same file does not share."""
+    return (
+        {t.storage for t in unused.tensors.values()} - {t.storage for t in used.tensors.values()} if unused else set()
+    )
+
+
+def verify_records(file: BinaryIO, path: Path, unused: Container[str] = ()) -> TorchZip | TorchStream:
+    """Check every record of a torch file against the CRC32 in its directory, but for storages that are not used.
+
+    The old stream format recorded none. Returns the header.
 
     Raises: CheckpointDamaged naming the tensors whose bytes differ.
     """
@@ -223,15 +265,25 @@ def verify_records(file: BinaryIO, path: Path) -> None:
     except CheckpointError as error:
         raise CheckpointDamaged(str(error)) from error
     for record in archive.records.values():
-        if not (record.stored and record.crc32):
+        key = record.name.rpartition("/data/")[2]
+        if not (record.stored and record.crc32) or key in unused:
             continue
         found = crc32_range(file.fileno(), record.offset, record.offset + record.size)
         if found != record.crc32:
-            key = record.name.rpartition("/data/")[2]
             names = [t.name for t in archive.tensors.values() if t.storage == key] or [record.name]
             raise CheckpointDamaged(
                 f"{path}: {', '.join(names[:3])} is damaged (CRC32 {found:08x}, recorded {record.crc32:08x})."
             )
+    return archive
+
+
+def tensors_digest(archive: TorchZip | TorchStream) -> str:
+    """CRC32 of the CRC32s of the storages of a torch file, in their order: what `integrity` records as `tensors`."""
+    digest = 0
+    for record in archive.records.values():
+        if "/data/" in record.name:
+            digest = zlib.crc32(record.crc32.to_bytes(4, "little"), digest)
+    return f"{digest:08x}"
 
 
 Writer = Callable[[Output], str | None]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core import intact, start
+from core import intact, rewind, start
 from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, history, write_bundle
 from core.choice import LEGACY_FILES, seen_files
 from core.commit import CONFIG, MODEL, ModelFolder, new_id
@@ -158,15 +158,26 @@ class CheckpointManager:
 
     # Resume
 
-    def newest_intact(self) -> Bundle | None:
+    def newest_intact(self, *, allow_fresh: bool = False, verify: bool = True) -> Bundle | None:
         """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
 
-        A damaged newest step is renamed aside, the newest intact one takes its place, and both are said.
+        A damaged newest step is renamed aside, the newest intact one takes its place, and both are said. Where there
+        are steps and none is intact, `allow_fresh` moves all of it aside and gives None. Without `verify`, only what
+        cannot be opened counts as damaged.
 
-        Raises: CheckpointDamaged when steps exist and none is intact; nothing is changed then.
+        Raises: NoneIntact when there are steps and none is intact; nothing is changed then.
         """
         with self.writing(), self._explained():
-            return intact.open_newest_intact(self._folder, self.say)
+            open_to_train = rewind.open_or_clear if allow_fresh else intact.open_newest_intact
+            return open_to_train(self._folder, self.say, check=verify)
+
+    def go_back(self, step: int, *, verify: bool = True) -> None:
+        """Make a kept step the newest one again: training goes on from it, and what came after it is kept aside.
+
+        Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged; nothing is changed then.
+        """
+        with self.writing(), self._explained():
+            rewind.go_back(self._folder, step, self.say, check=verify)
 
     def initialize_for_training(
         self,
@@ -420,11 +431,12 @@ class CheckpointManager:
         device: str | torch.device | None = None,
         step: int | str | None = None,
         bpe_file: Path | None = None,
+        verify: bool = True,
     ) -> GPT | GPTBatched | GPTFlexAttention:
         """Load a model to write text with: the newest step, a kept step, or the best one (`step="best"`).
 
         It is of the class that config.json names. `legacy_filename` takes a single-file checkpoint in the folder,
-        whatever else is there.
+        whatever else is there. The checksums of what is read are compared, unless `verify` is off.
 
         Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
         """
@@ -432,7 +444,13 @@ class CheckpointManager:
         number = manager._best_step() if step == "best" else int(step) if step is not None else None
         single = manager.get_path(legacy_filename).name if legacy_filename is not None else None
         return load_chosen(
-            manager.checkpoint_dir, number, single, device=device, dtype=resolve_dtype(load_dtype), bpe_file=bpe_file
+            manager.checkpoint_dir,
+            number,
+            single,
+            device=device,
+            dtype=resolve_dtype(load_dtype),
+            bpe_file=bpe_file,
+            check=verify,
         )
 
     def _best_step(self) -> int:

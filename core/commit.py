@@ -1,186 +1,52 @@
-"""The folder of one model, and how a step becomes visible in it: stage, commit, preserve, roll forward, prune.
+"""How a step becomes visible in the folder of a model, and how the folder goes back: stage, commit, preserve, roll on.
 
 docs/commit_protocol.md says what is on disk after every call, and what a crash there leaves. Whoever changes the
-folder holds the lock of core/lock.py; readers take no lock and change nothing.
+folder holds the lock of core/lock.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from core.config import FORMAT_VERSION, same_architecture
-from core.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
-from core.storage import DISK, PIECE, Storage
+from core.errors import CheckpointDamaged, CheckpointMismatch
+from core.folder import (
+    CONFIG,
+    LOG,
+    MODEL,
+    STANDARD,
+    FolderReader,
+    Opened,
+    aside_folder,
+    file_names,
+    new_id,
+    step_folder,
+)
+from core.storage import PIECE
 from core.training_state import STATE, parse_json, seal, unseal
 
-COMMITTED = ".committed"
 BUILDING = ".hist"
-CONFIG = "config.json"
-MODEL = "model.pt"
-STANDARD = (MODEL, CONFIG, "tokenizer.json", STATE, "optimizer.pt")
-"""The files of a bundle whose training state does not list them."""
 
-_NOT_THERE = (FileNotFoundError, NotADirectoryError)
+WENT_BACK = "went_back"
+"""In the training state at the top: the folder went back to this step, and what else was there had to go aside."""
 
-READ_ATTEMPTS = 1000
-"""Commits that may happen while a reader opens one bundle, before it gives up."""
+TOP = "."
+"""What the top is called in the list of what goes aside."""
 
 
-@dataclass
-class Opened:
-    """The files of one committed step, open: a save beside it cannot mix in another step."""
-
-    folder: Path
-    state: dict[str, Any]
-    files: dict[str, BinaryIO]
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self.files.values():
-            file.close()
+def _is_aside(name: Any, aside: Any) -> bool:
+    """Whether a training state, which is not trusted, names a step or the top and a folder aside of this model."""
+    known = name == TOP or re.fullmatch(r"step_\d{8,}", str(name))
+    return bool(known and re.fullmatch(r"aside_\d{8,}_[a-z]+_[0-9a-f]+", str(aside)))
 
 
-def new_id() -> str:
-    """Make a random commit id."""
-    return os.urandom(8).hex()
-
-
-def step_folder(step: int) -> str:
-    """Name the folder that keeps an older step."""
-    return f"step_{step:08d}"
-
-
-def file_names(state: dict[str, Any]) -> tuple[str, ...]:
-    """Name the files of a bundle, its training state last."""
-    if "integrity" not in state:
-        return (*(n for n in STANDARD if n != STATE), STATE)
-    return (*state["integrity"]["files"], STATE)
-
-
-class ModelFolder:
-    """One model on disk: the newest step at the top, older ones in `step_NNNNNNNN/`."""
-
-    def __init__(self, path: Path, storage: Storage = DISK) -> None:
-        self.path = path
-        self.storage = storage
-        self.committed = path / COMMITTED
-
-    # Reading
-
-    def read(self, name: str) -> bytes:
-        """Read one file of the newest step: what is committed and not yet rolled forward comes first.
-
-        Raises: FileNotFoundError when there is none.
-        """
-        try:
-            return self.storage.read(self.committed / name)
-        except _NOT_THERE:
-            return self.storage.read(self.path / name)
-
-    def _open(self, name: str) -> BinaryIO:
-        try:
-            return self.storage.open(self.committed / name)
-        except _NOT_THERE:
-            return self.storage.open(self.path / name)
-
-    def open_newest(self) -> Opened:
-        """Open every file of the newest committed step; never a mixture of two.
-
-        Raises: CheckpointDamaged when a listed file is missing or the training state is damaged.
-        """
-        for _ in range(READ_ATTEMPTS):
-            before = self._state_bytes()
-            state = unseal(before, f"{self.path / STATE}") if before is not None else {}
-            opened, missing, stale = Opened(self.path, state, {}), None, False
-            for name in file_names(state)[:-1]:
-                try:
-                    opened.files[name] = self._open(name)
-                except _NOT_THERE:
-                    missing = missing or name
-                except (OSError, CheckpointDamaged) as error:
-                    # a network file system: the name moved while it was being opened
-                    stale = isinstance(error, OSError) and error.errno == errno.ESTALE
-                    if not stale:
-                        opened.close()
-                        raise
-            if not stale and self._state_bytes() == before:
-                if missing is None or "integrity" not in state:
-                    return opened
-                opened.close()
-                raise CheckpointDamaged(
-                    f"{self.path / missing}: missing, but {STATE} of step {state['step']} lists it."
-                )
-            opened.close()
-        raise CheckpointDamaged(f"{self.path}: another program commits faster than this one can open files.")
-
-    def _state_bytes(self) -> bytes | None:
-        try:
-            return self.read(STATE)
-        except _NOT_THERE:
-            return None
-
-    def open_step(self, step: int) -> Opened:
-        """Open every file of a kept step.
-
-        Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged when a listed file is missing.
-        """
-        return self.open_kept(self.path / step_folder(step))
-
-    def open_kept(self, folder: Path) -> Opened:
-        """Open every file of the bundle in one `step_NNNNNNNN/` folder."""
-        if not self.storage.exists(folder):
-            kept = ", ".join(str(s) for s in self.kept_steps()) or "none"
-            raise CheckpointNotFound(f"{folder}: this step is not kept. Kept steps: {kept}.")
-        try:
-            state = unseal(self.storage.read(folder / STATE), f"{folder / STATE}")
-        except FileNotFoundError:
-            state = {}
-        files: dict[str, BinaryIO] = {}
-        for name in file_names(state)[:-1]:
-            try:
-                files[name] = self.storage.open(folder / name)
-            except FileNotFoundError as error:
-                if "integrity" in state:
-                    Opened(folder, state, files).close()
-                    raise CheckpointDamaged(f"{folder / name}: missing, but {STATE} lists it.") from error
-        return Opened(folder, state, files)
-
-    def kept_steps(self) -> dict[int, Path]:
-        """List the older steps that are kept, oldest first."""
-        found = (re.fullmatch(r"step_(\d{8,})", name) for name in self.storage.names(self.path))
-        return dict(sorted((int(m[1]), self.path / m[0]) for m in found if m))
-
-    def newest_id(self) -> str | None:
-        """Identify the newest step: its commit id, or the checksum of a model that has none; None for no model."""
-        folder = self.committed if self.storage.exists(self.committed / STATE) else self.path
-        return self._commit_id(folder) or self._model_crc(folder)
-
-    def _commit_id(self, folder: Path) -> str | None:
-        try:
-            return parse_json(self.storage.read(folder / STATE), f"{folder / STATE}").get("commit_id")
-        except (FileNotFoundError, CheckpointDamaged):
-            return None
-
-    def _model_crc(self, folder: Path) -> str | None:
-        try:
-            with self.storage.open(folder / MODEL) as file:
-                return f"crc32:{self.storage.crc32(file):08x}"
-        except FileNotFoundError:
-            return None
-
-    def _is(self, folder: Path, identity: str) -> bool:
-        # Only a model without a commit id is read whole, once, when the first save replaces it.
-        found = self._model_crc(folder) if identity.startswith("crc32:") else self._commit_id(folder)
-        return found == identity
-
-    # Changing; the caller holds the lock
+class ModelFolder(FolderReader):
+    """The folder of a model, to be changed."""
 
     def recover(self) -> None:
         """Finish a commit that was interrupted, then delete what saves that never committed left behind."""
@@ -231,6 +97,9 @@ class ModelFolder:
         state, present = self._committed_state(), set(self.storage.names(self.committed))
         if not present.issuperset(file_names(state)):
             return  # the roll forward has begun, and it begins only after the old top is durable in its new place
+        if WENT_BACK in state:
+            self._move_aside(state[WENT_BACK])
+            return
         parent, names = state.get("parent"), self._top_names()
         begun = self.storage.exists(self.path / BUILDING)  # without links the model may have moved there already
         if parent is None or not (begun or {MODEL, STATE} & set(names)):
@@ -239,7 +108,7 @@ class ModelFolder:
         if self.storage.exists(target):
             if self._is(target, parent):
                 return
-            self.storage.rename(target, self.path / f"aside_{target.name.removeprefix('step_')}_{new_id()}")
+            self.storage.rename(target, self.path / aside_folder(int(target.name.rpartition("_")[2]), "displaced"))
         self._build_history(names)
         self.storage.rename(self.path / BUILDING, target)
         self.storage.sync_folder(self.path)
@@ -248,7 +117,7 @@ class ModelFolder:
         """Where the old top goes: under its step, or aside when it does not say which step it is, or is no bundle."""
         state = self._top_state()
         if state is None or not self.storage.exists(self.path / CONFIG):
-            return f"aside_{0:08d}_{new_id()}"
+            return aside_folder(0, "displaced")
         return step_folder(state.get("step", 0))
 
     def _build_history(self, names: Iterable[str]) -> None:
@@ -260,7 +129,7 @@ class ModelFolder:
         there = set(self.storage.names(building))
         for name in names:
             source, target = self.path / name, building / name
-            if name.endswith(".json"):
+            if name.endswith((".json", ".jsonl")):
                 # A copy, never a link: an editor that writes in place must not rewrite history.
                 if name in there:
                     self.storage.remove(target)
@@ -291,7 +160,7 @@ class ModelFolder:
     def _roll_forward(self) -> None:
         state = self._committed_state()
         names = file_names(state)
-        if state.get("parent") is not None:
+        if state.get("parent") is not None or WENT_BACK in state:
             stale = [name for name in self._top_names() if name not in names]
             for name in stale:
                 self.storage.remove(self.path / name)
@@ -321,46 +190,57 @@ class ModelFolder:
         self.storage.sync_folder(self.path)
 
     def prune(self, steps: Sequence[int]) -> None:
-        """Remove kept steps; each leaves under another name first, so that a crash leaves no half of one."""
+        """Remove kept steps."""
         kept = self.kept_steps()
-        doomed = [self.path / f".trash-{kept[s].name}-{new_id()}" for s in steps]
-        for step, trash in zip(steps, doomed, strict=True):
-            self.storage.rename(kept[step], trash)
+        self.remove([kept[step] for step in steps])
+
+    def remove(self, folders: Sequence[Path]) -> None:
+        """Remove folders; each leaves under another name first, so that a crash leaves no half of one."""
+        doomed = [self.path / f".trash-{folder.name}-{new_id()}" for folder in folders]
+        for folder, trash in zip(folders, doomed, strict=True):
+            self.storage.rename(folder, trash)
         if doomed:
             self.storage.sync_folder(self.path)
         for trash in doomed:
             self._remove_tree(trash)
 
-    def set_aside(self, folder: Path) -> Path:
-        """Move a damaged bundle, the top or a kept step, to `aside_NNNNNNNN_<id>/`, and say where it is now."""
-        if folder != self.path:
-            aside = self.path / f"aside_{folder.name.removeprefix('step_')}_{new_id()}"
-            self.storage.rename(folder, aside)
-        else:
-            state, names = self._top_state() or {}, self._top_names()
-            aside = self.path / f"aside_{state.get('step', 0):08d}_{new_id()}"
-            self.storage.make_folder(aside)
-            self.storage.sync_folder(self.path)
-            for name in sorted(names, key=STATE.__eq__):  # the training state last
-                if name == STATE:  # without it the files at the top would pass for a bundle of format version 1
-                    self._sync_asides()
-                if name == CONFIG:  # what a person edited stays
-                    self.storage.write(aside / name, self.storage.read(self.path / name))
-                else:
-                    self.storage.rename(self.path / name, aside / name)
-            self._sync_asides()
-        self.storage.sync_folder(self.path)
-        return aside
+    def clear_top(self, besides: Iterable[str] = (), *, config_stays: bool = False) -> list[Path]:
+        """Move what is at the top, and other files by name, to a folder aside; returns it, or nothing for nothing.
+
+        The weights move first, durably: without its training state the rest must not pass for a bundle of version 1.
+        Of a config.json that stays, which a person may have edited, a copy goes.
+        """
+        names = [*dict.fromkeys((*self._top_names(), *besides))]
+        if not names:
+            return []
+        aside = self.path / aside_folder((self._top_state() or {}).get("step", 0), "cleared")
+        self.storage.make_folder(aside)
+        for name in sorted(names, key=MODEL.__ne__):
+            if name == CONFIG and config_stays:
+                self.storage.write(aside / name, self.storage.read(self.path / name))
+            else:
+                self.storage.rename(self.path / name, aside / name)
+            if name == MODEL:
+                self._sync_asides()
+        self._sync_asides()
+        return [aside]
 
     def _sync_asides(self) -> None:
         # All of them: one that was begun and interrupted holds files that must not come back to the top.
-        for name in self.storage.names(self.path):
-            if name.startswith("aside_"):
-                self.storage.sync_folder(self.path / name)
+        for folder in self.asides():
+            self.storage.sync_folder(folder)
         self.storage.sync_folder(self.path)
 
-    def restore(self, folder: Path) -> None:
-        """Make a kept step the newest one again, under the commit id it has; the top has been set aside before."""
+    def go_back(self, folder: Path, why: str, later: Iterable[Path] = (), *, top_stays: bool = False) -> list[Path]:
+        """Make a kept step the newest one again, under the commit id it has; the top and `later` steps go aside.
+
+        It is one commit: what goes aside is listed in it, and done before it is rolled forward. Returns the folders
+        that hold them. With `top_stays` the top is one of the kept steps already, and need not be kept again.
+        """
+        top, files = self._top_state() or {}, {MODEL, STATE} & set(self._top_names())
+        aside = {TOP: aside_folder(top.get("step", 0), why)} if files and not top_stays else {}
+        aside |= {path.name: aside_folder(int(path.name.rpartition("_")[2]), why) for path in later}
+        said = {"step": top.get("step"), "commit_id": top.get("commit_id"), "why": why, "aside": aside}
         opened = self.open_kept(folder)
         with contextlib.closing(opened):
             stage = self.stage()
@@ -372,9 +252,27 @@ class ModelFolder:
             state = opened.state
             if "integrity" not in state:
                 state = self._adopt(opened)
-            self.storage.write(stage / STATE, seal(state))
+            self.storage.write(stage / STATE, seal({**state, WENT_BACK: said}))
         self.commit(stage)
         self.roll_forward()
+        return [self.path / name for name in aside.values()]
+
+    def _move_aside(self, said: Any) -> None:
+        """Move what a commit that goes back lists; what is there already was moved before an interruption."""
+        listed = said.get("aside") if isinstance(said, dict) else None
+        if not isinstance(listed, dict) or not all(_is_aside(*names) for names in listed.items()):
+            raise CheckpointDamaged(f"{self.committed / STATE}: {WENT_BACK} does not list folders to be moved aside.")
+        for name, aside in listed.items():
+            if self.storage.exists(self.path / aside):
+                continue
+            if name == TOP:
+                # The log is cut back to the step that training goes on from, and would lose what it has of this one.
+                log = [name for name in self.storage.names(self.path) if name == LOG]
+                self._build_history([*self._top_names(), *log])
+                self.storage.rename(self.path / BUILDING, self.path / aside)
+            elif self.storage.exists(self.path / name):
+                self.storage.rename(self.path / name, self.path / aside)
+        self.storage.sync_folder(self.path)
 
     def _adopt(self, opened: Opened) -> dict[str, Any]:
         """The training state that a bundle of format version 1 would have had."""

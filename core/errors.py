@@ -3,6 +3,7 @@
 CheckpointError
 ├── CheckpointNotFound     nothing there: train a new one, or look elsewhere
 ├── CheckpointDamaged      bytes are not what was written: walk back to an older step
+│   └── NoneIntact         checkpoints are here and none can be used: mend one, or begin anew on purpose
 ├── CheckpointMismatch     two things contradict each other: change the named field or flag
 ├── CheckpointLocked       another process writes here: wait for it, or use another name
 ├── SaveFailed             nothing new is on disk, nothing old is lost: free what is missing, save again
@@ -24,6 +25,10 @@ class CheckpointNotFound(CheckpointError):
 
 class CheckpointDamaged(CheckpointError):
     """A file fails its own check, or ends too early."""
+
+
+class NoneIntact(CheckpointDamaged):
+    """Checkpoints, or what is left of them, are here, and none can be trained on."""
 
 
 class CheckpointMismatch(CheckpointError):

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from core import intact
-from core.bundle import TOKENIZER, Bundle, open_bundle, verify
-from core.choice import Candidate, choose
-from core.commit import MODEL
+from core.bundle import FOR_INFERENCE
+from core.choice import choose
 from core.errors import CheckpointDamaged
 from core.materialize import load_model
 from core.model import GPT, GPTBatched, GPTFlexAttention
@@ -25,9 +24,12 @@ def load_chosen(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     bpe_file: Path | None = None,
+    check: bool = True,
     say: intact.Say = intact.say_on_stderr,
 ) -> GPT | GPTBatched | GPTFlexAttention:
-    """Load a model in eval mode: a kept step, a single file by name, or what is newest in the folder; checked whole.
+    """Load a model in eval mode: a kept step, a single file by name, or what is newest in the folder.
+
+    What is read is checked before use, unless `check` is off; the optimizer state is not read.
 
     Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
     """
@@ -39,23 +41,10 @@ def load_chosen(
         if choice.candidates:
             single = choice.candidates[0].single
     try:
-        with _open(folder, step, single, say) as bundle:
+        with intact.open_verified(folder, say, step=step, single=single, used=FOR_INFERENCE, check=check) as bundle:
             load = load_speedrun if bundle.config_values.get("model_class") in CLASSES else load_model
             return load(bundle, device=device, dtype=dtype, bpe_file=bpe_file)
     except CheckpointDamaged as damage:
         others = [c.name for c in choose(folder).candidates if c.single != single] if step is None else []
         hint = f"Beside it: {', '.join(others)}." if others else intact.newest_intact(folder, step)
         raise CheckpointDamaged(f"{damage} {hint}") from damage
-
-
-def _open(folder: Path, step: int | None, single: str | None, say: intact.Say) -> Bundle:
-    if single is not None:
-        return intact.open_candidate(Candidate(folder, single, 0, False), say)
-    bundle = open_bundle(folder, step)
-    try:
-        for line in verify(bundle, (MODEL, TOKENIZER)):
-            say(f"WARNING: {line}")
-    except BaseException:
-        bundle.close()
-        raise
-    return bundle

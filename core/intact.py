@@ -9,16 +9,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core.bundle import OPTIMIZER, Bundle, history, open_bundle, verify
+from core.bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, open_bundle, verify
 from core.choice import Candidate, choose
 from core.commit import CONFIG, MODEL, ModelFolder
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
 from core.legacy import open_legacy
 from core.training_state import STATE
 
 Say = Callable[[str], None]
 
-NOTHING_ELSE = "There is no other checkpoint here, and nothing was changed. To start anew, use another --model_name."
+ANEW = "To start anew, use another --model_name, or --allow_fresh, which moves what is here aside."
+NOTHING_ELSE = f"There is no other checkpoint here, and nothing was changed. {ANEW}"
 
 
 def say_on_stderr(line: str) -> None:
@@ -26,14 +27,25 @@ def say_on_stderr(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def open_verified(folder: Path, say: Say = say_on_stderr) -> Bundle:
-    """Open the newest step of a model and check every byte of it; what was replaced since is said.
+def open_verified(
+    folder: Path,
+    say: Say = say_on_stderr,
+    *,
+    step: int | None = None,
+    single: str | None = None,
+    used: tuple[str, ...] = ALL_PARTS,
+    check: bool = True,
+) -> Bundle:
+    """Open the newest step of a model, a kept one or a single file, and check every byte of the parts that are used.
+
+    What was replaced since it was saved is said. Without `check`, no more is seen than opening sees: that headers are
+    whole and fit the lengths of the files.
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
-    bundle = open_bundle(folder)
+    bundle = open_legacy(folder / single) if single else open_bundle(folder, step)
     try:
-        for line in verify(bundle):
+        for line in verify(bundle, used) if check else ():
             say(f"WARNING: {line}")
     except BaseException:
         bundle.close()
@@ -41,24 +53,10 @@ def open_verified(folder: Path, say: Say = say_on_stderr) -> Bundle:
     return bundle
 
 
-def open_candidate(candidate: Candidate, say: Say = say_on_stderr) -> Bundle:
-    """Open a checkpoint of a folder, and check every byte of it.
-
-    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
-    """
-    if candidate.single is None:
-        return open_verified(candidate.folder, say)
-    bundle = open_legacy(candidate.folder / candidate.single)
-    try:
-        verify(bundle)
-    except BaseException:
-        bundle.close()
-        raise
-    return bundle
-
-
-def open_chosen(folder: Path, say: Say = say_on_stderr) -> Bundle:
-    """Open the checkpoint of a folder that is to be used, bundle or single file, and check every byte of it.
+def open_chosen(
+    folder: Path, say: Say = say_on_stderr, *, used: tuple[str, ...] = FOR_INFERENCE, check: bool = True
+) -> Bundle:
+    """Open the checkpoint of a folder that is to be used, bundle or single file, and check the parts that are.
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
@@ -66,47 +64,50 @@ def open_chosen(folder: Path, say: Say = say_on_stderr) -> Bundle:
     choice.refuse_none()
     for line in choice.lines():
         say(line)
-    if not choice.candidates:
-        return open_verified(folder, say)  # which says what is not there
-    return open_candidate(choice.candidates[0], say)
+    single = choice.candidates[0].single if choice.candidates else None  # without any, opening says what is not there
+    return open_verified(folder, say, single=single, used=used, check=check)
 
 
-def open_newest_intact(place: ModelFolder, say: Say) -> Bundle | None:
+def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> Bundle | None:
     """Open the checkpoint to train on, walking back from what is damaged; None where there is none at all.
 
-    The caller holds the lock.
+    The caller holds the lock. Without `check` only what cannot be opened counts as damaged.
 
-    Raises: CheckpointDamaged when checkpoints exist and none is intact, CheckpointMismatch for weights without config;
-    nothing is changed then.
+    Raises: NoneIntact when checkpoints, or parts of some, are here and none can be used; nothing is changed then.
     """
     choice = choose(place.path)
     for line in choice.lines():
         say(line)
     for i, candidate in enumerate(choice.candidates):
         try:
-            return _open_or_walk_back(place, candidate, say)
+            return _open_or_walk_back(place, candidate, say, check)
         except (CheckpointDamaged, CheckpointNotFound) as damage:
             if i + 1 == len(choice.candidates):
-                if "nothing was changed" in str(damage):
+                if isinstance(damage, NoneIntact):
                     raise
-                raise type(damage)(f"{damage} {NOTHING_ELSE}") from damage
+                raise NoneIntact(f"{damage} {NOTHING_ELSE}") from damage
             say(f"WARNING: {damage}")
             say(f"WARNING: trying {choice.candidates[i + 1].name} instead; nothing was deleted")
     if choice.passed:
-        raise CheckpointError(f"{choice.passed[0]} {NOTHING_ELSE}")
-    left = [name for name in (MODEL, OPTIMIZER, STATE) if (place.path / name).exists()]
+        raise NoneIntact(f"{choice.passed[0]} {NOTHING_ELSE}")
+    left = [name for name in (MODEL, OPTIMIZER, EMA, STATE) if (place.path / name).exists()]
     if left:
         gone = " and ".join(name for name in (MODEL, CONFIG) if not (place.path / name).exists())
-        raise CheckpointMismatch(
+        raise NoneIntact(
             f"{place.path / left[0]}: is here without {gone}, so this is what is left of a checkpoint. Put {gone} "
-            "back, or train under another --model_name; nothing was changed."
+            f"back; nothing was changed. {ANEW}"
+        )
+    if asides := place.asides():
+        raise NoneIntact(
+            f"{place.path}: no checkpoint here but what was set aside: {', '.join(path.name for path in asides)}. "
+            f"To go on from one, rename it to step_NNNNNNNN, as it says. {ANEW}"
         )
     return None
 
 
-def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say) -> Bundle:
+def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say, check: bool) -> Bundle:
     try:
-        return open_candidate(candidate, say)
+        return open_verified(candidate.folder, say, single=candidate.single, check=check)
     except (CheckpointDamaged, CheckpointNotFound) as damage:
         if candidate.single is not None:
             raise
@@ -114,30 +115,25 @@ def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say) -> Bu
 
 
 def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
-    """Rename a damaged newest step aside, make the newest intact one the top again, say both, and open it.
+    """Make the newest intact kept step the top again, with what is damaged renamed aside, say so, and open it.
 
-    Raises: CheckpointDamaged when no kept step is intact; nothing is changed then.
+    Raises: NoneIntact when no kept step is intact; nothing is changed then.
     """
-    passed: list[Path] = []
+    passed, faults = [], [str(damage)]
     for kept in reversed(history(place.path)):
         try:
             with open_bundle(kept.path) as bundle:
                 verify(bundle)
         except CheckpointError as error:
             passed.append(kept.path)
-            say(f"WARNING: {error}")
+            faults.append(str(error))
             continue
-        aside = [place.set_aside(damaged) for damaged in (place.path, *passed)]
-        place.restore(kept.path)
-        say(f"WARNING: {damage}")
-        say(
-            f"WARNING: going on from step {kept.step}, the newest intact one. What is damaged was not deleted: "
-            f"{', '.join(str(path) for path in aside)}"
-        )
+        aside = place.go_back(kept.path, "damaged", passed)
+        where = f" What is damaged was not deleted: {', '.join(map(str, aside))}." if aside else ""
+        say(f"WARNING: {' '.join(faults)} Going on from step {kept.step}, the newest intact one.{where}")
         return open_verified(place.path, say)
-    raise CheckpointDamaged(
-        f"{damage} No intact older step is kept in {place.path}, and nothing was changed. "
-        "To start anew, use another --model_name."
+    raise NoneIntact(
+        f"{' '.join(faults)} No intact older step is kept in {place.path}, and nothing was changed. {ANEW}"
     )
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from core.bundle import Bundle, open_bundle
+from core.bundle import ALL_PARTS, Bundle, open_bundle
 from core.checkpoint import CheckpointManager
-from core.choice import Candidate
 from core.commit import MODEL, new_id
 from core.containers.torch_zip_writer import write_torch_zip
 from core.device import resolve_dtype
 from core.errors import SaveFailed
-from core.intact import open_candidate, open_chosen
+from core.intact import open_chosen, open_verified
 from core.materialize import load_model, load_optimizer
 from core.model import GPT
 from core.state_dict import export_state_dict
@@ -31,7 +30,7 @@ def load(
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
-    with open_chosen(Path(checkpoint_dir)) as bundle:
+    with open_chosen(Path(checkpoint_dir), used=ALL_PARTS) as bundle:
         return _loaded(bundle, map_location, load_dtype)
 
 
@@ -46,7 +45,7 @@ def load_legacy(
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
     path = Path(path)
-    with open_candidate(Candidate(path.parent, path.name, 0, False)) as bundle:
+    with open_verified(path.parent, single=path.name) as bundle:
         return _loaded(bundle, map_location, None)
 
 

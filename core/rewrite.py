@@ -246,7 +246,7 @@ def _clear_the_top(place: ModelFolder, config: dict[str, Any], outcome: Outcome)
     if there == [CONFIG] and same_architecture(parse_json(place.read(CONFIG), str(place.path / CONFIG)), config):
         return
     if there:
-        aside = place.set_aside(place.path)
+        (aside,) = place.clear_top(config_stays=True)
         outcome.notes.append(f"{place.path}: {', '.join(there)} without the rest of a bundle: now in {aside.name}")
 
 

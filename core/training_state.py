@@ -54,9 +54,9 @@ def seal(state: dict[str, Any]) -> bytes:
 
     The CRC covers the values in a canonical form, so that reformatting the file does not break it.
     """
-    unsealed = {**state, "integrity": {**state["integrity"], "self": None}}
-    state = {**state, "integrity": {**state["integrity"], "self": _own_crc(unsealed)}}
-    return dump_json(state)
+    before = {name: value for name, value in state.items() if name != "integrity"}  # what people read comes first
+    unsealed = {**before, "integrity": {**state["integrity"], "self": None}}
+    return dump_json({**before, "integrity": {**state["integrity"], "self": _own_crc(unsealed)}})
 
 
 def unseal(data: bytes, where: str) -> dict[str, Any]:

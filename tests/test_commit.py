@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 
 import pytest
 
@@ -11,7 +12,7 @@ from core.bundle import write_bundle
 from core.commit import ModelFolder
 from core.errors import CheckpointDamaged, CheckpointNotFound
 from core.storage import Storage
-from core.training_state import STATE, unseal
+from core.training_state import STATE, seal, unseal
 
 
 @pytest.fixture(params=["links", "moves"])
@@ -135,12 +136,12 @@ def test_a_top_without_commit_id_is_kept_under_its_step(folder):
     assert kept(folder, 5) == (None, {"model.pt": "old model"})
 
 
-def test_a_restored_step_is_at_the_top_under_its_own_id_and_still_kept(folder):
+def test_a_step_gone_back_to_is_at_the_top_under_its_own_id_and_still_kept(folder):
     save(folder, 1, "a")
     save(folder, 2, "b")
-    aside = folder.set_aside(folder.path)
-    folder.restore(folder.path / "step_00000001")
+    (aside,) = folder.go_back(folder.path / "step_00000001", "damaged")
     assert newest(folder) == kept(folder, 1) == whole("a")
+    assert re.fullmatch(r"aside_00000002_damaged_[0-9a-f]{16}", aside.name)
     assert (aside / "model.pt").read_text() == "model.pt b"
     assert list(folder.kept_steps()) == [1]
     save(folder, 2, "c")
@@ -148,12 +149,51 @@ def test_a_restored_step_is_at_the_top_under_its_own_id_and_still_kept(folder):
     assert len(list(folder.path.glob("aside_*"))) == 1
 
 
-def test_restoring_a_bundle_of_version_1_gives_it_checksums(folder):
+def test_going_back_takes_later_steps_aside_and_the_log_of_the_run_with_the_top(folder):
+    for step, label in enumerate("abcd", 1):
+        save(folder, step, label)
+    (folder.path / "metrics.jsonl").write_text("{}\n")
+    (folder.path / "notes.txt").write_text("mine")
+    top, third = folder.go_back(folder.path / "step_00000002", "abandoned", [folder.path / "step_00000003"])
+    assert newest(folder) == kept(folder, 2) == whole("b")
+    assert list(folder.kept_steps()) == [1, 2]
+    assert (top / "model.pt").read_text() == "model.pt d" and (top / "metrics.jsonl").read_text() == "{}\n"
+    assert (third / "model.pt").read_text() == "model.pt c"
+    assert {"metrics.jsonl", "notes.txt"} < {p.name for p in folder.path.iterdir()}
+    assert not {".hist", ".committed"} & {p.name for p in folder.path.iterdir()}
+
+
+def test_going_back_to_a_step_without_optimizer_leaves_none_at_the_top(folder):
+    save(folder, 1, "a", optimizer=False)
+    save(folder, 2, "b")
+    (aside,) = folder.go_back(folder.path / "step_00000001", "abandoned")
+    assert newest(folder) == ("a", {"model.pt": "model.pt a"})
+    assert not (folder.path / "optimizer.pt").exists() and (aside / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "aside",
+    [{"../x": "aside_00000001_damaged_ab"}, {".": "../x"}, {"step_00000001": "step_00000009"}, [], None, {1: 2}],
+)
+def test_a_hostile_list_of_what_goes_aside_moves_nothing(folder, aside):
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    stage = stage_step(folder, 3, "c")
+    state = {**unseal((stage / STATE).read_bytes(), "x"), "went_back": {"aside": aside}}
+    (stage / STATE).write_bytes(seal(state))
+    folder.commit(stage)
+    with pytest.raises(CheckpointDamaged, match="went_back does not list folders to be moved aside"):
+        folder.recover()
+    assert {p.name for p in folder.path.iterdir()} >= {"model.pt", "step_00000001"}
+    assert not list(folder.path.glob("aside_*"))
+
+
+def test_going_back_to_a_bundle_of_version_1_gives_it_checksums(folder):
     old = folder.path / "step_00000005"
     old.mkdir()
     (old / "model.pt").write_text("123456789")
     (old / STATE).write_text('{"step": 5}')
-    folder.restore(old)
+    assert folder.go_back(old, "abandoned") == []
     state = unseal((folder.path / STATE).read_bytes(), "top")
     assert state["step"] == 5
     assert state["integrity"]["files"] == {"model.pt": {"size": 9, "crc32": "cbf43926"}}

@@ -15,7 +15,7 @@ from core.bundle import write_bundle
 from core.commit import CONFIG, MODEL
 from core.errors import CheckpointDamaged
 from core.training_state import STATE, dump_json
-from tests.faults.explorer import DAMAGED, NOTHING, Action, Explorer, Run, folder_files, identity, recover
+from tests.faults.explorer import Action, Explorer, Run, folder_files, identity, recover
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
 
 
@@ -59,7 +59,20 @@ def _content(text: str) -> Callable[[Any], None]:
     return lambda output: output.write(text.encode()) and None
 
 
-def rewind(run: Run) -> None:
+def go_back(step: int, *later: int) -> Action:
+    """What `train.py --resume_from` does on disk."""
+
+    def act(run: Run) -> None:
+        run.folder.recover()
+        kept = run.folder.kept_steps()
+        run.new = identity(folder_files(run.folder.storage, kept[step]))
+        run.folder.go_back(kept[step], "abandoned", [kept[s] for s in later if s in kept])
+        run.acked = True
+
+    return act
+
+
+def resume(run: Run) -> None:
     """What resume does: recover, and walk back from a damaged newest step to the newest kept one."""
     folder = run.folder
     folder.recover()
@@ -76,8 +89,7 @@ def rewind(run: Run) -> None:
         intact = False
     if not intact:
         kept = list(folder.kept_steps().values())[-1]
-        folder.set_aside(folder.path)
-        folder.restore(kept)
+        folder.go_back(kept, "damaged")
 
 
 def built(explorer: Explorer, *actions: Action) -> Disk:
@@ -146,14 +158,23 @@ def walk_back(explorer: Explorer) -> list[Disk]:
     put(disk, optimizer_pt=b"damaged")
     damaged, intact = disk.text(ROOT / STATE), disk.text(ROOT / "step_00000001" / STATE)
     explorer.steps[damaged] = folder_files(explorer.storage(disk), ROOT)
-    explorer.recovery, explorer.unsure = rewind, frozenset({NOTHING, DAMAGED, damaged})
+    explorer.recovery, explorer.unsure = resume, frozenset({damaged})
     explorer.also = explorer.unsure | {intact}
-    explorer.depth = 1  # each interrupted walk back leaves one more folder aside, so that no end would come
-    disks = explorer.run([disk], rewind, "walk back")
+    explorer.depth = 1  # each walk back that did not commit gives what goes aside another name: no end would come
+    disks = explorer.run([disk], resume, "walk back")
     explorer.depth = 1000
     explorer.recovery, explorer.unsure, explorer.also = recover, frozenset(), frozenset()
     disks = explorer.run(disks[:2], save(2, "C"), "the step again")
     return explorer.run(disks, save(3, "D"), "and the next")
+
+
+def rewind(explorer: Explorer) -> list[Disk]:
+    """Back to an older step over two later ones, on from there, and back again to the same step."""
+    disk = put(built(explorer, *(save(n, "ABCD"[n - 1]) for n in (1, 2, 3, 4))), metrics_jsonl=b"{}")
+    disks = explorer.run([disk], go_back(2, 3), "back")
+    disks = explorer.run(disks[:2], save(3, "E"), "on from there")
+    disks = explorer.run(disks[:2], save(4, "F"), "and on")
+    return explorer.run(disks[:2], go_back(2, 3), "and back again")
 
 
 SCENARIOS: dict[str, Callable[[Explorer], list[Disk]]] = {
@@ -167,6 +188,7 @@ SCENARIOS: dict[str, Callable[[Explorer], list[Disk]]] = {
     "edited config": edited_config,
     "same step": same_step,
     "walk back": walk_back,
+    "rewind": rewind,
 }
 
 

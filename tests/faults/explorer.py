@@ -17,9 +17,10 @@ from typing import Any, BinaryIO
 from unittest import mock
 
 from core import commit
+from core import folder as names_of_folders
 from core.commit import CONFIG, MODEL, ModelFolder, Opened
 from core.errors import CheckpointDamaged
-from core.training_state import STATE
+from core.training_state import STATE, seal, unseal
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
 
 Files = dict[str, bytes]
@@ -63,7 +64,15 @@ Action = Callable[[Run], None]
 
 def folder_files(storage: Any, path: Path) -> Files:
     """The files in a folder."""
-    return {n: storage.read(path / n) for n in storage.names(path) if not storage.is_folder(path / n)}
+    files = {n: storage.read(path / n) for n in storage.names(path) if not storage.is_folder(path / n)}
+    return {name: unmarked(data) if name == STATE else data for name, data in files.items()}
+
+
+def unmarked(data: bytes) -> bytes:
+    """A training state as its save wrote it, without what going back to it added."""
+    if b'"went_back"' not in data:
+        return data
+    return seal({name: value for name, value in unseal(data, STATE).items() if name != "went_back"})
 
 
 def identity(files: Files) -> Identity:
@@ -133,7 +142,7 @@ class Explorer:
             number += 1
             return f"{number:04x}"
 
-        with mock.patch.object(commit, "new_id", new_id):
+        with mock.patch.object(commit, "new_id", new_id), mock.patch.object(names_of_folders, "new_id", new_id):
             act(run)
         note()
         return points, run
@@ -252,7 +261,7 @@ class Explorer:
                 return DAMAGED
         files = {name: file.read() for name, file in opened.files.items()}
         if states[-1] is not None:
-            files[STATE] = states[-1]
+            files[STATE] = unmarked(states[-1])
         elif MODEL not in files:
             return NOTHING
         return self.identify(files, disk)
@@ -276,8 +285,8 @@ class Explorer:
     def whole_steps(self, disk: Disk) -> set[Identity]:
         """Every step that is whole at the top, kept or aside."""
         storage, found = self.storage(disk), set()
-        for folder in (ROOT, *(ROOT / name for name in disk.seen[0] if name.startswith(("step_", "aside_")))):
-            files = folder_files(storage, folder)
+        for path in (ROOT, *(ROOT / name for name in disk.seen[0] if name.startswith(("step_", "aside_")))):
+            files = folder_files(storage, path)
             step = self.steps.get(identity(files), {})
             if step and all(files.get(name) == data for name, data in step.items() if name != CONFIG):
                 found.add(identity(files))
@@ -302,9 +311,8 @@ class Explorer:
         while todo:
             times = todo.pop()
             storage = _Between(disks, self.links, times)
-            folder = self.folder_type(ROOT, storage)
             try:
-                found = self.meet(folder, disks[storage.time])
+                found = self.meet(self.folder_type(ROOT, storage), disks[storage.time])
             except _NextCall as call:
                 todo += [(*times, i) for i in call.times]
                 continue

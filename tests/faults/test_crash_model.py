@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from core.commit import COMMITTED, ModelFolder
+from core.commit import ModelFolder
+from core.folder import COMMITTED
 from core.training_state import STATE
 from tests.faults.crash_model import EXHAUSTIVE, QUICK, SCENARIOS
 from tests.faults.explorer import Explorer, Fault
