@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
         device=args.device,
         step=args.step,
         bpe_file=args.bpe_file,
+        verify=args.verify,
     )
     if model.tokenizer is None and args.tokenization:
         model.tokenizer = named_tokenizer(args.tokenization, args.bpe_file)
@@ -82,7 +83,7 @@ def load_foreign(args: argparse.Namespace) -> GPTBatched:
     from core.tokenizer import named_tokenizer
 
     model, _, _ = load_pretrained_checkpoint(
-        args.checkpoint, device=args.device or "auto", dtype=resolve_dtype(args.dtype), say=say
+        args.checkpoint, device=args.device or "auto", dtype=resolve_dtype(args.dtype), say=say, verify=args.verify
     )
     if args.tokenization:
         model.tokenizer = named_tokenizer(args.tokenization, args.bpe_file)
@@ -200,6 +201,9 @@ def make_parser() -> Parser:
     loading.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what config.json says)")
     loading.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as saved)")
     loading.add_argument("--bpe_file", type=Path, metavar="FILE", help="the GPT-2 ranks, for a machine without network")
+    loading.add_argument(
+        "--no_verify", action="store_false", dest="verify", help="do not compare the checksums of what is loaded"
+    )
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with (default: nothing)")
     text.add_argument(

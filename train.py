@@ -51,19 +51,40 @@ def main(argv: list[str]) -> int:
     flags = {name: value for name, value in vars(args).items() if value is not None}
 
     from core.distributed import open_world
+    from core.errors import CheckpointNotFound
     from core.ranked_checkpoint import RankedManager
 
     with open_world(args.parallel) as world:
         manager = RankedManager(
-            args.model_name or "default", args.checkpoint_root, world=world, keep=args.keep, keep_every=args.keep_every
+            args.model_name or "default",
+            args.checkpoint_root,
+            world=world,
+            keep=1 if args.keep is None else args.keep,
+            keep_every=args.keep_every,
         )
+        if args.prune and not manager.checkpoint_dir.is_dir():
+            raise CheckpointNotFound(f"{manager.checkpoint_dir}: no such folder, so nothing to prune.")
         with manager:
+            if args.prune:
+                return prune(manager, args)
             return train(manager, args, flags)
+
+
+def prune(manager: RankedManager, args: argparse.Namespace) -> int:
+    """Remove what lies aside, and kept steps that no rule keeps where --keep or --keep_every is given."""
+    from core.screen import size_text
+
+    freed = manager.prune(args.keep, args.keep_every) if manager.world.is_first else 0
+    print(f"{freed} bytes freed ({size_text(freed)})")
+    return DONE
 
 
 def train(manager: RankedManager, args: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Resume or start the model of a manager that holds its lock."""
-    with manager.newest_intact() or contextlib.nullcontext() as bundle:
+    if args.resume_from is not None:
+        manager.go_back(args.resume_from, verify=args.verify)
+    resumed = manager.newest_intact(allow_fresh=args.allow_fresh, verify=args.verify)
+    with resumed or contextlib.nullcontext() as bundle:
         return train_from(manager, bundle, args, flags)
 
 
@@ -179,7 +200,8 @@ def train_from(manager: RankedManager, bundle: Bundle | None, args: argparse.Nam
         world=world,
     )
     if result.stopped_by:
-        say(f"stopped by {result.stopped_by} at step {result.step}, saved. Go on with the same line.")
+        line = "the same line" if args.resume_from is None else "the same line without --resume_from"
+        say(f"stopped by {result.stopped_by} at step {result.step}, saved. Go on with {line}.")
         return STOPPED
     if world.is_first:
         finish(manager, model, corpus, result.val_loss)
@@ -294,9 +316,20 @@ def make_parser() -> Parser:
         ("--eval_iters", count, "batches per evaluation (20)"),
         ("--save_interval", count, "steps between saves (as --eval_interval)"),
     )
-    saving.add_argument("--keep", type=int, default=1, metavar="N", help="older steps to keep besides the best (1)")
+    saving.add_argument("--keep", type=int, metavar="N", help="older steps to keep besides the best (1)")
     saving.add_argument("--keep_every", type=count, metavar="N", help="keep every step that N divides")
     saving.add_argument("--strict_resume", action="store_true", help="refuse to go on where the resume is not exact")
+    past = parser.add_argument_group("the past of a run (inspect_model.py --history shows it)")
+    past.add_argument(
+        "--resume_from", type=int, metavar="STEP", help="go back to a kept step; what came after it is kept aside"
+    )
+    past.add_argument(
+        "--prune", action="store_true", help="remove what lies aside (and, with --keep, older steps), and train nothing"
+    )
+    past.add_argument(
+        "--allow_fresh", action="store_true", help="where no checkpoint is intact, move all aside and start anew"
+    )
+    past.add_argument("--no_verify", action="store_false", dest="verify", help="do not compare checksums on resume")
     machine = group("machine", ("--seed", int, "of data order, dropout and initialisation (1337)"))
     machine.add_argument("--parallel", choices=PARALLEL, help="under torchrun: a whole model per rank, or shards (ddp)")
     machine.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")

@@ -171,6 +171,17 @@ class CheckpointManager:
             open_to_train = rewind.open_or_clear if allow_fresh else intact.open_newest_intact
             return open_to_train(self._folder, self.say, check=verify)
 
+    def prune(self, keep: int | None = None, keep_every: int | None = None) -> int:
+        """Remove what was set aside, name it, and return the bytes freed; with a number given, kept steps as well.
+
+        Then those go that the rules of the run, with these numbers, do not keep.
+        """
+        with self.writing(), self._explained():
+            newest, kept = self._top_state(), history(self.checkpoint_dir)
+            asked = keep is not None or keep_every is not None
+            going = Retention.of(newest).given(keep, keep_every).going(newest, kept) if asked else []
+            return rewind.prune(self._folder, going, self.say)
+
     def go_back(self, step: int, *, verify: bool = True) -> None:
         """Make a kept step the newest one again: training goes on from it, and what came after it is kept aside.
 

@@ -50,21 +50,22 @@ def load_pretrained_checkpoint(
     dtype: str | torch.dtype | None = None,
     *,
     say: Callable[[str], None] = print,
+    verify: bool = True,
 ) -> tuple[GPTBatched, Info, Any]:
     """Load a modded-nanogpt checkpoint, or a bundle of ours, as a GPTBatched; also what it is, and its whole content.
 
     Which variant it is, its sizes, padded rows and padded scalars are told from the tensors. Weights keep their dtype
     unless one is given, and stay mapped where only their names change; every record is compared with its checksum
-    first, and nothing in the file is executed. The info has: format ("small" or "medium"), variant, program,
-    vocab_size (rows of the embedding), head_rows, num_layers, num_heads, model_dim, max_seq_len, step, dtype,
-    parameters, prefix, scalars_padding, path.
+    first (unless `verify` is off), and nothing in the file is executed. The info has: format ("small" or "medium"),
+    variant, program, vocab_size (rows of the embedding), head_rows, num_layers, num_heads, model_dim, max_seq_len, step,
+    dtype, parameters, prefix, scalars_padding, path.
 
     Raises: CheckpointNotFound, CheckpointDamaged (naming the tensor), CheckpointMismatch (naming what has no place).
     """
     path = Path(path)
     if path.is_dir():
-        return _from_bundle(path, device, dtype, say)
-    opened = _open(path, resolve_dtype(dtype))
+        return _from_bundle(path, device, dtype, say, verify)
+    opened = _open(path, resolve_dtype(dtype), verify=verify)
     say(f"Format: {opened.info['program']}")
     config = opened.config
     with torch.device("meta"):
@@ -103,7 +104,7 @@ def inspect_checkpoint(path: str | Path, *, say: Callable[[str], None] = print) 
     return info, opened.content
 
 
-def _open(path: Path, dtype: torch.dtype | None = None) -> _Opened:
+def _open(path: Path, dtype: torch.dtype | None = None, *, verify: bool = True) -> _Opened:
     """Open a file, check it, and map its tensors, or read them into another dtype one by one."""
     try:
         file = DISK.open(path)
@@ -118,7 +119,8 @@ def _open(path: Path, dtype: torch.dtype | None = None) -> _Opened:
         found = identify({name: spec.shape for name, spec in specs.items()})
         config = _config(path, found, list(specs))
         source.refuse_foreign()
-        verify_records(file, path)
+        if verify:
+            verify_records(file, path)
         content = read_part(Part(source))
         inside: Any = content
         for word in key.split(".")[:-1]:
@@ -192,9 +194,13 @@ def _without_place(names: list[str]) -> list[str]:
 
 
 def _from_bundle(
-    path: Path, device: str | torch.device, dtype: str | torch.dtype | None, say: Callable[[str], None]
+    path: Path,
+    device: str | torch.device,
+    dtype: str | torch.dtype | None,
+    say: Callable[[str], None],
+    verify: bool,
 ) -> tuple[GPTBatched, Info, Any]:
-    with open_chosen(path) as bundle:
+    with open_chosen(path, check=verify) as bundle:
         name = bundle.config_values.get("model_class", "GPT")
         if name not in CLASSES:
             raise CheckpointMismatch(

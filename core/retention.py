@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from core.bundle import Kept
@@ -25,6 +25,14 @@ class Retention:
         known = recorded if isinstance(recorded, dict) else {}
         least = {"keep": 0, "keep_every": 1, "resumed_from": 0}
         return cls(**{n: known[n] for n, low in least.items() if isinstance(known.get(n), int) and known[n] >= low})
+
+    def given(self, keep: int | None, keep_every: int | None) -> Retention:
+        """The same rules with numbers that were given, where they were."""
+        return replace(
+            self,
+            keep=self.keep if keep is None else keep,
+            keep_every=self.keep_every if keep_every is None else keep_every,
+        )
 
     def rules(self, newest: Mapping[str, Any], kept: Sequence[Kept]) -> list[list[str]]:
         """Name the rules by which each kept step stays; one without any is removed after the next save.

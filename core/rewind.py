@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,13 +77,11 @@ def prune(place: ModelFolder, going: Iterable[Kept], say: intact.Say) -> int:
     A file that is also under another name, as one of a kept step, frees nothing.
     """
     doomed = [*place.asides(), *(older.path for older in going)]
-    files = [file.stat() for folder in doomed for file in folder.rglob("*") if file.is_file()]
-    names: dict[int, int] = {}
-    for file in files:
-        names[file.st_ino] = names.get(file.st_ino, 0) + 1
-    freed = sum({file.st_ino: file.st_size for file in files if names[file.st_ino] == file.st_nlink}.values())
-    for folder in doomed:
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        say(f"{folder}: removed ({size_text(size)})")
+    inside = [[file.stat() for file in folder.rglob("*") if file.is_file()] for folder in doomed]
+    files = [file for listed in inside for file in listed]
+    names = Counter(file.st_ino for file in files)
+    freed = {file.st_ino: file.st_size for file in files if names[file.st_ino] == file.st_nlink}
     place.remove(doomed)
-    return freed
+    for folder, listed in zip(doomed, inside, strict=True):
+        say(f"removed {folder} ({size_text(sum(file.st_size for file in listed))})")
+    return sum(freed.values())
