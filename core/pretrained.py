@@ -57,8 +57,8 @@ def load_pretrained_checkpoint(
     Which variant it is, its sizes, padded rows and padded scalars are told from the tensors. Weights keep their dtype
     unless one is given, and stay mapped where only their names change; every record is compared with its checksum
     first (unless `verify` is off), and nothing in the file is executed. The info has: format ("small" or "medium"),
-    variant, program, vocab_size (rows of the embedding), head_rows, num_layers, num_heads, model_dim, max_seq_len, step,
-    dtype, parameters, prefix, scalars_padding, path.
+    variant, program, vocab_size (rows of the embedding), head_rows, num_layers, num_heads, model_dim, max_seq_len,
+    step, dtype, parameters, prefix, scalars_padding, path.
 
     Raises: CheckpointNotFound, CheckpointDamaged (naming the tensor), CheckpointMismatch (naming what has no place).
     """
