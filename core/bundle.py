@@ -6,10 +6,10 @@ import contextlib
 import functools
 import os
 import zlib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from core.checksum import crc32_file, crc32_range
 from core.commit import CONFIG, MODEL, ModelFolder, Opened
@@ -286,21 +286,43 @@ def tensors_digest(archive: TorchZip | TorchStream) -> str:
     return f"{digest:08x}"
 
 
+class InBlocks(Protocol):
+    """A file that is written block by block: memory, where its bytes begin in the file, how many they are."""
+
+    size: int
+
+    def blocks(self) -> Iterator[tuple[memoryview, int, int]]:
+        """Give the blocks in order, each for the duration of a turn."""
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the training state says of the file, once it is written."""
+
+
 Writer = Callable[[Output], str | None]
-"""Writes the content of a file, and returns the digest of its tensors where it has any."""
+"""Writes a file, and returns the digest of its tensors where it has any."""
+
+Content = Writer | InBlocks | dict[str, Any]
+"""What a file of a step is made of; a dict becomes JSON."""
 
 
-def write_bundle(folder: ModelFolder, stage: Path, state: dict[str, Any], files: dict[str, Writer | dict]) -> None:
+def write_bundle(folder: ModelFolder, stage: Path, state: dict[str, Any], files: Mapping[str, Content]) -> None:
     """Write the files of one step into a staged folder, each durable, the training state with their checksums last."""
-    recorded = {}
-    for name, content in files.items():
-        tensors = None
-        with folder.storage.create(stage / name) as output:
-            if isinstance(content, dict):
-                output.write(dump_json(content))
-            else:
-                tensors = content(output)
-        recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
-        if tensors is not None:
-            recorded[name]["tensors"] = tensors
+    recorded = {name: _write_file(folder.storage, stage / name, content) for name, content in files.items()}
     folder.storage.write(stage / STATE, seal({**state, "integrity": {"files": recorded}}))
+
+
+def _write_file(storage: Storage, path: Path, content: Content) -> dict[str, Any]:
+    if not isinstance(content, dict) and not callable(content):
+        with storage.create_blocks(path, content.size) as file:
+            for block, start, length in content.blocks():
+                file.write(block, start, length)
+        return content.recorded
+    digest = None
+    with storage.create(path) as output:
+        if isinstance(content, dict):
+            output.write(dump_json(content))
+        else:
+            digest = content(output)
+    entry = {"size": output.size, "crc32": f"{output.crc32:08x}"}
+    return entry if digest is None else {**entry, "tensors": digest}

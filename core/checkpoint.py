@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import filecmp
+import json
 import os
-import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ import torch
 from torch import nn
 
 from core import intact, rewind, start
-from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, history, write_bundle
+from core.background import Background
+from core.bundle import EMA, OPTIMIZER, TOKENIZER, Bundle, Content, history, write_bundle
 from core.choice import LEGACY_FILES, seen_files
 from core.commit import CONFIG, MODEL, ModelFolder, new_id
 from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
-from core.containers.torch_zip_writer import file_size, write_torch_zip
 from core.device import resolve_dtype
 from core.errors import (
     CheckpointDamaged,
@@ -37,19 +39,22 @@ from core.materialize import fill, load_moments, load_optimizer
 from core.model import GPT, GPTBatched, GPTFlexAttention
 from core.optimizer import configure_optimizer
 from core.retention import Retention, best_of
+from core.snapshot import Memory, Snapshot
 from core.speedrun import SpeedrunGPT
 from core.speedrun_config import SpeedrunConfig
 from core.speedrun_files import fill_speedrun
-from core.state_dict import export_optimizer_state, export_state_dict, unwrap
+from core.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
 from core.tokenizer import Tokenizer
-from core.training_state import STATE, dump_json, parse_json, unseal
+from core.training_state import FIELDS, STATE, dump_json, parse_json, unseal
 
 
 class CheckpointManager:
     """The checkpoints of one model: a folder whose top is always the newest committed step, whole.
 
     `keep` older steps stay beside it, and besides them the best by validation loss, every `keep_every`-th, and the
-    one that was resumed from. `facts` go into the training state of every save.
+    one that was resumed from. `facts` go into the training state of every save. A save that is due while another is
+    being written waits for it, or with `save_policy="skip"` is left out. `stage_memory` limits the bytes that hold a
+    step on its way to disk; None is half of what is free when the first step is saved, and 48 MB always are.
     """
 
     def __init__(
@@ -60,11 +65,17 @@ class CheckpointManager:
         keep: int = 1,
         keep_every: int | None = None,
         say: Callable[[str], None] = intact.say_on_stderr,
+        save_policy: str = "wait",
+        stage_memory: int | None = None,
     ) -> None:
         if not model_name or model_name in (".", "..") or Path(model_name).name != model_name or "\\" in model_name:
             raise InputError(f"model name {model_name!r}: expected the name of one folder, without a path.")
         if keep < 0 or (keep_every is not None and keep_every < 1):
             raise InputError(f"keep is {keep} and keep_every {keep_every}: expected at least 0 and 1.")
+        if save_policy not in ("wait", "skip") or (stage_memory is not None and stage_memory < 0):
+            raise InputError(
+                f"save_policy is {save_policy!r} and stage_memory {stage_memory}: expected wait or skip, and bytes."
+            )
         self.model_name = model_name
         self.checkpoint_dir = Path(base_dir) / model_name
         self.keep = keep
@@ -74,6 +85,12 @@ class CheckpointManager:
         self._folder = ModelFolder(self.checkpoint_dir)
         self._held = contextlib.ExitStack()
         self.say = say
+        self.save_policy = save_policy
+        self._memory = Memory(stage_memory)
+        self._saving = Background()
+        self._snapshot: Snapshot | None = None
+        self._watched: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        weakref.finalize(self, self._saving.last_words)
 
     @classmethod
     def of_folder(cls, checkpoint_dir: str | Path, **settings: Any) -> CheckpointManager:
@@ -135,12 +152,19 @@ class CheckpointManager:
             self._held.enter_context(hold(self.checkpoint_dir))
 
     def close(self) -> None:
-        """Let other processes write."""
-        self._held.close()
+        """Wait for the save that is being written, and let other processes write.
+
+        Raises: SaveFailed when that save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._held.close()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Be the only writer while the block runs; what an interrupted save left is finished first."""
+        self._saving.join()
         with contextlib.ExitStack() as held:
             with self._explained():
                 self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
@@ -260,71 +284,131 @@ class CheckpointManager:
         tokenizer: Tokenizer | Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
         extra: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Commit a step of any module; when this returns it is durable, and the older steps are pruned.
+        ema: Mapping[str, torch.Tensor] | None = None,
+    ) -> bool:
+        """Begin to commit a step of any module; it is durable, and older steps are pruned, after `wait`.
+
+        Training may go on at once: the next step of the optimizer waits where the copy of weights and state is not
+        done. What else may change, like buffers, is copied here; without an optimizer that is everything. `ema` are
+        averages that change after the optimizer's step only. False when another save is being written and the policy
+        is to skip.
 
         Compiled and wrapped modules are saved under their plain names, tied weights once, views without the rest
         of their storage. The same state at the same step again changes nothing. `metrics` with a `val_loss` decide
         which step is the best; `extra` is kept in the training state for the caller.
 
-        Raises: SaveFailed when it could not be committed; the last committed step is intact.
+        Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
+        CheckpointLocked, InputError.
         """
+        if self._saving.busy and self.save_policy == "skip":
+            self.say(f"step {step} is not saved: the save before it is still being written")
+            return False
+        self.wait()
         module = unwrap(model)
-        weights = export_state_dict(module)
-        moments = (
-            export_optimizer_state(optimizer, module) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-        )
-        with self.writing(), self._explained():
-            files = self._files(module, weights, moments, tokenizer or getattr(module, "tokenizer", None))
-            state = self._state(step, OPTIMIZER in files, metrics, extra)
-            started = time.perf_counter()
-            if not self._stage_and_commit(state, files, [weights, moments]):
-                self.say(f"step {step} is already saved in {self.checkpoint_dir}")
+        contents: dict[str, Any] = {MODEL: export_state_dict(module)}
+        if optimizer is not None:
+            contents[OPTIMIZER] = optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):
+            contents[OPTIMIZER] = export_optimizer_state(optimizer, module)
+        if ema is not None:
+            contents[EMA] = dict(ema)
+        config, tokenizer = _config_of(module), tokenizer or getattr(module, "tokenizer", None)
+        texts = {CONFIG: config}
+        if tokenizer is not None:
+            texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
+        told = self._told(step, OPTIMIZER in contents, metrics, extra)
+        with self._explained():
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            held = contextlib.ExitStack()
+            held.enter_context(hold(self.checkpoint_dir))
+        live: dict[str, torch.Tensor] = {}
+        stable = None
+        if isinstance(optimizer, torch.optim.Optimizer):
+            stable = changed_by_step(optimizer) | {t.untyped_storage()._cdata for t in (ema or {}).values()}
+            self._watch(optimizer)
+        contents = {name: copy_others(content, stable, live, name) for name, content in contents.items()}
+        snapshot = self._snapshot = Snapshot(contents, live)
+        self._saving.start(f"save of step {step}", lambda: self._write(held, snapshot, texts, told))
+        if stable is None:
+            snapshot.wait_copied()
+        return True
+
+    def wait(self) -> None:
+        """Wait until the last save is durable.
+
+        Raises: SaveFailed when it, or one before it that nobody has asked for, could not be committed.
+        """
+        self._saving.join()
+        self.raise_failed()
+
+    def raise_failed(self) -> None:
+        """Raise the SaveFailed of a save that ended since this was asked last; at the edge of a step it costs nothing.
+
+        The last committed step is intact, and training may go on.
+        """
+        self._saving.raise_failure()
+
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer not in self._watched:
+            self._watched.add(optimizer)
+            optimizer.register_step_pre_hook(lambda *_: self._wait_copied())
+
+    def _wait_copied(self) -> None:
+        if (snapshot := self._snapshot) is not None:
+            snapshot.wait_copied()
+
+    def _write(
+        self, held: contextlib.ExitStack, snapshot: Snapshot, texts: dict[str, dict[str, Any]], told: dict[str, Any]
+    ) -> None:
+        """Write and commit one step, in a thread of its own."""
+        started = time.perf_counter()
+        with held, contextlib.closing(snapshot), self._explained():
+            files = snapshot.plan()
+            snapshot.start(self._memory)
+            self._folder.recover()
+            state = self._state(told)
+            texts[CONFIG] = self._with_edits(texts[CONFIG])
+            size = sum(file.size for file in files.values())
+            if not self._stage_and_commit(state, {**files, **texts}, snapshot, size):
+                self.say(f"step {state['step']} is already saved in {self.checkpoint_dir}")
                 return
             size = sum(entry.stat().st_size for entry in os.scandir(self._folder.committed))
             self._folder.roll_forward()
             self._prune(state)
-        self.say(
-            f"saved step {step} to {self.checkpoint_dir} ({size / 1e6:.1f} MB, {time.perf_counter() - started:.2f} s)"
-        )
+        self._snapshot = None
+        seconds = time.perf_counter() - started
+        self.say(f"saved step {state['step']} to {self.checkpoint_dir} ({size / 1e6:.1f} MB, {seconds:.2f} s)")
 
-    def _files(
-        self, module: nn.Module, weights: Any, moments: Any, tokenizer: Tokenizer | Mapping[str, Any] | None
-    ) -> dict[str, Writer | dict]:
-        files: dict[str, Writer | dict] = {MODEL: lambda output: write_torch_zip(output, weights)}
-        if moments is not None:
-            files[OPTIMIZER] = lambda output: write_torch_zip(output, moments)
-        files[CONFIG] = self._config_to_save(module)
-        if tokenizer is not None:
-            files[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
-        return files
-
-    def _config_to_save(self, module: nn.Module) -> dict[str, Any]:
-        """The architecture of the module, with what a person edited in the config.json at the top."""
-        config = getattr(module, "config", None)
-        if isinstance(config, GPTConfig):
-            values = config.to_dict()
-        elif isinstance(config, SpeedrunConfig):
-            values = config.to_dict(type(module).__qualname__)
-        else:
-            values = {"model_class": type(module).__qualname__, "format_version": FORMAT_VERSION}
+    def _with_edits(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config to save, with what a person edited in the config.json at the top."""
         with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
             top = parse_json(self._folder.read(CONFIG), CONFIG)
-            if same_architecture(top, values):
-                values.update({name: top[name] for name in EDITABLE if name in top})
-        return values
+            if same_architecture(top, config):
+                return {**config, **{name: top[name] for name in EDITABLE if name in top}}
+        return config
 
-    def _state(
+    def _told(
         self, step: int, has_optimizer: bool, metrics: Mapping[str, float] | None, extra: Mapping[str, Any] | None
     ) -> dict[str, Any]:
+        """What the caller says of a step, as it is now."""
+        state = {"step": step, "optimizer_file": OPTIMIZER if has_optimizer else None, **self.facts}
+        if clash := (FIELDS | state.keys()) & (metrics or {}).keys():
+            raise InputError(f"metrics: {', '.join(sorted(clash))} is what the training state calls something else.")
+        state |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
+        try:
+            return json.loads(dump_json(state))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"metrics or extra of step {step}: {error}. They are written as JSON.") from error
+
+    def _state(self, told: dict[str, Any]) -> dict[str, Any]:
+        """The training state of a step that is being saved."""
         top, kept = self._top_state(), history(self.checkpoint_dir)
-        best = best_of(top, kept)
-        loss = (metrics or {}).get("val_loss")
+        best, loss = best_of(top, kept), told.get("val_loss")
         if loss is not None and (best is None or loss < best["val_loss"]):
-            best = {"step": step, "val_loss": loss}
+            best = {"step": told["step"], "val_loss": loss}
         state = {
-            "step": step,
-            "optimizer_file": OPTIMIZER if has_optimizer else None,
+            "step": told["step"],
+            "optimizer_file": told["optimizer_file"],
             "format_version": FORMAT_VERSION,
             "commit_id": new_id(),
             "parent": self._folder.newest_id(),
@@ -332,18 +416,10 @@ class CheckpointManager:
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "best": best,
             "retention": dataclasses.asdict(self._retention()),
-            **self.facts,
         }
         if seen := seen_files(self.checkpoint_dir, top.get("legacy", [])):
             state["legacy"] = seen
-        if clash := state.keys() & (metrics or {}).keys():
-            raise InputError(f"metrics: {', '.join(sorted(clash))} is what the training state calls something else.")
-        state |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
-        try:
-            dump_json(state)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"metrics or extra of step {step}: {error}. They are written as JSON.") from error
-        return state
+        return {**state, **told}
 
     def tokenizer_state(self) -> dict[str, Any] | None:
         """The tokenizer.json of the newest step, or one that waits beside a config.json alone; None without one."""
@@ -362,23 +438,28 @@ class CheckpointManager:
         except (FileNotFoundError, CheckpointDamaged):
             return {}
 
-    def _stage_and_commit(self, state: dict[str, Any], files: dict[str, Writer | dict], content: list[Any]) -> bool:
+    def _stage_and_commit(
+        self, state: dict[str, Any], files: dict[str, Content], snapshot: Snapshot, size: int
+    ) -> bool:
         stage = None
         try:
+            if self._folder.storage.free(self.checkpoint_dir) < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             stage = self._folder.stage()
             write_bundle(self._folder, stage, state, files)
+            snapshot.finish()
             if self._is_newest(stage):
                 self._folder.discard(stage)
                 return False
             self._folder.commit(stage)
-        except OSError as error:
+        except BaseException as error:
             if stage is not None:
                 # A disk that fails may refuse this as well; the next writer removes what is left.
                 with contextlib.suppress(OSError):
                     self._folder.discard(stage)
-            raise self._save_failed(
-                state["step"], error, sum(file_size(c) for c in content if c is not None)
-            ) from error
+            if isinstance(error, OSError):
+                raise self._save_failed(state["step"], error, size) from error
+            raise
         return True
 
     def _is_newest(self, stage: Path) -> bool:
@@ -396,7 +477,7 @@ class CheckpointManager:
         stays = f"Step {top['step']} is intact." if "step" in top else "Nothing was saved before."
         sizes = ""
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(self.checkpoint_dir).free
+            free = self._folder.storage.free(self.checkpoint_dir)
             sizes = f" ({needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
         return SaveFailed(f"{self.checkpoint_dir}: save of step {step} failed: {error.strerror}{sizes}. {stays}")
 
@@ -469,3 +550,12 @@ class CheckpointManager:
         if not best:
             raise CheckpointNotFound(f"{self.checkpoint_dir}: no step has a validation loss, so none is the best.")
         return int(best["step"])
+
+
+def _config_of(module: nn.Module) -> dict[str, Any]:
+    config = getattr(module, "config", None)
+    if isinstance(config, GPTConfig):
+        return config.to_dict()
+    if isinstance(config, SpeedrunConfig):
+        return config.to_dict(type(module).__qualname__)
+    return {"model_class": type(module).__qualname__, "format_version": FORMAT_VERSION}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ KERNEL_LOCKS = fcntl is not None
 _held: dict[Path, tuple[int, contextlib.ExitStack]] = {}
 """How often this process holds each folder: a trainer's own saves take the lock it already has."""
 
+_holding = threading.RLock()
+"""Guards `_held`: a save ends in a thread of its own."""
+
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
@@ -33,16 +37,18 @@ def hold(folder: Path) -> Iterator[None]:
     Raises: CheckpointLocked naming the process and host that write here.
     """
     key = folder.resolve()
-    count, release = _held.get(key) or (0, _acquire(folder))
-    _held[key] = (count + 1, release)
+    with _holding:
+        count, release = _held.get(key) or (0, _acquire(folder))
+        _held[key] = (count + 1, release)
     try:
         yield
     finally:
-        count, release = _held.pop(key)
-        if count > 1:
-            _held[key] = (count - 1, release)
-        else:
-            release.close()
+        with _holding:
+            count, release = _held.pop(key)
+            if count > 1:
+                _held[key] = (count - 1, release)
+            else:
+                release.close()
 
 
 def _acquire(folder: Path) -> contextlib.ExitStack:

@@ -95,3 +95,4 @@ def save_checkpoint_bundle(
         with open_bundle(manager.checkpoint_dir) as bundle:
             tokenizer = bundle.tokenizer
     manager.save(model, optimizer_state, step=model.step if step is None else step, tokenizer=tokenizer)
+    manager.wait()

@@ -76,10 +76,12 @@ class RankedManager(CheckpointManager):
         tokenizer: Tokenizer | Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
         extra: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Commit a step, which the first rank has whole; the others go on at once."""
-        if self.world.is_first:
-            super().save(model, optimizer, step=step, tokenizer=tokenizer, metrics=metrics, extra=extra)
+        ema: Mapping[str, torch.Tensor] | None = None,
+    ) -> bool:
+        """Begin to commit a step, which the first rank has whole; the others go on at once."""
+        if not self.world.is_first:
+            return True
+        return super().save(model, optimizer, step=step, tokenizer=tokenizer, metrics=metrics, extra=extra, ema=ema)
 
 
 def _identity(bundle: Bundle | None) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Writer, open_bundle, verify, write_bundle
+from core.bundle import OPTIMIZER, TOKENIZER, Bundle, Content, Writer, open_bundle, verify, write_bundle
 from core.checkpoint import CheckpointManager
 from core.choice import seen_files
 from core.commit import CONFIG, MODEL, STANDARD, ModelFolder, new_id
@@ -154,12 +154,12 @@ def _refuse_no_json(source: Bundle, texts: dict[str, Any]) -> None:
             raise CheckpointMismatch(f"{source.path(name)}: what {name} is to hold is no JSON ({error}).") from error
 
 
-def _tensor_files(source: Bundle, progress: Progress) -> tuple[dict[str, Writer | dict[str, Any]], int]:
+def _tensor_files(source: Bundle, progress: Progress) -> tuple[dict[str, Content], int]:
     """The files of a bundle that hold tensors, and the bytes they need."""
     seen: dict[tuple[Any, ...], torch.Tensor] = {}
     weights = {name: compact(tensor, seen) for name, tensor in load_weights(source).items()}
     moments = _compacted(load_optimizer(source))
-    files: dict[str, Writer | dict[str, Any]] = {MODEL: _writer(weights, progress)}
+    files: dict[str, Content] = {MODEL: _writer(weights, progress)}
     if moments is not None:
         files[OPTIMIZER] = _writer(moments, progress)
     return files, file_size(weights) + (file_size(moments) if moments is not None else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -55,8 +56,40 @@ def export_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) 
     for saved, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
         saved["param_names"] = [names.get(id(p), f"unnamed.{i}") for i, p in enumerate(live["params"])]
     seen: dict[tuple[Any, ...], torch.Tensor] = {}
-    for values in state["state"].values():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor):
-                values[key] = compact(value, seen)
+    state["state"] = {
+        number: {key: compact(v, seen) if isinstance(v, torch.Tensor) else v for key, v in values.items()}
+        for number, values in state["state"].items()
+    }
     return state
+
+
+def changed_by_step(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Identify the storages that change in the optimizer's step, and by what follows it: its parameters and state."""
+    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {tensor.untyped_storage()._cdata for tensor in (*state, *parameters)}
+
+
+def copy_others(content: Any, stable: Container[int] | None, live: dict[str, torch.Tensor], name: str) -> Any:
+    """Copy the containers of a content, and its tensors but those whose storage is `stable` (None: all are).
+
+    Tensors that are one stay one; those that were not copied go into `live` by name.
+    """
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(value: Any, name: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            if stable is None or value.untyped_storage()._cdata in stable:
+                live[name] = value
+                return value
+            if id(value) not in copies:
+                copies[id(value)] = value.detach().clone()
+            return copies[id(value)]
+        if isinstance(value, dict):
+            return {key: copy(item, f"{name}.{key}") for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [copy(item, f"{name}.{i}") for i, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        return value
+
+    return copy(content, name)

@@ -121,6 +121,8 @@ def fit(
                 stopping = stop.requested
             if stopping:
                 break
+        if manager:
+            manager.wait()
         return FitResult(model.step, run.val_loss, stopping if model.step < max_iters else None)
 
 
@@ -235,6 +237,8 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         model.step = step + 1
+        if self.manager:
+            self.manager.raise_failed()
         self._unseen.append((model.step, rate, total, norm))
         self._bar.update()
 

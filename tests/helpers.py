@@ -44,7 +44,13 @@ def update(model, optimizer) -> None:
 def train_and_save(made, model, optimizer, steps: int, **metrics) -> None:
     for _ in range(steps):
         update(model, optimizer)
-        made.save(model, optimizer, step=model.step, metrics={k: v(model.step) for k, v in metrics.items()})
+        save_durably(made, model, optimizer, step=model.step, metrics={k: v(model.step) for k, v in metrics.items()})
+
+
+def save_durably(made: CheckpointManager, *what, **values) -> None:
+    """Save a step, and wait until it is on disk."""
+    made.save(*what, **values)
+    made.wait()
 
 
 def flip(path: Path, byte: int, bit: int = 0) -> None:

@@ -17,6 +17,7 @@ from tests.generations import (
     trained,
     write_single_file,
 )
+from tests.helpers import save_durably
 from tests.old_runs import (
     manager,
 )
@@ -78,7 +79,7 @@ def bundle_at(folder: Path, step: int, seed: int = 0, **extra) -> dict[str, torc
     """A bundle of ours at a step; its weights."""
     with manager(folder.parent) as made:
         model = fused(seed)
-        made.save(model, step=step, tokenizer=TOKENIZER, **extra)
+        save_durably(made, model, step=step, tokenizer=TOKENIZER, **extra)
     return {name: t.clone() for name, t in model.state_dict().items()}
 
 

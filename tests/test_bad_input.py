@@ -42,7 +42,7 @@ from tests.generations import (
     write_old_bundle,
     write_single_file,
 )
-from tests.helpers import flip, state_of
+from tests.helpers import flip, save_durably, state_of
 
 # Files that are no torch files
 
@@ -345,7 +345,7 @@ def test_training_saves_on_beside_a_damaged_file_and_keeps_it(old, folder):
     before = digests(folder)
     with CheckpointManager("dante", folder.parent, say=lambda line: None) as made:
         model, optimizer, step = made.initialize_for_training({}, tokenizer_from_state(TOKENIZER), None, 1e-3)
-        made.save(model, optimizer, step=step + 1)
+        save_durably(made, model, optimizer, step=step + 1)
     assert state_of(folder)["step"] == 3
     assert {file: digest for file, digest in digests(folder).items() if file in before} == before
     assert path.exists() and generate(folder) == 3

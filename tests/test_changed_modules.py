@@ -10,7 +10,7 @@ from core.checkpoint import CheckpointManager
 from core.errors import CheckpointMismatch
 from core.state_dict import export_optimizer_state
 from core.training_state import STATE
-from tests.helpers import SMALL, equal, started, tokenizer, weights
+from tests.helpers import SMALL, equal, save_durably, started, tokenizer, weights
 
 
 class Net(nn.Module):
@@ -53,7 +53,7 @@ def saved(tmp_path):
     optimizer = adamw(net)
     train(net, optimizer, 0, 5)
     with CheckpointManager("net", tmp_path, say=lambda line: None) as made:
-        made.save(net, optimizer, step=5)
+        save_durably(made, net, optimizer, step=5)
     return net, optimizer
 
 
@@ -111,7 +111,7 @@ def test_parameters_that_were_frozen_start_from_zero_and_it_is_said(tmp_path):
     optimizer = adamw(net, ["head.weight", "head.bias"])
     train(net, optimizer, 0, 5)
     with CheckpointManager("net", tmp_path, say=lambda line: None) as made:
-        made.save(net, optimizer, step=5)
+        save_durably(made, net, optimizer, step=5)
     again = Net()
     other = adamw(again)
     other.state[again.body.weight]["exp_avg"] = torch.ones(8, 4)  # of something else, trained before
@@ -189,7 +189,7 @@ def test_a_gpt_saved_with_a_frozen_parameter_is_trained_on_whole_with_a_line(tmp
     model(ids, ids)[1].backward()
     optimizer.step()
     with made:
-        made.save(model, optimizer, step=1)
+        save_durably(made, model, optimizer, step=1)
     assert (tmp_path / "dante" / STATE).exists()
     lines = []
     again = CheckpointManager("dante", tmp_path, say=lines.append)

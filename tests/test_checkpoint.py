@@ -24,6 +24,7 @@ from tests.helpers import (
     equal,
     kept,
     manager,
+    save_durably,
     started,
     state_of,
     tokenizer,
@@ -98,7 +99,7 @@ def test_the_same_state_at_the_same_step_again_changes_nothing(tmp_path):
     made, model, optimizer = started(tmp_path)
     train_and_save(made, model, optimizer, 2)
     before = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (tmp_path / "dante").rglob("*") if p.is_file()}
-    made.save(model, optimizer, step=2)
+    save_durably(made, model, optimizer, step=2)
     assert before == {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in before}
     assert kept(tmp_path / "dante") == ["step_00000001"]
 
@@ -109,7 +110,7 @@ def test_another_state_at_the_same_step_replaces_it_and_keeps_the_first(tmp_path
     first = weights(model)
     with torch.no_grad():
         model.ln_f.weight += 1
-    made.save(model, optimizer, step=1)
+    save_durably(made, model, optimizer, step=1)
     assert equal(torch.load(tmp_path / "dante/model.pt", weights_only=True), model.state_dict())
     assert equal(torch.load(tmp_path / "dante/step_00000001/model.pt", weights_only=True), first)
 
@@ -258,7 +259,7 @@ def test_any_module_saves_under_plain_names_ties_once_and_views_without_the_rest
     module.a(torch.ones(3)).sum().backward()
     optimizer.step()
     made = manager(tmp_path, "tied")
-    made.save(wrap(module), optimizer, step=4, extra={"mine": 1})
+    save_durably(made, wrap(module), optimizer, step=4, extra={"mine": 1})
     found = torch.load(tmp_path / "tied/model.pt", weights_only=True)
     assert set(found) == {"a.weight", "a.bias", "b.weight", "b.bias", "view"}
     assert found["a.weight"].data_ptr() == found["b.weight"].data_ptr()
@@ -274,7 +275,7 @@ def test_any_module_saves_under_plain_names_ties_once_and_views_without_the_rest
 
 
 def test_a_foreign_module_is_not_built_for_inference_and_the_message_says_what_to_do(tmp_path):
-    manager(tmp_path, "tied").save(Tied(), step=1)
+    save_durably(manager(tmp_path, "tied"), Tied(), step=1)
     with pytest.raises(
         CheckpointMismatch, match=r"model_class is 'Tied', expected GPT.*CheckpointManager.load\(model\)"
     ):
@@ -282,7 +283,7 @@ def test_a_foreign_module_is_not_built_for_inference_and_the_message_says_what_t
 
 
 def test_loading_into_another_shape_is_refused_and_changes_nothing(tmp_path):
-    manager(tmp_path, "tied").save(nn.Linear(3, 3), step=1)
+    save_durably(manager(tmp_path, "tied"), nn.Linear(3, 3), step=1)
     module = nn.Linear(3, 4)
     before = weights(module)
     with pytest.raises(
@@ -345,11 +346,11 @@ def test_weights_alone_can_be_shared(tmp_path):
 def test_metrics_and_extra_that_are_no_json_are_refused_before_anything_is_written(tmp_path):
     made, model, optimizer = started(tmp_path)
     with pytest.raises(InputError, match=r"metrics or extra of step 1: .*JSON"):
-        made.save(model, optimizer, step=1, metrics={"loss": float("nan")})
+        save_durably(made, model, optimizer, step=1, metrics={"loss": float("nan")})
     with pytest.raises(InputError, match=r"metrics or extra of step 1: .*not JSON serializable"):
-        made.save(model, optimizer, step=1, extra={"model": model})
+        save_durably(made, model, optimizer, step=1, extra={"model": model})
     with pytest.raises(InputError, match=r"metrics: step is what the training state calls something else"):
-        made.save(model, optimizer, step=1, metrics={"step": 2.0})
+        save_durably(made, model, optimizer, step=1, metrics={"step": 2.0})
     assert not (tmp_path / "dante/model.pt").exists()
 
 

@@ -14,7 +14,7 @@ from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, 
 from core.model import GPT
 from core.tokenizer import tokenizer_from_state
 from tests.generations import SIZES, TOKENIZER, FusedGPT, LectureGPT, fuse, trained, write_old_bundle, write_single_file
-from tests.helpers import flip
+from tests.helpers import flip, save_durably
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_file_that_was_there_when_the_bundle_was_written_no_longer_competes(tm
     folder = tmp_path / "dante"
     path = single(folder, old, "latest.pt", 9)
     made, model, optimizer, _ = resume(tmp_path)
-    made.save(model, optimizer, step=5)  # a lower step than the file has, as after a rewind
+    save_durably(made, model, optimizer, step=5)  # a lower step than the file has, as after a rewind
     made.close()
     (seen,) = json.loads((folder / "training_state.json").read_text())["legacy"]
     assert (seen["name"], seen["size"]) == ("latest.pt", path.stat().st_size)
@@ -118,7 +118,7 @@ def test_a_file_of_the_same_size_and_other_bytes_is_new(tmp_path, old, capsys):
     folder = tmp_path / "dante"
     single(folder, old, "final.pt", 9, optimizer=False)
     made, model, optimizer, _ = resume(tmp_path)
-    made.save(model, optimizer, step=5)
+    save_durably(made, model, optimizer, step=5)
     made.close()
     size = (folder / "final.pt").stat().st_size
     model, _ = old[20]
@@ -131,9 +131,9 @@ def test_an_unchanged_file_is_not_read_again_for_the_next_save(tmp_path, old, mo
     folder = tmp_path / "dante"
     single(folder, old, "latest.pt", 9)
     made, model, optimizer, _ = resume(tmp_path)
-    made.save(model, optimizer, step=10)
+    save_durably(made, model, optimizer, step=10)
     monkeypatch.setattr("core.choice._crc32", lambda path: pytest.fail(f"{path} was read"))
-    made.save(model, optimizer, step=11)
+    save_durably(made, model, optimizer, step=11)
     assert json.loads((folder / "training_state.json").read_text())["legacy"][0]["name"] == "latest.pt"
 
 
@@ -179,7 +179,7 @@ def test_a_damaged_training_state_does_not_make_an_old_file_the_newest(tmp_path,
     single(folder, old, "latest.pt", 4)
     made, model, optimizer, _ = resume(tmp_path)
     for step in (5, 6):
-        made.save(model, optimizer, step=step)
+        save_durably(made, model, optimizer, step=step)
     made.close()
     flip(folder / "training_state.json", 20)
     made, _, _, step = resume(tmp_path)
@@ -198,7 +198,7 @@ def test_an_old_bundle_is_rewritten_under_our_names_at_the_next_save_and_kept(tm
     folder = write_old_bundle(tmp_path / "dante", *old[9], step=9)
     before = (folder / "model.pt").read_bytes()
     made, model, optimizer, step = resume(tmp_path)
-    made.save(model, optimizer, step=step + 1)
+    save_durably(made, model, optimizer, step=step + 1)
     made.close()
     now = torch.load(folder / "model.pt", weights_only=True)
     assert now.keys() == fuse(dict(old[9][0].named_parameters())).keys()
@@ -218,8 +218,8 @@ def test_weights_without_a_config_are_neither_overwritten_nor_started_over(tmp_p
     single(folder, old, "latest.pt", 4)
     made, model, optimizer, step = resume(tmp_path)
     assert step == 4
-    made.save(model, optimizer, step=5)
-    made.save(model, optimizer, step=6)
+    save_durably(made, model, optimizer, step=5)
+    save_durably(made, model, optimizer, step=6)
     made.close()
     (aside,) = folder.glob("aside_*")
     assert (aside / "model.pt").read_bytes() == before

@@ -20,6 +20,7 @@ from core.families.recognise import recognise
 from core.model import GPT
 from tests.doors import OF_A_FOLDER, edit, generate, legacy, looked_at, refused, single, train
 from tests.generations import EXTRA, SIZES, FusedGPT, LectureGPT, trained, write_old_bundle, write_single_file
+from tests.helpers import save_durably
 from tests.old_runs import assert_same_logits, manager, resume
 
 COUNTS = ("batch_size", "block_size", "vocab_size", "n_embd", "n_head", "n_layer")
@@ -177,13 +178,13 @@ def test_unknown_fields_are_reported_and_kept_through_resume_and_save(folder, fo
     lines: list[str] = []
     with manager(folder.parent, lines=lines) as made:
         model, optimizer, _ = resume(made)
-        made.save(model, optimizer, step=4)
+        save_durably(made, model, optimizer, step=4)
     assert said in lines
     written = json.loads((folder / "config.json").read_text())
     assert {name: written[name] for name in names} == {**EXTRA, "nested": [1, None, ["b", 2.5]]}
     with manager(folder.parent) as made:
         model, optimizer, step = resume(made)
-        made.save(model, optimizer, step=5)
+        save_durably(made, model, optimizer, step=5)
     assert step == 4 and json.loads((folder / "config.json").read_text()) == written
 
 
@@ -298,7 +299,7 @@ def test_device_that_is_not_here_falls_back_with_one_line_and_stays_in_the_file(
     assert capsys.readouterr().err == f"{folder / 'config.json'}: {device} is not on this machine; using the CPU\n"
     with manager(folder.parent) as made:
         model, optimizer, _ = resume(made)
-        made.save(model, optimizer, step=4)
+        save_durably(made, model, optimizer, step=4)
     assert json.loads((folder / "config.json").read_text())["device"] == device
 
 

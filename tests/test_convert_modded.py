@@ -15,7 +15,7 @@ from core.convert import convert
 from core.pretrained import load_pretrained_checkpoint
 from core.rules import apply
 from tests.conversions import converted, read, tensors_of
-from tests.helpers import manager
+from tests.helpers import manager, save_durably
 from tests.speedrun_checkpoints import flex_model, upstream_file
 from tests.speedrun_fixtures import FILES
 from tests.speedrun_models import VARIANTS
@@ -60,8 +60,8 @@ def test_every_version_and_its_way_back(tmp_path, variant):
 
 def test_our_bundles_of_both_classes_become_bundles_and_safetensors(tmp_path):
     flex = flex_model()
-    manager(tmp_path, "flex").save(flex, step=3)
-    manager(tmp_path, "batched").save(flex.batched(), step=3)
+    save_durably(manager(tmp_path, "flex"), flex, step=3)
+    save_durably(manager(tmp_path, "batched"), flex.batched(), step=3)
     for name in ("flex", "batched"):
         converted(tmp_path / name, tmp_path / f"{name}2", "bundle")
         made = CheckpointManager.load_for_inference(f"{name}2", tmp_path, device="cpu")

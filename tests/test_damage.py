@@ -9,7 +9,7 @@ import torch
 
 from core.checkpoint import CheckpointManager
 from core.errors import CheckpointDamaged, CheckpointMismatch, SaveFailed
-from tests.helpers import equal, flip, kept, manager, started, state_of, train_and_save, update, weights
+from tests.helpers import equal, flip, kept, manager, save_durably, started, state_of, train_and_save, update, weights
 
 
 def test_a_damaged_newest_step_is_named_set_aside_and_resume_walks_back(tmp_path):
@@ -105,7 +105,7 @@ def test_a_full_disk_keeps_the_last_step_and_says_how_much_is_missing(tmp_path, 
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
     def full(call, *args):
-        if call is os.write:
+        if call in (os.write, os.pwrite):
             written.append(len(args[1]))
             if len(written) > 1:
                 raise OSError(28, "No space left on device")
@@ -115,11 +115,11 @@ def test_a_full_disk_keeps_the_last_step_and_says_how_much_is_missing(tmp_path, 
     monkeypatch.setattr(made._folder.storage, "change", full)
     said = r"save of step 2 failed: No space left on device \([\d.]+ MB needed, [\d.]+ MB free\)\. Step 1 is intact\."
     with pytest.raises(SaveFailed, match=said):
-        made.save(model, optimizer, step=2)
+        save_durably(made, model, optimizer, step=2)
     monkeypatch.undo()
     assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     assert not list(folder.glob(".stage-*"))
-    made.save(model, optimizer, step=2)
+    save_durably(made, model, optimizer, step=2)
     assert state_of(folder)["step"] == 2
 
 
@@ -150,10 +150,10 @@ def test_a_call_that_fails_anywhere_in_a_save_leaves_the_old_or_the_new_step(tmp
         with monkeypatch.context() as patch:
             patch.setattr(made._folder.storage, "change", change)
             with pytest.raises(SaveFailed, match=re.escape(os.strerror(number))):
-                made.save(model, optimizer, step=model.step)
+                save_durably(made, model, optimizer, step=model.step)
         with manager(tmp_path).newest_intact() as bundle:
             assert bundle.step in (step, model.step)
-        made.save(model, optimizer, step=model.step)
+        save_durably(made, model, optimizer, step=model.step)
         assert state_of(tmp_path / "dante")["step"] == model.step
 
 
@@ -173,7 +173,7 @@ def count_calls(made, model, optimizer, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(made._folder.storage, "change", counter)
         update(model, optimizer)
-        made.save(model, optimizer, step=model.step)
+        save_durably(made, model, optimizer, step=model.step)
     return counter.count
 
 

@@ -24,7 +24,7 @@ from core.tokenizer import make_char, named_tokenizer
 from examples.finetune_classification import main
 from tests.classification_task import CLASSES, VOCABULARY, dataset, rows, tokenizer_json, write
 from tests.conftest import ROOT
-from tests.helpers import state_of
+from tests.helpers import save_durably, state_of
 from tests.speedrun_checkpoints import upstream_file
 
 SCRIPT = str(ROOT / "examples/finetune_classification.py")
@@ -190,7 +190,7 @@ def test_a_run_cannot_change_what_its_steps_are_a_function_of(made, tmp_path, ca
 
 def test_a_model_of_another_program_is_neither_resumed_nor_a_classifier(made, tmp_path):
     model = torch.nn.Linear(2, 2)
-    CheckpointManager("nli", tmp_path, say=lambda line: None).save(model, step=1)
+    save_durably(CheckpointManager("nli", tmp_path, say=lambda line: None), model, step=1)
     with pytest.raises(CheckpointError, match="is of another model"):
         main(words(made, tmp_path))
     with pytest.raises(CheckpointError, match="step 1 is no classifier"):

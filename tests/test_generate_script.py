@@ -17,6 +17,7 @@ from core.errors import CheckpointError, CheckpointNotFound, InputError
 from core.model import GPT
 from core.model_files import save_checkpoint_bundle
 from core.tokenizer import CharTokenizer
+from tests.helpers import save_durably
 
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "\n abcdefghijklmnopqrstuvwxyz"
@@ -130,7 +131,7 @@ def many(tmp_path) -> Path:
     for step, seed in ((3, 0), (9, 1)):
         model = save_model(tmp_path / "scratch", "any", seed=seed, step=step)
         with CheckpointManager("first", tmp_path) as manager:
-            manager.save(model, step=step, tokenizer=model.tokenizer, metrics={"val_loss": float(step)})
+            save_durably(manager, model, step=step, tokenizer=model.tokenizer, metrics={"val_loss": float(step)})
     return tmp_path
 
 

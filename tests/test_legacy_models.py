@@ -30,6 +30,7 @@ from tests.generations import (
     write_old_bundle,
     write_single_file,
 )
+from tests.helpers import save_durably
 from tests.old_runs import (
     FILES,
     GENERATIONS,
@@ -164,7 +165,7 @@ def test_config_fields_of_other_programs_are_kept(tmp_path, file):
     assert_same_logits(ours, theirs)
     with manager(tmp_path) as made:
         model, optimizer, _ = resume(made)
-        made.save(model, optimizer, step=4)
+        save_durably(made, model, optimizer, step=4)
     written = json.loads((tmp_path / "dante" / "config.json").read_text())
     assert {name: written[name] for name in EXTRA} == EXTRA and (written["batch_size"], written["dropout"]) == (5, 0.1)
     assert_same_logits(CheckpointManager.load_for_inference("dante", tmp_path), theirs)

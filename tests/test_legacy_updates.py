@@ -21,6 +21,7 @@ from tests.generations import (
     write_old_bundle,
     write_single_file,
 )
+from tests.helpers import save_durably
 from tests.old_runs import (
     GENERATIONS,
     LR,
@@ -74,7 +75,7 @@ def test_resumed_run_and_its_new_bundle_make_the_updates_of_the_old_program_to_t
         for seed in range(3):
             update_both(ours, our_optimizer, theirs, their_optimizer, seed)
             assert_same_state(ours, our_optimizer, theirs, their_optimizer)
-        made.save(ours, our_optimizer, step=6)
+        save_durably(made, ours, our_optimizer, step=6)
     with manager(tmp_path) as again:
         ours, our_optimizer, step = resume(again)
         assert step == 6
@@ -183,7 +184,7 @@ def test_old_file_stays_untouched_and_the_next_resume_takes_the_bundle(tmp_path)
         ours, our_optimizer, step = resume(made)
         assert step == 3 and any("latest.pt" in line for line in lines)
         update_both(ours, our_optimizer, theirs, optimizer, 1)
-        made.save(ours, our_optimizer, step=4)
+        save_durably(made, ours, our_optimizer, step=4)
     assert [(path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in paths] == before
     with manager(tmp_path) as again:
         ours, our_optimizer, step = resume(again)

@@ -22,7 +22,7 @@ from tests.generations import (
     write_old_bundle,
     write_single_file,
 )
-from tests.helpers import flip, kept, state_of
+from tests.helpers import flip, kept, save_durably, state_of
 from tests.migrations import bits, bundle_at, lecture, listing, migrated, plain, write
 from tests.old_runs import (
     GENERATIONS,
@@ -353,6 +353,6 @@ def test_training_on_never_prunes_a_step_whose_file_the_user_was_told_to_delete(
         made.keep = 0
         model, optimizer, step = resume(made)
         for later in range(1, 4):
-            made.save(model, optimizer, step=step + later)
+            save_durably(made, model, optimizer, step=step + later)
     assert sorted(path.name for path in folder.glob("step_*")) == ["step_00000020", "step_00000030"]
     assert_same_bits(bits(folder, 20), kept)

@@ -24,7 +24,7 @@ from core.inspection import inspect_path
 from core.page import page, write_page
 from core.report import facts_of
 from core.screen import printable
-from tests.helpers import started, update
+from tests.helpers import save_durably, started, update
 
 HOSTILE = [
     "<script>document.title='taken'</script>",
@@ -172,7 +172,7 @@ def test_a_bundle_shows_its_training_curve(tmp_path):
     made, model, optimizer = started(tmp_path)
     for _ in range(2):
         update(model, optimizer)
-    made.save(model, optimizer, step=2)
+    save_durably(made, model, optimizer, step=2)
     made.close()
     log = [{"step": s, "loss": 4.0 - s, "learning_rate": 1e-3} for s in (1, 2)] + [{"step": 2, "val_loss": 2.5}]
     (tmp_path / "dante/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -185,7 +185,7 @@ def test_a_bundle_shows_its_training_curve(tmp_path):
 
 def test_a_damaged_bundle_still_gets_its_page(tmp_path):
     made, model, optimizer = started(tmp_path)
-    made.save(model, optimizer, step=0)
+    save_durably(made, model, optimizer, step=0)
     made.close()
     path = tmp_path / "dante/model.pt"
     path.write_bytes(path.read_bytes()[:1000])

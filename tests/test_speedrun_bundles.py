@@ -15,7 +15,7 @@ from core.model import GPTBatched, GPTFlexAttention
 from core.pretrained import load_pretrained_checkpoint
 from core.tokenizer import make_char
 from tests.conftest import ROOT
-from tests.helpers import equal, manager, weights
+from tests.helpers import equal, manager, save_durably, weights
 from tests.speedrun_checkpoints import flex_model, upstream_file
 from tests.speedrun_models import VARIANTS
 
@@ -25,7 +25,7 @@ IDS = torch.arange(256) * 7 % 60
 
 def saved(root, model, name="speed"):
     model.tokenizer = make_char([TEXT])
-    manager(root, name).save(model, step=9)
+    save_durably(manager(root, name), model, step=9)
     return root / name
 
 

@@ -23,7 +23,7 @@ from core.speedrun_start import Wanted, fresh, open_origin, start_speedrun
 from core.tokenizer import Gpt2Tokenizer
 from core.tokens import Tokens
 from tests.conftest import ROOT
-from tests.helpers import TEXT, equal, tokenizer
+from tests.helpers import TEXT, equal, save_durably, tokenizer
 
 SMALL, MEDIUM = "modded_small_16e2da07_d128h1_opt", "modded_medium_06743860_d128h1_opt"
 SIZES = {"n_layer": 6, "n_head": 1, "block_size": 128, "eval_iters": 1, "device": "cpu"}
@@ -203,7 +203,7 @@ def test_a_manager_fills_a_live_model_and_its_optimizer(tmp_path, text):
     model = GPTFlexAttention(rows, 6, 1, 128, 128, "small", rows)
     optimizer = configure_muon(model, 0.05)
     assert CheckpointManager("default", tmp_path).load(model, optimizer) == 2
-    CheckpointManager("again", tmp_path).save(model, optimizer, step=2)
+    save_durably(CheckpointManager("again", tmp_path), model, optimizer, step=2)
     assert equal(bits(tmp_path / "again"), bits(tmp_path / "default"))
 
 
@@ -250,7 +250,7 @@ def test_a_gpt_is_no_modded_nanogpt_model(tmp_path, text):
 def test_a_model_for_batches_is_not_trained_here(tmp_path, text):
     assert train(tmp_path, text, arch="flex_small", max_iters=1) == DONE
     batched = CheckpointManager.load_for_inference("default", tmp_path).batched()
-    CheckpointManager("tuned", tmp_path).save(batched, step=1)
+    save_durably(CheckpointManager("tuned", tmp_path), batched, step=1)
     with pytest.raises(
         CheckpointMismatch, match=r"model_class is GPTBatched; train\.py trains GPT and GPTFlexAttention"
     ):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -174,11 +174,41 @@ def _put_tensor(tensor: Stored, emit: Callable[[bytes], None]) -> None:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """A record as the directory lists it; `offset` is where its local header begins."""
+
     name: bytes
     offset: int
     size: int
     crc32: int
+
+
+def local_header(name: bytes, size: int, offset: int) -> bytes:
+    """What precedes the bytes of a record whose header begins at `offset`: padded, so that they are aligned."""
+    wide = size >= ZIP64_FROM
+    extra = struct.pack("<HHQQ", 1, 16, 0, 0) if wide else b""
+    padding = -(offset + 30 + len(name) + len(extra) + 4) % ALIGNMENT
+    extra += struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
+    narrow = 0xFFFFFFFF if wide else 0
+    flags = _DESCRIPTOR_FOLLOWS | _UTF8
+    head = (b"PK\3\4", 45 if wide else 20, flags, 0, 0, _DOS_DATE, 0, narrow, narrow, len(name), len(extra))
+    return struct.pack("<4s5H3I2H", *head) + name + extra
+
+
+def descriptor(size: int, crc32: int) -> bytes:
+    """What follows the bytes of a record; its length depends on the size alone."""
+    return struct.pack("<4sIQQ" if size >= ZIP64_FROM else "<4sIII", b"PK\7\10", crc32, size, size)
+
+
+def directory(entries: Sequence[Entry], start: int) -> bytes:
+    """What ends a zip whose records end at `start`; its length does not depend on the checksums."""
+    data = b"".join(map(_directory_entry, entries))
+    length, count, end, tail = len(data), len(entries), start + len(data), b""
+    if start >= ZIP64_FROM or length >= ZIP64_FROM or count >= 0xFFFF:
+        tail = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start)
+        tail += struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
+        start, length, count = 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFF
+    return data + tail + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, start, 0)
 
 
 class ZipLayout:
@@ -187,44 +217,28 @@ class ZipLayout:
     def __init__(self, sink: Sink, folder: str = "archive") -> None:
         self.sink = sink
         self.folder = folder
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
 
     def record(self, name: str, size: int, pieces: Iterable[bytes | memoryview]) -> int:
-        """Append a record whose bytes come in pieces, `size` in all, and return their CRC32."""
+        """Append a record whose bytes come in pieces, `size` in all, and return its CRC32."""
         path, offset = f"{self.folder}/{name}".encode(), self.sink.size
-        wide = size >= ZIP64_FROM
-        extra = struct.pack("<HHQQ", 1, 16, 0, 0) if wide else b""
-        padding = -(offset + 30 + len(path) + len(extra) + 4) % ALIGNMENT
-        extra += struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
-        narrow = 0xFFFFFFFF if wide else 0
-        version = 45 if wide else 20
-        flags = _DESCRIPTOR_FOLLOWS | _UTF8
-        head = (b"PK\3\4", version, flags, 0, 0, _DOS_DATE, 0, narrow, narrow, len(path), len(extra))
-        self.sink.write(struct.pack("<4s5H3I2H", *head) + path + extra)
+        self.sink.write(local_header(path, size, offset))
         crc = done = 0
         for piece in pieces:
             crc = combine(crc, self.sink.write(piece), len(piece))
             done += len(piece)
         if done != size:
             raise CheckpointMismatch(f"{name} has {done} bytes, expected {size}")
-        self.sink.write(struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\7\10", crc, size, size))
-        self._entries.append(_Entry(path, offset, size, crc))
+        self.sink.write(descriptor(size, crc))
+        self._entries.append(Entry(path, offset, size, crc))
         return crc
 
     def close(self) -> None:
         """Append the directory; nothing may follow."""
-        start = self.sink.size
-        for entry in self._entries:
-            self.sink.write(_directory_entry(entry))
-        length, count, end = self.sink.size - start, len(self._entries), self.sink.size
-        if start >= ZIP64_FROM or length >= ZIP64_FROM or count >= 0xFFFF:
-            self.sink.write(struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start))
-            self.sink.write(struct.pack("<4sIQI", b"PK\6\7", 0, end, 1))
-            start, length, count = 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFF
-        self.sink.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, start, 0))
+        self.sink.write(directory(self._entries, self.sink.size))
 
 
-def _directory_entry(entry: _Entry) -> bytes:
+def _directory_entry(entry: Entry) -> bytes:
     wide = [value for value in (entry.size, entry.size, entry.offset) if value >= ZIP64_FROM]
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     size, offset = (min(v, 0xFFFFFFFF) if v < ZIP64_FROM else 0xFFFFFFFF for v in (entry.size, entry.offset))

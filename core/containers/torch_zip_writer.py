@@ -10,50 +10,58 @@ import os
 import pickle
 import struct
 import zlib
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from core.containers.torch_zip_image import Image
 from core.containers.torch_zip_layout import Sink, ZipLayout
 
 _MOST_WORKERS = 8
 
 
 def write_torch_zip(sink: Sink, content: Any) -> str:
-    """Write an object of tensors and plain values as a torch file; tensors that share a storage stay shared.
+    """Write an object of tensors and plain values as a torch file, and return the digest of its tensors.
 
-    Returns the digest of its tensors, as `digest_of` computes it.
+    Tensors that share a storage stay shared.
     """
-    data_pkl, storages = _pickle(content)
-    layout = ZipLayout(sink)
-    layout.record("data.pkl", len(data_pkl), [data_pkl])
-    layout.record("byteorder", 6, [b"little"])
-    sums = [layout.record(f"data/{key}", s.nbytes(), [_bytes_of(s)]) for key, s in enumerate(storages)]
-    layout.record("version", 2, [b"3\n"])
+    layout, sums = ZipLayout(sink), []
+    for name, record in records_of(content):
+        if isinstance(record, bytes):
+            layout.record(name, len(record), [record])
+        else:
+            data = bytes_of(record.cpu()).numpy().data
+            sums.append(layout.record(name, len(data), [data]))
     layout.close()
     return _digest(sums)
 
 
-def digest_of(content: Any) -> str:
-    """Digest of the tensors of an object: CRC32 of the CRC32s (little-endian) of their storages, in the file's order.
-
-    Reads each storage once, on all processors.
-    """
-    _, storages = _pickle(content)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_WORKERS)) as pool:
-        return _digest(pool.map(lambda storage: zlib.crc32(_bytes_of(storage)), storages))
-
-
-def _digest(sums: Iterable[int]) -> str:
-    return f"{zlib.crc32(b''.join(struct.pack('<I', crc) for crc in sums)):08x}"
+def records_of(content: Any) -> list[tuple[str, bytes | torch.UntypedStorage]]:
+    """List the records of the torch file that holds an object, in order."""
+    data_pkl, storages = _pickle(content)
+    data = [(f"data/{key}", storage) for key, storage in enumerate(storages)]
+    return [("data.pkl", data_pkl), ("byteorder", b"little"), *data, ("version", b"3\n")]
 
 
 def file_size(content: Any) -> int:
-    """Estimate from above the bytes that a file of this object takes."""
-    data_pkl, storages = _pickle(content)
-    return len(data_pkl) + sum(s.nbytes() + 512 for s in storages) + 4096
+    """Bytes of the torch file that holds an object."""
+    return Image(records_of(content)).size
+
+
+def digest_of(content: Any) -> str:
+    """Digest of the tensors of an object as they are now, in the order of its torch file: 8 hex digits.
+
+    It is the CRC32 of the CRC32s of their storages, little-endian; a saved step records it of each file.
+    """
+    storages = _pickle(content)[1]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_WORKERS)) as pool:
+        sums = list(pool.map(lambda storage: zlib.crc32(bytes_of(storage.cpu()).numpy().data), storages))
+    return _digest(sums)
+
+
+def _digest(sums: list[int]) -> str:
+    return f"{zlib.crc32(struct.pack(f'<{len(sums)}I', *sums)):08x}"
 
 
 def _pickle(content: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
@@ -85,6 +93,6 @@ class _Pickler(pickle.Pickler):
         return ("storage", kind, str(self._keys[identity]), "cpu", numel)
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
-    flat = torch.empty(0, dtype=torch.uint8).set_(storage.cpu())
-    return flat.numpy().data
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """View a storage as bytes, where it is."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -27,7 +27,7 @@ from core.rewrite import migrate
 from core.storage import DISK
 from core.training_state import STATE
 from tests.faults.tally import Tally
-from tests.helpers import equal, flip, manager, started, train_and_save, update, weights
+from tests.helpers import equal, flip, manager, save_durably, started, train_and_save, update, weights
 
 NAME = "dante"
 Act = Callable[[], None]
@@ -140,7 +140,7 @@ def saving(step_again: bool = False, optimizer: bool = True, **settings: Any) ->
             update(model, moments)
 
         def act() -> None:
-            made.save(model, moments if optimizer else None, step=model.step)
+            save_durably(made, model, moments if optimizer else None, step=model.step)
             made.close()
 
         return act
@@ -155,7 +155,7 @@ def saving_and_pruning_two(root: Path) -> Act:
     update(model, optimizer)
 
     def act() -> None:
-        made.save(model, optimizer, step=model.step)
+        save_durably(made, model, optimizer, step=model.step)
         made.close()
 
     return act

@@ -15,7 +15,7 @@ SAVES = 100
 WRITER = """
 import sys, torch
 from core.storage import DISK
-from tests.helpers import started, update
+from tests.helpers import started, update, save_durably
 DISK.links = sys.argv[2] == "links"
 made, model, optimizer = started(sys.argv[1])
 update(model, optimizer)
@@ -24,7 +24,7 @@ for step in range(1, int(sys.argv[3]) + 1):
         for parameter in model.parameters():
             parameter.fill_(step)
             optimizer.state[parameter]["exp_avg"].fill_(step)
-    made.save(model, optimizer, step=step, extra={"step": step})
+    save_durably(made, model, optimizer, step=step, extra={"step": step})
 """
 
 

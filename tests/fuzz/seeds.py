@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from tests.dcp_folders import Writer
+from tests.helpers import save_durably
 
 LARGEST_FIXTURE = 300_000  # bytes
 
@@ -149,7 +150,7 @@ def bundle(folder: Path) -> None:
     model, optimizer, _ = manager.initialize_for_training(values, "char", "abc" * 9, 1e-3)
     assert isinstance(model, GPT) and isinstance(model.config, GPTConfig)
     for step in (1, 2):
-        manager.save(model, optimizer, step=step)
+        save_durably(manager, model, optimizer, step=step)
     for path in (folder / "run").iterdir():
         shutil.move(path, folder / path.name)
     (folder / "run").rmdir()

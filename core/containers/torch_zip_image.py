@@ -1,0 +1,128 @@
+"""A torch file before it is written: where each byte will lie, known from the sizes of its records alone.
+
+The file is made in blocks of any size, in order. What a record stores is copied into a block by whoever has it; the
+rest, checksums included, `Sealed` fills in when the block passes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+from core.checksum import combine
+from core.containers.torch_zip_layout import Entry, descriptor, directory, local_header
+
+FOLDER = "archive"
+
+
+class Kind(Enum):
+    """What a segment of the file holds."""
+
+    HEADER = "header"
+    PLAIN = "plain"  # a record whose bytes are known now
+    STORAGE = "storage"  # a record whose bytes are copied in
+    DESCRIPTOR = "descriptor"  # the checksum of the record before it
+    DIRECTORY = "directory"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A span of the file."""
+
+    start: int
+    size: int
+    kind: Kind
+    content: Any = None
+
+
+class Piece(NamedTuple):
+    """The part of a segment that lies in a block: bytes `low` to `high` of the segment, from `at` on in the block."""
+
+    segment: Segment
+    low: int
+    high: int
+    at: int
+
+
+class Image:
+    """The layout of a torch file with these records, in order: bytes, or something that knows its `nbytes()`."""
+
+    def __init__(self, records: Sequence[tuple[str, Any]]) -> None:
+        self.segments: list[Segment] = []
+        self.entries: list[Entry] = []
+        self.size = 0
+        for name, content in records:
+            path = f"{FOLDER}/{name}".encode()
+            plain = isinstance(content, bytes)
+            size = len(content) if plain else content.nbytes()
+            self.entries.append(Entry(path, self.size, size, 0))
+            header = local_header(path, size, self.size)
+            self._add(len(header), Kind.HEADER, header)
+            self._add(size, Kind.PLAIN if plain else Kind.STORAGE, content)
+            self._add(len(descriptor(size, 0)), Kind.DESCRIPTOR)
+        self._add(len(directory(self.entries, self.size)), Kind.DIRECTORY)
+        self._starts = [segment.start for segment in self.segments]
+
+    def _add(self, size: int, kind: Kind, content: Any = None) -> None:
+        if size:
+            self.segments.append(Segment(self.size, size, kind, content))
+        self.size += size
+
+    def pieces(self, start: int, end: int) -> Iterator[Piece]:
+        """Cut the bytes `start` to `end` of the file into pieces of its segments."""
+        for i in range(bisect.bisect_right(self._starts, start) - 1, len(self.segments)):
+            segment = self.segments[i]
+            if segment.start >= end:
+                return
+            low, high = max(start, segment.start), min(end, segment.start + segment.size)
+            yield Piece(segment, low - segment.start, high - segment.start, low - start)
+
+
+class Sealed:
+    """Completes the blocks of an image as they pass in order, and knows the checksums of the whole at the end."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self.crc32 = 0
+        """Of what has passed."""
+        self._tensors = 0
+        self._record = 0
+        self._entries: list[Entry] = []
+        self._late = b""
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the training state says of the file, once all of it has passed."""
+        return {"size": self.image.size, "crc32": f"{self.crc32:08x}", "tensors": f"{self._tensors:08x}"}
+
+    def seal(self, block: memoryview, start: int) -> None:
+        """Complete the block that begins at byte `start` of the file; its storages have been copied in."""
+        for segment, low, high, at in self.image.pieces(start, start + len(block)):
+            view = block[at : at + high - low]
+            if segment.kind in (Kind.PLAIN, Kind.STORAGE):
+                if segment.kind is Kind.PLAIN:
+                    view[:] = segment.content[low:high]
+                self._record = zlib.crc32(view, self._record)
+                continue
+            if low == 0:
+                self._late = self._content_of(segment)
+            view[:] = self._late[low:high]
+            self.crc32 = zlib.crc32(view, self.crc32)
+
+    def _content_of(self, segment: Segment) -> bytes:
+        if segment.kind is Kind.HEADER:
+            return segment.content
+        if segment.kind is Kind.DIRECTORY:
+            return directory(self._entries, segment.start)
+        entry = self.image.entries[len(self._entries)]
+        crc, self._record = self._record, 0
+        self.crc32 = combine(self.crc32, crc, entry.size)
+        if b"/data/" in entry.name:
+            self._tensors = zlib.crc32(struct.pack("<I", crc), self._tensors)
+        self._entries.append(Entry(entry.name, entry.offset, entry.size, crc))
+        return descriptor(entry.size, crc)
