@@ -5,9 +5,10 @@
 `nanogpt`: a ckpt.pt of weights, to a Hugging Face folder (with transposed matrices) and to safetensors (bytes only
 move). `dcp`: a folder of four ranks, each with its rows of every tensor, to one safetensors file. Each is converted
 with and without the proof; `cp` copies the source, `sync -d` makes the copy durable, as a conversion is. The ways
-take turns, and what one wrote is deleted before the next. With --cold the source is put out of the page cache before
-each run (posix_fadvise). This process stays free of torch: the peak of a child counts from the memory of the process
-that started it.
+take turns, and what one wrote is deleted before the next. Beside the seconds of the wall stand those of processors
+(user and system): they move less where other programs run as well. With --cold the source is put out of the page cache
+before each run (posix_fadvise). Compiled modules are kept, as they are on anybody's machine. This process stays free of
+torch: the peak of a child counts from the memory of the process that started it.
 """
 
 from __future__ import annotations
@@ -86,9 +87,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 dcp_to_torch_save(sys.argv[1], sys.argv[2])
 """
 CONVERT = [sys.executable, "convert_checkpoints.py"]
-COPY = "cp"
+COPY, DURABLE = "cp", "cp, then sync -d"
 
-Runs = dict[str, list[tuple[float, float]]]
+Run = tuple[float, float, float]
+"""Seconds, seconds of processors, and peak megabytes."""
+Runs = dict[str, list[Run]]
 
 
 def commands_for(kind: str, source: Path, made: Path) -> dict[str, list[str]]:
@@ -96,7 +99,7 @@ def commands_for(kind: str, source: Path, made: Path) -> dict[str, list[str]]:
     one = [*CONVERT, str(source), f"{made}.safetensors", "--to", "safetensors"]
     found = {COPY: ["cp", "-r", str(source), str(made)]}
     durable = 'cp -r "$0" "$1" && find "$1" -type f -exec sync -d {} +'
-    found["cp, then sync -d"] = ["sh", "-c", durable, str(source), str(made)]
+    found[DURABLE] = ["sh", "-c", durable, str(source), str(made)]
     found |= {"safetensors, --no_verify": [*one, "--no_verify"], "safetensors, proven": one}
     if kind == "nanogpt":
         hf = [*CONVERT, str(source), str(made), "--to", "hf"]
@@ -110,11 +113,12 @@ def commands_for(kind: str, source: Path, made: Path) -> dict[str, list[str]]:
 def take_turns(commands: dict[str, list[str]], source: Path, made: Path, repeats: int, is_cold: bool) -> Runs:
     """Run all commands so often, one after another; the first round is warm-up."""
     runs: Runs = {name: [] for name in commands}
+    bytecode = str(made.parent / "bytecode")
     for _ in range(repeats + 1):
         for name, command in commands.items():
             if is_cold:
                 forget(source)
-            runs[name].append(measure(command))
+            runs[name].append(measure(command, bytecode))
             for path in made.parent.glob(f"{made.name}*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     return {name: values[1:] for name, values in runs.items()}
@@ -129,24 +133,30 @@ def forget(source: Path) -> None:
         os.close(fd)
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak megabytes of a process, start to end."""
+def measure(command: list[str], bytecode: str) -> Run:
+    """Measure a process, start to end; compiled modules are kept in the folder `bytecode`."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode}
     started = time.perf_counter()
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    ) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"error: {' '.join(command[:6])} failed")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e6
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
 
 
 def table(title: str, runs: Runs) -> list[str]:
-    """Medians of each row, and the median of its ratio to the `cp` of the same round."""
-    lines = [f"{title:32}{'seconds':>9}{'peak MB':>9}{'of cp':>8}"]
+    """Medians of each row, and of its ratios to the `cp` of the same round and to that made durable."""
+    lines = [f"{title:32}{'seconds':>9}{'cpu':>7}{'peak MB':>9}{'of cp':>8}{'of durable':>12}"]
     for name, values in runs.items():
-        seconds, peak = (statistics.median(column) for column in zip(*values, strict=True))
-        ratio = statistics.median(mine[0] / copy[0] for mine, copy in zip(values, runs[COPY], strict=True))
-        lines.append(f"{name:32}{seconds:9.2f}{peak:9.1f}{ratio:7.2f}x")
+        seconds, processors, peak = (statistics.median(column) for column in zip(*values, strict=True))
+        copied, durable = (
+            statistics.median(mine[0] / copy[0] for mine, copy in zip(values, runs[other], strict=True))
+            for other in (COPY, DURABLE)
+        )
+        lines.append(f"{name:32}{seconds:9.2f}{processors:7.2f}{peak:9.1f}{copied:7.2f}x{durable:11.2f}x")
     return lines
 
 
@@ -159,7 +169,9 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="the source is not in the page cache")
     parser.add_argument("--folder", help="where the files are made (default: the system's temporary folder)")
     args = parser.parse_args()
-    print(f"medians of {args.repeats} runs, page cache {'cold' if args.cold else 'warm'}; 'of cp': median over rounds")
+    print(
+        f"medians of {args.repeats} runs, page cache {'cold' if args.cold else 'warm'}; load {os.getloadavg()[0]:.1f}"
+    )
     for kind in args.kinds:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             source, made = Path(folder) / {"nanogpt": "ckpt.pt"}.get(kind, kind), Path(folder) / "made"

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,91 @@ def test_two_conversions_of_one_target_do_not_meet(source, tmp_path):
             f"{tmp_path}/out.pt: another conversion writes it now. Wait for it, or name another place."
         )
     converted(source, tmp_path / "out.pt", "pt")
+
+
+# Durable
+
+
+def calls_of(monkeypatch) -> list[tuple[str, str]]:
+    """What changes the disk, in its order: the call, and the name it is about (of a rename the new one)."""
+    made: list[tuple[str, str]] = []
+    real = DISK.change
+
+    def change(call, *args):
+        if isinstance(args[0], int):
+            path = Path(f"/proc/self/fd/{args[0]}").readlink()
+        else:
+            path = Path(args[0] if call is os.open else args[-1])
+        made.append((call.__name__, path.name))
+        return real(call, *args)
+
+    monkeypatch.setattr(DISK, "change", change)
+    return made
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_every_file_is_durable_before_the_rename_and_proven_before_that(source, tmp_path, monkeypatch):
+    made = calls_of(monkeypatch)
+    real = engine.prove
+    monkeypatch.setattr(engine, "prove", lambda *args: (real(*args), made.append(("proven", ""))))
+    converted(source, tmp_path / "out", "safetensors", shard_size=30_000)
+    files = [name for call, name in made if call == "open"]
+    assert len(files) == 5 and files[-1] == "model.safetensors.index.json"
+    end = made.index(("proven", ""))
+    assert [call for call, _ in made[:end]].count("fsync") == 0 and "replace" not in dict(made[:end])
+    assert made[end + 1 :][:6] == [*(("fsync", name) for name in reversed(files)), ("fsync", "made")]
+    assert made[end + 7] == ("replace", "out")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_of_many_files_few_are_open_at_a_time(source, tmp_path, monkeypatch):
+    made = calls_of(monkeypatch)
+    monkeypatch.setattr(engine, "_MOST_OPEN", 3)
+    converted(source, tmp_path / "out", "safetensors", shard_size=10_000)
+    held, most = set(), 0
+    for call, name in made:
+        held |= {name} if call == "open" else set()
+        held -= {name} if call == "fsync" else set()
+        most = max(most, len(held))
+    assert most == 3 and not held
+    assert tensors_of(tmp_path / "out") == tensors_of(source)
+
+
+@pytest.mark.parametrize("without", ["writeback", "advice", "positioned reads"])
+def test_the_same_bytes_where_a_system_lacks_something(shared, tmp_path, monkeypatch, without):
+    def refuse(*args):
+        raise OSError(22, "Invalid argument")
+
+    folder = shared / "fixtures/hf_gpt2"
+    converted(folder, tmp_path / "first", "bundle")
+    monkeypatch.setattr(engine, "_AT_ONCE", 4096)
+    monkeypatch.setattr("core.gather._LARGE", 0)
+    asked = []
+    if without == "writeback":
+        monkeypatch.setattr(engine, "WRITEBACK", False)
+        monkeypatch.setattr(os, "posix_fadvise", lambda *args: asked.append(args))
+    elif without == "advice":
+        monkeypatch.setattr(os, "posix_fadvise", lambda *args: (asked.append(args), refuse()))
+    else:
+        monkeypatch.setattr("core.checksum.POSITIONED_READS", False)
+        monkeypatch.delattr(os, "preadv")
+    converted(folder, tmp_path / "second", "bundle")
+    assert tensors_of(tmp_path / "second") == tensors_of(tmp_path / "first")
+    assert bool(asked) == (without == "advice")
+
+
+def test_the_disk_is_told_to_write_what_it_was_not_told_yet(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(engine, "_AT_ONCE", 100)
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: told.append((start, size)))
+    with engine.Made(tmp_path) as made:
+        with made.file("a") as output:
+            for size in (60, 60, 30, 300, 7):
+                output.write(bytes(size))
+                output.flush()
+        assert (tmp_path / "a").stat().st_size == 457
+    assert told == [(0, 120), (120, 330)]
+    assert made.recorded == {"a": {"size": 457, "crc32": f"{zlib.crc32(bytes(457)):08x}"}}
 
 
 # Proof

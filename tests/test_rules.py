@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from core.errors import CheckpointMismatch
 from core.families.gpt_tables import HF_GPT2, LECTURE, NANOGPT
+from core.gather import Gatherer
 from core.rules import RENAME, TRANSPOSE, Chain, Concat, Interleave, Inverse, Merge, Permute, Stack, apply
 from core.view import cut, filled, join, merge_axes, permute, split_axis
 from tests.conversions import Scratch, read
@@ -59,6 +60,35 @@ def test_large_tensors_of_every_order_are_put_in_place(scratch, monkeypatch):
             part, expected = cut(view, 1, 1, view.shape[1]), array.transpose(axes)[:, 1:]
             assert (read(part) == expected).all()
             assert (read(cut(part, 0, 7, 8)) == expected[7:8]).all()
+
+
+def test_pieces_are_as_large_as_asked_for_wherever_blocks_end(scratch):
+    rng = np.random.default_rng(0)
+    arrays = [numbers(rng, rows, 7) for rows in (3, 1, 5)]
+    parts = [scratch.put(str(k), array) for k, array in enumerate(arrays)]
+    whole = join([*parts, filled("float32", (2, 7), 1.5)])
+    expected = np.concatenate([*arrays, np.full((2, 7), 1.5, "f4").view("u4")]).tobytes()
+    for view in (whole, permute(permute(whole, (1, 0)), (1, 0))):
+        for size in (40, 280, 308, 1000):
+            with Gatherer() as gatherer:
+                pieces = [piece.tobytes() for piece in gatherer.pieces(view, size)]
+            assert b"".join(pieces) == expected
+            assert {len(piece) for piece in pieces[:-1]} <= {size} and len(pieces[-1]) <= size
+
+
+def test_a_transposed_tensor_of_more_files_than_are_held_open(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr("core.gather._LARGE", 0)
+    arrays = [numbers(rng, 3, 5) for _ in range(7)]
+    parts = [Scratch(tmp_path / f"s{k}").put("a", array) for k, array in enumerate(arrays)]
+    expected = np.concatenate(arrays).T
+    for most in (2, 7, 64):
+        monkeypatch.setattr("core.gather._MOST_OPEN", most)
+        with Gatherer() as gatherer:
+            for view in (*parts[:3], permute(join(parts), (1, 0))):
+                data = b"".join(piece.tobytes() for piece in gatherer.pieces(view))
+            assert len(gatherer._files) <= most
+        assert (np.frombuffer(data, "u4").reshape(expected.shape) == expected).all()
 
 
 @many
