@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import errno
-import filecmp
-import json
 import os
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,13 +14,12 @@ from torch import nn
 
 from core import intact, rewind, start
 from core.background import Background
-from core.bundle import EMA, OPTIMIZER, TOKENIZER, Bundle, Content, history, write_bundle
-from core.choice import LEGACY_FILES, seen_files
-from core.commit import CONFIG, MODEL, ModelFolder, new_id
-from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
+from core.bundle import OPTIMIZER, TOKENIZER, Bundle, history
+from core.choice import LEGACY_FILES
+from core.commit import CONFIG, MODEL, ModelFolder
+from core.config import GPTConfig
 from core.device import resolve_dtype
 from core.errors import (
-    CheckpointDamaged,
     CheckpointMismatch,
     CheckpointNotFound,
     InputError,
@@ -33,19 +27,18 @@ from core.errors import (
 )
 from core.evolution import notes
 from core.inference import load_chosen
-from core.lineage import descent
 from core.lock import hold
 from core.materialize import fill, load_moments, load_optimizer
 from core.model import GPT, GPTBatched, GPTFlexAttention
 from core.optimizer import configure_optimizer
 from core.retention import Retention, best_of
+from core.save import Save
 from core.snapshot import Memory, Snapshot
 from core.speedrun import SpeedrunGPT
-from core.speedrun_config import SpeedrunConfig
 from core.speedrun_files import fill_speedrun
-from core.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
+from core.state_dict import unwrap
 from core.tokenizer import Tokenizer
-from core.training_state import FIELDS, STATE, dump_json, parse_json, unseal
+from core.training_state import parse_json
 
 
 class CheckpointManager:
@@ -304,33 +297,32 @@ class CheckpointManager:
             self.say(f"step {step} is not saved: the save before it is still being written")
             return False
         self.wait()
-        module = unwrap(model)
-        contents: dict[str, Any] = {MODEL: export_state_dict(module)}
-        if optimizer is not None:
-            contents[OPTIMIZER] = optimizer
-        if isinstance(optimizer, torch.optim.Optimizer):
-            contents[OPTIMIZER] = export_optimizer_state(optimizer, module)
-        if ema is not None:
-            contents[EMA] = dict(ema)
-        config, tokenizer = _config_of(module), tokenizer or getattr(module, "tokenizer", None)
-        texts = {CONFIG: config}
-        if tokenizer is not None:
-            texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
-        told = self._told(step, OPTIMIZER in contents, metrics, extra)
+        save = Save(
+            self._folder,
+            model,
+            optimizer,
+            step=step,
+            tokenizer=tokenizer,
+            metrics=metrics,
+            extra=extra,
+            ema=ema,
+            facts=self.facts,
+            retention=Retention(self.keep, self.keep_every, self.resumed.get("step")),
+        )
+        held = contextlib.ExitStack()
         with self._explained():
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-            held = contextlib.ExitStack()
             held.enter_context(hold(self.checkpoint_dir))
-        live: dict[str, torch.Tensor] = {}
-        stable = None
+        try:
+            self._saving.start(f"save of step {step}", lambda: self._write(save, held))
+        except BaseException:  # no thread to be had
+            held.close()
+            raise
+        self._snapshot = save.snapshot
         if isinstance(optimizer, torch.optim.Optimizer):
-            stable = changed_by_step(optimizer) | {t.untyped_storage()._cdata for t in (ema or {}).values()}
             self._watch(optimizer)
-        contents = {name: copy_others(content, stable, live, name) for name, content in contents.items()}
-        snapshot = self._snapshot = Snapshot(contents, live)
-        self._saving.start(f"save of step {step}", lambda: self._write(held, snapshot, texts, told))
-        if stable is None:
-            snapshot.wait_copied()
+        else:
+            save.snapshot.wait_copied()
         return True
 
     def wait(self) -> None:
@@ -357,69 +349,9 @@ class CheckpointManager:
         if (snapshot := self._snapshot) is not None:
             snapshot.wait_copied()
 
-    def _write(
-        self, held: contextlib.ExitStack, snapshot: Snapshot, texts: dict[str, dict[str, Any]], told: dict[str, Any]
-    ) -> None:
-        """Write and commit one step, in a thread of its own."""
-        started = time.perf_counter()
-        with held, contextlib.closing(snapshot), self._explained():
-            files = snapshot.plan()
-            snapshot.start(self._memory)
-            self._folder.recover()
-            state = self._state(told)
-            texts[CONFIG] = self._with_edits(texts[CONFIG])
-            size = sum(file.size for file in files.values())
-            if not self._stage_and_commit(state, {**files, **texts}, snapshot, size):
-                self.say(f"step {state['step']} is already saved in {self.checkpoint_dir}")
-                return
-            size = sum(entry.stat().st_size for entry in os.scandir(self._folder.committed))
-            self._folder.roll_forward()
-            self._prune(state)
-        self._snapshot = None
-        seconds = time.perf_counter() - started
-        self.say(f"saved step {state['step']} to {self.checkpoint_dir} ({size / 1e6:.1f} MB, {seconds:.2f} s)")
-
-    def _with_edits(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A config to save, with what a person edited in the config.json at the top."""
-        with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
-            top = parse_json(self._folder.read(CONFIG), CONFIG)
-            if same_architecture(top, config):
-                return {**config, **{name: top[name] for name in EDITABLE if name in top}}
-        return config
-
-    def _told(
-        self, step: int, has_optimizer: bool, metrics: Mapping[str, float] | None, extra: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
-        """What the caller says of a step, as it is now."""
-        state = {"step": step, "optimizer_file": OPTIMIZER if has_optimizer else None, **self.facts}
-        if clash := (FIELDS | state.keys()) & (metrics or {}).keys():
-            raise InputError(f"metrics: {', '.join(sorted(clash))} is what the training state calls something else.")
-        state |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
-        try:
-            return json.loads(dump_json(state))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"metrics or extra of step {step}: {error}. They are written as JSON.") from error
-
-    def _state(self, told: dict[str, Any]) -> dict[str, Any]:
-        """The training state of a step that is being saved."""
-        top, kept = self._top_state(), history(self.checkpoint_dir)
-        best, loss = best_of(top, kept), told.get("val_loss")
-        if loss is not None and (best is None or loss < best["val_loss"]):
-            best = {"step": told["step"], "val_loss": loss}
-        state = {
-            "step": told["step"],
-            "optimizer_file": told["optimizer_file"],
-            "format_version": FORMAT_VERSION,
-            "commit_id": new_id(),
-            "parent": self._folder.newest_id(),
-            **descent(top, (step.state for step in kept)),
-            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "best": best,
-            "retention": dataclasses.asdict(self._retention()),
-        }
-        if seen := seen_files(self.checkpoint_dir, top.get("legacy", [])):
-            state["legacy"] = seen
-        return {**state, **told}
+    def _write(self, save: Save, held: contextlib.ExitStack) -> None:
+        with held, self._explained():
+            save.write(self._memory, self.say)
 
     def tokenizer_state(self) -> dict[str, Any] | None:
         """The tokenizer.json of the newest step, or one that waits beside a config.json alone; None without one."""
@@ -433,60 +365,7 @@ class CheckpointManager:
         return self._top_state().get("step")
 
     def _top_state(self) -> dict[str, Any]:
-        try:
-            return unseal(self._folder.read(STATE), str(self.checkpoint_dir / STATE))
-        except (FileNotFoundError, CheckpointDamaged):
-            return {}
-
-    def _stage_and_commit(
-        self, state: dict[str, Any], files: dict[str, Content], snapshot: Snapshot, size: int
-    ) -> bool:
-        stage = None
-        try:
-            if self._folder.storage.free(self.checkpoint_dir) < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            stage = self._folder.stage()
-            write_bundle(self._folder, stage, state, files)
-            snapshot.finish()
-            if self._is_newest(stage):
-                self._folder.discard(stage)
-                return False
-            self._folder.commit(stage)
-        except BaseException as error:
-            if stage is not None:
-                # A disk that fails may refuse this as well; the next writer removes what is left.
-                with contextlib.suppress(OSError):
-                    self._folder.discard(stage)
-            if isinstance(error, OSError):
-                raise self._save_failed(state["step"], error, size) from error
-            raise
-        return True
-
-    def _is_newest(self, stage: Path) -> bool:
-        """Whether a staged step holds what the top holds already, byte for byte."""
-        top, staged = self._top_state(), unseal(self._folder.storage.read(stage / STATE), STATE)
-        if any(top.get(key) != staged.get(key) for key in ("step", "optimizer_file")) or "integrity" not in top:
-            return False
-        files = {key: value for key, value in staged["integrity"]["files"].items() if key != CONFIG}
-        return files == {key: value for key, value in top["integrity"]["files"].items() if key != CONFIG} and all(
-            filecmp.cmp(stage / name, self.checkpoint_dir / name, shallow=False) for name in files
-        )
-
-    def _save_failed(self, step: int, error: OSError, needed: int) -> SaveFailed:
-        top = self._top_state()
-        stays = f"Step {top['step']} is intact." if "step" in top else "Nothing was saved before."
-        sizes = ""
-        with contextlib.suppress(OSError):
-            free = self._folder.storage.free(self.checkpoint_dir)
-            sizes = f" ({needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
-        return SaveFailed(f"{self.checkpoint_dir}: save of step {step} failed: {error.strerror}{sizes}. {stays}")
-
-    def _prune(self, state: dict[str, Any]) -> None:
-        kept = history(self.checkpoint_dir)
-        self._folder.prune([step.step for step in self._retention().going(state, kept)])
-
-    def _retention(self) -> Retention:
-        return Retention(self.keep, self.keep_every, self.resumed.get("step"))
+        return rewind.top_state(self._folder)
 
     # Load
 
@@ -550,12 +429,3 @@ class CheckpointManager:
         if not best:
             raise CheckpointNotFound(f"{self.checkpoint_dir}: no step has a validation loss, so none is the best.")
         return int(best["step"])
-
-
-def _config_of(module: nn.Module) -> dict[str, Any]:
-    config = getattr(module, "config", None)
-    if isinstance(config, GPTConfig):
-        return config.to_dict()
-    if isinstance(config, SpeedrunConfig):
-        return config.to_dict(type(module).__qualname__)
-    return {"model_class": type(module).__qualname__, "format_version": FORMAT_VERSION}
