@@ -301,6 +301,7 @@ def test_short_writes_are_continued(tmp_path, monkeypatch, small_blocks):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 def test_on_a_gpu_the_copy_is_made_beside_the_computation_and_equals_the_state_at_save(tmp_path):
     made, model, optimizer = started(tmp_path, config={**SMALL, "device": "cuda"})
     ids = torch.arange(8, device="cuda").reshape(1, 8)
