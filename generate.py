@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
         parser.error("--legacy_checkpoint and --step name two checkpoints; give one of them")
     if args.checkpoint and (args.legacy_checkpoint or args.step is not None or args.model_name):
         parser.error("--checkpoint names a file; leave out --model_name, --legacy_checkpoint and --step")
+    if args.ema and (args.checkpoint or args.legacy_checkpoint):
+        parser.error("--ema takes the average that lies beside the model of a folder; a single file has none")
     if args.seed is None:
         args.seed = secrets.randbelow(2**31)
     replace_what_stdout_lacks()
@@ -66,6 +68,7 @@ def main(argv: list[str]) -> int:
         step=args.step,
         bpe_file=args.bpe_file,
         verify=args.verify,
+        ema=args.ema,
     )
     if model.tokenizer is None and args.tokenization:
         model.tokenizer = named_tokenizer(args.tokenization, args.bpe_file)
@@ -191,6 +194,7 @@ def make_parser() -> Parser:
     loading.add_argument(
         "--step", type=step_or_best, metavar="N|best", help="a kept step, or the best one (default: the newest)"
     )
+    loading.add_argument("--ema", action="store_true", help="the average of the weights, of a run with --ema")
     add_legacy_flag(loading)
     loading.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="a state_step*.pt of modded-nanogpt, or a bundle of one"

@@ -196,6 +196,7 @@ def train_from(manager: RankedManager, bundle: Bundle | None, args: argparse.Nam
         gradient_accumulation_steps=settings["gradient_accumulation_steps"],
         dtype=DTYPES[settings["dtype"]],
         compile=settings["compile"],
+        ema=settings["ema"],
         strict_resume=args.strict_resume,
         world=world,
     )
@@ -309,6 +310,7 @@ def make_parser() -> Parser:
         ("--lr_decay_iters", count, "step at which a cosine is lowest; independent of --max_iters"),
         ("--weight_decay", float, "of matrices"),
         ("--grad_clip", float, "largest gradient norm; 0 for none"),
+        ("--ema", float, "keep an average of the weights of this decay, like 0.999; 0 for none"),
     ).add_argument("--lr_schedule", choices=("constant", "cosine"), help="after warm-up (constant)")
     saving = group(
         "evaluation and saving",
@@ -335,7 +337,7 @@ def make_parser() -> Parser:
     machine.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     machine.add_argument(
         "--dtype",
-        choices=("fp32", "bf16"),
+        choices=("fp32", "bf16", "fp16"),
         help="arithmetic of the forward pass; weights stay fp32 (flex_*: but for embeddings)",
     )
     machine.add_argument("--compile", action="store_true", default=None, help="use torch.compile")

@@ -7,7 +7,7 @@ import functools
 import os
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -49,6 +49,7 @@ class Bundle:
     weights: Part
     optimizer: Part | None
     single: str | None = None
+    ema: Part | None = None
 
     @functools.cached_property
     def evidence(self) -> Evidence:
@@ -87,6 +88,17 @@ class Bundle:
     def has_optimizer(self) -> bool:
         """Whether an optimizer state belongs to this step."""
         return self.optimizer is not None and self.state.get("optimizer_file", OPTIMIZER) is not None
+
+    def averaged(self) -> Bundle:
+        """This step with the average of its weights in their place; its files are the same open ones.
+
+        Raises: CheckpointNotFound when none was kept.
+        """
+        if self.ema is None:
+            raise CheckpointNotFound(
+                f"{self.path(EMA)}: step {self.step} has no average of its weights: it was trained without --ema."
+            )
+        return replace(self, weights=self.ema)
 
     def path(self, name: str) -> Path:
         """Where a file of this bundle is found by name, for messages."""
@@ -163,7 +175,8 @@ def _bundle(opened: Opened, folder: Path) -> Bundle:
     weights = Part(TorchFile(opened.files[MODEL], opened.folder / MODEL), WEIGHTS_KEYS)
     optimizer = opened.files.get(OPTIMIZER)
     moments = Part(TorchFile(optimizer, opened.folder / OPTIMIZER)) if optimizer else None
-    return Bundle(opened.folder, opened.state, values, tokenizer, opened.files, weights, moments)
+    ema = Part(TorchFile(opened.files[EMA], opened.folder / EMA)) if EMA in opened.files else None
+    return Bundle(opened.folder, opened.state, values, tokenizer, opened.files, weights, moments, ema=ema)
 
 
 def _read_json(opened: Opened, name: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from core.bundle import EMA, OPTIMIZER
+from core.commit import MODEL
 from core.containers.torch_zip_writer import digest_of
 from core.device import changes, seed_generator
 from core.randomness import mix
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from core.dataloader import DataLoader
+    from core.ema import Ema
     from core.schedule import Schedule
 
 EXACT = "resume is exact"
@@ -37,6 +40,7 @@ BATCHES, NOISE = "The next batches are others", "Dropout drops others"
 DRAWN = "Batches and dropout are drawn otherwise"
 UPDATES, KERNELS = "Updates are computed otherwise", "Kernels may differ in the last bits"
 WEIGHTS, MOMENTS = "Training goes on from other weights", "Training goes on with other moments"
+AVERAGE = "The average of the weights (EMA) is another"
 """What follows from a difference."""
 
 _FOLLOWS = {
@@ -45,6 +49,7 @@ _FOLLOWS = {
     "block_size": BATCHES,
     "gradient_accumulation_steps": BATCHES,
     "dropout": NOISE,
+    "ema": AVERAGE,
 }
 
 
@@ -75,10 +80,12 @@ def make_certificate(
     }
 
 
-def settings_of(optimizer: torch.optim.Optimizer, schedule: Schedule | None, grad_clip: float) -> dict[str, Any]:
+def settings_of(
+    optimizer: torch.optim.Optimizer, schedule: Schedule | None, grad_clip: float, ema: Ema | None
+) -> dict[str, Any]:
     """Name what decides an update besides its batch: clipping, the curve of the rate, and each group's settings."""
     curve = {f"schedule.{name}": value for name, value in schedule.to_dict().items()} if schedule else {}
-    found: dict[str, Any] = {"grad_clip": grad_clip, **curve}
+    found: dict[str, Any] = {"grad_clip": grad_clip, "ema": ema.decay if ema else 0.0, **curve}
     if not schedule:
         found["learning_rate"] = optimizer.param_groups[0]["lr"]
     for name in sorted({name for group in optimizer.param_groups for name in group} - _NOT_SETTINGS):
@@ -87,12 +94,10 @@ def settings_of(optimizer: torch.optim.Optimizer, schedule: Schedule | None, gra
     return found
 
 
-def state_digests(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """Digests of the live weights and moments as a save would write them; one pass over their bytes."""
-    return {
-        "model.pt": digest_of(export_state_dict(model)),
-        "optimizer.pt": digest_of(export_optimizer_state(optimizer, model)),
-    }
+def state_digests(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> dict[str, str]:
+    """Digests of the live weights, moments and average as a save would write them; one pass over their bytes."""
+    contents = {MODEL: export_state_dict(model), OPTIMIZER: export_optimizer_state(optimizer, model)}
+    return {name: digest_of(content) for name, content in (contents | ({EMA: ema.tensors()} if ema else {})).items()}
 
 
 def differences(state: Mapping[str, Any], now: Mapping[str, Any], live: Mapping[str, str]) -> dict[str, list[str]]:
@@ -117,9 +122,9 @@ def _compare(
         found.setdefault(follows, []).append(what)
 
     recorded = state.get("integrity", {}).get("files", {})
-    for name, follows in (("model.pt", WEIGHTS), ("optimizer.pt", MOMENTS)):
+    for name, follows in ((MODEL, WEIGHTS), (OPTIMIZER, MOMENTS), (EMA, AVERAGE)):
         digest = recorded.get(name, {}).get("tensors")
-        if digest != live[name]:
+        if name in live and digest != live[name] and (name != EMA or then["settings"].get("ema")):
             was = f"digest {digest}" if digest else "nothing recorded"
             differs(follows, f"the tensors of {name} are not those that were saved ({was}, now {live[name]})")
     for name, what in changes(then["settings"], today["settings"]).items():

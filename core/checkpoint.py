@@ -28,7 +28,7 @@ from core.errors import (
 from core.evolution import notes
 from core.inference import load_chosen
 from core.lock import hold
-from core.materialize import fill, load_moments, load_optimizer
+from core.materialize import fill, load_moments, load_optimizer, read_part
 from core.model import GPT, GPTBatched, GPTFlexAttention
 from core.optimizer import configure_optimizer
 from core.retention import Retention, best_of
@@ -75,6 +75,7 @@ class CheckpointManager:
         self.keep_every = keep_every
         self.facts: dict[str, Any] = {}
         self.resumed: dict[str, Any] = {}
+        self.averages: dict[str, torch.Tensor] | None = None
         self._folder = ModelFolder(self.checkpoint_dir)
         self._held = contextlib.ExitStack()
         self.say = say
@@ -248,7 +249,7 @@ class CheckpointManager:
                     optimizer = configure_optimizer(model, learning_rate, weight_decay, state, say)
                 except CheckpointMismatch as error:
                     raise CheckpointMismatch(f"{where}: {error}") from error
-            self.resumed = bundle.state
+                self.went_on_from(bundle)
             return model, optimizer, model.step
         tokenizer = start.find_tokenizer(tokenization, input_text)
         alone = start.config_alone(self.checkpoint_dir, given, tokenizer, self.say)
@@ -260,6 +261,11 @@ class CheckpointManager:
         else:
             model = start.fresh({**(preset or {}), **alone, **given}, tokenizer, seed)
         return model, configure_optimizer(model, learning_rate, weight_decay), 0
+
+    def went_on_from(self, bundle: Bundle) -> None:
+        """Remember the step that training goes on from, and map the average of its weights."""
+        self.resumed = bundle.state
+        self.averages = read_part(bundle.ema) if bundle.ema is not None else None
 
     def _say_without_moments(self, bundle: Bundle, state: dict[str, Any] | None) -> None:
         if state is None and bundle.step:
@@ -288,7 +294,8 @@ class CheckpointManager:
 
         Compiled and wrapped modules are saved under their plain names, tied weights once, views without the rest
         of their storage. The same state at the same step again changes nothing. `metrics` with a `val_loss` decide
-        which step is the best; `extra` is kept in the training state for the caller.
+        which step is the best; `extra` is kept in the training state for the caller. `ema` is an average of the
+        weights under the same names.
 
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
         CheckpointLocked, InputError.
@@ -390,7 +397,7 @@ class CheckpointManager:
                     self.say(f"{bundle.path(MODEL)}: {line}")
             if optimizer is not None:
                 self._say_without_moments(bundle, load_moments(bundle, module, optimizer, self.say, strict))
-            self.resumed = bundle.state
+            self.went_on_from(bundle)
             return bundle.step
 
     @staticmethod
@@ -403,11 +410,13 @@ class CheckpointManager:
         step: int | str | None = None,
         bpe_file: Path | None = None,
         verify: bool = True,
+        ema: bool = False,
     ) -> GPT | GPTBatched | GPTFlexAttention:
         """Load a model to write text with: the newest step, a kept step, or the best one (`step="best"`).
 
         It is of the class that config.json names. `legacy_filename` takes a single-file checkpoint in the folder,
         whatever else is there. The checksums of what is read are compared, unless `verify` is off.
+        With `ema` the average of the weights computes in their place.
 
         Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
         """
@@ -422,6 +431,7 @@ class CheckpointManager:
             dtype=resolve_dtype(load_dtype),
             bpe_file=bpe_file,
             check=verify,
+            ema=ema,
         )
 
     def _best_step(self) -> int:

@@ -19,6 +19,7 @@ from core.folder import (
     CONFIG,
     LOG,
     MODEL,
+    MORE,
     STANDARD,
     FolderReader,
     Opened,
@@ -150,7 +151,7 @@ class ModelFolder(FolderReader):
 
     def _top_names(self) -> list[str]:
         """The files of the bundle at the top that are there, whether or not its training state is whole."""
-        listed = {*file_names(self._top_state() or {}), *STANDARD}
+        listed = {*file_names(self._top_state() or {}), *STANDARD, *MORE}
         return [name for name in self.storage.names(self.path) if name in listed]
 
     def _committed_state(self) -> dict[str, Any]:

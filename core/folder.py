@@ -22,6 +22,8 @@ MODEL = "model.pt"
 LOG = "metrics.jsonl"
 STANDARD = (MODEL, CONFIG, "tokenizer.json", STATE, "optimizer.pt")
 """The files of a bundle whose training state does not list them."""
+MORE = ("ema.pt",)
+"""Files that a bundle may have besides."""
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 

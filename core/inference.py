@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from core import intact
-from core.bundle import FOR_INFERENCE
+from core.bundle import EMA, FOR_INFERENCE, TOKENIZER
 from core.choice import choose
 from core.errors import CheckpointDamaged
 from core.materialize import load_model
@@ -25,6 +25,7 @@ def load_chosen(
     dtype: torch.dtype | None = None,
     bpe_file: Path | None = None,
     check: bool = True,
+    ema: bool = False,
     say: intact.Say = intact.say_on_stderr,
 ) -> GPT | GPTBatched | GPTFlexAttention:
     """Load a model in eval mode: a kept step, a single file by name, or what is newest in the folder.
@@ -41,7 +42,9 @@ def load_chosen(
         if choice.candidates:
             single = choice.candidates[0].single
     try:
-        with intact.open_verified(folder, say, step=step, single=single, used=FOR_INFERENCE, check=check) as bundle:
+        used = (EMA, TOKENIZER) if ema else FOR_INFERENCE
+        with intact.open_verified(folder, say, step=step, single=single, used=used, check=check) as opened:
+            bundle = opened.averaged() if ema else opened
             load = load_speedrun if bundle.config_values.get("model_class") in CLASSES else load_model
             return load(bundle, device=device, dtype=dtype, bpe_file=bpe_file)
     except CheckpointDamaged as damage:

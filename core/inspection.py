@@ -162,6 +162,8 @@ def _held(bundle: Bundle) -> tuple[Container, list[str]]:
     parts: list[tuple[str, Part]] = [("", bundle.weights)]
     if bundle.optimizer is not None and not bundle.single:
         parts.append(("optimizer", bundle.optimizer))
+    if bundle.ema is not None:
+        parts.append(("ema", bundle.ema))
     for name, part in parts:
         file = part.source.path
         try:

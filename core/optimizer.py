@@ -87,7 +87,9 @@ def _like(
         alike = [g for g in groups if any((p.dim() < 2) == (named[name].dim() < 2) for _, p in g["params"])]
         (alike or groups)[-1]["params"].append((name, named[name]))
     _refuse([fault for number, group in enumerate(groups) for fault in _impossible(number, group)])
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate)
+    groups = [group for group in groups if group["params"]]
+    # Said to the constructor as well: only then does GradScaler leave it to the kernel to skip an update.
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=all(group["fused"] for group in groups) or None)
 
 
 def _impossible(number: int, group: dict[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ RUN = {
     "weight_decay": 0.1,
     "grad_clip": 1.0,
     "gradient_accumulation_steps": 1,
+    "ema": 0.0,
     "eval_interval": 250,
     "eval_iters": 20,
     "save_interval": None,

@@ -74,6 +74,13 @@ def _of_ours(facts: Facts) -> Iterable[str]:
     for name in ("val_loss", "best", "saved_at"):
         if state.get(name) is not None:
             yield f"{name:<10}: {_value(state[name])}"
+    if "ema.pt" in facts["files"]:
+        yield f"{'ema':<10}: an average of the weights, in ema.pt{_decay(state)}"
+
+
+def _decay(state: Facts) -> str:
+    settings = (state.get("certificate") or {}).get("settings") or {}
+    return f", of decay {_value(settings['ema'])}" if settings.get("ema") else ""
 
 
 def _parameters(facts: Facts) -> Iterable[str]:

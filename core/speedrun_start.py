@@ -128,6 +128,8 @@ def start_speedrun(
 
     Raises: CheckpointMismatch when architecture or tokenizer contradict the checkpoint; both are shown.
     """
+    if wanted.dtype == torch.float16:
+        raise InputError("--dtype is fp16: these models have no loss scale. Take bf16 or fp32.")
     manager.acquire()
     given = sizes(wanted.given)
     if bundle is not None:
@@ -135,7 +137,7 @@ def start_speedrun(
         optimizer = configure_muon(model, wanted.learning_rate, wanted.weight_decay)
         if load_moments(bundle, model, optimizer, manager.say) is None and bundle.step:
             manager.say(f"{bundle.path(OPTIMIZER)}: no optimizer state; its moments start from zero")
-        manager.resumed = bundle.state
+        manager.went_on_from(bundle)
         return model, optimizer, model.step
     if origin is not None and init_from_model:
         raise InputError("--init_from_checkpoint and --init_from_model: a run has one start. Leave one out.")

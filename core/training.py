@@ -20,7 +20,9 @@ from core.checkpoint import CheckpointManager
 from core.dataloader import DataLoader
 from core.device import environment, seed_generator
 from core.distributed import ALONE, World, whole
+from core.ema import Ema, check_decay
 from core.errors import CheckpointError, CheckpointMismatch, InputError
+from core.grad_scaler import SMALLEST, make_scaler, scaler_state
 from core.metrics import Metrics
 from core.model import GPT, GPTFlexAttention
 from core.muon import MuonWithAdamW
@@ -62,6 +64,7 @@ def fit(
     gradient_accumulation_steps: int = 1,
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
+    ema: float = 0.0,
     progress: bool = True,
     strict_resume: bool = False,
     world: World = ALONE,
@@ -71,6 +74,8 @@ def fit(
     Batches, dropout and learning rate are functions of (seed, step): N steps, a resume and M steps equal N + M steps.
     Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. A
     learning rate without a `schedule` stays what the optimizer has. SIGINT and SIGTERM finish the step and save.
+    With `ema` an average of the weights goes along, of this decay, as `ema.pt`. `torch.float16` scales the loss; a step
+    whose gradients overflow is a step of the loop that makes no update.
     A resume is compared with the certificate of its step: one line says whether it is exact, and what differs.
     The ranks of a `world` share each batch; a signal to one of them stops all at the end of the same step.
 
@@ -82,6 +87,7 @@ def fit(
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"{name} is {value}, expected at least 1.")
+    check_decay(ema)
     if manager is None and checkpoint_dir is not None:
         manager = CheckpointManager.of_folder(checkpoint_dir)
     run = _Run(
@@ -94,6 +100,7 @@ def fit(
         grad_clip,
         gradient_accumulation_steps,
         dtype,
+        ema,
         world,
     )
     if compile:
@@ -104,6 +111,7 @@ def fit(
         _deterministic() if compile and run.device.type == "cpu" else contextlib.nullcontext(),
         StopSignal() as stop,
         run.open(max_iters, progress, strict_resume),
+        run.ema.following(optimizer) if run.ema else contextlib.nullcontext(),
     ):
         while model.step < max_iters:
             run.update()
@@ -140,6 +148,7 @@ class _Run:
         grad_clip: float,
         accumulation: int,
         dtype: torch.dtype,
+        ema: float,
         world: World,
     ) -> None:
         self.model = model
@@ -160,9 +169,23 @@ class _Run:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
         self.metrics = Metrics(manager.get_path(METRICS)) if manager and world.is_first else None
+        facts = manager.resumed | manager.facts if manager else {}
+        self.scaler = make_scaler(self.device, dtype, facts.get("scaler"))
+        self.ema = self._make_ema(ema)
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         self._since_evaluation: list[float] = []
         self._started = time.perf_counter()
+
+    def _make_ema(self, decay: float) -> Ema | None:
+        saved = self.manager.averages if self.manager else None
+        if decay and saved is None and self.model.step:
+            tqdm.write(f"ema: the average begins at step {self.model.step}, with its weights", file=sys.stderr)
+        if not decay and saved is not None:
+            tqdm.write(f"ema: off from step {self.model.step} on; later steps have no average", file=sys.stderr)
+        ema = Ema(self.model, decay, saved) if decay else None
+        if self.manager:
+            self.manager.averages = ema.tensors() if ema else None
+        return ema
 
     @contextlib.contextmanager
     def open(self, max_iters: int, progress: bool, strict_resume: bool) -> Iterator[None]:
@@ -196,7 +219,7 @@ class _Run:
         if self.manager is None or not self.model.step or self.manager.resumed.get("step") != self.model.step:
             return
         state = self.manager.resumed
-        live = state_digests(self.model, self.optimizer) if certificate_of(state) else {}
+        live = state_digests(self.model, self.optimizer, self.ema) if certificate_of(state) else {}
         line = verdict(state, differences(state, {**self.manager.facts, **self._facts()}, live))
         if strict and line != EXACT:
             raise CheckpointMismatch(
@@ -207,7 +230,7 @@ class _Run:
 
     def _facts(self) -> dict[str, Any]:
         """What a training state records of this run for the one that goes on."""
-        settings = settings_of(self.optimizer, self.schedule, self.grad_clip)
+        settings = settings_of(self.optimizer, self.schedule, self.grad_clip, self.ema)
         return {
             "environment": self.environment,
             "certificate": make_certificate(self.model.step, self.loader, self.model, self.accumulation, settings),
@@ -230,11 +253,13 @@ class _Run:
             with self.world.without_sync(self.forward, last=micro == mine[-1]):
                 with self.autocast:
                     loss = self.forward(x, y)[1] / len(mine)
-                loss.backward()
+                self.scaler.scale(loss).backward()
             total += loss.detach()
             self._tokens += x.numel() * self.world.size
+        self.scaler.unscale_(self.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or math.inf))
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # not where gradients overflowed
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         model.step = step + 1
         if self.manager:
@@ -257,6 +282,9 @@ class _Run:
         for step, rate, loss_tensor, norm_tensor in self._unseen:
             loss, norm = loss_tensor.item(), norm_tensor.item()
             if not math.isfinite(loss) or not math.isfinite(norm):
+                if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) >= SMALLEST:
+                    self._skipped(step, rate, scale)
+                    continue
                 what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
                 self._diverged(step, what)
             self._since_evaluation.append(loss)
@@ -267,6 +295,11 @@ class _Run:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
         self._unseen.clear()
         self._look_from_here()
+
+    def _skipped(self, step: int, rate: float, scale: float) -> None:
+        tqdm.write(f"step {step}: gradients overflowed fp16, no update made; loss scale {scale:g}", file=sys.stderr)
+        if self.metrics:
+            self.metrics.add(step=step, loss=None, learning_rate=rate, grad_norm=None)
 
     def _look_from_here(self) -> None:
         self._looked = self._tokens, time.perf_counter()
@@ -303,7 +336,7 @@ class _Run:
             self.metrics.add(step=self.model.step, val_loss=loss)
         seen = self._since_evaluation
         tqdm.write(
-            f"step {self.model.step}: train loss {math.fsum(seen) / len(seen):.4f}, val loss {loss:.4f}",
+            f"step {self.model.step}: train loss {math.fsum(seen) / max(len(seen), 1):.4f}, val loss {loss:.4f}",
             file=sys.stderr,
         )
         seen.clear()
@@ -323,10 +356,13 @@ class _Run:
             "schedule": self.schedule.to_dict() if self.schedule else None,
             **self._facts(),
         }
+        if self.scaler.is_enabled():
+            self.manager.facts["scaler"] = scaler_state(self.scaler)
         metrics = {}
         if self.val_loss is not None and self._evaluated_step == self.model.step:
             metrics["val_loss"] = self.val_loss
-        self.manager.save(self.model, self.optimizer, step=self.model.step, metrics=metrics)
+        ema = self.ema.tensors() if self.ema else None
+        self.manager.save(self.model, self.optimizer, step=self.model.step, metrics=metrics, ema=ema)
         self._look_from_here()
 
 

@@ -158,8 +158,8 @@ LINE = [
 ]  # fmt: skip
 
 
-def start(root, text):
-    command = [sys.executable, "-W", "ignore", *LINE, "--checkpoint_root", root, "--input_file", text]
+def start(root, text, line=LINE):
+    command = [sys.executable, "-W", "ignore", *line, "--checkpoint_root", root, "--input_file", text]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -191,4 +191,48 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_bits_of_one_never_i
     assert same(bits(tmp_path / "whole/killed"), bits(tmp_path / "killed/killed"))
     assert losses(tmp_path / "whole", "killed") == losses(tmp_path / "killed", "killed")
     assert len(losses(tmp_path / "whole", "killed")) == 1400
+    assert log.read_bytes() == (tmp_path / "whole/killed/metrics.jsonl").read_bytes()
+    assert best(tmp_path / "whole") == best(tmp_path / "killed")
     tell(f"20 kills, committed steps after each: {resumed_at}; the final bits are those of a run never killed")
+
+
+def best(root):
+    return json.loads((root / "killed/training_state.json").read_text())["best"]
+
+
+EVERYTHING = [
+    "train.py", "--model_name", "killed", "--max_iters", "120", "--n_layer", "1", "--n_head", "2", "--n_embd", "16",
+    "--block_size", "16", "--batch_size", "4", "--dropout", "0.2", "--eval_interval", "20", "--save_interval", "5",
+    "--eval_iters", "2", "--device", "cpu", "--dtype", "fp16", "--ema", "0.9", "--gradient_accumulation_steps", "3",
+    "--lr_schedule", "cosine", "--lr_decay_iters", "100", "--warmup_iters", "0.1", "--keep", "3", "--strict_resume",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fp16_average_accumulation_and_cosine_go_on_to_the_same_bits_through_kills(tmp_path, tell):
+    """Killed after each of several saves; `--strict_resume` has every start prove that it goes on exactly."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(random.Random(3).choices(TEXT, k=20_000)))
+    assert start(tmp_path / "whole", text, EVERYTHING).wait() == 0
+    state = tmp_path / "killed/killed/training_state.json"
+    resumed_at = []
+    for _ in range(6):
+        before = state.read_bytes() if state.exists() else b""
+        run = start(tmp_path / "killed", text, EVERYTHING)
+        while (state.read_bytes() if state.exists() else b"") == before:
+            assert run.poll() is None, "it ended before a save that was not the last"
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        resumed_at.append(json.loads(state.read_text())["step"])
+    assert resumed_at[-1] < 120 and start(tmp_path / "killed", text, EVERYTHING).wait() == 0
+    whole, killed = tmp_path / "whole/killed", tmp_path / "killed/killed"
+    assert same(bits(whole), bits(killed))
+    assert equal(*(torch.load(folder / "ema.pt", weights_only=True) for folder in (whole, killed)))
+    assert (whole / "metrics.jsonl").read_bytes() == (killed / "metrics.jsonl").read_bytes()
+    assert best(tmp_path / "whole") == best(tmp_path / "killed")
+    scalers = [json.loads((folder / "training_state.json").read_text())["scaler"] for folder in (whole, killed)]
+    assert scalers[0] == scalers[1]
+    tell(
+        f"fp16, EMA, accumulation, cosine: killed at steps {resumed_at}, the final bits are those of a run never killed"
+    )

@@ -1,0 +1,30 @@
+"""The loss scale of fp16: a torch.amp.GradScaler whose state goes through training_state.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+SMALLEST = 2.0**-16
+"""A scale that is lower, and still too high, is no matter of range: the run has diverged."""
+
+
+def make_scaler(device: torch.device, dtype: torch.dtype, saved: Any) -> torch.amp.GradScaler:
+    """Make the scaler of a run: one that scales for fp16, going on from a saved state, and a no-op for other dtypes."""
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if scaler.is_enabled() and isinstance(saved, Mapping):
+        known = scaler.state_dict()
+        scaler.load_state_dict({**known, **{name: saved[name] for name in known if _is_number(saved.get(name))}})
+    return scaler
+
+
+def scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Any] | None:
+    """The state as JSON has it, exact: the scale and the steps since it last grew; None for a no-op."""
+    return dict(scaler.state_dict()) if scaler.is_enabled() else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
