@@ -72,8 +72,8 @@ def _bring_over(place: ModelFolder, outcome: Outcome, progress: Progress) -> Non
     except OSError as error:
         outcome.fail(
             SaveFailed(
-                f"{error.filename or outcome.path}: {error.strerror}. {outcome.path.name} is not migrated, and nothing "
-                "is lost."
+                f"{error.filename or outcome.path}: {error.strerror}. Nothing is lost; migrate "
+                f"{outcome.path.name} again."
             )
         )
 

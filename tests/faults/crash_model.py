@@ -55,6 +55,22 @@ def save(
     return act
 
 
+def keep(step: int, label: str) -> Action:
+    """What the migration of a file that is older than the top does on disk."""
+
+    def act(run: Run) -> None:
+        folder = run.folder
+        folder.recover()
+        stage = folder.stage()
+        state = {"step": step, "format_version": 2, "commit_id": label, "parent": None}
+        write_bundle(folder, stage, state, {MODEL: _content(f"model of {label}"), CONFIG: config()})
+        files = folder_files(folder.storage, stage)
+        run.steps[identity(files)] = files
+        folder.keep(stage, step)
+
+    return act
+
+
 def _content(text: str) -> Callable[[Any], None]:
     return lambda output: output.write(text.encode()) and None
 
@@ -177,6 +193,13 @@ def rewind(explorer: Explorer) -> list[Disk]:
     return explorer.run(disks[:2], go_back(2, 3), "and back again")
 
 
+def kept_step(explorer: Explorer) -> list[Disk]:
+    """An older step is added to the kept ones, and saves go on."""
+    disk = built(explorer, save(5, "A"))
+    disks = explorer.run([disk], keep(2, "B"), "keep an older step")
+    return explorer.run(disks, save(6, "C"), "and the next")
+
+
 SCENARIOS: dict[str, Callable[[Explorer], list[Disk]]] = {
     "three saves": empty_folder,
     "changing files": changing_files,
@@ -187,6 +210,7 @@ SCENARIOS: dict[str, Callable[[Explorer], list[Disk]]] = {
     "version 1, only a model": lambda e: old_format(e, model_pt=b"m"),
     "edited config": edited_config,
     "same step": same_step,
+    "kept step": kept_step,
     "walk back": walk_back,
     "rewind": rewind,
 }

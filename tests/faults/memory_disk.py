@@ -3,7 +3,8 @@
 Every file and folder is an inode. What happens to names is a list of operations, each one a few assignments
 (folder, name) := inode that take effect together; fsync of a folder makes its assignments durable, and an operation
 that touches two folders is durable when both were fsynced. After a power loss any subset of the operations that are
-not durable is gone. A file that was not fsynced is empty, a prefix, garbage or whole.
+not durable is gone. A file that was not fsynced is empty, a prefix, garbage or whole, or has its size and zeros for
+some or all of its bytes, as one whose blocks were reserved or written out of order.
 """
 
 from __future__ import annotations
@@ -205,8 +206,9 @@ def _assigned(names: dict[str, int], name: str, inode: int | None) -> dict[str, 
 def _torn(content: bytes, durable: bytes | None) -> list[bytes]:
     if content == durable:
         return [content]
-    garbage = bytes(byte ^ 0x55 for byte in content)
-    return list(dict.fromkeys([durable or b"", content[: len(content) // 2], garbage, content]))
+    half, garbage = len(content) // 2, bytes(byte ^ 0x55 for byte in content)
+    zeros, late = bytes(len(content)), bytes(half) + content[half:]
+    return list(dict.fromkeys([durable or b"", content[:half], garbage, zeros, late, content]))
 
 
 def _applied(folders: dict[int, dict[str, int]], chosen: Iterable[Changes]) -> dict[int, dict[str, int]]:
@@ -239,18 +241,23 @@ class MemoryStorage(Storage):
         self.folder_fsync = True
         self.disk = disk
         self.can_link = links
+        self.longest_write = 2**30
         self.watch = watch
         self._open: dict[int, int] = {}
         self._answers: dict[Callable[..., Any], Callable[..., Any]] = {
             os.mkdir: self._mkdir,
             os.open: self._create,
             os.write: self._append,
+            os.pwrite: self._put,
+            os.ftruncate: self._cut,
             os.fsync: self._fsync,
             os.replace: self._replace,
             os.link: self._link,
             os.unlink: self._unlink,
             os.rmdir: self._rmdir,
         }
+        if hasattr(os, "posix_fallocate"):
+            self._answers[os.posix_fallocate] = self._reserve
 
     def change(self, call: Callable[..., Any], *args: Any) -> Any:
         self.watch()
@@ -280,17 +287,32 @@ class MemoryStorage(Storage):
         self.disk.assign((self._slot(path), inode))
 
     def _create(self, path: Path, flags: int, mode: int) -> int:
-        inode = self._new(path)
-        self.disk.files[inode] = (b"", None)
-        self.disk.assign((self._slot(path), inode))
         fd = os.open(os.devnull, os.O_WRONLY)  # a number that Output may close
-        self._open[fd] = inode
+        self.opened(fd, path)
         return fd
 
+    def opened(self, fd: int, path: Path) -> None:
+        """Make a new file that is open under this number."""
+        inode = self._open[fd] = self._new(path)
+        self.disk.files[inode] = (b"", None)
+        self.disk.assign((self._slot(path), inode))
+
     def _append(self, fd: int, data: memoryview) -> int:
+        return self._put(fd, data, len(self.disk.files[self._open[fd]][0]))
+
+    def _put(self, fd: int, data: memoryview, start: int) -> int:
         content, durable = self.disk.files[self._open[fd]]
-        self.disk.files[self._open[fd]] = (content + bytes(data), durable)
-        return len(data)
+        written = bytes(data[: self.longest_write])
+        self.disk.files[self._open[fd]] = (content[:start] + written + content[start + len(written) :], durable)
+        return len(written)
+
+    def _reserve(self, fd: int, start: int, size: int) -> None:
+        content, durable = self.disk.files[self._open[fd]]
+        self.disk.files[self._open[fd]] = (content.ljust(start + size, b"\0"), durable)
+
+    def _cut(self, fd: int, size: int) -> None:
+        content, durable = self.disk.files[self._open[fd]]
+        self.disk.files[self._open[fd]] = (content[:size].ljust(size, b"\0"), durable)
 
     def _fsync(self, target: int | Path) -> None:
         self.disk.sync(self._open[target] if isinstance(target, int) else self._existing(target))

@@ -29,6 +29,18 @@ def test_every_crash_leaves_the_old_or_the_new_step_whole(name, links):
     assert counts["readers"] > 20
 
 
+class ShortWrites(MemoryStorage):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.longest_write = 100
+
+
+def test_short_writes_change_nothing():
+    explorer = Explorer(True, *QUICK, storage_type=ShortWrites)
+    SCENARIOS["three saves"](explorer)
+    assert explorer.counts["crash points"] > 300
+
+
 class FolderFsyncDoesNothing(MemoryStorage):
     def sync_folder(self, path):
         self.watch()
@@ -167,7 +179,7 @@ def test_power_loss_keeps_what_was_fsynced_and_may_lose_or_tear_the_rest():
         output._flush()
         left = {(after.text(ROOT / "kept"), after.text(ROOT / "torn")) for after in disk.power_loss(100)}
     garbage = bytes(byte ^ 0x55 for byte in b"abcd")
-    assert left == {(b"1234", torn) for torn in (None, b"", b"ab", b"abcd", garbage)}
+    assert left == {(b"1234", torn) for torn in (None, b"", b"ab", b"abcd", garbage, bytes(4), b"\0\0cd")}
 
 
 def test_power_loss_keeps_or_loses_a_rename_whole():

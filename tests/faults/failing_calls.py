@@ -1,0 +1,168 @@
+"""Let every storage call fail, once or from then on, and look what is said, what a reader finds and what comes next.
+
+python -m tests.faults.failing_calls FOLDER [NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from core.errors import CheckpointError
+from core.storage import DISK
+from tests.faults.kill_points import Killer, expected
+from tests.faults.scenarios import NAME, SCENARIOS, Act, Expected, Found, same
+from tests.faults.tally import Tally
+from tests.helpers import copy
+
+TAKES_ROOM = [os.open, os.mkdir, os.write, os.pwrite, os.link, getattr(os, "posix_fallocate", None)]
+LASTING = {
+    errno.ENOSPC: lambda call: call in TAKES_ROOM,
+    errno.EMFILE: lambda call: call is os.open,
+    errno.EACCES: lambda call: call not in (os.write, os.pwrite, os.fsync),
+    errno.EIO: lambda call: True,
+}
+"""What can go wrong, and which calls go on failing when it stays so."""
+
+CHOSEN = [name for name in SCENARIOS if name != "migration of two files"]
+"""Not where the failure of the first leaves the second to become the bundle: then it ends otherwise."""
+
+LASTING_IN = ["next save", "migration of a file", "walk back"]
+
+
+class Failing(Killer):
+    """Fails call `at`, and with `lasting` those after it that this error concerns; half of a write is made before."""
+
+    def __init__(self, at: int, number: int, lasting: bool) -> None:
+        super().__init__()
+        self.fails_at, self.number, self.lasting = at, number, lasting
+
+    def __call__(self, call, *args):
+        at = self.count
+        if at == self.fails_at and call is os.write and len(args[1]) > 1:
+            self.fails_at += 1
+            return super().__call__(call, args[0], args[1][: len(args[1]) // 2])
+        if at == self.fails_at or (self.lasting and at > self.fails_at and LASTING[self.number](call)):
+            self.calls.append(call.__name__)
+            raise OSError(self.number, os.strerror(self.number))
+        return super().__call__(call, *args)
+
+
+class Short(Killer):
+    """Writes at most so many bytes a call, as the kernel may."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.longest = longest
+
+    def __call__(self, call, *args):
+        if call in (os.write, os.pwrite):
+            args = (args[0], args[1][: self.longest], *args[2:])
+        return super().__call__(call, *args)
+
+
+def fail_everywhere(name: str, folder: Path) -> Tally:
+    """Let each call of one scenario fail."""
+    scenario, tally = SCENARIOS[name], Tally()
+    base = folder / "base"
+    base.mkdir()
+    scenario.before(base)
+    numbers = itertools.cycle(LASTING)
+    try:
+        what, calls = expected(scenario, base, folder / "whole")
+        for at in range(len(calls)):
+            for lasting in (False, True) if name in LASTING_IN else (False,):
+                trial = copy(base, folder / "trial")
+                number = next(numbers)
+                kind = f"{'from' if lasting else 'at'} call {at} of {len(calls)} ({calls[at]})"
+                where = f"{name}, {errno.errorcode[number]} {kind}"
+                DISK.links = scenario.links
+                act = scenario.prepare(trial)
+                DISK.change = failing = Failing(at, number, lasting)
+                error = raised(act, tally, where)
+                DISK.change = Killer()
+                found = what.check_interrupted(trial, tally, where)
+                check_said(error, trial, failing, what, found, tally, where)
+                what.check_finished(trial, found, tally, where, act)
+                tally.counts["injected errors"] += 1
+                shutil.rmtree(trial)
+        for longest in (1000, 4096):
+            trial = copy(base, folder / "trial")
+            where = f"{name}, at most {longest} bytes a write"
+            DISK.links = scenario.links
+            act = scenario.prepare(trial)
+            DISK.change = Short(longest)
+            tally.check(raised(act, tally, where) is None, f"{where}: it failed")
+            what.check_finished(trial, what.check_interrupted(trial, tally, where), tally, where)
+            tally.counts["runs with short writes"] += 1
+            shutil.rmtree(trial)
+    finally:
+        DISK.__dict__.pop("change", None)
+        DISK.links = True
+    return tally
+
+
+def raised(act: Act, tally: Tally, where: str) -> CheckpointError | None:
+    """Return the error that something ends in, which must be one that we raise on purpose."""
+    try:
+        act()
+    except CheckpointError as error:
+        return error
+    except Exception as error:
+        tally.losses.append(f"{where}: ends in {error!r}")
+    return None
+
+
+def check_said(
+    error: CheckpointError | None,
+    root: Path,
+    failing: Failing,
+    what: Expected,
+    found: Found,
+    tally: Tally,
+    where: str,
+) -> None:
+    """Check the sentence, and that no partial file stays where removing it does not fail as well."""
+    if error is None:
+        tally.check(same(found, what.new), f"{where}: nothing was said, and the new step is not there")
+        return
+    said, text = str(error), os.strerror(failing.number)
+    told = said.startswith(str(root / NAME)) and f": {text}" in said and said.endswith(".") and "\n" not in said
+    tally.check(told, f"{where}: it says {said!r}")
+    if "save of step" in said or "not migrated: " in said:
+        tally.check("MB needed, " in said and "MB free" in said, f"{where}: no numbers in {said!r}")
+    if not failing.lasting or failing.number == errno.ENOSPC:
+        left = [path.name for path in (root / NAME).glob(".stage-*")]
+        fails_to_remove = failing.calls[failing.fails_at] in ("unlink", "rmdir")
+        is_next_run = where.startswith(("recovery", "walk back"))  # which removes what is there when it begins
+        tally.check(not left or fails_to_remove or is_next_run, f"{where}: {left} stays")
+
+
+def run(folder: Path, names: Iterable[str] = CHOSEN) -> Tally:
+    """Let every call of every scenario fail."""
+    torch.set_num_threads(1)
+    tally = Tally()
+    for name in names:
+        place = folder / name.replace(" ", "_")
+        place.mkdir(parents=True)
+        tally.add(fail_everywhere(name, place))
+        shutil.rmtree(place)
+    return tally
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", default=CHOSEN)
+    args = parser.parse_args()
+    found = run(args.folder, args.names)
+    print("\n".join([str(found), *found.losses]))
+    sys.exit(bool(found.losses))
