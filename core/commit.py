@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +243,7 @@ class ModelFolder(FolderReader):
         aside |= {path.name: aside_folder(int(path.name.rpartition("_")[2]), why) for path in later}
         said = {"step": top.get("step"), "commit_id": top.get("commit_id"), "why": why, "aside": aside}
         opened = self.open_kept(folder)
-        with contextlib.closing(opened):
-            stage = self.stage()
+        with contextlib.closing(opened), self._discarded_on_failure() as stage:
             for name, file in opened.files.items():
                 if name.endswith(".json") or not self.storage.link(folder / name, stage / name):
                     with self.storage.create(stage / name) as output:
@@ -254,9 +253,20 @@ class ModelFolder(FolderReader):
             if "integrity" not in state:
                 state = self._adopt(opened)
             self.storage.write(stage / STATE, seal({**state, WENT_BACK: said}))
-        self.commit(stage)
+            self.commit(stage)
         self.roll_forward()
         return [self.path / name for name in aside.values()]
+
+    @contextlib.contextmanager
+    def _discarded_on_failure(self) -> Iterator[Path]:
+        stage = self.stage()
+        try:
+            yield stage
+        except BaseException:
+            # A disk that fails may refuse this as well; the next writer removes what is left.
+            with contextlib.suppress(OSError):
+                self.discard(stage)
+            raise
 
     def _move_aside(self, said: Any) -> None:
         """Move what a commit that goes back lists; what is there already was moved before an interruption."""

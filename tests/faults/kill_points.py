@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from core.storage import DISK
+from core.storage import DISK, SECTOR
 from tests.faults.scenarios import SCENARIOS, Expected, Scenario, in_child, same
 from tests.faults.tally import Tally
 from tests.helpers import copy
@@ -32,9 +32,9 @@ class Killer:
     Where a process is killed, what was written stays: fsync is counted and not made.
     """
 
-    def __init__(self, at: int | None = None, half: bool = False) -> None:
+    def __init__(self, at: int | None = None, midway: bool = False) -> None:
         self.calls: list[str] = []
-        self.at, self.half = at, half
+        self.at, self.midway = at, midway
 
     @property
     def count(self) -> int:
@@ -43,11 +43,16 @@ class Killer:
 
     def __call__(self, call, *args):
         if self.count == self.at:
-            if self.half:
-                os.write(args[0], args[1][: len(args[1]) // 2])
+            if self.midway:
+                call(args[0], half(args[1]), *args[2:])
             os.kill(os.getpid(), signal.SIGKILL)
         self.calls.append(call.__name__)
         return None if call is os.fsync else call(*args)
+
+
+def half(data):
+    """The first half of what is written, in whole sectors where there are some."""
+    return data[: len(data) // 2 // SECTOR * SECTOR or len(data) // 2]
 
 
 def expected(scenario: Scenario, base: Path, whole: Path) -> tuple[Expected, list[str]]:
@@ -69,12 +74,15 @@ def kill_everywhere(name: str, folder: Path) -> Tally:
     scenario.before(base)
     try:
         what, calls = expected(scenario, base, folder / "whole")
-        points = [(at, half) for at, call in enumerate(calls) for half in (False, True) if not half or call == "write"]
+        points = [(at, False) for at in range(len(calls) + 1)]
+        points += [(at, True) for at, call in enumerate(calls) if "write" in call]
+            (at, midway) for at, call in enumerate(calls) for midway in (False, True) if not midway or "write" in call
+        ]
         committed = False
-        for at, half in [*points, (len(calls), False)]:
+        for at, midway in sorted(points):
             trial = copy(base, folder / "trial")
-            where = f"{name}, killed {'in the middle of' if half else 'before'} call {at} of {len(calls)}"
-            _kill(scenario, trial, Killer(at, half), tally, where)
+            where = f"{name}, killed {'in the middle of' if midway else 'before'} call {at} of {len(calls)}"
+            _kill(scenario, trial, Killer(at, midway), tally, where)
             found = what.check_interrupted(trial, tally, where)
             if not same(what.old, what.new):
                 tally.check(not committed or same(found, what.new), f"{where}: the commit was undone")

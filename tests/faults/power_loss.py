@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from core.commit import COMMITTED
+from core.folder import COMMITTED
 from core.storage import DISK
 from tests.faults.kill_points import Killer
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage

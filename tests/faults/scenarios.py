@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from core.bundle import open_bundle, verify
-from core.commit import COMMITTED, MODEL
+from core.commit import MODEL
 from core.errors import CheckpointError
+from core.folder import COMMITTED
 from core.inference import load_chosen
 from core.migration import find
 from core.rewrite import migrate
@@ -195,11 +196,38 @@ def resuming(root: Path) -> Act:
     return act
 
 
+def going_back(root: Path) -> Act:
+    """What `train.py --resume_from 1` does to the folder."""
+
+    def act() -> None:
+        with manager(root) as made:
+            made.go_back(1)
+
+    return act
+
+
+def saving_beside_training(root: Path) -> Act:
+    """Save a step, and train on while it is written."""
+    made, model, optimizer = started(root)
+    update(model, optimizer)
+
+    def act() -> None:
+        step = model.step
+        made.save(model, optimizer, step=step)
+        for _ in range(3):
+            update(model, optimizer)
+        made.close()
+        model.step = step
+
+    return act
+
+
 SCENARIOS: dict[str, Scenario] = {
     "first save": Scenario(nothing, saving()),
     "first save beside a single file": Scenario(single_file, saving()),
     "next save": Scenario(three_saves, saving()),
     "next save without hard links": Scenario(three_saves, saving(), links=False),
+    "save beside training": Scenario(three_saves, saving_beside_training),
     "save that prunes two": Scenario(three_saves, saving_and_pruning_two),
     "save without optimizer": Scenario(three_saves, saving(optimizer=False)),
     "another state of the same step": Scenario(three_saves, saving(step_again=True)),
@@ -213,6 +241,8 @@ SCENARIOS: dict[str, Scenario] = {
     "recovery of half a roll forward": Scenario(killed(renamed_to("model.pt"), saving()), recovering),
     "recovery of a half-written step": Scenario(killed(lambda call, *_: call is os.write, saving()), recovering),
     "recovery of a prune": Scenario(killed(lambda call, *_: call is os.unlink, saving_and_pruning_two), recovering),
+    "back to an older step": Scenario(three_saves, going_back),
+    "back to an older step without hard links": Scenario(three_saves, going_back, links=False),
     "walk back": Scenario(damaged_top, resuming),
     "walk back without hard links": Scenario(damaged_top, resuming, links=False),
 }
@@ -258,7 +288,7 @@ def whole_steps(root: Path) -> dict[str, str]:
     return found
 
 
-DRAWN_ANEW = {"commit_id", "parent", "run", "saved_at", "integrity"}
+DRAWN_ANEW = {"commit_id", "parent", "run", "saved_at", "went_back", "branch", "integrity"}
 
 
 def listing(root: Path) -> dict[str, Any]:
