@@ -76,8 +76,6 @@ def kill_everywhere(name: str, folder: Path) -> Tally:
         what, calls = expected(scenario, base, folder / "whole")
         points = [(at, False) for at in range(len(calls) + 1)]
         points += [(at, True) for at, call in enumerate(calls) if "write" in call]
-            (at, midway) for at, call in enumerate(calls) for midway in (False, True) if not midway or "write" in call
-        ]
         committed = False
         for at, midway in sorted(points):
             trial = copy(base, folder / "trial")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -43,13 +44,26 @@ def test_the_storage_calls_we_count_are_those_that_the_kernel_sees(tmp_path):
     script = (sys.executable, "-W", "ignore", "-m", "tests.faults.kill_points", tmp_path / "run", "--traced")
     (tmp_path / "run").mkdir()
     done = run("strace", "-f", "-y", "-e", f"trace={CHANGES}", "-o", log, *script)
-    seen, name, lines = {}, None, log.read_text().splitlines()
-    for line in lines:
+    seen, name = {}, None
+    for line in whole_lines(log.read_text().splitlines()):
         if mark := re.search(r'mkdir\(".*/(begin|end)(\d+)"', line):
             name = mark[2] if mark[1] == "begin" else None
         elif name is not None and f"/traced{name}/" in line and "/.lock" not in line and _changes_something(line):
             seen[name] = seen.get(name, 0) + 1
     assert list(seen.values()) == list(json.loads(done.stdout).values())
+
+
+def whole_lines(lines: list[str]) -> Iterator[str]:
+    """Join the two lines of a call during which another thread made one."""
+    begun: dict[str, str] = {}
+    for line in lines:
+        thread = line.split(maxsplit=1)[0]
+        if line.endswith(" <unfinished ...>"):
+            begun[thread] = line.removesuffix(" <unfinished ...>")
+        elif end := re.search(r"<\.\.\. \w+ resumed>(.*)", line):
+            yield begun.pop(thread) + end[1]
+        else:
+            yield line
 
 
 def _changes_something(line: str) -> bool:
