@@ -43,6 +43,9 @@ A migration makes of the file with the highest step in a folder its bundle, of t
 or deleted; a second run finds what is done. Exit code 1 when something could not be converted or migrated.
 """
 
+MIGRATION = {"paths", "dry_run", "json", "list", "to", "model_name", "checkpoint_root", "config_file"}
+"""What may be said without --to."""
+
 
 def main(argv: list[str]) -> int:
     """Migrate what the command line names, and print what became of it; returns the exit code."""
@@ -58,6 +61,9 @@ def main(argv: list[str]) -> int:
     take_spelling(parser, args)
     if args.to is not None:
         return convert_one(parser, args)
+    set_ = (name for name, value in vars(args).items() if value != parser.get_default(name))
+    if asked := [f"--{name}" for name in set_ if name not in MIGRATION]:
+        parser.error(f"{', '.join(asked)}: of a conversion, and this is a migration. Add --to (--list shows to what)")
     if args.paths and args.model_name:
         parser.error("PATH and --model_name both say what to migrate; give one of them")
     places = _places(args.paths, args.model_name, Path(args.checkpoint_root))

@@ -6,6 +6,7 @@ import re
 from contextlib import ExitStack
 from pathlib import Path
 
+from core.containers import safetensors_writer
 from core.conversion_formats import FORMATS, Format
 from core.conversion_plan import Model, Options, Plan
 from core.conversion_source import FAMILY, open_model
@@ -19,9 +20,12 @@ from core.families.pairs import ways
 from core.match_original import plan_matched
 from core.sharded import take_parts
 from core.view import View, cut, filled, join
-from core.vocabulary import add_tokenizer
+from core.vocabulary import add_tokenizer, tokens_of
 
 BY_NAME = {one.name: one for one in FORMATS}
+
+ENDINGS = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
+"""Endings of names that are of files."""
 
 
 def plan_conversion(source: Path, target: Path, to: str, options: Options, held: ExitStack) -> Plan:
@@ -29,6 +33,16 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
 
     Raises: CheckpointError saying what cannot be read, or cannot be converted and why.
     """
+    plan = _planned(source, target, to, options, held)
+    if not plan.targets:
+        raise plan.model.refuse("there is no tensor in it, and nothing to convert.")
+    _refuse_target(plan)
+    _refuse_names(plan)
+    plan.check()
+    return plan
+
+
+def _planned(source: Path, target: Path, to: str, options: Options, held: ExitStack) -> Plan:
     kind = BY_NAME[to]
     if options.more.get("match_original") is not None:
         return plan_matched(source, target, to, options, held)
@@ -47,12 +61,40 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
     plan = kind.plan(model, options, target)
     if kind.families:
         _check_family(plan)
-    plan.check()
     return plan
 
 
+def _refuse_target(plan: Plan) -> None:
+    """Refuse a target that is called, or is, what the plan does not write; a device is not even moved aside."""
+    target, ending = plan.target, plan.target.suffix
+    if ending in ENDINGS if plan.is_folder else (plan.format, ending) == ("pt", ".safetensors"):
+        what = "a folder" if plan.is_folder else "a torch file"
+        raise CheckpointMismatch(
+            f"{target}: ends in {ending}, and --to {plan.format} writes {what}. Name it otherwise."
+        )
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise CheckpointMismatch(f"{target}: is a device or a pipe, which is left where it is. Name another place.")
+
+
+def _refuse_names(plan: Plan) -> None:
+    """Refuse names and dtypes that safetensors does not have: its headers can be made before anything is written."""
+    for file in plan.files:
+        if not file.is_torch:
+            try:
+                safetensors_writer.header([(t.path, t.dtype, t.view.shape, t.nbytes) for t in file.targets], {})
+            except CheckpointMismatch as error:
+                raise plan.model.refuse(str(error)) from error
+
+
 def _refuse_flags(model: Model, kind: Format, options: Options) -> None:
-    """Refuse flags that would have no effect: they say what a Megatron file leaves out of another program's config."""
+    """Refuse flags that would have no effect."""
+    if options.shard_size is not None and kind.name not in ("hf", "safetensors"):
+        raise model.refuse(f"--shard_size cuts safetensors, and --to {kind.name} writes none. Leave it out.")
+    if options.include_optimizer and kind.name == "hf":
+        raise model.refuse("--include_optimizer: a folder of transformers has no optimizer state. Leave it out.")
+    if options.tied and model.family not in FAMILY:
+        raise model.refuse("--tied needs to know which tensor is the head, and the program is not known. Leave it out.")
+    # what a Megatron file leaves out, the config of another program says
     asked = [f"--{name}" for name in FLAGS if name in options.more]
     if asked and not (model.family.startswith("megatron_") and kind.families):
         raise model.refuse(
@@ -89,10 +131,19 @@ def _in_order(tensors: dict[str, View], family: Family) -> dict[str, View]:
 
 
 def _set_rows(model: Model, rows: int) -> None:
-    """Crop or pad the vocabulary to so many rows."""
+    """Crop or pad the vocabulary to so many rows.
+
+    Raises: CheckpointMismatch for fewer rows than tokens, where something says how many these are.
+    """
     family = FAMILY.get(model.family)
     if family is None:
         raise model.refuse("--vocab_size needs to know which tensor is the token table, and the program is not known.")
+    said = model.config.get("vocab_size") if family.pads else None
+    tokens = tokens_of(model.tokenizer) or (said if isinstance(said, int) else 0)
+    if rows < tokens:
+        raise model.refuse(
+            f"--vocab_size {rows} would cut off tokens: the vocabulary has {tokens}. Only padding is cropped."
+        )
     heads = (family.head, family.head.replace(".weight", ".bias"))
     for name in (family.embedding, *heads, *family.tables):
         view = model.tensors.get(name)

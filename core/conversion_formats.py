@@ -20,12 +20,13 @@ from core.conversion_megatron import plan_megatron
 from core.conversion_plan import Model, Options, Plan, Ref, Target, WeightFile, target_of
 from core.families.modded_pairs import BATCHED
 from core.families.recognise import FUSED
+from core.fit import MOST_PADDING, fits_characters
 from core.model_card import card
 from core.plain import plain
 from core.sharded import add_optimizer, add_optimizer_tensors
 from core.training_state import dump_json, seal
 from core.view import View
-from core.vocabulary import definition_of
+from core.vocabulary import definition_of, tokens_of
 
 CKPT = "ckpt.pt"
 INDEX = "model.safetensors.index.json"
@@ -182,6 +183,12 @@ def _first_source(model: Model, name: str, group_of: dict[str, int]) -> str | No
 
 def plan_bundle(model: Model, options: Options, target: Path) -> Plan:
     """Plan a bundle: model.pt, config, tokenizer, training state, and the optimizer where there is one."""
+    characters, rows = tokens_of(model.tokenizer), model.sizes.get("vocab_size", 0)
+    if (model.tokenizer or {}).get("token_kind") == "char" and not fits_characters(characters, rows):
+        raise model.refuse(
+            f"{rows} rows for {characters} characters: a bundle has as many, or up to a multiple of 8 fewer than "
+            f"{MOST_PADDING} more. Leave --vocab_size out."
+        )
     aliases = _ties(model) if options.tied is False else {}
     targets = [target_of(model, name, MODEL, options) for name in model.tensors]
     weights = {one.path: Ref(one.path) for one in targets}
@@ -263,7 +270,7 @@ def plan_hf(model: Model, options: Options, target: Path) -> Plan:
         plan.texts["generation_config.json"] = dump_json({"_from_model_config": True, **ids})
     if model.tokenizer is not None and "tokenizer.json" not in plan.copies:
         plan.texts |= _tokenizer_for_hf(model.tokenizer, model.sizes.get("block_size"))
-    plan.texts["README.md"] = card(plan).encode()
+    plan.texts["README.md"] = card(plan).encode(errors="backslashreplace")
     return plan
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
 
 from core.commandline import DONE, Parser, count
 from core.conversion_plan import DTYPES, Options
+from core.errors import CheckpointMismatch
 from core.screen import printable
 from core.sharded_flags import add_sharded_flags, more_of
 
@@ -110,6 +112,10 @@ def convert_one(parser: Parser, args: argparse.Namespace) -> int:
     source, target = map(Path, args.paths)
     with ExitStack() as held:
         plan = plan_conversion(source, target, args.to, options_of(args), held)
+        if args.paths[1].endswith(os.sep) and not plan.is_folder:
+            raise CheckpointMismatch(
+                f"{args.paths[1]}: names a folder, and --to {args.to} writes a file. Name the file."
+            )
         if args.dry_run:
             print(json.dumps(plan_facts(plan), indent=2) if args.json else "\n".join(plan_text(plan)))
             return DONE

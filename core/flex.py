@@ -22,6 +22,9 @@ from core.windows import block_mask, documents, mask
 if TYPE_CHECKING:
     from core.batched import GPTBatched
 
+KERNELS = ("auto", "flex", "sdpa")
+"""What computes the attention of GPTFlexAttention: auto is flex on CUDA, and SDPA elsewhere."""
+
 
 @functools.cache
 def compiled_flex() -> Callable[..., Tensor]:
@@ -34,8 +37,8 @@ def compiled_flex() -> Callable[..., Tensor]:
 class GPTFlexAttention(SpeedrunGPT):
     """A modded-nanogpt model over one packed sequence, in which the end-of-text token begins each document.
 
-    On CUDA attention is compiled flex attention, elsewhere
-    (and for gradients there) the same mask for SDPA; `kernel` chooses ("auto", "flex", "sdpa").
+    On CUDA attention is compiled flex attention, elsewhere (and for gradients there) the same mask for SDPA; `kernel`
+    chooses, one of KERNELS.
     """
 
     kernel = "auto"
@@ -71,6 +74,8 @@ class GPTFlexAttention(SpeedrunGPT):
 
     def _attend(self, docs: Tensor, window: int | str) -> Attend:
         long, short = windows_of(self.variant, window)
+        if self.kernel not in KERNELS:
+            raise InputError(f"kernel: found {self.kernel!r}, expected {', '.join(KERNELS)}.")
         flex = self.kernel == "flex" or (self.kernel == "auto" and docs.is_cuda)
         make = block_mask if flex else mask
         masks = {True: make(len(docs), docs, long, docs.device), False: make(len(docs), docs, short, docs.device)}

@@ -39,8 +39,6 @@ def take_spelling(parser: Parser, args: argparse.Namespace) -> None:
         args.match_original = args.model_path
     elif args.model_path not in (None, args.match_original):
         parser.error("--match_original and --model_path name two models; give one")
-    if args.to is None and (args.save_ema or args.match_original or args.metadata_from):
-        parser.error("--save_ema, --match_original and --metadata_from belong to a conversion; add --to safetensors")
 
 
 def more_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,15 @@ from core.model import GPT
 from core.tokenizer import Tokenizer, describe, make_char, named_tokenizer, same_vocabulary
 from core.training_state import parse_json
 
+ANOTHER = "Leave --tokenization out, or train under another --model_name."
+
+SAME = {
+    "gpt2": "add --tokenization gpt2.",
+    "hf": "add --tokenization FILE.json, the tokenizer that it was trained with.",
+    "char": "its characters are those of its text. Train on that text, or leave --init_from_model out.",
+}
+"""How a run comes to the tokenizer of another model, by its kind."""
+
 
 def given_fields(config: GPTConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The fields a caller asked for: all of a mapping, and of a GPTConfig those that are not the default."""
@@ -50,16 +59,20 @@ def resume(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer)
     return _load(bundle, given, tokenization, with_optimizer=True)
 
 
-def _load(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer, *, with_optimizer: bool) -> GPT:
+def _load(
+    bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer, advice: str = ANOTHER, *, with_optimizer: bool
+) -> GPT:
     refuse_other_architecture(bundle, given)
-    refuse_other_tokenizer(bundle, tokenization)
+    refuse_other_tokenizer(bundle, tokenization, advice)
     _wish(bundle, given)
     return load_model(bundle, writable=True, with_optimizer=with_optimizer).train()
 
 
 def from_weights(bundle: Bundle, given: dict[str, Any], tokenizer: Tokenizer) -> GPT:
     """Load another model's weights as step 0 of a new one; tokenizer and architecture must be the same."""
-    model = _load(bundle, given, tokenizer, with_optimizer=False)
+    kind = (bundle.tokenizer or {}).get("token_kind")
+    advice = "A new model from its weights reads text as it does: " + SAME.get(str(kind), SAME["char"])
+    model = _load(bundle, given, tokenizer, advice, with_optimizer=False)
     model.step = 0
     return model
 
@@ -139,7 +152,7 @@ def _refuse_other_fields(where: Path, config: GPTConfig, given: dict[str, Any]) 
         raise CheckpointMismatch(f"{where}: {'; '.join(faults)}. Leave it out, or train under another --model_name.")
 
 
-def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer) -> None:
+def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer, advice: str = ANOTHER) -> None:
     """Raise CheckpointMismatch when a tokenizer is not the checkpoint's, or cannot be."""
     if bundle.tokenizer is None:
         _refuse_other_size(bundle, tokenization)
@@ -151,7 +164,7 @@ def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer) -> Non
     if not same:
         raise CheckpointMismatch(
             f"{bundle.path(TOKENIZER)}: the model was trained with {describe(bundle.tokenizer)}; "
-            f"this run has {wanted}. Leave --tokenization out, or train under another --model_name."
+            f"this run has {wanted}. {advice}"
         )
 
 

@@ -65,6 +65,19 @@ def _state_of(definition: dict[str, Any]) -> dict[str, Any]:
     return {"token_kind": "hf", "definition": definition}
 
 
+def tokens_of(state: dict[str, Any] | None) -> int:
+    """How many tokens a tokenizer has; 0 where that is not known."""
+    kind = (state or {}).get("token_kind")
+    if state is None or kind == "gpt2":
+        return GPT2_ROWS.start if kind == "gpt2" else 0
+    if kind == "char":
+        return len(state["chars"])
+    definition = state.get("definition")
+    model = definition.get("model") if isinstance(definition, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    return len(vocab) if isinstance(vocab, (dict, list)) else 0
+
+
 def definition_of(chars: list[str]) -> dict[str, Any]:
     """Write characters as a tokenizer.json of Hugging Face: each is a token, and an unknown one is an error."""
     return {

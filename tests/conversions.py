@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from core.containers.container import Container
 from core.containers.open import open_container
@@ -16,6 +17,7 @@ from core.conversion import plan_conversion
 from core.conversion_plan import Options
 from core.convert import convert
 from core.gather import Gatherer
+from core.model import GPT
 from core.view import View, stored
 
 
@@ -70,6 +72,19 @@ def hf_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         return model(ids).logits
+
+
+def our_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a bundle as our GPT computes them."""
+    model = GPT.load(folder)[0].eval()
+    with torch.no_grad():
+        return model(ids)[0]
+
+
+def expected(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids and logits that lie beside a fixture."""
+    found = load_file(folder / "expected.safetensors")
+    return found["input_ids"].long(), found["logits_fp32"]
 
 
 def worst(found: torch.Tensor, expected: torch.Tensor) -> float:

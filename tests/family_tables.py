@@ -18,6 +18,7 @@ SIZES = {
     "fc1_rows": 704,
     "ve_gate_channels": 12,
     "smear_channels": 24,
+    "classes": 3,
 }
 """Eight heads of 64 in two groups: sizes that no family could take for one another."""
 

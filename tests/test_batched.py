@@ -191,6 +191,14 @@ def test_full_attention_is_exact_up_to_the_short_window(variant, edge):
     assert apart(exact[:, edge:], full[:, edge:]) > 1e-3
 
 
+def test_an_unknown_kernel_is_refused():
+    model = random_flex("small")
+    model.kernel = "flash"
+    with pytest.raises(InputError) as caught:
+        model(packed(20, (0,), 1))
+    assert str(caught.value) == "kernel: found 'flash', expected auto, flex, sdpa."
+
+
 def test_wrong_shapes_are_refused_by_name():
     model = random_batched("small")
     with pytest.raises(InputError, match="tokens: found shape \\(5,\\)"):

@@ -18,6 +18,7 @@ from core.classification import (
     macro_f,
 )
 from core.errors import CheckpointMismatch, InputError
+from core.families.identify import identify
 from core.model import GPTBatched
 from tests.speedrun_models import VARIANTS, VOCAB, packed, random_batched
 
@@ -101,6 +102,21 @@ def test_gradients_reach_all_that_the_answer_depends_on():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_look_at_its_tensors_says_what_it_is(variant):
+    shapes = {name: tuple(tensor.shape) for name, tensor in classifier(variant).state_dict().items()}
+    found = identify(shapes)
+    assert found.family == "classifier"
+    assert found.program == "GPTClassification, a modded-nanogpt model with a head that puts texts into classes"
+    assert not found.missing and not found.unplaced and not found.conflicts
+    assert found.architecture.vocab_size == VOCAB and found.architecture.parameters == sum(
+        parameter.numel() for parameter in classifier(variant).parameters()
+    )
+    assert (
+        identify(shapes | {"head.4.weight": (3, 5)}).conflicts[0].startswith("head.4.weight is (3, 5), expected (3, ")
+    )
+
+
 def test_another_pretrained_model_can_be_set():
     model = classifier("small")
     model.pretrained_model = random_batched("medium")

@@ -21,11 +21,13 @@ _ALIGNMENT = 8  # of the first tensor, as the format's own writer has it
 def header(tensors: Sequence[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
     """Write the beginning of a file whose tensors (name, dtype, shape, bytes) then follow in this order.
 
-    Raises: CheckpointMismatch for a dtype that the format does not have.
+    Raises: CheckpointMismatch for a dtype, or a name, that the format does not have.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, dtype, shape, nbytes in tensors:
+        if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
+            raise CheckpointMismatch(f"{name!r} is no name that safetensors can hold. Use --to pt.")
         if dtype not in CODES:
             raise CheckpointMismatch(f"{name} has dtype {dtype}, which safetensors does not have. Use --to pt.")
         sides = [*shape[:-1], 2 * shape[-1]] if dtype == "float4_e2m1fn_x2" else list(shape)  # it counts the numbers

@@ -144,7 +144,8 @@ def _filled(row: str, numbers: Mapping[str, int]) -> str:
 
 def _extra(found: Match, plain: Mapping[str, str]) -> dict[str, int]:
     """Tensors in layers that the table has not, and the layer of each: the last layers may be of another kind."""
-    starts = [re.escape(stem) for stem in {name.split("#")[0] for name in _rows(found.family) if "#" in name}]
+    layered = (name for name, rows in _rows(found.family).items() if any("{i}" in row for row, _ in rows))
+    starts = [re.escape(stem) for stem in {name.split("#")[0] for name in layered}]
     pattern = re.compile(f"(?:{'|'.join(sorted(starts))})(0|[1-9][0-9]{{0,5}})\\.")
     names, wanted = {original: name for name, original in plain.items()}, found.unplaced if starts else ()
     return {original: int(m[1]) for original in wanted if (m := pattern.match(names[original]))}

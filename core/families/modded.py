@@ -1,4 +1,4 @@
-"""modded-nanogpt: the three versions that can be told apart, of KellerJordan/modded-nanogpt.
+"""modded-nanogpt: the three versions of KellerJordan/modded-nanogpt that can be told apart; our classifiers of them.
 
 Names as in train_gpt.py of 2025-06 (commit 16e2da07) and of 2025-02 (587b45fb), and in train_gpt_medium.py (06743860).
 Block 7 has no attention. The head size is fixed in the program; embedding and head may have different rows.
@@ -50,23 +50,34 @@ MEDIUM: dict[str, Sides] = {
 }
 
 
-def _family(name: str, program: str, tensors: dict[str, Sides], signature: str, head: str) -> Family:
+def _family(name: str, program: str, tensors: dict[str, Sides], signature: str, head: str, before: str = "") -> Family:
     return Family(
         name=name,
         program=program,
         tensors=tensors,
         signature=(signature,),
-        embedding="embed.weight",
+        embedding=f"{before}embed.weight",
         head=head,
-        tables=VALUES,
+        tables=tuple(before + name for name in VALUES),
         always=("qk_norm",),
-        without=WITHOUT,
+        without={i: before + name for i, name in WITHOUT.items()},
         rotary=True,
         norm="RMSNorm without weights",
         activation="ReLU squared",
         head_size=HEAD_SIZE,
     )
 
+
+_PRETRAINED = "pretrained_model."
+
+CLASSIFIER: dict[str, Sides] = {
+    **{_PRETRAINED + name: sides for name, sides in MEDIUM.items()},
+    "head.1.weight": ("n_embd / 2", "n_embd"),
+    "head.1.bias": ("n_embd / 2",),
+    "head.4.weight": ("classes", "n_embd / 2"),
+    "head.4.bias": ("classes",),
+}
+"""core/classification.py: a GPTBatched, whose tensors are laid out as medium's, and a head of two layers."""
 
 FAMILIES = (
     _family(
@@ -84,6 +95,14 @@ FAMILIES = (
         "lm_head.weight",
     ),
     _family("modded_medium", "modded-nanogpt train_gpt_medium.py", MEDIUM, "blocks.{i}.attn.qkvo_w", "lm_head_w"),
+    _family(
+        "classifier",
+        "GPTClassification, a modded-nanogpt model with a head that puts texts into classes",
+        CLASSIFIER,
+        _PRETRAINED + "blocks.{i}.attn.qkvo_w",
+        _PRETRAINED + "lm_head_w",
+        before=_PRETRAINED,
+    ),
 )
 
 LATER = ("qk_bank", "vo_bank", "attn_bank", "mlp_bank")
