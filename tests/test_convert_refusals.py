@@ -91,12 +91,16 @@ def test_the_model_card_of_a_target_whose_name_is_no_text(shared, tmp_path):
         ("pt", {"shard_size": 10}, "--shard_size cuts safetensors, and --to pt writes none. Leave it out."),
         (
             "pt",
-            {"tied": True},
+            ("pt", {"tied": True}, "--tied needs to know which tensor is the head, and the program is not known."),
             "--tied and --untied need to know which tensors are meant, and the program is not known.",
         ),
         (
             "pt",
-            {"more": {"rope_theta": 1.0}},
+            (
+                "pt",
+                {"more": {"rope_theta": 1.0}},
+                "--rope_theta: what a Megatron file does not say, and this is an unkno",
+            ),
             "--rope_theta: what a Megatron file does not say, and this is an unknown ",
         ),
     ],
