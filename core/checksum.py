@@ -7,6 +7,8 @@ import itertools
 import os
 import zlib
 
+from core.workers import Workers
+
 POLYNOMIAL = 0xEDB88320
 """CRC-32 of zip and gzip, bits reflected: the highest bit stands for x^0."""
 
@@ -82,10 +84,13 @@ def crc32_file(fd: int, size: int) -> int:
     spans = list(itertools.pairwise(edges))
     if workers == 1:
         return crc32_range(fd, 0, size)
-    from concurrent.futures import ThreadPoolExecutor  # 10 ms that looking into a file need not pay
+    parts = [0] * workers
 
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(lambda span: crc32_range(fd, *span), spans))
+    def sum_part(i: int) -> None:
+        parts[i] = crc32_range(fd, *spans[i])
+
+    with Workers([functools.partial(sum_part, i) for i in range(workers)], workers) as summing:
+        summing.wait()
     whole = 0
     for crc, (start, end) in zip(parts, spans, strict=True):
         whole = combine(whole, crc, end - start)

@@ -5,20 +5,18 @@ Which records there are, and how they lie in the zip, is told in core/containers
 
 from __future__ import annotations
 
+import functools
 import io
-import os
 import pickle
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from core.containers.torch_zip_image import Image
 from core.containers.torch_zip_layout import Sink, ZipLayout
-
-_MOST_WORKERS = 8
+from core.workers import Workers
 
 
 def write_torch_zip(sink: Sink, content: Any) -> str:
@@ -55,8 +53,13 @@ def digest_of(content: Any) -> str:
     It is the CRC32 of the CRC32s of their storages, little-endian; a saved step records it of each file.
     """
     storages = _pickle(content)[1]
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_WORKERS)) as pool:
-        sums = list(pool.map(lambda storage: zlib.crc32(bytes_of(storage.cpu()).numpy().data), storages))
+    sums = [0] * len(storages)
+
+    def sum_one(i: int) -> None:
+        sums[i] = zlib.crc32(bytes_of(storages[i].cpu()).numpy().data)
+
+    with Workers(functools.partial(sum_one, i) for i in range(len(storages))) as summing:
+        summing.wait()
     return _digest(sums)
 
 
