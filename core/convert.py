@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from core.checksum import combine
@@ -19,9 +21,8 @@ from core.conversion_dcp import write_items
 from core.conversion_plan import Plan, Ref, Target, WeightFile
 from core.errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from core.gather import PIECE, Gatherer, cast
-from core.proof import prove, source_checks
+from core.proof import prove
 from core.storage import DISK, Output, Storage
-from core.workers import Workers
 
 Progress = Callable[[int], object]
 
@@ -33,15 +34,43 @@ _AT_ONCE = 16 << 20  # bytes after which the disk is told to begin
 _MOST_OPEN = 64
 
 
+Begin = Callable[[int, int, int], None]
+"""Tells the disk to begin with some bytes of an open file: which, from where on, how many."""
+
+
+@contextlib.contextmanager
+def writing_back() -> Iterator[Begin]:
+    """Let the disk write while the conversion goes on; a thread tells it, who has to wait when the disk is busy."""
+    if not WRITEBACK:
+        yield lambda fd, start, size: None
+        return
+    told: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
+
+    def tell() -> None:
+        for fd, start, size in iter(told.get, None):
+            # Linux begins to write such a range; of its pages it drops those that are on the disk, so none as yet.
+            with contextlib.suppress(OSError):  # a file system that takes no advice
+                os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    try:
+        yield lambda fd, start, size: told.put((fd, start, size))
+    finally:
+        told.put(None)
+        thread.join()
+
+
 class Through(Output):
     """An output whose large pieces go straight to the file, summed where a checksum of the file is recorded.
 
     The disk writes while the conversion goes on; what is left then is waited for when the output is closed.
     """
 
-    def __init__(self, storage: Storage, fd: int, is_summed: bool) -> None:
+    def __init__(self, storage: Storage, fd: int, is_summed: bool, begin: Begin) -> None:
         super().__init__(storage, fd)
         self.is_summed = is_summed
+        self._begin = begin
         self._written = self._begun = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
@@ -66,19 +95,18 @@ class Through(Output):
     def _write_all(self, view: memoryview) -> None:
         super()._write_all(view)
         self._written += len(view)
-        if WRITEBACK and self._written - self._begun >= _AT_ONCE:
-            # Linux begins to write such a range; of its pages it drops those that are on the disk, so none as yet.
-            with contextlib.suppress(OSError):  # a file system that takes no advice
-                os.posix_fadvise(self._fd, self._begun, self._written - self._begun, os.POSIX_FADV_DONTNEED)
+        if self._written - self._begun >= _AT_ONCE:
+            self._begin(self._fd, self._begun, self._written - self._begun)
             self._begun = self._written
 
 
 class Made(contextlib.ExitStack):
     """The files that a conversion makes, open until they are all made durable, which leaving it does."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, begin: Begin) -> None:
         super().__init__()
         self.place = place
+        self._begin = begin
         self.recorded: dict[str, dict[str, Any]] = {}  # by name: size and CRC32
 
     @contextlib.contextmanager
@@ -88,7 +116,7 @@ class Made(contextlib.ExitStack):
             self.close()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         fd = DISK.change(os.open, self.place / name, flags, 0o666)
-        output = Through(DISK, fd, is_summed)
+        output = Through(DISK, fd, is_summed, self._begin)
         self.enter_context(output)
         yield output
         output.flush()
@@ -133,11 +161,10 @@ def convert(
             place = stage / "made"
             if plan.is_folder:
                 DISK.make_folder(place)
-            with Made(place) as made, Workers(source_checks(plan) if verify else [], 1) as checking:
+            with writing_back() as begin, Made(place, begin) as made:
                 _write(plan, made, progress)
                 if verify:
                     prove(plan, place, progress)
-                checking.wait()
             if plan.is_folder:
                 DISK.sync_folder(place)
             return _commit(plan, place, overwrite)

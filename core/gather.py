@@ -6,6 +6,7 @@ Bytes that lie in order already are read and handed on, without numpy; others ar
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,13 +19,13 @@ from core.containers.spec import ITEM_SIZES
 from core.decode import decode
 from core.errors import CheckpointDamaged, CheckpointError
 from core.view import Block, View, is_in_order
-from core.workers import Job, Workers
+from core.workers import MOST, Job, Workers
 
 if TYPE_CHECKING:
     import numpy as np
 
-PIECE = 256 * 1024
-"""Bytes at a time: what stays in a core's cache between being read, summed and written."""
+PIECE = 512 * 1024
+"""Bytes at a time: what stays in a core's cache between being read, summed, compared and written."""
 
 SLAB = 2 << 20
 """Bytes read at a time of a tensor whose elements have to be put in place; they too stay in a core's cache."""
@@ -35,19 +36,21 @@ SMALL, _MOST_SPARSE = 16384, 4
 _LARGE = 2 << 20  # bytes of a tensor that threads are worth starting for
 _MOST_OPEN = 64  # files; a folder may have thousands
 
-_TILE = 64, 256  # elements that follow one another where they are put, and where they lie
+_TILE = 64, 2048  # elements that follow one another where they are put, and where they lie
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 """Dtypes that a cast makes one another of."""
 
 
 class Gatherer:
-    """Reads views of any containers, holding their files open."""
+    """Reads views of any containers, holding their files open; large tensors are put in place by so many threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = MOST) -> None:
+        self._threads = threads
         self._held = ExitStack()
         self._files: dict[tuple[int, str], BinaryIO] = {}
-        self._buffers: dict[str, bytearray] = {}
+        self._piece = bytearray()
+        self._tensor: mmap.mmap | bytes = b""
         self._idle: list[bytearray] = []  # memory of slabs
 
     def __enter__(self) -> Gatherer:
@@ -57,13 +60,6 @@ class Gatherer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._held.close()
-
-    def _room(self, use: str, size: int) -> bytearray:
-        """At least so many bytes, the same ones for one use: memory that is asked for anew has to be cleared first."""
-        if len(self._buffers.get(use, b"")) < size:
-            self._buffers.pop(use, None)  # before the larger one is made
-            self._buffers[use] = bytearray(size)
-        return self._buffers[use]
 
     def pieces(self, view: View, size: int = PIECE) -> Iterator[memoryview]:
         """Give the elements in row-major order, `size` bytes at a time, in memory that the next piece overwrites.
@@ -75,7 +71,9 @@ class Gatherer:
             for start in range(0, len(whole), size):
                 yield whole[start : start + size]
             return
-        room = memoryview(self._room("piece", size))[:size]
+        if len(self._piece) != size:
+            self._piece = bytearray(size)
+        room = memoryview(self._piece)
         filled = 0
         for block in sorted(view.blocks, key=lambda b: b.begin):
             left, offset = math.prod(block.shape) * ITEM_SIZES[view.dtype], block.offset
@@ -85,13 +83,17 @@ class Gatherer:
                     element = _constant(view.dtype, block.value)
                     part[:] = element * (len(part) // len(element))
                 else:
-                    self._read(block, offset, part)
+                    self.read_on(block, offset, left, part)
                 left, offset, filled = left - len(part), offset + len(part), filled + len(part)
                 if filled == size:
                     yield room
                     filled = 0
         if filled:
             yield room[:filled]
+
+    def read_on(self, block: Block, offset: int, left: int, into: memoryview) -> None:
+        """Read the next bytes of a block that lies in order, of which so many are left; for those who watch them."""
+        self._read(block, offset, into)
 
     def _read(self, block: Block, offset: int, into: memoryview) -> None:
         file = self._file(block)
@@ -128,13 +130,16 @@ class Gatherer:
 
         item = ITEM_SIZES[view.dtype]
         kind: np.dtype = np.dtype(f"u{item}" if item <= 8 else "V16")
-        dense = memoryview(self._room("tensor", view.nbytes))[: view.nbytes]
+        if len(self._tensor) < view.nbytes:  # else used again: memory that is asked for anew has to be cleared first
+            self._tensor = b""
+            self._tensor = mmap.mmap(-1, view.nbytes)  # which is given back at once when it is let go of
+        dense = memoryview(self._tensor)[: view.nbytes]
         fills = self._fills(view, np.frombuffer(dense, kind).reshape(view.shape))
-        if view.nbytes < _LARGE or not self._can_share(view):
+        if self._threads == 1 or view.nbytes < _LARGE or not self._can_share(view):
             for fill in fills:
                 fill()
         else:
-            with Workers(fills) as workers:
+            with Workers(fills, self._threads) as workers:
                 workers.wait()
         return dense
 

@@ -7,7 +7,10 @@ the plan says.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,17 +22,77 @@ from core.conversion_plan import Plan, Target, WeightFile
 from core.errors import CheckpointDamaged, CheckpointMismatch
 from core.gather import FLOATS, PIECE, Gatherer, cast
 from core.rules import apply
-from core.view import View, cut, is_in_order, stored
-from core.workers import Job, Workers
+from core.view import Block, View, cut, is_in_order, stored
+from core.workers import MOST, Job, Workers
 
 Progress = Callable[[int], object]
 Comparison = tuple[str, View, View]
 
 
-def prove(plan: Plan, place: Path, progress: Progress) -> None:
-    """Compare what lies at `place` with the source of the plan.
+Run = tuple[int, str, int, int]
+"""Some bytes of a file: of which container, its name there, where from, how many."""
+Sums = Mapping[Run, tuple[Container, Check, str]]
+"""What the source recorded of such bytes, with the name of a tensor in them."""
 
-    Raises: CheckpointDamaged with the name of the tensor that differs.
+
+def _run(container: Container, file: str, offset: int, size: int) -> Run:
+    return id(container), file or container.path.name, offset, size
+
+
+def _runs(view: View) -> Iterator[Run]:
+    """The runs of a file that are read from end to end when a tensor is."""
+    if is_in_order(view):
+        item = ITEM_SIZES[view.dtype]
+        for block in view.blocks:
+            if block.source is not None:
+                yield _run(block.source, block.file, block.offset, math.prod(block.shape) * item)
+
+
+class Summing(Gatherer):
+    """Compares what it reads with the checksums of its source, where a block of a tensor is all that one is of."""
+
+    def __init__(self, sums: Sums, threads: int) -> None:
+        super().__init__(threads)
+        self._sums = sums
+        self._found: tuple[Container, Check, str] | None = None
+        self._crc32 = 0
+
+    def read_on(self, block: Block, offset: int, left: int, into: memoryview) -> None:
+        super().read_on(block, offset, left, into)
+        if offset == block.offset:
+            assert block.source is not None
+            self._found, self._crc32 = self._sums.get(_run(block.source, block.file, offset, left)), 0
+        if self._found is not None:
+            self._crc32 = zlib.crc32(into, self._crc32)
+            if left == len(into):
+                _refuse_damage(*self._found, self._crc32)
+
+
+class Readers(ExitStack):
+    """Pairs of gatherers, for the source and for what was made; a thread takes one, and its memory is used again."""
+
+    def __init__(self, sums: Sums, threads: int) -> None:
+        super().__init__()
+        self._sums, self._threads = sums, threads
+        self._idle: list[tuple[Summing, Gatherer]] = []
+
+    @contextmanager
+    def pair(self) -> Iterator[tuple[Summing, Gatherer]]:
+        """Take a pair that no thread uses."""
+        try:
+            pair = self._idle.pop()
+        except IndexError:  # all are taken
+            pair = Summing(self._sums, self._threads), Gatherer(self._threads)
+            for one in pair:
+                self.enter_context(one)
+        yield pair
+        self._idle.append(pair)
+
+
+def prove(plan: Plan, place: Path, progress: Progress) -> None:
+    """Compare what lies at `place` with the source of the plan, and the source with its own checksums.
+
+    Raises: CheckpointDamaged with the name of the tensor that differs, in what was written or in the source.
     """
     written: dict[str, View] = {}
     direct: list[Comparison] = []
@@ -56,13 +119,27 @@ def prove(plan: Plan, place: Path, progress: Progress) -> None:
 
 
 def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> None:
-    """Compare on several processors what needs no memory, and then what has to be put in place, a tensor at a time."""
-    easy = [one for one in comparisons if is_in_order(one[1]) and is_in_order(one[2])]
-    with Workers(partial(_compare, plan, one, progress) for one in easy) as workers:
-        workers.wait()
+    """Compare with checksums and with the source: with its share of the memory of the largest tensor on each processor.
+
+    A record with a checksum is summed as it is compared, where it is; the others have a reading of their own.
+    """
+    sums = {_run(found[0], found[1].file, found[1].offset, found[1].size): found for found in _checks(plan)}
+    share = max((one[2].nbytes for one in comparisons), default=0) // MOST
+    easy: list[Comparison] = []
+    large: list[Comparison] = []
+    compared: set[Run] = set()
     for one in comparisons:
-        if not (is_in_order(one[1]) and is_in_order(one[2])):
-            _compare(plan, one, progress)
+        compared.update(_runs(one[1]))
+        is_easy = all(is_in_order(view) or view.nbytes <= share for view in one[1:])
+        (easy if is_easy else large).append(one)
+    with Readers(sums, 1) as readers:
+        jobs: list[Job] = [partial(_check, *found) for run, found in sums.items() if run not in compared]
+        jobs += [partial(_compare, plan, one, readers, progress) for one in easy]
+        with Workers(jobs) as workers:
+            workers.wait()
+    with Readers(sums, MOST) as readers:
+        for one in large:
+            _compare(plan, one, readers, progress)
 
 
 def _common(source: View, made: View) -> tuple[View, View]:
@@ -88,11 +165,11 @@ def _opened(path: Path, file: WeightFile, plan: Plan) -> Container:
     return container
 
 
-def _compare(plan: Plan, comparison: Comparison, progress: Progress) -> None:
+def _compare(plan: Plan, comparison: Comparison, readers: Readers, progress: Progress) -> None:
     """Raise CheckpointDamaged unless the second view holds the elements of the first, cast where the plan says."""
     name, source, made = comparison
     count = PIECE // max(ITEM_SIZES[source.dtype], ITEM_SIZES[made.dtype])
-    with Gatherer() as one, Gatherer() as two:
+    with readers.pair() as (one, two):
         left = _as(made.dtype, source.dtype, one.pieces(source, count * ITEM_SIZES[source.dtype]))
         right = two.pieces(made, count * ITEM_SIZES[made.dtype])
         for number, (a, b) in enumerate(itertools.zip_longest(left, right, fillvalue=memoryview(b""))):
@@ -116,11 +193,6 @@ def _same(a: memoryview, b: memoryview) -> bool:
     return a == b.obj if isinstance(b.obj, bytearray) and len(b.obj) == len(b) else a.tobytes() == b
 
 
-def source_checks(plan: Plan) -> Iterator[Job]:
-    """Give jobs that compare the source with its own checksums, and raise CheckpointDamaged with a tensor's name."""
-    return (partial(_check, *found) for found in _checks(plan))
-
-
 def _checks(plan: Plan) -> Iterator[tuple[Container, Check, str]]:
     """The checksums that the sources recorded of the bytes that were used, each with the name of a tensor there."""
     used: dict[int, tuple[Container, set[str]]] = {}
@@ -138,6 +210,10 @@ def _checks(plan: Plan) -> Iterator[tuple[Container, Check, str]]:
 def _check(container: Container, check: Check, name: str) -> None:
     with container.open(check.file) as file:
         found = crc32_range(file.fileno(), check.offset, check.offset + check.size)
+    _refuse_damage(container, check, name, found)
+
+
+def _refuse_damage(container: Container, check: Check, name: str, found: int) -> None:
     if found != check.crc32:
         raise CheckpointDamaged(
             f"{container.path}: {name} is damaged (CRC32 {found:08x}, recorded {check.crc32:08x}). Nothing was written."

@@ -9,18 +9,18 @@ from types import TracebackType
 
 Job = Callable[[], None]
 
-MOST = 4
+MOST = min(os.cpu_count() or 1, 4)
 """Threads at a time: more would wait for memory and disk, not for a processor."""
 
 
 class Workers:
     """Threads that work off jobs in their order; `concurrent.futures` would take as long to import as a small file."""
 
-    def __init__(self, jobs: Iterable[Job], count: int = 0) -> None:
+    def __init__(self, jobs: Iterable[Job], count: int = MOST) -> None:
         self._jobs = iter(jobs)  # made one at a time, as they are asked for
         self._lock = threading.Lock()
         self._error: BaseException | None = None
-        self._threads = [threading.Thread(target=self._work) for _ in range(count or min(os.cpu_count() or 1, MOST))]
+        self._threads = [threading.Thread(target=self._work) for _ in range(count)]
 
     def _work(self) -> None:
         try:

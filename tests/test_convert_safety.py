@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import convert_checkpoints
 from core import convert as engine
 from core import proof
+from core.containers.open import open_container
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from core.storage import DISK
 from tests.conftest import ROOT
@@ -213,7 +214,7 @@ def test_the_disk_is_told_to_write_what_it_was_not_told_yet(tmp_path, monkeypatc
     told = []
     monkeypatch.setattr(engine, "_AT_ONCE", 100)
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: told.append((start, size)))
-    with engine.Made(tmp_path) as made:
+    with engine.writing_back() as begin, engine.Made(tmp_path, begin) as made:
         with made.file("a") as output:
             for size in (60, 60, 30, 300, 7):
                 output.write(bytes(size))
@@ -267,6 +268,40 @@ def test_fills_are_proven_too(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "elements", spoilt)
     with pytest.raises(CheckpointDamaged, match=r"\.bias is not what"):
         converted(shared / "fixtures/nanogpt_char_biasFalse/ckpt.pt", tmp_path / "hf", "hf")
+
+
+@pytest.mark.parametrize(("to", "large"), [("safetensors", False), ("bundle", False), ("bundle", True)])
+def test_damage_of_any_record_is_found_and_a_whole_record_is_read_once_for_it(shared, tmp_path, monkeypatch, to, large):
+    """Damaged bytes are copied as they are and equal their copy: only the source's own checksum knows better."""
+    if large:  # as of a tensor that is compared when the others are
+        monkeypatch.setattr(proof, "MOST", 1 << 40)
+        monkeypatch.setattr(proof, "Readers", lambda sums, threads, real=proof.Readers: real(sums, 2))
+    summed = []
+    real = proof._check
+    monkeypatch.setattr(proof, "_check", lambda *found: (summed.append(found[2]), real(*found)))
+    path = Path(shutil.copy(shared / "fixtures/nanogpt_char_biasFalse/ckpt.pt", tmp_path / "ckpt.pt"))
+    opened, whole = open_container(path), path.read_bytes()
+    checks = [c for c in opened.checks if set(c.names) <= set(opened.tensors) - {"best_val_loss"}]  # a plain number
+    for check in checks:
+        data = bytearray(whole)
+        data[check.offset + check.size - 1] ^= 1
+        path.write_bytes(data)
+        if not any(name.startswith("model.") for name in check.names) and to == "safetensors":
+            continue
+        with pytest.raises(CheckpointDamaged, match=r"is damaged \(CRC32 [0-9a-f]{8}, recorded"):
+            converted(path, tmp_path / "out", to)
+        assert names(tmp_path) == ["ckpt.pt"]
+    assert len(checks) > 20 and summed == []
+
+
+def test_a_record_of_which_rows_are_left_out_is_summed_whole(shared, tmp_path):
+    path = Path(shutil.copy(shared / "fixtures/nanogpt_char_biasFalse/ckpt.pt", tmp_path / "ckpt.pt"))
+    spec = open_container(path).tensors["model.transformer.wte.weight"]
+    data = bytearray(path.read_bytes())
+    data[spec.offset + spec.nbytes - 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointDamaged, match=r"wte\.weight is damaged"):
+        converted(path, tmp_path / "out", "hf", vocab_size=spec.shape[0] - 1)
 
 
 # Refused
