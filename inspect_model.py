@@ -21,6 +21,7 @@ from core.commandline import (
     Parser,
     add_legacy_flag,
     choose_model,
+    count,
     legacy_path,
     run,
 )
@@ -36,6 +37,7 @@ from core.screen import printable
 EPILOG = """examples:
   python inspect_model.py                                 every model below checkpoints/, or the only one
   python inspect_model.py --model_name dante              one model
+  python inspect_model.py --model_name dante --history    its past: every step, its branch, why it is kept
   python inspect_model.py old.pt                          a file of any program: .pt, .safetensors, .bin
   python inspect_model.py runs/llama --tensors '*norm*'   a folder of any program; some of its tensors, one by one
   python inspect_model.py dante/model.pt --verify         compare every record with its checksum
@@ -55,6 +57,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     if args.diff:
         return diff(parser, args)
+    if not args.history and (args.keep is not None or args.keep_every is not None):
+        parser.error("--keep and --keep_every show what they would remove, with --history")
+    if args.history and args.step is not None:
+        parser.error("--history shows every step; leave out --step")
+    if args.keep is not None and args.keep < 0:
+        parser.error(f"--keep is {args.keep}, expected at least 0")
     places = find_places(parser, args)
     if places is None:
         return WRONG_USE
@@ -76,6 +84,11 @@ def make_parser() -> Parser:
     views.add_argument(
         "--tensors", metavar="GLOB", nargs="?", const="*", help="list tensors one by one, those that a pattern fits"
     )
+    views.add_argument(
+        "--history", action="store_true", help="every step, kept and aside: why it is there, is it whole"
+    )
+    views.add_argument("--keep", type=int, metavar="N", help="with --history: what this would remove")
+    views.add_argument("--keep_every", type=count, metavar="N", help="with --history: the same")
     views.add_argument("--verify", action="store_true", help="compare every record with its checksum")
     views.add_argument(
         "--stats", metavar="GLOB", nargs="?", const="*", help="read tensors: min, max, mean, std, zeros, NaN and Inf"
@@ -126,6 +139,8 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
             from core.report_ours import model_facts
 
             return {"root": str(place), "models": [model_facts(place / name) for name in names]}, []
+        if args.history:
+            return look_back(place, args)
         with inspect_path(place, args.step) as found:
             say_chosen(found)
             facts = facts_of(found, args.tensors)
@@ -152,6 +167,20 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
             return facts, faults
     except OSError as error:
         raise CheckpointError(f"{error.filename or place}: cannot be read ({error.strerror}).") from error
+
+
+def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
+    """Collect the past of one model, and what of it is damaged."""
+    from core.past import past_of
+    from core.past_text import past_facts, past_faults
+
+    if not place.is_dir():
+        raise CheckpointError(f"{place}: no folder of a model, so there is no history to show.")
+    total = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    with bar("verifying", total) if args.verify else contextlib.nullcontext(lambda size: None) as advance:
+        past = past_of(place, checksums=args.verify, progress=advance)
+    facts = past_facts(past, args.verify, args.keep, args.keep_every)
+    return {"past": facts}, past_faults(facts)
 
 
 def diff(parser: Parser, args: argparse.Namespace) -> int:
@@ -200,6 +229,7 @@ def say_chosen(found: Inspected) -> None:
 def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int:
     """Print facts, and what is wrong on stderr; returns the exit code."""
     if args.json:
+        shown = [facts.get("past", facts) for facts in shown]
         documents = [plain(facts, room=Room(facts["bytes"]) if "bytes" in facts else None) for facts in shown]
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2, allow_nan=False))
     else:
@@ -215,6 +245,10 @@ def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:
     """Write facts for people."""
     if "models" in facts:
         return models_text(facts["root"], facts["models"])
+    if "past" in facts:
+        from core.past_text import past_lines
+
+        return past_lines(facts["past"])
     return itertools.chain(text_of(facts, all_tensors), views_text(facts))
 
 

@@ -61,6 +61,8 @@ def main(argv: list[str]) -> int:
             world=world,
             keep=1 if args.keep is None else args.keep,
             keep_every=args.keep_every,
+            verify=args.verify,
+            allow_fresh=args.allow_fresh,
         )
         if args.prune and not manager.checkpoint_dir.is_dir():
             raise CheckpointNotFound(f"{manager.checkpoint_dir}: no such folder, so nothing to prune.")
@@ -82,9 +84,8 @@ def prune(manager: RankedManager, args: argparse.Namespace) -> int:
 def train(manager: RankedManager, args: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Resume or start the model of a manager that holds its lock."""
     if args.resume_from is not None:
-        manager.go_back(args.resume_from, verify=args.verify)
-    resumed = manager.newest_intact(allow_fresh=args.allow_fresh, verify=args.verify)
-    with resumed or contextlib.nullcontext() as bundle:
+        manager.go_back(args.resume_from)
+    with manager.newest_intact() or contextlib.nullcontext() as bundle:
         return train_from(manager, bundle, args, flags)
 
 

@@ -48,6 +48,7 @@ class CheckpointManager:
     one that was resumed from. `facts` go into the training state of every save. A save that is due while another is
     being written waits for it, or with `save_policy="skip"` is left out. `stage_memory` limits the bytes that hold a
     step on its way to disk; None is half of what is free when the first step is saved, and 48 MB always are.
+    Without `verify` no checksums are compared on resume: only what cannot be opened counts as damaged.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class CheckpointManager:
         say: Callable[[str], None] = intact.say_on_stderr,
         save_policy: str = "wait",
         stage_memory: int | None = None,
+        verify: bool = True,
+        allow_fresh: bool = False,
     ) -> None:
         if not model_name or model_name in (".", "..") or Path(model_name).name != model_name or "\\" in model_name:
             raise InputError(f"model name {model_name!r}: expected the name of one folder, without a path.")
@@ -80,6 +83,8 @@ class CheckpointManager:
         self._held = contextlib.ExitStack()
         self.say = say
         self.save_policy = save_policy
+        self.verify = verify
+        self.allow_fresh = allow_fresh
         self._memory = Memory(stage_memory)
         self._saving = Background()
         self._snapshot: Snapshot | None = None
@@ -176,18 +181,17 @@ class CheckpointManager:
 
     # Resume
 
-    def newest_intact(self, *, allow_fresh: bool = False, verify: bool = True) -> Bundle | None:
+    def newest_intact(self) -> Bundle | None:
         """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
 
         A damaged newest step is renamed aside, the newest intact one takes its place, and both are said. Where there
-        are steps and none is intact, `allow_fresh` moves all of it aside and gives None. Without `verify`, only what
-        cannot be opened counts as damaged.
+        are steps and none is intact, `allow_fresh` moves all of it aside and gives None.
 
         Raises: NoneIntact when there are steps and none is intact; nothing is changed then.
         """
         with self.writing(), self._explained():
-            open_to_train = rewind.open_or_clear if allow_fresh else intact.open_newest_intact
-            return open_to_train(self._folder, self.say, check=verify)
+            open_to_train = rewind.open_or_clear if self.allow_fresh else intact.open_newest_intact
+            return open_to_train(self._folder, self.say, check=self.verify)
 
     def prune(self, keep: int | None = None, keep_every: int | None = None) -> int:
         """Remove what was set aside, name it, and return the bytes freed; with a number given, kept steps as well.
@@ -200,13 +204,13 @@ class CheckpointManager:
             going = Retention.of(newest).given(keep, keep_every).going(newest, kept) if asked else []
             return rewind.prune(self._folder, going, self.say)
 
-    def go_back(self, step: int, *, verify: bool = True) -> None:
+    def go_back(self, step: int) -> None:
         """Make a kept step the newest one again: training goes on from it, and what came after it is kept aside.
 
         Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged; nothing is changed then.
         """
         with self.writing(), self._explained():
-            rewind.go_back(self._folder, step, self.say, check=verify)
+            rewind.go_back(self._folder, step, self.say, check=self.verify)
 
     def initialize_for_training(
         self,

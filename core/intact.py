@@ -97,7 +97,8 @@ def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> B
             f"{place.path / left[0]}: is here without {gone}, so this is what is left of a checkpoint. Put {gone} "
             f"back; nothing was changed. {ANEW}"
         )
-    if asides := place.asides():
+    asides = [path for path in place.asides() if "_cleared_" not in path.name]  # those a new start was permitted over
+    if asides:
         raise NoneIntact(
             f"{place.path}: no checkpoint here but what was set aside: {', '.join(path.name for path in asides)}. "
             f"To go on from one, rename it to step_NNNNNNNN, as it says. {ANEW}"

@@ -36,18 +36,18 @@ class RankedManager(CheckpointManager):
         with super().writing() if self.world.is_first else contextlib.nullcontext():
             yield
 
-    def go_back(self, step: int, *, verify: bool = True) -> None:
+    def go_back(self, step: int) -> None:
         """Make a kept step the newest one again; on the first rank, whose choice of what to resume follows."""
         if self.world.is_first:
-            super().go_back(step, verify=verify)
+            super().go_back(step)
 
-    def newest_intact(self, *, allow_fresh: bool = False, verify: bool = True) -> Bundle | None:
+    def newest_intact(self) -> Bundle | None:
         """Open the newest intact step on every rank: the first one chooses it, the others check that they see the same.
 
         Raises: CheckpointDamaged as for one process, CheckpointMismatch when a rank finds something else.
         """
         if self.world.is_first:
-            bundle = super().newest_intact(allow_fresh=allow_fresh, verify=verify)
+            bundle = super().newest_intact()
             self.world.from_first(_identity(bundle))
             return bundle
         chosen = self.world.from_first()

@@ -57,6 +57,13 @@ class Retention:
             found.append([rule for rule, holds in tests.items() if holds])
         return found
 
+    def rules_of_newest(self, newest: Mapping[str, Any], kept: Sequence[Kept]) -> list[str]:
+        """Name the rules that hold for the step at the top, by which it would stay when it is no longer the newest."""
+        best, step = best_of(newest, kept), newest.get("step", 0)
+        every = self.keep_every is not None and step % self.keep_every == 0
+        tests = {"newest": True, "best": best is not None and step == best["step"], f"every {self.keep_every}": every}
+        return [rule for rule, holds in tests.items() if holds]
+
     def going(self, newest: Mapping[str, Any], kept: Sequence[Kept]) -> list[Kept]:
         """The kept steps that no rule keeps."""
         return [step for step, rules in zip(kept, self.rules(newest, kept), strict=True) if not rules]

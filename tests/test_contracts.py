@@ -12,8 +12,8 @@ from tests.conftest import ROOT
 
 CORE_MODULES = """
 bundle change checksum choice commandline commit comparison comparison_text config curve differences equality
-errors evolution fit inspection legacy lineage lock migration optimizer_state page part plain report report_text
-report_views retention screen side statistics storage tensor_table training_state verification
+errors evolution fit folder inspection legacy lineage lock migration optimizer_state page part past past_text plain
+report report_text report_views retention screen side statistics storage tensor_table training_state verification
 """
 
 TORCH_FREE = [

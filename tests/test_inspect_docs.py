@@ -40,6 +40,14 @@ def there(shared, tmp_path, monkeypatch):
     made, model, optimizer = started(Path("checkpoints"), keep=2)
     with made.writing():
         train_and_save(made, model, optimizer, 3, val_loss=lambda step: 4.0 - step)
+    made, model, optimizer = started(Path("runs"), keep=2, keep_every=2)
+    with made.writing():
+        train_and_save(made, model, optimizer, 4, val_loss=lambda step: 4.0 - step / 2)
+    made.go_back(2)
+    made.close()
+    made, model, optimizer = started(Path("runs"), keep=2, keep_every=2)
+    train_and_save(made, model, optimizer, 3, val_loss=lambda step: 3.0 - step / 4)
+    made.close()
     shutil.copytree(fixtures / "lecture_char/bundle", "checkpoints/lecture")
     Path("checkpoints/old").mkdir()
     Path("llama").mkdir()
@@ -70,6 +78,7 @@ def document(*words: str) -> Any:
 
 
 def without_times(text: str) -> str:
+    text = re.sub(r"_[0-9a-f]{16}\b|\d{4}(-\d\d){2} \d\d(:\d\d){2}", "TIME", text)
     return re.sub(r"in \d+\.\d\d s( \(.*?\))?|\d+ (days|hours|minutes|seconds) old", "TIME", text)
 
 
@@ -87,7 +96,7 @@ def test_examples_are_what_is_printed(example):
 def test_flags_are_those_of_the_script():
     flags = {flag for flag in inspect_model.make_parser()._option_string_actions if flag.startswith("--")} - {"--help"}
     assert set(re.findall(r"^\| `(--\w+)", PAGE, re.MULTILINE)) == flags
-    assert set(re.findall(r"--\w+", PAGE)) <= flags
+    assert set(re.findall(r"(?<!train\.py )--\w+", PAGE)) <= flags
 
 
 def fields(value: Any, table: dict[str, str], at: str = "") -> Iterator[tuple[str, Any]]:
@@ -137,6 +146,12 @@ def test_fields_of_a_checkpoint_are_those_of_the_page():
 @pytest.mark.usefixtures("there")
 def test_views_add_fields_to_a_checkpoint_only_when_asked():
     assert not {"verification", "stats"} & document("ckpt.pt").keys()
+
+
+@pytest.mark.usefixtures("there")
+def test_fields_of_a_history_are_those_of_the_page():
+    documents = [document("runs/dante", "--history", *words) for words in (["--keep", "1"], ["--verify"])]
+    assert_described(documents, TABLES["With --history"])
 
 
 @pytest.mark.usefixtures("there")
