@@ -259,7 +259,7 @@ class CheckpointManager:
         alone = start.config_alone(self.checkpoint_dir, given, tokenizer, self.say)
         if init_from_model:
             other = CheckpointManager(init_from_model, self.checkpoint_dir.parent)
-            with intact.open_chosen(other.checkpoint_dir, self.say) as bundle:
+            with intact.open_chosen(other.checkpoint_dir, self.say, check=self.verify) as bundle:
                 model = start.from_weights(bundle, {**alone, **given}, tokenizer)
                 self.say(f"starting from the weights of {init_from_model}, step {bundle.step}")
         else:

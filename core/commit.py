@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,11 +232,20 @@ class ModelFolder(FolderReader):
             self.storage.sync_folder(folder)
         self.storage.sync_folder(self.path)
 
-    def go_back(self, folder: Path, why: str, later: Iterable[Path] = (), *, top_stays: bool = False) -> list[Path]:
+    def go_back(
+        self,
+        folder: Path,
+        why: str,
+        later: Iterable[Path] = (),
+        *,
+        top_stays: bool = False,
+        facts: Mapping[str, Any] | None = None,
+    ) -> list[Path]:
         """Make a kept step the newest one again, under the commit id it has; the top and `later` steps go aside.
 
         It is one commit: what goes aside is listed in it, and done before it is rolled forward. Returns the folders
         that hold them. With `top_stays` the top is one of the kept steps already, and need not be kept again.
+        `facts` replace those of the step's training state.
         """
         top, files = self._top_state() or {}, {MODEL, STATE} & set(self._top_names())
         aside = {TOP: aside_folder(top.get("step", 0), why)} if files and not top_stays else {}
@@ -252,7 +261,7 @@ class ModelFolder(FolderReader):
             state = opened.state
             if "integrity" not in state:
                 state = self._adopt(opened)
-            self.storage.write(stage / STATE, seal({**state, WENT_BACK: said}))
+            self.storage.write(stage / STATE, seal({**state, **(facts or {}), WENT_BACK: said}))
             self.commit(stage)
         self.roll_forward()
         return [self.path / name for name in aside.values()]

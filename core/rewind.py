@@ -9,7 +9,7 @@ from typing import Any
 
 from core import intact
 from core.bundle import EMA, Bundle, Kept, history
-from core.choice import LEGACY_FILES
+from core.choice import LEGACY_FILES, seen_files
 from core.commit import ModelFolder
 from core.errors import CheckpointDamaged, CheckpointNotFound, NoneIntact
 from core.folder import LOG, aside_folder
@@ -35,7 +35,15 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
     intact.open_verified(place.path, say, step=step, check=check).close()
     later = [older.path for older in kept.values() if older.order > kept[step].order]
     ids = [older.state.get("commit_id") for older in kept.values()]
-    gone = place.go_back(kept[step].path, "abandoned", later, top_stays=top.get("commit_id", "") in ids)
+    # A single file with a higher step, which this step has not seen, would be chosen instead of it.
+    legacy = seen_files(place.path, top.get("legacy", []))
+    gone = place.go_back(
+        kept[step].path,
+        "abandoned",
+        later,
+        top_stays=top.get("commit_id", "") in ids,
+        facts={"legacy": legacy} if legacy else None,
+    )
     say(
         f"{place.path}: back to step {step}, which training goes on from. What came after it is kept aside until "
         f"--prune: {', '.join(path.name for path in gone)}"

@@ -151,7 +151,7 @@ def start_speedrun(
         manager.say(f"starting from the weights of {origin.path}, a new run at step 0")
     elif init_from_model:
         other = CheckpointManager(init_from_model, manager.checkpoint_dir.parent)
-        with intact.open_chosen(other.checkpoint_dir, manager.say) as source:
+        with intact.open_chosen(other.checkpoint_dir, manager.say, check=manager.verify) as source:
             variant_to_train(source, f"flex_{wanted.variant}")
             model = _from_bundle(source, {**alone, **given}, wanted, None)
             manager.say(f"starting from the weights of {init_from_model}, step {source.step}")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from core.checkpoint import CheckpointManager
 from core.commandline import DONE, FAILED
@@ -161,6 +162,23 @@ def test_a_damaged_step_is_not_gone_back_to_and_nothing_changes(tmp_path):
     with manager(tmp_path, verify=False) as made:
         made.go_back(1)
         assert state_of(folder)["step"] == 1
+
+
+def test_a_single_file_that_came_after_the_step_is_not_chosen_over_it(tmp_path):
+    trained(tmp_path, 3)
+    path = tmp_path / "dante/latest.pt"
+    made, model, optimizer = started(tmp_path, keep=9)
+    content = {"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "step": 30}
+    torch.save(content | {"config": model.config.to_dict(), "tokenizer": model.tokenizer.state()}, path)
+    made.close()
+    made, model, optimizer = started(tmp_path, keep=9)
+    assert model.step == 30
+    train_and_save(made, model, optimizer, 1)
+    made.go_back(2)
+    with made.newest_intact() as bundle:
+        assert (bundle.step, bundle.single) == (2, None)
+    made.close()
+    assert path.exists() and [entry["name"] for entry in state_of(tmp_path / "dante")["legacy"]] == ["latest.pt"]
 
 
 def test_the_log_of_the_abandoned_branch_goes_aside_with_it(tmp_path):
