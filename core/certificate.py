@@ -140,10 +140,12 @@ def _compare(
 
 
 def certificate_of(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The certificate in a training state; None where there is none, or where it is of another step."""
-    found = state.get("certificate")
-    whole = isinstance(found, dict) and isinstance(found.get("settings"), dict) and {"batch", "noise"} <= found.keys()
-    return found if isinstance(found, dict) and whole and found.get("step") == state.get("step") else None
+    """The certificate in a training state; None where there is none, of this step, with the digests of its tensors."""
+    found, files = state.get("certificate"), state.get("integrity", {}).get("files", {})
+    if not isinstance(found, dict) or "tensors" not in files.get(MODEL, {}) or found.get("step") != state.get("step"):
+        return None
+    whole = isinstance(found.get("settings"), dict) and {"batch", "noise"} <= found.keys()
+    return found if whole else None
 
 
 def verdict(state: Mapping[str, Any], found: Mapping[str, list[str]]) -> str:
