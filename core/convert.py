@@ -26,13 +26,11 @@ from core.storage import DISK, Output, Storage
 
 Progress = Callable[[int], object]
 
-
 WRITEBACK = hasattr(os, "posix_fadvise")
 """Off (macOS, Windows, tests): the disk begins to write when it is waited for."""
 
 _AT_ONCE = 16 << 20  # bytes after which the disk is told to begin
-_MOST_OPEN = 64
-
+_MOST_OPEN = 64  # files that are not yet durable
 
 Begin = Callable[[int, int, int], None]
 """Tells the disk to begin with some bytes of an open file: which, from where on, how many."""

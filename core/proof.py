@@ -27,8 +27,6 @@ from core.workers import MOST, Job, Workers
 
 Progress = Callable[[int], object]
 Comparison = tuple[str, View, View]
-
-
 Run = tuple[int, str, int, int]
 """Some bytes of a file: of which container, its name there, where from, how many."""
 Sums = Mapping[Run, tuple[Container, Check, str]]
