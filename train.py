@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.commandline import DONE, STOPPED, Parser, count, run
+from core.commandline import DONE, STOPPED, Parser, count, positive, run, size
 from core.distributed import PARALLEL
 from core.presets import RUN, preset
+from core.stop import StopSignal
 from core.variant import VARIANTS
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ ARCHS = ("gpt", "flex_small", "flex_small_2025_02", "flex_medium")
 CONFIG_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "dropout", "device")
 """Flags that are fields of config.json."""
 
-METAVARS: dict[Any, str] = {Path: "PATH", str: "NAME", int: "N", count: "N", float: "X"}
+METAVARS: dict[Any, str] = {Path: "PATH", str: "NAME", int: "N", count: "N", float: "X", positive: "X"}
 """What stands for a value in --help, by its type."""
 
 EPILOG = """examples:
@@ -40,7 +41,8 @@ EPILOG = """examples:
   torchrun --nproc_per_node=4 train.py --model_name dante     on several GPUs, or processes: docs/distributed.md
 
 flex_* models see the windows that upstream has at the end of training, from the first step on.
-Ctrl-C finishes the step, saves, and says how to go on (exit code 75); a second one ends at once (130).
+Ctrl-C and SIGTERM finish the step, save, and say how to go on (exit code 75); a second Ctrl-C ends at once (130).
+SIGUSR1 saves and goes on. docs/clusters.md has lines for batch queues.
 A flag wins over the model's own config and training state, which win over the preset.
 """
 
@@ -50,6 +52,12 @@ def main(argv: list[str]) -> int:
     args = make_parser().parse(argv)
     flags = {name: value for name, value in vars(args).items() if value is not None}
 
+    with StopSignal(args.stop_after_minutes, owns_process=True) as stop:
+        return prune_or_train(args, flags, stop)
+
+
+def prune_or_train(args: argparse.Namespace, flags: dict[str, Any], stop: StopSignal) -> int:
+    """Do what the flags ask for, as the only writer of the model."""
     from core.distributed import open_world
     from core.errors import CheckpointNotFound
     from core.ranked_checkpoint import RankedManager
@@ -63,13 +71,15 @@ def main(argv: list[str]) -> int:
             keep_every=args.keep_every,
             verify=args.verify,
             allow_fresh=args.allow_fresh,
+            save_policy=args.save_policy,
+            stage_memory=args.stage_memory,
         )
         if args.prune and not manager.checkpoint_dir.is_dir():
             raise CheckpointNotFound(f"{manager.checkpoint_dir}: no such folder, so nothing to prune.")
         with manager:
             if args.prune:
                 return prune(manager, args)
-            return train(manager, args, flags)
+            return train(manager, args, flags, stop)
 
 
 def prune(manager: RankedManager, args: argparse.Namespace) -> int:
@@ -81,22 +91,26 @@ def prune(manager: RankedManager, args: argparse.Namespace) -> int:
     return DONE
 
 
-def train(manager: RankedManager, args: argparse.Namespace, flags: dict[str, Any]) -> int:
+def train(manager: RankedManager, args: argparse.Namespace, flags: dict[str, Any], stop: StopSignal) -> int:
     """Resume or start the model of a manager that holds its lock."""
     if args.resume_from is not None:
         manager.go_back(args.resume_from)
     with manager.newest_intact() or contextlib.nullcontext() as bundle:
-        return train_from(manager, bundle, args, flags)
+        return train_from(manager, bundle, args, flags, stop)
 
 
-def train_from(manager: RankedManager, bundle: Bundle | None, args: argparse.Namespace, flags: dict[str, Any]) -> int:
+def train_from(
+    manager: RankedManager, bundle: Bundle | None, args: argparse.Namespace, flags: dict[str, Any], stop: StopSignal
+) -> int:
     """Train on from an open bundle, or anew."""
+    from core.commit import CONFIG
     from core.corpus import find_source, open_corpus
     from core.dataloader import DataLoader, PackedLoader
     from core.device import DTYPES, resolve_device
     from core.evolution import old_settings
     from core.schedule import Schedule
-    from core.speedrun_start import Wanted, open_origin, start_speedrun, variant_to_train
+    from core.speedrun_start import Wanted, open_origin, refuse_other_sizes, sizes, start_speedrun, variant_to_train
+    from core.start import refuse_other_architecture
     from core.tokenizer import tokenizer_from_state
     from core.training import fit
 
@@ -117,7 +131,12 @@ def train_from(manager: RankedManager, bundle: Bundle | None, args: argparse.Nam
     so_far = state.get("training") or old_settings(moments)
     settings = {**RUN, **defaults, **so_far, **flags}
     start = bundle.step if bundle else 0
-    if start >= settings["max_iters"]:
+    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags}
+    if bundle and start >= settings["max_iters"]:
+        if variant:
+            refuse_other_sizes(str(bundle.path(CONFIG)), bundle.config_values, sizes(given))
+        else:
+            refuse_other_architecture(bundle, given)
         print(
             f"{manager.checkpoint_dir}: step {start}, and max_iters is {settings['max_iters']}: nothing to do. "
             f"Train on with --max_iters {start + settings['max_iters']}.",
@@ -136,7 +155,6 @@ def train_from(manager: RankedManager, bundle: Bundle | None, args: argparse.Nam
     for note in corpus.notes:
         say(note)
     schedule = make_schedule(settings, Schedule)
-    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags}
     model: GPT | GPTFlexAttention
     optimizer: Any
     if variant:
@@ -193,12 +211,15 @@ def train_from(manager: RankedManager, bundle: Bundle | None, args: argparse.Nam
         eval_interval=settings["eval_interval"],
         eval_iters=settings["eval_iters"],
         save_interval=settings["save_interval"],
+        save_every_minutes=settings["save_every_minutes"],
+        max_failed_saves=args.max_failed_saves,
         grad_clip=settings["grad_clip"],
         gradient_accumulation_steps=settings["gradient_accumulation_steps"],
         dtype=DTYPES[settings["dtype"]],
         compile=settings["compile"],
         ema=settings["ema"],
         strict_resume=args.strict_resume,
+        stop=stop,
         world=world,
     )
     if result.stopped_by:
@@ -318,6 +339,20 @@ def make_parser() -> Parser:
         ("--eval_interval", count, "steps between evaluations (250)"),
         ("--eval_iters", count, "batches per evaluation (20)"),
         ("--save_interval", count, "steps between saves (as --eval_interval)"),
+        ("--save_every_minutes", positive, "save as well when the last save was this long ago"),
+        ("--stop_after_minutes", positive, "finish the step, save and exit with 75 this long after the start"),
+    )
+    saving.add_argument(
+        "--save_policy", choices=("wait", "skip"), default="wait", help="of a save while one is written (wait)"
+    )
+    saving.add_argument(
+        "--max_failed_saves", type=count, metavar="N", default=3, help="failed saves in a row that end the run (3)"
+    )
+    saving.add_argument(
+        "--stage_memory",
+        type=lambda word: size(word, least=0),
+        metavar="SIZE",
+        help="memory for a step on its way to disk: 2GB, 500MB, 0 for 48 MB (half of what is free)",
     )
     saving.add_argument("--keep", type=int, metavar="N", help="older steps to keep besides the best (1)")
     saving.add_argument("--keep_every", type=count, metavar="N", help="keep every step that N divides")

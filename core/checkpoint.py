@@ -31,14 +31,14 @@ from core.lock import hold
 from core.materialize import fill, load_moments, load_optimizer, read_part
 from core.model import GPT, GPTBatched, GPTFlexAttention
 from core.optimizer import configure_optimizer
-from core.retention import Retention, best_of
+from core.retention import Retention, best_of, better
 from core.save import Save
 from core.snapshot import Memory, Snapshot
 from core.speedrun import SpeedrunGPT
 from core.speedrun_files import fill_speedrun
 from core.state_dict import unwrap
 from core.tokenizer import Tokenizer
-from core.training_state import parse_json
+from core.training_state import FIELDS, parse_json
 
 
 class CheckpointManager:
@@ -335,6 +335,22 @@ class CheckpointManager:
         else:
             save.snapshot.wait_copied()
         return True
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record what was measured of the newest step after it was saved; durable when this returns.
+
+        Raises: SaveFailed when it could not be recorded (the step is intact), InputError when another is the newest.
+        """
+        self.wait()
+        with self.writing(), self._explained():
+            top = rewind.top_state(self._folder)
+            if top.get("step") != step or "commit_id" not in top:
+                raise InputError(f"{self.checkpoint_dir}: the newest step is {top.get('step')}, expected {step}.")
+            if clash := FIELDS & metrics.keys():
+                raise InputError(f"metrics: {', '.join(sorted(clash))} are no measures.")
+            integrity = {"integrity": top.pop("integrity")}  # stays behind what people read
+            best = {"best": better(best_of(top, history(self.checkpoint_dir)), step, metrics.get("val_loss"))}
+            self._folder.replace_state({**top, **best, **metrics, **integrity})
 
     def wait(self) -> None:
         """Wait until the last save is durable.

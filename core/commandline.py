@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -98,6 +99,29 @@ def count(word: str) -> int:
     if not word.isascii() or not word.isdigit() or not int(word):
         raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1")
     return int(word)
+
+
+def positive(word: str) -> float:
+    """Parse a number above 0, as a flag's type."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
+    return value
+
+
+def size(word: str, least: int = 1) -> int:
+    """Parse a number of bytes such as 5GB, as a flag's type."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", word.upper())
+    if not match or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"{word!r} is no size such as 5GB, 500MB or 2GiB")
+    base = 1024 if match[3] else 1000
+    value = int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{word!r} is no size from {least} byte")
+    return value
 
 
 def read_settings(path: Path) -> dict[str, Any]:

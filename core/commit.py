@@ -78,6 +78,14 @@ class ModelFolder(FolderReader):
         self.storage.rename(stage, self.committed)
         self.storage.sync_folder(self.path)
 
+    def replace_state(self, state: dict[str, Any]) -> None:
+        """Give the top another training state, durably, of the same step and files; a reader sees one or the other."""
+        stage = self.stage()
+        self.storage.write(stage / STATE, seal(state))
+        self.storage.rename(stage / STATE, self.path / STATE)
+        self.storage.sync_folder(self.path)
+        self.storage.remove_folder(stage)
+
     def keep(self, stage: Path, step: int) -> Path:
         """Make a staged step a kept one, durably; CheckpointMismatch when that step is kept already."""
         target = self.path / step_folder(step)

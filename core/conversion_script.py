@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
-from core.commandline import DONE, Parser, count
+from core.commandline import DONE, Parser, count, positive, size
 from core.conversion_plan import DTYPES, Options
 from core.errors import CheckpointMismatch
 from core.screen import printable
@@ -59,29 +58,6 @@ def _add_megatron_flags(parser: Parser) -> None:
     group.add_argument("--max_position_embeddings", metavar="N", type=count, help="longest text, of rotary positions")
     group.add_argument("--bos_token_id", metavar="N", type=int, help="token that begins a text (none)")
     group.add_argument("--eos_token_id", metavar="N", type=int, help="token that ends a text (none)")
-
-
-def positive(word: str) -> float:
-    """Parse a number above 0, as a flag's type."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
-    return value
-
-
-def size(word: str) -> int:
-    """Parse a number of bytes such as 5GB, as a flag's type."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", word.upper())
-    if not match or (match[3] and not match[2]):
-        raise argparse.ArgumentTypeError(f"{word!r} is no size such as 5GB, 500MB or 2GiB")
-    base = 1024 if match[3] else 1000
-    value = int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is no size from 1 byte")
-    return value
 
 
 def options_of(args: argparse.Namespace) -> Options:

@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from core.errors import CheckpointError, InputError
+from core.stop import WISHES
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 PARALLEL = ("ddp", "fsdp")
 """What --parallel takes: a copy of the model on each rank, or a shard of it."""
-
-SIGNALS = ("SIGINT", "SIGTERM")
-"""Signals that stop a run at the edge of a step."""
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for one that lives and says nothing; of one that is gone it hears at once."""
@@ -104,16 +102,16 @@ class World:
             distributed.all_reduce(values)
         return values
 
-    def any_signal(self, mine: str | None) -> str | None:
-        """Say which signal any rank got; None for none."""
+    def wishes(self, mine: set[str]) -> set[str]:
+        """Say what is asked of any rank."""
         if self.size == 1:
             return mine
         import torch
 
         return self.at_edge(torch.zeros(()), mine)
 
-    def at_edge(self, loss: torch.Tensor, mine: str | None) -> str | None:
-        """Average the loss of a step over the ranks, in place, and say which signal any rank got; one collective.
+    def at_edge(self, loss: torch.Tensor, mine: set[str]) -> set[str]:
+        """Average the loss of a step over the ranks, in place, and say what is asked of any of them; one collective.
 
         A GPU is not waited for: what it adds up is read at the next edge, on all ranks alike.
         """
@@ -121,15 +119,15 @@ class World:
             return mine
         import torch
 
-        flags = [float(mine == name) for name in SIGNALS]
+        flags = [float(name in mine) for name in WISHES]
         both = torch.cat([loss.detach().float().reshape(1) / self.size, torch.tensor(flags).to(loss.device)])
         self.sum(both)
         loss.copy_(both[0])
         read: torch.Tensor | None = both
         if loss.device.type != "cpu":
             read, self._unread = self._unread, both
-        counts = read[1:].tolist() if read is not None else [0.0]
-        return next((name for name, count in zip(SIGNALS, counts, strict=False) if count), None)
+        counts = read[1:].tolist() if read is not None else []
+        return {name for name, count in zip(WISHES, counts, strict=False) if count}
 
     def from_first(self, value: Any = None) -> Any:
         """Give every rank the plain value that the first one has."""

@@ -38,6 +38,7 @@ RUN = {
     "eval_interval": 250,
     "eval_iters": 20,
     "save_interval": None,
+    "save_every_minutes": None,
     "seed": 1337,
 }
 """Whatever is trained, and wherever."""

@@ -83,6 +83,11 @@ class RankedManager(CheckpointManager):
             return True
         return super().save(model, optimizer, step=step, tokenizer=tokenizer, metrics=metrics, extra=extra, ema=ema)
 
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record what was measured of the newest step after it was saved; on the first rank."""
+        if self.world.is_first:
+            super().add_metrics(step, metrics)
+
 
 def _identity(bundle: Bundle | None) -> dict[str, Any] | None:
     """What makes two openings of a checkpoint the same one."""

@@ -80,3 +80,10 @@ def best_of(newest: Mapping[str, Any], kept: Sequence[Kept]) -> dict[str, Any] |
         return dict(recorded)
     losses = [(state["val_loss"], state["step"]) for state in here if isinstance(state.get("val_loss"), (int, float))]
     return {"step": min(losses)[1], "val_loss": min(losses)[0]} if losses else None
+
+
+def better(best: dict[str, Any] | None, step: int, loss: float | None) -> dict[str, Any] | None:
+    """The better of the best step so far and another, where that has a loss."""
+    if loss is not None and (best is None or loss < best["val_loss"]):
+        return {"step": step, "val_loss": loss}
+    return best

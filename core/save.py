@@ -22,7 +22,7 @@ from core.commit import CONFIG, MODEL, ModelFolder, new_id
 from core.config import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
 from core.errors import CheckpointDamaged, InputError, SaveFailed
 from core.lineage import descent
-from core.retention import Retention, best_of
+from core.retention import Retention, best_of, better
 from core.rewind import top_state
 from core.snapshot import Memory, Snapshot
 from core.speedrun_config import SpeedrunConfig
@@ -99,9 +99,6 @@ class Save:
     def _state(self) -> dict[str, Any]:
         """The training state of this step, as it descends from what is in the folder."""
         told, top, kept = self._told, top_state(self.place), history(self.place.path)
-        best, loss = best_of(top, kept), told.get("val_loss")
-        if loss is not None and (best is None or loss < best["val_loss"]):
-            best = {"step": told["step"], "val_loss": loss}
         state = {
             "step": told["step"],
             "optimizer_file": told["optimizer_file"],
@@ -110,7 +107,7 @@ class Save:
             "parent": self.place.newest_id(),
             **descent(top, (step.state for step in kept)),
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "best": best,
+            "best": better(best_of(top, kept), told["step"], told.get("val_loss")),
             "retention": dataclasses.asdict(self.retention),
         }
         if seen := seen_files(self.place.path, top.get("legacy", [])):

@@ -218,6 +218,15 @@ def _wish(
 ) -> None:
     """Give a loaded model what a run may choose, and refuse what its tensors decide."""
     values = model.config.to_dict(MODEL_CLASS)
+    refuse_other_sizes(where, values, given)
+    wishes = {name: value for name, value in {**preset, **given}.items() if name in WISHES}
+    if manager is not None and (length := wishes.get("block_size")) not in (None, values["block_size"]):
+        manager.say(f"block_size: {values['block_size']} so far, {length} from now on")
+    model.config = SpeedrunConfig.from_dict({**values, **wishes}, where)
+
+
+def refuse_other_sizes(where: str, values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise CheckpointMismatch when a given field is not the checkpoint's and its tensors decide it."""
     faults = [
         f"{name} is {given[name]} here and {values[name]} in the checkpoint"
         for name in given
@@ -225,10 +234,6 @@ def _wish(
     ]
     if faults:
         raise CheckpointMismatch(f"{where}: {'; '.join(faults)}. {ANOTHER}")
-    wishes = {name: value for name, value in {**preset, **given}.items() if name in WISHES}
-    if manager is not None and (length := wishes.get("block_size")) not in (None, values["block_size"]):
-        manager.say(f"block_size: {values['block_size']} so far, {length} from now on")
-    model.config = SpeedrunConfig.from_dict({**values, **wishes}, where)
 
 
 def _trainable(model: GPTFlexAttention, wanted: Wanted) -> GPTFlexAttention:

@@ -27,8 +27,9 @@ from core.metrics import Metrics
 from core.model import GPT, GPTFlexAttention
 from core.muon import MuonWithAdamW
 from core.randomness import mix
+from core.saves import Saves
 from core.schedule import Schedule
-from core.stop import StopSignal
+from core.stop import SAVE_BY_CLOCK, SAVING, StopSignal, reason
 
 METRICS = "metrics.jsonl"
 LOG_INTERVAL = 10
@@ -44,8 +45,8 @@ class FitResult:
     """How a call of `fit` ended."""
 
     step: int
-    val_loss: float | None
-    stopped_by: str | None  # the name of the signal
+    val_loss: float | None  # of this step
+    stopped_by: str | None  # the name of the signal, or stop_after_minutes
 
 
 def fit(
@@ -60,6 +61,8 @@ def fit(
     eval_interval: int = 250,
     eval_iters: int = 20,
     save_interval: int | None = None,
+    save_every_minutes: float | None = None,
+    max_failed_saves: int = 3,
     grad_clip: float = 1.0,
     gradient_accumulation_steps: int = 1,
     dtype: torch.dtype = torch.float32,
@@ -67,34 +70,41 @@ def fit(
     ema: float = 0.0,
     progress: bool = True,
     strict_resume: bool = False,
+    stop: StopSignal | None = None,
     world: World = ALONE,
 ) -> FitResult:
     """Train from the model's step up to `max_iters` updates, evaluating and saving on the way and at the end.
 
     Batches, dropout and learning rate are functions of (seed, step): N steps, a resume and M steps equal N + M steps.
-    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. A
-    learning rate without a `schedule` stays what the optimizer has. SIGINT and SIGTERM finish the step and save.
+    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given, and
+    `save_every_minutes` saves besides. A learning rate without a `schedule` stays what the optimizer has. SIGINT and
+    SIGTERM finish the step, save and return, SIGUSR1 saves and goes on; `stop` may have been entered before, and may
+    limit the time. A save that fails is said and training goes on, up to `max_failed_saves` in a row.
     With `ema` an average of the weights goes along, of this decay, as `ema.pt`. `torch.float16` scales the loss; a step
     whose gradients overflow is a step of the loop that makes no update.
     A resume is compared with the certificate of its step: one line says whether it is exact, and what differs.
-    The ranks of a `world` share each batch; a signal to one of them stops all at the end of the same step.
+    The ranks of a `world` share each batch; a signal to one of them is obeyed by all at the end of the same step.
 
-    Raises: TrainingDiverged when a loss or gradient is no longer a number, SaveFailed, InputError; CheckpointMismatch
-    when `strict_resume` is asked for and the resume is not exact, before anything is changed.
+    Raises: TrainingDiverged when a loss or gradient is no longer a number, SaveFailed for the last of too many failed
+    saves or for that of the last step, InputError; CheckpointMismatch when `strict_resume` is asked for and the resume
+    is not exact, before anything is changed.
     """
     counts = {"eval_interval": eval_interval, "eval_iters": eval_iters, "max_iters": max_iters}
     counts |= {"gradient_accumulation_steps": gradient_accumulation_steps, "save_interval": save_interval or 1}
+    counts |= {"max_failed_saves": max_failed_saves}
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"{name} is {value}, expected at least 1.")
     check_decay(ema)
     if manager is None and checkpoint_dir is not None:
         manager = CheckpointManager.of_folder(checkpoint_dir)
+    saves = Saves(manager, save_every_minutes, max_failed_saves) if manager else None
     run = _Run(
         model,
         data_loader,
         optimizer,
         manager,
+        saves,
         schedule,
         eval_iters,
         grad_clip,
@@ -109,29 +119,29 @@ def fit(
     with (
         manager.writing() if manager else contextlib.nullcontext(),
         _deterministic() if compile and run.device.type == "cpu" else contextlib.nullcontext(),
-        StopSignal() as stop,
+        contextlib.nullcontext(stop) if stop else StopSignal() as stop,
         run.open(max_iters, progress, strict_resume),
         run.ema.following(optimizer) if run.ema else contextlib.nullcontext(),
     ):
-        while model.step < max_iters:
+        stopping = run.measure_resumed(eval_interval, stop)
+        stop.work_to_save = not compile  # compiling is not waited for: until it is done there is nothing to lose
+        while model.step < max_iters and not stopping:
             run.update()
-            stopping = run.edge(stop)
-            ends = model.step == max_iters or stopping
+            stop.work_to_save = True
+            wishes = run.edge(stop)
             evaluates = model.step % eval_interval == 0 or model.step == max_iters
-            saves = model.step % save_interval == 0 or ends
-            if model.step % LOG_INTERVAL == 0 or evaluates or saves:
+            if model.step % LOG_INTERVAL == 0 or evaluates:
                 run.look()
-            if evaluates:
-                stopping = run.evaluate(stop) or stopping
-            if saves or stopping:
-                run.save()
-            if world.size == 1:
-                stopping = stop.requested
-            if stopping:
-                break
+            stopping = reason(wishes)
+            if evaluates and not stopping:
+                stopping = run.evaluate(stop)
+            ends = model.step == max_iters or stopping is not None
+            if model.step % save_interval == 0 or wishes or ends:
+                run.save(now=SAVING in wishes, last=ends)
         if manager:
             manager.wait()
-        return FitResult(model.step, run.val_loss, stopping if model.step < max_iters else None)
+        stop.work_to_save = False
+        return FitResult(model.step, run.measured_loss(), stopping if model.step < max_iters else None)
 
 
 class _Run:
@@ -143,6 +153,7 @@ class _Run:
         data_loader: DataLoader,
         optimizer: torch.optim.Optimizer,
         manager: CheckpointManager | None,
+        saves: Saves | None,
         schedule: Schedule | None,
         eval_iters: int,
         grad_clip: float,
@@ -159,12 +170,13 @@ class _Run:
         self.loader = data_loader
         self.optimizer = optimizer
         self.manager = manager
+        self.saves = saves
         self.schedule = schedule
         self.eval_iters = eval_iters
         self.grad_clip = grad_clip
         self.dtype = dtype
-        self.val_loss: float | None = None
-        self._evaluated_step = -1
+        self._measured: tuple[int, float] | None = None
+        self._begun = -1  # the step whose save began last
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
@@ -262,14 +274,16 @@ class _Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         model.step = step + 1
-        if self.manager:
-            self.manager.raise_failed()
         self._unseen.append((model.step, rate, total, norm))
         self._bar.update()
 
-    def edge(self, stop: StopSignal) -> str | None:
-        """Average the loss of this step over the ranks, and say which signal one of them got, if any."""
-        return self.world.at_edge(self._unseen[-1][2], stop.requested)
+    def edge(self, stop: StopSignal) -> set[str]:
+        """Average the loss of this step over the ranks, and say what is asked of any of them."""
+        wishes = stop.take()
+        if self.saves:
+            self.saves.check()
+            wishes |= {SAVE_BY_CLOCK} if self.saves.due else set()
+        return self.world.at_edge(self._unseen[-1][2], wishes)
 
     def _to_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.device.type == "cuda":
@@ -311,42 +325,83 @@ class _Run:
             kept = f"The last saved step is {saved}, in {self.manager.checkpoint_dir}." if saved is not None else kept
         raise TrainingDiverged(f"step {step}: {what}. {kept} Try a lower --learning_rate.")
 
-    @torch.inference_mode()
+    def measure_resumed(self, eval_interval: int, stop: StopSignal) -> str | None:
+        """Evaluate the step that is resumed, where the run before was stopped before it had; as `evaluate`."""
+        state = self.manager.resumed if self.manager else {}
+        at = state.get("step") == self.model.step and self.model.step % eval_interval == 0
+        if not self.saves or not at or "commit_id" not in state or "val_loss" in state:
+            return None
+        self.saves.step = self._begun = self.model.step
+        stopping = self.evaluate(stop)
+        if not stopping:
+            self.save()
+        return stopping
+
     def evaluate(self, stop: StopSignal) -> str | None:
-        """Measure the loss on fixed batches of the validation split, a rank every size-th; returns a signal, if any."""
+        """Measure the loss on fixed batches of the validation split, a rank every size-th.
+
+        A save that is asked for in between begins there. What asks to stop ends it at once, and is returned.
+        """
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
+        total, stopping = torch.zeros((), dtype=torch.float64), None
         for first in range(0, self.eval_iters, self.world.size):
-            if stopping := self.world.any_signal(stop.requested):
+            wishes = self.world.wishes(stop.take())
+            if stopping := reason(wishes):
                 break
-            i = first + self.world.rank
-            x, y = self._to_device(self.loader.val_batch(min(i, self.eval_iters - 1)))
-            with self.autocast:
-                loss_tensor = self.forward(x, y)[1]  # on every rank, counted or not: a sharded model needs all of them
-            if i < self.eval_iters:
-                total += loss_tensor.item()
+            if SAVING in wishes:
+                self.save(now=True)
+            try:
+                self._add_val_loss(first + self.world.rank, total)
+            except Exception:
+                if self.world.size > 1 or not stop.requested:
+                    raise
+                # A Ctrl-C in a terminal has reached the compilers that torch.compile started.
+                stopping = stop.requested
+                break
         self.model.train()
-        if stopping := stopping or self.world.any_signal(stop.requested):
+        if stopping:
             return stopping
         loss = self.world.sum(total).item() / self.eval_iters
         if not math.isfinite(loss):
             self._diverged(self.model.step, f"validation loss is {loss}")
-        self.val_loss, self._evaluated_step = loss, self.model.step
+        self._measured = self.model.step, loss
         if self.metrics:
             self.metrics.add(step=self.model.step, val_loss=loss)
         seen = self._since_evaluation
-        tqdm.write(
-            f"step {self.model.step}: train loss {math.fsum(seen) / max(len(seen), 1):.4f}, val loss {loss:.4f}",
-            file=sys.stderr,
-        )
+        train_loss = f"train loss {math.fsum(seen) / len(seen):.4f}, " if seen else ""
+        tqdm.write(f"step {self.model.step}: {train_loss}val loss {loss:.4f}", file=sys.stderr)
         seen.clear()
         self._look_from_here()
         return None
 
-    def save(self) -> None:
-        """Commit this step, its log lines first."""
-        if not self.manager:
+    @torch.inference_mode()
+    def _add_val_loss(self, i: int, total: torch.Tensor) -> None:
+        x, y = self._to_device(self.loader.val_batch(min(i, self.eval_iters - 1)))
+        with self.autocast:
+            loss = self.forward(x, y)[1]  # on every rank, counted or not: a sharded model needs all of them
+        if i < self.eval_iters:
+            total += loss.item()
+
+    def measured_loss(self) -> float | None:
+        """The validation loss of this step; None where it was not measured."""
+        return self._measured[1] if self._measured and self._measured[0] == self.model.step else None
+
+    def save(self, now: bool = False, last: bool = False) -> None:
+        """Begin to commit this step, its log lines first; to a step that is saved, add what was measured since."""
+        if not self.saves:
             return
+        self.look()
+        begin = self._commit
+        if self._begun == self.model.step:
+            self.saves.check(wait=True)
+            if self.world.from_first(self.saves.step == self.model.step):
+                begin = self._commit_measured
+        self._begun = self.model.step
+        self.saves.begin(self.model.step, begin, now=now, last=last)
+        self._look_from_here()
+
+    def _commit(self) -> bool:
+        assert self.manager
         if self.metrics:
             self.metrics.flush()
         self.manager.facts |= {
@@ -358,12 +413,20 @@ class _Run:
         }
         if self.scaler.is_enabled():
             self.manager.facts["scaler"] = scaler_state(self.scaler)
-        metrics = {}
-        if self.val_loss is not None and self._evaluated_step == self.model.step:
-            metrics["val_loss"] = self.val_loss
-        ema = self.ema.tensors() if self.ema else None
-        self.manager.save(self.model, self.optimizer, step=self.model.step, metrics=metrics, ema=ema)
-        self._look_from_here()
+        metrics, ema = self._new_metrics(), self.ema.tensors() if self.ema else None
+        return self.manager.save(self.model, self.optimizer, step=self.model.step, metrics=metrics, ema=ema)
+
+    def _commit_measured(self) -> bool:
+        assert self.manager
+        if self.metrics:
+            self.metrics.flush()
+        if metrics := self._new_metrics():
+            self.manager.add_metrics(self.model.step, metrics)
+        return True
+
+    def _new_metrics(self) -> dict[str, float]:
+        loss = self.measured_loss()
+        return {} if loss is None else {"val_loss": loss}
 
 
 @contextlib.contextmanager

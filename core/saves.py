@@ -1,0 +1,71 @@
+"""The saves of a training run: when the clock asks for the next, and how many have failed in a row."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+from core.checkpoint import CheckpointManager
+from core.errors import SaveFailed
+
+
+class Saves:
+    """One save after another; a failed one is said, and `max_failed` in a row are raised."""
+
+    def __init__(self, manager: CheckpointManager, every_minutes: float | None, max_failed: int) -> None:
+        self.step: int | None = None
+        """The step that was saved last, as far as is known by now; None after a save that failed."""
+        self._manager = manager
+        self._seconds = None if every_minutes is None else 60 * every_minutes
+        self._max_failed = max_failed
+        self._failed = 0
+        self._last = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last save was long enough ago."""
+        return self._seconds is not None and time.monotonic() - self._last >= self._seconds
+
+    def begin(self, step: int, save: Callable[[], bool], *, now: bool = False, last: bool = False) -> None:
+        """Begin to save a step; a save in flight is waited for where the policy says so, or this one must be `now`.
+
+        Raises: SaveFailed when it cannot begin and is the `last`, or too many have failed in a row.
+        """
+        self._last = time.monotonic()
+        self.check(wait=now or last or self._manager.save_policy == "wait")
+        with self._counted(last):
+            if save():
+                if self.step is not None:  # the one before has ended, and nothing was heard of it
+                    self._failed = 0
+                self.step = step
+
+    def check(self, wait: bool = False) -> None:
+        """Say what became of a save that failed since this was asked last.
+
+        Raises: SaveFailed when too many have failed in a row.
+        """
+        with self._counted():
+            if wait:
+                self._manager.wait()
+            else:
+                self._manager.raise_failed()
+
+    @contextlib.contextmanager
+    def _counted(self, last: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except SaveFailed as error:
+            self.step = None
+            self._failed += 1
+            if last:
+                raise
+            if self._failed >= self._max_failed:
+                raise SaveFailed(f"{error} That makes {self._failed} failed saves in a row; the run ends.") from error
+            tqdm.write(
+                f"WARNING: {error} Training goes on (failed saves in a row: {self._failed} of {self._max_failed}).",
+                file=sys.stderr,
+            )
