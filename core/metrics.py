@@ -42,11 +42,17 @@ class Metrics:
         """
         if not self._lines:
             return
+        data = memoryview("".join(self._lines).encode())
         try:
-            with self.path.open("ab") as file:
-                file.write("".join(self._lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
+            with self.path.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    while len(data):
+                        data = data[file.write(data) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(before)  # the lines stay here, and go to disk with the next save
+                    raise
         except OSError as error:
             raise SaveFailed(f"{self.path}: {error.strerror}. The last saved step is intact.") from error
         self._lines.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -9,16 +10,22 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
-import torch
 
+from core.checkpoint import CheckpointManager
 from core.commandline import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_USE
+from core.errors import SaveFailed
+from core.metrics import Metrics
 from core.stop import StopSignal
+from core.training import fit
 from tests.conftest import ROOT
-from tests.helpers import TEXT
-from tests.test_train_script import ENVIRONMENT, command, state, text, train, wait_for_steps  # noqa: F401
+from tests.helpers import started
+from tests.test_resume import bits, loader, same
+from tests.test_train_script import ENVIRONMENT, command, state, train, wait_for_steps
+from tests.test_train_script import text as text
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -45,8 +52,7 @@ def lines(folder, key="loss"):
 
 def same_run(a, b):
     """Whether two runs have the same weights, moments and log, validation included."""
-    for name in ("model.pt", "optimizer.pt"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert same(bits(a), bits(b))
     assert lines(a) == lines(b)
     assert lines(a, "val_loss") == lines(b, "val_loss")
     return state(a.parent, a.name)["best"] == state(b.parent, b.name)["best"]
@@ -56,9 +62,9 @@ def same_run(a, b):
 
 
 @posix
-def test_stopped_at_random_moments_the_run_ends_with_the_bits_and_the_log_of_one_never_stopped(tmp_path, text):  # noqa: F811
-    flags = {"max_iters": 600, "eval_interval": 20, "eval_iters": 10, "save_interval": 1, "dropout": 0.2}
-    whole = train(tmp_path, text, **flags, model_name="whole")
+def test_stopped_at_random_moments_the_run_ends_with_the_bits_and_the_log_of_one_never_stopped(tmp_path, text):
+    flags = {"max_iters": 200, "eval_interval": 20, "eval_iters": 10, "save_interval": 1, "dropout": 0.2}
+    whole = train(tmp_path, text, **{**flags, "save_interval": 20}, model_name="whole")
     assert whole.returncode == DONE, whole.stderr
     chance, stops = random.Random(4), []
     while True:
@@ -79,13 +85,13 @@ def test_stopped_at_random_moments_the_run_ends_with_the_bits_and_the_log_of_one
 
 
 @posix
-def test_a_save_asked_for_begins_at_the_end_of_the_step_and_training_goes_on(tmp_path, text):  # noqa: F811
+def test_a_save_asked_for_begins_at_the_end_of_the_step_and_training_goes_on(tmp_path, text):
     run = start(tmp_path, text, save_interval=100_000)
     wait_for_steps(run)
     for _ in range(3):
         run.send_signal(signal.SIGUSR1)
         said = read_until(run, "saved step ")
-        step = int(read_until(run, " to "). split()[0])
+        step = int(read_until(run, " to ").split()[0])
         assert "SIGUSR1: saving as soon as this step is done, and going on" in said
         shown = re.findall(r"\| (\d+)/100000 ", said.split("SIGUSR1")[0])
         assert not shown or int(shown[-1]) <= step
@@ -132,7 +138,7 @@ print(result.step, result.stopped_by)
 """
 
 
-def slow_evaluation(tmp_path, text, **flags):  # noqa: F811
+def slow_evaluation(tmp_path, text, **flags):
     """A run that evaluates for a minute at step 7, once it has begun to."""
     run = start(tmp_path, text, **{"eval_interval": 7, "eval_iters": 30_000, "save_interval": 7, **flags})
     wait_for_evaluation(tmp_path, run)
@@ -145,7 +151,7 @@ def wait_for_evaluation(tmp_path, run):
 
 
 @posix
-def test_evaluation_is_left_at_once_and_made_up_for_by_the_next_run(tmp_path, text):  # noqa: F811
+def test_evaluation_is_left_at_once_and_made_up_for_by_the_next_run(tmp_path, text):
     run = slow_evaluation(tmp_path, text)
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=60)
@@ -158,7 +164,7 @@ def test_evaluation_is_left_at_once_and_made_up_for_by_the_next_run(tmp_path, te
 
 
 @posix
-def test_a_save_asked_for_while_evaluating_begins_there_and_the_measured_loss_is_added_to_it(tmp_path, text):  # noqa: F811
+def test_a_save_asked_for_while_evaluating_begins_there_and_the_measured_loss_is_added_to_it(tmp_path, text):
     run = slow_evaluation(tmp_path, text, eval_iters=4000)
     run.send_signal(signal.SIGUSR1)
     read_until(run, "saved step 7 ")
@@ -177,7 +183,7 @@ def test_a_save_asked_for_while_evaluating_begins_there_and_the_measured_loss_is
 
 @posix
 @pytest.mark.parametrize("when", ["training", "evaluating"])
-def test_a_second_interrupt_ends_at_once_and_the_folder_resumes(tmp_path, text, when):  # noqa: F811
+def test_a_second_interrupt_ends_at_once_and_the_folder_resumes(tmp_path, text, when):
     if when == "training":
         run = start(tmp_path, text, save_interval=1)
         wait_for_steps(run)
@@ -191,7 +197,7 @@ def test_a_second_interrupt_ends_at_once_and_the_folder_resumes(tmp_path, text, 
     run.send_signal(signal.SIGINT)
     run.communicate(timeout=60)
     assert run.returncode in (INTERRUPTED, STOPPED)  # it may have been quicker than this test
-    step = state(tmp_path)["step"]
+    step = CheckpointManager("default", tmp_path).saved_step()  # perhaps committed and not yet at the top
     rest = train(tmp_path, text, max_iters=step + 3, eval_interval=50)
     assert rest.returncode == DONE, rest.stderr
     assert lines(tmp_path / "default").keys() == set(range(1, step + 4))
@@ -230,18 +236,215 @@ def test_a_second_interrupt_waits_for_no_thread_that_writes(tmp_path):
 
 
 @posix
-def test_a_signal_before_the_first_step_ends_with_75_and_nothing_is_lost(tmp_path, text):  # noqa: F811
+def test_a_signal_before_the_first_step_ends_with_75_and_nothing_is_lost(tmp_path, text):
     train(tmp_path, text, max_iters=5)
     before = (tmp_path / "default/training_state.json").read_bytes()
     run = start(tmp_path, text)
-    run.send_signal(signal.SIGCONT)
-    while not (cmdline := run.poll()) and "train.py" not in open(f"/proc/{run.pid}/cmdline").read():  # noqa: PTH123, SIM115
-        pass
-    assert cmdline is None
-    read_until(run, "tokens:" if False else "text:")
+    read_until(run, "text:")
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=60)
     assert run.returncode == STOPPED
     if "SIGTERM: nothing new to save. Go on with the same line." in said:
         assert (tmp_path / "default/training_state.json").read_bytes() == before
     assert train(tmp_path, text, max_iters=20).returncode == DONE
+
+
+# What a system lacks
+
+
+def test_without_sigusr1_the_others_work(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.take() == {"SIGTERM"} and stop.requested == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_in_another_thread_than_the_first_no_signal_is_taken_and_the_time_limit_holds():
+    found = []
+
+    def work():
+        with StopSignal(after_minutes=0.0) as stop:
+            found.append(stop.requested)
+            stop.work_to_save = True
+            found.append(stop.requested)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None, "stop_after_minutes"] and signal.getsignal(signal.SIGTERM) == before
+
+
+@posix
+def test_a_second_interrupt_of_a_library_is_a_keyboard_interrupt_and_a_save_is_asked_for_once():
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.take() == {"SIGUSR1"} and stop.take() == set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.take() == {"SIGINT"} == stop.take()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+# Time
+
+
+def test_a_run_that_stops_by_the_clock_again_and_again_ends_with_the_bits_of_one_that_does_not(tmp_path, text):
+    flags = {"max_iters": 400, "eval_interval": 50, "dropout": 0.2}
+    assert train(tmp_path, text, **flags, model_name="whole").returncode == DONE
+    codes, steps = [], [0]
+    while not codes or codes[-1] == STOPPED:
+        # Less than the start takes: each run makes one step at least, and so the queue comes to an end.
+        limit = 0.05 if len(codes) % 2 else 0.0001
+        last = len(codes) == 4
+        done = train(tmp_path, text, **flags, model_name="timed", **({} if last else {"stop_after_minutes": limit}))
+        codes.append(done.returncode)
+        assert codes[-1] in (DONE, STOPPED), done.stderr
+        steps.append(state(tmp_path, "timed")["step"])
+        if codes[-1] == STOPPED:
+            assert f"stopped by stop_after_minutes at step {steps[-1]}, saved. Go on with the same line" in done.stderr
+    assert codes[0] == STOPPED and steps == sorted(set(steps)) and steps[-1] == 400
+    assert same_run(tmp_path / "whole", tmp_path / "timed")
+
+
+def test_saves_by_the_clock_change_nothing_but_when_they_are_made(tmp_path):
+    results = []
+    for name, minutes in (("seldom", None), ("often", 1e-6)):
+        made, model, optimizer = started(tmp_path, name)
+        said = []
+        made.say = said.append
+        with made:
+            fit(
+                model, data_loader=loader(), optimizer=optimizer, max_iters=12, manager=made, eval_interval=6,
+                eval_iters=2, save_every_minutes=minutes, progress=False,
+            )  # fmt: skip
+        results.append([re.search(r"step (\d+)", line)[1] for line in said if line.startswith("saved")])
+    assert results == [["6", "12"], [str(step) for step in range(1, 13)]]
+    assert same_run(tmp_path / "seldom", tmp_path / "often")
+
+
+# Saves that fail
+
+
+def fit_with_failing(tmp_path, failing, steps=8, **settings):
+    """Train with a save after each step; the commits of the named steps meet a full disk."""
+    made, model, optimizer = started(tmp_path)
+    commit = made._folder.commit
+
+    def full_at(stage):
+        step = json.loads((stage / "training_state.json").read_text())["step"]
+        if step in failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        commit(stage)
+
+    made._folder.commit = full_at
+    with made:
+        return fit(
+            model, data_loader=loader(), optimizer=optimizer, max_iters=steps, manager=made, eval_interval=100,
+            save_interval=1, progress=False, eval_iters=1, **settings,
+        )  # fmt: skip
+
+
+def test_a_failed_save_is_said_and_training_goes_on(tmp_path, capsys):
+    assert fit_with_failing(tmp_path, {2, 3, 5, 6}).step == 8
+    said = capsys.readouterr().err
+    assert said.count("WARNING: ") == 4
+    for step, intact, count in ((2, 1, 1), (3, 1, 2), (5, 4, 1), (6, 4, 2)):
+        assert re.search(
+            rf"WARNING: .*dante: save of step {step} failed: No space left on device \(.*\)\. "
+            rf"Step {intact} is intact\. Training goes on \(failed saves in a row: {count} of 3\)\.",
+            said,
+        ), said
+    assert lines(tmp_path / "dante").keys() == set(range(1, 9)) and state(tmp_path, "dante")["step"] == 8
+
+
+def test_too_many_failed_saves_in_a_row_end_the_run_and_the_last_step_is_intact(tmp_path):
+    with pytest.raises(SaveFailed, match=r"step 5 failed.*Step 2 is intact\. That makes 3 failed saves in a row"):
+        fit_with_failing(tmp_path, {3, 4, 5}, steps=20)
+    assert state(tmp_path, "dante")["step"] == 2
+    with pytest.raises(SaveFailed, match=r"step 3 failed.*That makes 1 failed saves in a row"):
+        fit_with_failing(tmp_path, {3}, steps=20, max_failed_saves=1)
+
+
+def test_the_save_of_the_last_step_must_not_fail(tmp_path):
+    with pytest.raises(SaveFailed, match="save of step 8 failed"):
+        fit_with_failing(tmp_path, {8}, max_failed_saves=100)
+
+
+def test_a_save_that_fails_in_an_evaluation_is_made_again_after_it(tmp_path, capsys):
+    made, model, optimizer = started(tmp_path)
+    commit, failures = made._folder.commit, [5]
+
+    def full_once(stage):
+        if failures:
+            failures.pop()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        commit(stage)
+
+    made._folder.commit = full_once
+    stop = StopSignal()
+    batches = loader()
+    val_batch = batches.val_batch
+
+    def asking(i):
+        stop._save = stop._save or i == 1
+        return val_batch(i)
+
+    batches.val_batch = asking
+    with made:
+        fit(model, data_loader=batches, optimizer=optimizer, max_iters=5, manager=made, eval_iters=4, stop=stop)
+    assert "save of step 5 failed" in capsys.readouterr().err and not failures
+    assert state(tmp_path, "dante")["step"] == 5
+    assert state(tmp_path, "dante")["val_loss"] == lines(tmp_path / "dante", "val_loss")[5]
+
+
+def test_log_lines_that_meet_a_full_disk_are_written_once_later(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.add(step=1, loss=1.0)
+    metrics.flush()
+    metrics.add(step=2, loss=2.0)
+    with monkeypatch.context() as patched, pytest.raises(SaveFailed, match=r"metrics\.jsonl: No space left on device"):
+        patched.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        metrics.flush()
+    metrics.flush()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n'
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stop_after_minutes", "0"], "argument --stop_after_minutes: '0' is no number above 0"),
+        (["--save_every_minutes", "soon"], "argument --save_every_minutes: 'soon' is no number above 0"),
+        (["--max_failed_saves", "0"], "argument --max_failed_saves: '0' is no whole number from 1"),
+        (["--stage_memory", "lots"], "argument --stage_memory: 'lots' is no size such as 5GB, 500MB or 2GiB"),
+        (["--save_policy", "hope"], "argument --save_policy: invalid choice: 'hope'"),
+    ],
+)
+def test_wrong_values_of_the_flags_are_named(tmp_path, text, words, said):
+    done = train(tmp_path, text, *words, max_iters=5)
+    assert done.returncode == WRONG_USE and said in done.stderr
+
+
+def test_the_flags_of_saving_are_obeyed_and_those_of_a_machine_are_not_remembered(tmp_path, text):
+    done = train(
+        tmp_path, text, max_iters=5, save_policy="skip", stage_memory="0", max_failed_saves=1, save_every_minutes=5
+    )
+    assert done.returncode == DONE, done.stderr
+    assert state(tmp_path)["training"]["save_every_minutes"] == 5
+    assert not {"save_policy", "stage_memory", "max_failed_saves"} & state(tmp_path)["training"].keys()
+
+
+@pytest.mark.parametrize("arch", ["gpt", "flex_small"])
+def test_a_flag_that_contradicts_the_model_is_said_even_when_nothing_is_left_to_train(tmp_path, text, arch):
+    sizes = {"n_head": 1, "n_embd": 128, "block_size": 64, "n_layer": 6} if arch != "gpt" else {}
+    flags = {"max_iters": 2, "arch": arch, **sizes, **({"batch_size": None} if arch != "gpt" else {})}
+    done = train(tmp_path, text, **flags)
+    assert done.returncode == DONE, done.stderr
+    width = 128 if arch != "gpt" else 16
+    done = train(tmp_path, text, **{**flags, "n_embd": 999, "n_head": None})
+    assert done.returncode == FAILED and f"n_embd is 999 here and {width} in the checkpoint" in done.stderr, done.stderr
+    assert "nothing to do" in train(tmp_path, text, **flags).stderr
