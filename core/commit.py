@@ -80,11 +80,10 @@ class ModelFolder(FolderReader):
 
     def replace_state(self, state: dict[str, Any]) -> None:
         """Give the top another training state, durably, of the same step and files; a reader sees one or the other."""
-        stage = self.stage()
-        self.storage.write(stage / STATE, seal(state))
-        self.storage.rename(stage / STATE, self.path / STATE)
+        staged = self.path / f".stage-{new_id()}"
+        self.storage.write(staged, seal(state))
+        self.storage.rename(staged, self.path / STATE)  # in one folder: what recovers from here fsyncs only that
         self.storage.sync_folder(self.path)
-        self.storage.remove_folder(stage)
 
     def keep(self, stage: Path, step: int) -> Path:
         """Make a staged step a kept one, durably; CheckpointMismatch when that step is kept already."""

@@ -27,7 +27,7 @@ from core.metrics import Metrics
 from core.model import GPT, GPTFlexAttention
 from core.muon import MuonWithAdamW
 from core.randomness import mix
-from core.saves import Saves
+from core.run_saves import RunSaves
 from core.schedule import Schedule
 from core.stop import SAVE_BY_CLOCK, SAVING, StopSignal, reason
 
@@ -98,7 +98,7 @@ def fit(
     check_decay(ema)
     if manager is None and checkpoint_dir is not None:
         manager = CheckpointManager.of_folder(checkpoint_dir)
-    saves = Saves(manager, save_every_minutes, max_failed_saves) if manager else None
+    saves = RunSaves(manager, save_every_minutes, max_failed_saves) if manager else None
     run = _Run(
         model,
         data_loader,
@@ -153,7 +153,7 @@ class _Run:
         data_loader: DataLoader,
         optimizer: torch.optim.Optimizer,
         manager: CheckpointManager | None,
-        saves: Saves | None,
+        saves: RunSaves | None,
         schedule: Schedule | None,
         eval_iters: int,
         grad_clip: float,

@@ -42,7 +42,7 @@ from core.randomness import mix
 from core.schedule import Schedule
 from core.screen import printable
 from core.speedrun_files import refuse_large_tokenizer
-from core.stop import StopSignal
+from core.stop import StopSignal, reason
 from core.tokenizer import Tokenizer, describe, named_tokenizer
 from core.training import METRICS, TrainingDiverged
 
@@ -211,23 +211,26 @@ class FineTuning:
     def train(self, num_epochs: int, save_interval: int) -> str | None:
         """Train up to this number of epochs, evaluating after each; return the signal that stopped it, if one did."""
         total = num_epochs * self.steps_per_epoch
+        stopped_by = None
         self.model.train()
         with (
-            StopSignal() as stop,
+            StopSignal(owns_process=True) as stop,
             tqdm(initial=self.step, total=total, unit="step", file=sys.stderr, dynamic_ncols=True) as bar,
         ):
-            while self.step < total:
+            while self.step < total and not stopped_by:
                 loss = self.update()
+                stop.work_to_save = True
                 bar.set_postfix_str(f"epoch {self.step / self.steps_per_epoch:.2f}, loss {loss:.3f}", refresh=False)
                 bar.update()
                 scores: dict[str, float] = {}
                 if self.step % self.steps_per_epoch == 0 and not stop.requested:
                     scores = self._validate()
-                if scores or stop.requested or self.step % save_interval == 0:
+                wishes = stop.take()
+                if scores or wishes or self.step % save_interval == 0:
                     self.save(scores)
-                if stop.requested:
-                    return stop.requested if self.step < total else None
-        return None
+                stopped_by = reason(wishes)
+            self.manager.wait()
+        return stopped_by if self.step < total else None
 
     def update(self) -> float:
         """Make one optimizer step, and return the loss of its batch."""

@@ -14,7 +14,7 @@ from typing import Any
 from core.bundle import write_bundle
 from core.commit import CONFIG, MODEL
 from core.errors import CheckpointDamaged
-from core.training_state import STATE, dump_json
+from core.training_state import STATE, dump_json, seal, unseal
 from tests.faults.explorer import Action, Explorer, Run, folder_files, identity, recover
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
 
@@ -86,6 +86,18 @@ def go_back(step: int, *later: int) -> Action:
         run.acked = True
 
     return act
+
+
+def measure(run: Run) -> None:
+    """What CheckpointManager.add_metrics does on disk."""
+    folder = run.folder
+    folder.recover()
+    files = folder_files(folder.storage, ROOT)
+    state = {**unseal(files[STATE], STATE), "val_loss": 1.5}
+    run.doomed, run.new = frozenset({identity(files)}), seal(state)
+    run.steps[run.new] = {**files, STATE: run.new}
+    folder.replace_state(state)
+    run.acked = True
 
 
 def resume(run: Run) -> None:
@@ -168,6 +180,12 @@ def same_step(explorer: Explorer) -> list[Disk]:
     return explorer.run(disks, save(1, "C"), "and again")
 
 
+def measured(explorer: Explorer) -> list[Disk]:
+    """A loss is added to a step after its save, and the next save follows."""
+    disks = explorer.run([built(explorer, save(1, "A"), save(2, "B"))], measure, "measure")
+    return explorer.run(disks, save(3, "C"), "and the next")
+
+
 def walk_back(explorer: Explorer) -> list[Disk]:
     """The newest step is damaged and put aside, the older one restored, and training goes on over it."""
     disk = built(explorer, save(1, "A"), save(2, "B"))
@@ -211,6 +229,7 @@ SCENARIOS: dict[str, Callable[[Explorer], list[Disk]]] = {
     "edited config": edited_config,
     "same step": same_step,
     "kept step": kept_step,
+    "measured": measured,
     "walk back": walk_back,
     "rewind": rewind,
 }

@@ -162,6 +162,17 @@ def saving_and_pruning_two(root: Path) -> Act:
     return act
 
 
+def measuring(root: Path) -> Act:
+    """Add a loss to the step that was saved last."""
+    made, model, _ = started(root)
+
+    def act() -> None:
+        made.add_metrics(model.step, {"val_loss": 1.5})
+        made.close()
+
+    return act
+
+
 def migrating(root: Path) -> Act:
     """Bring the single files of a folder over, as convert_checkpoints.py does."""
     folder = root / NAME
@@ -232,6 +243,7 @@ SCENARIOS: dict[str, Scenario] = {
     "save without optimizer": Scenario(three_saves, saving(optimizer=False)),
     "another state of the same step": Scenario(three_saves, saving(step_again=True)),
     "migration of a file": Scenario(single_file, migrating),
+    "measure after a save": Scenario(three_saves, measuring),
     "migration of two files": Scenario(two_single_files, migrating),
     "migration to a kept step": Scenario(single_file_older_than_a_bundle, migrating),
     "recovery of a commit": Scenario(killed(renamed_to(COMMITTED), saving()), recovering),

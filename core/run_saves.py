@@ -13,7 +13,7 @@ from core.checkpoint import CheckpointManager
 from core.errors import SaveFailed
 
 
-class Saves:
+class RunSaves:
     """One save after another; a failed one is said, and `max_failed` in a row are raised."""
 
     def __init__(self, manager: CheckpointManager, every_minutes: float | None, max_failed: int) -> None:
