@@ -63,20 +63,22 @@ def same_run(a, b):
 
 @posix
 def test_stopped_at_random_moments_the_run_ends_with_the_bits_and_the_log_of_one_never_stopped(tmp_path, text):
-    flags = {"max_iters": 200, "eval_interval": 20, "eval_iters": 10, "save_interval": 1, "dropout": 0.2}
-    whole = train(tmp_path, text, **{**flags, "save_interval": 20}, model_name="whole")
+    flags = {"max_iters": 60, "eval_interval": 6, "eval_iters": 10, "save_interval": 1, "dropout": 0.2}
+    whole = train(tmp_path, text, **{**flags, "save_interval": 6}, model_name="whole")
     assert whole.returncode == DONE, whole.stderr
     chance, stops = random.Random(4), []
     while True:
         run = start(tmp_path, text, **flags, model_name="stopped")
-        if len(stops) < 6:
+        if len(stops) < 5:
             read_until(run, "step/s]" if stops else "?step/s")
-            time.sleep(chance.uniform(0, 0.3))
+            time.sleep(chance.uniform(0, 0.2))
             run.send_signal(chance.choice([signal.SIGTERM, signal.SIGINT]))
-        _, said = run.communicate(timeout=120)
+        _, said = run.communicate(timeout=200)
         if run.returncode == DONE:
             break
         assert run.returncode == STOPPED, said
+        if "nothing new to save" in said:  # no step was made yet
+            continue
         step = int(re.findall(r"stopped by SIG\w+ at step (\d+), saved", said)[-1])
         assert state(tmp_path, "stopped")["step"] == step == max(lines(tmp_path / "stopped"))
         stops.append(step)
@@ -96,7 +98,7 @@ def test_a_save_asked_for_begins_at_the_end_of_the_step_and_training_goes_on(tmp
         shown = re.findall(r"\| (\d+)/100000 ", said.split("SIGUSR1")[0])
         assert not shown or int(shown[-1]) <= step
     run.send_signal(signal.SIGTERM)
-    run.communicate(timeout=60)
+    run.communicate(timeout=200)
     assert run.returncode == STOPPED
     logged = lines(tmp_path / "default")
     assert max(logged) == state(tmp_path)["step"] > step and len(logged) == max(logged)
@@ -154,7 +156,7 @@ def wait_for_evaluation(tmp_path, run):
 def test_evaluation_is_left_at_once_and_made_up_for_by_the_next_run(tmp_path, text):
     run = slow_evaluation(tmp_path, text)
     run.send_signal(signal.SIGTERM)
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate(timeout=200)
     assert run.returncode == STOPPED and "stopped by SIGTERM at step 7, saved" in said
     assert "val_loss" not in state(tmp_path) and lines(tmp_path / "default", "val_loss") == {}
     flags = {"max_iters": 20, "eval_interval": 7, "eval_iters": 5, "save_interval": 7}
@@ -195,9 +197,9 @@ def test_a_second_interrupt_ends_at_once_and_the_folder_resumes(tmp_path, text, 
     run.send_signal(signal.SIGCONT)
     read_until(run, "SIGINT: finishing this step, then saving (a second Ctrl-C ends at once)")
     run.send_signal(signal.SIGINT)
-    run.communicate(timeout=60)
+    run.communicate(timeout=200)
     assert run.returncode in (INTERRUPTED, STOPPED)  # it may have been quicker than this test
-    step = CheckpointManager("default", tmp_path).saved_step()  # perhaps committed and not yet at the top
+    step = CheckpointManager("default", tmp_path).saved_step() or 0  # perhaps committed and not yet at the top
     rest = train(tmp_path, text, max_iters=step + 3, eval_interval=50)
     assert rest.returncode == DONE, rest.stderr
     assert lines(tmp_path / "default").keys() == set(range(1, step + 4))
@@ -231,7 +233,7 @@ def test_a_second_interrupt_waits_for_no_thread_that_writes(tmp_path):
     while b"SIGINT: already stopping" not in read:
         read += run.stderr.read1(100)
     run.send_signal(signal.SIGINT)
-    _, rest = run.communicate(timeout=60)
+    _, rest = run.communicate(timeout=200)
     assert run.returncode == INTERRUPTED and b"interrupted; what was saved is intact" in rest
 
 
@@ -242,7 +244,7 @@ def test_a_signal_before_the_first_step_ends_with_75_and_nothing_is_lost(tmp_pat
     run = start(tmp_path, text)
     read_until(run, "text:")
     run.send_signal(signal.SIGTERM)
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate(timeout=200)
     assert run.returncode == STOPPED
     if "SIGTERM: nothing new to save. Go on with the same line." in said:
         assert (tmp_path / "default/training_state.json").read_bytes() == before
@@ -291,7 +293,7 @@ def test_a_second_interrupt_of_a_library_is_a_keyboard_interrupt_and_a_save_is_a
 
 
 def test_a_run_that_stops_by_the_clock_again_and_again_ends_with_the_bits_of_one_that_does_not(tmp_path, text):
-    flags = {"max_iters": 400, "eval_interval": 50, "dropout": 0.2}
+    flags = {"max_iters": 300, "eval_interval": 50, "dropout": 0.2}
     assert train(tmp_path, text, **flags, model_name="whole").returncode == DONE
     codes, steps = [], [0]
     while not codes or codes[-1] == STOPPED:
@@ -304,7 +306,7 @@ def test_a_run_that_stops_by_the_clock_again_and_again_ends_with_the_bits_of_one
         steps.append(state(tmp_path, "timed")["step"])
         if codes[-1] == STOPPED:
             assert f"stopped by stop_after_minutes at step {steps[-1]}, saved. Go on with the same line" in done.stderr
-    assert codes[0] == STOPPED and steps == sorted(set(steps)) and steps[-1] == 400
+    assert codes[0] == STOPPED and steps == sorted(set(steps)) and steps[-1] == 300
     assert same_run(tmp_path / "whole", tmp_path / "timed")
 
 
