@@ -8,7 +8,7 @@ from pathlib import Path
 
 from core.containers import safetensors_writer
 from core.conversion_formats import FORMATS, Format
-from core.conversion_plan import Model, Options, Plan
+from core.conversion_plan import TORCH_ENDINGS, Model, Options, Plan
 from core.conversion_source import FAMILY, open_model
 from core.differences import listed
 from core.errors import CheckpointMismatch
@@ -23,9 +23,6 @@ from core.view import View, cut, filled, join
 from core.vocabulary import add_tokenizer, tokens_of
 
 BY_NAME = {one.name: one for one in FORMATS}
-
-ENDINGS = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
-"""Endings of names that are of files."""
 
 
 def plan_conversion(source: Path, target: Path, to: str, options: Options, held: ExitStack) -> Plan:
@@ -66,11 +63,12 @@ def _planned(source: Path, target: Path, to: str, options: Options, held: ExitSt
 
 def _refuse_target(plan: Plan) -> None:
     """Refuse a target that is called, or is, what the plan does not write; a device is not even moved aside."""
-    target, ending = plan.target, plan.target.suffix
-    if ending in ENDINGS if plan.is_folder else (plan.format, ending) == ("pt", ".safetensors"):
+    target, safetensors = plan.target, (".safetensors",)
+    wrong = (*safetensors, *TORCH_ENDINGS) if plan.is_folder else safetensors if plan.format == "pt" else ()
+    if target.suffix in wrong:
         what = "a folder" if plan.is_folder else "a torch file"
         raise CheckpointMismatch(
-            f"{target}: ends in {ending}, and --to {plan.format} writes {what}. Name it otherwise."
+            f"{target}: ends in {target.suffix}, and --to {plan.format} writes {what}. Name it otherwise."
         )
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise CheckpointMismatch(f"{target}: is a device or a pipe, which is left where it is. Name another place.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,23 +12,22 @@ from typing import Any
 from core.bundle import OPTIMIZER, TOKENIZER
 from core.commit import CONFIG, MODEL, new_id
 from core.config import FORMAT_VERSION
-from core.containers import safetensors_writer
 from core.containers.hf_folder import BESIDE
 from core.conversion_dcp import in_dcp
 from core.conversion_megatron import plan_megatron
-from core.conversion_plan import Model, Options, Plan, Ref, Target, WeightFile, target_of
+from core.conversion_plan import TORCH_ENDINGS, Model, Options, Plan, Ref, Target, WeightFile, target_of
+from core.conversion_safetensors import add_weights, beside, plan_safetensors, ties
 from core.families.modded_pairs import BATCHED
 from core.families.recognise import FUSED
 from core.fit import MOST_PADDING, fits_characters
 from core.model_card import card
 from core.plain import plain
-from core.sharded import add_optimizer, add_optimizer_tensors
+from core.sharded import add_optimizer
 from core.training_state import dump_json, seal
 from core.view import View
 from core.vocabulary import definition_of, tokens_of
 
 CKPT = "ckpt.pt"
-INDEX = "model.safetensors.index.json"
 HF = ("hf_gpt2", "hf_llama", "hf_qwen2", "hf_qwen3")
 MEGATRON = ("megatron_gpt2", "megatron_llama", "megatron_qwen2", "megatron_qwen3")
 
@@ -42,51 +40,6 @@ class Format:
     what: str
     families: tuple[str, ...]
     plan: Callable[[Model, Options, Path], Plan]
-
-
-def plan_safetensors(model: Model, options: Options, target: Path) -> Plan:
-    """Plan a .safetensors file, or a folder of them when the target has no such name."""
-    is_folder = target.suffix != ".safetensors"
-    if not is_folder and options.shard_size is not None:
-        raise model.refuse(f"{target.name} is one file, and --shard_size cuts it. Name a folder.")
-    if options.include_optimizer and model.along:
-        add_optimizer_tensors(model, options)
-    plan = Plan(model, target, "safetensors", [], is_folder=is_folder)
-    _add_safetensors(plan, options, "" if is_folder else target.name)
-    if is_folder:
-        plan.copies = beside(model, ("config.json", *BESIDE))
-    if options.include_optimizer and not model.along:
-        raise model.refuse("an optimizer state is more than tensors: --to pt, --to nanogpt and --to bundle hold it.")
-    return plan
-
-
-def _add_safetensors(plan: Plan, options: Options, name: str = "") -> None:
-    """Plan the files of the weights and, when there are several, their index; tied tensors are written once."""
-    model = plan.model
-    metadata = dict(safetensors_writer.USUAL)
-    for alias, kept in _ties(model).items() if options.tied is not False else ():
-        model.drop(alias, f"tied to {kept}, and safetensors has no tied tensors")
-        metadata[alias] = kept
-    targets = {one: target_of(model, one, "", options) for one in model.tensors}
-    sizes = {one: target.nbytes for one, target in targets.items()}
-    shards = safetensors_writer.in_shards(sizes, options.shard_size)
-    names = [name] if name else safetensors_writer.shard_names(len(shards))
-    for file, shard in zip(names, shards, strict=True):
-        placed = [target_of(model, one, file, options) for one in shard]
-        plan.files.append(WeightFile(file, placed, metadata=metadata))
-    if len(shards) > 1:
-        index = safetensors_writer.index(dict(zip(names, shards, strict=True)), sizes)
-        plan.texts[INDEX] = dump_json(index)
-
-
-def _ties(model: Model) -> dict[str, str]:
-    """Tensors that are another one again, and which."""
-    seen: dict[tuple[Any, ...], str] = {}
-    found = {}
-    for name, view in model.tensors.items():
-        if view.names and (first := seen.setdefault(view.place, name)) != name:
-            found[name] = first
-    return found
 
 
 def plan_pt(model: Model, options: Options, target: Path) -> Plan:
@@ -108,7 +61,7 @@ def plan_dcp(model: Model, options: Options, target: Path) -> Plan:
 
 def _torch_file(model: Model, options: Options, target: Path, kind: str, more: dict[str, Any]) -> Plan:
     """Plan a torch file of `model`, `optimizer` where it is asked for, and further entries."""
-    file = target.name if target.suffix in (".pt", ".pth", ".bin", ".ckpt") else CKPT
+    file = target.name if target.suffix in TORCH_ENDINGS else CKPT
     targets = [target_of(model, name, file, options, f"model.{name}") for name in model.tensors]
     content: dict[str, Any] = {"model": {one.name: Ref(one.path) for one in targets}}
     if options.include_optimizer:
@@ -121,7 +74,7 @@ def _torch_file(model: Model, options: Options, target: Path, kind: str, more: d
 
 
 def _parameters(model: Model) -> list[str]:
-    aliases = _ties(model)
+    aliases = ties(model)
     return [name for name in model.tensors if name not in aliases]
 
 
@@ -137,48 +90,36 @@ def optimizer_content(
         raise model.refuse("it has no optimizer state. Leave out --include_optimizer.")
     before = f"{prefix}." if prefix else ""
     group_of = {name: g for g, group in enumerate(moments.groups) for name in group["names"]}
+    firsts = {name: _first_source(model, name, group_of) for name in order}
     state: dict[int, dict[str, Any]] = {}
     targets: list[Target] = []
-    groups: list[dict[str, Any]] = [{**group, "params": [], "param_names": []} for group in moments.groups]
-    firsts = {name: _first_source(model, name, group_of) for name in order}
-    number_of = 0
-    for g, group in enumerate(groups):
-        del group["names"]
-        for name in order:
-            first = firsts[name]
-            if first is None or group_of[first] != g:
-                continue
-            entry: dict[str, Any] = {}
-            for key, value in moments.others.get(first, {}).items():
-                entry[key] = value if not isinstance(value, View) else Ref(f"{before}state.{number_of}.{key}")
+    groups: list[dict[str, Any]] = []
+    number = 0
+    for g, group in enumerate(moments.groups):
+        mine = [name for name in order if group_of.get(firsts[name]) == g]
+        for k, name in enumerate(mine, number):
+            others = moments.others.get(firsts[name], {})
+            moved = {key: views[name] for key, views in moments.views.items() if name in views}
+            for key, value in (others | moved).items():
+                path = f"{before}state.{k}.{key}"
                 if isinstance(value, View):
-                    path = f"{before}state.{number_of}.{key}"
-                    targets.append(Target(f"{name}: {key}", path, file, value.dtype, value, "copy", is_weight=False))
-            for key, views in moments.views.items():
-                if name in views:
-                    path = f"{before}state.{number_of}.{key}"
-                    view = views[name]
-                    targets.append(
-                        Target(f"{name}: {key}", path, file, view.dtype, view, model.rules.get(name, "copy"), False)
-                    )
-                    entry[key] = Ref(path)
-            if entry:
-                state[number_of] = entry
-            group["params"].append(number_of)
-            group["param_names"].append(name)
-            number_of += 1
-        if not named:
-            del group["param_names"]
+                    rule = model.rules.get(name, "copy") if key in moved else "copy"
+                    targets.append(Target(f"{name}: {key}", path, file, value.dtype, value, rule, is_weight=False))
+                state.setdefault(k, {})[key] = Ref(path) if isinstance(value, View) else value
+        rest = {key: value for key, value in group.items() if key != "names"}
+        numbers = list(range(number, number + len(mine)))
+        groups.append({**rest, "params": numbers, **({"param_names": mine} if named else {})})
+        number += len(mine)
     return {"state": state, "param_groups": groups}, targets
 
 
-def _first_source(model: Model, name: str, group_of: dict[str, int]) -> str | None:
-    """The parameter of the source that one of the target's begins with; None for one that was filled in."""
+def _first_source(model: Model, name: str, group_of: dict[str, int]) -> str:
+    """The parameter of the source that one of the target's begins with; "" for one that was filled in."""
     raw = model.tensors[name].names
     for source, view in model.sources.items():
         if raw and source in group_of and view.names == raw[:1]:
             return source
-    return None
+    return ""
 
 
 def plan_bundle(model: Model, options: Options, target: Path) -> Plan:
@@ -189,7 +130,7 @@ def plan_bundle(model: Model, options: Options, target: Path) -> Plan:
             f"{rows} rows for {characters} characters: a bundle has as many, or up to a multiple of 8 fewer than "
             f"{MOST_PADDING} more. Leave --vocab_size out."
         )
-    aliases = _ties(model) if options.tied is False else {}
+    aliases = ties(model) if options.tied is False else {}
     targets = [target_of(model, name, MODEL, options) for name in model.tensors]
     weights = {one.path: Ref(one.path) for one in targets}
     files = [WeightFile(MODEL, targets, weights, ties=options.tied is not False)]
@@ -257,7 +198,7 @@ def _decayed_first(model: Model) -> None:
 def plan_hf(model: Model, options: Options, target: Path) -> Plan:
     """Plan a folder that transformers opens: weights, config.json, generation_config.json, tokenizer, model card."""
     plan = Plan(model, target, "hf", [])
-    _add_safetensors(plan, options)
+    add_weights(plan, options)
     stored_as = {one.dtype for one in plan.targets}
     dtype = next(iter(stored_as)) if len(stored_as) == 1 else "float32"
     plan.copies = beside(model, BESIDE)
@@ -285,15 +226,6 @@ def _tokenizer_for_hf(state: dict[str, Any], context: int | None) -> dict[str, b
     settings |= {"model_max_length": context} if context else {}
     text = json.dumps(definition, ensure_ascii=False, indent=1).encode()
     return {"tokenizer.json": text, "tokenizer_config.json": dump_json(settings)}
-
-
-def beside(model: Model, names: tuple[str, ...]) -> dict[str, Path]:
-    """Find files that lie beside the weights of another program's model and go along; links are not followed."""
-    if model.container.path.is_dir() and model.family_of_source not in (FUSED, "lecture"):
-        folder = model.container.path
-        found = {name: folder / name for name in names}
-        return {name: path for name, path in found.items() if os.path.isfile(path)}  # noqa: PTH113
-    return {}
 
 
 FORMATS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from core.conversion_plan import Model, Options, Plan, Ref, WeightFile, target_of
+from core.conversion_plan import TORCH_ENDINGS, Model, Options, Plan, Ref, WeightFile, target_of
 from core.families.megatron_settings import NAMES, ONLY, unknown
 from core.families.megatron_source import localize
 
@@ -26,7 +26,7 @@ def plan_megatron(model: Model, options: Options, target: Path) -> Plan:
     if options.include_optimizer:
         raise model.refuse("an export of Megatron has no optimizer. Leave out --include_optimizer.")
     localize(model)
-    is_folder = target.suffix not in (".pt", ".pth", ".bin", ".ckpt")
+    is_folder = target.suffix not in TORCH_ENDINGS
     file = FILE if is_folder else target.name
     model.config = export_config(model, options)
     targets = [target_of(model, name, file, options, f"{STATE}.{name}") for name in model.tensors]

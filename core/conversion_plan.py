@@ -19,6 +19,9 @@ from core.view import View
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """What --dtype calls them."""
 
+TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+"""How the names of torch files end; a target of another name is a folder, where there is a choice."""
+
 
 @dataclass(frozen=True)
 class Options:

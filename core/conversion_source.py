@@ -16,10 +16,10 @@ from core.differences import listed
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.families import megatron_source
 from core.families.architecture import Architecture
-from core.families.identify import FAMILIES, UNKNOWN, Identity, identify
+from core.families.identify import FAMILIES, UNKNOWN, Identity
 from core.families.megatron_iteration import is_iteration
 from core.families.modded_pairs import BATCHED
-from core.inspection import Inspected, inspect_path
+from core.inspection import Inspected, identity_of, inspect_path
 from core.optimizer_state import groups_of, names_in_order
 from core.part import once
 from core.plain import plain
@@ -59,14 +59,12 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
             "converted; inspect_model.py shows its tensors and plain values."
         )
     config = _config(found)
-    shared = {name: f"{spec.file}/{spec.storage}/{spec.offset}" for name, spec in found.weights.items()}
-    shapes = {name: spec.shape for name, spec in found.weights.items()}
-    identity = identify(shapes, config, shared)
+    identity = identity_of(found.weights, config)
     if identity.family == UNKNOWN or identity.unplaced or identity.missing:
         if needs_family:
             raise _unfit(path, identity)
         return _bare(found, path, config)
-    said = megatron_source.conflicts_said(shapes, shared, identity)
+    said = megatron_source.conflicts_said(identity, identity_of(found.weights, None)) if identity.conflicts else []
     if identity.conflicts and needs_family and not said:
         raise CheckpointMismatch(
             f"{path}: {listed(identity.conflicts, 3)}. Correct the config, or name another source."

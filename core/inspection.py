@@ -139,7 +139,7 @@ def _of_bundle(bundle: Bundle) -> Inspected:
         container=container,
         weights=weights,
         key=key,
-        identity=_identity(weights, bundle.config_values),
+        identity=identity_of(weights, bundle.config_values),
         config=bundle.config_values,
         tokenizer=bundle.tokenizer,
         optimizer=optimizer,
@@ -198,7 +198,7 @@ def of_container(path: Path) -> Inspected:
     if megatron_iteration.is_iteration(container):
         weights, notes = megatron_iteration.model_of(weights)
         config, step = megatron_iteration.said(container)
-    identity = _identity(weights, config)
+    identity = identity_of(weights, config)
     return Inspected(path, container, weights, key, identity, config, None, optimizer, step, chosen=notes)
 
 
@@ -209,6 +209,7 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return {str(k): plain(v) for k, v in found.items()} if found is not None else None
 
 
-def _identity(weights: dict[str, TensorSpec], config: Mapping[str, Any] | None) -> Identity:
+def identity_of(weights: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Identity:
+    """Recognise the model that tensors are of, by their names, shapes and shared storages, and the config beside it."""
     shared = {name: f"{spec.file}/{spec.storage}/{spec.offset}" for name, spec in weights.items()}
     return identify({name: spec.shape for name, spec in weights.items()}, config, shared)

@@ -8,23 +8,20 @@ from __future__ import annotations
 import os
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from core.containers import safetensors_writer
 from core.containers.container import Container, listing
 from core.containers.hf_folder import BESIDE, is_hf_folder, open_hf_folder
 from core.containers.open import open_container
-from core.conversion_plan import Model, Options, Plan, Target, WeightFile
+from core.conversion_plan import Model, Options, Plan, Target
+from core.conversion_safetensors import INDEX, add_files, in_shards
 from core.conversion_source import open_model
 from core.differences import listed
 from core.errors import CheckpointMismatch
 from core.rules import RENAME, Chain, Merge, Permute, Row, Rule, apply
 from core.sharded import take_parts
-from core.training_state import dump_json
 from core.view import View, stored
-
-INDEX = "model.safetensors.index.json"
 
 ALONG = ("config.json", "llm_config.json", "vit_config.json", *BESIDE)
 """Files of the original that go along as they are."""
@@ -158,20 +155,15 @@ def _laid_out(model: Model, targets: dict[str, Target], original: Container, tar
     is_folder = target.suffix != ".safetensors"
     if not is_folder and options.shard_size is not None:
         raise model.refuse(f"{target.name} is one file, and --shard_size cuts it. Name a folder.")
-    sizes = {name: one.nbytes for name, one in targets.items()}
     if not is_folder:
         files = {target.name: list(targets)}
     elif options.shard_size is not None or not original.path.is_dir():
-        shards = safetensors_writer.in_shards(sizes, options.shard_size)
-        files = dict(zip(safetensors_writer.shard_names(len(shards)), shards, strict=True))
+        files = in_shards(targets, options.shard_size)
     else:
         files = {}
         for name in targets:
             files.setdefault(original.tensors[name].file or "model.safetensors", []).append(name)
     plan = Plan(model, target, "safetensors", [], is_folder=is_folder)
-    for file, names in files.items():
-        placed = [replace(targets[name], file=file) for name in names]
-        plan.files.append(WeightFile(file, placed, metadata=dict(safetensors_writer.USUAL)))
-    if is_folder and (len(files) > 1 or "model.safetensors" not in files):
-        plan.texts[INDEX] = dump_json(safetensors_writer.index(files, sizes))
+    has_index = is_folder and (len(files) > 1 or "model.safetensors" not in files)
+    add_files(plan, files, targets, safetensors_writer.USUAL, has_index)
     return plan

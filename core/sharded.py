@@ -23,8 +23,7 @@ from core.containers.spec import TensorSpec
 from core.containers.step_folder import is_step_folder, open_step_folder, step_parts
 from core.conversion_plan import Model, Options, Ref, Target, WeightFile
 from core.errors import CheckpointMismatch
-from core.families.identify import identify
-from core.inspection import Inspected
+from core.inspection import Inspected, identity_of
 from core.view import stored
 
 MAIN = ("model", "state_dict", "model_state_dict")
@@ -85,8 +84,7 @@ def open_sharded(path: Path, options: Options) -> Inspected:
         weights = {name: spec for name, spec in weights.items() if not name.startswith(aside)}
     if not weights:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
-    shared = {name: f"{spec.file}/{spec.storage}/{spec.offset}" for name, spec in weights.items()}
-    identity = identify({name: spec.shape for name, spec in weights.items()}, None, shared)
+    identity = identity_of(weights, None)
     optimizer = _optimizer(container)[1] if options.include_optimizer else None
     found = Inspected(path, container, weights, key, identity, None, None, _with_names(optimizer), _step(container))
     found.chosen = list(container.notes)

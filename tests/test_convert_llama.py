@@ -250,6 +250,28 @@ def test_what_an_export_cannot_hold_is_refused_or_said(tmp_path):
     assert "no config.json beside it" in refused(source, tmp_path / "x.pt")
 
 
+def test_a_head_that_was_written_as_well_is_tied_unless_the_config_says_no(fixtures, tmp_path):
+    tensors = load_file(fixtures / "hf_gpt2/model.safetensors")
+    config = json.loads((fixtures / "hf_gpt2/config.json").read_text())
+    config.pop("tie_word_embeddings", None)  # GPT-2's default is a tied head
+
+    def folder(name: str, head: torch.Tensor, **values) -> Path:
+        (tmp_path / name).mkdir()
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text(json.dumps(config | values))
+        return tmp_path / name
+
+    table = tensors["transformer.wte.weight"]
+    for name, values in (("tied", {}), ("untied", {"tie_word_embeddings": False})):
+        converted(folder(name, table.clone(), **values), tmp_path / f"{name}.pt", "megatron")
+        state, said = exported(tmp_path / f"{name}.pt")
+        assert ("output_layer.weight" in state) is (name == "untied")
+        assert said["untie_embeddings_and_output_weights"] is (name == "untied")
+    assert "its config ties head and token table, but lm_head.weight has other values than transformer.wte" in refused(
+        folder("other", table + 1), tmp_path / "x.pt"
+    )
+
+
 def test_tokenizer_files_go_along_between_folders(tmp_path):
     source = random_model(tmp_path / "source", "Llama")
     (source / "tokenizer.json").write_text("{}")

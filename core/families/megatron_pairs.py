@@ -68,14 +68,27 @@ def _norms(model: Model, options: Options) -> None:
         )
 
 
-def _drop_tied_head(model: Model, options: Options, head: str, table: str) -> bool:
-    """Leave out a head that is the token table; say whether head and table are one."""
+def _is_tied(model: Model, options: Options, head: str, table: str, is_said: bool) -> bool:
+    """Whether head and token table are one; a head that was written although the program ties it is left out.
+
+    Raises: CheckpointMismatch for a head of other values than the table, which the program would not use.
+    """
     if head not in model.tensors:
         return options.tied is not False
-    if options.tied is not False and model.tensors[head].place == model.tensors[table].place:
+    if is_said and not model.is_same(head, table):
+        raise model.refuse(
+            f"its config ties head and token table, but {head} has other values than {table}: transformers would leave "
+            "it out. Set tie_word_embeddings to false if the model was trained with a head of its own."
+        )
+    if is_said and options.tied is not False:
         model.drop(head, f"tied to {table}")
         return True
     return False
+
+
+def _is_one(model: Model) -> bool:
+    """Whether head and token table of a Megatron model share their bytes."""
+    return HEAD in model.tensors and model.tensors[HEAD].same_elements(model.tensors[TABLE])
 
 
 def to_hf(model: Model, options: Options) -> dict[str, Any]:
@@ -119,7 +132,7 @@ def to_hf(model: Model, options: Options) -> dict[str, Any]:
         "attention_bias": qkv,
         "mlp_bias": mlp,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": _drop_tied_head(model, options, HEAD, TABLE),
+        "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE, _is_one(model)),
         "use_cache": True,
         **ids(options, model.config),
     }
@@ -168,7 +181,7 @@ def to_megatron(model: Model, options: Options) -> dict[str, Any]:
     if config.get("use_sliding_window") is True:
         more["window_size"] = [config.get("sliding_window"), 0]
         model.notes.append("warning: some of its layers see a sliding window only: set that in Megatron by hand")
-    tied = _tied_by_config(model, options)
+    tied = _is_tied(model, options, HF_HEAD, HF_TABLE, bool(config.get("tie_word_embeddings")))
     return _export_config(
         model,
         normalization="RMSNorm",
@@ -186,16 +199,6 @@ def to_megatron(model: Model, options: Options) -> dict[str, Any]:
 
 
 _HF_BIASES = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj")
-
-
-def _tied_by_config(model: Model, options: Options) -> bool:
-    """Whether head and token table are one; a head that was written as well is left out."""
-    if HF_HEAD not in model.tensors:
-        return options.tied is not False
-    if options.tied is not False and model.config.get("tie_word_embeddings") and model.is_same(HF_HEAD, HF_TABLE):
-        model.drop(HF_HEAD, f"tied to {HF_TABLE}")
-        return True
-    return False
 
 
 GPT2_TABLE, POSITIONS = "transformer.wte.weight", "embedding.position_embeddings.weight"
@@ -223,7 +226,7 @@ def to_gpt2(model: Model, options: Options) -> dict[str, Any]:
     eps = setting(model, options, "norm_eps", EPSILON["gpt2"])
     return _gpt2_config(size, positions, eps) | {
         "activation_function": activation(model, options),
-        "tie_word_embeddings": _drop_tied_head(model, options, HEAD, TABLE),
+        "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE, _is_one(model)),
         **ids(options, model.config),
     }
 
@@ -271,9 +274,7 @@ def gpt2_to_megatron(model: Model, options: Options) -> dict[str, Any]:
     for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
         if config.get(name, value) is not value:
             raise model.refuse(f"{name} is {config[name]!r}, and Megatron computes {value}.")
-    tied = HF_HEAD not in model.tensors or model.is_same(HF_HEAD, GPT2_TABLE)
-    if tied and HF_HEAD in model.tensors and options.tied is not False:
-        model.drop(HF_HEAD, f"tied to {GPT2_TABLE}")
+    tied = _is_tied(model, options, HF_HEAD, GPT2_TABLE, config.get("tie_word_embeddings", True) is not False)
     return _export_config(
         model,
         normalization="LayerNorm",

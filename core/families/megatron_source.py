@@ -9,10 +9,9 @@ from core.containers.inert import as_text
 from core.containers.spec import TensorSpec
 from core.conversion_plan import Model, Options
 from core.errors import CheckpointError, CheckpointMismatch
-from core.families.identify import Identity, identify
+from core.families.identify import Identity
 from core.families.megatron_iteration import is_extra_state
 from core.families.megatron_tables import TRANSFORMER_ENGINE, unstacked
-from core.families.plan import Shape
 from core.rules import Table, apply
 from core.view import View
 
@@ -48,12 +47,13 @@ def take_heads(found: Inspected, options: Options) -> None:
     raise CheckpointMismatch(f"{found.path}: linear_proj.weight has {wide} columns, no multiple of {heads} heads.")
 
 
-def conflicts_said(shapes: dict[str, Shape], shared: dict[str, str], identity: Identity) -> list[str]:
+def conflicts_said(identity: Identity, bare: Identity) -> list[str]:
     """The conflicts of a Megatron model that are the config's alone: the tensors win, and these are said.
 
-    [] when the tensors contradict each other, or leave open what the config contradicts.
+    `bare` is the model without its config. [] when the tensors contradict each other, or leave open what the config
+    contradicts.
     """
-    if not identity.family.startswith("megatron_") or identify(shapes, None, shared).conflicts:
+    if not identity.family.startswith("megatron_") or bare.conflicts:
         return []
     known = identity.architecture
     if known is None or known.n_head is None or known.n_kv_head is None:
