@@ -51,6 +51,8 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     found = held.enter_context(open_sharded(path, options) if sharded and options else inspect_path(path))
     if found.damage:
         raise CheckpointDamaged(found.damage[0])
+    if found.bundle is not None and options is not None and options.more.get("save_ema"):
+        _take_average(found, found.bundle)
     megatron_source.refuse_classic(found.container)
     megatron_source.take_heads(found, options or Options())
     if found.container.foreign and not is_iteration(found.container):
@@ -75,6 +77,16 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
         megatron_source.refuse_mixed(model)
     megatron_source.drop_extra_states(model, found.key)
     return model
+
+
+def _take_average(found: Inspected, bundle: Bundle) -> None:
+    """Put the average of a bundle in the place of its weights; its moments are those of the weights, and stay behind.
+
+    Raises: CheckpointNotFound when it has none.
+    """
+    found.bundle = bundle.averaged()
+    found.weights, found.key, found.optimizer = found.bundle.weights.tensors, "ema.", None
+    found.chosen = [*found.chosen, "the average of the weights (ema.pt); the weights and their optimizer are left out"]
 
 
 def _unfit(path: Path, identity: Identity) -> CheckpointMismatch:

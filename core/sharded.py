@@ -169,9 +169,9 @@ def take_parts(model: Model, path: Path, options: Options) -> None:
     """
     path = _folder(path)
     if not is_sharded(path):
-        if options.more.get("save_ema"):
+        if options.more.get("save_ema") and model.container.kind != "bundle":
             raise model.refuse(
-                "--save_ema takes a part of a sharded checkpoint, and this is none. Name the EMA itself."
+                "--save_ema takes a part of a bundle or of a sharded checkpoint, and this is none. Name the EMA itself."
             )
         return
     used = {name for view in model.tensors.values() for name in view.names}
