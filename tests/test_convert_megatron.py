@@ -151,7 +151,7 @@ def test_gpt2_style_becomes_a_bundle_of_ours_and_back(fixtures, tmp_path):
     converted(source, tanh, "hf", more={"activation": "gelu_new"})
     assert json.loads((tanh / "config.json").read_text())["activation_function"] == "gelu_new"
     said = refused(export_of(fixtures, GPT2), tmp_path / "no", "bundle")  # ffn_hidden_size 224 of a width of 64
-    assert said.endswith("n_inner is 224; our GPT has 4 n_embd, 256.")
+    assert said.endswith("its feed-forward part is 224 wide; our GPT has 4 n_embd, 256. --to hf keeps it.")
 
 
 def test_tensors_win_over_a_config_that_contradicts_them(fixtures, tmp_path):
@@ -221,6 +221,20 @@ def test_settings_that_change_what_is_computed_are_refused(fixtures, tmp_path):
     assert (made["max_position_embeddings"], made["eos_token_id"], made["bos_token_id"]) == (99, 7, None)
     said = refused(tmp_path / "hf", tmp_path / "x.pt", "megatron", more={"rope_theta": 1.0})
     assert "--rope_theta: what a Megatron file does not say, and this is Hugging Face Llama" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value", "why"),
+    [
+        (LLAMA, "activation", "gelu_new", "a gated feed-forward part computes silu"),
+        (GPT2, "rope_theta", 5e5, "its positions are a table"),
+        (GPT2, "rope_scaling_factor", 8.0, "its positions are a table"),
+        (GPT2, "rotary_percent", 0.5, "its positions are a table"),
+    ],
+)
+def test_a_flag_for_what_the_model_has_not_is_refused(fixtures, tmp_path, name, flag, value, why):
+    said = refused(export_of(fixtures, name), tmp_path / "hf", more={flag: value})
+    assert said.endswith(f"--{flag} has no effect: {why}. Leave it out.")
 
 
 def test_heads_that_no_config_says_are_asked_for(fixtures, tmp_path):

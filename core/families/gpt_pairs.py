@@ -95,7 +95,8 @@ def hf_to_ours(model: Model, options: Options) -> dict[str, Any]:
     if config.get("layer_norm_epsilon", EPSILON) != EPSILON:
         raise model.refuse(f"layer_norm_epsilon is {config['layer_norm_epsilon']!r}; our GPT has {EPSILON}.")
     if model.sizes.get("n_ffn", 4 * model.sizes["n_embd"]) != 4 * model.sizes["n_embd"]:
-        raise model.refuse(f"n_inner is {model.sizes['n_ffn']}; our GPT has 4 n_embd, {4 * model.sizes['n_embd']}.")
+        ffn, ours = model.sizes["n_ffn"], 4 * model.sizes["n_embd"]
+        raise model.refuse(f"its feed-forward part is {ffn} wide; our GPT has 4 n_embd, {ours}. --to hf keeps it.")
     says_tied = config.get("tie_word_embeddings", True)
     same = HEAD not in model.tensors or model.is_same(HEAD, HF_TABLE)
     if says_tied and not same:

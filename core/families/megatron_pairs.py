@@ -50,6 +50,12 @@ def _ready(model: Model, options: Options) -> None:
     _norms(model, options)
 
 
+def _refuse_void(model: Model, options: Options, flag: str, why: str) -> None:
+    """Refuse a flag that says what the model does not have."""
+    if flag in options.more:
+        raise model.refuse(f"--{flag} has no effect: {why}. Leave it out.")
+
+
 def _norms(model: Model, options: Options) -> None:
     norms = [name for name in model.tensors if name.endswith("layernorm.weight")]
     if setting(model, options, "layernorm_1p", False, is_said=False):
@@ -94,6 +100,7 @@ def _is_one(model: Model) -> bool:
 def to_hf(model: Model, options: Options) -> dict[str, Any]:
     """Write a config of Llama, Qwen2 or Qwen3; refuse biases that these do not have."""
     style = model.family.removeprefix("megatron_")
+    _refuse_void(model, options, "activation", "a gated feed-forward part computes silu")
     _ready(model, options)
     if "embedding.position_embeddings.weight" in model.tensors:
         raise model.refuse("it has a table of positions (position_embeddings), and Llama and Qwen have rotary ones.")
@@ -206,6 +213,9 @@ GPT2_TABLE, POSITIONS = "transformer.wte.weight", "embedding.position_embeddings
 
 def to_gpt2(model: Model, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a bias that is not there becomes zeros."""
+    if POSITIONS in model.tensors:
+        for flag in ("rope_theta", "rotary_percent", "rope_scaling_factor"):
+            _refuse_void(model, options, flag, "its positions are a table")
     _ready(model, options)
     size = _numbers(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size", "q_size")
     if POSITIONS not in model.tensors:
