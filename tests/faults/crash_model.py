@@ -9,14 +9,16 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from core.bundle import write_bundle
 from core.commit import CONFIG, MODEL
 from core.errors import CheckpointDamaged
 from core.training_state import STATE, dump_json, seal, unseal
-from tests.faults.explorer import Action, Explorer, Run, folder_files, identity, recover
+from tests.faults.explorer import Action, Explorer, Fault, Run, folder_files, identity, recover
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
+from tests.faults.tally import Tally
 
 
 def config(architecture: int = 64, **edits: Any) -> dict[str, Any]:
@@ -202,6 +204,12 @@ def walk_back(explorer: Explorer) -> list[Disk]:
     return explorer.run(disks, save(3, "D"), "and the next")
 
 
+def walk_back_twice(explorer: Explorer) -> list[Disk]:
+    """A step that was gone back to shares its files with the kept one; damage to another file leads back to it again."""
+    disk = built(explorer, save(1, "A"), save(2, "B"), lambda run: run.folder.go_back(ROOT / "step_00000001", "damaged"))
+    return explorer.run([disk], lambda run: run.folder.go_back(ROOT / "step_00000001", "damaged"), "back again")
+
+
 def rewind(explorer: Explorer) -> list[Disk]:
     """Back to an older step over two later ones, on from there, and back again to the same step."""
     disk = put(built(explorer, *(save(n, "ABCD"[n - 1]) for n in (1, 2, 3, 4))), metrics_jsonl=b"{}")
@@ -231,6 +239,7 @@ SCENARIOS: dict[str, Callable[[Explorer], list[Disk]]] = {
     "kept step": kept_step,
     "measured": measured,
     "walk back": walk_back,
+    "walk back twice": walk_back_twice,
     "rewind": rewind,
 }
 
@@ -238,6 +247,20 @@ SCENARIOS: dict[str, Callable[[Explorer], list[Disk]]] = {
 EXHAUSTIVE = (2**30, 1)
 QUICK = (8, 32)
 """`limit` and `share` of a run that takes seconds."""
+
+
+def run(folder: Path) -> Tally:
+    """Explore every scenario in seconds, until one has a fault; all of it is in memory."""
+    tally = Tally()
+    for name, scenario in SCENARIOS.items():
+        for links in (True, False):
+            explorer = Explorer(links, *QUICK)
+            try:
+                scenario(explorer)
+            except Fault as fault:
+                tally.losses.append(f"{name}, {'links' if links else 'moves'}: {fault}")
+            tally.counts += explorer.counts
+    return tally
 
 
 def main(argv: list[str]) -> int:

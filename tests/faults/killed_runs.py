@@ -1,0 +1,76 @@
+"""Kill real runs of train.py that save at every step, and compare where they end with a run never killed.
+
+python -m tests.faults.killed_runs FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.faults.tally import Tally
+from tests.helpers import TEXT
+from tests.test_resume import bits, losses, same, start
+
+NAME, KILLS, STEPS, SEED = "killed", 20, 500, 7
+LINE = [
+    "train.py", "--model_name", NAME, "--max_iters", str(STEPS), "--n_layer", "2", "--n_head", "2", "--n_embd", "32",
+    "--block_size", "32", "--batch_size", "8", "--dropout", "0.2", "--eval_interval", "100", "--save_interval", "1",
+    "--eval_iters", "2", "--device", "cpu",
+]  # fmt: skip
+
+
+def logged(root: Path) -> int:
+    """Lines of the log, which grows at each save."""
+    log = root / NAME / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def kill_at_random(run: subprocess.Popen, root: Path, chance: random.Random, is_early: bool) -> None:
+    """Kill a run early, wherever it is, or after a few saves, at any instant of the next one."""
+    if is_early:
+        time.sleep(chance.uniform(0.1, 2.5))
+    else:
+        wanted = logged(root) + chance.randint(2, 15)
+        while run.poll() is None and logged(root) < wanted:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.03))
+    run.send_signal(signal.SIGKILL)
+
+
+def run(folder: Path, kills: int = KILLS) -> Tally:
+    """Kill a run over and over, let it end, and compare it bit for bit."""
+    text, tally, chance = folder / "text.txt", Tally(), random.Random(SEED)
+    text.write_text("".join(random.Random(3).choices(TEXT, k=20_000)))
+    whole, killed = folder / "whole", folder / "often"
+    beside = start(whole, text, LINE)
+    committed = 0
+    for number in range(kills):
+        process = start(killed, text, LINE)
+        kill_at_random(process, killed, chance, number % 4 == 3)
+        ended = process.wait()
+        tally.check(ended == -signal.SIGKILL, f"it ended with {ended} before kill {number}; it should take longer")
+        state = killed / NAME / "training_state.json"
+        step = json.loads(state.read_text())["step"] if state.exists() else 0
+        tally.check(step >= committed, f"kill {number}: step {step} at the top, and step {committed} was before")
+        tally.counts["kills"] += 1
+        committed = step
+    tally.counts["steps committed by killed runs"] += committed
+    ends = start(killed, text, LINE).wait(), beside.wait()
+    tally.check(ends == (0, 0), f"the last runs ended with {ends}")
+    tally.check(same(bits(whole / NAME), bits(killed / NAME)), "the final bits differ from those of a run never killed")
+    tally.check(losses(whole, NAME) == losses(killed, NAME), "the losses differ from those of a run never killed")
+    tally.check(len(losses(whole, NAME)) == STEPS, "steps are missing from the log")
+    tally.counts["steps compared bit for bit"] += STEPS
+    return tally
+
+
+if __name__ == "__main__":
+    found = run(Path(sys.argv[1]))
+    print("\n".join([str(found), *found.losses]))
+    sys.exit(bool(found.losses))
