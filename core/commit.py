@@ -178,8 +178,9 @@ class ModelFolder(FolderReader):
         for name in names:
             if name not in pending:
                 continue
-            if name == CONFIG and self._top_config_stays():
-                self.storage.remove(self.committed / CONFIG)
+            is_there = self.storage.is_same(self.committed / name, self.path / name)  # rename would leave both names
+            if is_there or (name == CONFIG and self._top_config_stays()):
+                self.storage.remove(self.committed / name)
             else:
                 self.storage.rename(self.committed / name, self.path / name)
 

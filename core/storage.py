@@ -135,6 +135,13 @@ class Storage:
         """Whether this name is a folder itself, not a link to one."""
         return path.is_dir() and not path.is_symlink()
 
+    def is_same(self, a: Path, b: Path) -> bool:
+        """Whether two names are of one file; one that is not there is the same as none."""
+        try:
+            return a.samefile(b)
+        except FileNotFoundError:
+            return False
+
     def free(self, path: Path) -> int:
         """Bytes that may still be written where a folder lies."""
         return shutil.disk_usage(path).free

@@ -238,3 +238,14 @@ def test_a_file_system_that_refuses_links_gets_moves(tmp_path, monkeypatch):
     assert not storage.links
     assert newest(folder) == whole("b")
     assert kept(folder, 1) == whole("a")
+
+
+def test_going_back_twice_to_the_same_step_whose_files_the_top_then_shares_leaves_nothing_pending(folder):
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    folder.go_back(folder.path / "step_00000001", "damaged")
+    folder.go_back(folder.path / "step_00000001", "damaged")
+    assert newest(folder) == kept(folder, 1) == whole("a")
+    assert not folder.committed.exists()
+    save(folder, 2, "c")
+    assert newest(folder) == whole("c")

@@ -151,49 +151,10 @@ def test_impossible_counts_are_refused_by_name(name):
         fit(None, data_loader=None, optimizer=None, **{"max_iters": 1, name: -1})
 
 
-LINE = [
-    "train.py", "--model_name", "killed", "--max_iters", "1400", "--n_layer", "2", "--n_head", "2", "--n_embd", "32",
-    "--block_size", "32", "--batch_size", "8", "--dropout", "0.2", "--eval_interval", "140", "--save_interval", "7",
-    "--eval_iters", "4", "--device", "cpu",
-]  # fmt: skip
-
-
-def start(root, text, line=LINE):
+def start(root, text, line):
     command = [sys.executable, "-W", "ignore", *line, "--checkpoint_root", root, "--input_file", text]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_twenty_random_moments_ends_with_the_bits_of_one_never_interrupted(tmp_path, tell):
-    text = tmp_path / "text.txt"
-    text.write_text("".join(random.Random(3).choices(TEXT, k=20_000)))
-    assert start(tmp_path / "whole", text).wait() == 0
-    chance, kills, resumed_at = random.Random(7), 0, []
-    log = tmp_path / "killed/killed/metrics.jsonl"
-    while kills < 20:
-        steps_before = log.stat().st_size if log.exists() else 0
-        run = start(tmp_path / "killed", text)
-        # The log grows at each save: wait for one now and then, so that the run as a whole goes on; else kill anywhere.
-        if kills % 2:
-            while run.poll() is None and (log.stat().st_size if log.exists() else 0) <= steps_before:
-                time.sleep(0.002)
-            time.sleep(chance.uniform(0, 0.05))
-        else:
-            time.sleep(chance.uniform(0.1, 2.5))
-        assert run.poll() is None, f"ended with {run.returncode} before kill {kills}; it should take longer"
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        kills += 1
-        state = tmp_path / "killed/killed/training_state.json"
-        resumed_at.append(json.loads(state.read_text())["step"] if state.exists() else 0)
-    assert start(tmp_path / "killed", text).wait() == 0
-    assert same(bits(tmp_path / "whole/killed"), bits(tmp_path / "killed/killed"))
-    assert losses(tmp_path / "whole", "killed") == losses(tmp_path / "killed", "killed")
-    assert len(losses(tmp_path / "whole", "killed")) == 1400
-    assert log.read_bytes() == (tmp_path / "whole/killed/metrics.jsonl").read_bytes()
-    assert best(tmp_path / "whole") == best(tmp_path / "killed")
-    tell(f"20 kills, committed steps after each: {resumed_at}; the final bits are those of a run never killed")
 
 
 def best(root):

@@ -205,8 +205,10 @@ def walk_back(explorer: Explorer) -> list[Disk]:
 
 
 def walk_back_twice(explorer: Explorer) -> list[Disk]:
-    """A step that was gone back to shares its files with the kept one; damage to another file leads back to it again."""
-    disk = built(explorer, save(1, "A"), save(2, "B"), lambda run: run.folder.go_back(ROOT / "step_00000001", "damaged"))
+    """A step that was gone back to shares its files with the kept one; more damage leads back to it again."""
+    disk = built(
+        explorer, save(1, "A"), save(2, "B"), lambda run: run.folder.go_back(ROOT / "step_00000001", "damaged")
+    )
     return explorer.run([disk], lambda run: run.folder.go_back(ROOT / "step_00000001", "damaged"), "back again")
 
 
@@ -257,8 +259,8 @@ def run(folder: Path) -> Tally:
             explorer = Explorer(links, *QUICK)
             try:
                 scenario(explorer)
-            except Fault as fault:
-                tally.losses.append(f"{name}, {'links' if links else 'moves'}: {fault}")
+            except (Fault, OSError) as fault:
+                tally.losses.append(f"{name}, {'links' if links else 'moves'}: {fault!r}")
             tally.counts += explorer.counts
     return tally
 

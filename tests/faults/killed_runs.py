@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.faults.tally import Tally
 from tests.helpers import TEXT
-from tests.test_resume import bits, losses, same, start
+from tests.test_resume import best, bits, losses, same, start
 
 NAME, KILLS, STEPS, SEED = "killed", 20, 500, 7
 LINE = [
@@ -65,6 +65,9 @@ def run(folder: Path, kills: int = KILLS) -> Tally:
     tally.check(ends == (0, 0), f"the last runs ended with {ends}")
     tally.check(same(bits(whole / NAME), bits(killed / NAME)), "the final bits differ from those of a run never killed")
     tally.check(losses(whole, NAME) == losses(killed, NAME), "the losses differ from those of a run never killed")
+    logs = [root / NAME / "metrics.jsonl" for root in (whole, killed)]
+    tally.check(logs[0].read_bytes() == logs[1].read_bytes(), "the logs differ")
+    tally.check(best(whole) == best(killed), "another step is the best one")
     tally.check(len(losses(whole, NAME)) == STEPS, "steps are missing from the log")
     tally.counts["steps compared bit for bit"] += STEPS
     return tally
