@@ -21,10 +21,13 @@ class Background:
 
     def start(self, name: str, work: Callable[[], None]) -> None:
         """Start work; what was started before has ended."""
-        self._thread = threading.Thread(target=self._run, args=(work,), name=name)
+        go = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(work, go), name=name)
         self._thread.start()
+        go.set()
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None], go: threading.Event) -> None:
+        go.wait()  # else the interpreter would stay with this thread, and `start` return milliseconds later
         try:
             work()
         except BaseException as error:

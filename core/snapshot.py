@@ -1,9 +1,10 @@
 """Live tensors on their way to disk while training goes on.
 
-Weights and optimizer state do not change between two optimizer steps. In that time one thread copies them, block by
-block of the files to be, into memory that is allocated once; a second completes the blocks with their checksums; the
-writer takes them from there. With blocks for the whole state the copy is over long before the write. With few, which
-go round, it lasts as long as the write does, and so may the next optimizer step have to wait.
+Weights and optimizer state do not change between two optimizer steps. In that time a thread copies them, block by
+block of the files to be, into memory that is allocated once, and completes the blocks with their checksums while the
+bytes are in the core's cache; from a GPU, another thread does this when they have arrived. The writer takes the blocks
+from there. With blocks for the whole state the copy is over long before the write. With few, which go round, it lasts
+as long as the write does, and so may the next optimizer step have to wait.
 """
 
 from __future__ import annotations
@@ -42,11 +43,7 @@ class Blocks:
         if pinned:
             self.memory = torch.empty(count * BLOCK, dtype=torch.uint8, pin_memory=True)
             return
-        region = mmap.mmap(-1, count * BLOCK)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                region.madvise(mmap.MADV_HUGEPAGE)
-        self.memory = torch.frombuffer(region, dtype=torch.uint8)
+        self.memory = torch.frombuffer(mmap.mmap(-1, count * BLOCK), dtype=torch.uint8)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """The bytes of a block."""
@@ -93,7 +90,8 @@ class SnapshotFile:
 
     def __init__(self, snapshot: Snapshot, content: Any) -> None:
         self._snapshot = snapshot
-        self.image = Image(records_of(content))
+        records = records_of(content)
+        self.image = Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records])
         self.sealed = Sealed(self.image)
         self.size = self.image.size
 
@@ -112,7 +110,7 @@ class SnapshotFile:
         return self.sealed.recorded
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Block:
     """A block in memory and what it is: `length` bytes from `start` on of a file."""
 
@@ -120,7 +118,7 @@ class _Block:
     start: int
     length: int
     index: int
-    filled: Any = None  # on a GPU, the event after which its bytes are there
+    arrived: Any = None  # from a GPU: the event after which its bytes are there
 
 
 class Snapshot:
@@ -136,7 +134,7 @@ class Snapshot:
         self._copied = threading.Event()
         self._given_up = False
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._filled: queue.SimpleQueue[_Block | BaseException | None] = queue.SimpleQueue()
+        self._arriving: queue.SimpleQueue[_Block | BaseException | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Block | BaseException | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._files: dict[str, SnapshotFile] = {}
@@ -170,10 +168,11 @@ class Snapshot:
         self._blocks = memory.blocks(len(spans), pinned=self._device is not None)
         for index in range(self._blocks.count):
             self._free.put(index)
-        for name, work in (("copy", lambda: self._copy(spans)), ("seal", self._seal)):
-            thread = threading.Thread(target=work, name=f"snapshot: {name}")
+        self._threads = [threading.Thread(target=lambda: self._copy(spans), name="snapshot: copy")]
+        if self._device is not None:
+            self._threads.append(threading.Thread(target=self._seal_arrived, name="snapshot: seal"))
+        for thread in self._threads:
             thread.start()
-            self._threads.append(thread)
 
     def blocks_of(self, file: SnapshotFile) -> Iterator[tuple[memoryview, int, int]]:
         """Give the blocks of one file."""
@@ -211,14 +210,16 @@ class Snapshot:
 
     def _copy(self, spans: list[tuple[SnapshotFile, int, int]]) -> None:
         end: BaseException | None = None
+        done = self._ready if self._device is None else self._arriving
         try:
             with self._beside():
                 for file, start, length in spans:
                     index = self._free.get()
                     if index is None or self._given_up:
                         return
-                    filled = self._fill(file.image, start, length, self._blocks[index])
-                    self._filled.put(_Block(file, start, length, index, filled))
+                    block = _Block(file, start, length, index)
+                    self._fill(block)
+                    done.put(block)
             for name, tensor, version in self._versions:
                 if tensor._version != version:
                     raise SaveFailed(
@@ -229,7 +230,7 @@ class Snapshot:
             end = error
         finally:
             self._copied.set()
-            self._filled.put(end)
+            done.put(end)
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -243,22 +244,26 @@ class Snapshot:
             yield
             self._last = self._stream.record_event()
 
-    def _fill(self, image: Image, start: int, length: int, block: torch.Tensor) -> Any:
-        for segment, low, high, at in image.pieces(start, start + length):
+    def _fill(self, block: _Block) -> None:
+        memory = self._blocks[block.index]
+        for piece in block.file.image.pieces(block.start, block.start + block.length):
+            segment, low, high, at = piece
             if segment.kind is Kind.STORAGE:
-                _copy_bytes(segment.content, low, high, block[at : at + high - low])
-        return self._stream.record_event() if self._stream is not None else None
+                _copy_bytes(segment.content[low:high], memory[at : at + high - low])
+            if self._stream is None:
+                block.file.sealed.seal(piece, memory.numpy().data)
+        if self._stream is not None:
+            block.arrived = self._stream.record_event()
 
-    # The sealing thread
+    # The sealing thread, for what comes from a GPU
 
-    def _seal(self) -> None:
-        while isinstance(block := self._filled.get(), _Block):
+    def _seal_arrived(self) -> None:
+        while isinstance(block := self._arriving.get(), _Block):
             try:
-                if block.filled is not None:
-                    block.filled.synchronize()
-                view = self._blocks[block.index][: block.length].numpy().data
-                if not self._given_up:
-                    block.file.sealed.seal(view, block.start)
+                block.arrived.synchronize()
+                for piece in block.file.image.pieces(block.start, block.start + block.length):
+                    if not self._given_up:
+                        block.file.sealed.seal(piece, self._blocks[block.index].numpy().data)
             except BaseException as error:
                 self._ready.put(error)
                 continue
@@ -266,10 +271,9 @@ class Snapshot:
         self._ready.put(block)
 
 
-def _copy_bytes(storage: torch.UntypedStorage, low: int, high: int, target: torch.Tensor) -> None:
-    source = bytes_of(storage)[low:high]
-    if storage.device.type == "cpu":
+def _copy_bytes(source: torch.Tensor, target: torch.Tensor) -> None:
+    if source.device.type == "cpu":
         # Not torch's copy: it would take a team of threads away from the computation.
         np.copyto(target.numpy(), source.numpy())
     else:
-        target.copy_(source, non_blocking=storage.device.type == "cuda")
+        target.copy_(source, non_blocking=source.is_cuda)

@@ -1,7 +1,7 @@
 """A torch file before it is written: where each byte will lie, known from the sizes of its records alone.
 
 The file is made in blocks of any size, in order. What a record stores is copied into a block by whoever has it; the
-rest, checksums included, `Sealed` fills in when the block passes.
+rest, checksums included, `Sealed` fills in when its pieces pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
-from core.checksum import combine
+from core.checksum import CHUNK, combine
 from core.containers.torch_zip_layout import Entry, descriptor, directory, local_header
 
 FOLDER = "archive"
@@ -41,7 +41,7 @@ class Segment:
 
 
 class Piece(NamedTuple):
-    """The part of a segment that lies in a block: bytes `low` to `high` of the segment, from `at` on in the block."""
+    """A part of a segment that lies in a block: bytes `low` to `high` of the segment, from `at` on in the block."""
 
     segment: Segment
     low: int
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
 
 
 class Image:
-    """The layout of a torch file with these records, in order: bytes, or something that knows its `nbytes()`."""
+    """The layout of a torch file with these records, in order: bytes, or something that is as long as its bytes."""
 
     def __init__(self, records: Sequence[tuple[str, Any]]) -> None:
         self.segments: list[Segment] = []
@@ -58,8 +58,7 @@ class Image:
         self.size = 0
         for name, content in records:
             path = f"{FOLDER}/{name}".encode()
-            plain = isinstance(content, bytes)
-            size = len(content) if plain else content.nbytes()
+            plain, size = isinstance(content, bytes), len(content)
             self.entries.append(Entry(path, self.size, size, 0))
             header = local_header(path, size, self.size)
             self._add(len(header), Kind.HEADER, header)
@@ -74,17 +73,18 @@ class Image:
         self.size += size
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Cut the bytes `start` to `end` of the file into pieces of its segments."""
+        """Cut the bytes `start` to `end` of the file into pieces of its segments, small enough for a core's cache."""
         for i in range(bisect.bisect_right(self._starts, start) - 1, len(self.segments)):
             segment = self.segments[i]
             if segment.start >= end:
                 return
-            low, high = max(start, segment.start), min(end, segment.start + segment.size)
-            yield Piece(segment, low - segment.start, high - segment.start, low - start)
+            last = min(end - segment.start, segment.size)
+            for low in range(max(start - segment.start, 0), last, CHUNK):
+                yield Piece(segment, low, min(low + CHUNK, last), segment.start + low - start)
 
 
 class Sealed:
-    """Completes the blocks of an image as they pass in order, and knows the checksums of the whole at the end."""
+    """Completes the pieces of an image as they pass in order, and knows the checksums of the whole at the end."""
 
     def __init__(self, image: Image) -> None:
         self.image = image
@@ -100,19 +100,19 @@ class Sealed:
         """What the training state says of the file, once all of it has passed."""
         return {"size": self.image.size, "crc32": f"{self.crc32:08x}", "tensors": f"{self._tensors:08x}"}
 
-    def seal(self, block: memoryview, start: int) -> None:
-        """Complete the block that begins at byte `start` of the file; its storages have been copied in."""
-        for segment, low, high, at in self.image.pieces(start, start + len(block)):
-            view = block[at : at + high - low]
-            if segment.kind in (Kind.PLAIN, Kind.STORAGE):
-                if segment.kind is Kind.PLAIN:
-                    view[:] = segment.content[low:high]
-                self._record = zlib.crc32(view, self._record)
-                continue
-            if low == 0:
-                self._late = self._content_of(segment)
-            view[:] = self._late[low:high]
-            self.crc32 = zlib.crc32(view, self.crc32)
+    def seal(self, piece: Piece, block: memoryview) -> None:
+        """Complete a piece of a block; what a storage holds has been copied in."""
+        segment, low, high, at = piece
+        view = block[at : at + high - low]
+        if segment.kind in (Kind.PLAIN, Kind.STORAGE):
+            if segment.kind is Kind.PLAIN:
+                view[:] = segment.content[low:high]
+            self._record = zlib.crc32(view, self._record)
+            return
+        if low == 0:
+            self._late = self._content_of(segment)
+        view[:] = self._late[low:high]
+        self.crc32 = zlib.crc32(view, self.crc32)
 
     def _content_of(self, segment: Segment) -> bytes:
         if segment.kind is Kind.HEADER:
