@@ -288,6 +288,7 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         extra: Mapping[str, Any] | None = None,
         ema: Mapping[str, torch.Tensor] | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> bool:
         """Begin to commit a step of any module; it is durable, and older steps are pruned, after `wait`.
 
@@ -299,7 +300,7 @@ class CheckpointManager:
         Compiled and wrapped modules are saved under their plain names, tied weights once, views without the rest
         of their storage. The same state at the same step again changes nothing. `metrics` with a `val_loss` decide
         which step is the best; `extra` is kept in the training state for the caller. `ema` is an average of the
-        weights under the same names.
+        weights under the same names. `before_commit` is called when the files are written, in the writer's thread.
 
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
         CheckpointLocked, InputError.
@@ -319,6 +320,7 @@ class CheckpointManager:
             ema=ema,
             facts=self.facts,
             retention=Retention(self.keep, self.keep_every, self.resumed.get("step")),
+            before_commit=before_commit,
         )
         held = contextlib.ExitStack()
         with self._explained():

@@ -38,24 +38,21 @@ class Metrics:
     def flush(self) -> None:
         """Append what was logged and make it durable: done before a commit, so that no committed step lacks lines.
 
+        Another thread may log meanwhile. After a failure the lines are kept for the next time.
+
         Raises: SaveFailed.
         """
-        if not self._lines:
+        lines = self._lines[:]
+        if not lines:
             return
-        data = memoryview("".join(self._lines).encode())
         try:
-            with self.path.open("ab", buffering=0) as file:
-                before = file.tell()
-                try:
-                    while len(data):
-                        data = data[file.write(data) :]
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(before)  # the lines stay here, and go to disk with the next save
-                    raise
+            with self.path.open("ab") as file:
+                file.write("".join(lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise SaveFailed(f"{self.path}: {error.strerror}. The last saved step is intact.") from error
-        self._lines.clear()
+        del self._lines[: len(lines)]
 
 
 def _is_up_to(line: bytes, step: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,21 @@ class RankedManager(CheckpointManager):
         metrics: Mapping[str, float] | None = None,
         extra: Mapping[str, Any] | None = None,
         ema: Mapping[str, torch.Tensor] | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> bool:
         """Begin to commit a step, which the first rank has whole; the others go on at once."""
         if not self.world.is_first:
             return True
-        return super().save(model, optimizer, step=step, tokenizer=tokenizer, metrics=metrics, extra=extra, ema=ema)
+        return super().save(
+            model,
+            optimizer,
+            step=step,
+            tokenizer=tokenizer,
+            metrics=metrics,
+            extra=extra,
+            ema=ema,
+            before_commit=before_commit,
+        )
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record what was measured of the newest step after it was saved; on the first rank."""

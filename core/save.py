@@ -52,8 +52,10 @@ class Save:
         ema: Mapping[str, torch.Tensor] | None,
         facts: Mapping[str, Any],
         retention: Retention,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         self.place = place
+        self._before_commit = before_commit
         self.retention = retention
         module = unwrap(model)
         contents: dict[str, Any] = {MODEL: export_state_dict(module)}
@@ -131,6 +133,8 @@ class Save:
             stage = self.place.stage()
             write_bundle(self.place, stage, state, files)
             self.snapshot.finish()
+            if self._before_commit is not None:
+                self._before_commit()
             if self._is_newest(stage):
                 self.place.discard(stage)
                 return False

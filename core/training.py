@@ -402,8 +402,6 @@ class _Run:
 
     def _commit(self) -> bool:
         assert self.manager
-        if self.metrics:
-            self.metrics.flush()
         self.manager.facts |= {
             "seed": self.loader.seed,
             "tokens_seen": self._tokens,
@@ -414,7 +412,10 @@ class _Run:
         if self.scaler.is_enabled():
             self.manager.facts["scaler"] = scaler_state(self.scaler)
         metrics, ema = self._new_metrics(), self.ema.tensors() if self.ema else None
-        return self.manager.save(self.model, self.optimizer, step=self.model.step, metrics=metrics, ema=ema)
+        log = self.metrics.flush if self.metrics else None
+        return self.manager.save(
+            self.model, self.optimizer, step=self.model.step, metrics=metrics, ema=ema, before_commit=log
+        )
 
     def _commit_measured(self) -> bool:
         assert self.manager
