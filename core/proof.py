@@ -56,6 +56,7 @@ class Summing(Gatherer):
         self._crc32 = 0
 
     def read_on(self, block: Block, offset: int, left: int, into: memoryview) -> None:
+        """Read as any source does, and sum the bytes that pass."""
         super().read_on(block, offset, left, into)
         if offset == block.offset:
             assert block.source is not None
