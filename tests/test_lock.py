@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from core import lock
+from core.bundle import open_bundle, verify
 from core.errors import CheckpointLocked
 from core.lock import hold
 
@@ -20,6 +23,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from core import lock
+from core.bundle import open_bundle, verify
 lock.KERNEL_LOCKS = sys.argv[2] == "kernel"
 with lock.hold(Path(sys.argv[1])):
     print("held", flush=True)
@@ -103,3 +107,52 @@ def test_a_lock_made_while_a_dead_one_is_removed_goes_back(tmp_path):
     owner.write_bytes(b'{"pid": 2, "host": "new"}')
     lock._bury(owner, {"pid": 1, "host": "old"})
     assert owner.read_bytes() == b'{"pid": 2, "host": "new"}'
+
+
+@pytest.mark.parametrize("since", ["1970-01-01 00:00:00", "2999-12-31 23:59:59"])
+def test_a_clock_that_jumped_decides_nothing(tmp_path, monkeypatch, since):
+    monkeypatch.setattr(lock, "KERNEL_LOCKS", False)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    owner = tmp_path / ".lock-owner"
+    for pid, host, is_dead in (
+        (os.getppid(), socket.gethostname(), False),
+        (gone.pid, "elsewhere", False),
+        (gone.pid, socket.gethostname(), True),
+    ):
+        owner.write_text(json.dumps({"pid": pid, "host": host, "since": since}))
+        if is_dead:
+            with hold(tmp_path):
+                assert json.loads(owner.read_bytes())["pid"] == os.getpid()
+        else:
+            said = re.escape(f"{tmp_path}: process {pid} on {host} has been writing here since {since}")
+            with pytest.raises(CheckpointLocked, match=said), hold(tmp_path):
+                pass
+
+
+@pytest.mark.slow
+def test_of_two_trainers_at_once_one_is_refused_and_the_other_one_is_not_disturbed(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("In the middle of the journey of our life " * 200)
+    line = [
+        sys.executable, "-W", "ignore", "train.py", "--model_name", "both", "--max_iters", "1000000", "--n_layer", "1",
+        "--n_head", "1", "--n_embd", "16", "--block_size", "16", "--batch_size", "2", "--device", "cpu",
+        "--save_interval", "5", "--input_file", text, "--checkpoint_root", tmp_path,
+    ]  # fmt: skip
+    root = Path(lock.__file__).parent.parent
+    kinds = {"cwd": root, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    runs = [subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kinds) for _ in range(2)]
+    while all(run.poll() is None for run in runs):
+        time.sleep(0.05)
+    refused, trains = sorted(runs, key=lambda run: run.poll() is None)
+    said = refused.communicate()[1]
+    assert refused.returncode == 1
+    assert f"{tmp_path / 'both'}: process {trains.pid} on {socket.gethostname()} has been writing here" in said
+    while not (tmp_path / "both" / "training_state.json").exists():
+        assert trains.poll() is None
+        time.sleep(0.05)
+    trains.send_signal(signal.SIGTERM)
+    trains.communicate()
+    assert trains.returncode == 75
+    with open_bundle(tmp_path / "both") as bundle:
+        assert verify(bundle) == [] and bundle.step > 0
