@@ -297,6 +297,7 @@ def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Co
 def make_parser() -> Parser:
     """Describe the flags, grouped as one screen."""
     parser = Parser("train.py", "Train a GPT on text. The same line starts, resumes and continues.", EPILOG)
+    parser.usage = "train.py [--FLAG VALUE ...]"  # the groups below show each flag, once
 
     def group(title: str, *flags: tuple[str, Callable[[str], Any], str]) -> argparse._ArgumentGroup:
         made = parser.add_argument_group(title)

@@ -20,7 +20,8 @@ from core.commandline import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_USE
 from core.errors import SaveFailed
 from core.metrics import Metrics
 from core.stop import StopSignal
-from core.training import fit
+from core.training import FitResult, fit
+from tests import ranks
 from tests.conftest import ROOT
 from tests.helpers import started
 from tests.test_resume import bits, loader, same
@@ -119,7 +120,8 @@ SIGNAL_IN_STEP = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from core.training import fit
+from core.training import FitResult, fit
+from tests import ranks
 from tests.helpers import started
 from tests.test_resume import loader
 
@@ -181,6 +183,43 @@ def test_a_save_asked_for_while_evaluating_begins_there_and_the_measured_loss_is
     run.kill()
     run.communicate()
     assert train(tmp_path, text, max_iters=10).returncode == DONE
+
+
+@posix
+def test_a_save_asked_of_one_rank_is_made_by_all_and_the_clock_of_one_stops_all(tmp_path, text):
+    flags = {"max_iters": 100_000, "eval_interval": 100_000, "stop_after_minutes": 0.6}
+    run = ranks.start(tmp_path, text, 2, **flags, save_interval=None)
+    end = time.monotonic() + 200
+    while "tokens/s" not in ranks.output_of(tmp_path):
+        assert run.poll() is None and time.monotonic() < end, ranks.output_of(tmp_path)
+        time.sleep(0.01)
+    ranks.kill(ranks.processes(run)[1], signal.SIGUSR1)
+    run.wait(timeout=200)
+    said = ranks.output_of(tmp_path)
+    saved = [int(step) for step in re.findall(r"saved step (\d+) to", said)]
+    assert len(saved) == 2 and saved == sorted(set(saved)), said
+    assert f"stopped by stop_after_minutes at step {saved[-1]}, saved. Go on with the same line" in said
+
+
+def test_an_error_of_a_compiler_that_a_stop_has_reached_is_that_stop(tmp_path):
+    """Ctrl-C in a terminal kills the compilers that an evaluation waits for."""
+    for stops in (True, False):
+        made, model, optimizer = started(tmp_path, f"stops_{stops}")
+        batches, stop = loader(), StopSignal()
+
+        def killed(i, stop=stop, stops=stops):
+            stop.signal = "SIGINT" if stops else None
+            raise RuntimeError("the compiler was killed")
+
+        batches.val_batch = killed
+        how = {"data_loader": batches, "optimizer": optimizer, "max_iters": 9, "eval_interval": 4, "stop": stop}
+        with made:
+            if stops:
+                result = fit(model, manager=made, progress=False, **how)
+                assert result == FitResult(4, None, "SIGINT") and made.saved_step() == 4
+            else:
+                with pytest.raises(RuntimeError, match="the compiler was killed"):
+                    fit(model, manager=made, progress=False, **how)
 
 
 @posix
