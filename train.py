@@ -103,6 +103,7 @@ def train_from(
     manager: RankedManager, bundle: Bundle | None, args: argparse.Namespace, flags: dict[str, Any], stop: StopSignal
 ) -> int:
     """Train on from an open bundle, or anew."""
+    from core.checkpoint import CheckpointManager
     from core.commit import CONFIG
     from core.corpus import find_source, open_corpus
     from core.dataloader import DataLoader, PackedLoader
@@ -149,6 +150,8 @@ def train_from(
     if changed := source.changed(state.get("data")):
         say(f"WARNING: {changed}")
     tokenization, recorded = flags.get("tokenization"), bundle.tokenizer if bundle else manager.tokenizer_state()
+    if recorded is None and args.init_from_model:
+        recorded = CheckpointManager(args.init_from_model, args.checkpoint_root).tokenizer_state()
     if recorded is not None and tokenization in (None, recorded.get("token_kind")):
         tokenization = tokenizer_from_state(recorded, flags.get("bpe_file"))
     corpus = open_corpus(source, tokenization, bpe_file=flags.get("bpe_file"), unknown=flags.get("unknown", "error"))

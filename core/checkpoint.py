@@ -28,14 +28,14 @@ from core.errors import (
 from core.evolution import notes
 from core.inference import load_chosen
 from core.lock import hold
-from core.materialize import fill, load_moments, load_optimizer, read_part
+from core.materialize import Pairs, fill, fitting, load_moments, load_optimizer, read_part
 from core.model import GPT, GPTBatched, GPTFlexAttention
 from core.optimizer import configure_optimizer
 from core.retention import Retention, best_of, better
 from core.save import Save
 from core.snapshot import Memory, Snapshot
 from core.speedrun import SpeedrunGPT
-from core.speedrun_files import fill_speedrun
+from core.speedrun_files import fill_speedrun, refuse_other_shapes
 from core.state_dict import unwrap
 from core.tokenizer import Tokenizer
 from core.training_state import FIELDS, parse_json
@@ -405,20 +405,25 @@ class CheckpointManager:
         not trained before start from zero, those of frozen ones are dropped; both are said. `strict=False` is for a
         module that was changed, like one with a new head: tensors that only one side has are left alone, and said.
 
-        Raises: CheckpointMismatch when names or shapes do not fit; the module is unchanged then.
+        Raises: CheckpointMismatch when names or shapes do not fit; module and optimizer are unchanged then.
         """
         bundle = self.newest_intact()
         if bundle is None:
             return 0
         with bundle:
             module = unwrap(model)
+            pairs, lines = Pairs(), list[str]()
             if isinstance(module, SpeedrunGPT):
-                fill_speedrun(bundle, module)
+                refuse_other_shapes(bundle, module)
             else:
-                for line in fill(bundle, module, strict):
-                    self.say(f"{bundle.path(MODEL)}: {line}")
+                pairs, lines = fitting(bundle, module, strict)
+            for line in lines:
+                self.say(f"{bundle.path(MODEL)}: {line}")
             if optimizer is not None:
                 self._say_without_moments(bundle, load_moments(bundle, module, optimizer, self.say, strict))
+            if isinstance(module, SpeedrunGPT):
+                fill_speedrun(bundle, module)
+            fill(pairs)
             self.went_on_from(bundle)
             return bundle.step
 

@@ -142,7 +142,8 @@ class Pair:
             faults = [f"{name} has no place in {target}" for name in made.unused]
             raise model.refuse(f"{listed(faults, 5)}. Nothing is left out in silence.")
         rows = tuple(made.rows.values())
-        model.rules = {name: _said(model, view, made.rules[name]) for name, view in made.tensors.items()}
+        before = {old.names: model.rules[name] for name, old in reversed(model.tensors.items()) if name in model.rules}
+        model.rules = {name: _said(before.get(v.names), made.rules[name]) for name, v in made.tensors.items()}
         model.tensors, model.config = made.tensors, config
         model.route.append((rows, back))
         model.family = self.theirs if back else self.ours
@@ -152,11 +153,8 @@ class Pair:
             }
 
 
-def _said(model: Model, view: View, rule: str) -> str:
-    before = [
-        model.rules[name] for name, old in model.tensors.items() if name in model.rules and old.names == view.names
-    ]
-    return ", ".join([*before[:1], *([rule] if rule != "rename" or not before else [])])
+def _said(before: str | None, rule: str) -> str:
+    return rule if before is None else before if rule == "rename" else f"{before}, {rule}"
 
 
 @dataclass(frozen=True)

@@ -221,13 +221,17 @@ def load_model(
     return model.eval()
 
 
-def fill(bundle: Bundle, module: nn.Module, strict: bool = True) -> list[str]:
-    """Copy the weights of a bundle into a live module, and say what has no counterpart on the other side.
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+"""Live tensors, each with the one that is to be copied into it."""
+
+
+def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> tuple[Pairs, list[str]]:
+    """Pair the tensors of a live module with the weights of a bundle, and say what has no counterpart.
 
     Where not `strict`, tensors that only one side has are left alone; otherwise they are an error, as are other shapes
     in either case.
 
-    Raises: CheckpointMismatch when names or shapes do not fit; the module is unchanged then.
+    Raises: CheckpointMismatch when names or shapes do not fit.
     """
     tensors = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
     live = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
@@ -238,11 +242,16 @@ def fill(bundle: Bundle, module: nn.Module, strict: bool = True) -> list[str]:
     if faults := differences(expected, found):
         hint = " What fits is loaded with strict=False." if common and strict and (new or left) else ""
         raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.{hint}")
-    with torch.no_grad():
-        for name in common:
-            live[name].copy_(tensors[name])
     lines = [f"new: {counted('tensor', new)}, not in the checkpoint; they stay as they are"] if new else []
-    return lines + ([f"left out: {counted('tensor', left)}, not in the module"] if left else [])
+    lines += [f"left out: {counted('tensor', left)}, not in the module"] if left else []
+    return [(live[name], tensors[name]) for name in common], lines
+
+
+def fill(pairs: Pairs) -> None:
+    """Copy weights into live tensors."""
+    with torch.no_grad():
+        for live, saved in pairs:
+            live.copy_(saved)
 
 
 def _recorded_dtype(bundle: Bundle) -> torch.dtype | None:

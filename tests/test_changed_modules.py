@@ -136,6 +136,19 @@ def test_a_new_head_is_an_error_that_names_strict_and_changes_nothing(tmp_path, 
     assert equal(weights(again), before)
 
 
+def test_moments_that_do_not_fit_leave_the_weights_unchanged_too(tmp_path):
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    train(net, optimizer, 0, 2)
+    with CheckpointManager("net", tmp_path, say=lambda line: None) as made:
+        save_durably(made, net, optimizer, step=2)
+    again = Net()
+    other, before = adamw(again), weights(again)
+    with pytest.raises(CheckpointMismatch, match=r"net/optimizer\.pt: optimizer state: "):
+        load(tmp_path, again, other)
+    assert equal(weights(again), before) and not other.state
+
+
 def test_not_strict_a_new_head_stays_as_it_is_and_the_rest_goes_on(tmp_path, saved):
     net, optimizer = saved
     again = Net(head="classifier", out=2)

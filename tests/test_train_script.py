@@ -55,6 +55,20 @@ def test_one_line_trains_resumes_and_says_when_there_is_nothing_to_do(tmp_path, 
     assert idle.returncode == DONE and "step 30, and max_iters is 30: nothing to do" in idle.stderr
 
 
+def test_a_model_started_from_another_reads_its_own_text_with_the_characters_of_that_one(tmp_path, text):
+    train(tmp_path, text, max_iters=5, model_name="dante")
+    other = tmp_path / "other.txt"
+    other.write_text("of our life and the wood\n" * 40)  # fewer characters than the model knows
+    done = train(tmp_path, other, max_iters=5, model_name="tuned", init_from_model="dante")
+    assert done.returncode == DONE, done.stderr
+    vocabularies = [json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("dante", "tuned")]
+    assert vocabularies[0] == vocabularies[1]
+    strange = tmp_path / "strange.txt"
+    strange.write_text("xyz ~ " * 100)
+    refused = train(tmp_path, strange, max_iters=5, model_name="third", init_from_model="dante")
+    assert refused.returncode == FAILED and "strange.txt" in refused.stderr
+
+
 def test_a_resume_without_flags_goes_on_with_the_recorded_text_and_settings(tmp_path, text):
     train(tmp_path, text, max_iters=10, learning_rate=0.01, weight_decay=0.2)
     resumed = subprocess.run(
