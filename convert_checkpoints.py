@@ -31,6 +31,7 @@ EPILOG = """examples:
   python convert_checkpoints.py model.safetensors sharded/ --to dcp     torch.distributed.checkpoint loads the folder
   python convert_checkpoints.py --list                                  what becomes what
 
+  python convert_checkpoints.py --model_name dante --consolidate        plain files of a step in shards
   python convert_checkpoints.py                         migrate every latest.pt and final.pt below checkpoints/
   python convert_checkpoints.py --model_name dante      those of one model
   python convert_checkpoints.py old_runs old/final.pt   those in folders and files anywhere
@@ -54,10 +55,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("paths", metavar="PATH", nargs="*", help=words)
     parser.add_argument("--dry_run", action="store_true", help="print the plan, and change nothing")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    whole = "make plain files of the newest step of PATH, or of --model_name, which lies in the shards of several ranks"
+    parser.add_argument("--consolidate", action="store_true", help=whole)
     add_flags(parser)
     args = parser.parse(argv)
     if args.list:
         return print_matrix(args.json)
+    if args.consolidate:
+        return consolidate_all(_places(args.paths, args.model_name, Path(args.checkpoint_root)))
     take_spelling(parser, args)
     if args.to is not None:
         return convert_one(parser, args)
@@ -81,6 +86,24 @@ def main(argv: list[str]) -> int:
     for error in dict.fromkeys(o.error for o in outcomes if o.error):
         print(f"error: {printable(error)}", file=sys.stderr)
     return FAILED if any(o.error for o in outcomes) else DONE
+
+
+def consolidate_all(places: list[Path]) -> int:
+    """Make plain files of the newest step of each model, and say so."""
+    from core.commit import ModelFolder
+    from core.consolidate import consolidate
+    from core.lock import hold
+
+    for place in places:
+        folder = ModelFolder(place)
+        with hold(place):
+            made = consolidate(folder)
+        if made is None:
+            print(f"{place}: its newest step is in plain files already")
+            continue
+        with made:
+            print(f"{place}: step {made.step} is in plain files now ({size_text(sum(made.sizes.values()))})")
+    return DONE
 
 
 def convert_checkpoint(

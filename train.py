@@ -108,6 +108,7 @@ def train_from(
     from core.corpus import find_source, open_corpus
     from core.dataloader import DataLoader, PackedLoader
     from core.device import DTYPES, resolve_device
+    from core.errors import InputError
     from core.evolution import old_settings
     from core.schedule import Schedule
     from core.speedrun_start import Wanted, open_origin, refuse_other_sizes, sizes, start_speedrun, variant_to_train
@@ -117,6 +118,10 @@ def train_from(
 
     state, world = bundle.state if bundle else {}, manager.world
     variant, origin = variant_to_train(bundle, args.arch), None
+    if variant and world.is_sharded:
+        raise InputError("--parallel fsdp: Muon needs whole matrices, found --arch flex_*. Use --parallel ddp.")
+    if world.is_sharded and args.dtype == "fp16":
+        raise InputError("--parallel fsdp: found --dtype fp16, whose scale each shard would choose. Use bf16.")
     if args.init_from_checkpoint and bundle is None:
         origin = open_origin(args.init_from_checkpoint, args.arch)
         variant = origin.model.config.variant
@@ -229,8 +234,10 @@ def train_from(
         line = "the same line" if args.resume_from is None else "the same line without --resume_from"
         say(f"stopped by {result.stopped_by} at step {result.step}, saved. Go on with {line}.")
         return STOPPED
+    if args.consolidate:
+        manager.consolidate()
     if world.is_first:
-        finish(manager, model, corpus, result.val_loss)
+        finish(manager, model, corpus, result.val_loss, samples=not world.is_sharded)
     return DONE
 
 
@@ -272,7 +279,13 @@ def say_what_runs(
         )
 
 
-def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Corpus, val_loss: float | None) -> None:
+def finish(
+    manager: CheckpointManager,
+    model: GPT | GPTFlexAttention,
+    corpus: Corpus,
+    val_loss: float | None,
+    samples: bool,
+) -> None:
     """Show what was learned, and what to do with it."""
     from core.errors import CheckpointError
 
@@ -280,9 +293,10 @@ def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Co
     if val_loss is not None:
         say(f"done: step {model.step}, validation loss {val_loss:.4f} (a uniform guess has {uniform:.2f})")
     try:
-        sample = model.generate("", max_new_tokens=200, temperature=0.8, top_k=200, seed=1)
-        say("a sample:")
-        print(sample.strip("\n"), flush=True)
+        if samples:  # a model in shards would need all ranks for it
+            sample = model.generate("", max_new_tokens=200, temperature=0.8, top_k=200, seed=1)
+            say("a sample:")
+            print(sample.strip("\n"), flush=True)
     except CheckpointError as error:  # a dataset of GPT-2 tokens trains without the ranks that turn them into text
         say(f"no sample: {error}")
     where = (
@@ -373,6 +387,7 @@ def make_parser() -> Parser:
     )
     past.add_argument("--no_verify", action="store_false", dest="verify", help="do not compare checksums on resume")
     machine = group("machine", ("--seed", int, "of data order, dropout and initialisation (1337)"))
+    saving.add_argument("--consolidate", action="store_true", help="at the end, make plain files of shards (fsdp)")
     machine.add_argument("--parallel", choices=PARALLEL, help="under torchrun: a whole model per rank, or shards (ddp)")
     machine.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     machine.add_argument(

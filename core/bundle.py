@@ -14,14 +14,17 @@ from typing import Any, BinaryIO, Protocol
 from core.checksum import crc32_file, crc32_range
 from core.commit import CONFIG, MODEL, ModelFolder, Opened
 from core.config import GPTConfig
+from core.containers.dcp_metadata import METADATA
 from core.containers.torch_file import open_torch_file
 from core.containers.torch_stream import TorchStream
 from core.containers.torch_zip import TorchZip
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from core.evolution import Evidence, evolve
 from core.families.recognise import recognise
+from core.folder import shown
 from core.lineage import order
 from core.part import WEIGHTS_KEYS, Part, TorchFile
+from core.sharded_part import ShardedFile, files_of, folder_of
 from core.storage import DISK, Output, Storage
 from core.training_state import STATE, check_version, dump_json, parse_json, seal, unseal
 
@@ -78,6 +81,11 @@ class Bundle:
     def step(self) -> int:
         """Optimizer updates made; 0 where no training state says."""
         return int(self.state.get("step", 0))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its weights lie in shards."""
+        return isinstance(self.weights.source, ShardedFile)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -155,7 +163,8 @@ def _open_step(place: ModelFolder, step: int) -> Opened:
 
 
 def _bundle(opened: Opened, folder: Path) -> Bundle:
-    if CONFIG not in opened.files or MODEL not in opened.files:
+    weights, optimizer = _part(opened, MODEL, WEIGHTS_KEYS), _part(opened, OPTIMIZER)
+    if CONFIG not in opened.files or weights is None:
         names = ModelFolder(folder).storage.names(folder)
         there = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
         raise CheckpointNotFound(
@@ -172,11 +181,17 @@ def _bundle(opened: Opened, folder: Path) -> Bundle:
         raise CheckpointMismatch(f"{error} Mend it, or copy the one of a kept step.") from error
     check_version(values, where)
     tokenizer = _read_json(opened, TOKENIZER) if TOKENIZER in opened.files else None
-    weights = Part(TorchFile(opened.files[MODEL], opened.folder / MODEL), WEIGHTS_KEYS)
-    optimizer = opened.files.get(OPTIMIZER)
-    moments = Part(TorchFile(optimizer, opened.folder / OPTIMIZER)) if optimizer else None
-    ema = Part(TorchFile(opened.files[EMA], opened.folder / EMA)) if EMA in opened.files else None
-    return Bundle(opened.folder, opened.state, values, tokenizer, opened.files, weights, moments, ema=ema)
+    ema = _part(opened, EMA)
+    return Bundle(opened.folder, opened.state, values, tokenizer, opened.files, weights, optimizer, ema=ema)
+
+
+def _part(opened: Opened, name: str, keys: tuple[str, ...] = ()) -> Part | None:
+    """The torch file of this name, or the folder of shards in its place."""
+    if name in opened.files:
+        return Part(TorchFile(opened.files[name], opened.folder / name), keys)
+    folder = folder_of(name)
+    files = {file.removeprefix(f"{folder}/"): opened.files[file] for file in files_of(name, opened.files)}
+    return Part(ShardedFile(files, opened.folder / folder)) if METADATA in files else None
 
 
 def _read_json(opened: Opened, name: str) -> dict[str, Any]:
@@ -211,12 +226,12 @@ def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
         return []
     recorded = bundle.state.get("integrity", {}).get("files", {})
     replaced = []
-    for name in names:
+    for name in [file for part in names for file in files_of(part, bundle.files)]:
         if name not in bundle.files:
             continue
         file, path, expected = bundle.files[name], bundle.path(name), recorded.get(name)
         if expected is None:
-            if name != TOKENIZER:
+            if name != TOKENIZER and "/" not in name:
                 verify_records(file, path)
             continue
         size = os.fstat(file.fileno()).st_size
@@ -228,6 +243,8 @@ def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
             if crc is None
             else f"CRC32 {crc}, recorded {expected['crc32']}"
         )
+        if "/" in name:
+            raise _damaged_shard(bundle, name, found)
         if name == TOKENIZER:
             if not _proves_itself(bundle.tokenizer):
                 raise CheckpointDamaged(f"{path} is damaged ({found}).")
@@ -264,6 +281,17 @@ def _storages_alone(unused: Part | None, used: Part) -> set[str]:
     return (
         {t.storage for t in unused.tensors.values()} - {t.storage for t in used.tensors.values()} if unused else set()
     )
+
+
+def _damaged_shard(bundle: Bundle, name: str, found: str) -> CheckpointDamaged:
+    folder, _, file = name.partition("/")
+    names: list[str] = []
+    for part in (bundle.weights, bundle.optimizer):
+        if part is not None and isinstance(part.source, ShardedFile) and part.source.path.name == folder:
+            with contextlib.suppress(CheckpointError):  # it is too damaged to say where
+                names = part.source.damaged(file)
+    what = f"{', '.join(names[:3])} is damaged" if names else "damaged"
+    return CheckpointDamaged(f"{shown(bundle.path(name))}: {what} ({found}).")
 
 
 def verify_records(file: BinaryIO, path: Path, unused: Container[str] = ()) -> TorchZip | TorchStream:
@@ -321,11 +349,12 @@ Content = Writer | InBlocks | dict[str, Any]
 
 def write_bundle(folder: ModelFolder, stage: Path, state: dict[str, Any], files: Mapping[str, Content]) -> None:
     """Write the files of one step into a staged folder, each durable, the training state with their checksums last."""
-    recorded = {name: _write_file(folder.storage, stage / name, content) for name, content in files.items()}
+    recorded = {name: write_file(folder.storage, stage / name, content) for name, content in files.items()}
     folder.storage.write(stage / STATE, seal({**state, "integrity": {"files": recorded}}))
 
 
-def _write_file(storage: Storage, path: Path, content: Content) -> dict[str, Any]:
+def write_file(storage: Storage, path: Path, content: Content) -> dict[str, Any]:
+    """Write a new file, durably, and return what the training state says of it."""
     if not isinstance(content, dict) and not callable(content):
         with storage.create_blocks(path, content.size) as file:
             for block, start, length in content.blocks():

@@ -15,7 +15,7 @@ from torch import nn
 from core import intact, rewind, start
 from core.background import Background
 from core.bundle import OPTIMIZER, TOKENIZER, Bundle, history
-from core.choice import LEGACY_FILES
+from core.choice import LEGACY_FILES, has_bundle
 from core.commit import CONFIG, MODEL, ModelFolder
 from core.config import GPTConfig
 from core.device import resolve_dtype
@@ -124,10 +124,9 @@ class CheckpointManager:
 
     def exists_new_format(self) -> bool:
         """Whether the folder holds a committed bundle, at the top or kept."""
-        names = {CONFIG, MODEL}
         top = set(self._folder.storage.names(self.checkpoint_dir))
         pending = set(self._folder.storage.names(self._folder.committed))
-        return names <= top | pending or bool(self._folder.kept_steps())
+        return has_bundle(top | pending) or bool(self._folder.kept_steps())
 
     def exists_legacy_format(self, filename: str = "latest.pt") -> bool:
         """Whether the folder holds a single-file checkpoint of this name."""
@@ -241,8 +240,7 @@ class CheckpointManager:
                 start.refuse_stray_config(bundle)
                 for line in notes(str(bundle.path(CONFIG)), bundle.config, bundle.state):
                     self.say(line)
-                model = start.resume(bundle, given, tokenization)
-                state = load_optimizer(bundle)
+                model, state = self._resume(bundle, given, tokenization)
                 self._say_without_moments(bundle, state)
                 where = bundle.path(OPTIMIZER)
 
@@ -253,6 +251,7 @@ class CheckpointManager:
                     optimizer = configure_optimizer(model, learning_rate, weight_decay, state, say)
                 except CheckpointMismatch as error:
                     raise CheckpointMismatch(f"{where}: {error}") from error
+                self._fill(bundle, model, optimizer)
                 self.went_on_from(bundle)
             return model, optimizer, model.step
         tokenizer = start.find_tokenizer(tokenization, input_text)
@@ -264,12 +263,25 @@ class CheckpointManager:
                 self.say(f"starting from the weights of {init_from_model}, step {bundle.step}")
         else:
             model = start.fresh({**(preset or {}), **alone, **given}, tokenizer, seed)
+        self._spread(model)
         return model, configure_optimizer(model, learning_rate, weight_decay), 0
 
     def went_on_from(self, bundle: Bundle) -> None:
         """Remember the step that training goes on from, and map the average of its weights."""
         self.resumed = bundle.state
         self.averages = read_part(bundle.ema) if bundle.ema is not None else None
+
+    def _resume(
+        self, bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer
+    ) -> tuple[GPT, dict[str, Any] | None]:
+        """Load the model of a bundle to train on, and the optimizer state that belongs to it."""
+        return start.resume(bundle, given, tokenization), load_optimizer(bundle)
+
+    def _fill(self, bundle: Bundle, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        """Finish what `_resume` has begun; for managers whose model lies on several ranks."""
+
+    def _spread(self, model: GPT) -> None:
+        """Put a new model where it trains; for the same."""
 
     def _say_without_moments(self, bundle: Bundle, state: dict[str, Any] | None) -> None:
         if state is None and bundle.step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from core.checksum import crc32_file
 from core.commit import CONFIG, MODEL, ModelFolder
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.legacy import open_legacy
+from core.sharded_part import folder_of
 from core.training_state import STATE, unseal
 
 LEGACY_FILES = ("latest.pt", "final.pt")
@@ -88,12 +90,17 @@ def choose(folder: Path) -> Choice:
     return Choice([*newer, bundle, *(c for c in singles if c not in newer)], passed)
 
 
+def has_bundle(names: Collection[str]) -> bool:
+    """Whether the names in a folder are those of a bundle: a config, and weights or shards of them."""
+    return CONFIG in names and (MODEL in names or folder_of(MODEL) in names)
+
+
 def _bundle_state(folder: Path) -> dict[str, Any] | None:
     """The training state of the bundle, empty where it has none; None where there is no bundle."""
     place = ModelFolder(folder)
     names = {*place.storage.names(folder), *place.storage.names(place.committed)}
     kept = history(folder)
-    if not {CONFIG, MODEL} <= names and not kept:
+    if not has_bundle(names) and not kept:
         return None
     try:
         return unseal(place.read(STATE), str(folder / STATE))

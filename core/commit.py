@@ -19,11 +19,13 @@ from core.folder import (
     CONFIG,
     LOG,
     MODEL,
+    MODEL_SHARDS,
     MORE,
     STANDARD,
     FolderReader,
     Opened,
     aside_folder,
+    entries,
     file_names,
     new_id,
     step_folder,
@@ -74,7 +76,7 @@ class ModelFolder(FolderReader):
 
     def commit(self, stage: Path) -> None:
         """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due."""
-        self.storage.sync_folder(stage)
+        self._sync_stage(stage)
         self.storage.rename(stage, self.committed)
         self.storage.sync_folder(self.path)
 
@@ -90,10 +92,16 @@ class ModelFolder(FolderReader):
         target = self.path / step_folder(step)
         if self.storage.exists(target):
             raise CheckpointMismatch(f"{target}: this step is kept already, and is not replaced.")
-        self.storage.sync_folder(stage)
+        self._sync_stage(stage)
         self.storage.rename(stage, target)
         self.storage.sync_folder(self.path)
         return target
+
+    def _sync_stage(self, stage: Path) -> None:
+        for name in self.storage.names(stage):
+            if self.storage.is_folder(stage / name):
+                self.storage.sync_folder(stage / name)
+        self.storage.sync_folder(stage)
 
     def roll_forward(self) -> None:
         """Keep the old top as history and move the committed files to the top."""
@@ -103,7 +111,7 @@ class ModelFolder(FolderReader):
 
     def _preserve_top(self) -> None:
         state, present = self._committed_state(), set(self.storage.names(self.committed))
-        if not present.issuperset(file_names(state)):
+        if not present.issuperset(entries(file_names(state))):
             return  # the roll forward has begun, and it begins only after the old top is durable in its new place
         if WENT_BACK in state:
             self._move_aside(state[WENT_BACK])
@@ -142,8 +150,8 @@ class ModelFolder(FolderReader):
                 if name in there:
                     self.storage.remove(target)
                 self.storage.write(target, self.storage.read(source))
-            elif name not in there and not self.storage.link(source, target):
-                self.storage.rename(source, target)
+            elif name not in there and (self.storage.is_folder(source) or not self.storage.link(source, target)):
+                self.storage.rename(source, target)  # a folder always moves: it has no second name
         self.storage.sync_folder(building)
         self.storage.sync_folder(self.path)
 
@@ -158,7 +166,7 @@ class ModelFolder(FolderReader):
 
     def _top_names(self) -> list[str]:
         """The files of the bundle at the top that are there, whether or not its training state is whole."""
-        listed = {*file_names(self._top_state() or {}), *STANDARD, *MORE}
+        listed = {*entries(file_names(self._top_state() or {})), *STANDARD, *MORE}
         return [name for name in self.storage.names(self.path) if name in listed]
 
     def _committed_state(self) -> dict[str, Any]:
@@ -167,14 +175,17 @@ class ModelFolder(FolderReader):
 
     def _roll_forward(self) -> None:
         state = self._committed_state()
-        names = file_names(state)
-        if state.get("parent") is not None or WENT_BACK in state:
-            stale = [name for name in self._top_names() if name not in names]
-            for name in stale:
+        names, pending, top = entries(file_names(state)), set(self.storage.names(self.committed)), self._top_names()
+        replaces = state.get("parent") is not None or WENT_BACK in state
+        stale = [name for name in top if name not in names] if replaces else []
+        stale += [name for name in top if name in pending and self.storage.is_folder(self.path / name)]
+        for name in stale:
+            if self.storage.is_folder(self.path / name):
+                self.storage.rename(self.path / name, self.path / f".trash-{name}-{new_id()}")
+            else:
                 self.storage.remove(self.path / name)
-            if stale:
-                self.storage.sync_folder(self.path)  # before the training state that no longer lists them
-        pending = set(self.storage.names(self.committed))
+        if stale:
+            self.storage.sync_folder(self.path)  # before the training state that no longer lists them
         for name in names:
             if name not in pending:
                 continue
@@ -224,12 +235,12 @@ class ModelFolder(FolderReader):
             return []
         aside = self.path / aside_folder((self._top_state() or {}).get("step", 0), "cleared")
         self.storage.make_folder(aside)
-        for name in sorted(names, key=MODEL.__ne__):
+        for name in sorted(names, key=lambda name: name not in (MODEL, MODEL_SHARDS)):
             if name == CONFIG and config_stays:
                 self.storage.write(aside / name, self.storage.read(self.path / name))
             else:
                 self.storage.rename(self.path / name, aside / name)
-            if name == MODEL:
+            if name in (MODEL, MODEL_SHARDS):
                 self._sync_asides()
         self._sync_asides()
         return [aside]
@@ -261,6 +272,9 @@ class ModelFolder(FolderReader):
         said = {"step": top.get("step"), "commit_id": top.get("commit_id"), "why": why, "aside": aside}
         opened = self.open_kept(folder)
         with contextlib.closing(opened), self._discarded_on_failure() as stage:
+            for entry in entries(opened.files):
+                if self.storage.is_folder(folder / entry):
+                    self.storage.make_folder(stage / entry)
             for name, file in opened.files.items():
                 if name.endswith(".json") or not self.storage.link(folder / name, stage / name):
                     with self.storage.create(stage / name) as output:

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,9 +42,11 @@ class Share:
 class World:
     """The ranks of this run, and which one this is; of one process unless torchrun started several."""
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, parallel: str | None = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, parallel: str | None = None, group: Any = None
+    ) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
-        self.parallel = parallel
+        self.parallel, self._group = parallel, group
         self._unread: torch.Tensor | None = None
 
     @property
@@ -79,6 +82,32 @@ class World:
             return "cuda"
         return wish
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has a shard of the model."""
+        return self.parallel == "fsdp"
+
+    def beside(self) -> World:
+        """Give a thread its own way to the other ranks, so that what it says is not taken for the training loop's."""
+        if self.size == 1:
+            return self
+        from torch import distributed
+
+        group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+        return World(self.rank, self.size, self.local_rank, self.parallel, group)
+
+    def spread(self, model: Any, device: str) -> None:
+        """Leave on each rank a shard of every parameter of a model (FSDP2), gathered block by block as it computes."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        # Of the logits, which are a view, and which nobody changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        mesh = init_device_mesh(device, (self.size,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """Make a model whose backward pass averages gradients over the ranks; of a sharded one that is so already."""
         if self.size == 1 or self.parallel != "ddp":
@@ -99,8 +128,16 @@ class World:
         if self.size > 1:
             from torch import distributed
 
-            distributed.all_reduce(values)
+            distributed.all_reduce(values, group=self._group)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        import torch
+
+        return bool(self.sum(torch.tensor(float(flag))).item())
 
     def wishes(self, mine: set[str]) -> set[str]:
         """Say what is asked of any rank."""
@@ -136,8 +173,18 @@ class World:
         from torch import distributed
 
         held = [value]
-        distributed.broadcast_object_list(held, src=0)
+        distributed.broadcast_object_list(held, src=0, group=self._group)
         return held[0]
+
+    def to_first(self, value: Any) -> list[Any]:
+        """Give the first rank the plain values of all, by rank; the others get an empty list."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        distributed.gather_object(value, values, dst=0, group=self._group)
+        return values or []
 
     def everyone(self, value: Any) -> list[Any]:
         """Give every rank the plain values of all of them, by rank."""
@@ -146,7 +193,7 @@ class World:
         from torch import distributed
 
         values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value)
+        distributed.all_gather_object(values, value, group=self._group)
         return values
 
     def agree(self, what: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.differences import differences, listed
 from core.errors import CheckpointMismatch, InputError
-from core.state_dict import plain_name, unwrap
+from core.state_dict import local, plain_name, unwrap
 
 
 class Ema:
@@ -49,8 +49,8 @@ class Ema:
                 )
             self._tensors[name] = averages[id(tensor)]
         moving = {id(t): t for t in live.values() if t.is_floating_point()}
-        self._weights = list(moving.values())
-        self._averages = [averages[i] for i in moving]
+        self._weights = [local(t.detach()) for t in moving.values()]
+        self._averages = [local(averages[i]) for i in moving]
         self._fp32 = all(t.dtype == torch.float32 for t in self._weights)
 
     @torch.no_grad()

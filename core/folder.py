@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from core.training_state import STATE, parse_json, unseal
 COMMITTED = ".committed"
 CONFIG = "config.json"
 MODEL = "model.pt"
+MODEL_SHARDS = "model_sharded"
 LOG = "metrics.jsonl"
 STANDARD = (MODEL, CONFIG, "tokenizer.json", STATE, "optimizer.pt")
 """The files of a bundle whose training state does not list them."""
@@ -61,10 +63,21 @@ def aside_folder(step: int, why: str) -> str:
 
 
 def file_names(state: dict[str, Any]) -> tuple[str, ...]:
-    """Name the files of a bundle, its training state last."""
+    """Name the files of a bundle, its training state last; one in a folder is called `folder/file`."""
     if "integrity" not in state:
         return (*(n for n in STANDARD if n != STATE), STATE)
     return (*state["integrity"]["files"], STATE)
+
+
+def entries(names: Iterable[str]) -> tuple[str, ...]:
+    """Name what changes its place when a step is committed: files, and in place of files in a folder the folder."""
+    return tuple(dict.fromkeys(name.partition("/")[0] for name in names))
+
+
+def shown(path: Path) -> str:
+    """A file's path for messages; of a shard it says which rank wrote it."""
+    shard = re.fullmatch(r"__(\d+)_\d+\.distcp", path.name)
+    return f"{path} (the shard of rank {shard[1]})" if shard else str(path)
 
 
 class FolderReader:
@@ -116,7 +129,7 @@ class FolderReader:
                     return opened
                 opened.close()
                 raise CheckpointDamaged(
-                    f"{self.path / missing}: missing, but {STATE} of step {state['step']} lists it."
+                    f"{shown(self.path / missing)}: missing, but {STATE} of step {state['step']} lists it."
                 )
             opened.close()
         raise CheckpointDamaged(f"{self.path}: another program commits faster than this one can open files.")
@@ -150,7 +163,7 @@ class FolderReader:
             except FileNotFoundError as error:
                 if "integrity" in state:
                     Opened(folder, state, files).close()
-                    raise CheckpointDamaged(f"{folder / name}: missing, but {STATE} lists it.") from error
+                    raise CheckpointDamaged(f"{shown(folder / name)}: missing, but {STATE} lists it.") from error
         return Opened(folder, state, files)
 
     def kept_steps(self) -> dict[int, Path]:

@@ -154,6 +154,7 @@ def _held(bundle: Bundle) -> tuple[Container, list[str]]:
     from core.commit import CONFIG
     from core.containers.joined import join
     from core.containers.torch_single import container_of
+    from core.sharded_part import ShardedFile
 
     path = bundle.path("") if bundle.single else bundle.folder
     whole = _Held("legacy single file" if bundle.single else "bundle", path, {}, {}, dict(bundle.sizes))
@@ -167,7 +168,10 @@ def _held(bundle: Bundle) -> tuple[Container, list[str]]:
     for name, part in parts:
         file = part.source.path
         try:
-            made = container_of(part.source.header, file, bundle.sizes[file.name])
+            if isinstance(part.source, ShardedFile):
+                made = part.source.header
+            else:
+                made = container_of(part.source.header, file, bundle.sizes[file.name])
             if bundle.single:
                 whole.tensors, whole.content = made.tensors, made.content
                 whole.checks, whole.foreign, whole.notes = made.checks, made.foreign, made.notes

@@ -13,6 +13,7 @@ from core.bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, histor
 from core.choice import Candidate, choose
 from core.commit import CONFIG, MODEL, ModelFolder
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
+from core.folder import MODEL_SHARDS
 from core.legacy import open_legacy
 from core.training_state import STATE
 
@@ -90,7 +91,7 @@ def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> B
             say(f"WARNING: trying {choice.candidates[i + 1].name} instead; nothing was deleted")
     if choice.passed:
         raise NoneIntact(f"{choice.passed[0]} {NOTHING_ELSE}")
-    left = [name for name in (MODEL, OPTIMIZER, EMA, STATE) if (place.path / name).exists()]
+    left = [name for name in (MODEL, MODEL_SHARDS, OPTIMIZER, EMA, STATE) if (place.path / name).exists()]
     if left:
         gone = " and ".join(name for name in (MODEL, CONFIG) if not (place.path / name).exists())
         raise NoneIntact(

@@ -25,6 +25,8 @@ from core.model import GPT
 from core.optimizer import load_optimizer_state
 from core.optimizer_state import groups_of, names_in_order
 from core.part import Part, TorchFile, once
+from core.shard_reading import read_shards
+from core.sharded_part import ShardedFile
 from core.state_dict import plain_name
 from core.tokenizer import tokenizer_from_state
 
@@ -40,6 +42,8 @@ def read_part(part: Part) -> Any:
     Raises: CheckpointError when the file names anything but data, CheckpointDamaged when it cannot be read.
     """
     part.source.refuse_foreign()
+    if isinstance(part.source, ShardedFile):
+        return part.of(read_shards(part.source))
     if isinstance(part.source.header, TorchZip):
         # What torch refuses here is plain data that it does not know, like the object of a config: our own reader does.
         with contextlib.suppress(pickle.UnpicklingError):
@@ -198,7 +202,7 @@ def load_model(
     anything is allocated.
     """
     config = check_fit(bundle, with_optimizer)
-    dtype = dtype or _recorded_dtype(bundle)
+    dtype = dtype or recorded_dtype(bundle)
     target = resolve_device(device or config.device, str(bundle.path("config.json")))
     tokenizer = None
     if bundle.tokenizer is not None:
@@ -254,7 +258,7 @@ def fill(pairs: Pairs) -> None:
             live.copy_(saved)
 
 
-def _recorded_dtype(bundle: Bundle) -> torch.dtype | None:
+def recorded_dtype(bundle: Bundle) -> torch.dtype | None:
     """The dtype of the model whose weights were saved in another one; None where nothing was rounded."""
     content = bundle.weights.source.header.content
     beside = content if isinstance(content, dict) and bundle.weights.key else {}

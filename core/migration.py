@@ -16,8 +16,8 @@ from typing import Any
 
 from core.bundle import OPTIMIZER, Bundle, history, open_bundle
 from core.checksum import crc32_file
-from core.choice import LEGACY_FILES, is_seen
-from core.commit import CONFIG, MODEL, ModelFolder, step_folder
+from core.choice import LEGACY_FILES, has_bundle, is_seen
+from core.commit import MODEL, ModelFolder, step_folder
 from core.containers.foreign import attributes
 from core.containers.inert import Call, as_text
 from core.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
@@ -246,7 +246,7 @@ class Steps:
         kept = history(folder)
         places, states = {k.step: k.path for k in kept}, {k.path: k.state for k in kept}
         place = ModelFolder(folder)
-        if not {CONFIG, MODEL} <= {*place.storage.names(folder), *place.storage.names(place.committed)}:
+        if not has_bundle({*place.storage.names(folder), *place.storage.names(place.committed)}):
             return cls(folder, max(places, default=None), {}, False, places, states)
         with open_bundle(folder) as bundle:
             step, state = bundle.step, bundle.state

@@ -213,6 +213,10 @@ def _copy(key: str, value: Any, p: Tensor, group: dict[str, Any]) -> Any:
     if key == "step":
         on_device = group.get("fused") or group.get("capturable")
         return torch.as_tensor(value, dtype=torch.float32, device="cpu").to(p.device if on_device else "cpu", copy=True)
+    if isinstance(value, Tensor) and hasattr(p, "device_mesh"):
+        from core.shard_state import block_like  # imports torch.distributed, which one process does not need
+
+        return block_like(value, p)
     if isinstance(value, Tensor):
         return value.detach().to(device=p.device, dtype=p.dtype if value.is_floating_point() else None, copy=True)
     return value

@@ -1,4 +1,4 @@
-"""The checkpoints of a model that several ranks train: the first one writes, and chooses what all resume from."""
+"""The checkpoints of a model that several ranks train: the first one commits, and chooses what all resume from."""
 
 from __future__ import annotations
 
@@ -10,20 +10,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.bundle import Bundle, open_bundle
+from core import intact, start
+from core.bundle import ALL_PARTS, Bundle, open_bundle
+from core.bundle import verify as verify_files
 from core.checkpoint import CheckpointManager
+from core.choice import choose
+from core.consolidate import consolidate
 from core.distributed import World
-from core.errors import CheckpointMismatch
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.legacy import open_legacy
+from core.lock import hold
+from core.model import GPT
+from core.retention import Retention
+from core.shard_save import ShardSave
+from core.sharded_part import files_of
+from core.spread_model import averages, build_spread, fill_moments, optimizer_state
 from core.tokenizer import Tokenizer
 
 
 class RankedManager(CheckpointManager):
-    """A CheckpointManager on every rank. The first one holds the lock and writes; the others read what it chose."""
+    """A CheckpointManager on every rank. The first one holds the lock and commits; the others read what it chose.
+
+    Where each rank has a shard of the model, each writes its own, and a step is committed when all are durable.
+    """
 
     def __init__(self, model_name: str, base_dir: str | Path, *, world: World, **settings: Any) -> None:
         super().__init__(model_name, base_dir, **settings)
         self.world = world
+        self._beside = world.beside() if world.is_sharded else world
+        self._averages: dict[str, torch.Tensor] | None = None
 
     def acquire(self) -> None:
         """Become the only writer of this model; on the first rank."""
@@ -36,6 +51,8 @@ class RankedManager(CheckpointManager):
         with super().writing() if self.world.is_first else contextlib.nullcontext():
             yield
 
+    # Resume
+
     def go_back(self, step: int) -> None:
         """Make a kept step the newest one again; on the first rank, whose choice of what to resume follows."""
         if self.world.is_first:
@@ -46,12 +63,47 @@ class RankedManager(CheckpointManager):
 
         Raises: CheckpointDamaged as for one process, CheckpointMismatch when a rank finds something else.
         """
+        fault = self._verify_together() if self.verify else None
         if self.world.is_first:
-            bundle = super().newest_intact()
+            if fault and not self.allow_fresh:
+                with self.writing(), self._explained():
+                    bundle: Bundle | None = intact.walk_back(self._folder, CheckpointDamaged(fault), self.say)
+            else:
+                asked = self.verify
+                self.verify = asked and fault != ""  # what all ranks have compared is not compared again
+                bundle = super().newest_intact()
+                self.verify = asked
             self.world.from_first(_identity(bundle))
             return bundle
         chosen = self.world.from_first()
         return None if chosen is None else self._open_chosen(chosen)
+
+    def _verify_together(self) -> str | None:
+        """Verify the shards of the newest step, each rank some files: what is damaged, "" for nothing.
+
+        None where there are no shards, or they cannot be opened: then the first rank looks by itself.
+        """
+        said = None
+        if self.world.is_first:
+            with self.writing(), contextlib.suppress(CheckpointError, OSError):
+                candidates = choose(self.checkpoint_dir).candidates
+                if candidates and candidates[0].single is None:
+                    with open_bundle(self.checkpoint_dir) as bundle:
+                        said = _identity(bundle) if bundle.is_sharded else None
+        said = self.world.from_first(said)
+        if said is None:
+            return None
+        faults = [fault for fault in self.world.to_first(self._verify_own(said)) if fault]
+        return " ".join(faults)
+
+    def _verify_own(self, chosen: dict[str, Any]) -> str:
+        try:
+            with self._open_chosen(chosen) as bundle:
+                files = sorted(name for part in ALL_PARTS for name in files_of(part, bundle.files))
+                verify_files(bundle, tuple(files[self.world.rank :: self.world.size]))
+        except (CheckpointError, OSError) as error:
+            return f"rank {self.world.rank}: {error}"
+        return ""
 
     def _open_chosen(self, chosen: dict[str, Any]) -> Bundle:
         single = chosen["single"]
@@ -67,6 +119,42 @@ class RankedManager(CheckpointManager):
             )
         return bundle
 
+    def _resume(
+        self, bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer
+    ) -> tuple[GPT, dict[str, Any] | None]:
+        if not self.world.is_sharded:
+            return super()._resume(bundle, given, tokenization)
+        start.prepare(bundle, given, tokenization)
+        return build_spread(bundle, self.world), optimizer_state(bundle)
+
+    def _fill(self, bundle: Bundle, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        if self.world.is_sharded:
+            fill_moments(bundle, model, optimizer, self.world)
+            self._averages = averages(bundle, model, self.world)
+
+    def went_on_from(self, bundle: Bundle) -> None:
+        """Remember the step that training goes on from, and this rank's part of the average of its weights."""
+        if not self.world.is_sharded:
+            super().went_on_from(bundle)
+            return
+        self.resumed, self.averages = bundle.state, self._averages
+
+    def _spread(self, model: GPT) -> None:
+        if self.world.is_sharded:
+            self.world.spread(model, next(model.parameters()).device.type)
+
+    def consolidate(self) -> None:
+        """Make plain files of the newest step, which lies in shards; on the first rank, after the last save."""
+        if not self.world.is_first:
+            return
+        with self.writing(), self._explained():
+            made = consolidate(self._folder)
+        if made is not None:
+            with made:
+                self.say(f"step {made.step} is in plain files now ({sum(made.sizes.values()) / 1e6:.1f} MB)")
+
+    # Save
+
     def save(
         self,
         model: nn.Module,
@@ -79,10 +167,34 @@ class RankedManager(CheckpointManager):
         ema: Mapping[str, torch.Tensor] | None = None,
         before_commit: Callable[[], None] | None = None,
     ) -> bool:
-        """Begin to commit a step, which the first rank has whole; the others go on at once."""
-        if not self.world.is_first:
-            return True
-        return super().save(
+        """Begin to commit a step on every rank: of a model that the first rank has whole, or of the shards of all.
+
+        Each rank copies and writes its shards while training goes on; nobody waits for another before the step is
+        committed. All ranks return the same.
+
+        Raises: SaveFailed, on all ranks, when the save before this one could not be committed on one of them.
+        """
+        if not self.world.is_sharded:
+            if not self.world.is_first:
+                return True
+            return super().save(
+                model,
+                optimizer,
+                step=step,
+                tokenizer=tokenizer,
+                metrics=metrics,
+                extra=extra,
+                ema=ema,
+                before_commit=before_commit,
+            )
+        if self.save_policy == "skip" and self.world.any(self._saving.busy):
+            self.say(f"step {step} is not saved: the save before it is still being written")
+            return False
+        self.wait()
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        save = ShardSave(
+            self._beside,
+            self._folder,
             model,
             optimizer,
             step=step,
@@ -90,8 +202,19 @@ class RankedManager(CheckpointManager):
             metrics=metrics,
             extra=extra,
             ema=ema,
+            facts=self.facts,
+            retention=Retention(self.keep, self.keep_every, self.resumed.get("step")),
             before_commit=before_commit,
         )
+        held = contextlib.ExitStack()
+        if self.world.is_first:
+            with self._explained():
+                self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(hold(self.checkpoint_dir))
+        self._saving.start(f"save of step {step}", lambda: self._write(save, held))
+        self._snapshot = save.snapshot
+        self._watch(optimizer)
+        return True
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record what was measured of the newest step after it was saved; on the first rank."""

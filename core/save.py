@@ -58,6 +58,19 @@ class Save:
         self._before_commit = before_commit
         self.retention = retention
         module = unwrap(model)
+        self._told = _told(step, optimizer is not None, facts, metrics, extra)
+        self._texts = {CONFIG: _config_of(module)}
+        if tokenizer := tokenizer or getattr(module, "tokenizer", None):
+            self._texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
+        self.snapshot = Snapshot(*self._take(module, optimizer, ema))
+
+    def _take(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | Mapping[str, Any] | None,
+        ema: Mapping[str, torch.Tensor] | None,
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What each file will hold, and the tensors in it that are copied later."""
         contents: dict[str, Any] = {MODEL: export_state_dict(module)}
         if optimizer is not None:
             contents[OPTIMIZER] = optimizer
@@ -65,16 +78,11 @@ class Save:
             contents[OPTIMIZER] = export_optimizer_state(optimizer, module)
         if ema is not None:
             contents[EMA] = dict(ema)
-        self._told = _told(step, OPTIMIZER in contents, facts, metrics, extra)
-        self._texts = {CONFIG: _config_of(module)}
-        if tokenizer := tokenizer or getattr(module, "tokenizer", None):
-            self._texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
         stable = None
         if isinstance(optimizer, torch.optim.Optimizer):
             stable = changed_by_step(optimizer) | {t.untyped_storage()._cdata for t in (ema or {}).values()}
         live: dict[str, torch.Tensor] = {}
-        contents = {name: copy_others(content, stable, live, name) for name, content in contents.items()}
-        self.snapshot = Snapshot(contents, live)
+        return {name: copy_others(content, stable, live, name) for name, content in contents.items()}, live
 
     def write(self, memory: Memory, say: Callable[[str], None]) -> None:
         """Write, commit and roll forward, and prune the older steps; the caller holds the lock.

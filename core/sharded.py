@@ -6,10 +6,12 @@ that are not asked for are not opened where they lie apart, so that damage to an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from core.choice import has_bundle
 from core.containers.container import Container
 from core.containers.dcp import SUFFIX, is_dcp, open_dcp
 from core.containers.dcp_metadata import METADATA
@@ -41,7 +43,7 @@ _REASONS = {
 def is_sharded(path: Path) -> bool:
     """Whether a path is a folder of DCP, of files of ranks, or of a step with its parts."""
     path = _folder(path)
-    if not path.is_dir():
+    if not path.is_dir() or has_bundle(os.listdir(path)):  # noqa: PTH208
         return False
     if is_step_folder(path):
         return True

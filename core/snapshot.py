@@ -90,8 +90,7 @@ class SnapshotFile:
 
     def __init__(self, snapshot: Snapshot, content: Any) -> None:
         self._snapshot = snapshot
-        records = records_of(content)
-        self.image = Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records])
+        self.image = content if isinstance(content, Image) else _image_of(content)
         self.sealed = Sealed(self.image)
         self.size = self.image.size
 
@@ -124,7 +123,8 @@ class _Block:
 class Snapshot:
     """The state of one save: files by name, their blocks in order, copied from live tensors since `start`.
 
-    `live` are the tensors that are copied later than `start`, by name: nothing may change them before `wait_copied`.
+    A file is an object of tensors, or its image. `live` are the tensors that are copied later than `start`, by name:
+    nothing may change them before `wait_copied`.
     """
 
     def __init__(self, contents: Mapping[str, Any], live: Mapping[str, torch.Tensor]) -> None:
@@ -269,6 +269,10 @@ class Snapshot:
                 continue
             self._ready.put(block)
         self._ready.put(block)
+
+
+def _image_of(content: Any) -> Image:
+    return Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records_of(content)])
 
 
 def _copy_bytes(source: torch.Tensor, target: torch.Tensor) -> None:

@@ -59,12 +59,20 @@ def resume(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer)
     return _load(bundle, given, tokenization, with_optimizer=True)
 
 
-def _load(
-    bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer, advice: str = ANOTHER, *, with_optimizer: bool
-) -> GPT:
+def prepare(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer, advice: str = ANOTHER) -> None:
+    """Check what a run is given against a bundle, and let batch_size, dropout and device be what it wishes.
+
+    Raises: CheckpointMismatch for another architecture or tokenizer.
+    """
     refuse_other_architecture(bundle, given)
     refuse_other_tokenizer(bundle, tokenization, advice)
     _wish(bundle, given)
+
+
+def _load(
+    bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer, advice: str = ANOTHER, *, with_optimizer: bool
+) -> GPT:
+    prepare(bundle, given, tokenization, advice)
     return load_model(bundle, writable=True, with_optimizer=with_optimizer).train()
 
 

@@ -21,6 +21,11 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that is in the memory of this rank: all of it, unless it is spread over several."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def plain_name(name: str) -> str:
     """Take the name of a compiled submodule's tensor back to what the uncompiled one has."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -82,7 +82,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     found = _own_crc({**state, "integrity": {**integrity, "self": None}})
     if recorded != found:
         raise CheckpointDamaged(f"{where} is damaged (CRC32 {found}, recorded {recorded}).")
-    _check_files(integrity["files"].items(), where)
+    _check_files(integrity["files"].items(), where, depth=2)
     seen = state.get("legacy", [])
     if not isinstance(seen, list) or not all(isinstance(entry, dict) and "name" in entry for entry in seen):
         raise CheckpointDamaged(f"{where}: legacy is no list of files.")
@@ -90,11 +90,14 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     return state
 
 
-def _check_files(listed: Iterable[tuple[Any, Any]], where: str) -> None:
-    """A training state is not trusted: what it lists has to lie in its own folder, with a size and a checksum."""
+def _check_files(listed: Iterable[tuple[Any, Any]], where: str, depth: int = 1) -> None:
+    """A training state is not trusted: what it lists has to lie in its own folder, with a size and a checksum.
+
+    With a `depth` of 2, a file may lie in a folder there.
+    """
     for name, entry in listed:
-        plain = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST_NAME
-        if not plain or name in (".", "..") or "/" in name or "\\" in name:
+        parts = name.split("/") if isinstance(name, str) else []
+        if not 1 <= len(parts) <= depth or not all(map(_is_plain, parts)):
             raise CheckpointDamaged(f"{where}: lists {str(name)[:80]!r}, expected the names of files in its folder.")
         size, crc32 = (entry.get("size"), entry.get("crc32")) if isinstance(entry, dict) else (None, None)
         known = isinstance(crc32, str) and re.fullmatch("[0-9a-f]{8}", crc32)
@@ -102,6 +105,10 @@ def _check_files(listed: Iterable[tuple[Any, Any]], where: str) -> None:
             raise CheckpointDamaged(
                 f"{where}: of {name} it lists {str(entry)[:80]}, expected its size and 8 digits of CRC32."
             )
+
+
+def _is_plain(name: str) -> bool:
+    return name.isprintable() and 0 < len(name) <= _LONGEST_NAME and name not in (".", "..") and "\\" not in name
 
 
 def check_version(values: dict[str, Any], where: str) -> None:

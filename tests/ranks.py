@@ -1,4 +1,4 @@
-"""Training runs of several processes, started as a person starts them: by torchrun."""
+"""Training runs of several processes: started by torchrun, or, where that does not matter, forked."""
 
 from __future__ import annotations
 
@@ -19,36 +19,34 @@ SIZES |= {"eval_iters": 3, "dropout": 0, "device": "cpu", "model_name": "dante"}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def command(root: Path, text: Path, ranks: int, *words: str, restarts: int = 0, **flags) -> list[str]:
-    """The command line of a run; no ranks: without torchrun."""
+def arguments(root: Path, text: Path, *words: str, **flags) -> list[str]:
     sizes = {**SIZES, "checkpoint_root": root, "input_file": text, **flags}
     pairs = [word for name, value in sizes.items() if value is not None for word in (f"--{name}", str(value))]
-    launch = [sys.executable]
-    if ranks:
-        launch += ["-m", "torch.distributed.run", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-        launch += [f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
-    return [*launch, str(ROOT / "train.py"), *pairs, *words]
+    return [*pairs, *words]
 
 
-def train(
-    root: Path, text: Path, ranks: int, *words: str, environment: dict[str, str] | None = None, **flags
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(root, text, ranks, *words, **flags),
-        cwd=root,
-        env=ENVIRONMENT | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def torchrun(ranks: int, restarts: int = 0) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    return [sys.executable, *launch, f"--nproc_per_node={ranks}", f"--max_restarts={restarts}", str(ROOT / "train.py")]
 
 
-def start(root: Path, text: Path, ranks: int, *words: str, **flags) -> subprocess.Popen[str]:
+def finished(command: list[str], folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    variables = {**ENVIRONMENT, **environment}
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def train(root: Path, text: Path, ranks: int, *words: str, **flags) -> subprocess.CompletedProcess[str]:
+    """Train to the end on some ranks; on none: in a process that knows nothing of ranks."""
+    launch = [sys.executable, "-m", "tests.forked", str(ranks), "train"] if ranks else [sys.executable, "train.py"]
+    return finished([*launch, *arguments(root, text, *words, **flags)])
+
+
+def start(root: Path, text: Path, ranks: int, *words: str, restarts: int = 0, **flags) -> subprocess.Popen[str]:
     """Start a run whose ranks a test will meddle with; its output goes to a file, `output_of`."""
     with (root / "output.txt").open("w") as output:
-        return subprocess.Popen(
-            command(root, text, ranks, *words, **flags), cwd=root, env=ENVIRONMENT, stdout=output, stderr=output
-        )
+        command = [*torchrun(ranks, restarts), *arguments(root, text, *words, **flags)]
+        return subprocess.Popen(command, cwd=root, env=ENVIRONMENT, stdout=output, stderr=output, text=True)
 
 
 def output_of(root: Path) -> str:

@@ -12,7 +12,20 @@ from core.errors import InputError
 from core.tokens import Tokens
 from tests.conftest import ROOT
 from tests.helpers import TEXT
-from tests.ranks import kill, losses, output_of, processes, same, saved, start, train, wait_for
+from tests.ranks import (
+    arguments,
+    finished,
+    kill,
+    losses,
+    output_of,
+    processes,
+    same,
+    saved,
+    start,
+    torchrun,
+    train,
+    wait_for,
+)
 
 BOUND = 2e-6
 """How far losses of about 3 may be apart after 20 steps at dropout 0: sums in another order, 8 units of float32."""
@@ -91,7 +104,8 @@ def test_an_error_on_one_rank_ends_all_with_one_message(tmp_path, text):
         "        return real(self, step, *more)\n"
         "    d.DataLoader.batch = batch\n"
     )
-    done = train(tmp_path, text, 2, max_iters=20, environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    words = [*torchrun(2), *arguments(tmp_path, text, max_iters=20)]
+    done = finished(words, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 1
     assert done.stderr.count("error: rank 1: tokens.bin: cannot be read.") == done.stderr.count("error: ") == 1
     assert "Traceback (most recent call last)" not in done.stderr.split("torch/distributed/elastic")[0]

@@ -6,9 +6,11 @@ directories of these zips are read too: they say where in the zip the tensor is,
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from core.containers.blocks import blocks_fault, spec_of_blocks
 from core.containers.container import Check, Container, is_plain, listing, member, reading
@@ -29,17 +31,21 @@ def is_dcp(path: Path) -> bool:
     return path.is_dir() and any(name == METADATA or name.endswith(SUFFIX) for name in listing(path))
 
 
-def open_dcp(path: Path, rebuilt: Metadata | None = None) -> Container:
+def open_dcp(path: Path, rebuilt: Metadata | None = None, opened: Mapping[str, BinaryIO] | None = None) -> Container:
     """Read what a DCP folder holds: each tensor with its blocks, values as inert content nested as they were.
 
-    `rebuilt` stands for a `.metadata` that is lost (core/containers/dcp_rebuilt.py).
+    `rebuilt` stands for a `.metadata` that is lost (core/containers/dcp_rebuilt.py), `opened` are the folder's files
+    where they are open already.
 
     Raises: CheckpointNotFound when it is none, CheckpointDamaged when files are missing, cut off or contradict
         `.metadata`, CheckpointError for what cannot be read here.
     """
-    names = listing(path)
+    names = listing(path) if opened is None else opened
     if rebuilt is not None:
         folder = _Folder(path, rebuilt, None)
+    elif opened is not None:
+        data = _whole(opened[METADATA])
+        folder = _Folder(path, read_metadata(data, str(path / METADATA)), len(data), opened)
     elif METADATA in names:
         folder = _Folder(path, *metadata_of(path))
     else:
@@ -64,6 +70,11 @@ def metadata_of(path: Path) -> tuple[Metadata, int]:
         return read_metadata(read_at(file, 0, size, where), where), size
 
 
+def _whole(file: BinaryIO) -> bytes:
+    size = file.seek(0, os.SEEK_END)
+    return read_at(file, 0, size, METADATA)
+
+
 def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
     """Say what a folder is that has no `.metadata`."""
     if not names:
@@ -82,8 +93,10 @@ def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
 class _Folder:
     """A DCP folder while it is read."""
 
-    def __init__(self, path: Path, metadata: Metadata, size: int | None) -> None:
-        self.path, self.metadata = path, metadata
+    def __init__(
+        self, path: Path, metadata: Metadata, size: int | None, opened: Mapping[str, BinaryIO] | None = None
+    ) -> None:
+        self.path, self.metadata, self.opened = path, metadata, opened
         self.files = {} if size is None else {METADATA: size}
         what = ("names, shapes and places of all items",)
         self.checks = [] if size is None else [Check(METADATA, 0, size, None, what)]
@@ -107,7 +120,7 @@ class _Folder:
         for entry in self.metadata.entries:
             for place in entry.places:
                 by_file.setdefault(place.file, []).append((place, entry))
-        missing = [name for name in by_file if is_plain(name) and not os.path.lexists(self.path / name)]
+        missing = [name for name in by_file if is_plain(name) and not self.has(name)]
         if missing:
             count = sum(len(by_file[name]) for name in missing)
             raise CheckpointDamaged(
@@ -117,11 +130,22 @@ class _Folder:
         for name, places in sorted(by_file.items()):
             self.read_file(name, sorted(places, key=lambda pair: pair[0].offset), items)
 
+    def has(self, name: str) -> bool:
+        return os.path.lexists(self.path / name) if self.opened is None else name in self.opened
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[BinaryIO]:
+        if self.opened is not None:
+            yield self.opened[name]
+            return
+        with reading(member(self.path, name, str(self.path / METADATA))) as file:
+            yield file
+
     def read_file(self, name: str, places: list[tuple[Place, Entry]], items: Items) -> None:
         """Open the items of one file."""
         where = str(self.path / name)
         end = between = 0
-        with reading(member(self.path, name, str(self.path / METADATA))) as file:
+        with self.reading(name) as file:
             size = self.files[name] = file.seek(0, os.SEEK_END)
             for place, entry in places:
                 shown = f"{where}: {_shown(entry)}"

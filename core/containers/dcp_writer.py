@@ -1,4 +1,4 @@
-"""Lay out a DCP folder of one file without torch: each tensor and value a torch zip, and `.metadata` that places them.
+"""Lay out a DCP folder without torch: each block of a tensor and each value a torch zip, `.metadata` that places them.
 
 `.metadata` is a pickle of torch.distributed.checkpoint.metadata.Metadata. It is written opcode by opcode, with the
 classes by their names, so that no torch is needed; torch's own reader is what the tests read it with.
@@ -12,8 +12,13 @@ from typing import Any
 
 from core.containers.torch_zip_layout import Made, Named, Sink, Stored, ZipLayout, pickled
 
-FILE = "__0_0.distcp"
-"""What the first file of the first rank is called."""
+
+def file_of(rank: int) -> str:
+    """Name the file of a rank."""
+    return f"__{rank}_0.distcp"
+
+
+FILE = file_of(0)
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
@@ -27,7 +32,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Placed:
-    """An item that was written: where it was in the nested state dict, its bytes and, of a tensor, dtype and shape."""
+    """An item that was written: where it was in the nested state dict, its bytes and, of a tensor, dtype and shape.
+
+    One that is a block of a tensor says where it begins in it, and its own shape.
+    """
 
     name: str
     path: tuple[str | int, ...]
@@ -35,6 +43,9 @@ class Placed:
     length: int
     dtype: str | None = None
     shape: Shape = ()
+    file: str = FILE
+    begin: Shape | None = None
+    block: Shape | None = None
 
 
 class _Part:
@@ -69,35 +80,50 @@ def _write(sink: Sink, content: Any, put_data: Callable[[ZipLayout], object]) ->
     return part.size
 
 
+def item_header(dtype: str, shape: Shape, nbytes: int) -> bytes:
+    """The `data.pkl` of an item that is a tensor, or a block of one."""
+    return pickled(Stored(0, dtype, shape, nbytes))
+
+
 def metadata(items: Iterable[Placed]) -> bytes:
-    """Write the `.metadata` of items in one file, as torch.distributed.checkpoint reads it."""
-    items = list(items)
+    """Write the `.metadata` of items, as torch.distributed.checkpoint reads it; blocks of a tensor have its name."""
+    blocks: dict[str, list[Placed]] = {}
+    for item in items:
+        blocks.setdefault(item.name, []).append(item)
     root = {
-        "state_dict_metadata": {item.name: _described(item) for item in items},
-        "planner_data": {item.name: item.path for item in items},
-        "storage_data": dict(_stored(item) for item in items),
+        "state_dict_metadata": {name: _described(parts) for name, parts in blocks.items()},
+        "planner_data": {name: parts[0].path for name, parts in blocks.items()},
+        "storage_data": dict(_stored(part, n) for parts in blocks.values() for n, part in enumerate(parts)),
         "storage_meta": None,
     }
     return pickled(_record(_METADATA, "Metadata", root))
 
 
-def _described(item: Placed) -> Made:
+def _described(parts: list[Placed]) -> Made:
+    item = parts[0]
     if item.dtype is None:
         return _record(_METADATA, "BytesStorageMetadata", {})
     properties = (Named("torch", item.dtype), _STRIDED, False, _CONTIGUOUS, False)
-    chunk = {"offsets": _size((0,) * len(item.shape)), "sizes": _size(item.shape)}
+    chunks = [
+        {"offsets": _size(_begin(part)), "sizes": _size(part.shape if part.block is None else part.block)}
+        for part in parts
+    ]
     says = {
         "properties": _record(_METADATA, "TensorProperties", properties),
         "size": _size(item.shape),
-        "chunks": [_record(_METADATA, "ChunkStorageMetadata", chunk)],
+        "chunks": [_record(_METADATA, "ChunkStorageMetadata", chunk) for chunk in chunks],
     }
     return _record(_METADATA, "TensorStorageMetadata", says)
 
 
-def _stored(item: Placed) -> tuple[Made, Made]:
-    begin = None if item.dtype is None else _size((0,) * len(item.shape))
-    index = {"fqn": item.name, "offset": begin, "index": None if item.dtype is None else 0}
-    place = {"relative_path": FILE, "offset": item.offset, "length": item.length}
+def _begin(item: Placed) -> Shape:
+    return (0,) * len(item.shape) if item.begin is None else item.begin
+
+
+def _stored(item: Placed, number: int) -> tuple[Made, Made]:
+    begin = None if item.dtype is None else _size(_begin(item))
+    index = {"fqn": item.name, "offset": begin, "index": None if item.dtype is None else number}
+    place = {"relative_path": item.file, "offset": item.offset, "length": item.length}
     return _record(_METADATA, "MetadataIndex", index), _record(_FILESYSTEM, "_StorageInfo", place)
 
 

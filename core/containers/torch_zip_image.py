@@ -50,22 +50,33 @@ class Piece(NamedTuple):
 
 
 class Image:
-    """The layout of a torch file with these records, in order: bytes, or something that is as long as its bytes."""
+    """The layout of a torch file with these records, in order: bytes, or something that is as long as its bytes.
 
-    def __init__(self, records: Sequence[tuple[str, Any]]) -> None:
+    Of several lists of records it is that of torch files end to end, as in a file of DCP: `spans` says where they lie.
+    """
+
+    def __init__(self, *files: Sequence[tuple[str, Any]]) -> None:
         self.segments: list[Segment] = []
         self.entries: list[Entry] = []
+        self.spans: list[tuple[int, int]] = []
         self.size = 0
+        for records in files:
+            self._add_file(records)
+        self._starts = [segment.start for segment in self.segments]
+
+    def _add_file(self, records: Sequence[tuple[str, Any]]) -> None:
+        begin, entries = self.size, []
         for name, content in records:
             path = f"{FOLDER}/{name}".encode()
             plain, size = isinstance(content, bytes), len(content)
-            self.entries.append(Entry(path, self.size, size, 0))
-            header = local_header(path, size, self.size)
+            entries.append(Entry(path, self.size - begin, size, 0))
+            header = local_header(path, size, self.size - begin)
             self._add(len(header), Kind.HEADER, header)
             self._add(size, Kind.PLAIN if plain else Kind.STORAGE, content)
             self._add(len(descriptor(size, 0)), Kind.DESCRIPTOR)
-        self._add(len(directory(self.entries, self.size)), Kind.DIRECTORY)
-        self._starts = [segment.start for segment in self.segments]
+        self._add(len(directory(entries, self.size - begin)), Kind.DIRECTORY, begin)
+        self.entries += entries
+        self.spans.append((begin, self.size - begin))
 
     def _add(self, size: int, kind: Kind, content: Any = None) -> None:
         if size:
@@ -92,7 +103,9 @@ class Sealed:
         """Of what has passed."""
         self._tensors = 0
         self._record = 0
+        self._passed = 0
         self._entries: list[Entry] = []
+        """Those of the torch file that is passing."""
         self._late = b""
 
     @property
@@ -118,8 +131,10 @@ class Sealed:
         if segment.kind is Kind.HEADER:
             return segment.content
         if segment.kind is Kind.DIRECTORY:
-            return directory(self._entries, segment.start)
-        entry = self.image.entries[len(self._entries)]
+            entries, self._entries = self._entries, []
+            return directory(entries, segment.start - segment.content)
+        entry = self.image.entries[self._passed]
+        self._passed += 1
         crc, self._record = self._record, 0
         self.crc32 = combine(self.crc32, crc, entry.size)
         if b"/data/" in entry.name:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.bundle import write_bundle
-from core.commit import CONFIG, MODEL
+from core.commit import CONFIG, MODEL, entries
 from core.errors import CheckpointDamaged
 from core.training_state import STATE, dump_json, seal, unseal
 from tests.faults.explorer import Action, Explorer, Fault, Run, folder_files, identity, recover
@@ -33,16 +33,20 @@ def save(
     prune: Iterable[int] = (),
     extra: tuple[str, ...] = (),
     width: int = 64,
+    shards: tuple[str, ...] | None = None,
 ) -> Action:
     """What CheckpointManager.save does on disk."""
 
     def act(run: Run) -> None:
         folder = run.folder
         folder.recover()
-        names = [MODEL, *(["optimizer.pt"] if optimizer else []), *extra]
+        names = [*([MODEL] if shards is None else shards), *(["optimizer.pt"] if optimizer else []), *extra]
         files: dict[str, Any] = {name: _content(f"{name} of {label}") for name in names}
         files[CONFIG] = config(width, saved_with=label)
         stage = folder.stage()
+        for entry in entries(files):
+            if entry not in files:
+                folder.storage.make_folder(stage / entry)
         state = {"step": step, "format_version": 2, "commit_id": label, "parent": folder.newest_id()}
         write_bundle(folder, stage, state, files)
         run.stage(stage)
@@ -110,7 +114,8 @@ def resume(run: Run) -> None:
         opened = folder.open_newest()
         files = {name: file.read() for name, file in opened.files.items()}
         recorded = opened.state.get("integrity", {}).get("files", {})
-        intact = MODEL in files and all(
+        intact = MODEL in files or any("/" in name for name in files)
+        intact = intact and all(
             f"{zlib.crc32(data):08x}" == recorded.get(name, {}).get("crc32", f"{zlib.crc32(data):08x}")
             for name, data in files.items()
             if name != CONFIG
@@ -157,6 +162,33 @@ def changing_files(explorer: Explorer) -> list[Disk]:
     return explorer.run(disks, save(3, "C"), "with optimizer again")
 
 
+def sharded(explorer: Explorer) -> list[Disk]:
+    """A step of two shards over a plain one, then one of another number of shards, then a plain one."""
+    disk = built(explorer, save(1, "A"))
+    two = ("model_sharded/__0_0.distcp", "model_sharded/__1_0.distcp")
+    disks = explorer.run([disk], save(2, "B", optimizer=False, shards=two), "shards over a plain step")
+    disks = explorer.run(disks, save(3, "C", optimizer=False, shards=two[:1]), "another number of shards")
+    return explorer.run(disks, save(4, "D", prune=[2]), "a plain step over shards")
+
+
+def walk_back_to_shards(explorer: Explorer) -> list[Disk]:
+    """The newest of two sharded steps is damaged; what comes next replaces a folder that is kept already."""
+    one = ("model_sharded/__0_0.distcp",)
+    disk = built(explorer, save(1, "A", False, shards=one), save(2, "B", False, shards=one))
+    inode = disk.find(ROOT / one[0])
+    assert inode is not None
+    disk.files[inode] = (b"damaged", b"damaged")
+    return walked_back(explorer, disk, save(2, "C", False, shards=one))
+
+
+def rewind_over_shards(explorer: Explorer) -> list[Disk]:
+    """Back from a plain step to a sharded one, over a sharded one, and on from there."""
+    one = ("model_sharded/__0_0.distcp",)
+    shards = [save(n, "AB"[n - 1], False, shards=one) for n in (1, 2)]
+    disks = explorer.run([built(explorer, *shards, save(3, "C"))], go_back(1, 2), "back")
+    return explorer.run(disks[:2], save(2, "D", False, shards=one), "on from there")
+
+
 def old_format(explorer: Explorer, **files: bytes) -> list[Disk]:
     """Two saves over a bundle of format version 1, which has no commit id."""
     disk = put(Disk(), **files)
@@ -190,8 +222,12 @@ def measured(explorer: Explorer) -> list[Disk]:
 
 def walk_back(explorer: Explorer) -> list[Disk]:
     """The newest step is damaged and put aside, the older one restored, and training goes on over it."""
-    disk = built(explorer, save(1, "A"), save(2, "B"))
-    put(disk, optimizer_pt=b"damaged")
+    disk = put(built(explorer, save(1, "A"), save(2, "B")), optimizer_pt=b"damaged")
+    return explorer.run(walked_back(explorer, disk, save(2, "C")), save(3, "D"), "and the next")
+
+
+def walked_back(explorer: Explorer, disk: Disk, next_save: Action) -> list[Disk]:
+    """Walk back from a damaged top to step 1, and save from there."""
     damaged, intact = disk.text(ROOT / STATE), disk.text(ROOT / "step_00000001" / STATE)
     explorer.steps[damaged] = folder_files(explorer.storage(disk), ROOT)
     explorer.recovery, explorer.unsure = resume, frozenset({damaged})
@@ -200,8 +236,7 @@ def walk_back(explorer: Explorer) -> list[Disk]:
     disks = explorer.run([disk], resume, "walk back")
     explorer.depth = 1000
     explorer.recovery, explorer.unsure, explorer.also = recover, frozenset(), frozenset()
-    disks = explorer.run(disks[:2], save(2, "C"), "the step again")
-    return explorer.run(disks, save(3, "D"), "and the next")
+    return explorer.run(disks[:2], next_save, "the step again")
 
 
 def walk_back_twice(explorer: Explorer) -> list[Disk]:
@@ -243,6 +278,9 @@ SCENARIOS: dict[str, Callable[[Explorer], list[Disk]]] = {
     "walk back": walk_back,
     "walk back twice": walk_back_twice,
     "rewind": rewind,
+    "shards": sharded,
+    "walk back to shards": walk_back_to_shards,
+    "rewind over shards": rewind_over_shards,
 }
 
 

@@ -54,7 +54,7 @@ class Run:
 
     def stage(self, path: Path) -> None:
         """Note the step that a staged folder holds."""
-        files = {name: self.folder.storage.read(path / name) for name in self.folder.storage.names(path)}
+        files = folder_files(self.folder.storage, path)
         self.new = files[STATE]
         self.steps[self.new] = files
 
@@ -63,8 +63,13 @@ Action = Callable[[Run], None]
 
 
 def folder_files(storage: Any, path: Path) -> Files:
-    """The files in a folder."""
-    files = {n: storage.read(path / n) for n in storage.names(path) if not storage.is_folder(path / n)}
+    """The files in a folder, and in the folders of a sharded step."""
+    files = {}
+    for name in storage.names(path):
+        if not storage.is_folder(path / name):
+            files[name] = storage.read(path / name)
+        elif name.endswith("_sharded"):
+            files |= {f"{name}/{part}": storage.read(path / name / part) for part in storage.names(path / name)}
     return {name: unmarked(data) if name == STATE else data for name, data in files.items()}
 
 

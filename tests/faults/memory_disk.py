@@ -146,12 +146,10 @@ class Disk:
         groups = self._groups()
         outer = [results for touched, results in groups if 0 in touched]
         for first in _choices(outer, limit):
-            folders = _applied(self.folders, first)
-            reach = self._reach(folders)
-            inner = [results for touched, results in groups if 0 not in touched and touched & set(reach)]
-            for second in _choices(inner, limit):
-                names = _applied(folders, second)
-                files = [i for i in self._reach(names) if i in self.files]
+            inner = [(touched, results) for touched, results in groups if 0 not in touched]
+            for names in self._inner(_applied(self.folders, first), inner, limit):
+                reach = self._reach(names)
+                files = [i for i in reach if i in self.files]
                 for contents in itertools.product(*(_torn(*self.files[i]) for i in files)):
                     disk = Disk.__new__(Disk)
                     disk.folders = {i: names[i] for i in reach if i in names}
@@ -159,6 +157,19 @@ class Disk:
                     disk.files = {i: (content, content) for i, content in zip(files, contents, strict=True)}
                     disk.operations, disk.last = [], self.last
                     yield disk
+
+    def _inner(
+        self, folders: dict[int, dict[str, int]], groups: list[tuple[set[int], list[Changes]]], limit: int
+    ) -> Iterator[dict[int, dict[str, int]]]:
+        """Names after what may be left of operations in folders, level by level: a lost folder's own do not matter."""
+        reach = set(self._reach(folders))
+        here = [group for group in groups if group[0] & reach]
+        if not here:
+            yield folders
+            return
+        deeper = [group for group in groups if not group[0] & reach]
+        for chosen in _choices([results for _, results in here], limit):
+            yield from self._inner(_applied(folders, chosen), deeper, limit)
 
     def _groups(self) -> list[tuple[set[int], list[Changes]]]:
         """Operations that share a name, as the folders they touch and what each subset of them comes to."""

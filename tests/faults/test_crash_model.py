@@ -92,6 +92,11 @@ class StageNotFsynced(ModelFolder):
         self.storage.sync_folder(self.path)
 
 
+class ShardsNotFsynced(ModelFolder):
+    def _sync_stage(self, stage):
+        self.storage.sync_folder(stage)
+
+
 class CommitNotFsynced(ModelFolder):
     def commit(self, stage):
         self.storage.sync_folder(stage)
@@ -151,6 +156,7 @@ MISTAKES = [
     (PruneInPlace, "three saves", True),
     (UnlinkBeforeTrashIsDurable, "three saves", True),
     (StageNotFsynced, "three saves", True),
+    (ShardsNotFsynced, "shards", True),
     (CommitNotFsynced, "three saves", True),
     (StepExistsByNumberAlone, "same step", True),
     (ConfigAlwaysReplaced, "edited config", True),
@@ -159,10 +165,11 @@ MISTAKES = [
     (RecoveryNeedsTrainingState, "three saves", True),
     (RecoveryDoesNotFsyncFirst, "three saves", True),
     (RestartsHistory, "three saves", False),
+    (RestartsHistory, "shards", True),
 ]
 
 
-@pytest.mark.parametrize(("mistake", "name", "links"), MISTAKES, ids=[m[0].__name__ for m in MISTAKES])
+@pytest.mark.parametrize(("mistake", "name", "links"), MISTAKES, ids=[f"{m[0].__name__}-{m[1]}" for m in MISTAKES])
 def test_the_checker_finds(mistake, name, links):
     kind = {"storage_type" if issubclass(mistake, MemoryStorage) else "folder_type": mistake}
     with pytest.raises(Fault):

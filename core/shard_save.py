@@ -1,0 +1,164 @@
+"""One step of a sharded model on its way into a model's folder: each rank writes its shards, the first one commits."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.bundle import EMA, OPTIMIZER, history, write_file
+from core.commit import CONFIG, MODEL, entries
+from core.containers.dcp_metadata import METADATA
+from core.containers.dcp_writer import Placed, file_of, metadata
+from core.distributed import World
+from core.errors import CheckpointError, SaveFailed
+from core.rewind import top_state
+from core.save import Save
+from core.shard_state import averages_of, image_of, moments_of, placed, weights_of
+from core.sharded_part import folder_of
+from core.snapshot import Memory
+from core.state_dict import local
+from core.storage import Output
+from core.training_state import STATE, seal
+
+
+class ShardSave(Save):
+    """A step on every rank. `world` is a way to the other ranks for the thread that writes."""
+
+    def __init__(self, world: World, *what: Any, **values: Any) -> None:
+        self.world = world
+        self._lists: dict[str, list[Placed]] = {}
+        super().__init__(*what, **values)
+        self._told["optimizer_file"] = self._told["optimizer_file"] and folder_of(OPTIMIZER)
+
+    def _take(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | Mapping[str, Any] | None,
+        ema: Mapping[str, torch.Tensor] | None,
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        first, name = self.world.is_first, file_of(self.world.rank)
+        parts = {MODEL: weights_of(module, first)}
+        if isinstance(optimizer, torch.optim.Optimizer):
+            parts[OPTIMIZER] = moments_of(optimizer, module, first)
+        if ema is not None:
+            parts[EMA] = averages_of(ema, first)
+        contents: dict[str, Any] = {}
+        live: dict[str, torch.Tensor] = {}
+        for part, shards in parts.items():
+            file = f"{folder_of(part)}/{name}"
+            contents[file] = image_of(shards)
+            self._lists[file] = placed(shards, contents[file], name)
+            tensors = {f"{part}: {shard.name}": shard.value for shard in shards}
+            live |= {name: local(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        return contents, live
+
+    def write(self, memory: Memory, say: Callable[[str], None]) -> None:
+        """Write the shards of this rank; on the first one commit the step when all ranks have. Returns when it is.
+
+        What fails on one rank is told to all, so that none waits for another.
+
+        Raises: SaveFailed, on all ranks, naming the one that failed.
+        """
+        started, stage, said, fault = time.perf_counter(), None, None, None
+        with contextlib.closing(self.snapshot):
+            files = self.snapshot.plan()
+            self.snapshot.start(memory)
+            if self.world.is_first:
+                stage, fault = _attempt(self._make_stage)
+            stage, fault = self.world.from_first((stage, fault))
+            written = None
+            if stage is not None:
+                written, fault = _attempt(lambda: self._write_own(Path(stage), files))
+        reports = self.world.to_first((written, self._lists, fault))
+        if self.world.is_first:
+            said, fault = _attempt(lambda: self._commit_all(stage, reports, started))
+        said, fault = self.world.from_first((said, fault))
+        if fault:
+            top = top_state(self.place)
+            stays = f"Step {top['step']} is intact." if "step" in top else "Nothing was saved before."
+            raise SaveFailed(f"{self.place.path}: save of step {self._told['step']} failed: {fault}. {stays}")
+        say(said)
+
+    def _make_stage(self) -> str:
+        self.place.recover()
+        stage = self.place.stage()
+        for folder in entries(self._lists):
+            self.place.storage.make_folder(stage / folder)
+        return str(stage)
+
+    def _write_own(self, stage: Path, files: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the files of this rank, durably; one without a shard writes none."""
+        storage = self.place.storage
+        recorded = {name: write_file(storage, stage / name, file) for name, file in files.items() if file.size}
+        self.snapshot.finish()
+        return recorded
+
+    def _commit_all(self, staged: str | None, reports: list[Any], started: float) -> str:
+        """Commit what all ranks have written, or throw it away; returns what is to be said."""
+        faults = [f"rank {rank}: {fault}" for rank, (_, _, fault) in enumerate(reports) if fault]
+        try:
+            if faults or staged is None:
+                raise SaveFailed(faults[0])
+            if not (files := self._commit_stage(Path(staged), reports)):
+                return f"step {self._told['step']} is already saved in {self.place.path}"
+        except BaseException:
+            if staged is not None:
+                with contextlib.suppress(OSError):
+                    self.place.discard(Path(staged))
+            raise
+        self.place.roll_forward()
+        state = top_state(self.place)
+        self.place.prune([older.step for older in self.retention.going(state, history(self.place.path))])
+        size, seconds = sum(entry["size"] for entry in files.values()), time.perf_counter() - started
+        return (
+            f"saved step {state['step']} to {self.place.path} in shards of {len(reports)} ranks "
+            f"({size / 1e6:.1f} MB, {seconds:.2f} s)"
+        )
+
+    def _commit_stage(self, stage: Path, reports: list[Any]) -> dict[str, Any] | None:
+        """Complete a staged step and make it the newest; returns its files, None where the newest is this very step."""
+        storage = self.place.storage
+        recorded: dict[str, Any] = {}
+        items: dict[str, list[Placed]] = {}
+        for written, lists, _ in reports:
+            recorded |= written
+            for file, shards in lists.items():
+                items.setdefault(file.partition("/")[0], []).extend(shards)
+        for folder, shards in items.items():
+            name = f"{folder}/{METADATA}"
+            recorded[name] = write_file(storage, stage / name, _writer(metadata(shards)))
+        for name, text in {**self._texts, CONFIG: self._with_edits(self._texts[CONFIG])}.items():
+            recorded[name] = write_file(storage, stage / name, text)
+        if self._before_commit is not None:
+            self._before_commit()
+        state, top = self._state(), top_state(self.place)
+        held = top.get("integrity", {}).get("files", {})
+        if top.get("step") == state["step"] and {**held, CONFIG: None} == {**recorded, CONFIG: None}:
+            self.place.discard(stage)
+            return None
+        storage.write(stage / STATE, seal({**state, "integrity": {"files": recorded}}))
+        self.place.commit(stage)
+        return recorded
+
+
+def _writer(data: bytes) -> Callable[[Output], None]:
+    def write(output: Output) -> None:
+        output.write(data)
+
+    return write
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Do something, and say what failed in place of raising it: the other ranks have to hear of it."""
+    try:
+        return work(), None
+    except OSError as error:
+        return None, f"{error.filename or 'writing'}: {error.strerror}"
+    except CheckpointError as error:
+        return None, str(error).removesuffix(".")
