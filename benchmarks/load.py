@@ -1,0 +1,244 @@
+"""What a load costs, checksums compared: to the first step of a resumed run, to the first token; beside nanoGPT's way.
+
+    python benchmarks/load.py [--repeats 5] [--parts resume token verify] [--folder DIR] [--json]
+
+124M parameters with AdamW, 1.49 GB, in the page cache; each run is a process of its own, imports are not counted, the
+ways take turns, and medians are compared. Parts:
+
+resume  as train.py does it: find the newest intact step (every checksum compared), model, optimizer, the comparison
+        with the certificate, one step of training. nanoGPT's way: torch.load of its ckpt.pt, a model with random
+        weights, load_state_dict, an optimizer, load_state_dict, one step.
+token   as generate.py does it, checksums compared, against nanoGPT's sample.py: torch.load of the ckpt.pt, a model with
+        random weights, load_state_dict. Both draw with the same model and sampler.
+verify  the comparison of all checksums alone.
+
+Figures are seconds of the wall and of processors (cpu). On a machine that others use as well, trust the latter.
+`--size small` tries the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo  # the first optimizer would import it
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.trained import SIZES, config_of, machine, machine_line
+from core.bundle import open_bundle, verify
+from core.checkpoint import CheckpointManager
+from core.config import GPTConfig
+from core.dataloader import DataLoader
+from core.generation import stream
+from core.model import GPT
+from core.optimizer import configure_optimizer
+from core.tokenizer import Tokenizer, make_char
+from core.tokens import Tokens
+from core.training import fit
+
+NAME, CKPT = "saved", "ckpt.pt"
+TOKENS = 64
+"""In a batch: a step is short beside the load."""
+
+Marks = dict[str, tuple[float, float]]
+"""When something was done: by the wall's clock and the processors'."""
+
+
+def now() -> tuple[float, float]:
+    """The time by both clocks."""
+    return time.perf_counter(), time.process_time()
+
+
+def loader_of(config: GPTConfig) -> DataLoader:
+    """Random tokens that are the same each time."""
+    ids = np.random.default_rng(1).integers(config.vocab_size, size=100_000, dtype=np.uint16)
+    tokens = Tokens([ids], vocab_size=config.vocab_size, where="random tokens")
+    return DataLoader(tokens, tokens, block_size=min(TOKENS, config.block_size), batch_size=1, seed=1)
+
+
+def letters(config: GPTConfig) -> Tokenizer:
+    """A tokenizer with as many characters as the model has rows."""
+    return make_char(["".join(map(chr, range(0x100, 0x100 + config.vocab_size)))])
+
+
+def make(folder: Path, sizes: dict[str, int]) -> None:
+    """Train a step, and save it both ways."""
+    model = GPT(config_of(sizes))
+    optimizer = configure_optimizer(model, 1e-4)
+    model.tokenizer = letters(model.config)
+    manager = CheckpointManager(NAME, folder, say=lambda line: None)
+    data = loader_of(model.config)
+    fit(model, data_loader=data, optimizer=optimizer, max_iters=1, manager=manager, eval_iters=1, progress=False)
+    ckpt = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "model_args": sizes, "iter_num": 1}
+    torch.save(ckpt, folder / CKPT)
+
+
+class FirstStep(BaseException):
+    """The first step is done; what `fit` would do after it is not measured."""
+
+
+def resume_ours(folder: Path, sizes: dict[str, int], marks: Marks) -> None:
+    """Resume as train.py does."""
+    with CheckpointManager(NAME, folder, say=lambda line: None) as manager:
+        bundle = manager.newest_intact()
+        marks["found and verified"] = now()
+        model, optimizer, step = manager.initialize_for_training(
+            {}, letters(config_of(sizes)), None, 1e-4, bundle=bundle
+        )
+        marks["model and optimizer"] = now()
+
+        def stop(*_: Any) -> None:
+            marks["first step"] = now()
+            raise FirstStep
+
+        optimizer.register_step_post_hook(stop)
+        data = loader_of(model.config)
+        with contextlib.suppress(FirstStep):
+            fit(model, data_loader=data, optimizer=optimizer, max_iters=step + 1, manager=manager, progress=False)
+
+
+def resume_nanogpt(folder: Path, sizes: dict[str, int], marks: Marks) -> None:
+    """Resume as nanoGPT's train.py does."""
+    ckpt = torch.load(folder / CKPT, map_location="cpu", weights_only=True)
+    marks["load"] = now()
+    model = GPT(config_of(ckpt["model_args"]))
+    marks["random model"] = now()
+    model.load_state_dict(ckpt["model"])
+    optimizer = configure_optimizer(model, 1e-4)
+    optimizer.load_state_dict(ckpt["optimizer"])
+    marks["model and optimizer"] = now()
+    x, y = loader_of(model.config).batch(1, 0)
+    model.train()(x, y)[1].backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    marks["first step"] = now()
+
+
+def token_ours(folder: Path, sizes: dict[str, int], marks: Marks) -> None:
+    """Load as generate.py does, and draw a token."""
+    model = CheckpointManager.load_for_inference(NAME, folder)
+    marks["model"] = now()
+    next(stream(model, [1, 2, 3], 1, temperature=0))
+    marks["first token"] = now()
+
+
+def token_nanogpt(folder: Path, sizes: dict[str, int], marks: Marks) -> None:
+    """Load as nanoGPT's sample.py does, and draw a token."""
+    ckpt = torch.load(folder / CKPT, map_location="cpu", weights_only=True)
+    marks["load"] = now()
+    model = GPT(config_of(ckpt["model_args"]))
+    marks["random model"] = now()
+    model.load_state_dict(ckpt["model"])
+    marks["model"] = now()
+    next(stream(model.eval(), [1, 2, 3], 1, temperature=0))
+    marks["first token"] = now()
+
+
+def verify_alone(folder: Path, sizes: dict[str, int], marks: Marks) -> None:
+    """Compare all checksums."""
+    with open_bundle(folder / NAME) as bundle:
+        marks["open"] = now()
+        verify(bundle)
+        marks["verified"] = now()
+
+
+WAYS: dict[str, dict[str, Callable[[Path, dict[str, int], Marks], None]]] = {
+    "resume": {"ours": resume_ours, "nanoGPT": resume_nanogpt},
+    "token": {"ours": token_ours, "nanoGPT": token_nanogpt},
+    "verify": {"ours": verify_alone},
+}
+
+
+def run(part: str, way: str, folder: Path, sizes: dict[str, int]) -> dict[str, float]:
+    """Seconds of each stretch of a way, and of the whole."""
+    marks: Marks = {}
+    begin = now()
+    WAYS[part][way](folder, sizes, marks)
+    ends = list(marks.values())
+    stretches = [*zip(marks, [begin, *ends], ends, strict=False), ("total", begin, ends[-1])]
+    found = {}
+    for name, start, end in stretches:
+        found |= {name: end[0] - start[0], f"{name}, cpu": end[1] - start[1]}
+    return found
+
+
+def measure(part: str, folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Medians of the ways of a part, which take turns in processes of their own; the first round is warm-up."""
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS[part]}
+    for turn in range(args.repeats + 1):
+        for way, found in runs.items():
+            command = [sys.executable, __file__, "--size", args.size, "--folder", str(folder), "--run", part, way]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"error: {part}, {way}: {done.stderr}")
+            if turn:
+                found.append(json.loads(done.stdout))
+    return {way: {k: statistics.median(r[k] for r in found) for k in found[0]} for way, found in runs.items()}
+
+
+def claims(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """What was claimed, what was measured, and whether the bar is met."""
+    lines = []
+    for part, bar, text in (("resume", 2.5, "resume to the first step"), ("token", 2.0, "first token")):
+        if ways := found.get(part):
+            ratio, cpu = (ways["nanoGPT"][key] / ways["ours"][key] for key in ("total", "total, cpu"))
+            met = "met   " if ratio >= bar else "MISSED"
+            lines.append(
+                f"{met}  {text}: {ratio:.3g}x as fast as nanoGPT's way, bar {bar:g}x "
+                f"({ways['ours']['total']:.3g} s; seconds of processors {cpu:.3g}x)"
+            )
+    if ways := found.get("verify"):
+        seconds = ways["ours"]["verified"]
+        lines.append(f"{'met   ' if seconds <= 0.5 else 'MISSED'}  comparing checksums: {seconds:.3g} s, bar 0.5 s")
+    return lines
+
+
+def main() -> None:
+    """Measure the parts, and print the figures and the claims."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--size", choices=SIZES, default="124M")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        figures = json.dumps(run(*args.run, args.folder, SIZES[args.size]))
+        print(figures, flush=True)
+        os._exit(0)  # what the end of a process costs is nobody's load
+    print(machine_line(), file=sys.stderr, flush=True)
+    before = machine()
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        make(Path(name), SIZES[args.size])
+        found = {part: measure(part, Path(name), args) for part in args.parts}
+    if args.json:
+        print(json.dumps({"machine": before, "repeats": args.repeats, "figures": found, "claims": claims(found)}))
+        return
+    for part, ways in found.items():
+        print(f"\n{part}, medians of {args.repeats}, seconds (of processors)")
+        for way, figures in ways.items():
+            names = [name for name in figures if not name.endswith(", cpu")]
+            print(
+                f"  {way:8}",
+                *(f"{name} {figures[name]:.3f} ({figures[f'{name}, cpu']:.3f})" for name in names),
+                sep="  ",
+            )
+    print("", *claims(found), f"load at the end {machine()['load'][0]}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
