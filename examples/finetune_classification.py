@@ -39,12 +39,12 @@ from core.metrics import Metrics
 from core.optimizer import configure_optimizer
 from core.pretrained import load_pretrained_checkpoint
 from core.randomness import mix
+from core.run import METRICS, TrainingDiverged
 from core.schedule import Schedule
 from core.screen import printable
 from core.speedrun_files import refuse_large_tokenizer
 from core.stop import StopSignal, reason
 from core.tokenizer import Tokenizer, describe, named_tokenizer
-from core.training import METRICS, TrainingDiverged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARM_UP = 20

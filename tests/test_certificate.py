@@ -217,7 +217,7 @@ def test_a_certificate_of_something_constant_would_not_notice(said, tmp_path, mo
         content["ln_f.weight"][3] += 1e-6
         torch.save(content, path)
         digests = {name: entry.get("tensors") for name, entry in constant.items()}
-        monkeypatch.setattr("core.training.state_digests", lambda *_: digests)
+        monkeypatch.setattr("core.run.state_digests", lambda *_: digests)
         assert said() == "resume is exact"
     elif part == "_digest":
         noise_of_step_3 = state_of(tmp_path / "dante")["certificate"]
@@ -227,7 +227,7 @@ def test_a_certificate_of_something_constant_would_not_notice(said, tmp_path, mo
     else:
         made = certificate.make_certificate
         settings = state_of(tmp_path / "dante")["certificate"]["settings"]
-        monkeypatch.setattr("core.training.make_certificate", lambda *args: {**made(*args), "settings": settings})
+        monkeypatch.setattr("core.run.make_certificate", lambda *args: {**made(*args), "settings": settings})
         assert said(grad_clip=0.5) == "resume is exact"
 
 

@@ -11,8 +11,9 @@ import torch
 from core.errors import CheckpointMismatch
 from core.grad_scaler import make_scaler, scaler_state
 from core.optimizer import configure_optimizer
+from core.run import TrainingDiverged
 from core.schedule import Schedule
-from core.training import TrainingDiverged, fit
+from core.training import fit
 from core.training_state import seal
 from tests.helpers import SMALL, equal, started, state_of, weights
 from tests.test_resume import bits, loader, same

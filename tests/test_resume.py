@@ -14,9 +14,10 @@ import torch
 from core.dataloader import DataLoader
 from core.errors import InputError
 from core.metrics import Metrics
+from core.run import TrainingDiverged
 from core.schedule import Schedule
 from core.tokens import Tokens
-from core.training import TrainingDiverged, fit
+from core.training import fit
 from core.training_state import seal
 from tests.conftest import ROOT
 from tests.helpers import SMALL, TEXT, equal, started, tokenizer
