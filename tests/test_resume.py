@@ -153,9 +153,11 @@ def test_impossible_counts_are_refused_by_name(name):
 
 
 def start(root, text, line):
+    """Start a run; what it says is appended to a file beside its root."""
     command = [sys.executable, "-W", "ignore", *line, "--checkpoint_root", root, "--input_file", text]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with root.with_suffix(".said").open("ab") as said:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=said)
 
 
 def best(root):

@@ -54,7 +54,8 @@ def run(folder: Path, kills: int = KILLS) -> Tally:
         process = start(killed, text, LINE)
         kill_at_random(process, killed, chance, number % 4 == 3)
         ended = process.wait()
-        tally.check(ended == -signal.SIGKILL, f"it ended with {ended} before kill {number}; it should take longer")
+        said = killed.with_suffix(".said").read_text()[-300:]
+        tally.check(ended == -signal.SIGKILL, f"it ended with {ended} before kill {number}, and said {said!r}")
         state = killed / NAME / "training_state.json"
         step = json.loads(state.read_text())["step"] if state.exists() else 0
         tally.check(step >= committed, f"kill {number}: step {step} at the top, and step {committed} was before")

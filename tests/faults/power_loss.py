@@ -38,6 +38,7 @@ CHOSEN = [
     "migration of two files",
     "migration to a kept step",
     "recovery of a commit",
+    "back to an older step",
     "walk back",
 ]
 
