@@ -2,9 +2,9 @@
 
     python benchmarks/distributed.py [--ranks 4] [--rounds 3] [--n_layer 12] [--n_embd 768] [--folder DIR]
 
-A round trains a step, saves, trains a step beside the save, and waits until it is durable, for each way in turn. Blocked
-is what the training thread spends in the save and in waiting for it before the next update; for ours and for
-dcp.async_save the forward and backward pass in between run beside the copy. Medians over the rounds, of the slowest rank.
+A round trains a step, saves, trains a step beside the save, and waits until it is durable, for each way in turn.
+Blocked is what the training thread spends in the save and in waiting for it before the next update; for ours and for
+dcp.async_save the forward and backward pass in between run beside the copy. Medians of the rounds, of the slowest rank.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Trainer:
         return lambda: done.result() and None
 
     def round(self, way: str) -> tuple[float, float, float]:
-        """Save once; returns seconds blocked, until durable, and of the pass that ran beside it, of the slowest rank."""
+        """Save once; returns seconds blocked, until durable, and of the pass beside it, of the slowest rank."""
         self.pending, self.manager._snapshot = None, None
         self.compute()
         self.update()
