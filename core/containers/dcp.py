@@ -44,7 +44,7 @@ def open_dcp(path: Path, rebuilt: Metadata | None = None, opened: Mapping[str, B
     if rebuilt is not None:
         folder = _Folder(path, rebuilt, None)
     elif opened is not None:
-        data = _whole(opened[METADATA])
+        data = _whole(opened[METADATA], str(path / METADATA))
         folder = _Folder(path, read_metadata(data, str(path / METADATA)), len(data), opened)
     elif METADATA in names:
         folder = _Folder(path, *metadata_of(path))
@@ -64,15 +64,15 @@ def metadata_of(path: Path) -> tuple[Metadata, int]:
     """
     where = str(path / METADATA)
     with reading(member(path, METADATA, where)) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size > LARGEST_PICKLE:
-            raise CheckpointError(f"{where}: has {size} bytes, at most {LARGEST_PICKLE} are read.")
-        return read_metadata(read_at(file, 0, size, where), where), size
+        data = _whole(file, where)
+    return read_metadata(data, where), len(data)
 
 
-def _whole(file: BinaryIO) -> bytes:
+def _whole(file: BinaryIO, where: str) -> bytes:
     size = file.seek(0, os.SEEK_END)
-    return read_at(file, 0, size, METADATA)
+    if size > LARGEST_PICKLE:
+        raise CheckpointError(f"{where}: has {size} bytes, at most {LARGEST_PICKLE} are read.")
+    return read_at(file, 0, size, where)
 
 
 def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
