@@ -193,3 +193,16 @@ def test_consolidating_damaged_shards_changes_nothing(run, tmp_path):
     done = finished([sys.executable, "convert_checkpoints.py", str(folder), "--consolidate"])
     assert done.returncode == 1 and "__1_0.distcp (the shard of rank 1)" in done.stderr
     assert sorted(str(p) for p in folder.rglob("*") if p.name != ".lock") == before
+
+
+def test_a_disk_that_is_full_on_one_rank_is_told_to_all_and_the_next_save_succeeds(run, tmp_path):
+    folder = copy(run / "dante", tmp_path / "dante")
+    done = finished([sys.executable, "-m", "tests.forked", "3", "tests.failing_save", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    told = {(tmp_path / f"told{rank}.txt").read_text() for rank in range(3)}
+    assert len(told) == 1
+    (said,) = told
+    assert "save of step 21 failed: rank 1: " in said and "__1_0.distcp: No space left on device" in said
+    assert said.endswith("Step 20 is intact.")
+    assert json.loads((folder / "training_state.json").read_text())["step"] == 22
+    assert not list(folder.glob(".stage-*"))
