@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from core.distributed import World
 from core.errors import CheckpointError, SaveFailed
 from core.rewind import top_state
 from core.save import Save
-from core.shard_state import averages_of, image_of, moments_of, placed, weights_of
+from core.shard_state import Shard, averages_of, image_of, moments_of, placed, weights_of
 from core.sharded_part import folder_of
 from core.snapshot import Memory
 from core.state_dict import local
@@ -32,7 +33,7 @@ class ShardSave(Save):
 
     def __init__(self, world: World, *what: Any, **values: Any) -> None:
         self.world = world
-        self._lists: dict[str, list[Placed]] = {}
+        self._shards: dict[str, list[Shard]] = {}
         super().__init__(*what, **values)
         self._told["optimizer_file"] = self._told["optimizer_file"] and folder_of(OPTIMIZER)
 
@@ -52,8 +53,8 @@ class ShardSave(Save):
         live: dict[str, torch.Tensor] = {}
         for part, shards in parts.items():
             file = f"{folder_of(part)}/{name}"
-            contents[file] = image_of(shards)
-            self._lists[file] = placed(shards, contents[file], name)
+            contents[file] = functools.partial(image_of, shards)  # in the writer's thread: it takes 18 ms for 124M
+            self._shards[file] = shards
             tensors = {f"{part}: {shard.name}": shard.value for shard in shards}
             live |= {name: local(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
         return contents, live
@@ -69,13 +70,15 @@ class ShardSave(Save):
         with contextlib.closing(self.snapshot):
             files = self.snapshot.plan()
             self.snapshot.start(memory)
+            name = file_of(self.world.rank)
+            lists = {file: placed(shards, files[file].image, name) for file, shards in self._shards.items()}
             if self.world.is_first:
                 stage, fault = _attempt(self._make_stage)
             stage, fault = self.world.from_first((stage, fault))
             written = None
             if stage is not None:
                 written, fault = _attempt(lambda: self._write_own(Path(stage), files))
-        reports = self.world.to_first((written, self._lists, fault))
+        reports = self.world.to_first((written, lists, fault))
         if self.world.is_first:
             said, fault = _attempt(lambda: self._commit_all(stage, reports, started))
         said, fault = self.world.from_first((said, fault))
@@ -88,7 +91,7 @@ class ShardSave(Save):
     def _make_stage(self) -> str:
         self.place.recover()
         stage = self.place.stage()
-        for folder in entries(self._lists):
+        for folder in entries(self._shards):
             self.place.storage.make_folder(stage / folder)
         return str(stage)
 

@@ -42,8 +42,21 @@ class Shard:
 
     path: tuple[str | int, ...]
     value: Any
-    shape: Shape = ()
-    begin: Shape = ()
+    whole: DTensor | None = None  # of which it is a block
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the whole tensor."""
+        whole = self.value if self.whole is None else self.whole
+        return tuple(whole.shape) if isinstance(whole, Tensor) else ()
+
+    @property
+    def begin(self) -> Shape:
+        """Where the block begins in it."""
+        if self.whole is None:
+            return (0,) * len(self.shape)
+        mesh, placements = self.whole.device_mesh, self.whole.placements
+        return tuple(compute_local_shape_and_global_offset(self.whole.shape, mesh, placements)[1])
 
     @property
     def name(self) -> str:
@@ -105,14 +118,9 @@ def _shards(value: Any, path: tuple[str | int, ...], first: bool) -> Iterator[Sh
     elif isinstance(value, DTensor):
         block = value.to_local()
         if block.numel():
-            begin = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)[1]
-            yield Shard(path, block, tuple(value.shape), tuple(begin))
+            yield Shard(path, block, value)
     elif first:
-        yield (
-            Shard(path, value, tuple(value.shape), (0,) * value.dim())
-            if isinstance(value, Tensor)
-            else Shard(path, value)
-        )
+        yield Shard(path, value)
 
 
 def image_of(shards: Iterable[Shard]) -> Image:

@@ -90,7 +90,7 @@ class SnapshotFile:
 
     def __init__(self, snapshot: Snapshot, content: Any) -> None:
         self._snapshot = snapshot
-        self.image = content if isinstance(content, Image) else _image_of(content)
+        self.image = content() if callable(content) else _image_of(content)
         self.sealed = Sealed(self.image)
         self.size = self.image.size
 
@@ -123,8 +123,8 @@ class _Block:
 class Snapshot:
     """The state of one save: files by name, their blocks in order, copied from live tensors since `start`.
 
-    A file is an object of tensors, or its image. `live` are the tensors that are copied later than `start`, by name:
-    nothing may change them before `wait_copied`.
+    A file is an object of tensors, or what makes its image. `live` are the tensors that are copied later than `start`,
+    by name: nothing may change them before `wait_copied`.
     """
 
     def __init__(self, contents: Mapping[str, Any], live: Mapping[str, torch.Tensor]) -> None:
