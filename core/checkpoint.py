@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from core import intact, rewind, start
-from core.background import Background
 from core.bundle import OPTIMIZER, TOKENIZER, Bundle, history
 from core.choice import LEGACY_FILES, has_bundle
 from core.commit import CONFIG, MODEL, ModelFolder
@@ -33,7 +32,8 @@ from core.model import GPT, GPTBatched, GPTFlexAttention
 from core.optimizer import configure_optimizer
 from core.retention import Retention, best_of, better
 from core.save import Save
-from core.snapshot import Memory, Snapshot
+from core.saver import Saver
+from core.snapshot import Memory
 from core.speedrun import SpeedrunGPT
 from core.speedrun_files import fill_speedrun, refuse_other_shapes
 from core.state_dict import unwrap
@@ -85,11 +85,8 @@ class CheckpointManager:
         self.save_policy = save_policy
         self.verify = verify
         self.allow_fresh = allow_fresh
-        self._memory = Memory(stage_memory)
-        self._saving = Background()
-        self._snapshot: Snapshot | None = None
-        self._watched: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        weakref.finalize(self, self._saving.last_words)
+        self._saver = Saver(stage_memory)
+        weakref.finalize(self, self._saver.last_words)
 
     @classmethod
     def of_folder(cls, checkpoint_dir: str | Path, **settings: Any) -> CheckpointManager:
@@ -162,7 +159,7 @@ class CheckpointManager:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Be the only writer while the block runs; what an interrupted save left is finished first."""
-        self._saving.join()
+        self._saver.join()
         with contextlib.ExitStack() as held:
             with self._explained():
                 self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
@@ -317,7 +314,7 @@ class CheckpointManager:
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
         CheckpointLocked, InputError.
         """
-        if self._saving.busy and self.save_policy == "skip":
+        if self._saver.busy and self.save_policy == "skip":
             self.say(f"step {step} is not saved: the save before it is still being written")
             return False
         self.wait()
@@ -334,21 +331,25 @@ class CheckpointManager:
             retention=Retention(self.keep, self.keep_every, self.resumed.get("step")),
             before_commit=before_commit,
         )
+        self._begin(save, optimizer, step)
+        return True
+
+    def _begin(self, save: Save, optimizer: Any, step: int, *, locks: bool = True) -> None:
         held = contextlib.ExitStack()
-        with self._explained():
-            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(hold(self.checkpoint_dir))
+        if locks:
+            with self._explained():
+                self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(hold(self.checkpoint_dir))
+
+        def write(memory: Memory) -> None:
+            with held, self._explained():
+                save.write(memory, self.say)
+
         try:
-            self._saving.start(f"save of step {step}", lambda: self._write(save, held))
+            self._saver.begin(f"save of step {step}", write, save.snapshot, optimizer)
         except BaseException:  # no thread to be had
             held.close()
             raise
-        self._snapshot = save.snapshot
-        if isinstance(optimizer, torch.optim.Optimizer):
-            self._watch(optimizer)
-        else:
-            save.snapshot.wait_copied()
-        return True
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record what was measured of the newest step after it was saved; durable when this returns.
@@ -371,7 +372,7 @@ class CheckpointManager:
 
         Raises: SaveFailed when it, or one before it that nobody has asked for, could not be committed.
         """
-        self._saving.join()
+        self._saver.join()
         self.raise_failed()
 
     def raise_failed(self) -> None:
@@ -379,20 +380,7 @@ class CheckpointManager:
 
         The last committed step is intact, and training may go on.
         """
-        self._saving.raise_failure()
-
-    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer not in self._watched:
-            self._watched.add(optimizer)
-            optimizer.register_step_pre_hook(lambda *_: self._wait_copied())
-
-    def _wait_copied(self) -> None:
-        if (snapshot := self._snapshot) is not None:
-            snapshot.wait_copied()
-
-    def _write(self, save: Save, held: contextlib.ExitStack) -> None:
-        with held, self._explained():
-            save.write(self._memory, self.say)
+        self._saver.raise_failure()
 
     def tokenizer_state(self) -> dict[str, Any] | None:
         """The tokenizer.json of the newest step, or one that waits beside a config.json alone; None without one."""

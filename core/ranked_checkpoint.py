@@ -19,7 +19,6 @@ from core.consolidate import consolidate
 from core.distributed import World
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from core.legacy import open_legacy
-from core.lock import hold
 from core.model import GPT
 from core.retention import Retention
 from core.shard_save import ShardSave
@@ -187,7 +186,7 @@ class RankedManager(CheckpointManager):
                 ema=ema,
                 before_commit=before_commit,
             )
-        if self.save_policy == "skip" and self.world.any(self._saving.busy):
+        if self.save_policy == "skip" and self.world.any(self._saver.busy):
             self.say(f"step {step} is not saved: the save before it is still being written")
             return False
         self.wait()
@@ -206,14 +205,7 @@ class RankedManager(CheckpointManager):
             retention=Retention(self.keep, self.keep_every, self.resumed.get("step")),
             before_commit=before_commit,
         )
-        held = contextlib.ExitStack()
-        if self.world.is_first:
-            with self._explained():
-                self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(hold(self.checkpoint_dir))
-        self._saving.start(f"save of step {step}", lambda: self._write(save, held))
-        self._snapshot = save.snapshot
-        self._watch(optimizer)
+        self._begin(save, optimizer, step, locks=self.world.is_first)
         return True
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -55,7 +55,7 @@ def test_save_returns_before_anything_is_copied_and_the_next_update_waits_for_th
     update(model, optimizer)
     expected, moments = weights(model), digest_of(export_optimizer_state(optimizer, model))
     assert made.save(model, optimizer, step=1)
-    assert copying.wait(60) and made._saving.busy
+    assert copying.wait(60) and made._saver.busy
     ids = torch.arange(8).reshape(1, 8)
     model(ids, ids)[1].backward()  # forward and backward need not wait
     stepped = threading.Event()
@@ -76,7 +76,7 @@ def test_any_amount_of_memory_gives_the_same_bytes(tmp_path, small_blocks, limit
     made, model, optimizer = started(tmp_path, stage_memory=limit)
     update(model, optimizer)
     save_durably(made, model, optimizer, step=1)
-    held = made._memory._blocks
+    held = made._saver.memory._blocks
     assert held.count == {None: held.count, 0: 3, 5 * 4096: 5}[limit] and (limit is not None or held.count > 20)
     folder = tmp_path / "dante"
     assert equal(on_disk(folder)["model"], model.state_dict())
@@ -85,7 +85,7 @@ def test_any_amount_of_memory_gives_the_same_bytes(tmp_path, small_blocks, limit
         with zipfile.ZipFile(folder / name) as archive:
             assert archive.testzip() is None
     train_and_save(made, model, optimizer, 2)
-    assert made._memory._blocks is held, "memory is allocated once"
+    assert made._saver.memory._blocks is held, "memory is allocated once"
     assert equal(on_disk(folder)["model"], model.state_dict())
 
 
@@ -192,7 +192,7 @@ def test_a_failed_save_is_raised_once_at_the_edge_of_a_step_and_training_goes_on
     update(model, optimizer)
     made.save(model, optimizer, step=2)
     update(model, optimizer)  # the hook does not raise
-    made._saving.join()
+    made._saver.join()
     with pytest.raises(SaveFailed, match=r"dante: Input/output error|save of step 2 failed: Input/output error"):
         made.raise_failed()
     made.raise_failed()
@@ -207,7 +207,7 @@ def test_a_failure_nobody_asked_for_is_raised_by_the_next_call(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(DISK, "free", lambda path: 10)
         made.save(model, optimizer, step=1)
-        made._saving.join()
+        made._saver.join()
     calls = {"wait": made.wait, "close": made.close, "save": lambda: made.save(model, optimizer, step=2)}
     with pytest.raises(SaveFailed, match=r"save of step 1 failed: No space left on device \(.* 0\.0 MB free\)"):
         calls[ask]()
