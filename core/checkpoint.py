@@ -347,9 +347,11 @@ class CheckpointManager:
 
         try:
             self._saver.begin(f"save of step {step}", write, save.snapshot, optimizer)
-        except BaseException:  # no thread to be had
+        except RuntimeError as error:
             held.close()
-            raise
+            raise SaveFailed(f"{self.checkpoint_dir}: save of step {step} failed: {error}.") from error
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            save.snapshot.wait_copied()
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record what was measured of the newest step after it was saved; durable when this returns.

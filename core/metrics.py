@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -45,12 +46,18 @@ class Metrics:
         lines = self._lines[:]
         if not lines:
             return
+        end = None
         try:
             with self.path.open("ab") as file:
+                end = file.tell()
                 file.write("".join(lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            if end is not None:
+                # Else half a line would stay in the middle, and a resume would drop what follows it.
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, end)
             raise SaveFailed(f"{self.path}: {error.strerror}. The last saved step is intact.") from error
         del self._lines[: len(lines)]
 

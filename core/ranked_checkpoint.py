@@ -17,7 +17,7 @@ from core.checkpoint import CheckpointManager
 from core.choice import choose
 from core.consolidate import consolidate
 from core.distributed import World
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, SaveFailed
 from core.legacy import open_legacy
 from core.model import GPT
 from core.retention import Retention
@@ -169,9 +169,10 @@ class RankedManager(CheckpointManager):
         """Begin to commit a step on every rank: of a model that the first rank has whole, or of the shards of all.
 
         Each rank copies and writes its shards while training goes on; nobody waits for another before the step is
-        committed. All ranks return the same.
+        committed. All ranks return the same: False as well when the save before has failed on ranks that know it
+        already.
 
-        Raises: SaveFailed, on all ranks, when the save before this one could not be committed on one of them.
+        Raises: SaveFailed, on all ranks that have not heard of it, when the save before this one was not committed.
         """
         if not self.world.is_sharded:
             if not self.world.is_first:
@@ -189,7 +190,11 @@ class RankedManager(CheckpointManager):
         if self.save_policy == "skip" and self.world.any(self._saver.busy):
             self.say(f"step {step} is not saved: the save before it is still being written")
             return False
-        self.wait()
+        self._saver.join()
+        if self.world.any(self._saver.failed):  # some ranks have been told already; none begins without the others
+            self.raise_failed()
+            self.say(f"step {step} is not saved: the save before it failed")
+            return False
         assert isinstance(optimizer, torch.optim.Optimizer)
         save = ShardSave(
             self._beside,
@@ -205,7 +210,10 @@ class RankedManager(CheckpointManager):
             retention=Retention(self.keep, self.keep_every, self.resumed.get("step")),
             before_commit=before_commit,
         )
-        self._begin(save, optimizer, step, locks=self.world.is_first)
+        try:
+            self._begin(save, optimizer, step, locks=False)
+        except SaveFailed as error:  # the other ranks have begun: this one cannot go on without them
+            raise CheckpointError(str(error)) from error
         return True
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -27,6 +27,11 @@ class Saver:
         self._watched: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
     @property
+    def failed(self) -> bool:
+        """Whether a save has failed, and nobody has asked for it yet."""
+        return self._failure is not None
+
+    @property
     def busy(self) -> bool:
         """Whether a save is being written."""
         return self._thread is not None and self._thread.is_alive()
@@ -35,18 +40,24 @@ class Saver:
         """Start to write; the save before has ended.
 
         The next step of an optimizer waits until the snapshot is copied. Of anything else nobody knows when it
-        changes: then this returns when it is copied.
+        changes: then the caller has to wait.
+
+        Raises: RuntimeError when there is no thread to be had; nothing has begun then.
         """
-        go = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(write, go), name=name)
-        self._thread.start()
-        self._snapshot = snapshot
         if isinstance(optimizer, torch.optim.Optimizer) and optimizer not in self._watched:
+            copied = weakref.WeakMethod(self._wait_copied)  # an optimizer may outlive the manager and its memory
+            optimizer.register_step_pre_hook(lambda *_: (wait := copied()) and wait())
             self._watched.add(optimizer)
-            optimizer.register_step_pre_hook(lambda *_: self._wait_copied())
-        go.set()
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            snapshot.wait_copied()
+        go = threading.Event()
+        thread = threading.Thread(target=self._run, args=(write, go), name=name)
+        self._thread, self._snapshot = thread, snapshot
+        try:
+            thread.start()
+        except RuntimeError:
+            self._thread = self._snapshot = None
+            raise
+        finally:
+            go.set()
 
     def _wait_copied(self) -> None:
         if self._snapshot is not None:

@@ -18,6 +18,7 @@ from core.containers.dcp_metadata import METADATA
 from core.containers.dcp_writer import Placed, file_of, metadata
 from core.distributed import World
 from core.errors import CheckpointError, SaveFailed
+from core.lock import hold
 from core.rewind import top_state
 from core.save import Save
 from core.shard_state import Shard, averages_of, image_of, moments_of, placed, weights_of
@@ -62,33 +63,41 @@ class ShardSave(Save):
     def write(self, memory: Memory, say: Callable[[str], None]) -> None:
         """Write the shards of this rank; on the first one commit the step when all ranks have. Returns when it is.
 
-        What fails on one rank is told to all, so that none waits for another.
+        The first rank takes the lock. What fails on one rank is told to all, so that none waits for another.
 
         Raises: SaveFailed, on all ranks, naming the one that failed.
         """
-        started, stage, said, fault = time.perf_counter(), None, None, None
-        with contextlib.closing(self.snapshot):
-            files = self.snapshot.plan()
-            self.snapshot.start(memory)
-            name = file_of(self.world.rank)
-            lists = {file: placed(shards, files[file].image, name) for file, shards in self._shards.items()}
+        started, step, said = time.perf_counter(), self._told["step"], None
+        with contextlib.ExitStack() as held:
+            with contextlib.closing(self.snapshot):
+                laid, fault = _attempt(lambda: self._start_copy(memory))
+                stage, refused = _attempt(lambda: self._make_stage(held)) if self.world.is_first else (None, None)
+                stage, refused, theirs = self.world.from_first((stage, refused, step))
+                if theirs != step:
+                    refused = f"found step {step} in its place, expected {theirs} as on rank 0"
+                written, lists, fault = None, None, fault or refused
+                if not fault:
+                    files, lists = laid
+                    written, fault = _attempt(lambda: self._write_own(Path(stage), files))
+            reports = self.world.to_first((written, lists, fault))
             if self.world.is_first:
-                stage, fault = _attempt(self._make_stage)
-            stage, fault = self.world.from_first((stage, fault))
-            written = None
-            if stage is not None:
-                written, fault = _attempt(lambda: self._write_own(Path(stage), files))
-        reports = self.world.to_first((written, lists, fault))
-        if self.world.is_first:
-            said, fault = _attempt(lambda: self._commit_all(stage, reports, started))
-        said, fault = self.world.from_first((said, fault))
+                said, fault = _attempt(lambda: self._commit_all(stage, reports, started))
+            said, fault = self.world.from_first((said, fault))
         if fault:
             top = top_state(self.place)
             stays = f"Step {top['step']} is intact." if "step" in top else "Nothing was saved before."
-            raise SaveFailed(f"{self.place.path}: save of step {self._told['step']} failed: {fault}. {stays}")
+            raise SaveFailed(f"{self.place.path}: save of step {step} failed: {fault}. {stays}")
         say(said)
 
-    def _make_stage(self) -> str:
+    def _start_copy(self, memory: Memory) -> tuple[dict[str, Any], dict[str, list[Placed]]]:
+        """Lay out the files of this rank, say where its shards lie in them, and begin to copy."""
+        files, name = self.snapshot.plan(), file_of(self.world.rank)
+        self.snapshot.start(memory)
+        return dict(files), {file: placed(shards, files[file].image, name) for file, shards in self._shards.items()}
+
+    def _make_stage(self, held: contextlib.ExitStack) -> str:
+        self.place.path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(hold(self.place.path))
         self.place.recover()
         stage = self.place.stage()
         for folder in entries(self._shards):

@@ -13,7 +13,7 @@ import contextlib
 import mmap
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,10 @@ class Snapshot:
         return self._files
 
     def start(self, memory: Memory) -> None:
-        """Begin to copy."""
+        """Begin to copy.
+
+        Raises: SaveFailed when there is no thread to be had.
+        """
         spans = [
             (file, start, min(BLOCK, file.size - start))
             for file in self._files.values()
@@ -168,11 +171,17 @@ class Snapshot:
         self._blocks = memory.blocks(len(spans), pinned=self._device is not None)
         for index in range(self._blocks.count):
             self._free.put(index)
-        self._threads = [threading.Thread(target=lambda: self._copy(spans), name="snapshot: copy")]
+        self._start_thread("snapshot: copy", lambda: self._copy(spans))
         if self._device is not None:
-            self._threads.append(threading.Thread(target=self._seal_arrived, name="snapshot: seal"))
-        for thread in self._threads:
+            self._start_thread("snapshot: seal", self._seal_arrived)
+
+    def _start_thread(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name)
+        try:
             thread.start()
+        except RuntimeError as error:
+            raise SaveFailed(f"{name}: {error}.") from error
+        self._threads.append(thread)
 
     def blocks_of(self, file: SnapshotFile) -> Iterator[tuple[memoryview, int, int]]:
         """Give the blocks of one file."""
@@ -249,7 +258,8 @@ class Snapshot:
         for piece in block.file.image.pieces(block.start, block.start + block.length):
             segment, low, high, at = piece
             if segment.kind is Kind.STORAGE:
-                _copy_bytes(segment.content[low:high], memory[at : at + high - low])
+                source = segment.content[low:high]
+                _copy_bytes(source, memory[at : at + high - low], source.device == self._device)
             if self._stream is None:
                 block.file.sealed.seal(piece, memory.numpy().data)
         if self._stream is not None:
@@ -275,9 +285,10 @@ def _image_of(content: Any) -> Image:
     return Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records_of(content)])
 
 
-def _copy_bytes(source: torch.Tensor, target: torch.Tensor) -> None:
+def _copy_bytes(source: torch.Tensor, target: torch.Tensor, beside: bool) -> None:
+    """Copy; from the GPU whose stream and events this snapshot has, `beside`, without waiting for it."""
     if source.device.type == "cpu":
         # Not torch's copy: it would take a team of threads away from the computation.
         np.copyto(target.numpy(), source.numpy())
     else:
-        target.copy_(source, non_blocking=source.is_cuda)
+        target.copy_(source, non_blocking=beside)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from core.dataloader import DataLoader
-from core.errors import InputError
+from core.errors import InputError, SaveFailed
 from core.metrics import Metrics
 from core.run import TrainingDiverged
 from core.schedule import Schedule
@@ -114,6 +115,27 @@ def test_another_environment_is_said_with_both_values(tmp_path, capsys):
         f"Kernels may differ in the last bits: torch 1.0 then, {torch.__version__} now; compile True then, False now."
     )
     assert f"resume is not exact; its weights and moments are. {said}\n" in capsys.readouterr().err
+
+
+def test_log_lines_that_a_full_disk_refused_are_written_once_and_whole_later(tmp_path, monkeypatch):
+    log = Metrics(tmp_path / "metrics.jsonl")
+    log.add(step=1)
+    log.flush()
+    log.add(step=2)
+
+    def full(fd):
+        os.write(fd, b'{"ste')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SaveFailed, match=r"metrics.jsonl: No space left on device"):
+            log.flush()
+    assert log.path.read_text() == '{"step": 1}\n'
+    log.add(step=3)
+    log.flush()
+    log.cut(3)
+    assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
 def test_metrics_are_cut_back_to_the_committed_step_when_killed_between_line_and_commit(tmp_path):

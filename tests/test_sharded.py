@@ -195,7 +195,7 @@ def test_consolidating_damaged_shards_changes_nothing(run, tmp_path):
     assert sorted(str(p) for p in folder.rglob("*") if p.name != ".lock") == before
 
 
-def test_a_disk_that_is_full_on_one_rank_is_told_to_all_and_the_next_save_succeeds(run, tmp_path):
+def test_a_save_that_fails_on_one_rank_is_told_to_all_and_the_next_one_succeeds(run, tmp_path):
     folder = copy(run / "dante", tmp_path / "dante")
     done = finished([sys.executable, "-m", "tests.forked", "3", "tests.failing_save", str(tmp_path)])
     assert done.returncode == 0, done.stderr
@@ -204,5 +204,8 @@ def test_a_disk_that_is_full_on_one_rank_is_told_to_all_and_the_next_save_succee
     (said,) = told
     assert "save of step 21 failed: rank 1: " in said and "__1_0.distcp: No space left on device" in said
     assert said.endswith("Step 20 is intact.")
-    assert json.loads((folder / "training_state.json").read_text())["step"] == 22
+    first, *others = (json.loads((tmp_path / f"copy{rank}.json").read_text()) for rank in range(3))
+    assert "save of step 23 failed: rank 1: writing: Cannot allocate memory. Step 22 is intact." in first[0]
+    assert first[1:] == [False, True] and others == 2 * [[first[0], True]], "no rank begins a save alone"
+    assert json.loads((folder / "training_state.json").read_text())["step"] == 24
     assert not list(folder.glob(".stage-*"))

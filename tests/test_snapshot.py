@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 import zipfile
 
 import pytest
 import torch
 from torch import nn
 
-from core import snapshot
+from core import lock, snapshot
 from core.checkpoint import CheckpointManager
 from core.containers.torch_zip_writer import digest_of
 from core.errors import InputError, SaveFailed
@@ -199,6 +201,57 @@ def test_a_failed_save_is_raised_once_at_the_edge_of_a_step_and_training_goes_on
     monkeypatch.undo()
     save_durably(made, model, optimizer, step=3)
     assert state_of(tmp_path / "dante")["step"] == 3
+
+
+@pytest.mark.parametrize("refused", ["save of step", "snapshot: copy"])
+def test_where_no_thread_is_to_be_had_the_save_fails_and_training_goes_on(tmp_path, monkeypatch, refused):
+    made, model, optimizer = started(tmp_path)
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name.startswith(refused):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    update(model, optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(SaveFailed, match="can't start new thread"):
+            made.save(model, optimizer, step=1)
+            made.wait()
+    training = threading.Thread(target=lambda: update(model, optimizer), daemon=True)
+    training.start()
+    training.join(60)
+    assert not training.is_alive(), "the optimizer waits for a copy that nobody makes"
+    save_durably(made, model, optimizer, step=2)
+    assert state_of(tmp_path / "dante")["step"] == 2
+
+
+def test_a_save_whose_caller_is_interrupted_keeps_the_lock_until_it_is_written(tmp_path, slow_copy, monkeypatch):
+    made, (_, go_on) = CheckpointManager("dante", tmp_path), slow_copy
+
+    def interrupted(taken):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Snapshot, "wait_copied", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.save(nn.Linear(2, 2), step=1)
+    assert made._saver.busy and made.checkpoint_dir.resolve() in lock._held
+    go_on.set()
+    made.wait()
+    assert made.checkpoint_dir.resolve() not in lock._held and state_of(tmp_path / "dante")["step"] == 1
+
+
+def test_the_memory_of_a_manager_does_not_outlive_it_with_the_optimizer(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    made = CheckpointManager("dante", tmp_path)
+    save_durably(made, model, optimizer, step=1)
+    memory = weakref.ref(made._saver.memory)
+    del made
+    gc.collect()
+    assert memory() is None
+    optimizer.step()
 
 
 @pytest.mark.parametrize("ask", ["wait", "save", "close"])
