@@ -8,11 +8,21 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.commandline import DONE, WRONG_USE, Parser, add_legacy_flag, choose_model, legacy_path, run
+from core.commandline import (
+    DONE,
+    WRONG_USE,
+    Parser,
+    above_or_zero,
+    add_legacy_flag,
+    choose_model,
+    legacy_path,
+    number,
+    run,
+    seed_number,
+)
 
 if TYPE_CHECKING:
     from core.model import GPT, GPTBatched
@@ -106,21 +116,21 @@ def write_samples(model: GPT | GPTBatched, name: str, args: argparse.Namespace) 
     say(f"{name}: step {model.step}, {parameters / 1e6:.2f} M parameters, {model.device}, seed {args.seed}")
     ids = [int(i) for i in model.tokenizer.encode(args.prompt, unknown=args.unknown, where="--prompt")]
     started = time.perf_counter()
-    for number in range(args.num_samples):
-        write_sample(model, name, ids, number, args)
+    for sample in range(args.num_samples):
+        write_sample(model, name, ids, sample, args)
     seconds = time.perf_counter() - started
     tokens = args.num_samples * args.max_new_tokens
     say(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
     return DONE
 
 
-def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], number: int, args: argparse.Namespace) -> None:
+def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], nth: int, args: argparse.Namespace) -> None:
     """Print one sample: as it comes, at its end, or as one line of JSON."""
     from core.generation import start_ids, stream, text_after
 
     assert model.tokenizer is not None
     ids = ids or start_ids(model.tokenizer)
-    seed = args.seed + number
+    seed = args.seed + nth
     new = stream(
         model,
         ids,
@@ -132,7 +142,7 @@ def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], number: int
     )
     text = text_after(model.tokenizer, ids)
     if args.stream and not args.json:
-        if number:
+        if nth:
             print(SEPARATOR)
         print(args.prompt, end="", flush=True)
         for token in new:
@@ -144,7 +154,7 @@ def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], number: int
         sample = {"model": name, "step": model.step, "seed": seed, "prompt": args.prompt, "text": written}
         print(json.dumps(sample, ensure_ascii=False), flush=True)
     else:
-        print((SEPARATOR + "\n" if number else "") + args.prompt + written, flush=True)
+        print((SEPARATOR + "\n" if nth else "") + args.prompt + written, flush=True)
 
 
 def say(line: str) -> None:
@@ -158,21 +168,6 @@ def replace_what_stdout_lacks() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def number(kind: Callable[[str], float], low: float, high: float, allowed: str) -> Callable[[str], float]:
-    """Make a flag's type: a number from low to high, both included."""
-
-    def parse(word: str) -> float:
-        try:
-            value = kind(word)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"found {word!r}, expected {allowed}")
-        return value
-
-    return parse
-
-
 def step_or_best(word: str) -> int | str:
     """Read --step."""
     if word == "best" or (word.isascii() and word.isdigit()):
@@ -182,8 +177,6 @@ def step_or_best(word: str) -> int | str:
 
 COUNT = number(int, 0, 2**31, "a whole number from 0")
 POSITIVE = number(int, 1, 2**31, "a whole number from 1")
-SEED = number(int, 0, 2**62, "a whole number from 0 to 2**62")
-TEMPERATURE = number(float, 0, sys.float_info.max, "0 or a number above it")
 SHARE = number(float, sys.float_info.min, 1, "a number above 0 up to 1")
 
 
@@ -218,7 +211,7 @@ def make_parser() -> Parser:
     drawing = parser.add_argument_group("drawing of a token")
     drawing.add_argument(
         "--temperature",
-        type=TEMPERATURE,
+        type=above_or_zero,
         default=0.8,
         metavar="T",
         help="lower is safer, 0 always the likeliest (default: 0.8)",
@@ -227,7 +220,9 @@ def make_parser() -> Parser:
     drawing.add_argument(
         "--top_p", type=SHARE, metavar="P", help="only the likeliest that reach P together (default: all)"
     )
-    drawing.add_argument("--seed", type=SEED, metavar="N", help="the same seed, the same text (default: a new one)")
+    drawing.add_argument(
+        "--seed", type=seed_number, metavar="N", help="the same seed, the same text (default: a new one)"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--stream", action="store_true", default=True, help="each token as it comes (the default)")
     output.add_argument("--no_stream", action="store_false", dest="stream", help="each text when it is whole")

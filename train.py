@@ -10,7 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.commandline import DONE, STOPPED, Parser, count, positive, run, size
+from core.commandline import (
+    DONE,
+    STOPPED,
+    Parser,
+    above_or_zero,
+    below_one,
+    count,
+    positive,
+    run,
+    seed_number,
+    size,
+    whole,
+)
 from core.distributed import PARALLEL
 from core.presets import RUN, preset
 from core.stop import StopSignal
@@ -29,7 +41,15 @@ ARCHS = ("gpt", "flex_small", "flex_small_2025_02", "flex_medium")
 CONFIG_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "dropout", "device")
 """Flags that are fields of config.json."""
 
-METAVARS: dict[Any, str] = {Path: "PATH", str: "NAME", int: "N", count: "N", float: "X", positive: "X"}
+METAVARS: dict[Any, str] = {
+    Path: "PATH",
+    str: "NAME",
+    count: "N",
+    seed_number: "N",
+    positive: "X",
+    above_or_zero: "X",
+    below_one: "X",
+}
 """What stands for a value in --help, by its type."""
 
 EPILOG = """examples:
@@ -49,7 +69,10 @@ A flag wins over the model's own config and training state, which win over the p
 
 def main(argv: list[str]) -> int:
     """Train, and return the exit code."""
-    args = make_parser().parse(argv)
+    parser = make_parser()
+    args = parser.parse(argv)
+    if args.prune and args.resume_from is not None:
+        parser.error("--prune trains nothing, and goes back to nothing: leave out --resume_from or --prune")
     flags = {name: value for name, value in vars(args).items() if value is not None}
 
     with StopSignal(args.stop_after_minutes, owns_process=True) as stop:
@@ -129,9 +152,10 @@ def train_from(
         bundle.config.device if bundle and bundle.config else bundle and bundle.config_values.get("device")
     )
     wish = flags.get("device") or recorded_device or "auto"
+    whose_device = "--device" if "device" in flags or bundle is None else str(bundle.path(CONFIG))
     if world.size > 1:
         flags["device"] = wish = world.device_of(wish)
-    device = resolve_device(wish, "--device")
+    device = resolve_device(wish, whose_device)
     defaults = preset(variant, VARIANTS[variant].muon_rate if variant else None, device.type == "cpu")
     moments = bundle.optimizer.content if bundle and bundle.optimizer and not variant else None
     so_far = state.get("training") or old_settings(moments)
@@ -197,7 +221,14 @@ def train_from(
             corpus.train, corpus.val, block_size=config.block_size, batch_size=config.batch_size, seed=settings["seed"]
         )
     device = next(model.parameters()).device
-    say_what_runs(manager, model, corpus, start, device, toy=device.type == "cpu" and not (state or origin))
+    say_what_runs(
+        manager,
+        model,
+        corpus,
+        start if bundle or start else None,
+        device,
+        toy=device.type == "cpu" and not (state or origin),
+    )
     world.agree("data", source.record())
     manager.facts = {
         "data": source.record(),
@@ -261,13 +292,18 @@ def say(line: str) -> None:
 
 
 def say_what_runs(
-    manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Corpus, start: int, device: Any, toy: bool
+    manager: CheckpointManager,
+    model: GPT | GPTFlexAttention,
+    corpus: Corpus,
+    resumed: int | None,
+    device: Any,
+    toy: bool,
 ) -> None:
     """Say in two or three lines what is trained."""
     from core.tokenizer import describe
 
     parameters = sum(p.numel() for p in model.parameters())
-    how = f"resuming at step {start}" if start else "a new model"
+    how = "a new model" if resumed is None else f"resuming at step {resumed}"
     say(f"{manager.checkpoint_dir}: {how}, {parameters:,} parameters on {device}")
     vocabulary = describe(corpus.tokenizer.state())
     say(f"tokens: {len(corpus.train):,} to train on, {len(corpus.val):,} to validate with, {vocabulary}")
@@ -336,7 +372,7 @@ def make_parser() -> Parser:
         ("--n_head", count, "attention heads"),
         ("--n_embd", count, "width, a multiple of the heads"),
         ("--block_size", count, "longest context, in tokens"),
-        ("--dropout", float, "share of activations dropped while training"),
+        ("--dropout", below_one, "share of activations dropped while training"),
         ("--init_from_model", str, "start from the weights of another model below the root"),
         ("--init_from_checkpoint", Path, "start from a state_step*.pt of modded-nanogpt"),
     ).add_argument("--arch", choices=ARCHS, metavar="NAME", help=f"{', '.join(ARCHS)} (gpt)")
@@ -345,12 +381,12 @@ def make_parser() -> Parser:
         ("--max_iters", count, "optimizer steps in all"),
         ("--batch_size", count, "sequences per step and accumulation"),
         ("--gradient_accumulation_steps", count, "batches per optimizer step"),
-        ("--learning_rate", float, "peak learning rate of AdamW; of Muon for flex_*, the rest in proportion"),
-        ("--warmup_iters", float, "steps of linear warm-up, or a fraction of --lr_decay_iters"),
+        ("--learning_rate", positive, "peak learning rate of AdamW; of Muon for flex_*, the rest in proportion"),
+        ("--warmup_iters", above_or_zero, "steps of linear warm-up, or a fraction of --lr_decay_iters"),
         ("--lr_decay_iters", count, "step at which a cosine is lowest; independent of --max_iters"),
-        ("--weight_decay", float, "of matrices"),
-        ("--grad_clip", float, "largest gradient norm; 0 for none"),
-        ("--ema", float, "keep an average of the weights of this decay, like 0.999; 0 for none"),
+        ("--weight_decay", above_or_zero, "of matrices"),
+        ("--grad_clip", above_or_zero, "largest gradient norm; 0 for none"),
+        ("--ema", below_one, "keep an average of the weights of this decay, like 0.999; 0 for none"),
     ).add_argument("--lr_schedule", choices=("constant", "cosine"), help="after warm-up (constant)")
     saving = group(
         "evaluation and saving",
@@ -372,12 +408,12 @@ def make_parser() -> Parser:
         metavar="SIZE",
         help="memory for a step on its way to disk: 2GB, 500MB, 0 for 48 MB (half of what is free)",
     )
-    saving.add_argument("--keep", type=int, metavar="N", help="older steps to keep besides the best (1)")
+    saving.add_argument("--keep", type=whole, metavar="N", help="older steps to keep besides the best (1)")
     saving.add_argument("--keep_every", type=count, metavar="N", help="keep every step that N divides")
     saving.add_argument("--strict_resume", action="store_true", help="refuse to go on where the resume is not exact")
     past = parser.add_argument_group("the past of a run (inspect_model.py --history shows it)")
     past.add_argument(
-        "--resume_from", type=int, metavar="STEP", help="go back to a kept step; what came after it is kept aside"
+        "--resume_from", type=whole, metavar="STEP", help="go back to a kept step; what came after it is kept aside"
     )
     past.add_argument(
         "--prune", action="store_true", help="remove what lies aside (and, with --keep, older steps), and train nothing"
@@ -386,7 +422,7 @@ def make_parser() -> Parser:
         "--allow_fresh", action="store_true", help="where no checkpoint is intact, move all aside and start anew"
     )
     past.add_argument("--no_verify", action="store_false", dest="verify", help="do not compare checksums on resume")
-    machine = group("machine", ("--seed", int, "of data order, dropout and initialisation (1337)"))
+    machine = group("machine", ("--seed", seed_number, "of data order, dropout and initialisation (1337)"))
     saving.add_argument("--consolidate", action="store_true", help="at the end, make plain files of shards (fsdp)")
     machine.add_argument("--parallel", choices=PARALLEL, help="under torchrun: a whole model per rank, or shards (ddp)")
     machine.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")

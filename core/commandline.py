@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -122,6 +123,27 @@ def size(word: str, least: int = 1) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"{word!r} is no size from {least} byte")
     return value
+
+
+def number(kind: Callable[[str], float], low: float, high: float, allowed: str) -> Callable[[str], float]:
+    """Make a flag's type: a number from low to high, both included."""
+
+    def parse(word: str) -> float:
+        try:
+            value = kind(word)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"found {word!r}, expected {allowed}")
+        return value
+
+    return parse
+
+
+seed_number = number(int, 0, 2**62, "a whole number from 0 to 2**62")
+whole = number(int, 0, 2**62, "a whole number from 0")
+above_or_zero = number(float, 0, sys.float_info.max, "0 or a number above it")
+below_one = number(float, 0, math.nextafter(1.0, 0.0), "a number from 0 up to, not including, 1")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from core.fit import check_fit
 from core.legacy import TOKENIZER_KEY, open_legacy
 from core.materialize import load_optimizer, load_weights
 from core.migration import BUNDLE, COMPARED, KEPT, MIGRATED, Outcome, Steps, extras, in_order, work
+from core.screen import size_text
 from core.state_dict import compact
 from core.storage import Output
 from core.training_state import STATE, dump_json, parse_json
@@ -295,5 +296,5 @@ def _save_failed(outcome: Outcome, error: OSError, needed: int) -> SaveFailed:
     sizes = ""
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(outcome.path.parent).free
-        sizes = f" ({needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
+        sizes = f" ({size_text(needed)} needed, {size_text(free)} free)"
     return SaveFailed(f"{outcome.path}: not migrated: {error.strerror}{sizes}. The file is untouched, nothing is lost.")

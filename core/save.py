@@ -24,6 +24,7 @@ from core.errors import CheckpointDamaged, InputError, SaveFailed
 from core.lineage import descent
 from core.retention import Retention, best_of, better
 from core.rewind import top_state
+from core.screen import size_text
 from core.snapshot import Memory, Snapshot
 from core.speedrun_config import SpeedrunConfig
 from core.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
@@ -172,7 +173,7 @@ class Save:
         sizes = ""
         with contextlib.suppress(OSError):
             free = self.place.storage.free(self.place.path)
-            sizes = f" ({needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
+            sizes = f" ({size_text(needed)} needed, {size_text(free)} free)"
         step = self._told["step"]
         return SaveFailed(f"{self.place.path}: save of step {step} failed: {error.strerror}{sizes}. {stays}")
 

@@ -88,7 +88,7 @@ def test_a_full_disk_keeps_the_last_step_and_says_how_much_is_missing(tmp_path, 
 
     update(model, optimizer)
     monkeypatch.setattr(made._folder.storage, "change", full)
-    said = r"save of step 2 failed: No space left on device \([\d.]+ MB needed, [\d.]+ MB free\)\. Step 1 is intact\."
+    said = r"save of step 2 failed: No space left on device \([\d.]+ KB needed, [\d.]+ \wB free\)\. Step 1 is intact\."
     with pytest.raises(SaveFailed, match=said):
         save_durably(made, model, optimizer, step=2)
     monkeypatch.undo()

@@ -262,4 +262,4 @@ def test_an_impossible_decay_is_one_sentence(tmp_path, decay):
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 40)
     done = train(tmp_path, text, "--ema", decay, max_iters=3)
-    assert done.returncode == FAILED and f"ema is {float(decay)}, expected a number from 0" in done.stderr
+    assert done.returncode == WRONG_USE and f"--ema: found '{decay}', expected a number from 0" in done.stderr

@@ -138,7 +138,7 @@ def check_said(
     told = said.startswith(str(root / NAME)) and f": {text}" in said and said.endswith(".") and "\n" not in said
     tally.check(told, f"{where}: it says {said!r}")
     if "save of step" in said or "not migrated: " in said:
-        tally.check("MB needed, " in said and "MB free" in said, f"{where}: no numbers in {said!r}")
+        tally.check("B needed, " in said and "B free)" in said, f"{where}: no numbers in {said!r}")
     if not failing.lasting or failing.number == errno.ENOSPC:
         left = [path.name for path in (root / NAME).glob(".stage-*")]
         fails_to_remove = failing.calls[failing.fails_at] in ("unlink", "rmdir")
