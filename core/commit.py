@@ -83,7 +83,7 @@ class ModelFolder(FolderReader):
     def replace_state(self, state: dict[str, Any]) -> None:
         """Give the top another training state, durably, of the same step and files; a reader sees one or the other."""
         staged = self.path / f".stage-{new_id()}"
-        with self._discarded_on_failure(staged):
+        with self.discarded_on_failure(staged):
             self.storage.write(staged, seal(state))
             self.storage.rename(staged, self.path / STATE)  # in one folder: what recovers from here fsyncs only that
         self.storage.sync_folder(self.path)
@@ -272,7 +272,7 @@ class ModelFolder(FolderReader):
         aside |= {path.name: aside_folder(int(path.name.rpartition("_")[2]), why) for path in later}
         said = {"step": top.get("step"), "commit_id": top.get("commit_id"), "why": why, "aside": aside}
         opened = self.open_kept(folder)
-        with contextlib.closing(opened), self._discarded_on_failure(stage := self.stage()):
+        with contextlib.closing(opened), self.discarded_on_failure(stage := self.stage()):
             for entry in entries(opened.files):
                 if self.storage.is_folder(folder / entry):
                     self.storage.make_folder(stage / entry)
@@ -290,7 +290,8 @@ class ModelFolder(FolderReader):
         return [self.path / name for name in aside.values()]
 
     @contextlib.contextmanager
-    def _discarded_on_failure(self, stage: Path) -> Iterator[None]:
+    def discarded_on_failure(self, stage: Path) -> Iterator[None]:
+        """Discard a staged step when the block fails before it was committed."""
         try:
             yield
         except BaseException:

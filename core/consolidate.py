@@ -44,13 +44,9 @@ def consolidate(place: ModelFolder) -> Bundle | None:
             **descent(bundle.state, ()),
         }
         place.recover()
-        stage = place.stage()
-        try:
+        with place.discarded_on_failure(stage := place.stage()):
             write_bundle(place, stage, state, files)
             place.commit(stage)
-        except BaseException:
-            place.discard(stage)
-            raise
         place.roll_forward()
         place.prune([step for step in place.kept_steps() if step == bundle.step])
     return open_bundle(place.path)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from core.commit import new_id
-
-WENT_BACK = "went_back"
-"""In the training state at the top: the folder went back to this step, and what it does next is another branch."""
+from core.commit import WENT_BACK, new_id
 
 
 def order(state: Mapping[str, Any]) -> int:

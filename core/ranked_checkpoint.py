@@ -70,8 +70,10 @@ class RankedManager(CheckpointManager):
             else:
                 asked = self.verify
                 self.verify = asked and fault != ""  # what all ranks have compared is not compared again
-                bundle = super().newest_intact()
-                self.verify = asked
+                try:
+                    bundle = super().newest_intact()
+                finally:
+                    self.verify = asked
             self.world.from_first(_identity(bundle))
             return bundle
         chosen = self.world.from_first()

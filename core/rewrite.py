@@ -118,28 +118,21 @@ def _make(place: ModelFolder, steps: Steps, outcome: Outcome, source: Bundle, pr
         "migrated_from": fingerprint,
     }
     _refuse_no_json(source, {**texts, STATE: state})
-    stage = None
     try:
-        stage = place.stage()
-        write_bundle(place, stage, state, {**files, **texts})
-        _check(source, stage, {**texts, STATE: state}, progress)
-        if not outcome.is_unchanged():
-            raise CheckpointError(f"{outcome.path}: changed while it was read. Wait until its writer is done.")
-        outcome.size_after = sum(entry.stat().st_size for entry in stage.iterdir())
-        if outcome.action == KEPT:
-            place.keep(stage, source.step)
-        else:
-            if not steps.has_bundle:
-                _clear_the_top(place, config, outcome)
-            place.commit(stage)
-    except BaseException as error:
-        if stage is not None:
-            # A disk that fails may refuse this as well; the next writer removes what is left.
-            with contextlib.suppress(OSError):
-                place.discard(stage)
-        if isinstance(error, OSError):
-            raise _save_failed(outcome, error, needed) from error
-        raise
+        with place.discarded_on_failure(stage := place.stage()):
+            write_bundle(place, stage, state, {**files, **texts})
+            _check(source, stage, {**texts, STATE: state}, progress)
+            if not outcome.is_unchanged():
+                raise CheckpointError(f"{outcome.path}: changed while it was read. Wait until its writer is done.")
+            outcome.size_after = sum(entry.stat().st_size for entry in stage.iterdir())
+            if outcome.action == KEPT:
+                place.keep(stage, source.step)
+            else:
+                if not steps.has_bundle:
+                    _clear_the_top(place, config, outcome)
+                place.commit(stage)
+    except OSError as error:
+        raise _save_failed(outcome, error, needed) from error
     if outcome.action == BUNDLE:
         place.roll_forward()
         if parse_json(place.read(CONFIG), str(place.path / CONFIG)) != config:

@@ -20,6 +20,7 @@ from core.device import environment, seed_generator
 from core.distributed import World, whole
 from core.ema import Ema
 from core.errors import CheckpointError, CheckpointMismatch
+from core.folder import LOG
 from core.grad_scaler import SMALLEST, make_scaler, scaler_state
 from core.metrics import Metrics
 from core.model import GPT, GPTFlexAttention
@@ -28,8 +29,6 @@ from core.randomness import mix
 from core.run_saves import RunSaves
 from core.schedule import Schedule
 from core.stop import SAVE_BY_CLOCK, SAVING, StopSignal, reason
-
-METRICS = "metrics.jsonl"
 
 
 class TrainingDiverged(CheckpointError):
@@ -72,13 +71,19 @@ class Run:
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-        self.metrics = Metrics(manager.get_path(METRICS)) if manager and world.is_first else None
-        facts = manager.resumed | manager.facts if manager else {}
-        self.scaler = make_scaler(self.device, dtype, facts.get("scaler"))
+        self.metrics = Metrics(manager.get_path(LOG)) if manager and world.is_first else None
+        self.scaler = make_scaler(self.device, dtype, self._recorded().get("scaler"))
         self.ema = self._make_ema(ema)
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         self._since_evaluation: list[float] = []
         self._started = time.perf_counter()
+
+    def _recorded(self) -> dict[str, Any]:
+        """What was recorded of the step that training goes on from: one that was resumed, or saved by this manager."""
+        if not self.manager:
+            return {}
+        resumed, saved = self.manager.resumed, self.manager.facts
+        return saved | resumed if resumed.get("step") == self.model.step else resumed | saved
 
     def _make_ema(self, decay: float) -> Ema | None:
         saved = self.manager.averages if self.manager else None
@@ -95,7 +100,7 @@ class Run:
     def open(self, max_iters: int, progress: bool, strict_resume: bool) -> Iterator[None]:
         """Say whether the resume is exact, cut the log back to its step, and show a bar."""
         self.model.train()
-        facts = self.manager.resumed | self.manager.facts if self.manager else {}
+        facts = self._recorded()
         self._tokens, self._seconds = facts.get("tokens_seen", 0), facts.get("elapsed_seconds", 0.0)
         self.environment = environment(
             self.device,

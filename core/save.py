@@ -135,27 +135,20 @@ class Save:
 
     def _commit(self, state: dict[str, Any], files: Mapping[str, Content], size: int) -> bool:
         """Stage the files and make them the newest step; False when the newest step has these very bytes."""
-        stage = None
         try:
             if self.place.storage.free(self.place.path) < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            stage = self.place.stage()
-            write_bundle(self.place, stage, state, files)
-            self.snapshot.finish()
-            if self._before_commit is not None:
-                self._before_commit()
-            if self._is_newest(stage):
-                self.place.discard(stage)
-                return False
-            self.place.commit(stage)
-        except BaseException as error:
-            if stage is not None:
-                # A disk that fails may refuse this as well; the next writer removes what is left.
-                with contextlib.suppress(OSError):
+            with self.place.discarded_on_failure(stage := self.place.stage()):
+                write_bundle(self.place, stage, state, files)
+                self.snapshot.finish()
+                if self._before_commit is not None:
+                    self._before_commit()
+                if self._is_newest(stage):
                     self.place.discard(stage)
-            if isinstance(error, OSError):
-                raise self._failed(error, size) from error
-            raise
+                    return False
+                self.place.commit(stage)
+        except OSError as error:
+            raise self._failed(error, size) from error
         return True
 
     def _is_newest(self, stage: Path) -> bool:

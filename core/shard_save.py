@@ -114,16 +114,13 @@ class ShardSave(Save):
     def _commit_all(self, staged: str | None, reports: list[Any], started: float) -> str:
         """Commit what all ranks have written, or throw it away; returns what is to be said."""
         faults = [f"rank {rank}: {fault}" for rank, (_, _, fault) in enumerate(reports) if fault]
-        try:
-            if faults or staged is None:
+        if staged is None:
+            raise SaveFailed(faults[0])
+        with self.place.discarded_on_failure(Path(staged)):
+            if faults:
                 raise SaveFailed(faults[0])
             if not (files := self._commit_stage(Path(staged), reports)):
                 return f"step {self._told['step']} is already saved in {self.place.path}"
-        except BaseException:
-            if staged is not None:
-                with contextlib.suppress(OSError):
-                    self.place.discard(Path(staged))
-            raise
         self.place.roll_forward()
         state = top_state(self.place)
         self.place.prune([older.step for older in self.retention.going(state, history(self.place.path))])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.bundle import CONFIG, Bundle
+from core.bundle import CONFIG, TOKENIZER, Bundle
 from core.device import resolve_device
 from core.distributed import World
 from core.fit import check_fit
@@ -17,8 +17,6 @@ from core.shard_state import block_like, empty_like, fill_shards
 from core.sharded_part import ShardedFile
 from core.state_dict import local
 from core.tokenizer import tokenizer_from_state
-
-TOKENIZER = "tokenizer.json"
 
 
 def build_spread(bundle: Bundle, world: World) -> GPT:

@@ -34,12 +34,13 @@ from core.commandline import DONE, STOPPED, Parser, count, run
 from core.device import changes, environment, resolve_device
 from core.encoded import EncodedTexts, encode
 from core.errors import CheckpointMismatch, InputError
+from core.folder import LOG
 from core.labelled import read_splits
 from core.metrics import Metrics
 from core.optimizer import configure_optimizer
 from core.pretrained import load_pretrained_checkpoint
 from core.randomness import mix
-from core.run import METRICS, TrainingDiverged
+from core.run import TrainingDiverged
 from core.schedule import Schedule
 from core.screen import printable
 from core.speedrun_files import refuse_large_tokenizer
@@ -179,7 +180,7 @@ class FineTuning:
         self.schedule = schedule
         self.optimizer = configure_optimizer(model, settings["learning_rate"], WEIGHT_DECAY)
         self.steps_per_epoch = math.ceil(len(examples["train"]) / self.batch_size)
-        self.metrics = Metrics(manager.get_path(METRICS))
+        self.metrics = Metrics(manager.get_path(LOG))
         self.step = manager.load(model, self.optimizer)
         here = environment(self.device, dtype=dtype, compile=False, fused=bool(self.optimizer.param_groups[0]["fused"]))
         manager.facts = {"finetuning": settings, "seed": self.seed, "environment": here}

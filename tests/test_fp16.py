@@ -15,7 +15,7 @@ from core.run import TrainingDiverged
 from core.schedule import Schedule
 from core.training import fit
 from core.training_state import seal
-from tests.helpers import SMALL, equal, started, state_of, weights
+from tests.helpers import SMALL, equal, manager, started, state_of, weights
 from tests.test_resume import bits, loader, same
 
 LIVELY = {"scale": 2.0**22, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 3, "_growth_tracker": 1}
@@ -63,6 +63,23 @@ def test_n_steps_and_then_m_equal_n_plus_m_with_scale_and_skipped_steps(tmp_path
     assert log(tmp_path / "once") == log(tmp_path / "twice")
     steps = skipped(tmp_path / "once")
     assert steps and steps[0] == 1 and any(b - a > 1 for a, b in itertools.pairwise(steps)), steps
+
+
+def test_a_manager_that_went_back_goes_on_with_the_scale_and_the_tokens_of_that_step(tmp_path, one_thread):
+    model, optimizer = go_on(tmp_path, 4, save_interval=2)
+    first = state_of(tmp_path / "dante")
+    made = manager(tmp_path)
+    with made:
+        for back in (2, 2):  # the second time over what this manager has saved itself
+            made.go_back(back)
+            model.step = made.load(model, optimizer)
+            fit(
+                model, data_loader=loader(), optimizer=optimizer, max_iters=4, manager=made, progress=False,
+                schedule=Schedule("cosine", 1e-2, 3, 30), eval_interval=100, eval_iters=1, dtype=torch.float16, ema=0.9,
+            )  # fmt: skip
+            again = state_of(tmp_path / "dante")
+            for name in ("scaler", "tokens_seen"):
+                assert again[name] == first[name]
 
 
 def test_without_the_saved_scale_a_run_would_end_elsewhere(tmp_path, one_thread):
