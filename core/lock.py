@@ -24,6 +24,9 @@ KERNEL_LOCKS = fcntl is not None
 _held: dict[Path, tuple[int, contextlib.ExitStack]] = {}
 """How often this process holds each folder: a trainer's own saves take the lock it already has."""
 
+_open: set[int] = set()
+"""File descriptors that are kernel locks."""
+
 _holding = threading.RLock()
 """Guards `_held`: a save ends in a thread of its own."""
 
@@ -44,11 +47,26 @@ def hold(folder: Path) -> Iterator[None]:
         yield
     finally:
         with _holding:
-            count, release = _held.pop(key)
+            count, release = _held.pop(key, (0, contextlib.ExitStack()))  # a process forked meanwhile holds nothing
             if count > 1:
                 _held[key] = (count - 1, release)
             else:
                 release.close()
+
+
+def _forget() -> None:
+    """In a forked process: hold nothing, and keep no copy of a lock that would outlive the one who has it."""
+    global _holding
+    _holding = threading.RLock()  # another thread may have had it
+    for _, release in _held.values():
+        release.pop_all()  # an owner's file stays
+    _held.clear()
+    while _open:
+        os.close(_open.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _acquire(folder: Path) -> contextlib.ExitStack:
@@ -66,7 +84,8 @@ def _acquire(folder: Path) -> contextlib.ExitStack:
         else:
             os.ftruncate(fd, 0)
             os.write(fd, _owner())
-            release.callback(os.close, fd)
+            release.callback(_close, fd)
+            _open.add(fd)
             return release
     owner = folder / ".lock-owner"
     for _ in range(3):
@@ -83,6 +102,11 @@ def _acquire(folder: Path) -> contextlib.ExitStack:
         release.callback(owner.unlink, missing_ok=True)
         return release
     raise _locked(folder, owner)
+
+
+def _close(fd: int) -> None:
+    _open.discard(fd)
+    os.close(fd)
 
 
 def _owner() -> bytes:

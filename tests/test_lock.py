@@ -75,6 +75,39 @@ def test_a_killed_writer_is_taken_over(tmp_path, holder, kind):
         assert owner["pid"] == os.getpid()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_killed_writer_whose_forked_child_lives_on_is_taken_over(tmp_path):
+    forks = "    import os\n    if child := os.fork():\n        print(child, flush=True)\n    time.sleep(300)\n"
+    command = [sys.executable, "-c", HOLDER.partition("    print(")[0] + forks, str(tmp_path), "kernel"]
+    writer = subprocess.Popen(command, cwd=Path(lock.__file__).parent.parent, stdout=subprocess.PIPE)
+    child = int(writer.stdout.readline())
+    try:
+        with pytest.raises(CheckpointLocked), hold(tmp_path):
+            pass
+        writer.kill()
+        writer.wait()
+        os.kill(child, 0)
+        with hold(tmp_path):
+            assert json.loads((tmp_path / ".lock").read_bytes())["pid"] == os.getpid()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        writer.stdout.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_has_not_the_lock_of_its_parent_and_leaves_it(tmp_path, kind):
+    with hold(tmp_path):
+        if not (child := os.fork()):
+            try:
+                with hold(tmp_path):  # not the child's, though its parent has it
+                    os._exit(1)
+            except CheckpointLocked:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert (tmp_path / (".lock" if kind == "kernel" else ".lock-owner")).exists()
+        assert tmp_path.resolve() in lock._held
+
+
 def test_one_process_may_take_it_again_and_frees_it_at_the_outermost_end(tmp_path, kind):
     with hold(tmp_path):
         with hold(tmp_path):
