@@ -31,18 +31,18 @@ def read_block(source: ShardedFile, chunk: Chunk, dtype: str) -> Tensor:
 
 def read_shards(source: ShardedFile) -> Any:
     """Read all of a folder: its content, each tensor joined from its blocks in memory of its own."""
+    return _joined(source.header.content, source)
 
-    def put(value: Any) -> Any:
-        if isinstance(value, TensorSpec):
-            whole = torch.empty(value.shape, dtype=getattr(torch, value.dtype))
-            for chunk in chunks_of(value):
-                box = tuple(slice(b, b + n) for b, n in zip(chunk.begin, chunk.shape, strict=True))
-                whole[box] = read_block(source, chunk, value.dtype)
-            return whole
-        if isinstance(value, dict):
-            return {key: put(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(put, value))
-        return value
 
-    return put(source.header.content)
+def _joined(value: Any, source: ShardedFile) -> Any:
+    if isinstance(value, TensorSpec):
+        whole = torch.empty(value.shape, dtype=getattr(torch, value.dtype))
+        for chunk in chunks_of(value):
+            box = tuple(slice(b, b + n) for b, n in zip(chunk.begin, chunk.shape, strict=True))
+            whole[box] = read_block(source, chunk, value.dtype)
+        return whole
+    if isinstance(value, dict):
+        return {key: _joined(item, source) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_joined(item, source) for item in value)
+    return value

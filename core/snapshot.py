@@ -213,6 +213,8 @@ class Snapshot:
         for thread in self._threads:
             thread.join()
         self._copied.set()
+        if self._stream is not None:
+            self._stream.synchronize()  # into a block that was begun and not handed on, a copy may still be under way
         self._contents, self._files, self._versions = {}, {}, []
 
     # The copying thread

@@ -80,21 +80,27 @@ def copy_others(content: Any, stable: Container[int] | None, live: dict[str, tor
 
     Tensors that are one stay one; those that were not copied go into `live` by name.
     """
-    copies: dict[int, torch.Tensor] = {}
+    return _copy(content, name, stable, live, {})
 
-    def copy(value: Any, name: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            if stable is None or value.untyped_storage()._cdata in stable:
-                live[name] = value
-                return value
-            if id(value) not in copies:
-                copies[id(value)] = value.detach().clone()
-            return copies[id(value)]
-        if isinstance(value, dict):
-            return {key: copy(item, f"{name}.{key}") for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            items = [copy(item, f"{name}.{i}") for i, item in enumerate(value)]
-            return items if isinstance(value, list) else tuple(items)
-        return value
 
-    return copy(content, name)
+def _copy(
+    value: Any,
+    name: str,
+    stable: Container[int] | None,
+    live: dict[str, torch.Tensor],
+    copies: dict[int, torch.Tensor],
+) -> Any:
+    # No function inside another one that calls itself: that is a cycle, and would keep the tensors until it is found.
+    if isinstance(value, torch.Tensor):
+        if stable is None or value.untyped_storage()._cdata in stable:
+            live[name] = value
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = value.detach().clone()
+        return copies[id(value)]
+    if isinstance(value, dict):
+        return {key: _copy(item, f"{name}.{key}", stable, live, copies) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_copy(item, f"{name}.{i}", stable, live, copies) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -252,6 +253,26 @@ def test_the_memory_of_a_manager_does_not_outlive_it_with_the_optimizer(tmp_path
     gc.collect()
     assert memory() is None
     optimizer.step()
+
+
+@pytest.mark.parametrize("free", [None, 10], ids=["committed", "failed"])
+def test_a_save_that_has_ended_keeps_no_tensor_alive(tmp_path, monkeypatch, free):
+    made, model, optimizer = started(tmp_path)
+    update(model, optimizer)
+    average = {name: tensor.clone() for name, tensor in weights(model).items()}
+    seen = [weakref.ref(tensor) for tensor in average.values()]
+    if free:
+        monkeypatch.setattr(DISK, "free", lambda path: free)
+    gc.disable()  # what only the collector of cycles finds may stay for thousands of steps
+    try:
+        made.save(model, optimizer, step=1, ema=average)
+        del average
+        with pytest.raises(SaveFailed) if free else contextlib.nullcontext():
+            made.wait()
+        made.close()
+        assert [ref() for ref in seen if ref() is not None] == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("ask", ["wait", "save", "close"])
