@@ -126,8 +126,8 @@ def _compare(
     def differs(follows: str, what: str) -> None:
         found.setdefault(follows, []).append(what)
 
-    recorded = state.get("integrity", {}).get("files", {})
-    if any("/" in name for name in recorded):
+    recorded = _files(state)
+    if _in_shards(recorded):
         live = {}  # blocks of shards have checksums of their own, and were read by them
     for name, follows in ((MODEL, WEIGHTS), (OPTIMIZER, MOMENTS), (EMA, AVERAGE)):
         digest = recorded.get(name, {}).get("tensors")
@@ -148,11 +148,21 @@ def _compare(
 
 def certificate_of(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The certificate in a training state; None where there is none, of this step, with the digests of its tensors."""
-    found, files = state.get("certificate"), state.get("integrity", {}).get("files", {})
-    if not isinstance(found, dict) or "tensors" not in files.get(MODEL, {}) or found.get("step") != state.get("step"):
+    found, files = state.get("certificate"), _files(state)
+    if not isinstance(found, dict) or found.get("step") != state.get("step"):
+        return None
+    if not _in_shards(files) and "tensors" not in files.get(MODEL, {}):
         return None
     whole = isinstance(found.get("settings"), dict) and {"batch", "noise"} <= found.keys()
     return found if whole else None
+
+
+def _files(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    return state.get("integrity", {}).get("files", {})
+
+
+def _in_shards(files: Mapping[str, Any]) -> bool:
+    return any("/" in name for name in files)
 
 
 def verdict(state: Mapping[str, Any], found: Mapping[str, list[str]]) -> str:

@@ -109,11 +109,15 @@ def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> B
 
 def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say, check: bool) -> Bundle:
     try:
-        return open_verified(candidate.folder, say, single=candidate.single, check=check)
+        bundle = open_verified(candidate.folder, say, single=candidate.single, check=check)
     except (CheckpointDamaged, CheckpointNotFound) as damage:
         if candidate.single is not None:
             raise
         return walk_back(place, damage, say)
+    if candidate.single is None and not bundle.state and any(kept.state for kept in history(place.path)):
+        bundle.close()  # as step 0 it would begin anew, with weights and moments of nobody knows which step
+        return walk_back(place, CheckpointDamaged(f"{place.path / STATE}: missing, and kept steps have one."), say)
+    return bundle
 
 
 def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:

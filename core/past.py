@@ -103,6 +103,7 @@ def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], 
     for entry in entries:
         _look(entry, checksums)
         progress(entry.bytes)
+    entries = [entry for entry in entries if entry.path.is_dir()]  # a writer beside this may have removed some
     return Past(folder, list(_drawn(entries)), retention, "retention" in newest)
 
 

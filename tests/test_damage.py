@@ -44,6 +44,23 @@ def test_training_after_a_walk_back_commits_on_and_keeps_the_good_step(tmp_path)
     assert kept(tmp_path / "dante") == ["step_00000001"]
 
 
+def test_a_step_that_lost_its_training_state_is_not_trained_on_as_step_0(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 1)
+    expected = weights(model)
+    train_and_save(made, model, optimizer, 1)
+    made.close()
+    newest = (tmp_path / "dante/model.pt").read_bytes()
+    (tmp_path / "dante/training_state.json").unlink()
+    lines = []
+    with CheckpointManager("dante", tmp_path, say=lines.append) as again:
+        resumed, _, step = again.initialize_for_training({}, "char", None, 1e-3)
+    assert step == 1 and equal(resumed.state_dict(), expected)
+    assert "dante/training_state.json: missing, and kept steps have one. Going on from step 1" in lines[0]
+    (aside,) = (tmp_path / "dante").glob("aside_*_damaged_*")
+    assert (aside / "model.pt").read_bytes() == newest
+
+
 def test_when_no_step_is_intact_nothing_changes_and_nothing_starts_anew(tmp_path):
     made, model, optimizer = started(tmp_path)
     train_and_save(made, model, optimizer, 2)

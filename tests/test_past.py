@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
 import inspect_model
+from core import past
 from core.past import past_of
 from tests.helpers import flip, manager, started, train_and_save
 
@@ -154,6 +156,20 @@ def test_flags_that_make_no_sense_together_are_wrong_use(branches, words):
     with pytest.raises(SystemExit) as stop:
         inspect_model.main([str(branches), *words])
     assert stop.value.code == 2
+
+
+def test_a_step_that_a_writer_removes_meanwhile_is_no_damage(branches, monkeypatch):
+    going = next(entry.path for entry in past_of(branches).entries if entry.place == "kept")
+    look = past._look
+
+    def removed_first(entry, checksums):
+        if entry.path == going:
+            shutil.rmtree(going)
+        look(entry, checksums)
+
+    monkeypatch.setattr(past, "_look", removed_first)
+    entries = past_of(branches).entries
+    assert going not in [entry.path for entry in entries] and [e for e in entries if e.health != "whole"] == []
 
 
 def test_steps_that_claim_to_come_from_each_other_are_all_shown(branches):

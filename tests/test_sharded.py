@@ -92,6 +92,7 @@ def test_a_sharded_step_opens_in_one_process_and_becomes_plain_files_at_its_next
     assert isinstance(model, GPT) and same(dict(model.state_dict()), whole_of(run)[0])
     done = train(tmp_path, run / "text.txt", 0, max_iters=21, **BATCH)
     assert done.returncode == 0 and "resuming at step 20" in done.stderr, done.stderr
+    assert "resume is not exact; its weights and moments are." in done.stderr and "ranks 4 then, 1 now" in done.stderr
     assert (tmp_path / "dante/model.pt").is_file() and not (tmp_path / "dante/model_sharded").exists()
     with open_bundle(tmp_path / "dante", 20) as kept:
         assert kept.is_sharded and same(read_part(kept.weights), whole_of(run)[0])
@@ -131,6 +132,7 @@ def test_a_damaged_shard_names_its_tensors_and_the_rank_that_wrote_it(run, tmp_p
     assert done.returncode == 0, done.stderr
     assert "__2_0.distcp (the shard of rank 2): blocks.0.sa.qkv.weight is damaged" in done.stderr
     assert "Going on from step 10" in done.stderr and "resuming at step 10" in done.stderr
+    assert "resume is not exact" in done.stderr and "ranks 4 then, 2 now" in done.stderr
     assert list(tmp_path.glob("dante/aside_00000020_damaged_*/model_sharded/__2_0.distcp"))
 
 
@@ -152,6 +154,7 @@ def test_a_rank_killed_while_shards_are_saved_leaves_a_whole_step_and_the_run_en
         assert kill(processes(going).get(1, -1), signal.SIGKILL)
     assert going.wait(200) == 0, output_of(tmp_path)
     assert output_of(tmp_path).count("resuming at step") == 2
+    assert output_of(tmp_path).count("resume is exact") == 2
     assert same(whole_of(tmp_path), whole_of(whole))
 
 
