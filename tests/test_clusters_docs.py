@@ -36,8 +36,13 @@ def start(tmp_path, script, *words):
     environment = {**ENVIRONMENT, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
     return subprocess.Popen(
         ["bash", tmp_path / "job.sh", *flags, *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, start_new_session=True,
+        stdout=subprocess.DEVNULL, start_new_session=True, preexec_fn=hear_interrupts,
     )  # fmt: skip
+
+
+def hear_interrupts():
+    """What a shell starts in the background ignores SIGINT, and a shell cannot trap what it was started to ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def step(tmp_path):
