@@ -208,13 +208,14 @@ def load_model(
     if bundle.tokenizer is not None:
         tokenizer = tokenizer_from_state(bundle.tokenizer, bpe_file, str(bundle.path(TOKENIZER)))
     tensors = load_weights(bundle)
+    if config.tied_head:
+        _tie(bundle, tensors)
     if writable and target.type == "cpu":
         with _room_for(bundle):
-            tensors = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()}
+            copies = {id(tensor): tensor.to(dtype or tensor.dtype, copy=True) for tensor in tensors.values()}
+        tensors = {name: copies[id(tensor)] for name, tensor in tensors.items()}
     with torch.device("meta"):
         model = GPT(config)
-    if config.tied_head:
-        _refuse_untied(bundle, tensors)
     model.load_state_dict(tensors, assign=True)
     model.retie()
     with _room_for(bundle):
@@ -269,14 +270,16 @@ def recorded_dtype(bundle: Bundle) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _refuse_untied(bundle: Bundle, tensors: dict[str, torch.Tensor]) -> None:
+def _tie(bundle: Bundle, tensors: dict[str, torch.Tensor]) -> None:
+    """Make the head the table itself; it has the same values, or the file is another model's."""
     table = tensors["token_embedding_table.weight"]
-    head = tensors.setdefault("lm_head.weight", table)
+    head = tensors.get("lm_head.weight", table)
     if head.data_ptr() != table.data_ptr() and not torch.equal(head, table):
         raise CheckpointMismatch(
             f"{bundle.path('config.json')}: tied_head is true, but lm_head.weight in {bundle.weights.source.path.name} "
             "has other values than token_embedding_table.weight. Set tied_head to false."
         )
+    tensors["lm_head.weight"] = table
 
 
 def load_optimizer(bundle: Bundle) -> dict[str, Any] | None:
