@@ -90,8 +90,6 @@ def prune_or_train(args: argparse.Namespace, flags: dict[str, Any], stop: StopSi
             args.model_name or "default",
             args.checkpoint_root,
             world=world,
-            keep=1 if args.keep is None else args.keep,
-            keep_every=args.keep_every,
             verify=args.verify,
             allow_fresh=args.allow_fresh,
             save_policy=args.save_policy,
@@ -133,6 +131,7 @@ def train_from(
     from core.device import DTYPES, resolve_device
     from core.errors import InputError
     from core.evolution import old_settings
+    from core.retention import Retention
     from core.schedule import Schedule
     from core.speedrun_start import Wanted, open_origin, refuse_other_sizes, sizes, start_speedrun, variant_to_train
     from core.start import refuse_other_architecture
@@ -140,6 +139,8 @@ def train_from(
     from core.training import fit
 
     state, world = bundle.state if bundle else {}, manager.world
+    rules = Retention.of(state).given(args.keep, args.keep_every)
+    manager.keep, manager.keep_every = rules.keep, rules.keep_every
     variant, origin = variant_to_train(bundle, args.arch), None
     if variant and world.is_sharded:
         raise InputError("--parallel fsdp: Muon needs whole matrices, found --arch flex_*. Use --parallel ddp.")

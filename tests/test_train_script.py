@@ -69,6 +69,16 @@ def test_a_model_started_from_another_reads_its_own_text_with_the_characters_of_
     assert refused.returncode == FAILED and "strange.txt" in refused.stderr
 
 
+def test_a_resume_keeps_the_steps_that_the_run_was_told_to_keep(tmp_path, text):
+    train(tmp_path, text, max_iters=6, save_interval=1, keep=4, model_name="dante")
+    train(tmp_path, text, max_iters=8, save_interval=1, model_name="dante")
+    assert sorted(path.name for path in (tmp_path / "dante").glob("step_*"))[-4:] == [
+        f"step_0000000{step}" for step in (4, 5, 6, 7)
+    ]
+    train(tmp_path, text, max_iters=9, keep=0, model_name="dante")
+    assert state(tmp_path, "dante")["retention"]["keep"] == 0
+
+
 def test_a_resume_without_flags_goes_on_with_the_recorded_text_and_settings(tmp_path, text):
     train(tmp_path, text, max_iters=10, learning_rate=0.01, weight_decay=0.2)
     resumed = subprocess.run(
