@@ -50,7 +50,7 @@ from core.dataloader import DataLoader
 from core.generation import stream
 from core.model import GPT
 from core.optimizer import configure_optimizer
-from core.tokenizer import Tokenizer, make_char
+from core.tokenizer import Gpt2Tokenizer, Tokenizer, make_char
 from core.tokens import Tokens
 from core.training import fit
 
@@ -75,8 +75,11 @@ def loader_of(config: GPTConfig) -> DataLoader:
     return DataLoader(tokens, tokens, block_size=min(TOKENS, config.block_size), batch_size=1, seed=1)
 
 
-def letters(config: GPTConfig) -> Tokenizer:
-    """A tokenizer with as many characters as the model has rows."""
+def tokenizer_of(config: GPTConfig) -> Tokenizer:
+    """GPT-2's tokenizer, or as many characters as a small model has rows."""
+    gpt2 = Gpt2Tokenizer()
+    if config.vocab_size >= gpt2.vocab_size:
+        return gpt2
     return make_char(["".join(map(chr, range(0x100, 0x100 + config.vocab_size)))])
 
 
@@ -112,7 +115,7 @@ def make(folder: Path, sizes: dict[str, int], clone: Path | None) -> None:
     """Train a step, and save it both ways."""
     model = GPT(config_of(sizes))
     optimizer = configure_optimizer(model, 1e-4)
-    model.tokenizer = letters(model.config)
+    model.tokenizer = tokenizer_of(model.config)
     manager = CheckpointManager(NAME, folder, say=lambda line: None)
     data = loader_of(model.config)
     fit(model, data_loader=data, optimizer=optimizer, max_iters=1, manager=manager, eval_iters=1, progress=False)
@@ -133,7 +136,7 @@ def resume_ours(folder: Path, sizes: dict[str, int], clone: Path | None, marks: 
         bundle = manager.newest_intact()
         marks["found and verified"] = now()
         model, optimizer, step = manager.initialize_for_training(
-            {}, letters(config_of(sizes)), None, 1e-4, bundle=bundle
+            {}, tokenizer_of(config_of(sizes)), None, 1e-4, bundle=bundle
         )
         marks["model and optimizer"] = now()
 
