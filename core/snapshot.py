@@ -257,13 +257,14 @@ class Snapshot:
 
     def _fill(self, block: _Block) -> None:
         memory = self._blocks[block.index]
+        data = memory.numpy().data
         for piece in block.file.image.pieces(block.start, block.start + block.length):
             segment, low, high, at = piece
             if segment.kind is Kind.STORAGE:
                 source = segment.content[low:high]
                 _copy_bytes(source, memory[at : at + high - low], source.device == self._device)
             if self._stream is None:
-                block.file.sealed.seal(piece, memory.numpy().data)
+                block.file.sealed.seal(piece, data)
         if self._stream is not None:
             block.arrived = self._stream.record_event()
 
