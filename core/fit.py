@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from core.bundle import OPTIMIZER, TOKENIZER, Bundle
-from core.commit import CONFIG
+from core.bundle import OPTIMIZER, TOKENIZER, Bundle, tensors_digest
+from core.commit import CONFIG, MODEL
 from core.config import GPTConfig
+from core.containers.torch_zip import TorchZip
 from core.differences import listed
 from core.errors import CheckpointDamaged, CheckpointMismatch
 from core.evolution import QKV, Evidence, evolve
@@ -61,6 +62,8 @@ def contradictions(bundle: Bundle, with_optimizer: bool = True) -> list[str]:
         other = "its weights" if bundle.single else bundle.weights.source.path.name
         weights[0] = f"{bundle.path(CONFIG)} does not fit {other}: {weights[0]}"
     faults = list(weights)
+    if not weights:
+        faults += _edits(bundle, config)
     if bundle.tokenizer is not None and (fault := _tokenizer_fault(bundle.tokenizer, config.vocab_size)):
         faults.append(
             f"{bundle.path(TOKENIZER)}: {fault} in {bundle.path(CONFIG)}. It is the tokenizer of another model"
@@ -72,6 +75,23 @@ def contradictions(bundle: Bundle, with_optimizer: bool = True) -> list[str]:
         except CheckpointMismatch as error:
             faults.append(f"{bundle.path(OPTIMIZER)}: {str(error).removesuffix('.')}")
     return faults
+
+
+def _edits(bundle: Bundle, config: GPTConfig) -> list[str]:
+    """What decides the mathematics and is not as it was saved: tensors of equal shapes would compute something else.
+
+    Where the weights are others than those that were saved, the config may be theirs.
+    """
+    recorded, found = bundle.state.get("architecture"), config.architecture()
+    header, saved = bundle.weights.source.header, bundle.state.get("integrity", {}).get("files", {}).get(MODEL, {})
+    same = not isinstance(header, TorchZip) or saved.get("tensors") == tensors_digest(header)
+    if not isinstance(recorded, dict) or not same:
+        return []
+    return [
+        f"{bundle.path(CONFIG)}: {name} is {found[name]}, step {bundle.step} was saved with {then}. Set it to {then}"
+        for name, then in recorded.items()
+        if name in found and found[name] != then
+    ]
 
 
 def _other_heads(bundle: Bundle, config: GPTConfig) -> list[str]:

@@ -18,7 +18,7 @@ _LONGEST_NAME = 255  # characters of a file's name
 FIELDS = {"step", "optimizer_file", "format_version", "commit_id", "parent", "saved_at", "best", "data", "training"}
 FIELDS |= {"schedule", "seed", "tokens_seen", "elapsed_seconds", "environment", "extra", "legacy", "migrated_from"}
 FIELDS |= {"run", "commit_number", "branch", "went_back", "retention", "integrity"}
-FIELDS |= {"certificate", "scaler"}
+FIELDS |= {"certificate", "scaler", "architecture"}
 """What these names mean here; an entry of an older program that has one of them means something else."""
 
 

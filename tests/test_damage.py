@@ -2,13 +2,26 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 
 import pytest
 import torch
 
 from core.checkpoint import CheckpointManager
 from core.errors import CheckpointDamaged, CheckpointMismatch, SaveFailed
-from tests.helpers import equal, flip, kept, manager, save_durably, started, state_of, train_and_save, update, weights
+from tests.helpers import (
+    SMALL,
+    equal,
+    flip,
+    kept,
+    manager,
+    save_durably,
+    started,
+    state_of,
+    train_and_save,
+    update,
+    weights,
+)
 
 
 def test_a_damaged_newest_step_is_named_set_aside_and_resume_walks_back(tmp_path):
@@ -142,3 +155,29 @@ def test_a_slip_in_a_hand_edited_config_is_the_persons_to_mend_and_nothing_is_se
     assert sorted(p.name for p in (tmp_path / "dante").iterdir()) == before
     path.write_text(text)
     assert started(tmp_path)[1].step == 2
+
+
+def test_a_config_whose_edit_keeps_every_shape_is_refused_with_the_value_that_was_saved(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 1)
+    made.close()
+    path = tmp_path / "dante/config.json"
+    saved = path.read_text()
+    path.write_text(saved.replace('"n_head": 2', '"n_head": 1'))
+    said = r"dante/config\.json: n_head is 1, step 1 was saved with 2\. Set it to 2\."
+    with pytest.raises(CheckpointMismatch, match=said):
+        CheckpointManager.load_for_inference("dante", tmp_path)
+    with pytest.raises(CheckpointMismatch, match=said):
+        manager(tmp_path).initialize_for_training({}, "char", None, 1e-3)
+    path.write_text(saved.replace('"dropout": 0.1', '"dropout": 0.2'))
+    assert CheckpointManager.load_for_inference("dante", tmp_path).config.dropout == 0.2
+
+
+def test_weights_that_a_person_put_there_bring_their_own_config(tmp_path):
+    for name, heads in (("dante", 2), ("other", 1)):
+        made, model, optimizer = started(tmp_path, name, {**SMALL, "n_head": heads})
+        train_and_save(made, model, optimizer, 1)
+        made.close()
+    for file in ("model.pt", "config.json"):
+        shutil.copy(tmp_path / "other" / file, tmp_path / "dante" / file)
+    assert CheckpointManager.load_for_inference("dante", tmp_path).config.n_head == 1
