@@ -65,3 +65,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """The folder in which a script was started."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
