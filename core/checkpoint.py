@@ -30,15 +30,15 @@ from core.lock import hold
 from core.materialize import Pairs, fill, fitting, load_moments, load_optimizer, read_part
 from core.model import GPT, GPTBatched, GPTFlexAttention
 from core.optimizer import configure_optimizer
-from core.retention import Retention, best_of, better
-from core.save import Save
+from core.retention import Retention, best_of
+from core.save import Save, add_metrics
 from core.saver import Saver
 from core.snapshot import Memory
 from core.speedrun import SpeedrunGPT
 from core.speedrun_files import fill_speedrun, refuse_other_shapes
 from core.state_dict import unwrap
 from core.tokenizer import Tokenizer
-from core.training_state import FIELDS, parse_json
+from core.training_state import parse_json
 
 
 class CheckpointManager:
@@ -314,12 +314,9 @@ class CheckpointManager:
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
         CheckpointLocked, InputError.
         """
-        if self._saver.busy and self.save_policy == "skip":
-            self.say(f"step {step} is not saved: the save before it is still being written")
+        if not self._may_begin(step):
             return False
-        self.wait()
-        save = Save(
-            self._folder,
+        self._begin(
             model,
             optimizer,
             step=step,
@@ -331,25 +328,34 @@ class CheckpointManager:
             retention=Retention(self.keep, self.keep_every, self.resumed.get("step")),
             before_commit=before_commit,
         )
-        self._begin(save, optimizer, step)
         return True
 
-    def _begin(self, save: Save, optimizer: Any, step: int, *, locks: bool = True) -> None:
-        held = contextlib.ExitStack()
-        if locks:
-            with self._explained():
-                self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(hold(self.checkpoint_dir))
+    def _may_begin(self, step: int) -> bool:
+        """Wait for the save before this one, or say that this one is skipped."""
+        if self._saver.busy and self.save_policy == "skip":
+            self.say(f"step {step} is not saved: the save before it is still being written")
+            return False
+        self.wait()
+        return True
 
+    def _begin(self, model: nn.Module, optimizer: Any, **what: Any) -> None:
+        """Take the state of a step and start to write it."""
+        save, held = Save(self._folder, model, optimizer, **what), contextlib.ExitStack()
+        with self._explained():
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(self.checkpoint_dir))
+        self._start(save, optimizer, held)
+
+    def _start(self, save: Save, optimizer: Any, held: contextlib.ExitStack) -> None:
         def write(memory: Memory) -> None:
             with held, self._explained():
                 save.write(memory, self.say)
 
         try:
-            self._saver.begin(f"save of step {step}", write, save.snapshot, optimizer)
+            self._saver.begin(f"save of step {save.step}", write, save.snapshot, optimizer)
         except RuntimeError as error:
             held.close()
-            raise SaveFailed(f"{self.checkpoint_dir}: save of step {step} failed: {error}.") from error
+            raise SaveFailed(f"{self.checkpoint_dir}: save of step {save.step} failed: {error}.") from error
         if not isinstance(optimizer, torch.optim.Optimizer):
             save.snapshot.wait_copied()
 
@@ -360,14 +366,7 @@ class CheckpointManager:
         """
         self.wait()
         with self.writing(), self._explained():
-            top = rewind.top_state(self._folder)
-            if top.get("step") != step or "commit_id" not in top:
-                raise InputError(f"{self.checkpoint_dir}: the newest step is {top.get('step')}, expected {step}.")
-            if clash := FIELDS & metrics.keys():
-                raise InputError(f"metrics: {', '.join(sorted(clash))} are no measures.")
-            integrity = {"integrity": top.pop("integrity")}  # stays behind what people read
-            best = {"best": better(best_of(top, history(self.checkpoint_dir)), step, metrics.get("val_loss"))}
-            self._folder.replace_state({**top, **best, **metrics, **integrity})
+            add_metrics(self._folder, step, metrics)
 
     def wait(self) -> None:
         """Wait until the last save is durable.

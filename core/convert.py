@@ -22,6 +22,7 @@ from core.conversion_plan import Plan, Ref, Target, WeightFile
 from core.errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from core.gather import PIECE, Gatherer, cast
 from core.proof import prove
+from core.screen import size_text
 from core.storage import DISK, Output, Storage
 
 Progress = Callable[[int], object]
@@ -168,7 +169,7 @@ def convert(
             return _commit(plan, place, overwrite)
     except OSError as error:
         raise SaveFailed(
-            f"{plan.target}: not written: {error.strerror} ({plan.nbytes / 1e6:.1f} MB needed). {plan.model.path} is "
+            f"{plan.target}: not written: {error.strerror} ({size_text(plan.nbytes)} needed). {plan.model.path} is "
             "as it was."
         ) from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from core.distributed import World
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, SaveFailed
 from core.legacy import open_legacy
 from core.model import GPT
-from core.retention import Retention
+from core.screen import size_text
 from core.shard_save import ShardSave
 from core.sharded_part import files_of
 from core.spread_model import averages, build_spread, fill_moments, optimizer_state
@@ -152,71 +152,38 @@ class RankedManager(CheckpointManager):
             made = consolidate(self._folder)
         if made is not None:
             with made:
-                self.say(f"step {made.step} is in plain files now ({sum(made.sizes.values()) / 1e6:.1f} MB)")
+                self.say(f"step {made.step} is in plain files now ({size_text(sum(made.sizes.values()))})")
 
-    # Save
+    # Save: each rank copies and writes its shards, and none waits for another before the step is committed
 
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | Mapping[str, Any] | None = None,
-        *,
-        step: int,
-        tokenizer: Tokenizer | Mapping[str, Any] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        extra: Mapping[str, Any] | None = None,
-        ema: Mapping[str, torch.Tensor] | None = None,
-        before_commit: Callable[[], None] | None = None,
-    ) -> bool:
-        """Begin to commit a step on every rank: of a model that the first rank has whole, or of the shards of all.
-
-        Each rank copies and writes its shards while training goes on; nobody waits for another before the step is
-        committed. All ranks return the same: False as well when the save before has failed on ranks that know it
-        already.
+    def _may_begin(self, step: int) -> bool:
+        """As for one process, and the same on all ranks: one that knows of a failure does not begin without the others.
 
         Raises: SaveFailed, on all ranks that have not heard of it, when the save before this one was not committed.
         """
         if not self.world.is_sharded:
-            if not self.world.is_first:
-                return True
-            return super().save(
-                model,
-                optimizer,
-                step=step,
-                tokenizer=tokenizer,
-                metrics=metrics,
-                extra=extra,
-                ema=ema,
-                before_commit=before_commit,
-            )
+            return not self.world.is_first or super()._may_begin(step)
         if self.save_policy == "skip" and self.world.any(self._saver.busy):
             self.say(f"step {step} is not saved: the save before it is still being written")
             return False
         self._saver.join()
-        if self.world.any(self._saver.failed):  # some ranks have been told already; none begins without the others
+        if self.world.any(self._saver.failed):
             self.raise_failed()
             self.say(f"step {step} is not saved: the save before it failed")
             return False
+        return True
+
+    def _begin(self, model: nn.Module, optimizer: Any, **what: Any) -> None:
+        if not self.world.is_sharded:
+            if self.world.is_first:
+                super()._begin(model, optimizer, **what)
+            return
         assert isinstance(optimizer, torch.optim.Optimizer)
-        save = ShardSave(
-            self._beside,
-            self._folder,
-            model,
-            optimizer,
-            step=step,
-            tokenizer=tokenizer,
-            metrics=metrics,
-            extra=extra,
-            ema=ema,
-            facts=self.facts,
-            retention=Retention(self.keep, self.keep_every, self.resumed.get("step")),
-            before_commit=before_commit,
-        )
+        save = ShardSave(self._beside, self._folder, model, optimizer, **what)
         try:
-            self._begin(save, optimizer, step, locks=False)
+            self._start(save, optimizer, contextlib.ExitStack())
         except SaveFailed as error:  # the other ranks have begun: this one cannot go on without them
             raise CheckpointError(str(error)) from error
-        return True
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record what was measured of the newest step after it was saved; on the first rank."""

@@ -55,7 +55,7 @@ class Save:
         retention: Retention,
         before_commit: Callable[[], None] | None = None,
     ) -> None:
-        self.place = place
+        self.place, self.step = place, step
         self._before_commit = before_commit
         self.retention = retention
         module = unwrap(model)
@@ -90,7 +90,7 @@ class Save:
 
         Raises: SaveFailed when it could not be committed, or OSError when only what follows the commit failed.
         """
-        started, step = time.perf_counter(), self._told["step"]
+        started, step = time.perf_counter(), self.step
         with contextlib.closing(self.snapshot):
             files = self.snapshot.plan()
             self.snapshot.start(memory)
@@ -105,7 +105,7 @@ class Save:
         going = self.retention.going(state, history(self.place.path))
         self.place.prune([older.step for older in going])
         seconds = time.perf_counter() - started
-        say(f"saved step {step} to {self.place.path} ({size / 1e6:.1f} MB, {seconds:.2f} s)")
+        say(f"saved step {step} to {self.place.path} ({size_text(size)}, {seconds:.2f} s)")
 
     def _state(self) -> dict[str, Any]:
         """The training state of this step, as it descends from what is in the folder."""
@@ -121,6 +121,9 @@ class Save:
             "best": better(best_of(top, kept), told["step"], told.get("val_loss")),
             "retention": dataclasses.asdict(self.retention),
         }
+        config = self._texts[CONFIG]
+        if config.get("model_class", "GPT") == "GPT":
+            state["architecture"] = GPTConfig.from_dict(config).architecture()
         if seen := seen_files(self.place.path, top.get("legacy", [])):
             state["legacy"] = seen
         return {**state, **told}
@@ -161,14 +164,31 @@ class Save:
         )
 
     def _failed(self, error: OSError, needed: int) -> SaveFailed:
-        top = top_state(self.place)
-        stays = f"Step {top['step']} is intact." if "step" in top else "Nothing was saved before."
         sizes = ""
         with contextlib.suppress(OSError):
             free = self.place.storage.free(self.place.path)
             sizes = f" ({size_text(needed)} needed, {size_text(free)} free)"
-        step = self._told["step"]
-        return SaveFailed(f"{self.place.path}: save of step {step} failed: {error.strerror}{sizes}. {stays}")
+        return self._refused(f"{error.strerror}{sizes}")
+
+    def _refused(self, why: str) -> SaveFailed:
+        top = top_state(self.place)
+        stays = f"Step {top['step']} is intact." if "step" in top else "Nothing was saved before."
+        return SaveFailed(f"{self.place.path}: save of step {self.step} failed: {why}. {stays}")
+
+
+def add_metrics(place: ModelFolder, step: int, metrics: Mapping[str, float]) -> None:
+    """Record what was measured of the newest step after it was saved, durably; the caller holds the lock.
+
+    Raises: InputError when another step is the newest, or a name is not free.
+    """
+    top = top_state(place)
+    if top.get("step") != step or "commit_id" not in top:
+        raise InputError(f"{place.path}: the newest step is {top.get('step')}, expected {step}.")
+    if clash := FIELDS & metrics.keys():
+        raise InputError(f"metrics: {', '.join(sorted(clash))} are no measures.")
+    integrity = {"integrity": top.pop("integrity")}  # stays behind what people read
+    best = {"best": better(best_of(top, history(place.path)), step, metrics.get("val_loss"))}
+    place.replace_state({**top, **best, **metrics, **integrity})
 
 
 def _told(

@@ -21,6 +21,7 @@ from core.errors import CheckpointError, SaveFailed
 from core.lock import hold
 from core.rewind import top_state
 from core.save import Save
+from core.screen import size_text
 from core.shard_state import Shard, averages_of, image_of, moments_of, placed, weights_of
 from core.sharded_part import folder_of
 from core.snapshot import Memory
@@ -67,7 +68,7 @@ class ShardSave(Save):
 
         Raises: SaveFailed, on all ranks, naming the one that failed.
         """
-        started, step, said = time.perf_counter(), self._told["step"], None
+        started, step, said = time.perf_counter(), self.step, None
         with contextlib.ExitStack() as held:
             with contextlib.closing(self.snapshot):
                 laid, fault = _attempt(lambda: self._start_copy(memory))
@@ -84,9 +85,7 @@ class ShardSave(Save):
                 said, fault = _attempt(lambda: self._commit_all(stage, reports, started))
             said, fault = self.world.from_first((said, fault))
         if fault:
-            top = top_state(self.place)
-            stays = f"Step {top['step']} is intact." if "step" in top else "Nothing was saved before."
-            raise SaveFailed(f"{self.place.path}: save of step {step} failed: {fault}. {stays}")
+            raise self._refused(fault)
         say(said)
 
     def _start_copy(self, memory: Memory) -> tuple[dict[str, Any], dict[str, list[Placed]]]:
@@ -120,14 +119,14 @@ class ShardSave(Save):
             if faults:
                 raise SaveFailed(faults[0])
             if not (files := self._commit_stage(Path(staged), reports)):
-                return f"step {self._told['step']} is already saved in {self.place.path}"
+                return f"step {self.step} is already saved in {self.place.path}"
         self.place.roll_forward()
         state = top_state(self.place)
         self.place.prune([older.step for older in self.retention.going(state, history(self.place.path))])
         size, seconds = sum(entry["size"] for entry in files.values()), time.perf_counter() - started
         return (
             f"saved step {state['step']} to {self.place.path} in shards of {len(reports)} ranks "
-            f"({size / 1e6:.1f} MB, {seconds:.2f} s)"
+            f"({size_text(size)}, {seconds:.2f} s)"
         )
 
     def _commit_stage(self, stage: Path, reports: list[Any]) -> dict[str, Any] | None:
