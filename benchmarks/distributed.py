@@ -78,8 +78,8 @@ class Trainer:
             staging = getattr(self.pending, "staging_completion", None)
             if staging is not None:
                 staging.result()
-        elif self.manager._snapshot is not None:
-            self.manager._snapshot.wait_copied()
+        else:
+            self.manager._saver.wait_copied()
         self.waited = time.perf_counter() - started
 
     def state(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Trainer:
 
     def round(self, way: str) -> tuple[float, float, float]:
         """Save once; returns seconds blocked, until durable, and of the pass beside it, of the slowest rank."""
-        self.pending, self.manager._snapshot = None, None
+        self.pending = None
         self.compute()
         self.update()
         self.world.everyone(None)

@@ -7,6 +7,7 @@ micro-steps, the rows of each.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
@@ -15,8 +16,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from core.commandline import FAILED
 from core.errors import CheckpointError, InputError
 from core.stop import WISHES
 
@@ -226,7 +228,7 @@ def open_world(parallel: str | None) -> Iterator[World]:
     """Join the ranks that torchrun started while the block runs; without torchrun, be alone.
 
     Only the first rank's output is seen. An error on any rank ends all: the first one to fail says why, the others end
-    without a word, each with exit code 1.
+    without a word, each with exit code 1, waiting for nothing that another rank would have to answer.
 
     Raises: InputError when --parallel is given and torchrun is not there.
     """
@@ -254,6 +256,9 @@ def open_world(parallel: str | None) -> Iterator[World]:
         with _silent(not world.is_first):
             yield world
     except Exception as error:
+        # Taking the groups down waits for what is under way, which the other ranks may never answer; and where DDP was
+        # the last to use a group it does so with the GIL, which the thread that ends a collective needs.
+        atexit.register(_leave)
         if not _claim(store, rank):
             sys.exit(1)
         if isinstance(error, CheckpointError) and size > 1:
@@ -264,8 +269,15 @@ def open_world(parallel: str | None) -> Iterator[World]:
                 "intact; the same line goes on from it, and torchrun --max_restarts does so by itself."
             ) from error
         raise
-    finally:
-        distributed.destroy_process_group()
+    distributed.destroy_process_group()
+
+
+def _leave() -> NoReturn:
+    """End this process with exit code 1, before the interpreter would take anything down."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(FAILED)
 
 
 @contextlib.contextmanager

@@ -148,6 +148,11 @@ def _is_dead(owner: dict[str, object]) -> bool:
 
 def _locked(folder: Path, path: Path) -> CheckpointLocked:
     owner = _read_owner(path)
+    for _ in range(100):  # one that has just taken the lock has yet to write its name
+        if owner and not _is_dead(owner):
+            break
+        time.sleep(0.01)
+        owner = _read_owner(path)
     who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
     since = f" since {owner['since']}" if "since" in owner else ""
     stale = "" if path.name == ".lock" else f" If that process is gone, delete {path}."

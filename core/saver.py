@@ -45,7 +45,7 @@ class Saver:
         Raises: RuntimeError when there is no thread to be had; nothing has begun then.
         """
         if isinstance(optimizer, torch.optim.Optimizer) and optimizer not in self._watched:
-            copied = weakref.WeakMethod(self._wait_copied)  # an optimizer may outlive the manager and its memory
+            copied = weakref.WeakMethod(self.wait_copied)  # an optimizer may outlive the manager and its memory
             optimizer.register_step_pre_hook(lambda *_: (wait := copied()) and wait())
             self._watched.add(optimizer)
         go = threading.Event()
@@ -59,7 +59,8 @@ class Saver:
         finally:
             go.set()
 
-    def _wait_copied(self) -> None:
+    def wait_copied(self) -> None:
+        """Wait until what is being saved may change."""
         if self._snapshot is not None:
             self._snapshot.wait_copied()
 

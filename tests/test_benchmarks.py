@@ -45,3 +45,13 @@ def test_load_measures_each_claim(tmp_path):
     assert alone == ["found and verified", "model and optimizer", "first step"]
     assert sum(parts[name] for name in alone) == pytest.approx(parts["total"])
     assert len(found["claims"]) == 3
+
+
+def test_distributed_measures_every_way_to_save_shards(tmp_path):
+    sizes = {"ranks": 2, "rounds": 1, "n_layer": 1, "n_embd": 96, "tokens": 8}
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "benchmarks/distributed.py", *flags, "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads((tmp_path / "figures.json").read_text())["seconds"]
+    assert all(0 <= blocked <= durable for blocked, durable, _ in seconds.values()) and len(seconds) == 3

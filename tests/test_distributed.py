@@ -92,15 +92,22 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_same_line_goes_
     assert done.returncode == 0 and f"resuming at step {int(step)}" in done.stderr
 
 
-def test_an_error_on_one_rank_ends_all_with_one_message(tmp_path, text):
+FAILS = "raise InputError('tokens.bin: cannot be read.')"
+UNDER_WAY = "(torch.distributed.all_reduce(torch.ones(1), async_op=True), exec({!r}))".format(FAILS)
+SAYS_NOTHING = "(signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(600))"
+
+
+@pytest.mark.parametrize("first, second", [("None", FAILS), (SAYS_NOTHING, UNDER_WAY)], ids=["at a step", "under way"])
+def test_an_error_on_one_rank_ends_all_with_one_message(tmp_path, text, first, second):
     (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
+        "import os, signal, time\n"
+        "if 'RANK' in os.environ:\n"
+        "    import torch\n"
         "    import core.dataloader as d\n"
         "    from core.errors import InputError\n"
         "    real = d.DataLoader.batch\n"
         "    def batch(self, step, *more):\n"
-        "        if step == 3: raise InputError('tokens.bin: cannot be read.')\n"
+        f"        if step == 3: exec(({first!r}, {second!r})[int(os.environ['RANK'])])\n"
         "        return real(self, step, *more)\n"
         "    d.DataLoader.batch = batch\n"
     )

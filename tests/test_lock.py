@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from core import lock
 from core.bundle import open_bundle, verify
 from core.errors import CheckpointLocked
 from core.lock import hold
+
+if lock.KERNEL_LOCKS:
+    import fcntl
 
 HOLDER = """
 import sys, time
@@ -57,6 +61,26 @@ def test_a_living_writer_is_named_with_process_and_host(tmp_path, holder):
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}: process {holder.pid} on {socket.gethostname()} has been writing here since")
     assert "use another --model_name" in message
+
+
+@pytest.mark.skipif(not lock.KERNEL_LOCKS, reason="this system has no flock")
+@pytest.mark.parametrize("before", ["", "a dead owner"])
+def test_a_writer_that_has_yet_to_write_its_name_is_named(tmp_path, before):
+    with hold(tmp_path):
+        mine = (tmp_path / ".lock").read_text()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    told = json.dumps({**json.loads(mine), "pid": gone.pid}) if before else ""
+    with (tmp_path / ".lock").open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.truncate(0)
+        held.write(told)
+        held.flush()
+        late = threading.Timer(0.2, lambda: (tmp_path / ".lock").write_text(mine))
+        late.start()
+        with pytest.raises(CheckpointLocked, match=f"process {os.getpid()} on"), hold(tmp_path):
+            pass
+        late.join()
 
 
 def test_a_writer_that_ended_leaves_the_folder_free(tmp_path, holder):
