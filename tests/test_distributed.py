@@ -93,7 +93,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_same_line_goes_
 
 
 FAILS = "raise InputError('tokens.bin: cannot be read.')"
-UNDER_WAY = "(torch.distributed.all_reduce(torch.ones(1), async_op=True), exec({!r}))".format(FAILS)
+UNDER_WAY = f"(torch.distributed.all_reduce(torch.ones(1), async_op=True), exec({FAILS!r}))"
 SAYS_NOTHING = "(signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(600))"
 
 
