@@ -1,7 +1,7 @@
 """A torch file before it is written: where each byte will lie, known from the sizes of its records alone.
 
-The file is made in blocks of any size, in order. What a record stores is copied into a block by whoever has it; the
-rest, checksums included, `Sealed` fills in when its pieces pass.
+The file is made in blocks of any size. What a record holds is put into a block by whoever has it, and summed; the rest,
+checksums included, `Sealed` fills in when the pieces pass in order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
-from core.checksum import CHUNK, combine
+from core.checksum import combine
 from core.containers.torch_zip_layout import Entry, descriptor, directory, local_header
 
 FOLDER = "archive"
@@ -28,6 +28,10 @@ class Kind(Enum):
     STORAGE = "storage"  # a record whose bytes are copied in
     DESCRIPTOR = "descriptor"  # the checksum of the record before it
     DIRECTORY = "directory"
+
+
+RECORDS = (Kind.PLAIN, Kind.STORAGE)
+"""What is there before a file is sealed."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,13 @@ class Image:
         self.size += size
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Cut the bytes `start` to `end` of the file into pieces of its segments, small enough for a core's cache."""
+        """Cut the bytes `start` to `end` of the file into pieces of its segments."""
         for i in range(bisect.bisect_right(self._starts, start) - 1, len(self.segments)):
             segment = self.segments[i]
             if segment.start >= end:
                 return
-            last = min(end - segment.start, segment.size)
-            for low in range(max(start - segment.start, 0), last, CHUNK):
-                yield Piece(segment, low, min(low + CHUNK, last), segment.start + low - start)
+            low = max(start - segment.start, 0)
+            yield Piece(segment, low, min(end - segment.start, segment.size), segment.start + low - start)
 
 
 class Sealed:
@@ -113,17 +116,15 @@ class Sealed:
         """What the training state says of the file, once all of it has passed."""
         return {"size": self.image.size, "crc32": f"{self.crc32:08x}", "tensors": f"{self._tensors:08x}"}
 
-    def seal(self, piece: Piece, block: memoryview) -> None:
-        """Complete a piece of a block; what a storage holds has been copied in."""
+    def seal(self, piece: Piece, block: memoryview, crc: int) -> None:
+        """Complete a piece of a block; what a record holds is there, and `crc` is its CRC32."""
         segment, low, high, at = piece
-        view = block[at : at + high - low]
-        if segment.kind in (Kind.PLAIN, Kind.STORAGE):
-            if segment.kind is Kind.PLAIN:
-                view[:] = segment.content[low:high]
-            self._record = zlib.crc32(view, self._record)
+        if segment.kind in RECORDS:
+            self._record = combine(self._record, crc, high - low)
             return
         if low == 0:
             self._late = self._content_of(segment)
+        view = block[at : at + high - low]
         view[:] = self._late[low:high]
         self.crc32 = zlib.crc32(view, self.crc32)
 
