@@ -21,6 +21,7 @@ from core.commandline import (
     run,
     seed_number,
     size,
+    spin_briefly,
     whole,
 )
 from core.distributed import PARALLEL
@@ -69,6 +70,7 @@ A flag wins over the model's own config and training state, which win over the p
 
 def main(argv: list[str]) -> int:
     """Train, and return the exit code."""
+    spin_briefly()
     parser = make_parser()
     args = parser.parse(argv)
     if args.prune and args.resume_from is not None:

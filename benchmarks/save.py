@@ -32,6 +32,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from core.commandline import spin_briefly
+
+spin_briefly()  # as train.py does, and like it before torch is loaded
+
 from benchmarks.savers import WAYS, Ours, Saver
 from benchmarks.trained import SIZES, TOY, Trained, machine, machine_line
 from core.storage import DISK
@@ -62,6 +66,7 @@ def take_turns(runs: dict[str, Callable[[int], dict[str, float]]], repeats: int)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
+            os.sync()  # a way that is not durable leaves its bytes to be written in the time of the next one
             figures = run(turn)
             if turn:
                 found[name].append(figures)

@@ -162,6 +162,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
+def spin_briefly() -> None:
+    """Let threads that compute wait for one another awake for microseconds, not milliseconds; before torch is loaded.
+
+    A thread whose core a save copies on is waited for by the others, and while these spin nothing else can use theirs.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a script's main and exit: an error of ours, or of the file system, is one line on stderr and exit code 1."""
     try:
