@@ -193,7 +193,7 @@ class Snapshot:
         starts = [(file, start) for file in self._files.values() for start in range(0, file.size, BLOCK)]
         for number, (file, start) in enumerate(starts):
             self._left.append(_Span(number, file, start, min(BLOCK, file.size - start)))
-        self._blocks = memory.blocks(len(starts), pinned=self._device is not None)
+        self._blocks = memory.blocks(max(1, len(starts)), pinned=self._device is not None)
         for index in range(self._blocks.count):
             self._free.put(index)
         several = max(1, min(MOST, len(starts) // FEW))
@@ -284,9 +284,7 @@ class Snapshot:
 
     def _claim(self) -> tuple[_Span, int] | None:
         """The next span and the memory for it; None when there is nothing more to copy."""
-        with (
-            self._lock
-        ):  # in one: a span that waits for memory must not be one whose turn comes before those that have it
+        with self._lock:  # spans get memory in their order: else that of a ring might all be with later ones
             if not self._left:
                 return None
             index = self._free.get()

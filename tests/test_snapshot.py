@@ -228,6 +228,48 @@ def test_where_no_thread_is_to_be_had_the_save_fails_and_training_goes_on(tmp_pa
     assert state_of(tmp_path / "dante")["step"] == 2
 
 
+def test_one_thread_copies_where_there_are_no_more(tmp_path, monkeypatch, small_blocks):
+    monkeypatch.setattr(snapshot, "MOST", 3)
+    started_threads, start = [], threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "snapshot: copy":
+            if len(started_threads) == 1:
+                raise RuntimeError("can't start new thread")
+            started_threads.append(thread)
+        start(thread)
+
+    made, model, optimizer = started(tmp_path)
+    update(model, optimizer)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    save_durably(made, model, optimizer, step=1)
+    assert len(started_threads) == 1
+    assert equal(on_disk(tmp_path / "dante")["model"], model.state_dict())
+
+
+@pytest.mark.parametrize("limit", [None, 0], ids=["all staged", "ring"])
+def test_an_error_of_one_copying_thread_ends_all_and_fails_the_save(tmp_path, monkeypatch, small_blocks, limit):
+    monkeypatch.setattr(snapshot, "MOST", 3)
+    made, model, optimizer = started(tmp_path, stage_memory=limit)
+    update(model, optimizer)
+    calls, copy = [], snapshot._copy_bytes
+
+    def fail_once(*args):
+        calls.append(args)
+        if len(calls) == 7:
+            raise MemoryError("the seventh")
+        copy(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_copy_bytes", fail_once)
+        made.save(model, optimizer, step=1)
+        with pytest.raises(MemoryError, match="the seventh"):
+            made.wait()
+    update(model, optimizer)
+    save_durably(made, model, optimizer, step=2)
+    assert equal(on_disk(tmp_path / "dante")["model"], model.state_dict())
+
+
 def test_a_save_whose_caller_is_interrupted_keeps_the_lock_until_it_is_written(tmp_path, slow_copy, monkeypatch):
     made, (_, go_on) = CheckpointManager("dante", tmp_path), slow_copy
 
