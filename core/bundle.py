@@ -246,7 +246,7 @@ def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
         if "/" in name:
             raise _damaged_shard(bundle, name, found)
         if name == TOKENIZER:
-            if not _proves_itself(bundle.tokenizer):
+            if not proves_itself(bundle.tokenizer):
                 raise CheckpointDamaged(f"{path} is damaged ({found}).")
             same = False
         else:
@@ -266,7 +266,7 @@ def _what_differs(crc: str | None, same: bool, expected: Mapping[str, Any]) -> s
     return "whole, but not the file that was saved: it was replaced"
 
 
-def _proves_itself(tokenizer: dict[str, Any] | None) -> bool:
+def proves_itself(tokenizer: dict[str, Any] | None) -> bool:
     """Whether a tokenizer carries the fingerprint of its vocabulary."""
     from core.tokenizer import tokenizer_from_state  # numpy, which looking into a bundle does without
 

@@ -75,6 +75,18 @@ class _Held(Container):
             return own.open("rb", buffering=0)
         return os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
 
+    def proves_itself(self, name: str) -> bool:
+        """Whether this is a tokenizer with the fingerprint of its vocabulary."""
+        from core.bundle import TOKENIZER, proves_itself
+        from core.training_state import parse_json
+
+        if name != TOKENIZER:
+            return False
+        with self.open(name) as file, contextlib.suppress(CheckpointError):
+            file.seek(0)
+            return proves_itself(parse_json(file.read(), name))
+        return False
+
 
 def inspect_path(path: Path, step: int | None = None) -> Inspected:
     """Open a checkpoint of any kind: a model's folder (its newest step, or a kept one), another folder, or a file.

@@ -116,6 +116,10 @@ class _File:
                     f"{self.where}: every record in it is whole, but it is not the file that was saved ({fault}). It "
                     "was replaced, or changed between its records."
                 )
+            elif not within and self.container.proves_itself(check.file):
+                self.found.replaced.append(
+                    f"{self.where}: whole, but it is not the file that was saved ({fault}). It was replaced."
+                )
             else:
                 self.found.damaged.append(f"{self.where}: {_some(check.names)} is damaged ({fault}).")
 

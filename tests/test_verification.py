@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -140,6 +141,21 @@ def test_a_file_that_was_replaced_by_a_whole_one_is_no_damage_but_said(tmp_path,
         f"{path}: every record in it is whole, but it is not the file that was saved (ends at byte {size}, its "
         f"checksum was recorded for bytes up to {recorded['size']}). It was replaced, or changed between its records."
     ]
+
+
+def test_a_tokenizer_that_an_editor_wrote_anew_is_replaced_and_one_of_another_vocabulary_is_damaged(tmp_path, bundle):
+    path = tmp_path / "dante/tokenizer.json"
+    size, content = path.stat().st_size, json.loads(path.read_text())
+    path.write_text(json.dumps(content))
+    with inspect_path(tmp_path / "dante") as inspected:
+        found = verify_container(inspected.container)
+    here = f"ends at byte {path.stat().st_size}, its checksum was recorded for bytes up to {size}"
+    assert found.replaced == [f"{path}: whole, but it is not the file that was saved ({here}). It was replaced."]
+    assert found.damaged == []
+    path.write_text(json.dumps({**content, "fingerprint": "0" * 12}, indent=2))
+    with inspect_path(tmp_path / "dante") as inspected:
+        found = verify_container(inspected.container)
+    assert (len(found.damaged), found.replaced) == (1, []) and found.damaged[0].startswith(f"{path}: ")
 
 
 def test_a_bit_between_the_records_is_found_by_the_checksum_of_the_file(tmp_path, bundle):

@@ -48,6 +48,10 @@ class Container:
         """
         return open_file(self.path / name if self.path.is_dir() else self.path)
 
+    def proves_itself(self, name: str) -> bool:
+        """Whether one of its files shows by what it holds that it is whole, whatever was recorded of it."""
+        return False
+
 
 def open_file(path: Path) -> BinaryIO:
     """Open a file for reading, unbuffered.
