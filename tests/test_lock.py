@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -208,18 +209,22 @@ def test_of_two_trainers_at_once_one_is_refused_and_the_other_one_is_not_disturb
     ]  # fmt: skip
     root = Path(lock.__file__).parent.parent
     kinds = {"cwd": root, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    runs = [subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kinds) for _ in range(2)]
-    while all(run.poll() is None for run in runs):
-        time.sleep(0.05)
-    refused, trains = sorted(runs, key=lambda run: run.poll() is None)
-    said = refused.communicate()[1]
-    assert refused.returncode == 1
-    assert f"{tmp_path / 'both'}: process {trains.pid} on {socket.gethostname()} has been writing here" in said
-    while not (tmp_path / "both" / "training_state.json").exists():
-        assert trains.poll() is None
-        time.sleep(0.05)
-    trains.send_signal(signal.SIGTERM)
-    trains.communicate()
-    assert trains.returncode == 75
-    with open_bundle(tmp_path / "both") as bundle:
-        assert verify(bundle) == [] and bundle.step > 0
+    with contextlib.ExitStack() as ending:
+        runs = [subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kinds) for _ in range(2)]
+        for run in runs:
+            ending.enter_context(run)
+            ending.callback(run.kill)
+        while all(run.poll() is None for run in runs):
+            time.sleep(0.05)
+        refused, trains = sorted(runs, key=lambda run: run.poll() is None)
+        said = refused.communicate()[1]
+        assert refused.returncode == 1
+        assert f"{tmp_path / 'both'}: process {trains.pid} on {socket.gethostname()} has been writing here" in said
+        while not (tmp_path / "both" / "training_state.json").exists():
+            assert trains.poll() is None
+            time.sleep(0.05)
+        trains.send_signal(signal.SIGTERM)
+        trains.communicate()
+        assert trains.returncode == 75
+        with open_bundle(tmp_path / "both") as bundle:
+            assert verify(bundle) == [] and bundle.step > 0
