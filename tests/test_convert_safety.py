@@ -320,6 +320,22 @@ def test_what_is_there_is_not_overwritten_unless_asked_and_then_moved_aside(sour
     assert aside.read_text() == "mine" and tensors_of(tmp_path / "out.pt") == tensors_of(source)
 
 
+def test_a_folder_that_a_trainer_writes_in_is_not_moved_aside(shared, tmp_path):
+    bundle = Path(shutil.copytree(shared / "fixtures/lecture_char/bundle", tmp_path / "dante"))
+    program = "import sys; from pathlib import Path; from core.lock import hold\n"
+    program += "with hold(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-c", program, str(bundle)], **pipes) as trainer:
+        assert trainer.stdout.readline() == b"held\n"
+        with pytest.raises(CheckpointLocked, match=rf"{bundle}: process {trainer.pid} on .* has been writing here"):
+            converted(shared / "fixtures/nanogpt_char_biasFalse/ckpt.pt", bundle, "bundle", overwrite=True)
+        assert names(tmp_path) == ["dante"]
+        trainer.communicate(b"")
+    converted(shared / "fixtures/nanogpt_char_biasFalse/ckpt.pt", bundle, "bundle", overwrite=True)
+    (aside,) = tmp_path.glob("aside_dante_*")
+    assert (aside / "model.pt").read_bytes() == (shared / "fixtures/lecture_char/bundle/model.pt").read_bytes()
+
+
 def test_a_target_needs_a_name(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for target in (".", "x/..", "/"):
