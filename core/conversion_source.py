@@ -234,9 +234,15 @@ def _take_entry(made: Moments, model: Model, found: Inspected, name: str, entry:
 
 
 def number(view: View) -> float:
-    """Read the one number of a tensor."""
+    """Read the one number of a tensor, and compare its checksum: it is no tensor of the target, whose proof would.
+
+    Raises: CheckpointDamaged.
+    """
     from core.decode import decode
     from core.gather import Gatherer
+    from core.proof import checks_of, compare_checksum
 
+    for found in checks_of([view]):
+        compare_checksum(*found)
     with Gatherer() as gatherer:
         return float(decode(b"".join(piece.tobytes() for piece in gatherer.pieces(view)), view.dtype)[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -122,7 +122,10 @@ def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> 
 
     A record with a checksum is summed as it is compared, where it is; the others have a reading of their own.
     """
-    sums = {_run(found[0], found[1].file, found[1].offset, found[1].size): found for found in _checks(plan)}
+    sums = {
+        _run(found[0], found[1].file, found[1].offset, found[1].size): found
+        for found in checks_of(target.view for target in plan.targets)
+    }
     share = max((one[2].nbytes for one in comparisons), default=0) // MOST
     easy: list[Comparison] = []
     large: list[Comparison] = []
@@ -132,7 +135,7 @@ def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> 
         is_easy = all(is_in_order(view) or view.nbytes <= share for view in one[1:])
         (easy if is_easy else large).append(one)
     with Readers(sums, 1) as readers:
-        jobs: list[Job] = [partial(_check, *found) for run, found in sums.items() if run not in compared]
+        jobs: list[Job] = [partial(compare_checksum, *found) for run, found in sums.items() if run not in compared]
         jobs += [partial(_compare, plan, one, readers, progress) for one in easy]
         with Workers(jobs) as workers:
             workers.wait()
@@ -192,11 +195,11 @@ def _same(a: memoryview, b: memoryview) -> bool:
     return a == b.obj if isinstance(b.obj, bytearray) and len(b.obj) == len(b) else a.tobytes() == b
 
 
-def _checks(plan: Plan) -> Iterator[tuple[Container, Check, str]]:
-    """The checksums that the sources recorded of the bytes that were used, each with the name of a tensor there."""
+def checks_of(views: Iterable[View]) -> Iterator[tuple[Container, Check, str]]:
+    """The checksums that were recorded of the bytes of some views, each with the name of a tensor there."""
     used: dict[int, tuple[Container, set[str]]] = {}
-    for target in plan.targets:
-        for block in target.view.blocks:
+    for view in views:
+        for block in view.blocks:
             if block.source is not None:
                 used.setdefault(id(block.source), (block.source, set()))[1].add(block.name)
     for container, names in used.values():
@@ -206,7 +209,11 @@ def _checks(plan: Plan) -> Iterator[tuple[Container, Check, str]]:
                 yield container, check, name
 
 
-def _check(container: Container, check: Check, name: str) -> None:
+def compare_checksum(container: Container, check: Check, name: str) -> None:
+    """Compare the bytes of a check with its checksum.
+
+    Raises: CheckpointDamaged naming the tensor.
+    """
     with container.open(check.file) as file:
         found = crc32_range(file.fileno(), check.offset, check.offset + check.size)
     _refuse_damage(container, check, name, found)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from core.containers.open import open_container
 from core.errors import CheckpointDamaged, CheckpointMismatch
 from core.model import GPT
 from tests.conversions import converted, expected, hf_logits, our_logits, tensors_of, worst
-from tests.helpers import SMALL, config, manager, started, train_and_save
+from tests.helpers import SMALL, config, flip, manager, started, train_and_save
 
 
 @pytest.fixture
@@ -51,6 +52,14 @@ def test_nanogpt_brings_its_optimizer_step_best_loss_and_vocabulary(nanogpt, tmp
     for number, entry in source["optimizer"]["state"].items():
         for key, value in entry.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(made["state"][number][key]))
+
+
+def test_a_damaged_best_loss_is_named_and_nothing_is_written(nanogpt, tmp_path):
+    path = Path(shutil.copyfile(nanogpt / "ckpt.pt", tmp_path / "ckpt.pt"))
+    flip(path, open_container(path).tensors["best_val_loss"].offset + 2, bit=3)
+    with pytest.raises(CheckpointDamaged, match=rf"{path}: best_val_loss is damaged \(CRC32 [0-9a-f]{{8}}, recorded"):
+        converted(path, tmp_path / "b", "bundle", meta=nanogpt / "meta.pkl")
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
 def test_training_goes_on_from_nanogpts_moments_as_it_would_have_there(nanogpt, tmp_path):
