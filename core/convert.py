@@ -21,7 +21,7 @@ from core.conversion_dcp import write_items
 from core.conversion_plan import Plan, Ref, Target, WeightFile
 from core.errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from core.gather import PIECE, Gatherer, cast
-from core.lock import hold
+from core.lock import hold_if_model
 from core.proof import prove
 from core.screen import size_text
 from core.storage import DISK, Output, Storage
@@ -158,7 +158,7 @@ def convert(
     refuse_target(plan, overwrite)
     stage: Path | None = None
     try:
-        with _no_trainer(plan.target), _staged(plan.target) as stage:
+        with hold_if_model(plan.target), _staged(plan.target) as stage:
             place = stage / "made"
             if plan.is_folder:
                 DISK.make_folder(place)
@@ -276,12 +276,6 @@ def _staged(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # a disk that fails may refuse this as well; the next run removes it
             remove_tree(stage)
-
-
-def _no_trainer(target: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of a model's folder that is about to be moved aside: its trainer would go on in the new one."""
-    is_model = DISK.is_folder(target) and (DISK.exists(target / ".lock") or DISK.exists(target / ".lock-owner"))
-    return hold(target) if is_model else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ except ImportError:  # Windows
 KERNEL_LOCKS = fcntl is not None
 """Off (Windows, file systems without flock, tests): a file with the owner's process number is the lock."""
 
+LOCK, OWNER = ".lock", ".lock-owner"
+"""Files in a model's folder: what the kernel locks, and what is the lock itself where it does not."""
+
 _held: dict[Path, tuple[int, contextlib.ExitStack]] = {}
 """How often this process holds each folder: a trainer's own saves take the lock it already has."""
 
@@ -54,6 +57,15 @@ def hold(folder: Path) -> Iterator[None]:
                 release.close()
 
 
+def hold_if_model(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Be the only writer of what lies at a path where it is a model's folder, which has a lock; nothing otherwise.
+
+    For who moves the folder: its trainer would go on in whatever has the name then. Raises: as `hold`.
+    """
+    is_model = any((path / name).exists() for name in (LOCK, OWNER))
+    return hold(path) if is_model else contextlib.nullcontext()
+
+
 def _forget() -> None:
     """In a forked process: hold nothing, and keep no copy of a lock that would outlive the one who has it."""
     global _holding
@@ -70,7 +82,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _acquire(folder: Path) -> contextlib.ExitStack:
-    path = folder / ".lock"
+    path = folder / LOCK
     release = contextlib.ExitStack()
     if KERNEL_LOCKS:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -87,7 +99,7 @@ def _acquire(folder: Path) -> contextlib.ExitStack:
             release.callback(_close, fd)
             _open.add(fd)
             return release
-    owner = folder / ".lock-owner"
+    owner = folder / OWNER
     for _ in range(3):
         try:
             fd = os.open(owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -155,7 +167,7 @@ def _locked(folder: Path, path: Path) -> CheckpointLocked:
         owner = _read_owner(path)
     who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}"
     since = f" since {owner['since']}" if "since" in owner else ""
-    stale = "" if path.name == ".lock" else f" If that process is gone, delete {path}."
+    stale = "" if path.name == LOCK else f" If that process is gone, delete {path}."
     return CheckpointLocked(
         f"{folder}: {who} has been writing here{since}, and a model has one writer. "
         f"Wait for it, stop it, or use another --model_name.{stale}"
