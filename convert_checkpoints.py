@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from core.commandline import DONE, FAILED, Parser, model_names, run
-from core.conversion_script import add_flags, convert_one, print_matrix
+from core.console.commandline import DONE, FAILED, Parser, model_names, run
+from core.console.words import columns, printable, size_text
+from core.conversion.command import add_flags, convert_one, print_matrix
+from core.conversion.migration.plan import FAILED as NOT_MIGRATED
+from core.conversion.migration.plan import Found, Outcome, find, plan, work
+from core.conversion.sharded_flags import take_spelling
 from core.errors import CheckpointError, CheckpointNotFound
-from core.migration import FAILED as NOT_MIGRATED
-from core.migration import Found, Outcome, find, plan, work
-from core.screen import columns, printable, size_text
-from core.sharded_flags import take_spelling
 
 EPILOG = """examples:
   python convert_checkpoints.py ckpt.pt checkpoints/dante --to bundle --meta data/dante/meta.pkl
@@ -90,9 +90,9 @@ def main(argv: list[str]) -> int:
 
 def consolidate_all(places: list[Path]) -> int:
     """Make plain files of the newest step of each model, and say so."""
-    from core.commit import ModelFolder
-    from core.consolidate import consolidate
-    from core.lock import hold
+    from core.bundle.commit import ModelFolder
+    from core.bundle.lock import hold
+    from core.saving.consolidate import consolidate
 
     for place in places:
         folder = ModelFolder(place)
@@ -154,7 +154,7 @@ def migrations(found: Found) -> list[Outcome]:
         return []
     from tqdm import tqdm
 
-    from core.rewrite import migrate  # imports torch
+    from core.conversion.migration.migrate import migrate  # imports torch
 
     outcomes: list[Outcome] = []
     total = sum(work(outcome) for outcome in plans(found))

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.commandline import (
+from core.console.commandline import (
     DONE,
     WRONG_USE,
     Parser,
@@ -64,9 +64,9 @@ def main(argv: list[str]) -> int:
         return WRONG_USE
 
     from core.checkpoint import CheckpointManager
+    from core.data.tokenizer import named_tokenizer
     from core.errors import InputError
     from core.model import GPTFlexAttention
-    from core.tokenizer import named_tokenizer
 
     folder = single.absolute().parent if single else Path(args.checkpoint_root) / name
     model = CheckpointManager.load_for_inference(
@@ -89,11 +89,11 @@ def main(argv: list[str]) -> int:
 
 def load_foreign(args: argparse.Namespace) -> GPTBatched:
     """Load what --checkpoint names: a file of modded-nanogpt."""
-    from core.device import resolve_dtype
+    from core.data.tokenizer import named_tokenizer
     from core.errors import InputError
+    from core.loading.modded import refuse_large_tokenizer
+    from core.networks.device import resolve_dtype
     from core.pretrained import load_pretrained_checkpoint
-    from core.speedrun_files import refuse_large_tokenizer
-    from core.tokenizer import named_tokenizer
 
     model, _, _ = load_pretrained_checkpoint(
         args.checkpoint, device=args.device or "auto", dtype=resolve_dtype(args.dtype), say=say, verify=args.verify
@@ -126,7 +126,7 @@ def write_samples(model: GPT | GPTBatched, name: str, args: argparse.Namespace) 
 
 def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], nth: int, args: argparse.Namespace) -> None:
     """Print one sample: as it comes, at its end, or as one line of JSON."""
-    from core.generation import start_ids, stream, text_after
+    from core.networks.generation import start_ids, stream, text_after
 
     assert model.tokenizer is not None
     ids = ids or start_ids(model.tokenizer)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from core.commandline import (
+from core.bundle.find import model_names
+from core.console.commandline import (
     DONE,
     FAILED,
     WRONG_USE,
@@ -25,14 +26,13 @@ from core.commandline import (
     legacy_path,
     run,
 )
+from core.console.words import printable
+from core.containers.plain import Room, plain
 from core.errors import CheckpointError
-from core.inspection import Inspected, inspect_path
-from core.model_names import model_names
-from core.plain import Room, plain
-from core.report import Facts, facts_of
-from core.report_text import models_text, text_of
-from core.report_views import not_finite, stat_facts, verification_facts, views_text
-from core.screen import printable
+from core.inspection.inspect import Inspected, inspect_path
+from core.inspection.report import Facts, facts_of
+from core.inspection.report_text import models_text, text_of
+from core.inspection.report_views import not_finite, stat_facts, verification_facts, views_text
 
 EPILOG = """examples:
   python inspect_model.py                                 every model below checkpoints/, or the only one
@@ -136,7 +136,7 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     try:
         names = model_names(place) if place.is_dir() and args.step is None else []
         if names and not is_checkpoint(place):
-            from core.report_ours import model_facts
+            from core.inspection.report_ours import model_facts
 
             return {"root": str(place), "models": [model_facts(place / name) for name in names]}, []
         if args.history:
@@ -146,21 +146,21 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
             facts = facts_of(found, args.tensors)
             faults = list(facts["damaged"])
             if args.verify:
-                from core.verification import verify_container
+                from core.inspection.verification import verify_container
 
                 with bar("verifying", found.size) as advance:
                     verification = verify_container(found.container, advance)
                 facts["verification"] = verification_facts(verification)
                 faults += verification.damaged
             if args.stats is not None:
-                from core.statistics import statistics
+                from core.inspection.statistics import statistics
 
                 names = [name for name in found.container.tensors if fnmatchcase(name, args.stats)]
                 with bar("reading", sum(found.container.tensors[name].nbytes for name in names)) as advance:
                     facts["stats"] = [stat_facts(stat) for stat in statistics(found.container, names, advance)]
                 faults += not_finite(facts["stats"])
             if args.html is not None:
-                from core.page import write_page
+                from core.inspection.html.page import write_page
 
                 with bar("reading", 2 * sum(t.nbytes for t in found.weights.values())) as advance:
                     write_page(args.html, found, facts, overwrite=args.overwrite, progress=advance)
@@ -171,8 +171,8 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
 
 def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     """Collect the past of one model, and what of it is damaged."""
-    from core.past import past_of
-    from core.past_text import past_facts, past_faults
+    from core.inspection.history import past_of
+    from core.inspection.history_text import past_facts, past_faults
 
     if not place.is_dir():
         raise CheckpointError(f"{place}: no folder of a model, so there is no history to show.")
@@ -187,8 +187,8 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
     """Compare two checkpoints; returns 0 when they are equal, 1 when not, 2 when they cannot be compared."""
     if args.paths or args.model_name or args.legacy_checkpoint or args.step is not None:
         parser.error("--diff A B names both checkpoints; leave the others out")
-    from core.comparison import compare
-    from core.side import Side
+    from core.inspection.diff.comparison import compare
+    from core.inspection.diff.side import Side
 
     try:
         with inspect_path(Path(args.diff[0])) as a, inspect_path(Path(args.diff[1])) as b:
@@ -246,7 +246,7 @@ def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:
     if "models" in facts:
         return models_text(facts["root"], facts["models"])
     if "past" in facts:
-        from core.past_text import past_lines
+        from core.inspection.history_text import past_lines
 
         return past_lines(facts["past"])
     return itertools.chain(text_of(facts, all_tensors), views_text(facts))

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.commandline import (
+from core.config.variants import VARIANTS
+from core.console.commandline import (
     DONE,
     STOPPED,
     Parser,
@@ -24,17 +25,16 @@ from core.commandline import (
     spin_briefly,
     whole,
 )
-from core.distributed import PARALLEL
-from core.presets import RUN, preset
-from core.stop import StopSignal
-from core.variant import VARIANTS
+from core.console.signals import StopSignal
+from core.networks.distributed import PARALLEL
+from core.training.presets import RUN, preset
 
 if TYPE_CHECKING:
-    from core.bundle import Bundle
+    from core.bundle.bundle import Bundle
     from core.checkpoint import CheckpointManager
-    from core.corpus import Corpus
+    from core.data.corpus import Corpus
     from core.model import GPT, GPTFlexAttention
-    from core.ranked_checkpoint import RankedManager
+    from core.training.ranked_checkpoint import RankedManager
 
 ARCHS = ("gpt", "flex_small", "flex_small_2025_02", "flex_medium")
 """What --arch takes: our GPT, and the variants of modded-nanogpt."""
@@ -83,9 +83,9 @@ def main(argv: list[str]) -> int:
 
 def prune_or_train(args: argparse.Namespace, flags: dict[str, Any], stop: StopSignal) -> int:
     """Do what the flags ask for, as the only writer of the model."""
-    from core.distributed import open_world
     from core.errors import CheckpointNotFound
-    from core.ranked_checkpoint import RankedManager
+    from core.networks.distributed import open_world
+    from core.training.ranked_checkpoint import RankedManager
 
     with open_world(args.parallel) as world:
         manager = RankedManager(
@@ -107,7 +107,7 @@ def prune_or_train(args: argparse.Namespace, flags: dict[str, Any], stop: StopSi
 
 def prune(manager: RankedManager, args: argparse.Namespace) -> int:
     """Remove what lies aside, and kept steps that no rule keeps where --keep or --keep_every is given."""
-    from core.screen import size_text
+    from core.console.words import size_text
 
     freed = manager.prune(args.keep, args.keep_every) if manager.world.is_first else 0
     print(f"{freed} bytes freed ({size_text(freed)})")
@@ -126,19 +126,19 @@ def train_from(
     manager: RankedManager, bundle: Bundle | None, args: argparse.Namespace, flags: dict[str, Any], stop: StopSignal
 ) -> int:
     """Train on from an open bundle, or anew."""
+    from core.bundle.commit import CONFIG
+    from core.bundle.evolution import old_settings
+    from core.bundle.retention import Retention
     from core.checkpoint import CheckpointManager
-    from core.commit import CONFIG
-    from core.corpus import find_source, open_corpus
-    from core.dataloader import DataLoader, PackedLoader
-    from core.device import DTYPES, resolve_device
+    from core.data.corpus import find_source, open_corpus
+    from core.data.dataloader import DataLoader, PackedLoader
+    from core.data.tokenizer import tokenizer_from_state
     from core.errors import InputError
-    from core.evolution import old_settings
-    from core.retention import Retention
-    from core.schedule import Schedule
-    from core.speedrun_start import Wanted, open_origin, refuse_other_sizes, sizes, start_speedrun, variant_to_train
-    from core.start import refuse_other_architecture
-    from core.tokenizer import tokenizer_from_state
-    from core.training import fit
+    from core.kinds.gpt import refuse_other_architecture
+    from core.kinds.modded import Wanted, open_origin, refuse_other_sizes, sizes, start_speedrun, variant_to_train
+    from core.networks.device import DTYPES, resolve_device
+    from core.training.fit import fit
+    from core.training.schedule import Schedule
 
     state, world = bundle.state if bundle else {}, manager.world
     rules = Retention.of(state).given(args.keep, args.keep_every)
@@ -303,7 +303,7 @@ def say_what_runs(
     toy: bool,
 ) -> None:
     """Say in two or three lines what is trained."""
-    from core.tokenizer import describe
+    from core.data.tokenizer import describe
 
     parameters = sum(p.numel() for p in model.parameters())
     how = "a new model" if resumed is None else f"resuming at step {resumed}"

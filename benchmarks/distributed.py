@@ -30,12 +30,12 @@ import torch
 import torch.distributed
 import torch.distributed.checkpoint as dcp
 
-from core.config import GPTConfig
-from core.distributed import World, open_world
+from core.config.gpt import GPTConfig
+from core.data.tokenizer import make_char
+from core.loading.optimizer import configure_optimizer
 from core.model import GPT
-from core.optimizer import configure_optimizer
-from core.ranked_checkpoint import RankedManager
-from core.tokenizer import make_char
+from core.networks.distributed import World, open_world
+from core.training.ranked_checkpoint import RankedManager
 
 WAYS = ("ours", "dcp.async_save", "dcp.save")
 

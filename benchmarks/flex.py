@@ -25,14 +25,14 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core.classification import GPTClassification
-from core.flex import GPTFlexAttention
+from core.config.modded import GPT2_END
+from core.config.variants import windows_of
+from core.loading.optimizer import configure_optimizer
 from core.model import GPTBatched
-from core.optimizer import configure_optimizer
-from core.speedrun import SCALE
-from core.speedrun_config import GPT2_END
-from core.variant import windows_of
-from core.windows import documents, mask
+from core.networks.classification import GPTClassification
+from core.networks.flex import GPTFlexAttention
+from core.networks.modded import SCALE
+from core.networks.windows import documents, mask
 
 BAR = 1.15
 """Fine-tuning at batch 16 against 16 calls at batch 1, on a CPU of two cores."""

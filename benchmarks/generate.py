@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core.config import GPTConfig
+from core.config.gpt import GPTConfig
 from core.model import GPT
 
 CACHED, UNCACHED, PEER = "ours, cached", "ours, no cache", "transformers, cached"

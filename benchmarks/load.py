@@ -43,16 +43,16 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.trained import SIZES, config_of, machine, machine_line
-from core.bundle import open_bundle, verify
+from core.bundle.bundle import open_bundle, verify
 from core.checkpoint import CheckpointManager
-from core.config import GPTConfig
-from core.dataloader import DataLoader
-from core.generation import stream
+from core.config.gpt import GPTConfig
+from core.data.dataloader import DataLoader
+from core.data.tokenizer import Gpt2Tokenizer, Tokenizer, make_char
+from core.data.tokens import Tokens
+from core.loading.optimizer import configure_optimizer
 from core.model import GPT
-from core.optimizer import configure_optimizer
-from core.tokenizer import Gpt2Tokenizer, Tokenizer, make_char
-from core.tokens import Tokens
-from core.training import fit
+from core.networks.generation import stream
+from core.training.fit import fit
 
 NAME, CKPT = "saved", "ckpt.pt"
 PROMPT = [1, 2, 3]

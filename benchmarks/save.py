@@ -32,13 +32,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core.commandline import spin_briefly
+from core.console.commandline import spin_briefly
 
 spin_briefly()  # as train.py does, and like it before torch is loaded
 
 from benchmarks.savers import WAYS, Ours, Saver
 from benchmarks.trained import SIZES, TOY, Trained, machine, machine_line
-from core.storage import DISK
+from core.bundle.storage import DISK
 
 PARTS = ("durable", "loop", "memory", "toy")
 LOOPED = ("ours", "torch.save", "clone + thread", "dcp.async_save", "torchsnapshot")

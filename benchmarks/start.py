@@ -30,7 +30,7 @@ def make(folder: Path) -> None:
     """Write the bundle."""
     import torch
 
-    from core.config import GPTConfig
+    from core.config.gpt import GPTConfig
     from core.model import GPT
 
     torch.manual_seed(1)
@@ -39,9 +39,9 @@ def make(folder: Path) -> None:
 
 def ours(folder: Path) -> dict[str, float]:
     """Load as generate.py does, and draw a token."""
-    from core.bundle import open_bundle, verify
-    from core.generation import stream
-    from core.materialize import load_model
+    from core.bundle.bundle import open_bundle, verify
+    from core.loading.tensors import load_model
+    from core.networks.generation import stream
 
     marks = {"start": time.perf_counter()}
     with open_bundle(folder / "large") as bundle:
@@ -59,9 +59,9 @@ def copying(folder: Path) -> dict[str, float]:
     """Build, load and copy, and draw a token with the same model and sampler."""
     import torch
 
-    from core.config import GPTConfig
-    from core.generation import stream
+    from core.config.gpt import GPTConfig
     from core.model import GPT
+    from core.networks.generation import stream
 
     marks = {"start": time.perf_counter()}
     tensors = torch.load(folder / "large/model.pt", map_location="cpu", weights_only=True)

@@ -26,13 +26,13 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core.config import GPTConfig
-from core.corpus import find_source, open_corpus
-from core.dataloader import DataLoader
+from core.config.gpt import GPTConfig
+from core.data.corpus import find_source, open_corpus
+from core.data.dataloader import DataLoader
+from core.loading.optimizer import configure_optimizer
 from core.model import GPT
-from core.optimizer import configure_optimizer
-from core.schedule import Schedule
-from core.training import fit
+from core.training.fit import fit
+from core.training.schedule import Schedule
 
 LAYERS, HEADS, WIDTH, BLOCK, BATCH = 4, 4, 128, 64, 12
 BARS = {"eager": 1.05, "compiled": 1.2}

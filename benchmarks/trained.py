@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from core.config import GPTConfig
-from core.device import seed_generator
+from core.config.gpt import GPTConfig
+from core.loading.optimizer import configure_optimizer
 from core.model import GPT
-from core.optimizer import configure_optimizer
+from core.networks.device import seed_generator
 
 SIZES = {
     "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},

@@ -12,33 +12,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from core import intact, rewind, start
-from core.bundle import OPTIMIZER, TOKENIZER, Bundle, history
-from core.choice import LEGACY_FILES, has_bundle
-from core.commit import CONFIG, MODEL, ModelFolder
-from core.config import GPTConfig
-from core.device import resolve_dtype
+from core.bundle import intact, rewind
+from core.bundle.bundle import OPTIMIZER, TOKENIZER, Bundle, history
+from core.bundle.choice import LEGACY_FILES, has_bundle
+from core.bundle.commit import CONFIG, MODEL, ModelFolder
+from core.bundle.evolution import notes
+from core.bundle.lock import hold
+from core.bundle.retention import Retention, best_of
+from core.bundle.training_state import parse_json
+from core.config.gpt import GPTConfig
+from core.data.tokenizer import Tokenizer
 from core.errors import (
     CheckpointMismatch,
     CheckpointNotFound,
     InputError,
     SaveFailed,
 )
-from core.evolution import notes
-from core.inference import load_chosen
-from core.lock import hold
-from core.materialize import Pairs, fill, fitting, load_moments, load_optimizer, read_part
+from core.kinds import gpt as start
+from core.loading.inference import load_chosen
+from core.loading.modded import fill_speedrun, refuse_other_shapes
+from core.loading.optimizer import configure_optimizer
+from core.loading.tensors import Pairs, fill, fitting, load_moments, load_optimizer, read_part
 from core.model import GPT, GPTBatched, GPTFlexAttention
-from core.optimizer import configure_optimizer
-from core.retention import Retention, best_of
-from core.save import Save, add_metrics
-from core.saver import Saver
-from core.snapshot import Memory
-from core.speedrun import SpeedrunGPT
-from core.speedrun_files import fill_speedrun, refuse_other_shapes
-from core.state_dict import unwrap
-from core.tokenizer import Tokenizer
-from core.training_state import parse_json
+from core.networks.device import resolve_dtype
+from core.networks.modded import SpeedrunGPT
+from core.networks.state_dict import unwrap
+from core.saving.background import Saver
+from core.saving.snapshot import Memory
+from core.saving.step import Save, add_metrics
 
 
 class CheckpointManager:

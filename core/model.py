@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core import generation, optimizer
-from core.batched import GPTBatched
-from core.bound import bound
-from core.config import GPTConfig
+from core.config.gpt import GPTConfig
 from core.errors import InputError
-from core.flex import GPTFlexAttention
-from core.speedrun import IGNORED
+from core.loading import optimizer
+from core.networks import generation
+from core.networks.batched import GPTBatched
+from core.networks.bound import bound
+from core.networks.flex import GPTFlexAttention
+from core.networks.modded import IGNORED
 
 if TYPE_CHECKING:
-    from core.generation import Cache, LayerCache
-    from core.tokenizer import Tokenizer
+    from core.data.tokenizer import Tokenizer
+    from core.networks.generation import Cache, LayerCache
 
 __all__ = ["GPT", "GPTBatched", "GPTFlexAttention"]
 
@@ -215,8 +216,8 @@ class GPT(nn.Module):
     # Methods of the public API that are no mathematics live elsewhere and are bound here.
     generate = generation.generate
     configure_optimizer = optimizer.configure_optimizer
-    load = staticmethod(bound("core.model_files", "load"))
-    load_legacy = staticmethod(bound("core.model_files", "load_legacy"))
-    save = bound("core.model_files", "save")
-    save_checkpoint_bundle = bound("core.model_files", "save_checkpoint_bundle")
-    fit = bound("core.training", "fit")
+    load = staticmethod(bound("core.kinds.model_methods", "load"))
+    load_legacy = staticmethod(bound("core.kinds.model_methods", "load_legacy"))
+    save = bound("core.kinds.model_methods", "save")
+    save_checkpoint_bundle = bound("core.kinds.model_methods", "save_checkpoint_bundle")
+    fit = bound("core.training.fit", "fit")

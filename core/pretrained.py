@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from core.batched import GPTBatched
-from core.bundle import verify_records
-from core.device import resolve_device, resolve_dtype
-from core.differences import listed
+from core.bundle.bundle import verify_records
+from core.bundle.intact import open_chosen
+from core.bundle.parts import Part, TorchFile
+from core.bundle.storage import DISK
+from core.config.modded import CLASSES, SpeedrunConfig
+from core.console.listing import listed
 from core.errors import CheckpointMismatch, CheckpointNotFound
+from core.families.fused import plain_names
 from core.families.identify import Identity, identify, weights_key
 from core.families.match import skeleton
 from core.families.modded import FAMILIES, merged
-from core.families.plan import plain_names
-from core.flex import GPTFlexAttention
-from core.intact import open_chosen
-from core.materialize import read_part, read_tensor
-from core.part import Part, TorchFile
-from core.speedrun import SpeedrunGPT
-from core.speedrun_config import CLASSES, SpeedrunConfig
-from core.speedrun_files import load_speedrun
-from core.storage import DISK
+from core.loading.modded import load_speedrun
+from core.loading.tensors import read_part, read_tensor
+from core.networks.batched import GPTBatched
+from core.networks.device import resolve_device, resolve_dtype
+from core.networks.flex import GPTFlexAttention
+from core.networks.modded import SpeedrunGPT
 
 Info = dict[str, Any]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 # A script of this folder finds the packages beside it from wherever it is started.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core.commandline import DONE, Parser, run
-from core.corpus import choose_tokenizer, prepare
+from core.console.commandline import DONE, Parser, run
+from core.data.corpus import choose_tokenizer, prepare
+from core.data.source import find_source
+from core.data.token_shards import MANIFEST, SHARD_TOKENS, SPLITS
+from core.data.tokenizer import describe
 from core.errors import InputError
-from core.shards import MANIFEST, SHARD_TOKENS, SPLITS
-from core.source import find_source
-from core.tokenizer import describe
 
 
 def main(argv: list[str]) -> int:

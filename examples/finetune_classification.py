@@ -20,32 +20,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from core.batched import GPTBatched
+from core.bundle.folder import LOG
 from core.checkpoint import CheckpointManager
-from core.classification import (
-    GPTClassification,
-    accuracy,
-    balanced_weights,
-    class_scores,
-    confusion,
-    macro_f,
-)
-from core.commandline import DONE, STOPPED, Parser, count, run
-from core.device import changes, environment, resolve_device
-from core.encoded import EncodedTexts, encode
+from core.console.commandline import DONE, STOPPED, Parser, count, run
+from core.console.signals import StopSignal, reason
+from core.console.words import printable
+from core.data.randomness import mix
+from core.data.tokenizer import Tokenizer, describe, named_tokenizer
 from core.errors import CheckpointMismatch, InputError
-from core.folder import LOG
-from core.labelled import read_splits
-from core.metrics import Metrics
-from core.optimizer import configure_optimizer
+from core.loading.modded import refuse_large_tokenizer
+from core.loading.optimizer import configure_optimizer
+from core.networks.batched import GPTBatched
+from core.networks.classification import GPTClassification, accuracy, balanced_weights, class_scores, confusion, macro_f
+from core.networks.device import changes, environment, resolve_device
 from core.pretrained import load_pretrained_checkpoint
-from core.randomness import mix
-from core.run import TrainingDiverged
-from core.schedule import Schedule
-from core.screen import printable
-from core.speedrun_files import refuse_large_tokenizer
-from core.stop import StopSignal, reason
-from core.tokenizer import Tokenizer, describe, named_tokenizer
+from core.training.loop import TrainingDiverged
+from core.training.metrics import Metrics
+from core.training.schedule import Schedule
+from examples.classification.encoded import EncodedTexts, encode
+from examples.classification.labelled import read_splits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARM_UP = 20

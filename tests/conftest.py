@@ -51,7 +51,7 @@ def folder(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def old():
     """A fused and a per-head model of old programs, with the state of their optimizers."""
-    from tests.doors import Old
+    from tests.makers.doors import Old
 
     return Old()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from core.containers.inert import as_text
+from core.containers.pickles.inert import as_text
 from core.containers.spec import TensorSpec
 from core.errors import CheckpointDamaged, CheckpointNotFound
 

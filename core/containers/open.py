@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from core.containers.container import Container, listing, member, reading
-from core.containers.inert import as_text
+from core.containers.pickles.inert import as_text
 from core.errors import CheckpointError, CheckpointNotFound
 
 _HEAD = 512  # bytes
@@ -15,7 +15,7 @@ _FOLDERS = (
     ("step_folder", "is_step_folder", "open_step_folder"),
     ("hf_folder", "is_hf_folder", "open_hf_folder"),
     ("megatron_folder", "is_megatron_folder", "open_megatron_folder"),
-    ("dcp", "is_dcp", "open_dcp"),
+    ("dcp.folder", "is_dcp", "open_dcp"),
     ("rank_files", "rank_files", "open_rank_files"),
 )
 """Modules that read folders, how each knows its own, and opens it; the first that knows a folder has it."""
@@ -57,7 +57,7 @@ def _open_file(path: Path) -> Container:
         return _open_folder(path.parent)
     if head.lstrip()[:1] == b"{" or path.suffix == ".json":
         return _open_json(path)
-    from core.containers.torch_single import open_torch_single
+    from core.containers.torch_files.container import open_torch_single
 
     return open_torch_single(path)
 

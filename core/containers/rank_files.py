@@ -15,12 +15,12 @@ from typing import Any
 
 from core.containers.blocks import blocks_fault, spec_of_blocks
 from core.containers.container import Check, Container, listing, member, reading
-from core.containers.distributed import Shard, foreign_within, shard_of
-from core.containers.inert import Call, as_text
+from core.containers.dcp.dtensor import Shard, foreign_within, shard_of
 from core.containers.joined import join
+from core.containers.pickles.inert import Call, as_text
 from core.containers.spec import Chunk, TensorSpec
-from core.containers.torch_file import open_torch_file
-from core.containers.torch_zip import TorchZip
+from core.containers.torch_files.file import open_torch_file
+from core.containers.torch_files.zip import TorchZip
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 
 _RANK_FILE = re.compile(r"(\w+)_rank(\d{5})\.pt")

@@ -87,7 +87,7 @@ def open_step_folder(
 
 def _open_part(path: Path) -> Container:
     if path.is_dir():
-        from core.containers.dcp import open_dcp
+        from core.containers.dcp.folder import open_dcp
 
         return open_dcp(path)
     from core.containers.safetensors import open_safetensors

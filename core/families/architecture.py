@@ -9,8 +9,8 @@ from typing import Any
 
 from core.families.claims import Claims
 from core.families.family import parse
+from core.families.fused import Shape
 from core.families.match import Match
-from core.families.plan import Shape
 
 VOCABULARIES = {50257: "GPT-2", 32000: "Llama 2", 100277: "cl100k", 128256: "Llama 3", 200019: "o200k"}
 """Vocabularies that are often padded: number of tokens, and whose it is."""

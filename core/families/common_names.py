@@ -12,8 +12,8 @@ from typing import Any
 
 from core.families import gpt, hf_gpt2, lecture
 from core.families.claims import ACTIVATIONS, NAMES, TIED
+from core.families.fused import make_plan, plain_names
 from core.families.identify import FAMILIES
-from core.families.plan import make_plan, plain_names
 from core.families.recognise import FUSED, LECTURE
 
 NANOGPT: dict[str, str] = {

@@ -1,9 +1,9 @@
-"""What the programs of GPT-2's shape call our tensors: a row for each, read both ways by core/rules.py."""
+"""What the programs of GPT-2's shape call our tensors: a row for each, read both ways by core/families/rules.py."""
 
 from __future__ import annotations
 
 from core.families import hf_gpt2, lecture
-from core.rules import RENAME, TRANSPOSE, Concat, Row, Table
+from core.families.rules import RENAME, TRANSPOSE, Concat, Row, Table
 
 NANOGPT: Table = (
     ("transformer.wte.weight", "token_embedding_table.weight", RENAME),

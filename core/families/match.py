@@ -9,7 +9,7 @@ from functools import cache
 from itertools import islice
 
 from core.families.family import Family, Sides, parse
-from core.families.plan import WRAPPERS, Shape, plain_names
+from core.families.fused import WRAPPERS, Shape, plain_names
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")
 _VARIABLE = re.compile(r"\{[ijn]\}")

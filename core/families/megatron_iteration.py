@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.containers.container import Container
-from core.containers.foreign import attributes
+from core.containers.pickles.foreign import attributes
+from core.containers.plain import plain
 from core.containers.spec import TensorSpec
-from core.plain import plain
 
 KIND = "Megatron iteration (torch_dist)"
 EXTRA = "_extra_state"

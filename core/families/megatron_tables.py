@@ -1,4 +1,4 @@
-"""What Hugging Face calls the tensors of Megatron's models: a row for each, read both ways by core/rules.py.
+"""What Hugging Face calls the tensors of Megatron's models: a row for each, read both ways by core/families/rules.py.
 
 Megatron's names are those of its local layers; TRANSFORMER_ENGINE and `unstacked` lead to them from the others.
 """
@@ -6,7 +6,7 @@ Megatron's names are those of its local layers; TRANSFORMER_ENGINE and `unstacke
 from __future__ import annotations
 
 from core.families import megatron
-from core.rules import RENAME, TRANSPOSE, Chain, Concat, Interleave, Inverse, Row, Stack, Table
+from core.families.rules import RENAME, TRANSPOSE, Chain, Concat, Interleave, Inverse, Row, Stack, Table
 
 TRANSFORMER_ENGINE: Table = (
     (

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from core.config.variants import HEAD_SIZE, WITHOUT_ATTENTION
 from core.families.family import Family, Sides
-from core.variant import HEAD_SIZE, WITHOUT_ATTENTION
 
 WITHOUT = {WITHOUT_ATTENTION: "blocks.{i}.attn."}
 VALUES = tuple(f"value_embeds.{n}.weight" for n in range(3))
@@ -77,7 +77,7 @@ CLASSIFIER: dict[str, Sides] = {
     "head.4.weight": ("classes", "n_embd / 2"),
     "head.4.bias": ("classes",),
 }
-"""core/classification.py: a GPTBatched, whose tensors are laid out as medium's, and a head of two layers."""
+"""core/networks/classification.py: a GPTBatched, whose tensors are laid out as medium's, and a head of two layers."""
 
 FAMILIES = (
     _family(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from core.families import gpt, lecture
-from core.families.plan import Plan, make_plan, plain_names
+from core.families.fused import Plan, make_plan, plain_names
 
 FUSED, LECTURE = "fused", "lecture"
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from core.bundle import write_bundle
-from core.commit import CONFIG, MODEL, entries
+from core.bundle.bundle import write_bundle
+from core.bundle.commit import CONFIG, MODEL, entries
+from core.bundle.training_state import STATE, dump_json, seal, unseal
 from core.errors import CheckpointDamaged
-from core.training_state import STATE, dump_json, seal, unseal
 from tests.faults.explorer import Action, Explorer, Fault, Run, folder_files, identity, recover
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
 from tests.faults.tally import Tally

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
+from core.bundle.commit import MODEL
+from core.bundle.storage import DISK
+from core.bundle.training_state import STATE
 from core.checkpoint import CheckpointManager
-from core.commit import MODEL
 from core.errors import CheckpointDamaged
-from core.inference import load_chosen
-from core.storage import DISK
-from core.training_state import STATE
+from core.loading.inference import load_chosen
 from tests.faults.kill_points import Killer
 from tests.faults.scenarios import NAME, three_saves
 from tests.faults.tally import Tally
-from tests.helpers import flip
+from tests.makers.models import flip
 
 FLIPS, CUTS, EXCHANGES = 500, 100, 100
 SEED = 7

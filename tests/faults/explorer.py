@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unittest import mock
 
-from core import commit
-from core import folder as names_of_folders
-from core.commit import CONFIG, MODEL, ModelFolder, Opened
+from core.bundle import commit
+from core.bundle import folder as names_of_folders
+from core.bundle.commit import CONFIG, MODEL, ModelFolder, Opened
+from core.bundle.training_state import STATE, seal, unseal
 from core.errors import CheckpointDamaged
-from core.training_state import STATE, seal, unseal
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
 
 Files = dict[str, bytes]

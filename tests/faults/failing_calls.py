@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from core.bundle.storage import DISK
 from core.errors import CheckpointError
-from core.storage import DISK
 from tests.faults.kill_points import Killer, expected, half
 from tests.faults.scenarios import NAME, SCENARIOS, Act, Expected, Found, same
 from tests.faults.tally import Tally
-from tests.helpers import copy
+from tests.makers.models import copy
 
 TAKES_ROOM = [os.open, os.mkdir, os.write, os.pwrite, os.link, getattr(os, "posix_fallocate", None)]
 LASTING = {

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from core.commit import MODEL
+from core.bundle.commit import MODEL
 from core.errors import CheckpointError, SaveFailed
 from tests.conftest import ROOT
 from tests.faults.scenarios import NAME, loaded, whole_steps
 from tests.faults.tally import Tally
-from tests.helpers import equal, save_durably, started, train_and_save, update
+from tests.makers.models import equal, save_durably, started, train_and_save, update
 
 ENTER = ["unshare", "--mount", "--map-root-user"]
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from core.storage import DISK, SECTOR
+from core.bundle.storage import DISK, SECTOR
 from tests.faults.scenarios import SCENARIOS, Expected, Scenario, in_child, same
 from tests.faults.tally import Tally
-from tests.helpers import copy
+from tests.makers.models import copy
 
 
 class Killer:

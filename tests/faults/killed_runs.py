@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from tests.faults.tally import Tally
-from tests.helpers import TEXT
-from tests.test_resume import best, bits, losses, same, start
+from tests.makers.models import TEXT
+from tests.training.test_resume import best, bits, losses, same, start
 
 NAME, KILLS, STEPS, SEED = "killed", 20, 500, 7
 LINE = [

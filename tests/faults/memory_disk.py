@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from core.storage import Storage
+from core.bundle.storage import Storage
 
 ROOT = Path("m")
 """The model's folder; inode 0."""

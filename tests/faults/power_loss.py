@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from core.folder import COMMITTED
-from core.storage import DISK
+from core.bundle.folder import COMMITTED
+from core.bundle.storage import DISK
 from tests.faults.kill_points import Killer
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
 from tests.faults.scenarios import NAME, SCENARIOS, Expected, same
 from tests.faults.tally import Tally
-from tests.helpers import copy
+from tests.makers.models import copy
 
 LIMIT, SHARE = 6, 3
 """Outcomes of each power loss, and of how many disk states one is built: what takes half a minute."""

@@ -29,14 +29,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from core.bundle.folder import COMMITTED
+from core.bundle.storage import DISK
 from core.checkpoint import CheckpointManager
-from core.folder import COMMITTED
-from core.inference import load_chosen
-from core.storage import DISK
+from core.loading.inference import load_chosen
 from tests.faults.kill_points import Killer
 from tests.faults.scenarios import NAME, Found, in_child, loaded, same
 from tests.faults.tally import Tally
-from tests.helpers import SMALL, flip, manager, save_durably, started, update, weights
+from tests.makers.models import SMALL, flip, manager, save_durably, started, update, weights
 
 EXAMPLES = int(os.environ.get("FAULTS_EXAMPLES", "12"))
 STEPS = 14

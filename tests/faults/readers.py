@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from core.bundle import open_bundle, verify
+from core.bundle.bundle import open_bundle, verify
 from core.checkpoint import CheckpointManager
-from core.materialize import load_optimizer
+from core.loading.tensors import load_optimizer
 from tests.conftest import ROOT
 from tests.faults.scenarios import NAME
 from tests.faults.tally import Tally
@@ -22,8 +22,8 @@ SAVES = 200
 
 WRITER = """
 import sys, torch
-from core.storage import DISK
-from tests.helpers import save_durably, started, update
+from core.bundle.storage import DISK
+from tests.makers.models import save_durably, started, update
 torch.set_num_threads(1)
 DISK.links = sys.argv[2] == "links"
 made, model, optimizer = started(sys.argv[1])

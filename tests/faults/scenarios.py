@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from core.bundle import open_bundle, verify
-from core.commit import MODEL
+from core.bundle.bundle import open_bundle, verify
+from core.bundle.commit import MODEL
+from core.bundle.folder import COMMITTED
+from core.bundle.storage import DISK
+from core.bundle.training_state import STATE
+from core.conversion.migration.migrate import migrate
+from core.conversion.migration.plan import find
 from core.errors import CheckpointError
-from core.folder import COMMITTED
-from core.inference import load_chosen
-from core.migration import find
-from core.rewrite import migrate
-from core.storage import DISK
-from core.training_state import STATE
+from core.loading.inference import load_chosen
 from tests.faults.tally import Tally
-from tests.helpers import equal, flip, manager, save_durably, started, train_and_save, update, weights
+from tests.makers.models import equal, flip, manager, save_durably, started, train_and_save, update, weights
 
 NAME = "dante"
 Act = Callable[[], None]

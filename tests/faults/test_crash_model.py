@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from core.commit import ModelFolder
-from core.folder import COMMITTED
-from core.training_state import STATE
+from core.bundle.commit import ModelFolder
+from core.bundle.folder import COMMITTED
+from core.bundle.training_state import STATE
 from tests.faults.crash_model import EXHAUSTIVE, QUICK, SCENARIOS
 from tests.faults.explorer import Explorer, Fault
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage

@@ -6,7 +6,7 @@ import pytest
 
 from core.errors import SaveFailed
 from tests.faults import full_disk
-from tests.helpers import save_durably, started, train_and_save, update
+from tests.makers.models import save_durably, started, train_and_save, update
 
 
 @pytest.mark.skipif(bool(full_disk.why_not()), reason=str(full_disk.why_not()))

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 
 from core import containers
 from core.errors import CheckpointError
@@ -48,8 +49,8 @@ def main(argv: list[str]) -> int:
         print("error: name one folder for the corpus", file=sys.stderr)
         return 2
     with atheris.instrument_imports(include=["core"]):  # before anything else imports them: later ones are not watched
-        for module in sorted(Path(containers.__path__[0]).glob("*.py")):
-            import_module(f"core.containers.{module.stem}")
+        for module in walk_packages(containers.__path__, "core.containers."):
+            import_module(module.name)
         from core.containers.open import open_container
     folders[0].mkdir(parents=True, exist_ok=True)
     if not any(folders[0].iterdir()):

@@ -161,13 +161,13 @@ def open_as_container(path: Path) -> None:
 
 
 def open_as_bundle(path: Path) -> None:
-    from core.bundle import open_bundle
+    from core.bundle.bundle import open_bundle
 
     try:
         with open_bundle(path) as opened:
             assert opened.weights.tensors is not None
             assert opened.optimizer is None or opened.optimizer.tensors is not None
-    except OSError as error:  # which every script reports in one line: core.commandline.run
+    except OSError as error:  # which every script reports in one line: core.console.commandline.run
         raise CheckpointError(f"{error.filename}: {error.strerror}") from error
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from core.bundle.training_state import unseal
 from core.errors import CheckpointError
-from core.training_state import unseal
 
 Mutation = Callable[[bytes, random.Random, list[bytes]], bytes]
 """From a file's bytes, and a pool of other files to take from."""

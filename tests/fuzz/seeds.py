@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from tests.dcp_folders import Writer
-from tests.helpers import save_durably
+from tests.makers.dcp_folders import Writer
+from tests.makers.models import save_durably
 
 LARGEST_FIXTURE = 300_000  # bytes
 
@@ -141,7 +141,7 @@ def megatron_classic(folder: Path) -> None:
 def bundle(folder: Path) -> None:
     """Our own folder, as a training run leaves it."""
     from core.checkpoint import CheckpointManager
-    from core.config import GPTConfig
+    from core.config.gpt import GPTConfig
     from core.model import GPT
 
     config = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 4, "vocab_size": 3, "dropout": 0.0, "bias": False}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from core.bundle import open_bundle
+from core.bundle.bundle import open_bundle
 from core.errors import CheckpointError
 from inspect_model import main
 from tests.conftest import ROOT

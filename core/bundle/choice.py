@@ -1,0 +1,135 @@
+"""Which checkpoint of a folder is used: one answer for training, generation, inspection and migration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.bundle.bundle import history
+from core.bundle.commit import CONFIG, MODEL, ModelFolder
+from core.bundle.legacy import open_legacy
+from core.bundle.sharded_part import folder_of
+from core.bundle.training_state import STATE, unseal
+from core.containers.checksum import crc32_file
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+
+LEGACY_FILES = ("latest.pt", "final.pt")
+"""Single-file checkpoints, the one with the optimizer first."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint in a folder: the bundle, or a single file."""
+
+    folder: Path
+    single: str | None  # None: the bundle
+    step: int
+    has_optimizer: bool
+
+    @property
+    def name(self) -> str:
+        """What it is called in a sentence."""
+        return f"{self.single or 'the bundle'} (step {self.step})"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoints of a folder, the one to use first."""
+
+    candidates: list[Candidate]
+    passed: list[str] = field(default_factory=list)  # files that cannot be read, each in a sentence
+
+    def refuse_none(self) -> None:
+        """Raise CheckpointError when there are files and none of them can be read."""
+        if self.passed and not self.candidates:
+            raise CheckpointError(self.passed[0])
+
+    def lines(self) -> list[str]:
+        """Say what is passed over, and what is used and why; nothing where there is nothing to choose from."""
+        reason = self._reason() if self.candidates else None
+        return [*(f"WARNING: {line}" for line in self.passed), *([reason] if reason else [])]
+
+    def _reason(self) -> str | None:
+        first, *others = self.candidates
+        if first.single is None and not others:
+            return None
+        if not others:
+            return f"{first.folder}: using {first.name}; there is no bundle yet"
+        optimizer = next((c for c in others if c.has_optimizer and not first.has_optimizer), None)
+        hint = f"; only {optimizer.single or 'the bundle'} has an optimizer state" if optimizer else ""
+        if first.single is None and any(c.step > first.step for c in others):
+            hint = ", all there when the bundle was written"
+        return f"{first.folder}: using {first.name}; beside it {', '.join(c.name for c in others)}{hint}"
+
+
+def choose(folder: Path) -> Choice:
+    """Order the checkpoints of a folder: the bundle, unless a single file has a higher step and is new to it.
+
+    A single file is new when the training state of the bundle does not list it, by name, size and checksum, as there
+    when the bundle was written. Of two single files the one with the higher step is first, at equal steps `latest.pt`.
+    No file is changed, and no tensor is read.
+    """
+    passed: list[str] = []
+    singles = []
+    for name in LEGACY_FILES:
+        if os.path.lexists(folder / name):
+            try:
+                with open_legacy(folder / name) as opened:
+                    singles.append(Candidate(folder, name, opened.step, opened.has_optimizer))
+            except CheckpointError as error:
+                passed.append(str(error))
+    singles.sort(key=lambda c: -c.step)
+    state = _bundle_state(folder)
+    if state is None:
+        return Choice(singles, passed)
+    bundle = Candidate(folder, None, int(state.get("step", 0)), state.get("optimizer_file", True) is not None)
+    newer = [c for c in singles if c.step > bundle.step and not is_seen(folder / str(c.single), state)]
+    return Choice([*newer, bundle, *(c for c in singles if c not in newer)], passed)
+
+
+def has_bundle(names: Collection[str]) -> bool:
+    """Whether the names in a folder are those of a bundle: a config, and weights or shards of them."""
+    return CONFIG in names and (MODEL in names or folder_of(MODEL) in names)
+
+
+def _bundle_state(folder: Path) -> dict[str, Any] | None:
+    """The training state of the bundle, empty where it has none; None where there is no bundle."""
+    place = ModelFolder(folder)
+    names = {*place.storage.names(folder), *place.storage.names(place.committed)}
+    kept = history(folder)
+    if not has_bundle(names) and not kept:
+        return None
+    try:
+        return unseal(place.read(STATE), str(folder / STATE))
+    except FileNotFoundError:
+        return {}
+    except (CheckpointDamaged, CheckpointMismatch):
+        return kept[-1].state if kept else {}  # where a walk back from the damaged state would end
+
+
+def is_seen(path: Path, state: dict[str, Any]) -> bool:
+    """Whether a training state lists this very file."""
+    listed = [entry for entry in state.get("legacy", []) if entry["name"] == path.name]
+    return any(entry["size"] == path.stat().st_size and entry["crc32"] == _crc32(path) for entry in listed)
+
+
+def seen_files(folder: Path, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """List the single files of a folder for a training state; one that is `known` and unchanged is not read again."""
+    listed = []
+    for name in LEGACY_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        stat = path.stat()
+        entry = {"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        same = next((old for old in known if all(old.get(key) == value for key, value in entry.items())), None)
+        listed.append({**entry, "crc32": same["crc32"] if same else _crc32(path)})
+    return listed
+
+
+def _crc32(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"{crc32_file(file.fileno(), path.stat().st_size):08x}"

@@ -1,0 +1,343 @@
+"""How a step becomes visible in the folder of a model, and how the folder goes back: stage, commit, preserve, roll on.
+
+docs/commit_protocol.md says what is on disk after every call, and what a crash there leaves. Whoever changes the
+folder holds the lock of core/bundle/lock.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.bundle.folder import (
+    CONFIG,
+    LOG,
+    MODEL,
+    MODEL_SHARDS,
+    MORE,
+    STANDARD,
+    FolderReader,
+    Opened,
+    aside_folder,
+    entries,
+    file_names,
+    new_id,
+    step_folder,
+)
+from core.bundle.storage import PIECE
+from core.bundle.training_state import STATE, parse_json, seal, unseal
+from core.config.gpt import FORMAT_VERSION, same_architecture
+from core.errors import CheckpointDamaged, CheckpointMismatch
+
+BUILDING = ".hist"
+
+WENT_BACK = "went_back"
+"""In the training state at the top: the folder went back to this step, and what else was there had to go aside."""
+
+TOP = "."
+"""What the top is called in the list of what goes aside."""
+
+
+def _is_aside(name: Any, aside: Any) -> bool:
+    """Whether a training state, which is not trusted, names a step or the top and a folder aside of this model."""
+    known = name == TOP or re.fullmatch(r"step_\d{8,}", str(name))
+    return bool(known and re.fullmatch(r"aside_\d{8,}_[a-z]+_[0-9a-f]+", str(aside)))
+
+
+class ModelFolder(FolderReader):
+    """The folder of a model, to be changed."""
+
+    def recover(self) -> None:
+        """Finish a commit that was interrupted, then delete what saves that never committed left behind."""
+        # What a killed writer renamed last may not be durable, and what follows rests on it.
+        self.storage.sync_folder(self.path)
+        if self.storage.exists(self.committed):
+            if self.storage.names(self.committed):
+                self._preserve_top()
+                self._roll_forward()
+            self._close_commit()
+        for name in self.storage.names(self.path):
+            if name.startswith((".stage-", ".trash-")):
+                self._remove_tree(self.path / name)
+
+    def stage(self) -> Path:
+        """Make a folder for the files of the next step; no reader looks into it."""
+        path = self.path / f".stage-{new_id()}"
+        self.storage.make_folder(path)
+        return path
+
+    def discard(self, stage: Path) -> None:
+        """Remove a staged step that will not be committed."""
+        self._remove_tree(stage)
+
+    def commit(self, stage: Path) -> None:
+        """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due."""
+        self._sync_stage(stage)
+        self.storage.rename(stage, self.committed)
+        self.storage.sync_folder(self.path)
+
+    def replace_state(self, state: dict[str, Any]) -> None:
+        """Give the top another training state, durably, of the same step and files; a reader sees one or the other."""
+        staged = self.path / f".stage-{new_id()}"
+        with self.discarded_on_failure(staged):
+            self.storage.write(staged, seal(state))
+            self.storage.rename(staged, self.path / STATE)  # in one folder: what recovers from here fsyncs only that
+        self.storage.sync_folder(self.path)
+
+    def keep(self, stage: Path, step: int) -> Path:
+        """Make a staged step a kept one, durably; CheckpointMismatch when that step is kept already."""
+        target = self.path / step_folder(step)
+        if self.storage.exists(target):
+            raise CheckpointMismatch(f"{target}: this step is kept already, and is not replaced.")
+        self._sync_stage(stage)
+        self.storage.rename(stage, target)
+        self.storage.sync_folder(self.path)
+        return target
+
+    def _sync_stage(self, stage: Path) -> None:
+        for name in self.storage.names(stage):
+            if self.storage.is_folder(stage / name):
+                self.storage.sync_folder(stage / name)
+        self.storage.sync_folder(stage)
+
+    def roll_forward(self) -> None:
+        """Keep the old top as history and move the committed files to the top."""
+        self._preserve_top()
+        self._roll_forward()
+        self._close_commit()
+
+    def _preserve_top(self) -> None:
+        state, present = self._committed_state(), set(self.storage.names(self.committed))
+        if not present.issuperset(entries(file_names(state))):
+            return  # the roll forward has begun, and it begins only after the old top is durable in its new place
+        if WENT_BACK in state:
+            self._move_aside(state[WENT_BACK])
+            return
+        parent, names = state.get("parent"), self._top_names()
+        begun = self.storage.exists(self.path / BUILDING)  # without links the model may have moved there already
+        if parent is None or not (begun or {MODEL, STATE} & set(names)):
+            return
+        target = self.path / self._history_name()
+        if self.storage.exists(target):
+            if self._is(target, parent):
+                return
+            self.storage.rename(target, self.path / aside_folder(int(target.name.rpartition("_")[2]), "displaced"))
+        self._build_history(names)
+        self.storage.rename(self.path / BUILDING, target)
+        self.storage.sync_folder(self.path)
+
+    def _history_name(self) -> str:
+        """Where the old top goes: under its step, or aside when it does not say which step it is, or is no bundle."""
+        state = self._top_state()
+        if state is None or not self.storage.exists(self.path / CONFIG):
+            return aside_folder(0, "displaced")
+        return step_folder(state.get("step", 0))
+
+    def _build_history(self, names: Iterable[str]) -> None:
+        building = self.path / BUILDING
+        if not self.storage.exists(building):
+            self.storage.make_folder(building)
+        # Without links the files move: a lost entry of this folder would be a lost checkpoint.
+        self.storage.sync_folder(self.path)
+        there = set(self.storage.names(building))
+        for name in names:
+            source, target = self.path / name, building / name
+            if name.endswith((".json", ".jsonl")):
+                # A copy, never a link: an editor that writes in place must not rewrite history.
+                if name in there:
+                    self.storage.remove(target)
+                self.storage.write(target, self.storage.read(source))
+            elif name not in there and (self.storage.is_folder(source) or not self.storage.link(source, target)):
+                self.storage.rename(source, target)  # a folder always moves: it has no second name
+        self.storage.sync_folder(building)
+        self.storage.sync_folder(self.path)
+
+    def _top_state(self) -> dict[str, Any] | None:
+        """The training state at the top: empty where there is none, None where it is damaged."""
+        try:
+            return unseal(self.storage.read(self.path / STATE), f"{self.path / STATE}")
+        except FileNotFoundError:
+            return {}
+        except CheckpointDamaged:
+            return None
+
+    def _top_names(self) -> list[str]:
+        """The files of the bundle at the top that are there, whether or not its training state is whole."""
+        listed = {*entries(file_names(self._top_state() or {})), *STANDARD, *MORE}
+        return [name for name in self.storage.names(self.path) if name in listed]
+
+    def _committed_state(self) -> dict[str, Any]:
+        # After a power loss the training state may be at the top already, and other files not yet.
+        return unseal(self.read(STATE), f"{self.path / STATE}")
+
+    def _roll_forward(self) -> None:
+        state = self._committed_state()
+        names, pending, top = entries(file_names(state)), set(self.storage.names(self.committed)), self._top_names()
+        replaces = state.get("parent") is not None or WENT_BACK in state
+        stale = [name for name in top if name not in names] if replaces else []
+        stale += [name for name in top if name in pending and self.storage.is_folder(self.path / name)]
+        for name in stale:
+            if self.storage.is_folder(self.path / name):
+                self.storage.rename(self.path / name, self.path / f".trash-{name}-{new_id()}")
+            else:
+                self.storage.remove(self.path / name)
+        if stale:
+            self.storage.sync_folder(self.path)  # before the training state that no longer lists them
+        for name in names:
+            if name not in pending:
+                continue
+            is_there = self.storage.is_same(self.committed / name, self.path / name)  # rename would leave both names
+            if is_there or (name == CONFIG and self._top_config_stays()):
+                self.storage.remove(self.committed / name)
+            else:
+                self.storage.rename(self.committed / name, self.path / name)
+
+    def _top_config_stays(self) -> bool:
+        """Whether config.json at the top, which a person may have edited, fits the committed tensors."""
+        try:
+            top = parse_json(self.storage.read(self.path / CONFIG), f"{self.path / CONFIG}")
+        except (FileNotFoundError, CheckpointDamaged):
+            return False
+        return same_architecture(top, parse_json(self.storage.read(self.committed / CONFIG), CONFIG))
+
+    def _close_commit(self) -> None:
+        self.storage.sync_folder(self.committed)
+        self.storage.sync_folder(self.path)
+        self.storage.remove_folder(self.committed)
+        self.storage.sync_folder(self.path)
+
+    def prune(self, steps: Sequence[int]) -> None:
+        """Remove kept steps."""
+        kept = self.kept_steps()
+        self.remove([kept[step] for step in steps])
+
+    def remove(self, folders: Sequence[Path]) -> None:
+        """Remove folders; each leaves under another name first, so that a crash leaves no half of one."""
+        doomed = [self.path / f".trash-{folder.name}-{new_id()}" for folder in folders]
+        for folder, trash in zip(folders, doomed, strict=True):
+            self.storage.rename(folder, trash)
+        if doomed:
+            self.storage.sync_folder(self.path)
+        for trash in doomed:
+            self._remove_tree(trash)
+
+    def clear_top(self, besides: Iterable[str] = (), *, config_stays: bool = False) -> list[Path]:
+        """Move what is at the top, and other files by name, to a folder aside; returns it, or nothing for nothing.
+
+        The weights move first, durably: without its training state the rest must not pass for a bundle of version 1.
+        Of a config.json that stays, which a person may have edited, a copy goes.
+        """
+        names = [*dict.fromkeys((*self._top_names(), *besides))]
+        if not names:
+            return []
+        aside = self.path / aside_folder((self._top_state() or {}).get("step", 0), "cleared")
+        self.storage.make_folder(aside)
+        for name in sorted(names, key=lambda name: name not in (MODEL, MODEL_SHARDS)):
+            if name == CONFIG and config_stays:
+                self.storage.write(aside / name, self.storage.read(self.path / name))
+            else:
+                self.storage.rename(self.path / name, aside / name)
+            if name in (MODEL, MODEL_SHARDS):
+                self._sync_asides()
+        self._sync_asides()
+        return [aside]
+
+    def _sync_asides(self) -> None:
+        # All of them: one that was begun and interrupted holds files that must not come back to the top.
+        for folder in self.asides():
+            self.storage.sync_folder(folder)
+        self.storage.sync_folder(self.path)
+
+    def go_back(
+        self,
+        folder: Path,
+        why: str,
+        later: Iterable[Path] = (),
+        *,
+        top_stays: bool = False,
+        facts: Mapping[str, Any] | None = None,
+    ) -> list[Path]:
+        """Make a kept step the newest one again, under the commit id it has; the top and `later` steps go aside.
+
+        It is one commit: what goes aside is listed in it, and done before it is rolled forward. Returns the folders
+        that hold them. With `top_stays` the top is one of the kept steps already, and need not be kept again.
+        `facts` replace those of the step's training state.
+        """
+        top, files = self._top_state() or {}, {MODEL, STATE} & set(self._top_names())
+        aside = {TOP: aside_folder(top.get("step", 0), why)} if files and not top_stays else {}
+        aside |= {path.name: aside_folder(int(path.name.rpartition("_")[2]), why) for path in later}
+        said = {"step": top.get("step"), "commit_id": top.get("commit_id"), "why": why, "aside": aside}
+        opened = self.open_kept(folder)
+        with contextlib.closing(opened), self.discarded_on_failure(stage := self.stage()):
+            for entry in entries(opened.files):
+                if self.storage.is_folder(folder / entry):
+                    self.storage.make_folder(stage / entry)
+            for name, file in opened.files.items():
+                if name.endswith(".json") or not self.storage.link(folder / name, stage / name):
+                    with self.storage.create(stage / name) as output:
+                        while data := file.read(PIECE):
+                            output.write(data)
+            state = opened.state
+            if "integrity" not in state:
+                state = self._adopt(opened)
+            self.storage.write(stage / STATE, seal({**state, **(facts or {}), WENT_BACK: said}))
+            self.commit(stage)
+        self.roll_forward()
+        return [self.path / name for name in aside.values()]
+
+    @contextlib.contextmanager
+    def discarded_on_failure(self, stage: Path) -> Iterator[None]:
+        """Discard a staged step when the block fails before it was committed."""
+        try:
+            yield
+        except BaseException:
+            # A disk that fails may refuse this as well; the next writer removes what is left.
+            with contextlib.suppress(OSError):
+                self.discard(stage)
+            raise
+
+    def _move_aside(self, said: Any) -> None:
+        """Move what a commit that goes back lists; what is there already was moved before an interruption."""
+        listed = said.get("aside") if isinstance(said, dict) else None
+        if not isinstance(listed, dict) or not all(_is_aside(*names) for names in listed.items()):
+            raise CheckpointDamaged(f"{self.committed / STATE}: {WENT_BACK} does not list folders to be moved aside.")
+        for name, aside in listed.items():
+            if self.storage.exists(self.path / aside):
+                continue
+            if name == TOP:
+                # The log is cut back to the step that training goes on from, and would lose what it has of this one.
+                log = [name for name in self.storage.names(self.path) if name == LOG]
+                self._build_history([*self._top_names(), *log])
+                self.storage.rename(self.path / BUILDING, self.path / aside)
+            elif self.storage.exists(self.path / name):
+                self.storage.rename(self.path / name, self.path / aside)
+        self.storage.sync_folder(self.path)
+
+    def _adopt(self, opened: Opened) -> dict[str, Any]:
+        """The training state that a bundle of format version 1 would have had."""
+        files = {
+            name: {"size": file.seek(0, os.SEEK_END), "crc32": f"{self.storage.crc32(file):08x}"}
+            for name, file in opened.files.items()
+        }
+        optimizer = "optimizer.pt" if "optimizer.pt" in files else None
+        return {
+            "step": opened.state.get("step", 0),
+            "optimizer_file": optimizer,
+            **opened.state,
+            "format_version": FORMAT_VERSION,
+            "commit_id": new_id(),
+            "parent": None,
+            "integrity": {"files": files},
+        }
+
+    def _remove_tree(self, path: Path) -> None:
+        if not self.storage.is_folder(path):
+            self.storage.remove(path)
+            return
+        for name in self.storage.names(path):
+            self._remove_tree(path / name)
+        self.storage.remove_folder(path)

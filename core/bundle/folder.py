@@ -1,0 +1,199 @@
+"""The folder of one model, as it is read: what its files are called, and which of them are the newest step.
+
+docs/commit_protocol.md says what is on disk at each moment. Readers take no lock and change nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from core.bundle.storage import DISK, Storage
+from core.bundle.training_state import STATE, parse_json, unseal
+from core.errors import CheckpointDamaged, CheckpointNotFound
+
+COMMITTED = ".committed"
+CONFIG = "config.json"
+MODEL = "model.pt"
+MODEL_SHARDS = "model_sharded"
+LOG = "metrics.jsonl"
+STANDARD = (MODEL, CONFIG, "tokenizer.json", STATE, "optimizer.pt")
+"""The files of a bundle whose training state does not list them."""
+MORE = ("ema.pt",)
+"""Files that a bundle may have besides."""
+
+_NOT_THERE = (FileNotFoundError, NotADirectoryError)
+
+READ_ATTEMPTS = 1000
+"""Commits that may happen while a reader opens one bundle, before it gives up."""
+
+
+@dataclass
+class Opened:
+    """The files of one committed step, open: a save beside it cannot mix in another step."""
+
+    folder: Path
+    state: dict[str, Any]
+    files: dict[str, BinaryIO]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files.values():
+            file.close()
+
+
+def new_id() -> str:
+    """Make a random commit id."""
+    return os.urandom(8).hex()
+
+
+def step_folder(step: int) -> str:
+    """Name the folder that keeps an older step."""
+    return f"step_{step:08d}"
+
+
+def aside_folder(step: int, why: str) -> str:
+    """Name a folder for what is not deleted and never read: `damaged`, `abandoned`, `displaced` or `cleared`."""
+    return f"aside_{step:08d}_{why}_{new_id()}"
+
+
+def file_names(state: dict[str, Any]) -> tuple[str, ...]:
+    """Name the files of a bundle, its training state last; one in a folder is called `folder/file`."""
+    if "integrity" not in state:
+        return (*(n for n in STANDARD if n != STATE), STATE)
+    return (*state["integrity"]["files"], STATE)
+
+
+def entries(names: Iterable[str]) -> tuple[str, ...]:
+    """Name what changes its place when a step is committed: files, and in place of files in a folder the folder."""
+    return tuple(dict.fromkeys(name.partition("/")[0] for name in names))
+
+
+def shown(path: Path) -> str:
+    """A file's path for messages; of a shard it says which rank wrote it."""
+    shard = re.fullmatch(r"__(\d+)_\d+\.distcp", path.name)
+    return f"{path} (the shard of rank {shard[1]})" if shard else str(path)
+
+
+class FolderReader:
+    """One model on disk: the newest step at the top, older ones in `step_NNNNNNNN/`."""
+
+    def __init__(self, path: Path, storage: Storage = DISK) -> None:
+        self.path = path
+        self.storage = storage
+        self.committed = path / COMMITTED
+
+    def read(self, name: str) -> bytes:
+        """Read one file of the newest step: what is committed and not yet rolled forward comes first.
+
+        Raises: FileNotFoundError when there is none.
+        """
+        try:
+            return self.storage.read(self.committed / name)
+        except _NOT_THERE:
+            return self.storage.read(self.path / name)
+
+    def _open(self, name: str) -> BinaryIO:
+        try:
+            return self.storage.open(self.committed / name)
+        except _NOT_THERE:
+            return self.storage.open(self.path / name)
+
+    def open_newest(self) -> Opened:
+        """Open every file of the newest committed step; never a mixture of two.
+
+        Raises: CheckpointDamaged when a listed file is missing or the training state is damaged.
+        """
+        for _ in range(READ_ATTEMPTS):
+            before = self._state_bytes()
+            state = unseal(before, f"{self.path / STATE}") if before is not None else {}
+            opened, missing, stale = Opened(self.path, state, {}), None, False
+            for name in file_names(state)[:-1]:
+                try:
+                    opened.files[name] = self._open(name)
+                except _NOT_THERE:
+                    missing = missing or name
+                except (OSError, CheckpointDamaged) as error:
+                    # a network file system: the name moved while it was being opened
+                    stale = isinstance(error, OSError) and error.errno == errno.ESTALE
+                    if not stale:
+                        opened.close()
+                        raise
+            if not stale and self._state_bytes() == before:
+                if missing is None or "integrity" not in state:
+                    return opened
+                opened.close()
+                raise CheckpointDamaged(
+                    f"{shown(self.path / missing)}: missing, but {STATE} of step {state['step']} lists it."
+                )
+            opened.close()
+        raise CheckpointDamaged(f"{self.path}: another program commits faster than this one can open files.")
+
+    def _state_bytes(self) -> bytes | None:
+        try:
+            return self.read(STATE)
+        except _NOT_THERE:
+            return None
+
+    def open_step(self, step: int) -> Opened:
+        """Open every file of a kept step.
+
+        Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged when a listed file is missing.
+        """
+        return self.open_kept(self.path / step_folder(step))
+
+    def open_kept(self, folder: Path) -> Opened:
+        """Open every file of the bundle in one `step_NNNNNNNN/` folder."""
+        if not self.storage.exists(folder):
+            kept = ", ".join(str(s) for s in self.kept_steps()) or "none"
+            raise CheckpointNotFound(f"{folder}: this step is not kept. Kept steps: {kept}.")
+        try:
+            state = unseal(self.storage.read(folder / STATE), f"{folder / STATE}")
+        except FileNotFoundError:
+            state = {}
+        files: dict[str, BinaryIO] = {}
+        for name in file_names(state)[:-1]:
+            try:
+                files[name] = self.storage.open(folder / name)
+            except FileNotFoundError as error:
+                if "integrity" in state:
+                    Opened(folder, state, files).close()
+                    raise CheckpointDamaged(f"{shown(folder / name)}: missing, but {STATE} lists it.") from error
+        return Opened(folder, state, files)
+
+    def kept_steps(self) -> dict[int, Path]:
+        """List the older steps that are kept, oldest first."""
+        found = (re.fullmatch(r"step_(\d{8,})", name) for name in self.storage.names(self.path))
+        return dict(sorted((int(m[1]), self.path / m[0]) for m in found if m))
+
+    def asides(self) -> list[Path]:
+        """List the folders of what was set aside, and is never read as a checkpoint."""
+        return [self.path / name for name in self.storage.names(self.path) if name.startswith("aside_")]
+
+    def newest_id(self) -> str | None:
+        """Identify the newest step: its commit id, or the checksum of a model that has none; None for no model."""
+        folder = self.committed if self.storage.exists(self.committed / STATE) else self.path
+        return self._commit_id(folder) or self._model_crc(folder)
+
+    def _commit_id(self, folder: Path) -> str | None:
+        try:
+            return parse_json(self.storage.read(folder / STATE), f"{folder / STATE}").get("commit_id")
+        except (FileNotFoundError, CheckpointDamaged):
+            return None
+
+    def _model_crc(self, folder: Path) -> str | None:
+        try:
+            with self.storage.open(folder / MODEL) as file:
+                return f"crc32:{self.storage.crc32(file):08x}"
+        except FileNotFoundError:
+            return None
+
+    def _is(self, folder: Path, identity: str) -> bool:
+        # Only a model without a commit id is read whole, once, when the first save replaces it.
+        found = self._model_crc(folder) if identity.startswith("crc32:") else self._commit_id(folder)
+        return found == identity

@@ -1,0 +1,154 @@
+"""Find the newest step whose every byte is what was written."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from core.bundle.bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, open_bundle, verify
+from core.bundle.choice import Candidate, choose
+from core.bundle.commit import CONFIG, MODEL, ModelFolder
+from core.bundle.folder import MODEL_SHARDS
+from core.bundle.legacy import open_legacy
+from core.bundle.training_state import STATE
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
+
+Say = Callable[[str], None]
+
+ANEW = "To start anew, use another --model_name, or --allow_fresh, which moves what is here aside."
+NOTHING_ELSE = f"There is no other checkpoint here, and nothing was changed. {ANEW}"
+
+
+def say_on_stderr(line: str) -> None:
+    """Print a line where a progress bar may be, and leave the bar whole."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def open_verified(
+    folder: Path,
+    say: Say = say_on_stderr,
+    *,
+    step: int | None = None,
+    single: str | None = None,
+    used: tuple[str, ...] = ALL_PARTS,
+    check: bool = True,
+) -> Bundle:
+    """Open the newest step of a model, a kept one or a single file, and check every byte of the parts that are used.
+
+    What was replaced since it was saved is said. Without `check`, no more is seen than opening sees: that headers are
+    whole and fit the lengths of the files.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    """
+    bundle = open_legacy(folder / single) if single else open_bundle(folder, step)
+    try:
+        for line in verify(bundle, used) if check else ():
+            say(f"WARNING: {line}")
+    except BaseException:
+        bundle.close()
+        raise
+    return bundle
+
+
+def open_chosen(
+    folder: Path, say: Say = say_on_stderr, *, used: tuple[str, ...] = FOR_INFERENCE, check: bool = True
+) -> Bundle:
+    """Open the checkpoint of a folder that is to be used, bundle or single file, and check the parts that are.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    """
+    choice = choose(folder)
+    choice.refuse_none()
+    for line in choice.lines():
+        say(line)
+    single = choice.candidates[0].single if choice.candidates else None  # without any, opening says what is not there
+    return open_verified(folder, say, single=single, used=used, check=check)
+
+
+def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> Bundle | None:
+    """Open the checkpoint to train on, walking back from what is damaged; None where there is none at all.
+
+    The caller holds the lock. Without `check` only what cannot be opened counts as damaged.
+
+    Raises: NoneIntact when checkpoints, or parts of some, are here and none can be used; nothing is changed then.
+    """
+    choice = choose(place.path)
+    for line in choice.lines():
+        say(line)
+    for i, candidate in enumerate(choice.candidates):
+        try:
+            return _open_or_walk_back(place, candidate, say, check)
+        except (CheckpointDamaged, CheckpointNotFound) as damage:
+            if i + 1 == len(choice.candidates):
+                if isinstance(damage, NoneIntact):
+                    raise
+                raise NoneIntact(f"{damage} {NOTHING_ELSE}") from damage
+            say(f"WARNING: {damage}")
+            say(f"WARNING: trying {choice.candidates[i + 1].name} instead; nothing was deleted")
+    if choice.passed:
+        raise NoneIntact(f"{choice.passed[0]} {NOTHING_ELSE}")
+    left = [name for name in (MODEL, MODEL_SHARDS, OPTIMIZER, EMA, STATE) if (place.path / name).exists()]
+    if left:
+        gone = " and ".join(name for name in (MODEL, CONFIG) if not (place.path / name).exists())
+        raise NoneIntact(
+            f"{place.path / left[0]}: is here without {gone}, so this is what is left of a checkpoint. Put {gone} "
+            f"back; nothing was changed. {ANEW}"
+        )
+    asides = [path for path in place.asides() if "_cleared_" not in path.name]  # those a new start was permitted over
+    if asides:
+        raise NoneIntact(
+            f"{place.path}: no checkpoint here but what was set aside: {', '.join(path.name for path in asides)}. "
+            f"To go on from one, rename it to step_NNNNNNNN, as it says. {ANEW}"
+        )
+    return None
+
+
+def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say, check: bool) -> Bundle:
+    try:
+        bundle = open_verified(candidate.folder, say, single=candidate.single, check=check)
+    except (CheckpointDamaged, CheckpointNotFound) as damage:
+        if candidate.single is not None:
+            raise
+        return walk_back(place, damage, say)
+    if candidate.single is None and not bundle.state and any(kept.state for kept in history(place.path)):
+        bundle.close()  # as step 0 it would begin anew, with weights and moments of nobody knows which step
+        return walk_back(place, CheckpointDamaged(f"{place.path / STATE}: missing, and kept steps have one."), say)
+    return bundle
+
+
+def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
+    """Make the newest intact kept step the top again, with what is damaged renamed aside, say so, and open it.
+
+    Raises: NoneIntact when no kept step is intact; nothing is changed then.
+    """
+    passed, faults = [], [str(damage)]
+    for kept in reversed(history(place.path)):
+        try:
+            with open_bundle(kept.path) as bundle:
+                verify(bundle)
+        except CheckpointError as error:
+            passed.append(kept.path)
+            faults.append(str(error))
+            continue
+        aside = place.go_back(kept.path, "damaged", passed)
+        where = f" What is damaged was not deleted: {', '.join(map(str, aside))}." if aside else ""
+        say(f"WARNING: {' '.join(faults)} Going on from step {kept.step}, the newest intact one.{where}")
+        return open_verified(place.path, say)
+    raise NoneIntact(
+        f"{' '.join(faults)} No intact older step is kept in {place.path}, and nothing was changed. {ANEW}"
+    )
+
+
+def newest_intact(folder: Path, besides: int | None) -> str:
+    """Say which kept step is the newest intact one, besides one that is known to be damaged."""
+    for kept in reversed(history(folder)):
+        if kept.step == besides:
+            continue
+        with contextlib.suppress(CheckpointError), open_bundle(kept.path) as bundle:
+            verify(bundle)
+            return f"Newest intact step: {kept.step} ({kept.path.name})."
+    return "No intact older step is kept."

@@ -1,0 +1,89 @@
+"""Which older steps stay, and by which rule; removing the others is the manager's business."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from core.bundle.bundle import Kept
+from core.bundle.lineage import order
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The rules of a run; `resumed_from` is the step it went on from, which stays for as long as it runs."""
+
+    keep: int = 1
+    keep_every: int | None = None
+    resumed_from: int | None = None
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Retention:
+        """The rules in force when a training state was written; the defaults for what it does not say."""
+        recorded = state.get("retention")
+        known = recorded if isinstance(recorded, dict) else {}
+        least = {"keep": 0, "keep_every": 1, "resumed_from": 0}
+        return cls(**{n: known[n] for n, low in least.items() if isinstance(known.get(n), int) and known[n] >= low})
+
+    def given(self, keep: int | None, keep_every: int | None) -> Retention:
+        """The same rules with numbers that were given, where they were."""
+        return replace(
+            self,
+            keep=self.keep if keep is None else keep,
+            keep_every=self.keep_every if keep_every is None else keep_every,
+        )
+
+    def rules(self, newest: Mapping[str, Any], kept: Sequence[Kept]) -> list[list[str]]:
+        """Name the rules by which each kept step stays; one without any is removed after the next save.
+
+        `newest` is the training state at the top, and `kept` are the steps beside it, oldest first. A step that was
+        committed no sooner than the top (the folder went back to it) is no older one, and no rule is needed for it.
+        """
+        older = [step for step in kept if step.order < order(newest)]
+        last = older[-self.keep :] if self.keep else []
+        best = best_of(newest, kept)
+        found = []
+        for step in kept:
+            tests = {
+                "newest": step not in older,
+                f"newest {self.keep}": step in last,
+                "best": best is not None and step.step == best["step"],
+                f"every {self.keep_every}": self.keep_every is not None and step.step % self.keep_every == 0,
+                "resumed from": step.step == self.resumed_from,
+                # The file that it was made of may be gone: the step goes only when a person removes it.
+                "migrated": "migrated_from" in step.state,
+            }
+            found.append([rule for rule, holds in tests.items() if holds])
+        return found
+
+    def rules_of_newest(self, newest: Mapping[str, Any], kept: Sequence[Kept]) -> list[str]:
+        """Name the rules that hold for the step at the top, by which it would stay when it is no longer the newest."""
+        best, step = best_of(newest, kept), newest.get("step", 0)
+        every = self.keep_every is not None and step % self.keep_every == 0
+        tests = {"newest": True, "best": best is not None and step == best["step"], f"every {self.keep_every}": every}
+        return [rule for rule, holds in tests.items() if holds]
+
+    def going(self, newest: Mapping[str, Any], kept: Sequence[Kept]) -> list[Kept]:
+        """The kept steps that no rule keeps."""
+        return [step for step, rules in zip(kept, self.rules(newest, kept), strict=True) if not rules]
+
+
+def best_of(newest: Mapping[str, Any], kept: Sequence[Kept]) -> dict[str, Any] | None:
+    """The step with the least validation loss: the recorded one while it is here, else the best of those that are.
+
+    When a folder has gone back to an older step, the best that this one recorded may have been removed since.
+    """
+    here = [newest, *(step.state for step in kept)]
+    recorded = newest.get("best")
+    if recorded and any(state.get("step") == recorded["step"] for state in here):
+        return dict(recorded)
+    losses = [(state["val_loss"], state["step"]) for state in here if isinstance(state.get("val_loss"), (int, float))]
+    return {"step": min(losses)[1], "val_loss": min(losses)[0]} if losses else None
+
+
+def better(best: dict[str, Any] | None, step: int, loss: float | None) -> dict[str, Any] | None:
+    """The better of the best step so far and another, where that has a loss."""
+    if loss is not None and (best is None or loss < best["val_loss"]):
+        return {"step": step, "val_loss": loss}
+    return best

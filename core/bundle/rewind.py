@@ -1,0 +1,95 @@
+"""What changes the past of a model, by a person's wish alone: go back to a step, begin anew, remove what lies aside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from core.bundle import intact
+from core.bundle.bundle import EMA, Bundle, Kept, history
+from core.bundle.choice import LEGACY_FILES, seen_files
+from core.bundle.commit import ModelFolder
+from core.bundle.folder import LOG, aside_folder
+from core.bundle.training_state import STATE, unseal
+from core.console.words import size_text
+from core.errors import CheckpointDamaged, CheckpointNotFound, NoneIntact
+
+
+def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = True) -> None:
+    """Make a kept step the newest one again, by one commit; what came after it goes aside. The caller has the lock.
+
+    Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged when it is damaged; nothing is changed then.
+    """
+    kept = {older.step: older for older in history(place.path)}
+    top = top_state(place)
+    if top.get("step") == step:
+        return
+    if step not in kept:
+        aside = next((path for path in place.asides() if path.name.startswith(f"aside_{step:08d}_")), None)
+        hint = f"Rename {aside.name} to step_{step:08d} to have it back. " if aside else ""
+        raise CheckpointNotFound(
+            f"{place.path}: step {step} is not kept. {hint}Kept steps: {', '.join(map(str, kept)) or 'none'}."
+        )
+    intact.open_verified(place.path, say, step=step, check=check).close()
+    later = [older.path for older in kept.values() if older.order > kept[step].order]
+    ids = [older.state.get("commit_id") for older in kept.values()]
+    # A single file with a higher step, which this step has not seen, would be chosen instead of it.
+    legacy = seen_files(place.path, top.get("legacy", []))
+    gone = place.go_back(
+        kept[step].path,
+        "abandoned",
+        later,
+        top_stays=top.get("commit_id", "") in ids,
+        facts={"legacy": legacy} if legacy else None,
+    )
+    say(
+        f"{place.path}: back to step {step}, which training goes on from. What came after it is kept aside until "
+        f"--prune: {', '.join(path.name for path in gone)}"
+    )
+
+
+def top_state(place: ModelFolder) -> dict[str, Any]:
+    """The training state at the top; empty where there is none that can be read."""
+    with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
+        return unseal(place.read(STATE), str(place.path / STATE))
+    return {}
+
+
+def open_or_clear(place: ModelFolder, say: intact.Say, *, check: bool = True) -> Bundle | None:
+    """Open the checkpoint to train on; where there are some and none is intact, move all aside and give None."""
+    try:
+        return intact.open_newest_intact(place, say, check=check)
+    except NoneIntact as error:
+        say(f"WARNING: {error}")
+        clear(place, say)
+        return None
+
+
+def clear(place: ModelFolder, say: intact.Say) -> None:
+    """Move every checkpoint of a folder, none of which can be used, aside, and say where. The caller has the lock."""
+    aside = []
+    for older in history(place.path):
+        aside.append(place.path / aside_folder(older.step, "cleared"))
+        place.storage.rename(older.path, aside[-1])
+    names = place.storage.names(place.path)
+    aside += place.clear_top([name for name in (*LEGACY_FILES, EMA, LOG) if name in names])
+    where = ", ".join(path.name for path in aside)
+    say(f"WARNING: {place.path}: starting anew (--allow_fresh)." + (f" What was here is in {where}." if aside else ""))
+
+
+def prune(place: ModelFolder, going: Iterable[Kept], say: intact.Say) -> int:
+    """Remove what lies aside and some kept steps, naming each, and return the bytes freed. The caller has the lock.
+
+    A file that is also under another name, as one of a kept step, frees nothing.
+    """
+    doomed = [*place.asides(), *(older.path for older in going)]
+    inside = [[file.stat() for file in folder.rglob("*") if file.is_file()] for folder in doomed]
+    files = [file for listed in inside for file in listed]
+    names = Counter(file.st_ino for file in files)
+    freed = {file.st_ino: file.st_size for file in files if names[file.st_ino] == file.st_nlink}
+    place.remove(doomed)
+    for folder, listed in zip(doomed, inside, strict=True):
+        say(f"removed {folder} ({size_text(sum(file.st_size for file in listed))})")
+    return sum(freed.values())

@@ -1,0 +1,276 @@
+"""The file system, as few calls as a commit needs; every change of the disk passes through one method.
+
+What a system may lack has a switch that turns itself off at the first refusal, and then the other way is taken:
+hard links, fsync of a folder, writes past the page cache, room reserved beforehand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from core.containers.checksum import combine, crc32_file
+from core.errors import CheckpointDamaged
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PIECE = 8 * 1024 * 1024
+"""Bytes handed to one write call."""
+
+SECTOR = 4096
+"""What offsets, lengths and addresses of unbuffered writes are multiples of."""
+
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.EACCES}
+_NO_PREALLOCATION = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENODEV, errno.EBADF}
+_NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, errno.EISDIR}
+
+
+class Storage:
+    """A file system that can be watched: tests count, fail or kill at `change`."""
+
+    def __init__(self) -> None:
+        self.links = hasattr(os, "link")
+        self.folder_fsync = os.name == "posix"
+        self.unbuffered = fcntl is not None and hasattr(os, "O_DIRECT")
+        self.preallocation = hasattr(os, "posix_fallocate")
+
+    def change(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Make one system call that changes the disk, or makes a change durable."""
+        return call(*args)
+
+    def make_folder(self, path: Path) -> None:
+        """Make one folder, which must not exist."""
+        self.change(os.mkdir, path)
+
+    def create(self, path: Path) -> Output:
+        """Open a new file for writing; it must not exist."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        return Output(self, self.change(os.open, path, flags, 0o666))
+
+    def create_blocks(self, path: Path, size: int) -> BlockFile:
+        """Open a new file of known size for blocks; it must not exist."""
+        return BlockFile(self, path, size)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a new file and make its content durable."""
+        with self.create(path) as output:
+            output.write(data)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename a file or folder, replacing a target file."""
+        self.change(os.replace, source, target)
+
+    def link(self, source: Path, target: Path) -> bool:
+        """Give a file a second name; False (and `links` off from now on) where the file system cannot."""
+        if not self.links:
+            return False
+        try:
+            self.change(os.link, source, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self.links = False
+        return self.links
+
+    def remove(self, path: Path) -> None:
+        """Remove one file."""
+        self.change(os.unlink, path)
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove one empty folder."""
+        self.change(os.rmdir, path)
+
+    def sync_folder(self, path: Path) -> None:
+        """Make durable which names a folder holds."""
+        if not self.folder_fsync:
+            return
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            self.change(os.fsync, fd)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_FSYNC:
+                raise
+            self.folder_fsync = False
+        finally:
+            os.close(fd)
+
+    def open(self, path: Path) -> BinaryIO:
+        """Open a file for reading; what is open stays readable when the name moves or goes.
+
+        Raises: CheckpointDamaged for a pipe, whose writer would be waited for, or a device.
+        """
+        with contextlib.suppress(OSError):  # what is wrong with the name, opening it says
+            kind = path.stat().st_mode
+            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+                raise CheckpointDamaged(f"{path}: a device or a pipe, expected a file.")
+        return path.open("rb", buffering=0)
+
+    def read(self, path: Path) -> bytes:
+        """Read a whole file."""
+        with self.open(path) as file:
+            return file.read()
+
+    def names(self, path: Path) -> list[str]:
+        """List a folder, sorted; a folder that is not there is empty."""
+        try:
+            return sorted(os.listdir(path))  # noqa: PTH208
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def exists(self, path: Path) -> bool:
+        """Whether a file or folder has this name."""
+        return path.exists()
+
+    def is_folder(self, path: Path) -> bool:
+        """Whether this name is a folder itself, not a link to one."""
+        return path.is_dir() and not path.is_symlink()
+
+    def is_same(self, a: Path, b: Path) -> bool:
+        """Whether two names are of one file; one that is not there is the same as none."""
+        try:
+            return a.samefile(b)
+        except FileNotFoundError:
+            return False
+
+    def free(self, path: Path) -> int:
+        """Bytes that may still be written where a folder lies."""
+        return shutil.disk_usage(path).free
+
+    def crc32(self, file: BinaryIO) -> int:
+        """CRC32 of an open file."""
+        return crc32_file(file.fileno(), os.fstat(file.fileno()).st_size)
+
+
+class Output:
+    """A new file that knows its size and CRC32; closing it makes it durable."""
+
+    def __init__(self, storage: Storage, fd: int) -> None:
+        self._storage = storage
+        self._fd = fd
+        self._pending: list[bytes] = []
+        self._pending_size = 0
+        self.size = 0
+        self.crc32 = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append bytes and return their CRC32; small pieces are gathered into large writes."""
+        view = memoryview(data).cast("B")
+        crc = 0
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
+            crc = zlib.crc32(piece, crc)
+            if len(piece) + self._pending_size < PIECE:
+                self._pending.append(bytes(piece))
+                self._pending_size += len(piece)
+            else:
+                self._flush()
+                self._write_all(piece)
+        self.crc32 = combine(self.crc32, crc, len(view))
+        self.size += len(view)
+        return crc
+
+    def _flush(self) -> None:
+        if self._pending:
+            data = memoryview(b"".join(self._pending))
+            self._pending, self._pending_size = [], 0
+            self._write_all(data)
+
+    def _write_all(self, view: memoryview) -> None:
+        while len(view):
+            view = view[self._storage.change(os.write, self._fd, view) :]
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self._storage.change(os.fsync, self._fd)
+        finally:
+            os.close(self._fd)
+
+
+class BlockFile:
+    """A new file of known size that is written in blocks, past the page cache where it can; closing makes it durable.
+
+    The blocks of 1.5 GB through the page cache would be copied by a core that training needs.
+    """
+
+    def __init__(self, storage: Storage, path: Path, size: int) -> None:
+        self._storage = storage
+        self._size = size
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        self._fd = storage.change(os.open, path, flags, 0o666)
+        self._end = 0
+        try:
+            # Asked of the open file: an open with O_DIRECT that is refused may leave the file behind.
+            self._unbuffered = storage.unbuffered and size > SECTOR and self._set_unbuffered(True)
+            if self._unbuffered and storage.preallocation:
+                self._reserve()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _set_unbuffered(self, wanted: bool) -> bool:
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return wanted
+
+    def _reserve(self) -> None:
+        # Where blocks have a place, writing them changes no metadata, and a full disk is known before the first one.
+        try:
+            self._storage.change(os.posix_fallocate, self._fd, 0, self._size)
+        except OSError as error:
+            if error.errno not in _NO_PREALLOCATION:
+                raise
+            self._storage.preallocation = False
+
+    def write(self, block: memoryview, start: int, length: int) -> None:
+        """Write the first `length` bytes of a block at byte `start`, a multiple of SECTOR.
+
+        A block is as long as a multiple of SECTOR: unbuffered, whole sectors are written, and the file is cut at the
+        end. The block's memory begins at a multiple of SECTOR.
+        """
+        done = 0
+        while done < length:
+            whole = -(-length // SECTOR) * SECTOR if self._unbuffered else length
+            try:
+                done += self._storage.change(os.pwrite, self._fd, block[done:whole], start + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._unbuffered:
+                    raise
+                # This file system wants larger sectors, or was cut short within one.
+                self._unbuffered = self._set_unbuffered(False)
+        self._end = max(self._end, start + done)
+
+    def __enter__(self) -> BlockFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                if self._end > self._size:
+                    self._storage.change(os.ftruncate, self._fd, self._size)
+                self._storage.change(os.fsync, self._fd)
+        finally:
+            os.close(self._fd)
+
+
+DISK = Storage()
+"""The real file system."""

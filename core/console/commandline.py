@@ -1,0 +1,247 @@
+"""The command line that the scripts share: flags, settings from a file, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from core.bundle.find import model_names
+from core.console.words import printable
+from core.errors import CheckpointError, CheckpointNotFound, InputError
+
+DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit codes: 75 is EX_TEMPFAIL, which batch queues read as "run me again"; 130 is the shell's 128 + SIGINT."""
+
+
+def _near(word: str, words: Iterable[str], n: int, cutoff: float) -> list[str]:
+    """The likeliest of some words; its library is imported only when a flag is wrong."""
+    from difflib import get_close_matches
+
+    return get_close_matches(word, words, n, cutoff)
+
+
+def _wide(prog: str) -> argparse.HelpFormatter:
+    """A page on which the longest flag has its help beside it."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=118)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with the flags every script has; an unknown flag names the nearest known one.
+
+    A script that works on no model takes `model=False`.
+    """
+
+    def __init__(self, prog: str, description: str, epilog: str = "", model: bool = True) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=_wide,
+        )
+        shared = self.add_argument_group("model") if model else self
+        if model:
+            shared.add_argument("--model_name", metavar="NAME", help="folder of the model below the checkpoint root")
+            root = "folder of all models (default: checkpoints)"
+            shared.add_argument("--checkpoint_root", metavar="DIR", default="checkpoints", help=root)
+        settings = "flags by name from a JSON file; the command line wins"
+        shared.add_argument("--config_file", metavar="FILE.json", help=settings)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Parse flags; those of --config_file stand in front, so that the command line wins."""
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=_wide)
+        early.add_argument("--config_file")
+        config_file = early.parse_known_args(argv)[0].config_file
+        from_file = self._from_file(Path(config_file)) if config_file else []
+        args, unknown = self.parse_known_args(from_file + argv)
+        if unknown:
+            self._refuse(unknown[0])
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with one line; the usage of thirty flags would hide it."""
+        self.exit(WRONG_USE, f"{self.prog}: error: {message} (--help shows the flags)\n")
+
+    def _refuse(self, word: str) -> NoReturn:
+        flag = word.split("=")[0]
+        if not flag.startswith("-"):
+            self.error(f"unexpected word {word!r}")
+        near = _near(flag.replace("-", "_").replace("__", "--", 1), self._flags(), n=1, cutoff=0.5)
+        self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+
+    def _flags(self) -> dict[str, argparse.Action]:
+        return self._option_string_actions
+
+    def _from_file(self, path: Path) -> list[str]:
+        words: list[str] = []
+        for name, value in read_settings(path).items():
+            action = self._flags().get(f"--{name}")
+            if action is None or name in ("help", "config_file"):
+                near = _near(f"--{name}", self._flags(), n=1, cutoff=0.5)
+                self.error(f"{path}: unknown flag {name!r}" + (f"; did you mean {near[0][2:]!r}?" if near else ""))
+            if isinstance(value, bool):
+                negative = f"--no_{name}"
+                if value or negative in self._flags():
+                    words.append(f"--{name}" if value else negative)
+            elif value is not None:
+                words.append(f"--{name}={value}")
+        return words
+
+
+def count(word: str) -> int:
+    """Parse a whole number from 1, as a flag's type."""
+    if not word.isascii() or not word.isdigit() or not int(word):
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1")
+    return int(word)
+
+
+def positive(word: str) -> float:
+    """Parse a number above 0, as a flag's type."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
+    return value
+
+
+def size(word: str, least: int = 1) -> int:
+    """Parse a number of bytes such as 5GB, as a flag's type."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", word.upper())
+    if not match or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"{word!r} is no size such as 5GB, 500MB or 2GiB")
+    base = 1024 if match[3] else 1000
+    value = int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{word!r} is no size from {least} byte")
+    return value
+
+
+def number(kind: Callable[[str], float], low: float, high: float, allowed: str) -> Callable[[str], float]:
+    """Make a flag's type: a number from low to high, both included."""
+
+    def parse(word: str) -> float:
+        try:
+            value = kind(word)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"found {word!r}, expected {allowed}")
+        return value
+
+    return parse
+
+
+seed_number = number(int, 0, 2**62, "a whole number from 0 to 2**62")
+whole = number(int, 0, 2**62, "a whole number from 0")
+above_or_zero = number(float, 0, sys.float_info.max, "0 or a number above it")
+below_one = number(float, 0, math.nextafter(1.0, 0.0), "a number from 0 up to, not including, 1")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a JSON object of flags.
+
+    Raises: InputError when the file is missing, is no JSON, or is no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}. --config_file takes a JSON file of flags by name.") from error
+    except ValueError as error:
+        raise InputError(f"{path}: no valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise InputError(f'{path}: found a {type(values).__name__}, expected an object like {{"max_iters": 1000}}.')
+    return values
+
+
+def spin_briefly() -> None:
+    """Let threads that compute wait for one another awake for microseconds, not milliseconds; before torch is loaded.
+
+    A thread whose core a save copies on is waited for by the others, and while these spin nothing else can use theirs.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a script's main and exit: an error of ours, or of the file system, is one line on stderr and exit code 1."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except CheckpointError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        code = FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has what it wanted; Python would complain once more while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DONE
+    except OSError as error:
+        print(f"error: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
+        code = FAILED
+    import signal  # a millisecond that no start has to wait for
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is over: an impatient Ctrl-C must not change the exit code
+    sys.exit(code)
+
+
+def add_legacy_flag(group: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the flag that names a single-file checkpoint."""
+    text = "a single-file checkpoint: in the model's folder, or a path, or in the only model that has it"
+    group.add_argument("--legacy_checkpoint", metavar="FILE.pt", help=text)
+
+
+def legacy_path(parser: Parser, args: argparse.Namespace) -> Path | None:
+    """Find the file that --legacy_checkpoint names; None without the flag.
+
+    Raises: CheckpointNotFound when no file is there.
+    """
+    if args.legacy_checkpoint is None:
+        return None
+    root, name = Path(args.checkpoint_root), Path(args.legacy_checkpoint)
+    if args.model_name:
+        folder = root / args.model_name
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            parser.error(f"--legacy_checkpoint {name} leads out of {folder}; leave --model_name out to give a path")
+        if not path.is_file():
+            there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "none"
+            raise CheckpointNotFound(f"{path}: no such file. Torch files in {folder}: {there}.")
+        return path
+    if name.is_file():
+        return name
+    found = [model for model in model_names(root) if (root / model / name).is_file()]
+    if not found:
+        raise CheckpointNotFound(f"{name}: no such file, and no model below {root} has one of this name.")
+    if len(found) > 1:
+        parser.error(f"{len(found)} models have a {name}: {', '.join(found)}; choose one with --model_name")
+    print(f"model: {found[0]} (the only one in {root} with {name})", file=sys.stderr)
+    return root / found[0] / name
+
+
+def choose_model(args: argparse.Namespace) -> str | None:
+    """Name the model to use: the one given, else the only one there is; None (after listing them) for several.
+
+    Raises: CheckpointNotFound when the root holds none.
+    """
+    if args.model_name:
+        return args.model_name
+    root = Path(args.checkpoint_root)
+    names = model_names(root)
+    if not names:
+        raise CheckpointNotFound(f"{root}: no models here. Train one: python train.py --model_name dante")
+    if len(names) == 1:
+        print(f"model: {names[0]} (the only one in {root})", file=sys.stderr)
+        return names[0]
+    print(f"{root} holds {len(names)} models; choose one with --model_name: {', '.join(names)}", file=sys.stderr)
+    return None

@@ -1,0 +1,101 @@
+"""When to stop and when to save: signals and a time limit, read by the training loop where its state is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from core.console.commandline import INTERRUPTED, STOPPED
+
+STOPPING = ("SIGINT", "SIGTERM", "SIGBREAK")
+"""Signals that ask to save and stop; SIGBREAK is Ctrl-Break of Windows."""
+
+TIME_LIMIT = "stop_after_minutes"
+
+SAVING = "SIGUSR1"
+"""The signal that asks to save and go on; Windows has none."""
+
+SAVE_BY_CLOCK = "save_every_minutes"
+
+WISHES = (*STOPPING, TIME_LIMIT, SAVING, SAVE_BY_CLOCK)
+"""What may be asked of a run at the end of a step."""
+
+
+def reason(wishes: set[str]) -> str | None:
+    """Which of some wishes is to stop; None when none is."""
+    return next((name for name in (*STOPPING, TIME_LIMIT) if name in wishes), None)
+
+
+class StopSignal:
+    """While the block runs, SIGINT and SIGTERM ask to save and stop, SIGUSR1 to save and go on.
+
+    A second SIGINT ends at once; a second SIGTERM changes nothing. `after_minutes` from now on it asks to stop by
+    itself. With `owns_process` (a script, not a notebook) "at once" is at once: no thread that writes a save is waited
+    for, which loses nothing that is committed, and while there is nothing to save the first signal ends the process.
+    """
+
+    def __init__(self, after_minutes: float | None = None, *, owns_process: bool = False) -> None:
+        self.signal: str | None = None
+        self.work_to_save = False
+        """Whether training has begun; the loop sets it."""
+        self._ends = math.inf if after_minutes is None else time.monotonic() + 60 * after_minutes
+        self._owns_process = owns_process
+        self._interrupts = 0
+        self._save = False
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> str | None:
+        """What asks to stop: the name of a signal, or of the time limit once a step was made; None to go on."""
+        over = self.work_to_save and time.monotonic() >= self._ends
+        return self.signal or (TIME_LIMIT if over else None)
+
+    def take(self) -> set[str]:
+        """What is asked for now; a save is asked for once."""
+        save, self._save = self._save, False
+        return ({self.requested} if self.requested else set()) | ({SAVING} if save else set())
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for name in (*STOPPING, SAVING):
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) is not None:  # None: C code has taken it
+                    self._before[number] = signal.signal(number, self._on_save if name == SAVING else self._on_stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _on_save(self, number: int, frame: FrameType | None) -> None:
+        self._save = True
+        _tell(f"{signal.Signals(number).name}: saving as soon as this step is done, and going on")
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            if self._owns_process:
+                _tell("interrupted; what was saved is intact")
+                os._exit(INTERRUPTED)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third would only break the way out
+            raise KeyboardInterrupt
+        if self._owns_process and not self.work_to_save:
+            _tell(f"{name}: nothing new to save. Go on with the same line.")
+            os._exit(STOPPED)
+        doing = "already stopping" if self.signal else "finishing this step, then saving"
+        self.signal = self.signal or name
+        _tell(f"{name}: {doing} (a second Ctrl-C ends at once)")
+
+
+def _tell(line: str) -> None:
+    # Past the buffer of sys.stderr, which the line that the signal interrupts may be holding.
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())

@@ -1,0 +1,170 @@
+"""Records of torch's distributed classes: which of them are mere data, and what a pickled DTensor says.
+
+A DTensor is pickled as `_rebuild_from_type_v2(_rebuild_wrapper_subclass, DTensor, (class, dtype, shape, ...), state)`,
+whose state has this rank's `_local_tensor`, and a `_spec` with the mesh of ranks and a placement for each of the
+mesh's dimensions (torch.distributed.tensor, _dtensor_spec.py and placement_types.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from core.containers.blocks import naturals
+from core.containers.pickles.foreign import attributes, foreign_calls
+from core.containers.pickles.inert import Call, Global, as_text, children
+from core.containers.spec import ITEM_SIZES, TensorSpec
+from core.errors import CheckpointDamaged, CheckpointError
+
+_HOMES = ("torch.distributed.", "megatron.core.dist_checkpointing.strategies.torch.")
+
+_CLASSES = frozenset(
+    {
+        *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
+        *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING", "_StorageInfo"),
+        *("DTensor", "DTensorSpec", "TensorMeta", "ShardOrderEntry", "DeviceMesh", "_MeshLayout", "_FlatLayout"),
+        *("Shard", "_StridedShard", "Replicate", "Partial", "_Partial"),
+        *("MCoreMetadata", "MCoreSavePlan", "SavePlan", "WriteItem", "WriteItemType"),  # Megatron keeps its plans
+        *("TensorWriteData", "BytesIOWriteData"),
+    }
+)
+_MOST_MESH_DIMENSIONS = 16
+"""Data, pipeline, tensor, context and expert parallelism make five; the work grows with the square."""
+
+_BUILDERS = ("torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_wrapper_subclass")
+
+
+def is_distributed(path: str) -> bool:
+    """Whether a class of this full name is one of those, and its records are data."""
+    return path.startswith(_HOMES) and path.rpartition(".")[2] in _CLASSES
+
+
+def foreign_within(roots: Iterable[Any]) -> list[str]:
+    """What `foreign_calls` finds in a content in which records of distributed classes are data too."""
+    left, seen, pending = [], set(), list(roots)
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        name = value.callable if isinstance(value, Call) else value
+        if isinstance(name, Global) and (is_distributed(name.path) or name.path in _BUILDERS):
+            pending += (children(value) or [])[1:]
+        elif isinstance(value, (Call, Global)):
+            left.append(value)
+        else:
+            pending += children(value) or []
+    return foreign_calls(left)
+
+
+@dataclass(slots=True)
+class Shard:
+    """One rank's part of a distributed tensor."""
+
+    local: TensorSpec
+    shape: tuple[int, ...]  # of the whole tensor
+    begin: tuple[int, ...]
+    ranks: int  # in the mesh
+
+
+def shard_of(value: Any, where: str) -> Shard | None:
+    """What a record says of a DTensor; None for a record of anything else.
+
+    Raises: CheckpointDamaged when it contradicts itself, CheckpointError for a layout that cannot be put together.
+    """
+    if not isinstance(value, Call) or value.callable != Global("torch._tensor", "_rebuild_from_type_v2"):
+        return None
+    _, kind, args, state = value.args if len(value.args) == 4 else (None,) * 4
+    if not isinstance(kind, Global) or kind.path.rpartition(".")[2] != "DTensor" or not is_distributed(kind.path):
+        return None
+    parts = state if isinstance(state, tuple) else (state,)
+    held = next((part for part in parts if isinstance(part, dict)), {})
+    local, spec = held.get("_local_tensor"), attributes(held.get("_spec")) or {}
+    shape = args[2] if isinstance(args, tuple) and len(args) > 2 else None
+    if not isinstance(local, TensorSpec) or not naturals(shape) or len(shape) != len(local.shape):
+        raise CheckpointDamaged(f"{where}: a DTensor of shape {as_text(shape, 60)} with the part {as_text(local, 60)}.")
+    mesh = attributes(spec.get("mesh")) or {}
+    sizes, at, placements = _mesh_sizes(mesh), mesh.get("_coordinate_on_dim"), spec.get("placements")
+    at = tuple(at) if isinstance(at, (list, tuple)) else at
+    if (
+        not (naturals(sizes) and naturals(at) and isinstance(placements, tuple))
+        or not len(sizes) == len(at) == len(placements) <= _MOST_MESH_DIMENSIONS
+        or not all(i < n for i, n in zip(at, sizes, strict=True))
+        or math.prod(sizes) >= 1 << 31
+    ):
+        raise CheckpointDamaged(
+            f"{where}: a DTensor at {as_text(at, 40)} of a mesh {as_text(sizes, 40)} of ranks, placed as "
+            f"{as_text(placements, 80)}."
+        )
+    if not _in_order(spec.get("shard_order")):
+        raise _unreadable(where, spec["shard_order"])
+    begin, size = [0] * len(shape), list(shape)
+    for dim, cut in _cuts(placements, sizes, len(shape), where):
+        part = -(-size[cut] // sizes[dim])  # as torch.chunk: the last ones have less, or nothing
+        first = min(part * at[dim], size[cut])
+        begin[cut] += first
+        size[cut] = min(part, size[cut] - first)
+    if tuple(size) != local.shape or local.dtype not in ITEM_SIZES:
+        raise CheckpointDamaged(
+            f"{where}: holds {local.shape} of a DTensor {shape}, expected {tuple(size)} at {at} of a mesh {sizes}."
+        )
+    return Shard(local, shape, tuple(begin), math.prod(sizes))
+
+
+def _mesh_sizes(mesh: dict[str, Any]) -> Any:
+    """How many ranks a mesh has along each of its dimensions; older torch kept the ranks themselves in `mesh`."""
+    axes = (attributes(mesh.get("_layout")) or {}).get("axes")
+    if isinstance(axes, tuple):
+        shapes = [(attributes(axis) or {}).get("shape") for axis in axes[: _MOST_MESH_DIMENSIONS + 1]]
+        return tuple([math.prod(s) if naturals(s) and len(s) <= _MOST_MESH_DIMENSIONS else None for s in shapes])
+    shape = (attributes(mesh.get("_layout")) or {}).get("shape")
+    if shape is not None:
+        return shape if isinstance(shape, tuple) else (shape,)
+    ranks = mesh.get("mesh", mesh.get("_mesh"))
+    return ranks.shape if isinstance(ranks, TensorSpec) else None
+
+
+def _cuts(placements: tuple[Any, ...], sizes: tuple[int, ...], dims: int, where: str) -> list[tuple[int, int]]:
+    """Which dimension of the mesh cuts which of the tensor, in the order in which they do.
+
+    A strided shard (FSDP over tensor parallelism) is cut after the later dimensions of the mesh, whose parts its split
+    factor counts; with another factor a rank has rows from several places.
+    """
+    plain: list[tuple[int, int]] = []
+    late: list[tuple[int, int]] = []
+    for mesh_dim, placement in reversed(list(enumerate(placements))):
+        name = placement.callable.path if _is_record(placement) else ""
+        says = attributes(placement) or {}
+        kind, cut = name.rpartition(".")[2], says.get("dim")
+        if kind == "Replicate":
+            continue
+        if kind not in ("Shard", "_StridedShard"):
+            raise _unreadable(where, placement)
+        if type(cut) is not int or not 0 <= cut < dims:
+            raise CheckpointDamaged(f"{where}: a DTensor of {dims} dimensions is cut along {as_text(cut, 20)}.")
+        inner = math.prod(sizes[later] for later, same in plain + late if same == cut)
+        if kind == "_StridedShard" and says.get("split_factor") != inner:
+            raise _unreadable(where, placement)
+        (late if kind == "_StridedShard" else plain).append((mesh_dim, cut))
+    return plain[::-1] + late
+
+
+def _in_order(order: Any) -> bool:
+    """Whether shards are cut by the dimensions of the mesh from the first to the last, or nothing else is said."""
+    if order is None:
+        return True
+    entries = [getattr(entry, "args", None) for entry in order] if isinstance(order, tuple) else [None]
+    return all(isinstance(e, tuple) and len(e) == 2 and naturals(e[1]) and e[1] == tuple(sorted(e[1])) for e in entries)
+
+
+def _unreadable(where: str, layout: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: a DTensor is laid out as {as_text(layout, 120)}; only whole copies and shards of consecutive rows "
+        "can be put together. Save it with torch.distributed.checkpoint instead."
+    )
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, Call) and isinstance(value.callable, Global)

@@ -1,0 +1,239 @@
+"""Open a folder of torch.distributed.checkpoint: `.metadata`, and `.distcp` files of torch zips end to end.
+
+Each block of a tensor and each value is a torch zip of its own; `.metadata` says in which bytes of which file. The
+directories of these zips are read too: they say where in the zip the tensor is, and have its CRC32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from core.containers.blocks import blocks_fault, spec_of_blocks
+from core.containers.container import Check, Container, is_plain, listing, member, reading
+from core.containers.dcp.metadata import METADATA, Entry, Metadata, Place, read_metadata
+from core.containers.pickles.foreign import foreign_calls
+from core.containers.pickles.inert import as_text
+from core.containers.spec import Chunk, TensorSpec
+from core.containers.torch_files.items import Item, Items, find_items
+from core.containers.torch_files.storages import LARGEST_PICKLE
+from core.containers.torch_files.zip_directory import read_at
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+
+SUFFIX = ".distcp"
+
+
+def is_dcp(path: Path) -> bool:
+    """Whether a folder is one of torch.distributed.checkpoint, or what is left of one without its `.metadata`."""
+    return path.is_dir() and any(name == METADATA or name.endswith(SUFFIX) for name in listing(path))
+
+
+def open_dcp(path: Path, rebuilt: Metadata | None = None, opened: Mapping[str, BinaryIO] | None = None) -> Container:
+    """Read what a DCP folder holds: each tensor with its blocks, values as inert content nested as they were.
+
+    `rebuilt` stands for a `.metadata` that is lost (core/containers/dcp/rebuilt.py), `opened` are the folder's files
+    where they are open already.
+
+    Raises: CheckpointNotFound when it is none, CheckpointDamaged when files are missing, cut off or contradict
+        `.metadata`, CheckpointError for what cannot be read here.
+    """
+    names = listing(path) if opened is None else opened
+    if rebuilt is not None:
+        folder = _Folder(path, rebuilt, None)
+    elif opened is not None:
+        data = _whole(opened[METADATA], str(path / METADATA))
+        folder = _Folder(path, read_metadata(data, str(path / METADATA)), len(data), opened)
+    elif METADATA in names:
+        folder = _Folder(path, *metadata_of(path))
+    else:
+        raise _without_metadata(path, [name for name in names if name.endswith(SUFFIX)])
+    folder.read_items()
+    folder.put_entries()
+    surplus = [name for name in names if name.endswith(SUFFIX) and name not in folder.files]
+    folder.notes += [f"{name}: {METADATA} names nothing in it. It may be of another save." for name in surplus]
+    return folder.container()
+
+
+def metadata_of(path: Path) -> tuple[Metadata, int]:
+    """Read the `.metadata` of a folder; returns it with its size in bytes.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointError as `read_metadata`.
+    """
+    where = str(path / METADATA)
+    with reading(member(path, METADATA, where)) as file:
+        data = _whole(file, where)
+    return read_metadata(data, where), len(data)
+
+
+def _whole(file: BinaryIO, where: str) -> bytes:
+    size = file.seek(0, os.SEEK_END)
+    if size > LARGEST_PICKLE:
+        raise CheckpointError(f"{where}: has {size} bytes, at most {LARGEST_PICKLE} are read.")
+    return read_at(file, 0, size, where)
+
+
+def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
+    """Say what a folder is that has no `.metadata`."""
+    if not names:
+        return CheckpointNotFound(f"{path}: no DCP folder: it has neither {METADATA} nor *{SUFFIX} files.")
+    count = 0
+    for name in names:
+        with reading(member(path, name, str(path))) as file:
+            count += len(find_items(file, str(path / name)))
+    return CheckpointDamaged(
+        f"{path / METADATA}: missing. The {SUFFIX} files ({len(names)}) hold {count} whole items, but only {METADATA} "
+        "says what they are called and where in their tensors they belong. Copy it from where the folder was written; "
+        "convert_checkpoints.py --metadata_from DIR rebuilds it where that is exact."
+    )
+
+
+class _Folder:
+    """A DCP folder while it is read."""
+
+    def __init__(
+        self, path: Path, metadata: Metadata, size: int | None, opened: Mapping[str, BinaryIO] | None = None
+    ) -> None:
+        self.path, self.metadata, self.opened = path, metadata, opened
+        self.files = {} if size is None else {METADATA: size}
+        what = ("names, shapes and places of all items",)
+        self.checks = [] if size is None else [Check(METADATA, 0, size, None, what)]
+        self.foreign = dict.fromkeys(metadata.foreign)
+        self.notes = list(metadata.notes)
+        self.tensors: dict[str, TensorSpec] = {}
+        self.items: dict[tuple[str, int], Item] = {}  # by file and offset
+        self.content: Any = {}
+
+    def container(self) -> Container:
+        count = len(self.files) - (METADATA in self.files)
+        kind = f"DCP folder, {count} file{'s' * (count != 1)}"
+        return Container(
+            kind, self.path, self.tensors, self.content, self.files, self.checks, list(self.foreign), self.notes
+        )
+
+    def read_items(self) -> None:
+        """Open every item, file by file in the order of their bytes."""
+        by_file: dict[str, list[tuple[Place, Entry]]] = {}
+        items = Items()
+        for entry in self.metadata.entries:
+            for place in entry.places:
+                by_file.setdefault(place.file, []).append((place, entry))
+        missing = [name for name in by_file if is_plain(name) and not self.has(name)]
+        if missing:
+            count = sum(len(by_file[name]) for name in missing)
+            raise CheckpointDamaged(
+                f"{self.path / METADATA}: {len(missing)} of its {len(by_file)} files are missing, with {count} items: "
+                f"{as_text(sorted(missing))}. Copy them again."
+            )
+        for name, places in sorted(by_file.items()):
+            self.read_file(name, sorted(places, key=lambda pair: pair[0].offset), items)
+
+    def has(self, name: str) -> bool:
+        return os.path.lexists(self.path / name) if self.opened is None else name in self.opened
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[BinaryIO]:
+        if self.opened is not None:
+            yield self.opened[name]
+            return
+        with reading(member(self.path, name, str(self.path / METADATA))) as file:
+            yield file
+
+    def read_file(self, name: str, places: list[tuple[Place, Entry]], items: Items) -> None:
+        """Open the items of one file."""
+        where = str(self.path / name)
+        end = between = 0
+        with self.reading(name) as file:
+            size = self.files[name] = file.seek(0, os.SEEK_END)
+            for place, entry in places:
+                shown = f"{where}: {_shown(entry)}"
+                begin, between = place.offset, between + place.offset - end
+                if begin < end:
+                    raise CheckpointDamaged(f"{shown} begins at byte {begin}, the item before it ends at {end}.")
+                end = begin + place.length
+                if end > size:
+                    raise CheckpointDamaged(
+                        f"{shown} ends at byte {end} by {METADATA}, the file at {size}. It was cut off, or is of "
+                        "another save."
+                    )
+                self.items[name, begin] = items.open(file, begin, place.length, shown)
+        if between + size - end:
+            self.notes.append(f"{name}: {between + size - end} of its {size} bytes belong to no item.")
+
+    def put_entries(self) -> None:
+        """Give each entry its spec or value, nested as it was when it was saved."""
+        branches: dict[tuple[str | int, ...], dict[str | int, Any]] = {(): {}}
+        for entry in self.metadata.entries:
+            for depth, key in enumerate(entry.path):
+                branch, under = branches[entry.path[:depth]], entry.path[: depth + 1]
+                last = depth + 1 == len(entry.path)
+                if key in branch and (last or under not in branches):
+                    raise CheckpointDamaged(
+                        f"{self.path / METADATA}: {_shown(entry)} belongs at {as_text(entry.path, 80)}, where "
+                        "something else is."
+                    )
+                if last:
+                    branch[key] = self.tensor(entry) if entry.dtype else self.value(entry)
+                elif key not in branch:
+                    branch[key] = branches[under] = {}
+        for at, branch in reversed(branches.items()):  # the innermost first
+            if at and branch.keys() == set(range(len(branch))):
+                branches[at[:-1]][at[-1]] = [branch[i] for i in range(len(branch))]
+        self.content = branches[()]
+
+    def tensor(self, entry: Entry) -> Any:
+        """The spec of a tensor from its blocks, or a record where they are no plain tensors."""
+        assert entry.dtype
+        if fault := blocks_fault(entry.shape, [(place.begin, place.shape) for place in entry.places]):
+            raise CheckpointDamaged(f"{self.path / METADATA}: {_shown(entry)}: {fault}.")
+        chunks = []
+        for place in entry.places:
+            item = self.items[place.file, place.offset]
+            spec = item.content
+            if item.unused or not isinstance(spec, TensorSpec):
+                self.foreign |= dict.fromkeys(foreign_calls([spec, *item.unused]))
+            if not isinstance(spec, TensorSpec):
+                self.notes.append(f"{_shown(entry)} is {as_text(spec, 80)}, no plain tensor: left out.")
+                return spec
+            if (spec.dtype, spec.shape) != (entry.dtype, place.shape):
+                raise CheckpointDamaged(
+                    f"{self.path / place.file}: {_shown(entry)} at {place.begin} is {spec.dtype} {spec.shape}, "
+                    f"{METADATA} says {entry.dtype} {place.shape}."
+                )
+            self.check(place.file, item, {f"data/{spec.storage}": (entry.name,)})
+            chunks.append(Chunk(place.file, spec.offset, spec.nbytes, place.begin, place.shape, spec.strides))
+        return self.named(spec_of_blocks(entry.name, entry.dtype, entry.shape, chunks, entry.name))
+
+    def value(self, entry: Entry) -> Any:
+        """What a torch zip of anything else holds; tensors in it are named after it."""
+        (place,) = entry.places
+        item = self.items[place.file, place.offset]
+        names: dict[str, tuple[str, ...]] = {}
+        for path, spec in item.tensors.items():
+            spec.name = f"{entry.name}.{path}" if path else entry.name
+            record = f"data/{spec.storage}"
+            names[record] = (*names.get(record, ()), spec.name)
+            spec.file, spec.storage = place.file, f"{entry.name}/{spec.storage}"
+            self.named(spec)
+        self.foreign |= dict.fromkeys(foreign_calls([item.content, *item.unused]))
+        self.check(place.file, item, names)
+        return item.content
+
+    def named(self, spec: TensorSpec) -> TensorSpec:
+        if spec.name in self.tensors:
+            raise CheckpointDamaged(f"{self.path / METADATA}: two tensors are called {as_text(spec.name, 80)}.")
+        self.tensors[spec.name] = spec
+        return spec
+
+    def check(self, file: str, item: Item, names: dict[str, tuple[str, ...]]) -> None:
+        """List the records of an item that hold tensors; the others were checked when it was opened."""
+        for short, held in names.items():
+            record = item.records[short]
+            crc = record.crc32 if record.crc32 or not record.size else None
+            self.checks.append(Check(file, record.offset, record.size, crc, held))
+
+
+def _shown(entry: Entry) -> str:
+    return as_text(entry.name, 80)[1:-1]

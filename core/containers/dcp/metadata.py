@@ -1,0 +1,235 @@
+"""Read `.metadata`, where a DCP folder keeps the name, shape and place of every item in it.
+
+It is a pickle of torch.distributed.checkpoint.metadata.Metadata; its classes are those of torch's metadata.py and
+filesystem.py in that package, older torch had some of them elsewhere. Nothing of it is believed without the files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from core.containers.blocks import naturals
+from core.containers.dcp.dtensor import foreign_within, is_distributed
+from core.containers.pickles.foreign import attributes
+from core.containers.pickles.inert import Call, Global, as_text
+from core.containers.pickles.reader import parse_pickle
+from core.containers.pickles.reductions import Reductions
+from core.containers.spec import ITEM_SIZES
+from core.errors import CheckpointDamaged, CheckpointError
+
+METADATA = ".metadata"
+_MOST_DIMENSIONS = 64
+_LONGEST_NAME = 1000
+_DEEPEST = 32  # levels of the nested state dict
+_DATA = frozenset(
+    {"torch.Size", "torch.serialization._get_layout", *(f"torch.{dtype}" for dtype in ITEM_SIZES)}
+    | {f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "Path")}
+)
+"""What it names besides the classes of torch.distributed."""
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Place:
+    """A block of a tensor, or a value, and the bytes of the torch zip that holds it."""
+
+    begin: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Entry:
+    """One name in a DCP folder: a tensor in blocks, or, without a dtype, a value in one torch zip."""
+
+    name: str
+    path: tuple[str | int, ...]  # where it was in the nested state dict
+    dtype: str | None
+    shape: tuple[int, ...]
+    places: list[Place]
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Metadata:
+    """What `.metadata` says, checked for what can be checked without the other files."""
+
+    entries: list[Entry]
+    foreign: list[str]  # what it names besides the classes of every `.metadata`
+    notes: list[str]
+
+
+def read_metadata(data: bytes, where: str) -> Metadata:
+    """Read the bytes of a `.metadata`; `where` is its path, for messages.
+
+    Raises: CheckpointDamaged when it is no sound pickle or contradicts itself, CheckpointError when it is one of
+        something else, or says of its items what this program cannot read.
+    """
+    named: dict[str, None] = {}
+
+    def resolve(name: Global) -> Any:
+        named[name.path] = None
+        return name
+
+    reductions: Reductions = {"torch.Size": _size, "torch.serialization._get_layout": _layout}
+    parsed = parse_pickle(data, where, resolve=resolve, reductions=reductions)
+    root = attributes(parsed.value) if isinstance(parsed.value, Call) else None
+    if root is None or not isinstance(root.get("state_dict_metadata"), dict):
+        raise CheckpointError(
+            f"{where}: a pickle of {as_text(parsed.value, 60)}, expected a Metadata of torch.distributed.checkpoint "
+            "with state_dict_metadata."
+        )
+    storage = root.get("storage_data")
+    if not isinstance(storage, dict):
+        raise CheckpointError(
+            f"{where}: its storage_data is {as_text(storage, 60)}, expected the file of each item. "
+            "Another storage than files wrote it."
+        )
+    reader = _Reader(where, _stored(storage, where))
+    paths = root.get("planner_data")
+    entries = [
+        reader.entry(name, value, paths.get(name) if isinstance(paths, dict) and isinstance(name, str) else None)
+        for name, value in root["state_dict_metadata"].items()
+    ]
+    notes = []
+    if surplus := reader.stored.keys() - reader.used:
+        notes.append(f"{len(surplus)} stored items belong to no tensor or value: {as_text(sorted(surplus))}.")
+    if behind := len(data) - parsed.end:
+        notes.append(f"{METADATA}: {behind} bytes stand behind the end of its pickle, and were not read.")
+    usual = all(name in _DATA or is_distributed(name) for name in named)
+    foreign = [] if usual else foreign_within([parsed.value, *parsed.unused])
+    return Metadata(entries, foreign, notes)
+
+
+def _key(name: str, begin: tuple[int, ...] | None) -> str:
+    """What an item is found by: its name, and where it begins in its tensor; a value begins nowhere.
+
+    Text, whose hash nobody can foresee: thousands of tuples of one hash would be compared with each other.
+    """
+    return f"{name} {begin}"
+
+
+def _stored(storage: dict[Any, Any], where: str) -> dict[str, tuple[str, int, int]]:
+    """The file, offset and length of each item, by its name and where it begins in its tensor."""
+    stored: dict[str, tuple[str, int, int]] = {}
+    for index, info in storage.items():
+        key, place = attributes(index) or {}, attributes(info) or {}
+        name, begin = key.get("fqn"), key.get("offset")
+        file, offset, length = place.get("relative_path"), place.get("offset"), place.get("length")
+        numbers = (offset, length)
+        if not isinstance(name, str) or not (begin is None or _is_place(begin)) or not naturals(numbers):
+            raise CheckpointDamaged(
+                f"{where}: an item {as_text(index, 120)} at {as_text(info, 120)}, expected a name, and a file, offset "
+                "and length, all whole numbers from 0."
+            )
+        if not isinstance(file, str):
+            raise CheckpointDamaged(f"{where}: {_shown(name)} is in a file called {as_text(file, 40)}.")
+        if transforms := place.get("transform_descriptors"):
+            raise CheckpointError(
+                f"{where}: {_shown(name)} was written through {as_text(transforms, 60)}, which this program "
+                "cannot undo. Load and save it again with torch, without extensions."
+            )
+        if (item := _key(name, begin)) in stored:
+            raise CheckpointDamaged(f"{where}: {_shown(name)} at {begin} is stored twice.")
+        stored[item] = (file, numbers[0], numbers[1])
+    return stored
+
+
+class _Reader:
+    """Joins what is said of a name in state_dict_metadata with its places in storage_data."""
+
+    def __init__(self, where: str, stored: dict[str, tuple[str, int, int]]) -> None:
+        self.where, self.stored = where, stored
+        self.used: set[str] = set()
+
+    def entry(self, name: Any, value: Any, path: Any) -> Entry:
+        if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+            raise CheckpointDamaged(f"{self.where}: an item called {as_text(name, 80)}, expected a short text.")
+        where = f"{self.where}: {_shown(name)}"
+        kind = _class(value)
+        if kind == "BytesStorageMetadata":
+            return Entry(name, _path(name, path), None, (), [self.place(name, None, (), where)])
+        if kind != "TensorStorageMetadata":
+            raise CheckpointError(f"{where} is {as_text(value, 80)}, expected a tensor or a value.")
+        says = attributes(value) or {}
+        dtype, shape, chunks = _dtype(says.get("properties")), says.get("size"), says.get("chunks")
+        if dtype is None:
+            raise CheckpointError(
+                f"{where} has the properties {as_text(says.get('properties'), 120)}, which no dense tensor of a known "
+                "dtype has."
+            )
+        if not isinstance(shape, tuple) or not _shape(shape, ITEM_SIZES[dtype]) or not isinstance(chunks, list):
+            raise CheckpointDamaged(f"{where} has the shape {as_text(shape, 80)} in blocks {as_text(chunks, 80)}.")
+        places: dict[str, Place] = {}
+        for chunk in chunks:
+            box = attributes(chunk) or {}
+            begin, size = box.get("offsets"), box.get("sizes")
+            if not _is_place(begin) or not _is_place(size) or len(begin) != len(shape) or len(size) != len(shape):
+                raise CheckpointDamaged(f"{where} has a block {as_text(chunk, 120)}, its shape is {as_text(shape)}.")
+            there = places.get(at := str(begin))
+            if there is not None and 0 not in size and 0 not in there.shape and there.shape != size:
+                raise CheckpointDamaged(f"{where} has two blocks at {begin}: {there.shape} and {size}.")
+            if there is not None and 0 not in there.shape:
+                continue  # what each rank has, or an empty shard that begins where a full one does
+            places[at] = self.place(name, begin, size, where)
+        return Entry(name, _path(name, path), dtype, shape, list(places.values()))
+
+    def place(self, name: str, begin: tuple[int, ...] | None, size: tuple[int, ...], where: str) -> Place:
+        item = _key(name, begin)
+        found = self.stored.get(item)
+        if found is None:
+            at = "" if begin is None else f" at {begin}"
+            raise CheckpointDamaged(f"{where}{at} is nowhere in storage_data: it cannot be found.")
+        self.used.add(item)
+        return Place(begin or (), size, *found)
+
+
+def _shown(name: str) -> str:
+    return as_text(name, 80)[1:-1]
+
+
+def _path(name: str, path: Any) -> tuple[str | int, ...]:
+    """Where an item was in its state dict; planners that do not flatten say nothing, or other things."""
+    whole = isinstance(path, tuple) and 0 < len(path) < _DEEPEST
+    return path if whole and all(isinstance(key, str) or naturals((key,)) for key in path) else (name,)
+
+
+def _dtype(properties: Any) -> str | None:
+    """The dtype in TensorProperties, whose state is (dtype, layout, requires_grad, memory format, pin_memory)."""
+    state = getattr(properties, "state", None)
+    if isinstance(state, dict):  # before it had a state of its own
+        state = (state.get("dtype"), state.get("layout"))
+    if not isinstance(state, tuple) or len(state) < 2 or not isinstance(state[0], Global):
+        return None
+    dtype = state[0].path.removeprefix("torch.")
+    return dtype if dtype in ITEM_SIZES and state[1] == "torch.strided" else None
+
+
+def _class(value: Any) -> str:
+    """The short name of the class of a record."""
+    known = isinstance(value, Call) and isinstance(value.callable, Global)
+    return value.callable.path.rpartition(".")[2] if known else ""
+
+
+def _shape(shape: tuple[Any, ...], item: int) -> bool:
+    if not _is_place(shape):
+        return False
+    nbytes = item
+    for size in shape:
+        nbytes *= max(size, 1)
+    return nbytes < 1 << 63
+
+
+def _is_place(numbers: Any) -> TypeGuard[tuple[int, ...]]:
+    """Whether a value is as many whole numbers as a tensor has dimensions; thousands may share a longer one."""
+    return isinstance(numbers, tuple) and len(numbers) <= _MOST_DIMENSIONS and naturals(numbers)
+
+
+def _size(sizes: Any = ()) -> Any:
+    return tuple(sizes) if isinstance(sizes, (tuple, list)) else NotImplemented
+
+
+def _layout(name: Any) -> Any:
+    """How the elements of a tensor lie, by its name."""
+    return name if isinstance(name, str) else NotImplemented

@@ -1,0 +1,135 @@
+"""Lay out a DCP folder without torch: each block of a tensor and each value a torch zip, `.metadata` that places them.
+
+`.metadata` is a pickle of torch.distributed.checkpoint.metadata.Metadata. It is written opcode by opcode, with the
+classes by their names, so that no torch is needed; torch's own reader is what the tests read it with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from core.containers.torch_files.layout import Made, Named, Sink, Stored, ZipLayout, pickled
+
+
+def file_of(rank: int) -> str:
+    """Name the file of a rank."""
+    return f"__{rank}_0.distcp"
+
+
+FILE = file_of(0)
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+
+_SIZE = Named("torch", "Size")
+_STRIDED = Made(Named("torch.serialization", "_get_layout"), ("torch.strided",))
+_CONTIGUOUS = Made(Named(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An item that was written: where it was in the nested state dict, its bytes and, of a tensor, dtype and shape.
+
+    One that is a block of a tensor says where it begins in it, and its own shape.
+    """
+
+    name: str
+    path: tuple[str | int, ...]
+    offset: int
+    length: int
+    dtype: str | None = None
+    shape: Shape = ()
+    file: str = FILE
+    begin: Shape | None = None
+    block: Shape | None = None
+
+
+class _Part:
+    """A sink whose bytes are counted from where an item begins: the offsets in its zip are its own."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink, self.size = sink, 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.size += len(data)
+        return self.sink.write(data)
+
+
+def write_tensor(sink: Sink, dtype: str, shape: Shape, nbytes: int, pieces: Iterable[bytes | memoryview]) -> int:
+    """Append the torch zip of one tensor, whose bytes come in pieces; returns its length."""
+    return _write(sink, Stored(0, dtype, shape, nbytes), lambda layout: layout.record("data/0", nbytes, pieces))
+
+
+def write_value(sink: Sink, value: Any) -> int:
+    """Append the torch zip of a plain value; returns its length."""
+    return _write(sink, value, lambda _: None)
+
+
+def _write(sink: Sink, content: Any, put_data: Callable[[ZipLayout], object]) -> int:
+    part, data = _Part(sink), pickled(content)
+    layout = ZipLayout(part)
+    layout.record("data.pkl", len(data), [data])
+    layout.record("byteorder", 6, [b"little"])
+    put_data(layout)
+    layout.record("version", 2, [b"3\n"])
+    layout.close()
+    return part.size
+
+
+def item_header(dtype: str, shape: Shape, nbytes: int) -> bytes:
+    """The `data.pkl` of an item that is a tensor, or a block of one."""
+    return pickled(Stored(0, dtype, shape, nbytes))
+
+
+def metadata(items: Iterable[Placed]) -> bytes:
+    """Write the `.metadata` of items, as torch.distributed.checkpoint reads it; blocks of a tensor have its name."""
+    blocks: dict[str, list[Placed]] = {}
+    for item in items:
+        blocks.setdefault(item.name, []).append(item)
+    root = {
+        "state_dict_metadata": {name: _described(parts) for name, parts in blocks.items()},
+        "planner_data": {name: parts[0].path for name, parts in blocks.items()},
+        "storage_data": dict(_stored(part, n) for parts in blocks.values() for n, part in enumerate(parts)),
+        "storage_meta": None,
+    }
+    return pickled(_record(_METADATA, "Metadata", root))
+
+
+def _described(parts: list[Placed]) -> Made:
+    item = parts[0]
+    if item.dtype is None:
+        return _record(_METADATA, "BytesStorageMetadata", {})
+    properties = (Named("torch", item.dtype), _STRIDED, False, _CONTIGUOUS, False)
+    chunks = [
+        {"offsets": _size(_begin(part)), "sizes": _size(part.shape if part.block is None else part.block)}
+        for part in parts
+    ]
+    says = {
+        "properties": _record(_METADATA, "TensorProperties", properties),
+        "size": _size(item.shape),
+        "chunks": [_record(_METADATA, "ChunkStorageMetadata", chunk) for chunk in chunks],
+    }
+    return _record(_METADATA, "TensorStorageMetadata", says)
+
+
+def _begin(item: Placed) -> Shape:
+    return (0,) * len(item.shape) if item.begin is None else item.begin
+
+
+def _stored(item: Placed, number: int) -> tuple[Made, Made]:
+    begin = None if item.dtype is None else _size(_begin(item))
+    index = {"fqn": item.name, "offset": begin, "index": None if item.dtype is None else number}
+    place = {"relative_path": item.file, "offset": item.offset, "length": item.length}
+    return _record(_METADATA, "MetadataIndex", index), _record(_FILESYSTEM, "_StorageInfo", place)
+
+
+def _record(module: str, name: str, state: Mapping[str, Any] | tuple[Any, ...]) -> Made:
+    return Made(Named(module, name), None, state)
+
+
+def _size(shape: Shape) -> Made:
+    return Made(_SIZE, (shape,))

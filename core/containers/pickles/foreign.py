@@ -1,0 +1,116 @@
+"""Which records in the content of a file are mere data, and what attributes they have; nothing is ever looked up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.containers.pickles.inert import Call, Global, as_text, children
+from core.containers.spec import ITEM_SIZES
+
+_MOST = 20
+
+_INSTANCES = ("copyreg._reconstructor", "copyreg.__newobj__", "copy_reg._reconstructor")
+"""How protocols 0 and 1 write an instance: (class, object, None)."""
+
+
+def _names(modules: str, names: str) -> set[str]:
+    return {f"{module}.{name}" for module in modules.split() for name in names.split()}
+
+
+_DATA = frozenset(
+    {"argparse.Namespace", "types.SimpleNamespace", "uuid.UUID"}
+    | {"pickle.key"}  # what the reader of pickles itself makes of an unusual key
+    | {"torch.device", "torch.Size", "torch.serialization._get_layout", *(f"torch.{dtype}" for dtype in ITEM_SIZES)}
+    | _names("pathlib pathlib._local", "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath")
+    | _names("io _io", "BytesIO StringIO")
+    | _names("collections", "OrderedDict defaultdict deque Counter")
+    | _names("datetime", "date datetime time timedelta timezone")
+    | _names("builtins __builtin__", "bool bytearray bytes complex dict float frozenset int list object range set")
+    | _names("builtins __builtin__", "slice str tuple long unicode xrange")
+    | _names("numpy", "dtype ndarray")
+    | _names("numpy", "bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 intc uintc longlong ulonglong")
+    | _names("numpy", "float16 float32 float64 longdouble complex64 complex128 clongdouble str_ bytes_ datetime64")
+    | _names("numpy.core.multiarray numpy._core.multiarray", "_reconstruct scalar")
+    | _names("numpy.core.numeric numpy._core.numeric", "_frombuffer")
+    | set(_INSTANCES)
+)
+"""Classes whose instances are values, and functions that build one."""
+
+
+def foreign_calls(content: Any) -> list[str]:
+    """Name the calls and names in a content that are not known to be mere data, each as text.
+
+    They are 20 at most, and a last entry that counts the others. Known are the classes of `_DATA`, and every class
+    whose name ends in Config, made without arguments: whatever module it had, its record is a set of attributes.
+    Quantized and other unusual tensors are foreign: they stayed calls because no tensor spec can describe them. An
+    empty list means that the content may be loaded.
+    """
+    found: dict[str, None] = {}
+    seen: set[int] = set()
+    pending = [content]
+    more = 0
+    while pending:
+        value = pending.pop()
+        held = children(value)
+        if held is None:
+            if isinstance(value, Global) and not _is_data(value):
+                if len(found) < _MOST:
+                    found[as_text(value)] = None
+                else:
+                    more += value.path not in found
+            continue
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Call):
+            # the name that is called is judged with its call; those it is given are, when it is foreign
+            known = _makes_data(value)
+            if not known and len(found) < _MOST:
+                found[as_text(value)] = None
+            elif not known:
+                more += 1
+            called = [] if isinstance(value.callable, Global) else [value.callable]
+            args = value.args if known else [a for a in value.args if not isinstance(a, Global)]
+            held = [*called, *args, value.state, value.items]
+        pending.extend(reversed(held))
+    return [*found, *([f"{more} more calls and names"] if more else [])]
+
+
+def attributes(value: Any) -> dict[str, Any] | None:
+    """The attributes by name that an inert record of an object holds; a dict as it is, None where there are no names.
+
+    A class that keeps its attributes in slots has them in the second part of its state. A frozen dataclass with slots
+    writes values without names, and one that relied on the defaults of its class writes nothing at all.
+    """
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, Call):
+        return None
+    state = value.state
+    if type(state) is dict:
+        return state if {*map(type, state)} <= {str} else None
+    if state is None and len(value.args) == 1:
+        state = value.args[0]  # made with keywords alone
+    parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+    dicts = [part for part in parts if isinstance(part, dict)]
+    named = {name: item for part in dicts for name, item in part.items()}
+    if not dicts or len(dicts) != sum(part is not None for part in parts):
+        return None
+    return named if all(isinstance(name, str) for name in named) else None
+
+
+def _makes_data(call: Call) -> bool:
+    """Whether a call is known to build a value, provided that its arguments are values."""
+    if not isinstance(call.callable, Global):
+        return False
+    if call.callable.path in _INSTANCES:
+        return bool(call.args) and isinstance(call.args[0], Global) and _is_data(call.args[0])
+    return _is_data(call.callable) and not (_is_config(call.callable) and call.args)
+
+
+def _is_data(name: Global) -> bool:
+    return name.path in _DATA or _is_config(name)
+
+
+def _is_config(name: Global) -> bool:
+    return name.path.endswith("Config")

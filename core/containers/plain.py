@@ -1,0 +1,60 @@
+"""Content of a checkpoint as values that JSON has."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from core.containers.pickles.inert import DEPTH, Call, Global, as_text
+from core.containers.spec import TensorSpec
+
+ROOM = 2_000_000
+"""Characters of JSON that a checkpoint may take, beyond 16 for each byte of its files."""
+
+
+class Room:
+    """How many characters of JSON may still be written: parts that a pickle shares are written at each use."""
+
+    def __init__(self, size: int) -> None:
+        self.left = ROOM + 16 * size  # bytes of the files
+
+    def take(self, text: str, depth: int) -> None:
+        """Count a text on a line of its own, at a depth of nesting."""
+        self.left -= len(text) * (1 if text.isascii() and text.isprintable() else 12) + 2 * depth + 4
+
+
+def plain(value: Any, depth: int = 0, room: Room | None = None) -> Any:
+    """Turn content into what JSON can say; tensors, records and numbers that JSON lacks become text.
+
+    So does what lies deeper than any checkpoint of a program: whoever reads the JSON has to follow it. Where `room`
+    ends, a last entry of each list and object that is cut says how many it lacks; the outermost one has all fields.
+    """
+    if depth <= DEPTH and isinstance(value, dict):
+        found: dict[str, Any] = {}
+        for key, item in value.items():
+            if depth and room is not None and room.left < 0:
+                found["..."] = _left_out(len(value) - len(found))
+                break
+            name = key if isinstance(key, str) else as_text(key)
+            if room is not None:
+                room.take(name, depth)
+            found[name] = plain(item, depth + 1, room)
+        return found
+    if depth <= DEPTH and isinstance(value, (list, tuple, set, frozenset)):
+        listed: list[Any] = []
+        for item in value:
+            if room is not None and room.left < 0:
+                listed.append(_left_out(len(value) - len(listed)))
+                break
+            listed.append(plain(item, depth + 1, room))
+        return listed
+    records = (Call, Global, TensorSpec, bytes, dict, list, tuple, set, frozenset)
+    if isinstance(value, records) or (isinstance(value, float) and not math.isfinite(value)):
+        value = as_text(value)
+    if room is not None:
+        room.take(value if isinstance(value, str) else str(value), depth)
+    return value
+
+
+def _left_out(count: int) -> str:
+    return f"{count} more, left out: they would take more room than the files"

@@ -1,0 +1,59 @@
+"""Computed: tensors whose values are worked out while a conversion is planned; small ones, in a file without a name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+from typing import BinaryIO
+
+from core.containers.container import Container
+from core.containers.spec import TensorSpec, dense_strides
+from core.containers.tensors.dtypes import decode
+from core.containers.tensors.reading import Gatherer
+from core.containers.tensors.views import View, stored
+
+GAMMA = {"float16": "float32", "bfloat16": "float32"}
+"""The dtype in which 1 + a number of this one is exact (to within 2**-24), where it is not its own."""
+
+
+class Computed(Container):
+    """Tensors that no file of the source holds; `what` says how they were made."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("computed", Path(what), {}, {}, {"computed": 0})
+        with tempfile.TemporaryFile() as file:
+            self._fd = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._fd)  # with the last view of it
+
+    def open(self, name: str) -> BinaryIO:
+        """Open the one file there is."""
+        return os.fdopen(os.dup(self._fd), "rb", buffering=0)
+
+    def put(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> View:
+        """Add a tensor, and give a view of it."""
+        offset = self.files["computed"]
+        os.pwrite(self._fd, data, offset)
+        self.files["computed"] = offset + len(data)
+        return stored(self, TensorSpec(name, dtype, shape, dense_strides(shape), offset, len(data), "computed"))
+
+
+def mean(view: View) -> float:
+    """Compute the mean of the elements of a small tensor."""
+    import numpy as np
+
+    with Gatherer() as gatherer:
+        data = b"".join(piece.tobytes() for piece in gatherer.pieces(view))
+    return float(np.mean(decode(data, view.dtype), dtype=np.float64)) if data else 0.0
+
+
+def plus_one(view: View, into: Computed, name: str) -> View:
+    """Add 1 to every element, rounded once: of a 16-bit tensor to float32."""
+    import numpy as np
+
+    dtype = GAMMA.get(view.dtype, view.dtype)
+    with Gatherer() as gatherer:
+        data = b"".join(piece.tobytes() for piece in gatherer.pieces(view))
+    made = (decode(data, view.dtype).astype(np.float64) + 1.0).astype({"float32": "<f4", "float64": "<f8"}[dtype])
+    return into.put(name, dtype, view.shape, made.tobytes())

@@ -1,0 +1,230 @@
+"""View: a tensor as blocks of what lies in files, so that rearranging it moves no byte.
+
+Every function here is geometry: it takes views and gives views. Who reads one (reading.py) gets its elements dense
+and in row-major order, however they lie.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from core.containers.container import Container
+from core.containers.spec import ITEM_SIZES, TensorSpec, dense_strides
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A box of a tensor: where it begins in the tensor, and where its elements are; or one value throughout."""
+
+    begin: Shape
+    shape: Shape
+    strides: Shape  # in elements, within the file
+    offset: int  # of its first element's first byte
+    file: str  # within the container
+    source: Container | None  # None: every element is `value`
+    name: str  # of the tensor that it is a part of, for people
+    value: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """A tensor put together from blocks; each element is in exactly one of them."""
+
+    dtype: str
+    shape: Shape
+    blocks: tuple[Block, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.numel * ITEM_SIZES[self.dtype]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that it is made of, each once."""
+        return tuple(dict.fromkeys(block.name for block in self.blocks if block.source is not None))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether nothing of it comes from a file."""
+        return bool(self.blocks) and all(block.source is None for block in self.blocks)
+
+    def same_elements(self, other: View) -> bool:
+        """Whether both are the same bytes of the same file, as tied tensors are."""
+        return self.place == other.place
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What is equal for two views of the same bytes of the same file, as tied tensors are."""
+        blocks = ((b.begin, b.shape, b.strides, b.offset, b.file, id(b.source), b.value) for b in self.blocks)
+        return (self.dtype, self.shape, *blocks)
+
+
+def stored(container: Container, spec: TensorSpec) -> View:
+    """View a tensor of a container as it is."""
+    if not spec.chunks:
+        begin = (0,) * len(spec.shape)
+        block = Block(begin, spec.shape, spec.strides, spec.offset, spec.file, container, spec.name)
+        return View(spec.dtype, spec.shape, (block,) if spec.nbytes else ())
+    blocks = (Block(c.begin, c.shape, c.strides, c.offset, c.file, container, spec.name) for c in spec.chunks)
+    return View(spec.dtype, spec.shape, tuple(block for block in blocks if 0 not in block.shape))
+
+
+def filled(dtype: str, shape: Shape, value: float = 0.0) -> View:
+    """Make a tensor of one value."""
+    block = Block((0,) * len(shape), shape, (0,) * len(shape), 0, "", None, "", value)
+    return View(dtype, shape, () if 0 in shape else (block,))
+
+
+def permute(view: View, axes: Sequence[int]) -> View:
+    """Give the axes another order: axis k of the result is axis `axes[k]`."""
+
+    def order(values: Shape) -> Shape:
+        return tuple(values[a] for a in axes)
+
+    blocks = (replace(b, begin=order(b.begin), shape=order(b.shape), strides=order(b.strides)) for b in view.blocks)
+    return View(view.dtype, order(view.shape), tuple(blocks))
+
+
+def join(views: Sequence[View], axis: int = 0) -> View:
+    """Put tensors one behind the other along an axis."""
+    blocks: list[Block] = []
+    end = 0
+    for view in views:
+        blocks += [replace(b, begin=_with(b.begin, axis, b.begin[axis] + end)) for b in view.blocks]
+        end += view.shape[axis]
+    return View(views[0].dtype, _with(views[0].shape, axis, end), tuple(blocks))
+
+
+def cut(view: View, axis: int, start: int, stop: int) -> View:
+    """Take what lies from `start` up to `stop` along an axis."""
+    item = ITEM_SIZES[view.dtype]
+    blocks = []
+    for block in view.blocks:
+        low, high = max(block.begin[axis], start), min(block.begin[axis] + block.shape[axis], stop)
+        if low < high:
+            part = _part(block, axis, low - block.begin[axis], high - block.begin[axis], item)
+            blocks.append(replace(part, begin=_with(part.begin, axis, low - start)))
+    return View(view.dtype, _with(view.shape, axis, stop - start), tuple(blocks))
+
+
+def split_axis(view: View, axis: int, inner: int) -> View:
+    """Make two axes of one, the second of them `inner` long."""
+    item, blocks = ITEM_SIZES[view.dtype], []
+    for block in view.blocks:
+        for part in _aligned(block, axis, inner, item):
+            begin, size, stride = part.begin[axis], part.shape[axis], part.strides[axis]
+            rows = max(size // inner, 1)
+            blocks.append(
+                replace(
+                    part,
+                    begin=_spread(part.begin, axis, begin // inner, begin % inner),
+                    shape=_spread(part.shape, axis, rows, size // rows),
+                    strides=_spread(part.strides, axis, stride * inner, stride),
+                )
+            )
+    return View(view.dtype, _spread(view.shape, axis, view.shape[axis] // inner, inner), tuple(blocks))
+
+
+def merge_axes(view: View, axis: int) -> View:
+    """Make one axis of two that follow one another."""
+    item, inner, blocks = ITEM_SIZES[view.dtype], view.shape[axis + 1], []
+    for block in view.blocks:
+        n, whole = block.shape[axis], block.shape[axis + 1] == inner
+        regular = whole and (n == 1 or block.strides[axis] == block.strides[axis + 1] * inner)
+        parts = [block] if regular else [_part(block, axis, k, k + 1, item) for k in range(n)]
+        for part in parts:
+            stride = part.strides[axis + 1] if inner > 1 else part.strides[axis]
+            blocks.append(
+                replace(
+                    part,
+                    begin=_fused(part.begin, axis, part.begin[axis] * inner + part.begin[axis + 1]),
+                    shape=_fused(part.shape, axis, part.shape[axis] * part.shape[axis + 1]),
+                    strides=_fused(part.strides, axis, stride),
+                )
+            )
+    return View(view.dtype, _fused(view.shape, axis, view.shape[axis] * inner), tuple(blocks))
+
+
+def add_axis(view: View, axis: int) -> View:
+    """Put in an axis of length 1."""
+
+    def wider(values: Shape, value: int) -> Shape:
+        return (*values[:axis], value, *values[axis:])
+
+    blocks = (
+        replace(b, begin=wider(b.begin, 0), shape=wider(b.shape, 1), strides=wider(b.strides, 0)) for b in view.blocks
+    )
+    return View(view.dtype, wider(view.shape, 1), tuple(blocks))
+
+
+def drop_axis(view: View, axis: int) -> View:
+    """Take out an axis of length 1."""
+
+    def narrower(values: Shape) -> Shape:
+        return (*values[:axis], *values[axis + 1 :])
+
+    blocks = (
+        replace(b, begin=narrower(b.begin), shape=narrower(b.shape), strides=narrower(b.strides)) for b in view.blocks
+    )
+    return View(view.dtype, narrower(view.shape), tuple(blocks))
+
+
+def _part(block: Block, axis: int, low: int, high: int, item: int) -> Block:
+    """A block from `low` up to `high` along an axis, counted from its own begin."""
+    step = block.strides[axis] if block.source is not None else 0
+    return replace(
+        block,
+        begin=_with(block.begin, axis, block.begin[axis] + low),
+        shape=_with(block.shape, axis, high - low),
+        offset=block.offset + low * step * item,
+    )
+
+
+def _aligned(block: Block, axis: int, inner: int, item: int) -> Iterator[Block]:
+    """Cut a block so that each piece is whole multiples of `inner`, or lies within one."""
+    begin, end = block.begin[axis], block.begin[axis] + block.shape[axis]
+    first, last = -(-begin // inner) * inner, end // inner * inner
+    edges = sorted({begin, end, *(edge for edge in (first, last) if begin < edge < end)})
+    for low, high in itertools.pairwise(edges):
+        yield _part(block, axis, low - begin, high - begin, item)
+
+
+def _with(values: Shape, axis: int, value: int) -> Shape:
+    return (*values[:axis], value, *values[axis + 1 :])
+
+
+def _spread(values: Shape, axis: int, outer: int, inner: int) -> Shape:
+    return (*values[:axis], outer, inner, *values[axis + 1 :])
+
+
+def _fused(values: Shape, axis: int, value: int) -> Shape:
+    return (*values[:axis], value, *values[axis + 2 :])
+
+
+def is_in_order(view: View) -> bool:
+    """Whether its blocks, one behind the other, are its elements in row-major order: bytes then only move."""
+    at = 0
+    for block in sorted(view.blocks, key=lambda b: b.begin):
+        rows = block.shape[1:] == view.shape[1:] and _dense(block) and (not block.shape or block.begin[0] == at)
+        if not rows:
+            return False
+        at += block.shape[0] if block.shape else 0
+    return True
+
+
+def _dense(block: Block) -> bool:
+    return block.source is None or all(
+        size == 1 or stride == dense
+        for size, stride, dense in zip(block.shape, block.strides, dense_strides(block.shape), strict=True)
+    )

@@ -1,0 +1,82 @@
+"""Open a file of torch of whichever age, and say what other files look like that people take for one."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from typing import BinaryIO
+
+from core.containers.pickles.inert import as_text
+from core.containers.torch_files.stream import MAGIC, TorchStream
+from core.containers.torch_files.zip import TorchZip
+from core.containers.torch_files.zip_directory import read_at
+from core.errors import CheckpointDamaged, CheckpointError
+
+_HEAD = 512  # bytes: one block of a tar
+
+_OTHERS: tuple[tuple[bytes, str, str], ...] = (
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "Convert it with the program that wrote it."),
+    (b"\x93NUMPY", "a numpy array", "Load it with numpy."),
+    (b"GGUF", "a GGUF file", "Take the weights it was made from."),
+    (b"\x1f\x8b", "a gzip file", "Unpack it first."),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file", "Unpack it first."),
+    (b"BZh", "a bzip2 file", "Unpack it first."),
+    (b"\xfd7zXZ\0", "an xz file", "Unpack it first."),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip file", "Unpack it first."),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Fetch the file with git lfs pull."),
+    (b"<!doctype", "a web page", "Download the file again: the server sent a page in its place."),
+    (b"<html", "a web page", "Download the file again: the server sent a page in its place."),
+    (b"<?xml", "an XML text", "Download the file again: the server may have sent an error in its place."),
+)
+"""First bytes, in lower case where they are words, what the file is, and what to do."""
+
+_LONGEST_HEADER = 1 << 27
+"""Bytes of a safetensors header, whose length is in the first eight bytes, before its JSON."""
+
+_TAR_OF_TORCH = (b"sys_info", b"pickle", b"storages", b"tensors")
+
+
+def open_torch_file(file: BinaryIO, where: str) -> TorchZip | TorchStream:
+    """Read what a file of torch holds, without its tensors; `where` is its path, for messages.
+
+    Raises: CheckpointDamaged when it is cut off, contradicts itself or is nothing known; CheckpointError naming what
+        it looks like when it is another kind of file.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        raise CheckpointDamaged(f"{where}: empty (0 bytes), expected a torch file.")
+    head = read_at(file, 0, min(size, _HEAD), where)
+    if head.startswith(b"PK") or head == b"P":
+        return TorchZip.open(file, where)
+    if (head[0] == 0x80 and head[1:2] <= b"\5") or head.startswith(b"L%dL" % MAGIC):
+        return TorchStream.open(file, where)
+    raise _other_kind(head, where)
+
+
+def _other_kind(head: bytes, where: str) -> CheckpointError:
+    """The error that says what a file looks like from its first bytes."""
+    begins = f"it begins with {as_text(head[:8])}"
+    if head[:100].rstrip(b"\0").removeprefix(b"./") in _TAR_OF_TORCH:
+        return CheckpointError(
+            f"{where}: torch's tar format from before version 0.1.10, expected a zip or stream file of torch. "
+            "Load and save it again with an old torch."
+        )
+    if head[257:262] == b"ustar":
+        return CheckpointError(f"{where}: a tar archive, expected a torch file. Unpack it first.")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_HEADER:
+        return CheckpointError(f"{where}: a safetensors file, expected a torch file. Convert it first.")
+    for start, kind, remedy in _OTHERS:
+        if head.startswith(start) or head.lstrip().lower().startswith(start):
+            return CheckpointError(f"{where}: {kind}, no torch file: {begins}. {remedy}")
+    if _is_text(head):
+        text = as_text(head.decode("utf-8", "ignore"), 60)
+        return CheckpointError(f"{where}: no torch zip file: a text file that begins with {text}.")
+    return CheckpointDamaged(f"{where}: no torch zip file: {begins}, a zip with b'PK', an older file with b'\\x80'.")
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return all(c.isprintable() or c.isspace() for c in text)

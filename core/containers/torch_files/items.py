@@ -1,0 +1,161 @@
+"""Torch zips that lie end to end in one file, as in `.distcp`: open each of them, or find where each begins."""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, cast
+
+from core.containers.pickles.inert import Call
+from core.containers.spec import TensorSpec
+from core.containers.torch_files.zip import TorchZip
+from core.containers.torch_files.zip_directory import Record, read_at
+from core.errors import CheckpointDamaged
+
+_EDGE = 1024
+"""Bytes at either end of the zip of one tensor that hold all but the tensor: two reads instead of twenty."""
+
+_MOST_LAYOUTS = 8
+"""Layouts remembered of one length."""
+
+_END = struct.Struct("<4s8xII2x")  # signature, length and start of the directory
+_END64 = struct.Struct("<4s36xQQ")  # as _END
+_CRC_BEFORE_NAME = 46 - 16  # in an entry of the directory, whose fixed part has 46 bytes
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Item:
+    """What one torch zip holds; offsets in its specs and records count from the beginning of the file around it."""
+
+    content: Any
+    tensors: dict[str, TensorSpec]
+    records: dict[str, Record]
+    unused: list[Call]
+
+
+class Items:
+    """Opens such zips. Most hold a tensor of a shape that another one had: then comparing bytes spares reading them."""
+
+    def __init__(self) -> None:
+        self.layouts: dict[int, list[_Layout]] = {}  # by length
+
+    def open(self, file: BinaryIO, offset: int, length: int, where: str) -> Item:
+        """Open the torch zip in these bytes of a file; `where` names file and item, for messages.
+
+        Of one that is like another the records are those that hold tensors.
+
+        Raises: CheckpointDamaged, CheckpointError as TorchZip.open does.
+        """
+        window = _Window(file, offset, length, where)
+        known = self.layouts.setdefault(length, [])
+        for layout in known:
+            if (crc := layout.crc_of(window)) is not None:
+                like, at = layout.spec, layout.record  # written out: replace() takes three times as long
+                spec = TensorSpec(
+                    "", like.dtype, like.shape, like.strides, like.offset + offset, like.nbytes, like.storage
+                )
+                record = Record(at.name, at.offset + offset, at.size, crc)
+                return Item(spec, {"": spec}, {f"data/{spec.storage}": record}, [])
+        found = TorchZip.open(cast(BinaryIO, window), where)
+        if len(known) < _MOST_LAYOUTS and (made := _layout(found, window)):
+            known.append(made)
+        for spec in found.tensors.values():
+            spec.offset += offset
+        for record in found.records.values():
+            record.offset += offset
+        return Item(found.content, found.tensors, found.records, found.unused)
+
+
+class _Window:
+    """A part of a file as a file by itself, its two ends read in advance."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int, where: str) -> None:
+        self.file, self.start, self.length, self.where = file, start, length, where
+        self.position = 0
+        self.head = self.tail = read_at(file, start, min(length, 2 * _EDGE), where)
+        if length > 2 * _EDGE:
+            self.tail = read_at(file, start + length - _EDGE, _EDGE, where)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + (self.length if whence == os.SEEK_END else 0)
+        return self.position
+
+    def read(self, size: int) -> bytes:
+        begin, edge = self.position, self.length - len(self.tail)
+        end = self.position = max(min(begin + size, self.length), begin)
+        if end <= len(self.head):
+            return self.head[begin:end]
+        if begin >= edge:
+            return self.tail[begin - edge : end - edge]
+        return read_at(self.file, self.start + begin, end - begin, self.where)
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class _Layout:
+    """The zip of one plain tensor, but for the bytes of the tensor; offsets count from its beginning."""
+
+    head: bytes  # all before the tensor
+    directory: bytes  # and all behind it
+    holes: list[int]  # where in `directory` a CRC differs from zip to zip: the tensor's, and that of a random id
+    spec: TensorSpec
+    record: Record
+
+    def crc_of(self, window: _Window) -> int | None:
+        """The CRC of the tensor in a zip of the same length, or None when the zip differs in more."""
+        if not window.head.startswith(self.head):
+            return None
+        found, begin = window.tail[-len(self.directory) :], 0
+        for hole in self.holes:
+            if found[begin:hole] != self.directory[begin:hole]:
+                return None
+            begin = hole + 4
+        alike = found[begin:] == self.directory[begin:]
+        return int.from_bytes(found[self.holes[0] : self.holes[0] + 4], "little") if alike else None
+
+
+def _layout(archive: TorchZip, window: _Window) -> _Layout | None:
+    """What other zips may be compared with, when this one holds a plain tensor and its edges are all the rest."""
+    spec, records = archive.content, archive.records
+    if not isinstance(spec, TensorSpec) or archive.unused:
+        return None
+    record = records[f"data/{spec.storage}"]
+    _, length = _directory(window.tail[-98:])
+    directory = window.tail[-length:] if length else b""
+    varying = [record, *(records[name] for name in (".data/serialization_id",) if name in records)]
+    holes = [directory.find(r.name.encode()) - _CRC_BEFORE_NAME for r in varying]
+    told = [int.from_bytes(directory[hole : hole + 4], "little") for hole in holes if hole >= 0]
+    whole = len(directory) == length and record.offset <= len(window.head)
+    if not whole or holes != sorted(holes) or told != [r.crc32 for r in varying]:
+        return None
+    return _Layout(window.head[: record.offset], directory, holes, replace(spec), replace(record))
+
+
+def find_items(file: BinaryIO, where: str) -> list[tuple[int, int]]:
+    """Find the offset and length of each zip in a file of zips end to end, from the directory that ends each.
+
+    Raises: CheckpointDamaged when some of its bytes belong to none.
+    """
+    items: list[tuple[int, int]] = []
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        tail = read_at(file, max(end - 98, 0), min(end, 98), where)
+        start = end - sum(_directory(tail))
+        if start < 0 or start == end or read_at(file, start, 4, where) != b"PK\3\4":
+            raise CheckpointDamaged(
+                f"{where}: no zip ends at byte {end}; {len(items)} items follow it. It was cut off or overwritten."
+            )
+        items.append((start, end - start))
+        end = start
+    return items[::-1]
+
+
+def _directory(tail: bytes) -> tuple[int, int]:
+    """Where the directory of the zip with this end starts, and its length with all that follows; 0 for no zip."""
+    if tail[-42:-38] == b"PK\6\7" and tail[-98:-94] == b"PK\6\6":
+        _, length, start = _END64.unpack(tail[-98:-42])
+        return start, length + 98
+    if tail[-22:-18] == b"PK\5\6":
+        _, length, start = _END.unpack(tail[-22:])
+        return start, length + _END.size
+    return 0, 0

@@ -1,0 +1,242 @@
+"""Tensor specs from the pickle of a torch file, whichever container holds it.
+
+How torch writes tensors, storages and references to them is told in the docs of torch.serialization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from core.containers.pickles.inert import Call, Global, as_text
+from core.containers.pickles.reader import Parsed, parse_pickle
+from core.containers.spec import ITEM_SIZES, TensorSpec, reach
+from core.errors import CheckpointDamaged, CheckpointError
+
+LARGEST_PICKLE = 1 << 28
+"""Bytes of a pickle: structure and names; ten thousand tensors take about two million."""
+
+_MOST_DIMENSIONS = 64
+_LONGEST_NAME = 1000
+
+
+class Storage(Call):
+    """The memory of one or more tensors, seen as elements of one type; by itself it is a record like any other."""
+
+    __slots__ = ("dtype", "key", "nbytes", "start")
+
+    def __init__(self, kind: Global, key: str, numel: int, start: int = 0) -> None:
+        super().__init__(kind, (key, numel))
+        self.key = key
+        self.dtype, item = _STORAGES[kind.path]  # no dtype for bytes, whose type each tensor says
+        self.nbytes = numel * item
+        self.start = start  # in bytes, within the storage of this key; above 0 only for a view
+
+
+class TensorLoader:
+    """Builds tensor specs while a pickle is read; `place` adds where in the file their storages are."""
+
+    def __init__(self, where: str, source: str = "data.pkl", prefix: str = "data/") -> None:
+        self.where = where
+        self.source = source  # what the pickle is called
+        self.prefix = prefix  # what stands before the key of a storage to name it
+        self.storages: dict[str, Storage] = {}
+        self.specs: list[TensorSpec] = []
+
+    def read(self, data: bytes, start: int = 0) -> Parsed:
+        """Read the pickle that begins at byte `start`; offsets in its specs count from the beginning of the storage."""
+        self.storages, self.specs = {}, []
+        return parse_pickle(
+            data,
+            f"{self.where}: {self.source}",
+            start,
+            persistent=self.storage,
+            resolve=_resolve,
+            reductions={
+                "torch._utils._rebuild_tensor": self.tensor,
+                "torch._utils._rebuild_tensor_v2": self.tensor,
+                "torch._utils._rebuild_tensor_v3": self.typed_tensor,
+                "torch._utils._rebuild_parameter": _first,
+                "torch._utils._rebuild_parameter_with_state": _first,
+                "torch._tensor._rebuild_from_type_v2": self.subclass,
+                "torch.Size": _size,
+            },
+        )
+
+    def place(self, offsets: Mapping[str, int]) -> None:
+        """Turn the offsets within storages into offsets in the file: `offsets` says where each storage begins."""
+        for spec in self.specs:
+            spec.offset += offsets[spec.storage]
+
+    def shown(self, key: str) -> str:
+        """The name of a storage in a message."""
+        return f"{self.prefix}{as_text(key, 40)[1:-1]}"
+
+    def storage(self, identity: Any) -> Any:
+        """The storage of a persistent id: ("storage", torch.FloatStorage, key, device, number of elements)."""
+        if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
+            raise CheckpointDamaged(f"{self.where}: a reference {as_text(identity, 80)}, expected one to a storage.")
+        _, kind, key, _, numel = identity
+        if not (isinstance(kind, Global) and isinstance(key, str) and _natural(numel)):
+            raise CheckpointDamaged(f"{self.where}: a malformed reference to a storage: {as_text(identity, 80)}.")
+        if kind.path not in _STORAGES:
+            return Call(kind, (key, numel))
+        storage = Storage(kind, key, numel)
+        found = self.storages.setdefault(key, storage)
+        if found.nbytes != storage.nbytes:
+            raise CheckpointDamaged(
+                f"{self.where}: {self.source} gives {self.shown(key)} both {found.nbytes} and {storage.nbytes} bytes."
+            )
+        return storage
+
+    def tensor(
+        self,
+        storage: Any,
+        offset: Any,
+        shape: Any,
+        strides: Any,
+        requires_grad: Any = False,
+        hooks: Any = None,
+        metadata: Any = None,
+    ) -> Any:
+        """A tensor in a typed storage; one whose bytes are to be conjugated or negated stays a Call."""
+        if metadata or not isinstance(storage, Storage) or storage.dtype is None:
+            return NotImplemented
+        return self.spec(storage, storage.dtype, offset, shape, strides)
+
+    def typed_tensor(
+        self,
+        storage: Any,
+        offset: Any,
+        shape: Any,
+        strides: Any,
+        requires_grad: Any,
+        hooks: Any,
+        dtype: Any,
+        metadata: Any = None,
+    ) -> Any:
+        """A tensor of a type that came after typed storages."""
+        name = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
+        if metadata or not isinstance(storage, Storage) or name not in ITEM_SIZES:
+            return NotImplemented
+        return self.spec(storage, name, offset, shape, strides)
+
+    def subclass(self, function: Any, kind: Any, args: Any, state: Any) -> Any:
+        """A tensor with attributes of its own; of another class than torch's two it stays a Call."""
+        builders: dict[str, Callable[..., Any]] = {
+            "torch._utils._rebuild_tensor_v2": self.tensor,
+            "torch._utils._rebuild_tensor_v3": self.typed_tensor,
+        }
+        build = builders.get(function.path) if isinstance(function, Global) else None
+        plain = isinstance(kind, Global) and kind.path in ("torch.Tensor", "torch.nn.parameter.Parameter")
+        return build(*args) if build and plain and isinstance(args, tuple) else NotImplemented
+
+    def spec(self, storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any) -> TensorSpec:
+        """Check a tensor's geometry against its storage."""
+        numbers = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
+        if not numbers or len(shape) > _MOST_DIMENSIONS or not _natural(offset, *shape, *strides):
+            raise CheckpointDamaged(
+                f"{self.where}: a tensor in {self.shown(storage.key)} of shape {as_text(shape, 60)}, "
+                f"strides {as_text(strides, 60)}, offset {as_text(offset, 30)}: expected as many strides as sizes, "
+                "all whole numbers from 0."
+            )
+        item = ITEM_SIZES[dtype]
+        nbytes, last = item, (offset + reach(shape, strides)) * item
+        for size in shape:
+            nbytes *= size
+        if last > storage.nbytes or nbytes >= 1 << 63:
+            raise CheckpointDamaged(
+                f"{self.where}: a tensor {dtype} of shape {as_text(shape, 60)}, strides {as_text(strides, 60)}, offset "
+                f"{offset} ends at byte {last} of {self.shown(storage.key)}, which has {storage.nbytes}."
+            )
+        spec = TensorSpec("", dtype, shape, strides, storage.start + offset * item, nbytes, storage.key)
+        self.specs.append(spec)
+        return spec
+
+
+def _first(data: Any, *_: Any) -> Any:
+    """A parameter is its tensor."""
+    return data
+
+
+def _size(sizes: Any = ()) -> Any:
+    return sizes if isinstance(sizes, tuple) else NotImplemented
+
+
+def _natural(*values: Any) -> bool:
+    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _resolve(name: Global) -> Any:
+    """The names of dtypes become text."""
+    return name.path if name.path.removeprefix("torch.") in ITEM_SIZES else name
+
+
+_STORAGES: dict[str, tuple[str | None, int]] = {  # dtype and bytes of an element
+    "torch.storage.UntypedStorage": (None, 1),
+    "torch.UntypedStorage": (None, 1),
+    "torch.DoubleStorage": ("float64", 8),
+    "torch.FloatStorage": ("float32", 4),
+    "torch.HalfStorage": ("float16", 2),
+    "torch.BFloat16Storage": ("bfloat16", 2),
+    "torch.LongStorage": ("int64", 8),
+    "torch.IntStorage": ("int32", 4),
+    "torch.ShortStorage": ("int16", 2),
+    "torch.CharStorage": ("int8", 1),
+    "torch.ByteStorage": ("uint8", 1),
+    "torch.BoolStorage": ("bool", 1),
+    "torch.ComplexFloatStorage": ("complex64", 8),
+    "torch.ComplexDoubleStorage": ("complex128", 16),
+    # quantized numbers are no values without their scale: their tensors stay records
+    "torch.QInt8Storage": (None, 1),
+    "torch.QUInt8Storage": (None, 1),
+    "torch.QInt32Storage": (None, 4),
+    "torch.QUInt4x2Storage": (None, 1),
+    "torch.QUInt2x4Storage": (None, 1),
+}
+
+
+_USUAL_NAME = 100
+"""Characters of a name that cost nothing."""
+
+_ROOM_FOR_LONG_NAMES = 1_000_000
+"""Characters beyond that in all names together: 4 KB could ask for a list of 180 MB."""
+
+
+def name_tensors(content: Any, where: str) -> dict[str, TensorSpec]:
+    """Name each tensor by the path to it; the same tensor found twice has a spec under each name."""
+    tensors: dict[str, TensorSpec] = {}
+    room = _ROOM_FOR_LONG_NAMES
+
+    def walk(value: Any, path: str) -> None:
+        nonlocal room
+        path = path[: _LONGEST_NAME + 1]  # or a long key in front of many values would be copied for each of them
+        if isinstance(value, TensorSpec):
+            if path in tensors or len(path) > _LONGEST_NAME:
+                problem = "two tensors are called" if path in tensors else "a tensor has the endless name"
+                raise CheckpointError(f"{where}: {problem} {as_text(path, 80)}.")
+            room -= max(0, len(path) - _USUAL_NAME)
+            if room < 0:
+                raise CheckpointError(
+                    f"{where}: after {len(tensors)} tensors their names have over {_ROOM_FOR_LONG_NAMES} characters "
+                    f"too many, such as {as_text(path, 80)}. They share parts, which every list would write out."
+                )
+            if not value.name:
+                value.name = path
+            tensors[path] = value if value.name == path else replace(value, name=path)
+            return
+        before = f"{path}." if path else ""
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, before + (key if isinstance(key, str) else as_text(key)))
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                walk(item, f"{before}{i}")
+        elif isinstance(value, Call):
+            walk(value.args, f"{before}args")
+            walk(value.items, f"{before}items")
+            walk(value.state, path)
+
+    walk(content, "")
+    return tensors

@@ -1,0 +1,131 @@
+"""Read what a `.pt` zip holds from its directory and `data.pkl` alone: no torch, no weights, nothing executed.
+
+The zip is PKWARE's APPNOTE 4.3 with its 64-bit extension; which records a torch file has is told in
+docs of torch.serialization and in the docstring of `core/containers/torch_files/layout.py`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, BinaryIO
+
+from core.containers.pickles.inert import Call, as_text
+from core.containers.spec import TensorSpec
+from core.containers.torch_files.storages import LARGEST_PICKLE, TensorLoader, name_tensors
+from core.containers.torch_files.zip_directory import Record, read_at, read_directory, read_head
+from core.errors import CheckpointDamaged, CheckpointError
+
+
+class TorchZip:
+    """An opened torch file: its records, its content with a TensorSpec for each tensor, and the tensors by name."""
+
+    container = "zip"
+
+    def __init__(
+        self,
+        where: str,
+        records: dict[str, Record],
+        content: Any,
+        tensors: dict[str, TensorSpec],
+        unused: list[Call],
+        odd: list[str] | None = None,
+    ) -> None:
+        self.where = where
+        self.records = records
+        self.content = content
+        self.tensors = tensors
+        self.odd = odd or []  # what torch.save does not write, in a sentence each
+        self.unused = unused  # calls whose results are in no part of the content: how code is hidden in a sound file
+
+    @classmethod
+    def open(cls, file: BinaryIO, where: str) -> TorchZip:
+        """Read the directory and data.pkl of a torch file; `where` is its path, for messages.
+
+        `records` go by their name without the archive's folder ("data/0"), `tensors` by the path to them in the
+        content, joined with dots.
+
+        Raises: CheckpointDamaged when it is cut off or contradicts itself, CheckpointError for another kind of file.
+        """
+        records, loose = read_directory(file, where, _least_size)
+        if "data.pkl" not in records:
+            raise CheckpointError(
+                f"{where}: a zip without data.pkl, so not one that torch.save wrote; it holds "
+                f"{as_text(sorted(records)[:5])}."
+            )
+        order = _read(file, records, "byteorder", where) if "byteorder" in records else b"little"
+        if order == b"big":
+            raise CheckpointError(
+                f"{where}: written on a big-endian machine, this program reads little-endian files. "
+                "Load and save it again with torch."
+            )
+        if order != b"little":
+            raise CheckpointDamaged(f"{where}: its byteorder is {as_text(order)}, expected little or big.")
+        loader = TensorLoader(where)
+        data = _read(file, records, "data.pkl", where)
+        parsed = loader.read(data)
+        loader.place(_storage_offsets(loader, records))
+        odd = _odd(records, loader, loose, len(data) - parsed.end)
+        return cls(where, records, parsed.value, name_tensors(parsed.value, where), parsed.unused, odd)
+
+
+_KNOWN = ("data.pkl", "byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id")
+
+
+def _odd(records: dict[str, Record], loader: TensorLoader, loose: int, behind: int) -> list[str]:
+    """What the file holds besides what torch.save writes: nothing here reads it, and others may."""
+    said = []
+    known = {*_KNOWN, *(f"data/{key}" for key in loader.storages)}
+    others = [name for name in records if name not in known]
+    if others:
+        shown = ", ".join(as_text(name, 60)[1:-1] for name in others[:5])
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        said.append(f"{len(others)} records that nothing here refers to: {shown}{more}.")
+    if loose:
+        said.append(f"{loose} bytes of the zip belong to no record.")
+    if behind:
+        said.append(f"{behind} bytes stand behind the end of data.pkl's pickle.")
+    return said
+
+
+def _read(file: BinaryIO, records: dict[str, Record], name: str, where: str) -> bytes:
+    """Read a record that is no tensor, and check its bytes where the directory says how."""
+    record = records[name]
+    if not record.stored:
+        raise CheckpointDamaged(
+            f"{where}: {record.name} is compressed; torch stores it plainly. Unpack and save again."
+        )
+    if record.size > LARGEST_PICKLE:
+        raise CheckpointDamaged(f"{where}: {record.name} has {record.size} bytes, at most {LARGEST_PICKLE} are read.")
+    data = read_at(file, record.offset, record.size, where)
+    if record.crc32 and (found := zlib.crc32(data)) != record.crc32:
+        raise CheckpointDamaged(f"{where}: {name} is damaged (CRC32 {found:08x}, recorded {record.crc32:08x}).")
+    return data
+
+
+def _storage_offsets(loader: TensorLoader, records: dict[str, Record]) -> dict[str, int]:
+    """Where each storage begins in the file, once its record has the size that data.pkl gives it."""
+    offsets = {}
+    for key, storage in loader.storages.items():
+        record = records.get(f"data/{key}")
+        if record is None:
+            raise CheckpointDamaged(f"{loader.where}: {loader.shown(key)} is missing, its tensors cannot be read.")
+        if record.size != storage.nbytes or not record.stored:
+            raise CheckpointDamaged(
+                f"{loader.where}: {as_text(record.name)[1:-1]} has {record.size} bytes, data.pkl says {storage.nbytes}."
+            )
+        offsets[key] = record.offset
+    return offsets
+
+
+def _least_size(file: BinaryIO, size: int, where: str) -> str:
+    """How large a file without directory must have been: data.pkl stands first and says what its tensors need."""
+    loader = TensorLoader(where)
+    try:
+        name, begin = read_head(file, 0, where)
+        if not name.endswith(b"/data.pkl"):
+            return ""
+        loader.read(read_at(file, begin, min(size - begin, LARGEST_PICKLE), where))
+    except CheckpointError:  # cut off within data.pkl: nothing more is known
+        return ""
+    needed = sum(storage.nbytes for storage in loader.storages.values())
+    return f" Its tensors alone need {needed} bytes." if needed > size - begin else ""

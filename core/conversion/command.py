@@ -1,0 +1,118 @@
+"""The command line of a conversion: its flags, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from core.console.commandline import DONE, Parser, count, positive, size
+from core.console.words import printable
+from core.conversion.plan import DTYPES, Options
+from core.conversion.sharded_flags import add_sharded_flags, more_of
+from core.errors import CheckpointMismatch
+
+TO = ("bundle", "nanogpt", "hf", "megatron", "safetensors", "pt", "dcp")
+
+
+def add_flags(parser: Parser) -> None:
+    """Add the flags of a conversion."""
+    group = parser.add_argument_group("conversion")
+    group.add_argument("--to", choices=TO, metavar="FORMAT", help=f"what DST is to be: {', '.join(TO)}")
+    group.add_argument("--list", action="store_true", help="print what can become what")
+    dtypes = "cast floating-point tensors, rounding to nearest even (default: keep)"
+    group.add_argument("--dtype", choices=[*DTYPES, "keep"], default="keep", help=dtypes)
+    group.add_argument(
+        "--shard_size", metavar="SIZE", type=size, help="cut safetensors into files of at most 5GB, 500MB"
+    )
+    tied = group.add_mutually_exclusive_group()
+    tied.add_argument("--tied", action="store_true", help="the head is the token table; refused when it is not")
+    tied.add_argument("--untied", action="store_true", help="write the head as a tensor of its own")
+    rows = "rows of the vocabulary: crop padding, or pad with zeros (default: as they are)"
+    group.add_argument("--vocab_size", metavar="N", type=count, help=rows)
+    optimizer = "take the optimizer state along (--to bundle always does)"
+    group.add_argument("--include_optimizer", action="store_true", help=optimizer)
+    group.add_argument("--meta", metavar="FILE", type=Path, help="nanoGPT's meta.pkl: the characters of a vocabulary")
+    _add_megatron_flags(parser)
+    add_sharded_flags(parser)
+    group.add_argument("--overwrite", action="store_true", help="move what is at DST aside")
+    group.add_argument("--no_verify", action="store_true", help="do not read back and compare what was written")
+
+
+def _add_megatron_flags(parser: Parser) -> None:
+    """Add what a file of Megatron does not say; defaults that are taken are printed."""
+    group = parser.add_argument_group("of a Megatron model, where nothing beside its tensors says it")
+    heads = "heads, where no config says it: the tensors show only their groups and width together"
+    group.add_argument("--num_attention_heads", metavar="N", type=count, help=heads)
+    group.add_argument("--rope_theta", metavar="X", type=positive, help="base of the rotary embedding (10000)")
+    scaling = "its frequencies are scaled as Llama 3's, by so much (off; 8 in a run with --use-rope-scaling)"
+    group.add_argument("--rope_scaling_factor", metavar="X", type=positive, help=scaling)
+    group.add_argument("--norm_eps", metavar="X", type=positive, help="epsilon of the norms (1e-5; Qwen 1e-6)")
+    group.add_argument("--rotary_percent", metavar="X", type=positive, help="part of a head that is rotated (1)")
+    group.add_argument(
+        "--layernorm_1p", action="store_true", default=None, help="norm weights are stored as gamma - 1: add 1"
+    )
+    group.add_argument("--activation", choices=("gelu", "gelu_new"), help="of the GPT-2 style (gelu, the exact form)")
+    group.add_argument("--max_position_embeddings", metavar="N", type=count, help="longest text, of rotary positions")
+    group.add_argument("--bos_token_id", metavar="N", type=int, help="token that begins a text (none)")
+    group.add_argument("--eos_token_id", metavar="N", type=int, help="token that ends a text (none)")
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """What the flags ask for."""
+    from core.conversion.pairs.megatron_settings import FLAGS
+
+    return Options(
+        dtype=DTYPES.get(args.dtype),
+        shard_size=args.shard_size,
+        tied=True if args.tied else False if args.untied else None,
+        vocab_size=args.vocab_size,
+        include_optimizer=args.include_optimizer,
+        meta=args.meta,
+        more={name: value for name in FLAGS if (value := getattr(args, name)) is not None} | more_of(args),
+    )
+
+
+def convert_one(parser: Parser, args: argparse.Namespace) -> int:
+    """Convert SRC into DST as the flags say, with a progress bar when it takes time; returns the exit code."""
+    if args.model_name:
+        parser.error("--model_name says what to migrate; with --to name SRC and DST as paths")
+    if len(args.paths) != 2:
+        parser.error(f"--to takes two paths, SRC and DST; found {len(args.paths)}")
+    from core.conversion.planning import plan_conversion
+    from core.conversion.text import plan_facts, plan_text, summary
+    from core.conversion.writing import convert, work
+
+    source, target = map(Path, args.paths)
+    with ExitStack() as held:
+        plan = plan_conversion(source, target, args.to, options_of(args), held)
+        if args.paths[1].endswith(os.sep) and not plan.is_folder:
+            raise CheckpointMismatch(
+                f"{args.paths[1]}: names a folder, and --to {args.to} writes a file. Name the file."
+            )
+        if args.dry_run:
+            print(json.dumps(plan_facts(plan), indent=2) if args.json else "\n".join(plan_text(plan)))
+            return DONE
+        from tqdm import tqdm
+
+        verify = not args.no_verify
+        bar = tqdm(total=work(plan, verify), desc="converting", unit="B", unit_scale=True, delay=2.0, leave=False)
+        with bar:
+            said = convert(plan, overwrite=args.overwrite, verify=verify, progress=bar.update)
+    if args.json:
+        print(json.dumps({**plan_facts(plan), "verified": verify, "said": said}, indent=2))
+        return DONE
+    for line in [*summary(plan), *said]:
+        print(printable(line))
+    print("read back and compared with the source, bit for bit" if verify else "not compared with the source")
+    return DONE
+
+
+def print_matrix(as_json: bool) -> int:
+    """Print what can become what; returns the exit code."""
+    from core.conversion.text import matrix, matrix_text
+
+    print(json.dumps(matrix(), indent=2) if as_json else "\n".join(matrix_text()))
+    return DONE

@@ -1,0 +1,221 @@
+"""GPT-2's shape in four programs: what becomes of the config when a model goes from one to another, and what cannot go.
+
+The hub is our GPT, whose config says most.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.config.gpt import GPTConfig
+from core.containers.tensors.views import filled
+from core.conversion.plan import Model, Options, Pair
+from core.families import gpt, gpt_tables
+from core.families.recognise import FUSED, LECTURE
+
+TABLE, HEAD, HEAD_BIAS = "token_embedding_table.weight", "lm_head.weight", "lm_head.bias"
+HF_TABLE = "transformer.wte.weight"
+
+FROM_HF = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+}
+"""Activations of transformers that compute ours; gelu_fast and gelu_accurate are the tanh form with other constants."""
+
+TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+
+GPT2_END = 50256
+"""GPT-2's end of text, with which transformers also begins one."""
+
+EPSILON = 1e-5
+"""Of our layer norms, and nanoGPT's."""
+
+_SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+
+
+def _biases(model: Model) -> dict[str, bool]:
+    """Which biases are there, in the fields of our config, from our names."""
+    names = {switch: [name.replace("{i}", "0") for name in names] for switch, names in gpt.SWITCHES.items()}
+    return {switch: any(name in model.tensors for name in some) for switch, some in names.items()}
+
+
+def _ours(model: Model, **fields: Any) -> dict[str, Any]:
+    """Our config of a model in numbers."""
+    sizes = {name: model.sizes[name] for name in _SIZES if name in model.sizes}
+    return GPTConfig.from_dict({**sizes, **fields}, str(model.path)).to_dict()
+
+
+def lecture_to_ours(model: Model, options: Options) -> dict[str, Any]:
+    """Keep the config: it is of our GPT already."""
+    return model.config
+
+
+def nanogpt_to_ours(model: Model, options: Options) -> dict[str, Any]:
+    """Read model_args; the head is the token table, and has no bias."""
+    on = {part: f"transformer.h.0.{name}.bias" in model.tensors for part, name in _NANOGPT_PARTS.items()}
+    if HEAD in model.tensors and not model.is_same(HEAD, HF_TABLE):
+        tied = False
+        model.notes.append("its head has other values than its token table: kept as a head of its own")
+    else:
+        tied = True
+        model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
+    dropout = model.config.get("dropout", 0.0)
+    return _ours(
+        model,
+        dropout=dropout if isinstance(dropout, (int, float)) else 0.0,
+        bias=on["qkv"],
+        proj_bias=on["proj"],
+        mlp_bias=on["mlp"],
+        norm_bias=on["norm"],
+        head_bias=False,
+        tied_head=tied,
+        activation="gelu",
+    )
+
+
+_NANOGPT_PARTS = {"qkv": "attn.c_attn", "proj": "attn.c_proj", "mlp": "mlp.c_fc", "norm": "ln_1"}
+
+
+def hf_to_ours(model: Model, options: Options) -> dict[str, Any]:
+    """Read config.json, and refuse what our GPT does not compute."""
+    config = model.config
+    if not config:
+        raise model.refuse("no config.json beside it, and n_head is not in the tensors. Name the folder that has both.")
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in FROM_HF:
+        raise model.refuse(f"activation_function is {activation!r}; our GPT computes {', '.join(FROM_HF)}.")
+    for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if config.get(name, value) is not value:
+            raise model.refuse(f"{name} is {config[name]!r}; our GPT computes {value}.")
+    if config.get("layer_norm_epsilon", EPSILON) != EPSILON:
+        raise model.refuse(f"layer_norm_epsilon is {config['layer_norm_epsilon']!r}; our GPT has {EPSILON}.")
+    if model.sizes.get("n_ffn", 4 * model.sizes["n_embd"]) != 4 * model.sizes["n_embd"]:
+        ffn, ours = model.sizes["n_ffn"], 4 * model.sizes["n_embd"]
+        raise model.refuse(f"its feed-forward part is {ffn} wide; our GPT has 4 n_embd, {ours}. --to hf keeps it.")
+    says_tied = config.get("tie_word_embeddings", True)
+    same = HEAD not in model.tensors or model.is_same(HEAD, HF_TABLE)
+    if says_tied and not same:
+        raise model.refuse(
+            f"tie_word_embeddings is true, but {HEAD} has other values than {HF_TABLE}: transformers would leave it "
+            "out. Set it to false if the model was trained with a head of its own."
+        )
+    tied = says_tied and same
+    if tied:
+        model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
+    dropout = config.get("resid_pdrop", 0.1)
+    return _ours(
+        model,
+        dropout=dropout if isinstance(dropout, (int, float)) and 0 <= dropout < 1 else 0.0,
+        bias=True,
+        head_bias=False,
+        tied_head=tied,
+        activation=FROM_HF[activation],
+    )
+
+
+def _drop_head_bias(model: Model, target: str) -> None:
+    if HEAD_BIAS not in model.tensors:
+        return
+    if not model.is_zero(HEAD_BIAS):
+        raise model.refuse(
+            f"{HEAD_BIAS} has values other than 0, and {target} has no bias in its head: it would compute other "
+            "logits. --to safetensors and --to bundle keep it."
+        )
+    model.drop(HEAD_BIAS, f"all zeros; {target} has no bias in its head")
+
+
+def _drop_tied_head(model: Model, target: str) -> None:
+    if HEAD in model.tensors:
+        model.drop(HEAD, f"tied to {TABLE}; {target} leaves it out")
+
+
+def _add_zero_biases(model: Model) -> None:
+    """Give every part that has no bias one of zeros, which computes the same."""
+    sizes = {**model.sizes, "3 n_embd": 3 * model.sizes["n_embd"], "4 n_embd": 4 * model.sizes["n_embd"]}
+    dtype = model.tensors["ln_f.weight"].dtype
+    for row, sides in gpt.TENSORS.items():
+        if not row.endswith(".bias") or row == HEAD_BIAS:
+            continue
+        for i in range(model.sizes["n_layer"]) if "{i}" in row else (0,):
+            name = row.replace("{i}", str(i))
+            if name not in model.tensors:
+                model.replace(name, filled(dtype, tuple(sizes[side] for side in sides)), "zeros")
+
+
+def ours_to_hf(model: Model, options: Options) -> dict[str, Any]:
+    """Write a config of GPT2LMHeadModel; a bias that is not there becomes zeros, a tied head is left out."""
+    config = GPTConfig.from_dict(model.config, str(model.path))
+    tied = config.tied_head and options.tied is not False
+    _drop_head_bias(model, "HF GPT-2")
+    if tied:
+        _drop_tied_head(model, "HF GPT-2")
+    _add_zero_biases(model)
+    end = GPT2_END if (model.tokenizer or {}).get("token_kind") == "gpt2" else None
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "max_position_embeddings": config.block_size,
+        "n_embd": config.n_embd,
+        "hidden_size": config.n_embd,
+        "n_layer": config.n_layer,
+        "num_hidden_layers": config.n_layer,
+        "n_head": config.n_head,
+        "num_attention_heads": config.n_head,
+        "n_inner": None,
+        "activation_function": TO_HF[config.activation],
+        "layer_norm_epsilon": EPSILON,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": tied,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "use_cache": True,
+    }
+
+
+def ours_to_nanogpt(model: Model, options: Options) -> dict[str, Any]:
+    """Write model_args; refuse what nanoGPT does not compute: another activation, a head of its own."""
+    config = GPTConfig.from_dict(model.config, str(model.path))
+    if config.activation != "gelu":
+        shown = {"gelu_tanh": "the tanh form of GELU (gelu_new)", "relu": "ReLU"}[config.activation]
+        raise model.refuse(
+            f"it computes {shown}, nanoGPT the exact GELU: other logits. --to bundle and --to hf keep it."
+        )
+    if options.tied is False or not (config.tied_head or model.is_same(HEAD, TABLE)):
+        raise model.refuse(
+            "its head is not its token table, and nanoGPT has one tensor for both. --to bundle and --to hf keep two."
+        )
+    _drop_head_bias(model, "nanoGPT")
+    if HEAD in model.tensors:
+        model.tie(HEAD, TABLE)
+    model.tensors[HEAD] = model.tensors[TABLE]
+    has_bias = any(value for switch, value in _biases(model).items() if switch != "head_bias")
+    if has_bias:
+        _add_zero_biases(model)
+    return {
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "block_size": config.block_size,
+        "bias": has_bias,
+        "vocab_size": config.vocab_size,
+        "dropout": config.dropout,
+    }
+
+
+PAIRS = (
+    Pair(LECTURE, FUSED, gpt_tables.LECTURE, to_ours=lecture_to_ours),
+    Pair("nanogpt", FUSED, gpt_tables.NANOGPT, nanogpt_to_ours, ours_to_nanogpt),
+    Pair("hf_gpt2", FUSED, gpt_tables.HF_GPT2, hf_to_ours, ours_to_hf),
+)

@@ -1,0 +1,303 @@
+"""Megatron's models and those of transformers: what becomes of the config either way, and what cannot go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.containers.tensors.computed import Computed, mean, plus_one
+from core.containers.tensors.views import filled
+from core.conversion.pairs.megatron_settings import (
+    LLAMA3,
+    activation,
+    ids,
+    refuse_other_models,
+    rope_scaling,
+    setting,
+    unknown,
+)
+from core.conversion.pairs.megatron_source import localize
+from core.conversion.plan import Model, Options, Pair
+from core.families import megatron_tables
+
+TABLE, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+HF_TABLE, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYER = "decoder.layers.0."
+
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+EPSILON = {"llama": 1e-5, "qwen2": 1e-6, "qwen3": 1e-6, "gpt2": 1e-5}
+THETA = 10000.0
+
+FEWER = 0.5
+"""Norm weights are near 1 at first; those of a model that stores gamma - 1 average below this."""
+
+
+def _has(model: Model, name: str) -> bool:
+    return LAYER + name in model.tensors
+
+
+def _numbers(model: Model, *needed: str) -> dict[str, int]:
+    """Numbers of the model that have to be known."""
+    lost = [word for word in needed if word not in model.sizes]
+    if lost:
+        raise unknown(model, lost)
+    return {word: model.sizes[word] for word in needed}
+
+
+def _ready(model: Model, options: Options) -> None:
+    """Give tensors the names of the local layers, and norm weights their values."""
+    localize(model)
+    refuse_other_models(model, options)
+    _norms(model, options)
+
+
+def _refuse_void(model: Model, options: Options, flag: str, why: str) -> None:
+    """Refuse a flag that says what the model does not have."""
+    if flag in options.more:
+        raise model.refuse(f"--{flag} has no effect: {why}. Leave it out.")
+
+
+def _norms(model: Model, options: Options) -> None:
+    norms = [name for name in model.tensors if name.endswith("layernorm.weight")]
+    if setting(model, options, "layernorm_1p", False, is_said=False):
+        into = Computed(f"{model.path.name}, plus 1")
+        for name in norms:
+            made = plus_one(model.tensors[name], into, model.tensors[name].names[0])
+            model.sources[name] = made
+            model.replace(name, made, "add 1")
+        model.notes.append(f"layernorm_1p: 1 was added to {len(norms)} norm weights, which are {made.dtype} now")
+        return
+    low = [name for name in norms if mean(model.tensors[name]) < FEWER]
+    if 2 * len(low) > len(norms):
+        model.notes.append(
+            f"warning: {len(low)} of {len(norms)} norm weights average below {FEWER}, such as {low[0]} "
+            f"({mean(model.tensors[low[0]]):.3g}): a model trained with --apply-layernorm-1p needs --layernorm_1p here"
+        )
+
+
+def _is_tied(model: Model, options: Options, head: str, table: str, is_said: bool) -> bool:
+    """Whether head and token table are one; a head that was written although the program ties it is left out.
+
+    Raises: CheckpointMismatch for a head of other values than the table, which the program would not use.
+    """
+    if head not in model.tensors:
+        return options.tied is not False
+    if is_said and not model.is_same(head, table):
+        raise model.refuse(
+            f"its config ties head and token table, but {head} has other values than {table}: transformers would leave "
+            "it out. Set tie_word_embeddings to false if the model was trained with a head of its own."
+        )
+    if is_said and options.tied is not False:
+        model.drop(head, f"tied to {table}")
+        return True
+    return False
+
+
+def _is_one(model: Model) -> bool:
+    """Whether head and token table of a Megatron model share their bytes."""
+    return HEAD in model.tensors and model.tensors[HEAD].same_elements(model.tensors[TABLE])
+
+
+def to_hf(model: Model, options: Options) -> dict[str, Any]:
+    """Write a config of Llama, Qwen2 or Qwen3; refuse biases that these do not have."""
+    style = model.family.removeprefix("megatron_")
+    _refuse_void(model, options, "activation", "a gated feed-forward part computes silu")
+    _ready(model, options)
+    if "embedding.position_embeddings.weight" in model.tensors:
+        raise model.refuse("it has a table of positions (position_embeddings), and Llama and Qwen have rotary ones.")
+    qkv, proj, mlp = (_has(model, f"{part}.bias") for part in _BIASES)
+    if not model.sizes["n_ffn"] * 2 == model.tensors[f"{LAYER}mlp.linear_fc1.weight"].shape[0]:
+        raise model.refuse("its feed-forward part has no gate (fc1 has the rows of fc2's columns), and Qwen3's has.")
+    if model.config.get("swiglu") is False:
+        raise model.refuse("swiglu is false in its config, and it has a gate: of another activation than Llama's silu.")
+    if mlp and style != "llama":
+        raise model.refuse(f"its feed-forward part has biases, and {CLASSES[style]} has no place for them.")
+    if qkv != proj and style != "qwen2":
+        raise model.refuse(f"of linear_qkv and linear_proj only one has a bias, and {CLASSES[style]} has both or none.")
+    size = _numbers(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size")
+    context = setting(model, options, "max_position_embeddings", None)
+    if context is None:
+        raise model.refuse("nothing says how long a text it was trained for. Add --max_position_embeddings N.")
+    _say_padding(model)
+    theta = float(setting(model, options, "rope_theta", THETA))
+    scaling = rope_scaling(model, options)
+    config = {
+        "architectures": [CLASSES[style]],
+        "model_type": style,
+        "hidden_size": size["n_embd"],
+        "intermediate_size": size["n_ffn"],
+        "num_hidden_layers": size["n_layer"],
+        "num_attention_heads": size["n_head"],
+        "num_key_value_heads": size["n_kv_head"],
+        "head_dim": size["head_size"],
+        "vocab_size": size["vocab_size"],
+        "max_position_embeddings": context,
+        "rms_norm_eps": setting(model, options, "norm_eps", EPSILON[style]),
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": theta},
+        **({"rope_scaling": scaling} if scaling else {}),
+        "hidden_act": "silu",
+        "attention_bias": qkv,
+        "mlp_bias": mlp,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE, _is_one(model)),
+        "use_cache": True,
+        **ids(options, model.config),
+    }
+    return config | ({} if style == "llama" else {"use_sliding_window": False})
+
+
+_BIASES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1")
+
+
+def _say_padding(model: Model) -> None:
+    said, rows = model.config.get("vocab_size"), model.sizes["vocab_size"]
+    if isinstance(said, int) and 0 < said < rows:
+        model.notes.append(
+            f"{rows} rows of the vocabulary: {said} tokens and {rows - said} of padding, kept "
+            f"(--vocab_size {said} crops them)"
+        )
+
+
+def _export_config(model: Model, **more: Any) -> dict[str, Any]:
+    """What an export leaves out, under the names of Megatron's arguments; its eight fields are written with it."""
+    model.notes.append(
+        "model_config also has what an export leaves out, by the names of Megatron's arguments: " + ", ".join(more)
+    )
+    return more
+
+
+def to_megatron(model: Model, options: Options) -> dict[str, Any]:
+    """Write the config of an export from that of Llama, Qwen2 or Qwen3."""
+    config, style = model.config, model.family.removeprefix("hf_")
+    if not config:
+        raise model.refuse("no config.json beside it, and the heads are not in the tensors. Name the folder of both.")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise model.refuse(f"hidden_act is {config['hidden_act']!r}; a gate of Megatron's export is silu (SwiGLU).")
+    if HF_TABLE not in model.tensors:
+        raise model.refuse(f"{HF_TABLE} is missing.")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise model.refuse(f"rope_parameters is {rope!r}, expected names and values.")
+    more = {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if LLAMA3.items() <= rope.items() and isinstance(rope.get("factor"), (int, float)):
+        more |= {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    elif kind != "default":
+        more["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        model.notes.append(f"warning: its positions are scaled ({kind}): set that in Megatron by hand")
+    if config.get("use_sliding_window") is True:
+        more["window_size"] = [config.get("sliding_window"), 0]
+        model.notes.append("warning: some of its layers see a sliding window only: set that in Megatron by hand")
+    tied = _is_tied(model, options, HF_HEAD, HF_TABLE, bool(config.get("tie_word_embeddings")))
+    return _export_config(
+        model,
+        normalization="RMSNorm",
+        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        position_embedding_type="rope",
+        rotary_base=rope.get("rope_theta", config.get("rope_theta", THETA)),
+        rotary_percent=config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)),
+        swiglu=True,
+        add_qkv_bias="model.layers.0.self_attn.q_proj.bias" in model.tensors,
+        add_bias_linear=any(f"{part}.bias" in model.tensors for part in _HF_BIASES),
+        qk_layernorm=style == "qwen3",
+        untie_embeddings_and_output_weights=not tied,
+        **more,
+    )
+
+
+_HF_BIASES = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj")
+
+
+GPT2_TABLE, POSITIONS = "transformer.wte.weight", "embedding.position_embeddings.weight"
+
+
+def to_gpt2(model: Model, options: Options) -> dict[str, Any]:
+    """Write a config of GPT2LMHeadModel; a bias that is not there becomes zeros."""
+    if POSITIONS in model.tensors:
+        for flag in ("rope_theta", "rotary_percent", "rope_scaling_factor"):
+            _refuse_void(model, options, flag, "its positions are a table")
+    _ready(model, options)
+    size = _numbers(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size", "q_size")
+    if POSITIONS not in model.tensors:
+        raise model.refuse("its norms have biases and it has no table of positions: neither Llama nor GPT-2.")
+    if _has(model, "self_attention.q_layernorm.weight"):
+        raise model.refuse("it has a norm on q and k, and HF GPT-2 has none.")
+    if size["n_kv_head"] != size["n_head"]:
+        raise model.refuse(
+            f"{size['n_head']} heads share {size['n_kv_head']} keys and values, and in HF GPT-2 each has its own."
+        )
+    if size["q_size"] != size["n_embd"]:
+        raise model.refuse(f"its heads are {size['q_size']} wide in all, HF GPT-2's as the model: {size['n_embd']}.")
+    positions = model.tensors[POSITIONS].shape[0]
+    if options.more.get("max_position_embeddings", positions) != positions:
+        raise model.refuse(f"its table of positions has {positions} rows. Leave out --max_position_embeddings.")
+    _zero_biases(model)
+    _say_padding(model)
+    eps = setting(model, options, "norm_eps", EPSILON["gpt2"])
+    return _gpt2_config(size, positions, eps) | {
+        "activation_function": activation(model, options),
+        "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE, _is_one(model)),
+        **ids(options, model.config),
+    }
+
+
+def _gpt2_config(size: dict[str, int], positions: int, eps: float) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": size["vocab_size"],
+        "n_positions": positions,
+        "n_ctx": positions,
+        "max_position_embeddings": positions,
+        "n_embd": size["n_embd"],
+        "hidden_size": size["n_embd"],
+        "n_layer": size["n_layer"],
+        "num_hidden_layers": size["n_layer"],
+        "n_head": size["n_head"],
+        "num_attention_heads": size["n_head"],
+        "n_inner": size["n_ffn"],
+        "layer_norm_epsilon": eps,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "use_cache": True,
+    }
+
+
+def _zero_biases(model: Model) -> None:
+    """Give linear layers without biases those of zeros, which compute the same."""
+    weights = [name for name in model.tensors if ".linear_" in name and name.endswith(".weight")]
+    for name in weights:
+        bias, view = name.removesuffix("weight") + "bias", model.tensors[name]
+        if bias not in model.tensors:
+            model.replace(bias, filled(view.dtype, view.shape[:1]), "zeros")
+
+
+def gpt2_to_megatron(model: Model, options: Options) -> dict[str, Any]:
+    """Write the config of an export from that of GPT2LMHeadModel."""
+    config = model.config
+    gelu = config.get("activation_function", "gelu_new")
+    if gelu not in ("gelu", "gelu_new"):
+        raise model.refuse(f"activation_function is {gelu!r}; Megatron has gelu, and with a fused bias gelu_new.")
+    for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if config.get(name, value) is not value:
+            raise model.refuse(f"{name} is {config[name]!r}, and Megatron computes {value}.")
+    tied = _is_tied(model, options, HF_HEAD, GPT2_TABLE, config.get("tie_word_embeddings", True) is not False)
+    return _export_config(
+        model,
+        normalization="LayerNorm",
+        norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
+        position_embedding_type="learned_absolute",
+        swiglu=False,
+        bias_gelu_fusion=gelu == "gelu_new",
+        add_bias_linear=True,
+        untie_embeddings_and_output_weights=not tied,
+    )
+
+
+PAIRS = (
+    *(Pair(f"megatron_{style}", f"hf_{style}", megatron_tables.LLAMA, to_hf, to_megatron) for style in CLASSES),
+    Pair("megatron_gpt2", "hf_gpt2", megatron_tables.GPT2, to_gpt2, gpt2_to_megatron),
+)

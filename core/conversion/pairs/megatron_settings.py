@@ -1,0 +1,141 @@
+"""Settings of a Megatron model that its tensors do not show: from flags, from the config beside it, else defaults.
+
+The config is that of an export, which says little, or the arguments of a run (common.pt), which say all. Every default
+that is taken becomes a note.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.conversion.plan import Model, Options
+from core.errors import CheckpointMismatch
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "rope_theta": ("rotary_base",),
+    "norm_eps": ("norm_epsilon", "layernorm_epsilon"),
+    "rotary_percent": ("rotary_percent",),
+    "layernorm_1p": ("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
+    "max_position_embeddings": ("max_position_embeddings",),
+    "rope_scaling_factor": ("rope_scaling_factor",),
+}
+"""Flags, and what Megatron calls them."""
+
+FLAGS = (*NAMES, "num_attention_heads", "activation", "bos_token_id", "eos_token_id")
+"""Everything that a flag may say of a Megatron model."""
+
+ONLY: dict[str, tuple[Any, ...]] = {
+    "rotary_interleaved": (False,),
+    "use_rope_scaling": (False, True),
+    "rotary_seq_len_interpolation_factor": (None, 1, False),
+    "no_rope_freq": (None, False),
+    "position_embedding_type": ("rope", "learned_absolute"),
+    "apply_residual_connection_post_layernorm": (False,),
+    "squared_relu": (False,),
+    "quick_geglu": (False,),
+    "qk_l2_norm": (False,),
+    "window_size": (None,),
+    "softmax_type": ("vanilla",),
+    "attention_output_gate": (False,),
+    "multi_latent_attention": (False,),
+    "num_experts": (None,),
+    "activation_func_clamp_value": (None,),
+    "scale_embeddings": (False,),
+    "softmax_scale": (None,),
+    "glu_linear_offset": (0,),
+    "use_mup": (False,),
+    "linear_attention_freq": (None,),
+}
+"""Settings that change what a model computes, and their values in a model that transformers has."""
+
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What --use-rope-scaling of Megatron computes, in transformers' words: these are constants there, `factor` is not."""
+
+FACTOR = 8.0
+"""Its factor, before --rope-scaling-factor could say another one."""
+
+
+def setting(model: Model, options: Options, flag: str, default: Any, *, is_said: bool = True) -> Any:
+    """Look up a setting; a note says that a default was taken, or that a flag says other than the config."""
+    said = next((model.config[name] for name in NAMES[flag] if model.config.get(name) is not None), None)
+    asked = options.more.get(flag)
+    if asked is not None:
+        if said is not None and said != asked:
+            model.notes.append(f"{flag} is {said} in its config; --{flag} {asked} was asked for, and taken")
+        return asked
+    if type(said) in ((bool,) if isinstance(default, bool) else (int, float)):
+        return said
+    if is_said and default is not None:
+        model.notes.append(f"{flag} {default}: a default, for nothing beside the tensors says it (--{flag})")
+    return default
+
+
+def rope_scaling(model: Model, options: Options) -> dict[str, Any]:
+    """How the positions of a model are scaled, in transformers' words; {} where they are not.
+
+    Raises: CheckpointMismatch for a factor that is no number from 1.
+    """
+    factor = options.more.get("rope_scaling_factor")
+    if factor is None and model.config.get("use_rope_scaling") is not True:
+        said = model.config.get("rope_scaling")  # only where to_megatron wrote it
+        return dict(said) if isinstance(said, dict) else {}
+    factor = setting(model, options, "rope_scaling_factor", FACTOR)
+    if factor < 1:
+        raise model.refuse(f"rope_scaling_factor is {factor}, expected a number from 1: texts become longer by it.")
+    return {**LLAMA3, "factor": float(factor)}
+
+
+def refuse_other_models(model: Model, options: Options) -> None:
+    """Refuse what the tensors do not show, and transformers does not compute.
+
+    Raises: CheckpointMismatch.
+    """
+    for name, values in ONLY.items():
+        if name in model.config and model.config[name] not in values:
+            raise model.refuse(
+                f"{name} is {model.config[name]!r}; Llama, Qwen and GPT-2 of transformers have {values[0]!r}."
+            )
+    percent = setting(model, options, "rotary_percent", 1.0, is_said=False)
+    if percent != 1:
+        raise model.refuse(
+            f"rotary_percent is {percent}: only that part of a head is rotated, and Llama and Qwen rotate all of it. "
+            "--to safetensors keeps the tensors."
+        )
+
+
+def unknown(model: Model, words: list[str]) -> CheckpointMismatch:
+    """Make the error that says which numbers of a model nothing shows."""
+    help_ = " Add --num_attention_heads N." if model.family.startswith("megatron_") else ""
+    return model.refuse(
+        f"{', '.join(words)} cannot be told from its tensors, and no config beside them says it.{help_}"
+    )
+
+
+def activation(model: Model, options: Options) -> str:
+    """Find out which GELU a model computes, in transformers' words: the bias fused into it has the tanh form."""
+    asked = options.more.get("activation")
+    said = None
+    if model.config.get("openai_gelu") is True or model.config.get("bias_gelu_fusion") is True:
+        said = "gelu_new"
+    elif model.config.get("bias_gelu_fusion") is False:
+        said = "gelu"
+    if asked is not None:
+        if said not in (None, asked):
+            model.notes.append(f"its config says {said}; --activation {asked} was asked for, and taken")
+        return str(asked)
+    if said is None:
+        model.notes.append(
+            "activation gelu, the exact form: a default; a model trained with bias_gelu_fusion has the tanh form "
+            "(--activation gelu_new)"
+        )
+    return said or "gelu"
+
+
+def ids(options: Options, config: dict[str, Any]) -> dict[str, Any]:
+    """The tokens that begin and end a text: from flags; None, which means none, where nobody says."""
+    return {name: options.more.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id")}

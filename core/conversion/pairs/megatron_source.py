@@ -1,0 +1,125 @@
+"""What is particular in opening Megatron's checkpoints for a conversion: whose tensors, whose config, which layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from core.containers.container import Container
+from core.containers.pickles.inert import as_text
+from core.containers.spec import TensorSpec
+from core.containers.tensors.views import View
+from core.conversion.plan import Model, Options
+from core.errors import CheckpointError, CheckpointMismatch
+from core.families.identify import Identity
+from core.families.megatron_iteration import is_extra_state
+from core.families.megatron_tables import TRANSFORMER_ENGINE, unstacked
+from core.families.rules import Table, apply
+
+if TYPE_CHECKING:
+    from core.inspection.inspect import Inspected
+
+CLASSIC = "Megatron iteration (classic)"
+MIXED = "megatron_mixed"
+
+
+def refuse_classic(container: Container) -> None:
+    """Refuse the files of classic ranks, with the reason.
+
+    Raises: CheckpointError.
+    """
+    if container.kind.startswith(CLASSIC):
+        reasons = [note for note in container.notes if "mp_rank" in note or note.startswith("cannot be converted")]
+        raise CheckpointError(f"{container.path}: {' '.join(reasons)}")
+
+
+def take_heads(found: Inspected, options: Options) -> None:
+    """Put the number of heads that a flag says into the config of a Megatron model, and with it how wide one is.
+
+    Raises: CheckpointMismatch when the tensors cannot have so many.
+    """
+    heads: int = options.more.get("num_attention_heads", 0)
+    if not heads or not found.identity.family.startswith("megatron_"):
+        return
+    wide = next((spec.shape[-1] for name, spec in found.weights.items() if name.endswith(".linear_proj.weight")), 1)
+    if wide % heads == 0:
+        found.config = {**(found.config or {}), "num_attention_heads": heads, "kv_channels": wide // heads}
+        return
+    raise CheckpointMismatch(f"{found.path}: linear_proj.weight has {wide} columns, no multiple of {heads} heads.")
+
+
+def conflicts_said(identity: Identity, bare: Identity) -> list[str]:
+    """The conflicts of a Megatron model that are the config's alone: the tensors win, and these are said.
+
+    `bare` is the model without its config. [] when the tensors contradict each other, or leave open what the config
+    contradicts.
+    """
+    if not identity.family.startswith("megatron_") or bare.conflicts:
+        return []
+    known = identity.architecture
+    if known is None or known.n_head is None or known.n_kv_head is None:
+        return []
+    return [f"the tensors win where the config says otherwise: {conflict}" for conflict in identity.conflicts]
+
+
+def refuse_mixed(model: Model) -> None:
+    """Refuse what is neither Llama, nor Qwen, nor GPT-2, and say why.
+
+    Raises: CheckpointMismatch.
+    """
+    if model.family != MIXED:
+        return
+    localize(model)
+
+    def has(name: str) -> bool:
+        return f"decoder.layers.0.{name}" in model.tensors
+
+    fc1, gated = model.tensors.get("decoder.layers.0.mlp.linear_fc1.weight"), False
+    if fc1 is not None and "n_ffn" in model.sizes:
+        gated = fc1.shape[0] == 2 * model.sizes["n_ffn"]
+    if has("input_layernorm.bias"):
+        why = "its norms have biases (LayerNorm) and its feed-forward part is gated: GPT-2's is not, Llama's norms not"
+        if has("self_attention.q_layernorm.weight"):
+            why = "it has a norm on q and k, as Qwen3, and norms with biases, as GPT-2"
+    elif not gated:
+        why = "its norms have no biases, as Llama's, and its feed-forward part has no gate, as GPT-2's"
+    else:
+        why = "linear_proj has a bias and linear_qkv none: Llama has both or neither, Qwen2 the other one"
+    raise model.refuse(f"{model.program}: {why}. --to safetensors and --to pt keep the tensors.")
+
+
+def drop_extra_states(model: Model, key: str) -> None:
+    """List what Transformer Engine keeps beside the tensors as dropped: None, bytes, of a shard of layers anything."""
+    node: Any = model.container.content
+    for word in key.split(".")[:-1]:
+        node = node.get(word) if isinstance(node, dict) else None
+    for name, value in node.items() if isinstance(node, dict) else ():
+        if isinstance(name, str) and is_extra_state(name) and not isinstance(value, TensorSpec):
+            held = value[0] if isinstance(value, list) and len(value) == 1 else value  # a shard's is in a list
+            kind = "a tensor" if isinstance(held, TensorSpec) else as_text(held, 30).split("(")[0]
+            model.dropped[f"{key}{name}"] = f"what Transformer Engine keeps for FP8, here {kind}"
+
+
+def localize(model: Model) -> None:
+    """Give tensors the names of the local layers, one for each layer.
+
+    Sources are renamed and cut with them: they are compared layer by layer after writing, in the memory of one.
+    """
+    for table in (_stack_table(model), TRANSFORMER_ENGINE):
+        made = _renamed(model, table, model.tensors)
+        rules = {name: rule for name, rule in model.rules.items() if name in made[0]}
+        model.tensors, model.rules = made[0], rules | made[1]
+        model.sources = _renamed(model, table, model.sources)[0]
+
+
+def _stack_table(model: Model) -> Table:
+    if "decoder.layers.self_attention.linear_qkv.weight" not in model.tensors:
+        return ()
+    return unstacked(model.sizes["n_layer"])
+
+
+def _renamed(model: Model, table: Table, tensors: dict[str, View]) -> tuple[dict[str, View], dict[str, str]]:
+    try:
+        made = apply(table, tensors, model.sizes)
+    except CheckpointMismatch as error:
+        raise model.refuse(f"{error}.") from error
+    return {name: tensors[name] for name in made.unused} | made.tensors, made.rules

@@ -1,0 +1,288 @@
+"""A conversion as data: the model on its way, and the plan of every file, checked before the first byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.console.listing import listed
+from core.containers.container import Container
+from core.containers.spec import ITEM_SIZES
+from core.containers.tensors.reading import FLOATS, Gatherer
+from core.containers.tensors.views import View
+from core.errors import CheckpointMismatch
+from core.families.rules import Row, Sizes, Table, apply
+from core.inspection.tensor_table import grouped
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What --dtype calls them."""
+
+TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+"""How the names of torch files end; a target of another name is a folder, where there is a choice."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; `more` is for what only some families know."""
+
+    dtype: str | None = None  # torch's name; None keeps each tensor's
+    shard_size: int | None = None
+    tied: bool | None = None
+    vocab_size: int | None = None
+    include_optimizer: bool = False
+    meta: Path | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Moments:
+    """An optimizer state by names of parameters: what has a parameter's shape as views, everything else as it was."""
+
+    groups: list[dict[str, Any]]  # hyper-parameters, and `names` in the place of params
+    views: dict[str, dict[str, View]]  # exp_avg, exp_avg_sq, ...: by parameter
+    others: dict[str, dict[str, Any]]  # of each parameter: step, as a number or a view
+
+
+@dataclass
+class Model:
+    """A model on its way from one program to another; what it is made of is still in the source's files."""
+
+    path: Path
+    container: Container
+    family: str
+    tensors: dict[str, View]  # by the family's own names
+    config: dict[str, Any]  # as the family's program writes it
+    sizes: Sizes
+    tokenizer: dict[str, Any] | None = None  # as in tokenizer.json of a bundle
+    step: int | None = None
+    state: dict[str, Any] = field(default_factory=dict)  # of the training, as in training_state.json
+    moments: Moments | None = None
+    sources: dict[str, View] = field(default_factory=dict)  # all that has to be used or dropped
+    family_of_source: str = ""
+    dropped: dict[str, str] = field(default_factory=dict)  # name in the source: why
+    rules: dict[str, str] = field(default_factory=dict)  # of tensors by their present names, what was done, in words
+    route: list[tuple[tuple[Row, ...], bool]] = field(default_factory=list)  # tables gone through; True: backwards
+    notes: list[str] = field(default_factory=list)
+    program: str = ""  # what wrote it, for people
+    along: dict[str, View] = field(default_factory=dict)  # an optimizer's tensors that keep their names and layout
+
+    def drop(self, name: str, reason: str) -> None:
+        """Leave a tensor out, for a reason."""
+        view = self.tensors.pop(name)
+        self.dropped.update(dict.fromkeys(view.names, reason))
+        if self.moments is not None:
+            for views in self.moments.views.values():
+                views.pop(name, None)
+
+    def tie(self, name: str, other: str) -> None:
+        """Let a tensor be another one again, of which it had the values."""
+        if self.tensors[name].names != self.tensors[other].names:
+            self.drop(name, f"the values of {other}, written once for both")
+        self.tensors[name] = self.tensors[other]
+
+    def replace(self, name: str, view: View, rule: str) -> None:
+        """Put another view in the place of a tensor, or of none, and say how it was made."""
+        self.tensors[name] = view
+        before = self.rules.get(name, "")
+        self.rules[name] = f"{before}, {rule}" if before else rule
+
+    def refuse(self, reason: str) -> CheckpointMismatch:
+        """Make the error that names the source."""
+        return CheckpointMismatch(f"{self.path}: {reason}")
+
+    def is_zero(self, name: str) -> bool:
+        """Whether all bytes of a tensor are those of 0 (a minus zero is not)."""
+        with Gatherer() as gatherer:
+            return all(not any(piece) for piece in gatherer.pieces(self.tensors[name]))
+
+    def is_same(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same bytes."""
+        a, b = self.tensors[name], self.tensors[other]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        if a.same_elements(b):
+            return True
+        with Gatherer() as one, Gatherer() as two:
+            return all(x == y for x, y in zip(one.pieces(a), two.pieces(b), strict=True))
+
+
+Translate = Callable[[Model, Options], dict[str, Any]]
+"""Gives the config in the words of the other family; may drop and fill tensors under the names of the present one.
+
+It refuses, by `raise model.refuse(...)`, what the other family cannot compute.
+"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two families, a table between them, and what becomes of the config either way; None: not that way."""
+
+    theirs: str
+    ours: str
+    table: Table
+    to_ours: Translate | None = None
+    to_theirs: Translate | None = None
+
+    def carry(self, model: Model, options: Options, back: bool) -> None:
+        """Take a model over, to `ours` or back to `theirs`.
+
+        Raises: CheckpointMismatch for what the other family has no place for.
+        """
+        translate = self.to_theirs if back else self.to_ours
+        assert translate is not None
+        config = translate(model, options)
+        try:
+            made = apply(self.table, model.tensors, model.sizes, back)
+        except CheckpointMismatch as error:
+            raise model.refuse(f"{error}.") from error
+        if made.unused:
+            target = self.theirs if back else self.ours
+            faults = [f"{name} has no place in {target}" for name in made.unused]
+            raise model.refuse(f"{listed(faults, 5)}. Nothing is left out in silence.")
+        rows = tuple(made.rows.values())
+        before = {old.names: model.rules[name] for name, old in reversed(model.tensors.items()) if name in model.rules}
+        model.rules = {name: _said(before.get(v.names), made.rules[name]) for name, v in made.tensors.items()}
+        model.tensors, model.config = made.tensors, config
+        model.route.append((rows, back))
+        model.family = self.theirs if back else self.ours
+        if model.moments is not None:
+            model.moments.views = {
+                key: apply(rows, views, model.sizes, back).tensors for key, views in model.moments.views.items()
+            }
+
+
+def _said(before: str | None, rule: str) -> str:
+    return rule if before is None else before if rule == "rename" else f"{before}, {rule}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to be written."""
+
+    name: str  # the family's name for it
+    path: str  # its name within the file; other than `name` where the file holds more than a state dict
+    file: str
+    dtype: str
+    view: View
+    rule: str
+    is_weight: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to be written."""
+        return self.view.numel * ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands in the content of a torch file where a tensor is, by its path."""
+
+    path: str
+
+
+@dataclass
+class WeightFile:
+    """A file of tensors to be written: safetensors, or a torch file of some content."""
+
+    name: str
+    targets: list[Target]
+    content: Any = None  # of a torch file: plain values, and a Ref for each tensor
+    metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors file
+    ties: bool = True  # in a torch file, tensors of the same bytes share one storage
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether it is a torch file."""
+        return not self.name.endswith(".safetensors")
+
+
+Sealed = Callable[[dict[str, dict[str, Any]]], dict[str, bytes]]
+
+
+@dataclass
+class Plan:
+    """Everything that a conversion writes."""
+
+    model: Model
+    target: Path
+    format: str
+    files: list[WeightFile]
+    texts: dict[str, bytes] = field(default_factory=dict)  # further files, by name
+    copies: dict[str, Path] = field(default_factory=dict)  # files copied along, by name
+    beside: dict[str, Path] = field(default_factory=dict)  # files copied to where the target is one file
+    seal: Sealed | None = None  # texts made of the size and CRC32 of each file
+    is_folder: bool = True
+
+    @property
+    def targets(self) -> list[Target]:
+        """Every tensor to be written."""
+        return [target for file in self.files for target in file.targets]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(target.nbytes for target in self.targets)
+
+    @property
+    def filled(self) -> dict[str, str]:
+        """Tensors, or parts of them, that are not of the source, and what they are instead."""
+        found = {}
+        for target in self.targets:
+            foreign = [b for b in target.view.blocks if b.source is not self.model.container]
+            if foreign:
+                block = foreign[0]
+                what = f"{block.value:g}" if block.source is None else f"{block.name} of {block.source.path}"
+                found[target.name] = what if len(foreign) == len(target.view.blocks) else f"in part: {what}"
+        return found
+
+    def check(self) -> None:
+        """Check that every target is made once, and every source is used or dropped for a reason.
+
+        Raises: CheckpointMismatch.
+        """
+        faults = []
+        seen: set[tuple[str, str]] = set()
+        for target in self.targets:
+            if (target.file, target.path) in seen:
+                faults.append(f"{target.path} is made twice")
+            seen.add((target.file, target.path))
+            if sum(_numel(b.shape) for b in target.view.blocks) != target.view.numel:
+                faults.append(f"{target.path} has {target.view.shape}, which its parts do not fill")
+            if target.dtype != target.view.dtype and target.view.dtype not in FLOATS:
+                faults.append(f"{target.path} is {target.view.dtype}, which no cast makes {target.dtype}")
+        used = {name for target in self.targets for name in target.view.names}
+        for view in self.model.sources.values():
+            faults += [
+                f"{name} is neither used nor dropped"
+                for name in view.names
+                if name not in used and name not in self.model.dropped
+            ]
+        if faults:
+            raise CheckpointMismatch(
+                f"{self.model.path}: the plan is not whole: {listed(faults)}. Nothing was written."
+            )
+
+
+def folded(said: Mapping[str, str]) -> dict[str, str]:
+    """Names that differ only in their numbers, and of which the same is said, in one: `blocks.{0..5}.ln1.bias`."""
+    facts = [{"name": name, "shape": (), "dtype": text} for name, text in said.items()]
+    return {name: text for name, _, text in grouped(facts)}
+
+
+def _numel(shape: Iterable[int]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def target_of(model: Model, name: str, file: str, options: Options, path: str = "") -> Target:
+    """Plan one weight of a model."""
+    view = model.tensors[name]
+    dtype = options.dtype if options.dtype and view.dtype in FLOATS else view.dtype
+    rule = model.rules.get(name, "copy")
+    if dtype != view.dtype:
+        rule += f", cast to {dtype}"
+    return Target(name, path or name, file, dtype, view, rule)

@@ -1,0 +1,191 @@
+"""From a path to a plan: open the source, take the model to a family that the format holds, lay out the files."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+from core.console.listing import listed
+from core.containers import safetensors_writer
+from core.containers.tensors.views import View, cut, filled, join
+from core.conversion.match_original import plan_matched
+from core.conversion.opening import FAMILY, open_model
+from core.conversion.pairs import ways
+from core.conversion.pairs.megatron_settings import FLAGS
+from core.conversion.plan import TORCH_ENDINGS, Model, Options, Plan
+from core.conversion.sharded import take_parts
+from core.conversion.targets.formats import FORMATS, Format
+from core.conversion.vocabulary import add_tokenizer, tokens_of
+from core.errors import CheckpointMismatch
+from core.families.family import Family
+from core.families.identify import UNKNOWN, identify
+from core.families.match import skeleton
+
+BY_NAME = {one.name: one for one in FORMATS}
+
+
+def plan_conversion(source: Path, target: Path, to: str, options: Options, held: ExitStack) -> Plan:
+    """Plan a conversion from headers; what is opened stays open until `held` is closed.
+
+    Raises: CheckpointError saying what cannot be read, or cannot be converted and why.
+    """
+    plan = _planned(source, target, to, options, held)
+    if not plan.targets:
+        raise plan.model.refuse("there is no tensor in it, and nothing to convert.")
+    _refuse_target(plan)
+    _refuse_names(plan)
+    plan.check()
+    return plan
+
+
+def _planned(source: Path, target: Path, to: str, options: Options, held: ExitStack) -> Plan:
+    kind = BY_NAME[to]
+    if options.more.get("match_original") is not None:
+        return plan_matched(source, target, to, options, held)
+    model = open_model(source, held, needs_family=bool(kind.families), options=options)
+    take_parts(model, source, options)
+    if kind.families:
+        add_tokenizer(model, options)
+    elif options.meta is not None:
+        raise model.refuse(f"--meta is the vocabulary of a model, and --to {to} has no place for one.")
+    _refuse_flags(model, kind, options)
+    if options.vocab_size is not None:
+        _set_rows(model, options.vocab_size)
+    if kind.families:
+        _carry(model, kind, options)
+    _set_tied(model, options)
+    plan = kind.plan(model, options, target)
+    if kind.families:
+        _check_family(plan)
+    return plan
+
+
+def _refuse_target(plan: Plan) -> None:
+    """Refuse a target that is called, or is, what the plan does not write; a device is not even moved aside."""
+    target, safetensors = plan.target, (".safetensors",)
+    wrong = (*safetensors, *TORCH_ENDINGS) if plan.is_folder else safetensors if plan.format == "pt" else ()
+    if target.suffix in wrong:
+        what = "a folder" if plan.is_folder else "a torch file"
+        raise CheckpointMismatch(
+            f"{target}: ends in {target.suffix}, and --to {plan.format} writes {what}. Name it otherwise."
+        )
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise CheckpointMismatch(f"{target}: is a device or a pipe, which is left where it is. Name another place.")
+
+
+def _refuse_names(plan: Plan) -> None:
+    """Refuse names and dtypes that safetensors does not have: its headers can be made before anything is written."""
+    for file in plan.files:
+        if not file.is_torch:
+            try:
+                safetensors_writer.header([(t.path, t.dtype, t.view.shape, t.nbytes) for t in file.targets], {})
+            except CheckpointMismatch as error:
+                raise plan.model.refuse(str(error)) from error
+
+
+def _refuse_flags(model: Model, kind: Format, options: Options) -> None:
+    """Refuse flags that would have no effect."""
+    if options.shard_size is not None and kind.name not in ("hf", "safetensors"):
+        raise model.refuse(f"--shard_size cuts safetensors, and --to {kind.name} writes none. Leave it out.")
+    if options.include_optimizer and kind.name == "hf":
+        raise model.refuse("--include_optimizer: a folder of transformers has no optimizer state. Leave it out.")
+    if options.tied and model.family not in FAMILY:
+        raise model.refuse("--tied needs to know which tensor is the head, and the program is not known. Leave it out.")
+    # what a Megatron file leaves out, the config of another program says
+    asked = [f"--{name}" for name in FLAGS if name in options.more]
+    if asked and not (model.family.startswith("megatron_") and kind.families):
+        raise model.refuse(
+            f"{', '.join(asked)}: what a Megatron file does not say, and this is {model.program} "
+            f"with --to {kind.name}. Leave it out."
+        )
+
+
+def _carry(model: Model, kind: Format, options: Options) -> None:
+    """Take a model to the first family of a format that it can reach."""
+    found = ways(model.family)
+    way = next((found[family] for family in kind.families if family in found), None)
+    if way is None:
+        there = [one.name for one in FORMATS if not one.families or found.keys() & set(one.families)]
+        raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(there)}.")
+    for pair, back in way:
+        pair.carry(model, options, back)
+    if way:
+        model.tensors = _in_order(model.tensors, FAMILY[model.family])
+
+
+def _in_order(tensors: dict[str, View], family: Family) -> dict[str, View]:
+    """Tensors as the modules of the program have them: what stands before the layers, each layer, what follows."""
+    rows = [(skeleton(row.replace("{i}", "0").replace("{j}", "0")), "{i}" in row) for row in family.tensors]
+    first = next((k for k, (_, is_layer) in enumerate(rows) if is_layer), len(rows))
+    place = {row: (1 if is_layer else 0 if k < first else 2, k) for k, (row, is_layer) in enumerate(rows)}
+
+    def key(name: str) -> tuple[int, int, int]:
+        part, k = place.get(skeleton(name), (2, len(rows)))
+        layer = re.search(r"(?<![^.])\d+(?![^.])", name)
+        return part, int(layer[0]) if part == 1 and layer else 0, k
+
+    return {name: tensors[name] for name in sorted(tensors, key=key)}
+
+
+def _set_rows(model: Model, rows: int) -> None:
+    """Crop or pad the vocabulary to so many rows.
+
+    Raises: CheckpointMismatch for fewer rows than tokens, where something says how many these are.
+    """
+    family = FAMILY.get(model.family)
+    if family is None:
+        raise model.refuse("--vocab_size needs to know which tensor is the token table, and the program is not known.")
+    said = model.config.get("vocab_size") if family.pads else None
+    tokens = tokens_of(model.tokenizer) or (said if isinstance(said, int) else 0)
+    if rows < tokens:
+        raise model.refuse(
+            f"--vocab_size {rows} would cut off tokens: the vocabulary has {tokens}. Only padding is cropped."
+        )
+    heads = (family.head, family.head.replace(".weight", ".bias"))
+    for name in (family.embedding, *heads, *family.tables):
+        view = model.tensors.get(name)
+        if view is None or view.shape[0] == rows:
+            continue
+        if view.shape[0] > rows:
+            made, rule = cut(view, 0, 0, rows), f"crop {view.shape[0]} rows to {rows}"
+        else:
+            more = filled(view.dtype, (rows - view.shape[0], *view.shape[1:]))
+            made, rule = join([view, more]), f"pad {view.shape[0]} rows with zeros to {rows}"
+        model.replace(name, made, rule)
+    words = [word for word in ("vocab_size", "head_rows") if word in model.sizes]
+    model.sizes = {**model.sizes, **dict.fromkeys(words, rows)}
+    model.config |= {word: rows for word in ("vocab_size", "head_rows") if word in model.config}
+    model.moments = None
+
+
+def _set_tied(model: Model, options: Options) -> None:
+    """Make the head the token table, or a tensor of its own, where that is asked for."""
+    family = FAMILY.get(model.family)
+    if options.tied is None or family is None:
+        return
+    head, table = family.head, family.embedding
+    if options.tied and head in model.tensors:
+        if not model.is_same(head, table):
+            raise model.refuse(f"{head} has other values than {table}: --tied would change the model.")
+        model.tie(head, table)
+    if not options.tied and head not in model.tensors:
+        model.replace(head, model.tensors[table], f"copy of {table}")
+    for field in ("tied_head", "tie_word_embeddings"):
+        if field in model.config:
+            model.config[field] = options.tied
+
+
+def _check_family(plan: Plan) -> None:
+    """Lay the table of the target's family over the plan: names, shapes and config have to fit."""
+    model = plan.model
+    shapes = {target.name: target.view.shape for target in plan.targets if target.is_weight}
+    found = identify(shapes, model.config)
+    faults = [f"{name} is missing" for name in found.missing] + [f"{name} has no place" for name in found.unplaced]
+    if found.family == UNKNOWN:
+        faults.append(found.reason)
+    elif found.family not in (model.family, FAMILY[model.family].name):
+        faults.append(f"it would be taken for {found.program}")
+    faults += found.conflicts
+    if faults:
+        raise CheckpointMismatch(f"{model.path}: what would be written is no {model.family}: {listed(faults, 5)}.")

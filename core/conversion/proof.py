@@ -1,0 +1,226 @@
+"""Proof: read back what was written, undo the plan's rules on it, and compare with the source, bit for bit.
+
+A cast is compared with the same cast of the source. Whatever came from elsewhere (fills, moments) is compared with what
+the plan says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from core.containers.checksum import crc32_range
+from core.containers.container import Check, Container
+from core.containers.open import open_container
+from core.containers.spec import ITEM_SIZES
+from core.containers.tensors.reading import FLOATS, PIECE, Gatherer, cast
+from core.containers.tensors.views import Block, View, cut, is_in_order, stored
+from core.containers.threads import MOST, Job, Workers
+from core.conversion.plan import Plan, Target, WeightFile
+from core.errors import CheckpointDamaged, CheckpointMismatch
+from core.families.rules import apply
+
+Progress = Callable[[int], object]
+Comparison = tuple[str, View, View]
+Run = tuple[int, str, int, int]
+"""Some bytes of a file: of which container, its name there, where from, how many."""
+Sums = Mapping[Run, tuple[Container, Check, str]]
+"""What the source recorded of such bytes, with the name of a tensor in them."""
+
+
+def _run(container: Container, file: str, offset: int, size: int) -> Run:
+    return id(container), file or container.path.name, offset, size
+
+
+def _runs(view: View) -> Iterator[Run]:
+    """The runs of a file that are read from end to end when a tensor is."""
+    if is_in_order(view):
+        item = ITEM_SIZES[view.dtype]
+        for block in view.blocks:
+            if block.source is not None:
+                yield _run(block.source, block.file, block.offset, math.prod(block.shape) * item)
+
+
+class Summing(Gatherer):
+    """Compares what it reads with the checksums of its source, where a block of a tensor is all that one is of."""
+
+    def __init__(self, sums: Sums, threads: int) -> None:
+        super().__init__(threads)
+        self._sums = sums
+        self._found: tuple[Container, Check, str] | None = None
+        self._crc32 = 0
+
+    def read_on(self, block: Block, offset: int, left: int, into: memoryview) -> None:
+        """Read as any source does, and sum the bytes that pass."""
+        super().read_on(block, offset, left, into)
+        if offset == block.offset:
+            assert block.source is not None
+            self._found, self._crc32 = self._sums.get(_run(block.source, block.file, offset, left)), 0
+        if self._found is not None:
+            self._crc32 = zlib.crc32(into, self._crc32)
+            if left == len(into):
+                _refuse_damage(*self._found, self._crc32)
+
+
+class Readers(ExitStack):
+    """Pairs of gatherers, for the source and for what was made; a thread takes one, and its memory is used again."""
+
+    def __init__(self, sums: Sums, threads: int) -> None:
+        super().__init__()
+        self._sums, self._threads = sums, threads
+        self._idle: list[tuple[Summing, Gatherer]] = []
+
+    @contextmanager
+    def pair(self) -> Iterator[tuple[Summing, Gatherer]]:
+        """Take a pair that no thread uses."""
+        try:
+            pair = self._idle.pop()
+        except IndexError:  # all are taken
+            pair = Summing(self._sums, self._threads), Gatherer(self._threads)
+            for one in pair:
+                self.enter_context(one)
+        yield pair
+        self._idle.append(pair)
+
+
+def prove(plan: Plan, place: Path, progress: Progress) -> None:
+    """Compare what lies at `place` with the source of the plan, and the source with its own checksums.
+
+    Raises: CheckpointDamaged with the name of the tensor that differs, in what was written or in the source.
+    """
+    written: dict[str, View] = {}
+    direct: list[Comparison] = []
+    for file in plan.files:
+        container = _opened(place / file.name if plan.is_folder else place, file, plan)
+        for target in file.targets:
+            view = stored(container, container.tensors[target.path])
+            if target.is_weight:
+                written[target.name] = view
+            if not target.is_weight or any(b.source is not plan.model.container for b in target.view.blocks):
+                direct.append((target.name, target.view, view))
+    for rows, back in reversed(plan.model.route):
+        try:
+            written = apply(rows, written, plan.model.sizes, not back).tensors
+        except CheckpointMismatch as error:
+            raise CheckpointDamaged(f"{plan.target}: cannot be turned back ({error}). It was removed again.") from error
+    turned: list[Comparison] = []
+    for name, source in plan.model.sources.items():
+        if name in written:
+            turned.append((name, *_common(source, written[name])))
+        elif any(raw not in plan.model.dropped for raw in source.names):
+            raise CheckpointDamaged(f"{plan.target}: {name} of {plan.model.path} is not in it. It was removed again.")
+    _work_off(plan, direct + turned, progress)
+
+
+def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> None:
+    """Compare with checksums and with the source: with its share of the memory of the largest tensor on each processor.
+
+    A record with a checksum is summed as it is compared, where it is; the others have a reading of their own.
+    """
+    sums = {
+        _run(found[0], found[1].file, found[1].offset, found[1].size): found
+        for found in checks_of(target.view for target in plan.targets)
+    }
+    share = max((one[2].nbytes for one in comparisons), default=0) // MOST
+    easy: list[Comparison] = []
+    large: list[Comparison] = []
+    compared: set[Run] = set()
+    for one in comparisons:
+        compared.update(_runs(one[1]))
+        is_easy = all(is_in_order(view) or view.nbytes <= share for view in one[1:])
+        (easy if is_easy else large).append(one)
+    with Readers(sums, 1) as readers:
+        jobs: list[Job] = [partial(compare_checksum, *found) for run, found in sums.items() if run not in compared]
+        jobs += [partial(_compare, plan, one, readers, progress) for one in easy]
+        with Workers(jobs) as workers:
+            workers.wait()
+    with Readers(sums, MOST) as readers:
+        for one in large:
+            _compare(plan, one, readers, progress)
+
+
+def _common(source: View, made: View) -> tuple[View, View]:
+    """Both without the rows that one of them lacks, where rows were cropped or padded."""
+    if source.shape == made.shape or not source.shape or source.shape[1:] != made.shape[1:]:
+        return source, made
+    rows = min(source.shape[0], made.shape[0])
+    return cut(source, 0, 0, rows), cut(made, 0, 0, rows)
+
+
+def _opened(path: Path, file: WeightFile, plan: Plan) -> Container:
+    """Open a file that was written, and compare its header with the plan."""
+    container = open_container(path)
+    expected: dict[str, Target] = {target.path: target for target in file.targets}
+    for name in [*expected, *container.tensors]:
+        spec, target = container.tensors.get(name), expected.get(name)
+        found = (spec.dtype, tuple(spec.shape)) if spec else None
+        if target is None or found != (target.dtype, tuple(target.view.shape)):
+            raise CheckpointDamaged(
+                f"{plan.target}: {name} is {found or 'missing'}, planned was "
+                f"{(target.dtype, tuple(target.view.shape)) if target else 'nothing'}. It was removed again."
+            )
+    return container
+
+
+def _compare(plan: Plan, comparison: Comparison, readers: Readers, progress: Progress) -> None:
+    """Raise CheckpointDamaged unless the second view holds the elements of the first, cast where the plan says."""
+    name, source, made = comparison
+    count = PIECE // max(ITEM_SIZES[source.dtype], ITEM_SIZES[made.dtype])
+    with readers.pair() as (one, two):
+        left = _as(made.dtype, source.dtype, one.pieces(source, count * ITEM_SIZES[source.dtype]))
+        right = two.pieces(made, count * ITEM_SIZES[made.dtype])
+        for number, (a, b) in enumerate(itertools.zip_longest(left, right, fillvalue=memoryview(b""))):
+            if not _same(a, b):
+                raise CheckpointDamaged(
+                    f"{plan.target}: {name} is not what {plan.model.path} holds, within {len(a)} bytes from "
+                    f"element {number * count} on. It was removed again; the disk may be failing."
+                )
+            progress(len(a))
+
+
+def _as(dtype: str, given: str, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    for piece in pieces:
+        yield cast(piece, given, dtype) if given != dtype and given in FLOATS else piece
+
+
+def _same(a: memoryview, b: memoryview) -> bool:
+    """Whether both have the same bytes: Python compares two views one by one, a bytearray at the speed of memory."""
+    if isinstance(a.obj, bytearray) and len(a.obj) == len(a):
+        return a.obj == b
+    return a == b.obj if isinstance(b.obj, bytearray) and len(b.obj) == len(b) else a.tobytes() == b
+
+
+def checks_of(views: Iterable[View]) -> Iterator[tuple[Container, Check, str]]:
+    """The checksums that were recorded of the bytes of some views, each with the name of a tensor there."""
+    used: dict[int, tuple[Container, set[str]]] = {}
+    for view in views:
+        for block in view.blocks:
+            if block.source is not None:
+                used.setdefault(id(block.source), (block.source, set()))[1].add(block.name)
+    for container, names in used.values():
+        for check in container.checks:
+            name = next((name for name in check.names if name in names), None)
+            if check.crc32 is not None and name is not None:
+                yield container, check, name
+
+
+def compare_checksum(container: Container, check: Check, name: str) -> None:
+    """Compare the bytes of a check with its checksum.
+
+    Raises: CheckpointDamaged naming the tensor.
+    """
+    with container.open(check.file) as file:
+        found = crc32_range(file.fileno(), check.offset, check.offset + check.size)
+    _refuse_damage(container, check, name, found)
+
+
+def _refuse_damage(container: Container, check: Check, name: str, found: int) -> None:
+    if found != check.crc32:
+        raise CheckpointDamaged(
+            f"{container.path}: {name} is damaged (CRC32 {found:08x}, recorded {check.crc32:08x}). Nothing was written."
+        )

@@ -1,0 +1,254 @@
+"""Choose what to convert of a sharded checkpoint: the main weights, or their average (EMA), and the optimizer.
+
+A folder of DCP, of files of ranks, or of a step with its parts beside one another holds more than a model. The parts
+that are not asked for are not opened where they lie apart, so that damage to an optimizer does not stop its model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core.bundle.choice import has_bundle
+from core.containers.container import Container
+from core.containers.dcp.folder import SUFFIX, is_dcp, open_dcp
+from core.containers.dcp.metadata import METADATA
+from core.containers.dcp.rebuilt import lost, rebuild, refuse_lost, sibling
+from core.containers.hf_folder import is_hf_folder
+from core.containers.megatron_folder import is_megatron_folder
+from core.containers.pickles.inert import Call, as_text
+from core.containers.rank_files import open_rank_files, rank_files
+from core.containers.safetensors import open_safetensors
+from core.containers.spec import TensorSpec
+from core.containers.step_folder import is_step_folder, open_step_folder, step_parts
+from core.containers.tensors.views import stored
+from core.conversion.plan import Model, Options, Ref, Target, WeightFile
+from core.errors import CheckpointMismatch
+from core.inspection.inspect import Inspected, identity_of
+
+MAIN = ("model", "state_dict", "model_state_dict")
+AVERAGE = ("ema", "ema_model", "model_ema", "ema_state_dict")
+OPTIMIZER = ("optimizer", "optim", "optimizers", "optimizer_state_dict")
+"""What programs call the parts of a checkpoint."""
+
+_REASONS = {
+    MAIN: "main weights; --save_ema takes the EMA",
+    AVERAGE: "EMA; --save_ema takes it instead",
+    OPTIMIZER: "optimizer; --include_optimizer keeps it",
+}
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is a folder of DCP, of files of ranks, or of a step with its parts."""
+    path = _folder(path)
+    if not path.is_dir() or has_bundle(os.listdir(path)):  # noqa: PTH208
+        return False
+    if is_step_folder(path):
+        return True
+    if is_hf_folder(path) or is_megatron_folder(path):
+        return False
+    return is_dcp(path) or bool(rank_files(path))
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.name == METADATA or path.suffix == SUFFIX else path
+
+
+def open_sharded(path: Path, options: Options) -> Inspected:
+    """Open what is asked for of a sharded checkpoint; a lost `.metadata` is rebuilt where that is exact.
+
+    Raises: CheckpointMismatch when it has no such part; CheckpointDamaged, CheckpointError as the readers.
+    """
+    path = _folder(path)
+
+    def open_part(part: Path) -> Container:
+        if not part.is_dir():
+            return open_safetensors(part)
+        if not lost(part):
+            return open_dcp(part)
+        like = options.more.get("metadata_from") or sibling(part)
+        if like is None:
+            raise refuse_lost(part)
+        return open_dcp(part, rebuild(part, Path(like)))
+
+    if is_step_folder(path):
+        container = open_step_folder(path, _wanted(path, options), open_part)
+    elif is_dcp(path):
+        container = open_part(path)
+    else:
+        container = open_rank_files(path)
+    key = _chosen(container, options)
+    weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
+    if not key:
+        aside = tuple(f"{word}." for word in _parts(container.content))
+        weights = {name: spec for name, spec in weights.items() if not name.startswith(aside)}
+    if not weights:
+        raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
+    identity = identity_of(weights, None)
+    optimizer = _optimizer(container)[1] if options.include_optimizer else None
+    found = Inspected(path, container, weights, key, identity, None, None, _with_names(optimizer), _step(container))
+    found.chosen = list(container.notes)
+    return found
+
+
+def _wanted(path: Path, options: Options) -> list[str]:
+    """The parts of a step to open."""
+    there = step_parts(path)
+    main = "ema" if options.more.get("save_ema") else "model"
+    if main not in there:
+        raise CheckpointMismatch(
+            f"{path}: found {', '.join(there)}, expected {main}_sharded/, {main}.safetensors or {main}_rank*.pt. "
+            + ("Leave out --save_ema, or name the step that has it." if main == "ema" else "--save_ema takes the EMA.")
+        )
+    return [main, "optimizer"] if options.include_optimizer else [main]
+
+
+def _parts(content: Any) -> dict[str, tuple[str, ...]]:
+    """The parts of a nested checkpoint by their names, and what each is; none of a flat one."""
+    found: dict[str, tuple[str, ...]] = {}
+    for words in (MAIN, AVERAGE, OPTIMIZER):
+        for word in words:
+            if isinstance(content, Mapping) and isinstance(content.get(word), Mapping):
+                found[word] = words
+    return found
+
+
+def _chosen(container: Container, options: Options) -> str:
+    """What stands before the names of the weights that are asked for."""
+    parts, wanted = _parts(container.content), AVERAGE if options.more.get("save_ema") else MAIN
+    word = next((word for word, words in parts.items() if words is wanted), None)
+    if word is not None:
+        return f"{word}."
+    if wanted is AVERAGE and not container.path.name.startswith("ema"):
+        there = ", ".join(parts) or f"{len(container.tensors)} tensors without parts"
+        beside = container.path.parent / "ema_sharded"
+        hint = f"Name {beside}." if beside.is_dir() else "Leave out --save_ema, or name a checkpoint that has it."
+        raise CheckpointMismatch(
+            f"{container.path}: found {there}, expected EMA weights ({', '.join(AVERAGE)}). {hint}"
+        )
+    return ""
+
+
+def _optimizer(container: Container) -> tuple[str, Any]:
+    """The name and content of the optimizer's part."""
+    parts = _parts(container.content)
+    word = next((word for word, words in parts.items() if words is OPTIMIZER), None)
+    if word is None:
+        there = ", ".join(parts) or "weights alone"
+        raise CheckpointMismatch(
+            f"{container.path}: found {there}, expected an optimizer ({', '.join(OPTIMIZER)}). Leave out "
+            "--include_optimizer, or name the folder that holds both."
+        )
+    return word, container.content[word]
+
+
+def _with_names(optimizer: Any) -> Any:
+    """An optimizer state whose groups say the names of their parameters, where its numbers are names."""
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    if not isinstance(groups, list):
+        return optimizer
+    named = []
+    for group in groups:
+        params = group.get("params") if isinstance(group, dict) else None
+        is_named = isinstance(params, list) and all(isinstance(one, str) for one in params)
+        named.append({**group, "param_names": params} if is_named else group)
+    return {**optimizer, "param_groups": named}
+
+
+def _step(container: Container) -> int | None:
+    content = container.content if isinstance(container.content, Mapping) else {}
+    beside = content.get("metadata")
+    said = [content.get("step"), beside.get("train_steps") if isinstance(beside, Mapping) else None]
+    return next((value for value in said if type(value) is int), None)
+
+
+def take_parts(model: Model, path: Path, options: Options) -> None:
+    """Drop, with reasons, what was not asked for of a sharded checkpoint; keep the optimizer where it was.
+
+    Raises: CheckpointMismatch when parts are asked for of a checkpoint that has none.
+    """
+    path = _folder(path)
+    if not is_sharded(path):
+        if options.more.get("save_ema") and model.container.kind != "bundle":
+            raise model.refuse(
+                "--save_ema takes a part of a bundle or of a sharded checkpoint, and this is none. Name the EMA itself."
+            )
+        return
+    used = {name for view in model.tensors.values() for name in view.names}
+    parts = _parts(model.container.content)
+    kept = _optimizer(model.container)[0] if options.include_optimizer else None
+    for name, spec in model.container.tensors.items():
+        word = name.split(".")[0]
+        if name in used or name in model.dropped or not spec.nbytes:
+            continue
+        view = stored(model.container, spec)
+        if word == kept:
+            model.along[name] = view
+        else:
+            model.dropped[name] = _REASONS.get(parts.get(word, ()), "no weight of the model")
+            model.sources.setdefault(name, view)
+    model.notes += [note for note in model.container.notes if note not in model.notes]
+    apart = step_parts(path) if is_step_folder(path) else []
+    left = [part for part in apart if isinstance(model.container.content, Mapping) and part not in parts]
+    if left:
+        model.notes.append(f"not opened: {', '.join(left)} of {path}")
+
+
+def add_optimizer_tensors(model: Model, options: Options) -> None:
+    """Take the tensors of an optimizer along as tensors among the others; its other values have no place there.
+
+    Raises: CheckpointMismatch when a cast is asked for, which would round counts and moments too.
+    """
+    if options.dtype is not None:
+        raise model.refuse("--dtype would cast the optimizer's tensors as well. Leave out --include_optimizer.")
+    model.tensors |= model.along
+    model.sources |= model.along
+    word, content = _optimizer(model.container)
+    if values := _values(content):
+        model.notes.append(
+            f"left out: {values} values of {word} that are no tensors (lr, betas, ...), for which safetensors has no "
+            "place; --to pt keeps them"
+        )
+
+
+def add_optimizer(model: Model, file: WeightFile) -> None:
+    """Put a sharded checkpoint's optimizer, laid out as it was, beside the weights of a torch file.
+
+    Raises: CheckpointMismatch when it holds more than tensors and plain values.
+    """
+    content = _optimizer(model.container)[1]
+    weights = {f"model.{target.name}": target for target in file.targets}
+    names: dict[int, str] = {id(spec): name for name, spec in model.container.tensors.items()}
+    file.targets[:] = [Target(t.name, path, t.file, t.dtype, t.view, t.rule) for path, t in weights.items()]
+    paths: dict[str, str] = {}
+
+    def laid(value: Any, path: str) -> Any:
+        if isinstance(value, TensorSpec):
+            name = names.get(id(value), value.name)
+            view = model.along.get(name)
+            if view is None:
+                view = stored(model.container, value)
+            paths[name] = path
+            file.targets.append(Target(name, path, file.name, view.dtype, view, "copy", is_weight=False))
+            return Ref(path)
+        if isinstance(value, Mapping):
+            return {key: laid(item, f"{path}.{key}") for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(laid(item, f"{path}.{k}") for k, item in enumerate(value))
+        if isinstance(value, Call):
+            raise model.refuse(f"its optimizer holds {as_text(value, 60)}. Leave out --include_optimizer.")
+        return value
+
+    optimizer = laid(content, "optimizer")
+    file.content = {"model": {t.name: Ref(path) for path, t in weights.items()}, "optimizer": optimizer}
+
+
+def _values(content: Any) -> int:
+    """How many values of a content are no tensors."""
+    if isinstance(content, Mapping):
+        return sum(map(_values, content.values()))
+    if isinstance(content, (list, tuple)) and any(isinstance(item, (Mapping, TensorSpec)) for item in content):
+        return sum(map(_values, content))
+    return 0 if isinstance(content, TensorSpec) else 1

@@ -1,0 +1,65 @@
+"""--to dcp: what a torch file of the model would hold, as the items of a DCP folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from core.containers.dcp import writer as dcp_writer
+from core.containers.dcp.metadata import METADATA
+from core.containers.dcp.writer import Placed
+from core.containers.torch_files.layout import Sink
+from core.conversion.plan import Plan, Ref, Target, WeightFile
+
+Path = tuple[str | int, ...]
+
+
+def in_dcp(plan: Plan) -> Plan:
+    """Plan the folder of a torch file's content: an item for each tensor and for each value, as torch flattens it."""
+    (file,) = plan.files
+    items = dict(_flat(file.content, ()))
+    names = {value.path: ".".join(map(str, path)) for path, value in items.items() if isinstance(value, Ref)}
+    targets = [replace(target, path=names[target.path], file=dcp_writer.FILE) for target in file.targets]
+    content = {".".join(map(str, path)): (path, value) for path, value in items.items()}
+    if len(content) < len(items):
+        double = next(".".join(map(str, path)) for path in items if content[".".join(map(str, path))][0] != path)
+        raise plan.model.refuse(f"two of its entries would be called {double} in a DCP folder. Use --to pt.")
+    made = WeightFile(dcp_writer.FILE, targets, content)
+    texts = {**plan.texts, METADATA: b""}  # written when the places of all items are known
+    return replace(plan, format="dcp", files=[made], texts=texts, is_folder=True)
+
+
+def _flat(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """Every tensor and value by its path, as torch.distributed.checkpoint flattens a state dict."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, (*path, key))
+    elif isinstance(value, list) and not _is_whole(value):
+        for number, item in enumerate(value):
+            yield from _flat(item, (*path, number))
+    else:
+        yield path, value
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is one item: not a dict, nor a list with a dict or a tensor somewhere in its lists."""
+    if isinstance(value, list):
+        return all(_is_whole(item) and not isinstance(item, Ref) for item in value)
+    return not isinstance(value, Mapping)
+
+
+def write_items(file: WeightFile, sink: Sink, elements: Callable[[Target], Iterable[memoryview]]) -> bytes:
+    """Write every item of a file, one behind the other; returns the `.metadata` that says where they are."""
+    targets = {target.path: target for target in file.targets}
+    placed = []
+    for name, (path, value) in file.content.items():
+        begin = sink.size
+        if isinstance(value, Ref):
+            target = targets[name]
+            shape = tuple(target.view.shape)
+            length = dcp_writer.write_tensor(sink, target.dtype, shape, target.nbytes, elements(target))
+            placed.append(Placed(name, path, begin, length, target.dtype, shape))
+        else:
+            placed.append(Placed(name, path, begin, dcp_writer.write_value(sink, value)))
+    return dcp_writer.metadata(placed)

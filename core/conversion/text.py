@@ -1,0 +1,96 @@
+"""What a conversion says: its plan for people and for programs, and the matrix of what becomes what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from core.console.words import columns, printable, size_text
+from core.conversion.pairs import PAIRS, ways
+from core.conversion.plan import Plan, folded
+from core.conversion.targets.formats import FORMATS
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """The JSON document of a plan."""
+    model = plan.model
+    return {
+        "source": str(model.path),
+        "program": model.program,
+        "target": str(plan.target),
+        "format": plan.format,
+        "bytes": plan.nbytes,
+        "tensors": [
+            {
+                "source": list(target.view.names),
+                "rule": target.rule,
+                "target": target.name,
+                "file": target.file,
+                "shape": list(target.view.shape),
+                "dtype": target.dtype,
+                "bytes": target.nbytes,
+            }
+            for target in plan.targets
+        ],
+        "dropped": model.dropped,
+        "filled": plan.filled,
+        "files": [*(file.name for file in plan.files), *plan.texts, *plan.copies],
+        "notes": model.notes,
+    }
+
+
+def plan_text(plan: Plan) -> Iterable[str]:
+    """Write a plan for people: every tensor, what is left out, what is filled in."""
+    rows: list[tuple[str, ...]] = [("source", "rule", "target", "shape", "dtype", "bytes")]
+    rows += [
+        (_sources(t.view.names), t.rule, printable(t.name), str(t.view.shape), t.dtype, str(t.nbytes))
+        for t in plan.targets
+    ]
+    yield from columns(rows)
+    for name, reason in folded(plan.model.dropped).items():
+        yield f"left out: {printable(name)} ({reason})"
+    for name, what in folded(plan.filled).items():
+        yield f"not from the source: {printable(name)} = {printable(what)}"
+    yield from summary(plan)
+
+
+def summary(plan: Plan) -> Iterable[str]:
+    """Say what is written, in a few lines."""
+    model = plan.model
+    for note in model.notes:
+        yield f"note: {printable(note)}"
+    weights = [target for target in plan.targets if target.is_weight]
+    moments = len(plan.targets) - len(weights)
+    dtypes = ", ".join(dict.fromkeys(target.dtype for target in weights))
+    files = [*(file.name for file in plan.files), *plan.texts, *plan.copies]
+    what = f"{len(weights)} tensors" + (f" and {moments} of the optimizer" if moments else "")
+    yield f"{printable(str(model.path))}: {model.program}, {len(model.sources)} tensors, {len(model.dropped)} left out"
+    yield f"{printable(str(plan.target))}: {plan.format}, {what}, {dtypes}, {size_text(plan.nbytes)}"
+    if plan.is_folder:
+        shown = [*files, "training_state.json"] if plan.seal is not None else files
+        yield f"files: {', '.join(shown[:8])}" + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+
+
+def _sources(names: tuple[str, ...]) -> str:
+    if len(names) > 2:
+        return f"{printable(names[0])} ... {printable(names[-1])} ({len(names)})"
+    return " + ".join(map(printable, names)) or "-"
+
+
+def matrix() -> dict[str, list[str]]:
+    """For each family the formats that it can become."""
+    families = dict.fromkeys(name for pair in PAIRS for name in (pair.theirs, pair.ours))
+    return {
+        family: [one.name for one in FORMATS if not one.families or ways(family).keys() & set(one.families)]
+        for family in families
+    } | {"any other tensors": [one.name for one in FORMATS if not one.families]}
+
+
+def matrix_text() -> Iterable[str]:
+    """Write the matrix for people."""
+    names = [one.name for one in FORMATS]
+    rows = [("from", *names)]
+    rows += [(family, *("yes" if name in there else "-" for name in names)) for family, there in matrix().items()]
+    yield from columns(rows)
+    yield ""
+    yield from columns([(f"--to {one.name}", one.what) for one in FORMATS])

@@ -1,0 +1,124 @@
+"""The tokenizer of another program's model, as a tokenizer.json of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from core.bundle.training_state import parse_json
+from core.containers.container import reading
+from core.containers.pickles.inert import Call, Global, as_text
+from core.containers.pickles.reader import read_pickle
+from core.conversion.plan import Model, Options
+from core.errors import CheckpointMismatch
+
+GPT2_ROWS = range(50257, 50305)
+"""Rows that a vocabulary of GPT-2's 50257 tokens has: exactly, or padded to a multiple of 64 or 128."""
+
+GPT2_FAMILIES = ("hf_gpt2", "nanogpt", "modded_")
+
+_EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
+
+_GPT2_TOKENS = {"!": 0, "\u0120t": 256, "\u0120the": 262, "\u0120gazed": 50255, "<|endoftext|>": 50256}
+"""Some of its tokens, the first and the last ones among them: no other vocabulary of 50257 has them there."""
+
+_LARGEST = 64 << 20  # bytes
+
+
+def add_tokenizer(model: Model, options: Options) -> None:
+    """Give a model the tokenizer that belongs to it, where that is known; a note says what is missing.
+
+    Raises: CheckpointMismatch when a vocabulary has another size than the model; CheckpointDamaged, CheckpointNotFound.
+    """
+    if options.meta is not None:
+        if model.tokenizer is not None:
+            raise model.refuse("it has a tokenizer of its own. Leave out --meta.")
+        model.tokenizer = characters(options.meta, model.sizes.get("vocab_size"))
+        return
+    rows = model.sizes.get("vocab_size", 0)
+    if model.tokenizer is not None:
+        return
+    definition = model.container.path / "tokenizer.json"
+    if model.family_of_source.startswith("hf_") and definition.is_file():
+        with reading(definition) as file:
+            content = parse_json(file.read(_LARGEST), str(definition))
+        model.tokenizer = _state_of(content)
+    elif rows in GPT2_ROWS and model.family_of_source.startswith(GPT2_FAMILIES):
+        model.tokenizer = {"token_kind": "gpt2"}
+        model.notes.append(f"{rows} rows: its tokenizer is taken to be GPT-2's")
+    elif model.family_of_source == "nanogpt":
+        model.notes.append("the characters of nanoGPT are in meta.pkl beside its data: --meta FILE takes them along")
+    else:
+        model.notes.append("no tokenizer is known: generate.py needs one to write text")
+
+
+def _state_of(definition: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer of ours for one of Hugging Face: GPT-2's and characters need no library."""
+    if chars := characters_of(definition):
+        return {"token_kind": "char", "chars": chars}
+    model = definition.get("model")
+    vocab, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+    if isinstance(vocab, dict) and isinstance(merges, list):
+        known = all(vocab.get(token) == number for token, number in _GPT2_TOKENS.items())
+        if known and (len(vocab), len(merges)) == (50257, 50000):
+            return {"token_kind": "gpt2"}
+    return {"token_kind": "hf", "definition": definition}
+
+
+def tokens_of(state: dict[str, Any] | None) -> int:
+    """How many tokens a tokenizer has; 0 where that is not known."""
+    kind = (state or {}).get("token_kind")
+    if state is None or kind == "gpt2":
+        return GPT2_ROWS.start if kind == "gpt2" else 0
+    if kind == "char":
+        return len(state["chars"])
+    definition = state.get("definition")
+    model = definition.get("model") if isinstance(definition, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    return len(vocab) if isinstance(vocab, (dict, list)) else 0
+
+
+def definition_of(chars: list[str]) -> dict[str, Any]:
+    """Write characters as a tokenizer.json of Hugging Face: each is a token, and an unknown one is an error."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": _EACH_CHARACTER,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {c: k for k, c in enumerate(chars)}, "unk_token": "<unk>"},
+    }
+
+
+def characters_of(definition: dict[str, Any]) -> list[str] | None:
+    """Read the characters that `definition_of` wrote; None for any other tokenizer."""
+    model = definition.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    chars = list(vocab) if isinstance(vocab, dict) else []
+    return chars if chars and definition == definition_of(chars) and all(len(c) == 1 for c in chars) else None
+
+
+def characters(path: Path, rows: int | None) -> dict[str, Any]:
+    """Read nanoGPT's meta.pkl as data; nothing in it is executed.
+
+    Raises: CheckpointMismatch when it holds no such vocabulary, or one of another size than the model's.
+    """
+    with reading(path) as file:
+        content = read_pickle(file.read(_LARGEST), str(path))
+    if isinstance(content, (Call, Global)) or not isinstance(content, dict):
+        raise CheckpointMismatch(f"{path}: found {as_text(content, 60)}, expected vocab_size, itos and stoi by name.")
+    itos, stoi = content.get("itos"), content.get("stoi")
+    size = len(itos) if isinstance(itos, dict) else 0
+    chars = [itos.get(k) for k in range(size)] if isinstance(itos, dict) else []
+    if not chars or not all(isinstance(c, str) and len(c) == 1 for c in chars) or len(set(chars)) != size:
+        raise CheckpointMismatch(f"{path}: its itos is {as_text(itos, 60)}, expected a character for each id from 0.")
+    if isinstance(stoi, dict) and stoi != {c: k for k, c in enumerate(chars)}:
+        raise CheckpointMismatch(f"{path}: its stoi is not its itos turned round. It is damaged, or was changed.")
+    if rows is not None and size != rows:
+        raise CheckpointMismatch(
+            f"{path}: {size} characters, but the model has {rows} rows. It is the vocabulary of another model."
+        )
+    return {"token_kind": "char", "chars": chars}

@@ -1,0 +1,340 @@
+"""Convert: make a plan so: stage, write tensor by tensor, prove, commit by one rename. The source is only read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from core.bundle.commit import new_id
+from core.bundle.lock import hold_if_model
+from core.bundle.storage import DISK, Output, Storage
+from core.console.words import size_text
+from core.containers import safetensors_writer
+from core.containers.checksum import combine
+from core.containers.dcp.folder import SUFFIX
+from core.containers.dcp.metadata import METADATA
+from core.containers.tensors.reading import PIECE, Gatherer, cast
+from core.containers.torch_files.layout import Stored, ZipLayout, pickled
+from core.conversion.plan import Plan, Ref, Target, WeightFile
+from core.conversion.proof import prove
+from core.conversion.targets.dcp import write_items
+from core.errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
+
+Progress = Callable[[int], object]
+
+WRITEBACK = hasattr(os, "posix_fadvise")
+"""Off (macOS, Windows, tests): the disk begins to write when it is waited for."""
+
+_AT_ONCE = 16 << 20  # bytes after which the disk is told to begin
+_MOST_OPEN = 64  # files that are not yet durable
+
+Begin = Callable[[int, int, int], None]
+"""Tells the disk to begin with some bytes of an open file: which, from where on, how many."""
+
+
+@contextlib.contextmanager
+def writing_back() -> Iterator[Begin]:
+    """Let the disk write while the conversion goes on; a thread tells it, who has to wait when the disk is busy."""
+    if not WRITEBACK:
+        yield lambda fd, start, size: None
+        return
+    told: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
+
+    def tell() -> None:
+        for fd, start, size in iter(told.get, None):
+            # Linux begins to write such a range; of its pages it drops those that are on the disk, so none as yet.
+            with contextlib.suppress(OSError):  # a file system that takes no advice
+                os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    try:
+        yield lambda fd, start, size: told.put((fd, start, size))
+    finally:
+        told.put(None)
+        thread.join()
+
+
+class Through(Output):
+    """An output whose large pieces go straight to the file, summed where a checksum of the file is recorded.
+
+    The disk writes while the conversion goes on; what is left then is waited for when the output is closed.
+    """
+
+    def __init__(self, storage: Storage, fd: int, is_summed: bool, begin: Begin) -> None:
+        super().__init__(storage, fd)
+        self.is_summed = is_summed
+        self._begin = begin
+        self._written = self._begun = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append bytes and return their CRC32, or 0 where nothing is summed."""
+        view = memoryview(data).cast("B")
+        if self.is_summed:
+            if len(view) < PIECE // 2:
+                return super().write(view)
+            crc = zlib.crc32(view)
+            self.crc32 = combine(self.crc32, crc, len(view))
+        else:
+            crc = 0
+        self.flush()
+        self._write_all(view)
+        self.size += len(view)
+        return crc
+
+    def flush(self) -> None:
+        """Hand the system what was gathered, so that the file can be read."""
+        self._flush()
+
+    def _write_all(self, view: memoryview) -> None:
+        super()._write_all(view)
+        self._written += len(view)
+        if self._written - self._begun >= _AT_ONCE:
+            self._begin(self._fd, self._begun, self._written - self._begun)
+            self._begun = self._written
+
+
+class Made(contextlib.ExitStack):
+    """The files that a conversion makes, open until they are all made durable, which leaving it does."""
+
+    def __init__(self, place: Path, begin: Begin) -> None:
+        super().__init__()
+        self.place = place
+        self._begin = begin
+        self.recorded: dict[str, dict[str, Any]] = {}  # by name: size and CRC32
+
+    @contextlib.contextmanager
+    def file(self, name: str, is_summed: bool = True) -> Iterator[Through]:
+        """Make a file of this name in the folder, or with "" in its place."""
+        if len(self.recorded) % _MOST_OPEN == _MOST_OPEN - 1:  # a model may have thousands
+            self.close()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        fd = DISK.change(os.open, self.place / name, flags, 0o666)
+        output = Through(DISK, fd, is_summed, self._begin)
+        self.enter_context(output)
+        yield output
+        output.flush()
+        self.recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
+
+
+def refuse_target(plan: Plan, overwrite: bool) -> None:
+    """Refuse a target that is there without --overwrite, or that is the source, or in it, or around it.
+
+    Raises: CheckpointMismatch.
+    """
+    if plan.target.name in ("", ".."):
+        raise CheckpointMismatch(f"{plan.target}: names no file or folder of its own. Give DST the name it is to have.")
+    source, target = Path(os.path.realpath(plan.model.path)), Path(os.path.realpath(plan.target))
+    if source == target:
+        raise CheckpointMismatch(f"{plan.target}: is the source itself. Name another place.")
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        inside = "in the source" if target.is_relative_to(source) else "around the source"
+        raise CheckpointMismatch(f"{plan.target}: lies {inside} {plan.model.path}. Name a place beside it.")
+    if os.path.lexists(plan.target) and not overwrite:
+        raise CheckpointMismatch(
+            f"{plan.target}: is there already, and nothing is overwritten. Name another place, or add --overwrite, "
+            "which moves it aside."
+        )
+
+
+def convert(
+    plan: Plan, *, overwrite: bool = False, verify: bool = True, progress: Progress = lambda _: None
+) -> list[str]:
+    """Write what a plan says, prove it, and make it visible; returns what a person should know.
+
+    `progress` is told the bytes written, and then those compared.
+
+    Raises: CheckpointMismatch before anything is written; CheckpointLocked when a trainer or another conversion writes
+        there; CheckpointDamaged when the source or what was written is; SaveFailed when the disk refuses. Nothing is at
+        the target then that was not there before.
+    """
+    plan.check()
+    refuse_target(plan, overwrite)
+    stage: Path | None = None
+    try:
+        with hold_if_model(plan.target), _staged(plan.target) as stage:
+            place = stage / "made"
+            if plan.is_folder:
+                DISK.make_folder(place)
+            with writing_back() as begin, Made(place, begin) as made:
+                _write(plan, made, progress)
+                if verify:
+                    prove(plan, place, progress)
+            if plan.is_folder:
+                DISK.sync_folder(place)
+            return _commit(plan, place, overwrite)
+    except OSError as error:
+        raise SaveFailed(
+            f"{plan.target}: not written: {error.strerror} ({size_text(plan.nbytes)} needed). {plan.model.path} is "
+            "as it was."
+        ) from error
+
+
+def _write(plan: Plan, made: Made, progress: Progress) -> None:
+    metadata: bytes | None = None  # of a DCP folder, which says where its items came to be
+    with Gatherer() as gatherer:
+        for file in plan.files:
+            with made.file(file.name if plan.is_folder else "", file.is_torch) as output:
+                if file.name.endswith(SUFFIX):
+                    metadata = write_items(file, output, lambda t: elements(gatherer, t, progress))
+                else:
+                    (_write_torch if file.is_torch else _write_safetensors)(file, output, gatherer, progress)
+    for name, source in plan.copies.items():
+        with made.file(name) as output, DISK.open(source) as copied:
+            while data := copied.read(PIECE):
+                output.write(data)
+    texts = plan.texts if metadata is None else {**plan.texts, METADATA: metadata}
+    for name, text in texts.items():
+        with made.file(name) as output:
+            output.write(text)
+    for name, text in (plan.seal(made.recorded) if plan.seal is not None else {}).items():
+        with made.file(name) as output:
+            output.write(text)
+
+
+def _write_safetensors(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> None:
+    entries = [(t.path, t.dtype, t.view.shape, t.nbytes) for t in file.targets]
+    output.write(safetensors_writer.header(entries, file.metadata))
+    for target in file.targets:
+        _append(output, elements(gatherer, target, progress))
+
+
+def _append(output: Output, pieces: Iterator[memoryview]) -> None:
+    for piece in pieces:  # the last one is let go of, with the tensor behind it, before the next tensor is made
+        output.write(piece)
+
+
+def _write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> None:
+    keys: list[Target] = []
+    tensors: dict[str, Stored] = {}
+    seen: dict[Any, int] = {}  # tied tensors have one storage
+    for target in file.targets:
+        is_one = file.ties and target.is_weight and target.view.names
+        key = seen.setdefault((target.dtype, target.view.place) if is_one else target.path, len(keys))
+        if key == len(keys):
+            keys.append(target)
+        tensors[target.path] = Stored(key, target.dtype, target.view.shape, target.nbytes)
+    data = pickled(_with_tensors(file.content, tensors))
+    layout = ZipLayout(output)
+    layout.record("data.pkl", len(data), [data])
+    layout.record("byteorder", 6, [b"little"])
+    for key, target in enumerate(keys):
+        layout.record(f"data/{key}", target.nbytes, elements(gatherer, target, progress))
+    layout.record("version", 2, [b"3\n"])
+    layout.close()
+
+
+def _with_tensors(content: Any, tensors: dict[str, Stored]) -> Any:
+    if isinstance(content, Ref):
+        return tensors[content.path]
+    if isinstance(content, dict):
+        return {key: _with_tensors(value, tensors) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(_with_tensors(value, tensors) for value in content)
+    return content
+
+
+def elements(gatherer: Gatherer, target: Target, progress: Progress) -> Iterator[memoryview]:
+    """Give the bytes of a target, cast where it is to be."""
+    for piece in gatherer.pieces(target.view):
+        if target.dtype != target.view.dtype:
+            try:
+                made = cast(piece, target.view.dtype, target.dtype)
+            except CheckpointError as error:
+                raise CheckpointMismatch(f"{target.name} {error}") from error
+        else:
+            made = piece
+        yield made
+        progress(len(made))
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A hidden folder beside the target, locked while it is used; those that dead conversions left are removed.
+
+    Raises: CheckpointLocked when another conversion writes the same target.
+    """
+    parent, before = target.parent, f".convert-{target.name}-"
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        DISK.make_folder(folder)
+    for name in DISK.names(parent):
+        if name.startswith(before) and len(name) == len(before) + 16:
+            with _locked(parent / name, target):
+                remove_tree(parent / name)
+    stage = parent / f"{before}{new_id()}"
+    DISK.make_folder(stage)
+    try:
+        with _locked(stage, target):
+            yield stage
+    finally:
+        with contextlib.suppress(OSError):  # a disk that fails may refuse this as well; the next run removes it
+            remove_tree(stage)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, target: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two conversions of one target are the caller's business
+        yield
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointLocked(
+                f"{target}: another conversion writes it now. Wait for it, or name another place."
+            ) from error
+        yield
+    finally:
+        os.close(fd)
+
+
+def _commit(plan: Plan, place: Path, overwrite: bool) -> list[str]:
+    """Make what was written visible under its name."""
+    said = []
+    if os.path.lexists(plan.target):
+        if not overwrite:
+            raise CheckpointMismatch(f"{plan.target}: appeared while it was written. Nothing was overwritten.")
+        aside = plan.target.parent / f"aside_{plan.target.name}_{new_id()}"
+        DISK.rename(plan.target, aside)
+        said.append(f"{plan.target}: what was there is now {aside.name}")
+    for name, source in plan.beside.items():
+        said += _copy_beside(plan.target.parent / name, source, place.parent / f"{place.name}.{name}")
+    DISK.rename(place, plan.target)
+    DISK.sync_folder(plan.target.parent)
+    return said
+
+
+def _copy_beside(path: Path, source: Path, stage: Path) -> list[str]:
+    """Copy a file to where the target is; one that is there stays, and is said to differ where it does."""
+    data = DISK.read(source)
+    if os.path.lexists(path):
+        same = path.is_file() and DISK.read(path) == data
+        return [] if same else [f"{path}: was there already, other than {source}. It was left as it is."]
+    DISK.write(stage, data)
+    DISK.rename(stage, path)
+    return []
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all that is in it; links are removed, not followed."""
+    if not DISK.is_folder(path):
+        DISK.remove(path)
+        return
+    for name in DISK.names(path):
+        remove_tree(path / name)
+    DISK.remove_folder(path)
+
+
+def work(plan: Plan, verify: bool) -> int:
+    """Bytes that `convert` reports as progress."""
+    return plan.nbytes * (2 if verify else 1)

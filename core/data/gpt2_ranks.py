@@ -1,0 +1,158 @@
+"""The 50,256 ranks of GPT-2's byte pairs: where they are found, and how they are checked before use."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import urllib.request
+from pathlib import Path
+
+from core.errors import InputError
+
+COUNT = 50_256
+FINGERPRINT = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+"""SHA-256 of GPT-2's ranks as a tiktoken file, one `base64 rank` line each; tiktoken expects the same."""
+
+URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+OLD_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
+"""What tiktoken's "gpt2" downloads: the same ranks in OpenAI's first format."""
+
+BESIDE = Path(__file__).resolve().parents[2] / "data" / "gpt2.tiktoken"
+PATIENCE = 15.0
+"""Seconds a download may take, name resolution included."""
+
+
+def find_ranks(bpe_file: Path | None = None) -> dict[bytes, int]:
+    """Find GPT-2's ranks: the given file, data/gpt2.tiktoken, tiktoken's cache, then a download into that cache.
+
+    Raises: InputError for a file that is given or lies in data/ and holds anything else, and, when there is
+    nothing at all, one sentence that names every place.
+    """
+    for path in (bpe_file, BESIDE):
+        if path is not None and (path == bpe_file or path.exists()):
+            return read_ranks(path)
+    cache = cache_folder()
+    kept = [cache / hashlib.sha1(url.encode()).hexdigest() for url in (URL, OLD_URL)] if cache else []
+    for path in kept:
+        # A damaged file in a cache is no user's: the download below replaces it.
+        with contextlib.suppress(InputError):
+            return read_ranks(path)
+    data, reason = _download(URL, PATIENCE)
+    if hashlib.sha256(data).hexdigest() != FINGERPRINT:
+        raise InputError(
+            f"gpt2: its {COUNT:,} ranks are not in any of the three places, --bpe_file ({bpe_file or 'not given'}), "
+            f"{BESIDE} (missing) and tiktoken's cache {cache or '(switched off)'} (missing), and {URL} gave none "
+            f"({reason or 'other bytes than expected'}): fetch that address where there is a network and name the "
+            "file with --bpe_file."
+        )
+    if kept:
+        _keep(kept[0], data)
+    return parse_ranks(data, URL)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Read and check a file of GPT-2's ranks: tiktoken's format, or encoder.json (also called vocab.json).
+
+    Raises: InputError that says what the file holds instead.
+    """
+    try:
+        return parse_ranks(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}. GPT-2's ranks are expected here (r50k_base.tiktoken).") from error
+
+
+def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
+    """Parse and check GPT-2's ranks.
+
+    Raises: InputError with the line that is no rank, the number of ranks, or the fingerprint, whichever is wrong.
+    """
+    ranks = _parse_json(data, where) if data[:1] == b"{" else _parse_lines(data, where)
+    if len(ranks) != COUNT or sorted(ranks.values()) != list(range(COUNT)):
+        raise InputError(f"{where}: {len(ranks):,} ranks, expected GPT-2's {COUNT:,}, numbered from 0 without a gap.")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise InputError(f"{where}: no rank for byte 0x{missing[0]:02x}, expected one for each of the 256 bytes.")
+    found = fingerprint(ranks)
+    if found != FINGERPRINT:
+        raise InputError(
+            f"{where}: {COUNT:,} ranks, but not GPT-2's (fingerprint {found[:12]}, expected {FINGERPRINT[:12]})."
+        )
+    return ranks
+
+
+def fingerprint(ranks: dict[bytes, int]) -> str:
+    """SHA-256 of the ranks in order, written as a tiktoken file."""
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda r: r[1]))
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def cache_folder() -> Path | None:
+    """The folder where tiktoken keeps what it has downloaded; None where its cache is switched off."""
+    named = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if named is None:
+        return Path(tempfile.gettempdir()) / "data-gym-cache"
+    return Path(named) if named else None
+
+
+def _parse_lines(data: bytes, where: str) -> dict[bytes, int]:
+    ranks = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise InputError(
+                f"{where}: line {number} is {line[:40]!r}, expected a token in base64 and its rank."
+            ) from None
+    return ranks
+
+
+def _parse_json(data: bytes, where: str) -> dict[bytes, int]:
+    """OpenAI's encoder.json writes each byte of a token as one printable character."""
+    try:
+        entries = json.loads(data)
+        byte_of = _printable_bytes()
+        return {bytes(byte_of[c] for c in token): int(r) for token, r in entries.items() if token != "<|endoftext|>"}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{where}: not GPT-2's encoder.json ({error}).") from error
+
+
+@functools.cache
+def _printable_bytes() -> dict[str, int]:
+    """Printable bytes stand for themselves, the others for the characters from U+0100 on, in order."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _download(url: str, patience: float) -> tuple[bytes, str]:
+    """The bytes at a URL, or none and the reason, within `patience` seconds."""
+    result = [(b"", f"no answer within {patience:g} seconds")]
+
+    def fetch() -> None:
+        try:
+            with urllib.request.urlopen(url, timeout=patience) as response:
+                result[0] = (response.read(), "")
+        except (OSError, ValueError) as error:
+            result[0] = (b"", str(getattr(error, "reason", error)))
+
+    # Name resolution and a server that drips bytes know no timeout; a daemon thread can be left behind.
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(patience)
+    return result[0]
+
+
+def _keep(path: Path, data: bytes) -> None:
+    # A cache that cannot be written costs the next run a download, not this run its tokens.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        staged.write_bytes(data)
+        staged.replace(path)

@@ -1,0 +1,197 @@
+"""Which text or tokens a run uses, and how a checkpoint remembers them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from core.data.text import CHUNK
+from core.data.token_shards import MANIFEST, is_dataset, open_dataset
+from core.errors import InputError, SaveFailed
+
+SUFFIXES = (".txt", ".md", ".py")
+"""Files of a folder that count as its text."""
+
+DEFAULT_TEXT = "python_reference.txt"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text or the tokens of a run: kind is `text` (a file), `folder` (of texts) or `dataset` (a folder of shards).
+
+    `recorded` is what a checkpoint says of its source: contents are not read again for a digest it already has.
+    """
+
+    kind: str
+    path: Path
+    why: str
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files whose contents count, in order.
+
+        Raises: InputError when there are none.
+        """
+        if self.kind == "text":
+            return [self.path]
+        if self.kind == "dataset":
+            dataset = open_dataset(self.path)
+            return dataset.train + dataset.val
+        found = [path for path in self.path.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+        names = sorted(path.relative_to(self.path) for path in found)
+        visible = [self.path / name for name in names if not any(part.startswith(".") for part in name.parts)]
+        if not visible:
+            raise InputError(f"{self.path}: no text here. Expected files that end in {', '.join(SUFFIXES)}.")
+        return visible
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return int(self._facts["bytes"])
+
+    def line(self) -> str:
+        """Say in one line which text is used, why, and how to use one's own."""
+        size = f"{len(self.files):,} files, " if self.kind == "folder" else ""
+        what = "tokens" if self.kind == "dataset" else "text"
+        return f"{what}: {self.path} ({size}{self.size:,} bytes), {self.why}"
+
+    def record(self) -> dict[str, Any]:
+        """What training_state.json keeps of the source: kind, path, bytes, mtime_ns and the SHA-256 of the contents."""
+        return {**self._facts, "digest": self.digest}
+
+    def changed(self, recorded: Mapping[str, Any] | None) -> str | None:
+        """Say in one sentence that the contents are not the recorded ones; None when they are."""
+        if not recorded or recorded.get("digest") in (None, self.digest):
+            return None
+        return (
+            f"{self.path}: not the text this checkpoint was trained on ({self.size:,} bytes, SHA-256 "
+            f"{self.digest[:12]}; recorded {recorded.get('path')}, {recorded.get('bytes')} bytes, "
+            f"{str(recorded['digest'])[:12]}); training goes on with the new one."
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the contents; of a dataset of ours, of its dataset.json, which has the digest of its text."""
+        if self.recorded.get("digest") and all(self.recorded.get(key) == self._facts[key] for key in self._facts):
+            return str(self.recorded["digest"])
+        manifest = self.path / MANIFEST
+        digest = hashlib.sha256()
+        with byte_bar("reading", self.size) as bar:
+            for path in [manifest] if self.kind == "dataset" and manifest.exists() else self.files:
+                try:
+                    with path.open("rb") as file:
+                        while block := file.read(CHUNK):
+                            digest.update(block)
+                            bar.update(len(block))
+                except OSError as error:
+                    raise InputError(f"{path}: {error.strerror}, expected a readable file.") from error
+        return digest.hexdigest()
+
+    def stamp(self) -> list[tuple[int, int]]:
+        """Size and time of every file, as they are now."""
+        try:
+            return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.files)]
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}, expected a readable file.") from error
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        """Kind, path, size and time; the newest of all files and of the folders they are in."""
+        sizes, times = zip(*self.stamp(), strict=True)
+        folders = {path.parent for path in self.files} if self.kind != "text" else set()
+        newest = max(*times, *(folder.stat().st_mtime_ns for folder in folders), 0)
+        inside = self.path.resolve().is_relative_to(Path.cwd())
+        path = self.path.resolve().relative_to(Path.cwd()) if inside else self.path.resolve()
+        return {"kind": self.kind, "path": path.as_posix(), "bytes": sum(sizes), "mtime_ns": newest}
+
+
+def find_source(
+    input_file: str | Path | None,
+    dataset_dir: str | Path | None,
+    recorded: Mapping[str, Any] | None,
+    model_name: str,
+    data_dir: Path = Path("data"),
+) -> Source:
+    """Choose a run's text: a flag, else what the checkpoint recorded, else data/<model_name>.txt, else the default.
+
+    The default is the Python language reference, written once to data/python_reference.txt.
+
+    Raises: InputError when the chosen one is not there, or is of the other kind.
+    """
+    recorded = recorded or {}
+    default = data_dir / DEFAULT_TEXT
+    own = f"use your own with --input_file FILE or as {data_dir / f'{model_name}.txt'}"
+    if input_file and dataset_dir:
+        raise InputError(
+            f"--input_file {input_file} and --dataset_dir {dataset_dir}: only one can be used. Leave one out."
+        )
+    if input_file:
+        return _text(Path(input_file), "from --input_file", recorded)
+    if dataset_dir:
+        return Source("dataset", open_dataset(Path(dataset_dir)).folder, "from --dataset_dir", recorded)
+    if recorded.get("path"):
+        path = Path(recorded["path"])
+        why = "recorded by the checkpoint; change it with --input_file FILE or --dataset_dir DIR"
+        if not path.exists() and path.resolve() != default.resolve():
+            flag = "--dataset_dir DIR" if recorded.get("kind") == "dataset" else "--input_file PATH"
+            raise InputError(f"{path}: not there any more, but the checkpoint was trained on it. Name it with {flag}.")
+        if recorded.get("kind") == "dataset":
+            return Source("dataset", path, why, recorded)
+        if path.exists():
+            return _text(path, why, recorded)
+    named = data_dir / f"{model_name}.txt"
+    if not recorded.get("path") and Path(model_name).name == model_name and named.exists():
+        return _text(named, "found by the model's name; use another with --input_file FILE", recorded)
+    if not default.exists():
+        _write_default(default)
+    return _text(default, f"the language reference that comes with Python; {own}", recorded)
+
+
+def byte_bar(what: str, total: int, show: bool = True) -> tqdm:
+    """Begin a progress bar in bytes on stderr, which appears when the work takes longer than a second."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1.0, leave=False, disable=not show)
+
+
+def _text(path: Path, why: str, recorded: Mapping[str, Any]) -> Source:
+    if not path.exists():
+        raise InputError(f"{path}: not there, expected a text file or a folder of texts. Check the path.")
+    if not path.is_dir():
+        return Source("text", path, why, recorded)
+    if is_dataset(path):
+        raise InputError(f"{path}: a folder of tokens, expected texts. Pass it with --dataset_dir {path}")
+    return Source("folder", path, why, recorded)
+
+
+def _write_default(path: Path) -> None:
+    """Write the reference of this Python's language; a reader never sees half of it."""
+    version = platform.python_version()
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise InputError(
+            f"this Python {version} does not carry the default text (pydoc_data.topics): pass --input_file FILE."
+        ) from error
+    staged = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("wb") as file:
+            file.write("\n\n".join(topics[name].strip() for name in sorted(topics)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink()
+        raise SaveFailed(
+            f"{path}: {error.strerror}, so the default text has no place. Pass --input_file FILE."
+        ) from error

@@ -1,0 +1,286 @@
+"""Token shards: flat files of ids, memory-mapped when read, and the folders that hold them.
+
+A shard is one of
+    raw uint16                                     nanoGPT's train.bin and val.bin
+    256 int32 (20240520, 1, count, 0 ...), uint16  modded-nanogpt, llm.c, and ours
+    256 int32 (20240801, 7, count, 0 ...), uint32  llm.c with larger vocabularies, and ours
+all little-endian. A dataset is a folder of them; ours has a dataset.json, written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from core.containers.pickles.reader import read_pickle
+from core.errors import InputError, SaveFailed
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two writers of one folder are then told apart by the rename alone
+    fcntl = None  # type: ignore[assignment]
+
+HEADER_INTS = 256
+LAYOUTS: dict[tuple[int, int], np.dtype] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
+"""Magic number and version of a header, and the tokens behind it."""
+
+VERSIONS = dict(LAYOUTS.keys())
+
+MANIFEST = "dataset.json"
+VERSION = 1
+SPLITS = ("train", "val")
+SHARD_TOKENS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of shards: its files, and the tokenizer's state where the folder says which."""
+
+    folder: Path
+    tokenizer: dict[str, Any] | None
+    train: list[Path]
+    val: list[Path]
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Map the tokens of a shard, uint16 or uint32; pages are read when they are used.
+
+    Raises: InputError with the path and both sizes when the header and the file disagree.
+    """
+    try:
+        size = path.stat().st_size
+        magic, version, count = (*np.fromfile(path, dtype="<i4", count=3).tolist(), 0, 0, 0)[:3]
+        dtype = LAYOUTS.get((magic, version))
+        if dtype is None and magic in VERSIONS:
+            raise InputError(f"{path}: shard version {version}, expected {VERSIONS[magic]}. Prepare it again.")
+        header = 0 if dtype is None else 4 * HEADER_INTS
+        if dtype is None:
+            dtype, count = np.dtype("<u2"), size // 2
+        expected = header + count * dtype.itemsize
+        if expected != size:
+            promise = f"its header says {count:,} tokens, {expected:,} bytes" if header else "a whole number of uint16"
+            raise InputError(f"{path}: found {size:,} bytes, expected {promise}. Copy or prepare the file again.")
+        if not count:
+            return np.empty(0, dtype)
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=header, shape=(count,)))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}, expected a file of tokens.") from error
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder holds shards."""
+    return (folder / MANIFEST).is_file() or any(folder.glob("*.bin"))
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Find the shards of a folder and the tokenizer that made them; no token is read.
+
+    Raises: InputError when it holds no training shard, or its dataset.json, meta.pkl and files contradict each other.
+    """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing there"
+        raise InputError(f"{folder}: {found}, expected a folder made by data/prepare.py, or one of .bin shards.")
+    if (folder / MANIFEST).exists():
+        return _ours(folder)
+    shards = sorted(folder.glob("*.bin"))
+    train, val = ([path for path in shards if split in path.name] for split in SPLITS)
+    if not train:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise InputError(
+            f"{folder}: no training shards. Expected {MANIFEST} (made by data/prepare.py), train.bin (nanoGPT) or "
+            f"*train*.bin (modded-nanogpt); found {found}."
+        )
+    meta = folder / "meta.pkl"
+    state = {"token_kind": "char", "chars": _meta_chars(meta)} if meta.exists() else None
+    return Dataset(folder, state, train, val)
+
+
+def write_dataset(
+    folder: Path,
+    splits: dict[str, Iterable[np.ndarray]],
+    dtype: np.dtype,
+    about: dict[str, Any],
+    shard_tokens: int = SHARD_TOKENS,
+) -> None:
+    """Write a dataset folder that appears whole or not at all.
+
+    `splits` gives the tokens of `train` and `val` piece by piece, `about` the other entries of dataset.json.
+    Does nothing when another process has finished the same folder in the meantime.
+
+    Raises: InputError when the folder holds something already, SaveFailed when it cannot be written.
+    """
+    try:
+        with _staging(folder) as staging:
+            if staging is None:
+                return
+            entries = {}
+            for split, tokens in splits.items():
+                with _Writer(staging, split, dtype, shard_tokens) as writer:
+                    for piece in tokens:
+                        writer.append(piece)
+                entries[split] = writer.entries
+            manifest = {"format_version": VERSION, **about, **entries}
+            with (staging / MANIFEST).open("w", encoding="utf-8") as file:
+                file.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            _sync(staging)
+            staging.rename(folder)
+            _sync(folder.parent)
+    except OSError as error:
+        raise SaveFailed(f"{folder}: {error.strerror}. No dataset was written; the text is untouched.") from error
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path | None]:
+    """Lend the empty folder `<folder>.partial` to one process; what a killed one left there is removed first."""
+    staging = folder.with_name(folder.name + ".partial")
+    lock = _lock(staging)
+    try:
+        if (folder / MANIFEST).exists():
+            yield None
+            return
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(
+                f"{folder}: is there already and holds no {MANIFEST}. Name a new folder; nothing was changed."
+            )
+        for path in staging.iterdir():
+            path.unlink()
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(staging: Path) -> int | None:
+    """Make a folder and lock it; wait for another process that has it. A dead process holds no lock."""
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
+        descriptor = os.open(staging, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{staging}: another process is writing this dataset; waiting for it.", file=sys.stderr)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # The other process has renamed or removed what we waited for: then the name is a new folder, or none.
+        if staging.exists() and os.path.samestat(os.fstat(descriptor), staging.stat()):
+            return descriptor
+        os.close(descriptor)
+
+
+class _Writer:
+    """Tokens of one split, written to `<split>_000000.bin` and so on; `entries` goes into dataset.json."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        self._dtype = dtype.newbyteorder("<")
+        self._file: BinaryIO | None = None
+
+    def append(self, tokens: np.ndarray) -> None:
+        tokens = tokens.astype(self._dtype, copy=False)
+        while len(tokens):
+            if self._file is None:
+                name = f"{self._split}_{len(self.entries):06d}.bin"
+                self._file = (self._folder / name).open("wb")
+                self._file.write(bytes(4 * HEADER_INTS))
+                self.entries.append({"file": name, "tokens": 0})
+            part = tokens[: self._shard_tokens - self.entries[-1]["tokens"]]
+            self._file.write(part.tobytes())
+            self.entries[-1]["tokens"] += len(part)
+            tokens = tokens[len(part) :]
+            if self.entries[-1]["tokens"] == self._shard_tokens:
+                self.finish()
+
+    def finish(self) -> None:
+        """Put the header in front of the last shard and make it durable."""
+        if self._file is None:
+            return
+        magic, version = next(kind for kind, dtype in LAYOUTS.items() if dtype == self._dtype)
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = magic, version, self.entries[-1]["tokens"]
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _ours(folder: Path) -> Dataset:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        if version > VERSION:
+            raise InputError(
+                f"{path}: format_version {version}, this program reads up to {VERSION}. Update the program."
+            )
+        shards = {split: [_listed(folder, entry) for entry in manifest[split]] for split in SPLITS}
+        tokenizer = dict(manifest["tokenizer"])
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}, expected what data/prepare.py writes.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not what data/prepare.py writes ({error!r}). Prepare the dataset again.") from error
+    return Dataset(folder, tokenizer, shards["train"], shards["val"])
+
+
+def _listed(folder: Path, entry: dict[str, Any]) -> Path:
+    """A shard that dataset.json names, once its own header has been compared."""
+    path = folder / Path(entry["file"]).name
+    found = len(read_shard(path))
+    if found != entry["tokens"]:
+        raise InputError(f"{path}: {found:,} tokens, {MANIFEST} says {entry['tokens']:,}. Prepare the dataset again.")
+    return path
+
+
+def _meta_chars(path: Path) -> list[str]:
+    """The characters of nanoGPT's meta.pkl {vocab_size, itos, stoi} in the order of their ids; nothing is run."""
+    try:
+        meta = read_pickle(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}, expected nanoGPT's character vocabulary.") from error
+    itos = meta.get("itos") if isinstance(meta, dict) else None
+    if not isinstance(itos, dict) or set(itos) != set(range(len(itos))):
+        raise InputError(
+            f"{path}: no table `itos` of ids from 0 without a gap, expected nanoGPT's character vocabulary."
+        )
+    size = meta.get("vocab_size", len(itos))
+    if size != len(itos):
+        raise InputError(
+            f"{path}: vocab_size is {size}, but itos has {len(itos)} characters. Prepare the dataset again."
+        )
+    return [itos[index] for index in range(len(itos))]

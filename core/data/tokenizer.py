@@ -1,0 +1,364 @@
+"""Tokenizers: text to ids and back, and what tokenizer.json says of them.
+
+char   one id for each character of the training text
+gpt2   GPT-2's byte pairs through tiktoken, 50,257 ids; the ranks are looked for when text is first encoded or decoded
+hf     a Hugging Face `tokenizers` JSON file, embedded whole in tokenizer.json
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from core.data import gpt2_ranks as ranks
+from core.data.decoding import ByteStream, Stream, WindowStream
+from core.errors import CheckpointMismatch, InputError
+
+State = dict[str, Any]
+Ids = Sequence[int] | np.ndarray
+CODE_POINTS = 0x110000
+END_OF_TEXT = "<|endoftext|>"
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+"""How GPT-2 cuts text into the pieces that are encoded one by one, in the form in which it never backtracks far."""
+
+
+class Place(NamedTuple):
+    """Where a piece of text begins: characters before it, its line, its column (both from 1)."""
+
+    position: int = 0
+    line: int = 1
+    column: int = 1
+
+    def after(self, text: str) -> Place:
+        """The place behind `text`, when `text` begins here."""
+        newline = text.rfind("\n")
+        column = self.column + len(text) if newline < 0 else len(text) - newline
+        return Place(self.position + len(text), self.line + text.count("\n"), column)
+
+
+START = Place()
+"""The first character of a text."""
+
+
+class Tokenizer(Protocol):
+    """What the rest of the program knows of a tokenizer."""
+
+    kind: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that can occur; a model may have more rows, which are never sampled."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary, in hexadecimal."""
+        ...
+
+    def state(self) -> State:
+        """The content of tokenizer.json."""
+        ...
+
+    def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
+        """Turn text into ids, uint16 or uint32 by the size of the vocabulary.
+
+        `unknown="skip"` drops characters the vocabulary lacks. `where` and `start` say in errors where text came from.
+
+        Raises: InputError with the first unknown character and its place.
+        """
+        ...
+
+    def decode(self, ids: Ids) -> str:
+        """Turn ids into text; bytes that are no character become U+FFFD.
+
+        Raises: InputError for an id outside the vocabulary.
+        """
+        ...
+
+    def stream(self) -> Stream:
+        """Begin decoding ids one by one."""
+        ...
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+class CharTokenizer:
+    """One id per character, in the order of `chars`."""
+
+    kind = "char"
+
+    def __init__(self, chars: Sequence[str]) -> None:
+        self.chars = list(chars)
+        self._codes = np.array([ord(c) for c in self.chars], dtype="<u4")
+        # One entry more than the highest character: np.take's mode "clip" sends everything above it there.
+        self._unknown = np.iinfo(token_dtype(len(self.chars) + 1)).max
+        self._ids = np.full(int(self._codes.max()) + 2, self._unknown, dtype=token_dtype(len(self.chars) + 1))
+        self._ids[self._codes] = np.arange(len(self.chars))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of characters."""
+        return len(self.chars)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the characters in order, as UTF-8 behind `char` and a zero byte."""
+        return hashlib.sha256(b"char\0" + "".join(self.chars).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def state(self) -> State:
+        """The content of tokenizer.json."""
+        return {"token_kind": "char", "chars": self.chars, "fingerprint": self.fingerprint}
+
+    def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
+        """Turn text into ids (see Tokenizer.encode)."""
+        ids = self._ids.take(_code_points(text), mode="clip")
+        strange = ids == self._unknown
+        if not strange.any():
+            return ids
+        if unknown == "skip":
+            return ids[~strange]
+        index = int(strange.argmax())
+        place = start.after(text[:index])
+        raise InputError(
+            f"{where}: {text[index]!r} (U+{ord(text[index]):04X}) at position {place.position:,} (line {place.line:,}, "
+            f"column {place.column:,}) is not among the {len(self.chars):,} characters of the vocabulary. "
+            "Change the text, or drop such characters with --unknown skip."
+        )
+
+    def decode(self, ids: Ids) -> str:
+        """Turn ids into text (see Tokenizer.decode)."""
+        return self._codes[_checked(ids, self)].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def stream(self) -> Stream:
+        """Begin decoding ids one by one."""
+        return ByteStream(lambda token: self.decode([token]).encode("utf-8", "replace"))
+
+
+class Gpt2Tokenizer:
+    """GPT-2's byte pairs: 50,256 ranks and one special id for the end of a text.
+
+    `<|endoftext|>` written in a text is ordinary text: only a program can put the special id in.
+    """
+
+    kind = "gpt2"
+    vocab_size = ranks.COUNT + 1
+    fingerprint = ranks.FINGERPRINT
+    end_of_text = ranks.COUNT
+
+    def __init__(self, bpe_file: Path | None = None) -> None:
+        self._bpe_file = bpe_file
+        if bpe_file is not None:
+            self.encoding  # noqa: B018  a file someone named is checked at once
+
+    @functools.cached_property
+    def encoding(self) -> Any:
+        """The tiktoken.Encoding.
+
+        Raises: InputError when the ranks are nowhere, or are not GPT-2's.
+        """
+        import tiktoken
+
+        return tiktoken.Encoding(
+            "gpt2",
+            pat_str=PATTERN,
+            mergeable_ranks=ranks.find_ranks(self._bpe_file),
+            special_tokens={END_OF_TEXT: self.end_of_text},
+        )
+
+    def state(self) -> State:
+        """The content of tokenizer.json."""
+        return {"token_kind": "gpt2", "fingerprint": self.fingerprint}
+
+    def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
+        """Turn text into ids; byte pairs know every character."""
+        return self.encoding.encode_to_numpy(_sound(text), disallowed_special=()).astype(np.uint16)
+
+    def decode(self, ids: Ids) -> str:
+        """Turn ids into text (see Tokenizer.decode)."""
+        return self.encoding.decode_bytes(_checked(ids, self).tolist()).decode("utf-8", "replace")
+
+    def stream(self) -> Stream:
+        """Begin decoding ids one by one."""
+        return ByteStream(lambda token: self.encoding.decode_bytes(_checked([token], self).tolist()))
+
+
+class HfTokenizer:
+    """A tokenizer of the Hugging Face library `tokenizers`; its special tokens are not added to text by themselves."""
+
+    kind = "hf"
+
+    def __init__(self, definition: dict[str, Any], where: str = "tokenizer.json") -> None:
+        self.definition = definition
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError as error:
+            raise InputError(
+                f"{where}: a Hugging Face tokenizer needs the optional library `tokenizers`: pip install tokenizers"
+            ) from error
+        try:
+            self._library = Library.from_str(json.dumps(definition))
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{where}: not a Hugging Face tokenizer ({error}).") from error
+        self._library.no_truncation()
+        self._library.no_padding()
+        self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not self.vocab_size:
+            raise InputError(f"{where}: this Hugging Face tokenizer has no tokens.")
+        self.end_of_text: int | None = self._library.token_to_id(END_OF_TEXT)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the definition in canonical JSON."""
+        return _definition_fingerprint(self.definition)
+
+    def state(self) -> State:
+        """The content of tokenizer.json."""
+        return {"token_kind": "hf", "definition": self.definition, "fingerprint": self.fingerprint}
+
+    def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
+        """Turn text into ids; what is unknown is the definition's own affair."""
+        ids = self._library.encode(_sound(text), add_special_tokens=False).ids
+        return np.array(ids, dtype=token_dtype(self.vocab_size))
+
+    def decode(self, ids: Ids) -> str:
+        """Turn ids into text (see Tokenizer.decode)."""
+        return self._library.decode(_checked(ids, self).tolist(), skip_special_tokens=False)
+
+    def stream(self) -> Stream:
+        """Begin decoding ids one by one."""
+        return WindowStream(self.decode)
+
+
+def make_char(texts: Iterable[str], where: str = "text") -> CharTokenizer:
+    """Make a char tokenizer of every character that occurs in the pieces of a text, in code point order.
+
+    Raises: InputError when there is no character at all.
+    """
+    seen = np.zeros(CODE_POINTS, dtype=bool)
+    for text in texts:
+        seen[_code_points(text)] = True
+    if not seen.any():
+        raise InputError(f"{where}: empty, expected at least one character. Name another with --input_file.")
+    return CharTokenizer([chr(code) for code in np.flatnonzero(seen)])
+
+
+def tokenizer_from_state(state: State, bpe_file: Path | None = None, where: str = "tokenizer.json") -> Tokenizer:
+    """Build the tokenizer that a tokenizer.json describes, and check its fingerprint where one is recorded.
+
+    Raises: CheckpointMismatch naming the field that is wrong; InputError for a missing library or rank file.
+    """
+    kind = state.get("token_kind")
+    tokenizer: Tokenizer
+    if kind == "char":
+        tokenizer = CharTokenizer(_checked_chars(state.get("chars"), where))
+    elif kind == "gpt2":
+        tokenizer = Gpt2Tokenizer(bpe_file)
+    elif kind == "hf":
+        definition = state.get("definition")
+        if not isinstance(definition, dict):
+            raise CheckpointMismatch(f"{where}: definition is {type(definition).__name__}, expected an object.")
+        tokenizer = HfTokenizer(definition, where)
+    else:
+        raise CheckpointMismatch(f"{where}: token_kind is {kind!r}, expected char, gpt2 or hf.")
+    recorded = state.get("fingerprint", tokenizer.fingerprint)
+    if recorded != tokenizer.fingerprint:
+        raise CheckpointMismatch(
+            f"{where}: the {kind} vocabulary has fingerprint {tokenizer.fingerprint[:12]}, recorded is "
+            f"{str(recorded)[:12]}. The file was changed after it was written; restore it."
+        )
+    return tokenizer
+
+
+def tokenizer_from_file(path: Path, bpe_file: Path | None = None) -> Tokenizer:
+    """Build a tokenizer from a JSON file: Hugging Face's, or the tokenizer.json of one of our checkpoints.
+
+    Raises: InputError when the file is missing or neither; CheckpointMismatch when it contradicts itself.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}. --tokenization takes char, gpt2 or a tokenizer's JSON file."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: no valid JSON ({error}), expected a Hugging Face tokenizer.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a JSON {type(values).__name__}, expected a Hugging Face tokenizer (an object).")
+    return (
+        tokenizer_from_state(values, bpe_file, str(path)) if "token_kind" in values else HfTokenizer(values, str(path))
+    )
+
+
+def same_vocabulary(a: State, b: State) -> bool:
+    """Whether two tokenizer.json give every id the same meaning."""
+    return _vocabulary(a) == _vocabulary(b)
+
+
+def describe(state: State) -> str:
+    """Say in a few words which tokenizer a tokenizer.json holds: `char, 65 characters, fingerprint ab12cd34ef56`."""
+    kind = state.get("token_kind")
+    if kind == "char" and isinstance(state.get("chars"), list):
+        chars = _checked_chars(state["chars"], "tokenizer.json")
+        return f"char, {len(chars)} characters, fingerprint {CharTokenizer(chars).fingerprint[:12]}"
+    if kind == "hf":
+        return f"hf, fingerprint {_definition_fingerprint(state.get('definition'))[:12]}"
+    return str(kind)
+
+
+def _vocabulary(state: State) -> tuple[Any, Any]:
+    """What decides the meaning of ids; GPT-2's never varies."""
+    kind = state.get("token_kind")
+    return kind, {"char": state.get("chars"), "hf": state.get("definition")}.get(str(kind))
+
+
+def _definition_fingerprint(definition: Any) -> str:
+    return hashlib.sha256(json.dumps(definition, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def named_tokenizer(name: str, bpe_file: Path | None = None) -> Tokenizer:
+    """Make the tokenizer that a flag names, one that needs no text: gpt2, or a tokenizer's JSON file."""
+    return Gpt2Tokenizer(bpe_file) if name == "gpt2" else tokenizer_from_file(Path(name), bpe_file)
+
+
+def _checked_chars(chars: Any, where: str) -> list[str]:
+    if not isinstance(chars, list) or not chars:
+        raise CheckpointMismatch(f"{where}: chars is {str(chars)[:40]!r}, expected a list of characters.")
+    seen: dict[str, int] = {}
+    for index, char in enumerate(chars):
+        if not isinstance(char, str) or len(char) != 1:
+            raise CheckpointMismatch(f"{where}: chars[{index}] is {char!r}, expected one character.")
+        if char in seen:
+            raise CheckpointMismatch(
+                f"{where}: chars[{index}] is {char!r}, which is chars[{seen[char]}] too; expected each character once."
+            )
+        seen[char] = index
+    return chars
+
+
+def _code_points(text: str) -> np.ndarray:
+    """The code points of a text, uint32 [T]; lone surrogates (from broken command lines) are code points too."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _sound(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which UTF-8 cannot hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _checked(ids: Ids, tokenizer: Tokenizer) -> np.ndarray:
+    array = np.asarray(ids, dtype=np.int64).reshape(-1)
+    wrong = (array < 0) | (array >= tokenizer.vocab_size)
+    if wrong.any():
+        raise InputError(
+            f"token id {array[wrong][0]} is not in the {tokenizer.kind} vocabulary of {tokenizer.vocab_size:,} ids."
+        )
+    return array

@@ -1,0 +1,297 @@
+"""Rules: how tensors of one program become tensors of another, each with its inverse; and tables of them.
+
+A rule works on views (core/containers/tensors/views.py): it is geometry, and reads nothing. A table is a tuple of rows
+`(their name or names, our name or names, rule)`; in a name `{i}` is a layer: the row is applied to each. A name with a
+`{j}` stands for those of all heads, with an `{l}` for those of all layers, on which a rule of several tensors works.
+A table is read both ways: `apply(table, ...)` makes ours of theirs, and with `back=True` theirs of ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Protocol
+
+from core.containers.tensors.views import View, add_axis, cut, drop_axis, join, merge_axes, permute, split_axis
+from core.errors import CheckpointMismatch
+
+Sizes = Mapping[str, int]
+"""Numbers of a model by the words of core/families/family.py: n_layer, n_head, n_kv_head, head_size, n_embd, ..."""
+
+
+class Rule(Protocol):
+    """What becomes of tensors, and how it is undone."""
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Make ours, `count` in number, of theirs."""
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Make theirs, `count` in number, of ours."""
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Another name for the same tensor."""
+
+    def __str__(self) -> str:
+        return "rename"
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Change nothing."""
+        return list(views)
+
+    inverse = forward
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Axes in another order: axis k of ours is axis `axes[k]` of theirs."""
+
+    axes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "transpose" if self.axes == (1, 0) else f"permute{self.axes}"
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Permute."""
+        return [permute(view, self.axes) for view in views]
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Permute back."""
+        back = tuple(self.axes.index(k) for k in range(len(self.axes)))
+        return [permute(view, back) for view in views]
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Theirs one behind the other along an axis; of equal length, or of those that `words` of the sizes say."""
+
+    axis: int = 0
+    words: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"concatenate along {self.axis}"
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Concatenate."""
+        return [join(views, self.axis)]
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Split."""
+        (view,) = views
+        whole = view.shape[self.axis]
+        lengths = [sizes[word] for word in self.words] or [whole // count] * count
+        if sum(lengths) != whole:
+            raise CheckpointMismatch(f"{whole} along axis {self.axis} cannot be split into {lengths}")
+        parts, at = [], 0
+        for length in lengths:
+            parts.append(cut(view, self.axis, at, at + length))
+            at += length
+        return parts
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Theirs along a new axis."""
+
+    axis: int = 0
+
+    def __str__(self) -> str:
+        return f"stack along {self.axis}"
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Stack."""
+        return [join([add_axis(view, self.axis) for view in views], self.axis)]
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Unstack."""
+        (view,) = views
+        return [drop_axis(cut(view, self.axis, k, k + 1), self.axis) for k in range(view.shape[self.axis])]
+
+
+@dataclass(frozen=True)
+class Interleave:
+    """Theirs group by group along the first axis: for each group its rows of the first, of the second, and so on.
+
+    Megatron's q, k, v: query heads that share a key and a value stand before them.
+    """
+
+    groups: str = "n_kv_head"  # the word of the sizes that says how many
+    words: tuple[str, ...] = ("q_size", "kv_size", "kv_size")  # rows of each of theirs
+
+    def __str__(self) -> str:
+        return f"interleave per group ({self.groups})"
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Interleave."""
+        groups = sizes[self.groups]
+        for view in views:
+            if view.shape[0] % groups:
+                raise CheckpointMismatch(f"{view.shape[0]} rows cannot be cut into {groups} groups")
+        return [merge_axes(join([split_axis(view, 0, view.shape[0] // groups) for view in views], 1), 0)]
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Take apart."""
+        (view,) = views
+        groups = sizes[self.groups]
+        rows = [sizes[word] // groups for word in self.words]
+        if sum(rows) * groups != view.shape[0]:
+            raise CheckpointMismatch(f"{view.shape[0]} rows are not {groups} groups of {' + '.join(map(str, rows))}")
+        grouped, parts, at = split_axis(view, 0, sum(rows)), [], 0
+        for length in rows:
+            parts.append(merge_axes(cut(grouped, 1, at, at + length), 0))
+            at += length
+        return parts
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Two axes of theirs are one of ours, `word` the length of the second."""
+
+    axis: int
+    word: str
+
+    def __str__(self) -> str:
+        return f"merge axes {self.axis} and {self.axis + 1}"
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Merge."""
+        return [merge_axes(view, self.axis) for view in views]
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Split the axis."""
+        return [split_axis(view, self.axis, sizes[self.word]) for view in views]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Rules one after the other, as theirs become ours."""
+
+    rules: tuple[Rule, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.rules))
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Apply each."""
+        for rule in self.rules:
+            views = rule.forward(views, sizes, count)
+        return list(views)
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Undo each, the last one first."""
+        for rule in reversed(self.rules):
+            views = rule.inverse(views, sizes, count)
+        return list(views)
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """A rule the other way round: several of ours in one of theirs."""
+
+    rule: Rule
+
+    def __str__(self) -> str:
+        return f"undo: {self.rule}"
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Undo the rule."""
+        return self.rule.inverse(views, sizes, count)
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Apply the rule."""
+        return self.rule.forward(views, sizes, count)
+
+
+COUNTED = {"{j}": "n_head", "{l}": "n_layer"}
+"""Letters that stand for many tensors of one row, and the word of the sizes that says how many."""
+
+RENAME, TRANSPOSE = Rename(), Permute((1, 0))
+
+Names = str | tuple[str, ...]
+Row = tuple[Names, Names, Rule]
+Table = tuple[Row, ...]
+
+
+@dataclass
+class Applied:
+    """What a table made of tensors."""
+
+    tensors: dict[str, View] = field(default_factory=dict)
+    rules: dict[str, str] = field(default_factory=dict)  # of each tensor that was made, in words
+    rows: dict[int, Row] = field(default_factory=dict)  # those that were used
+    unused: list[str] = field(default_factory=list)
+
+
+def apply(table: Iterable[Row], tensors: Mapping[str, View], sizes: Sizes, back: bool = False) -> Applied:
+    """Make ours of theirs by a table, or theirs of ours; a row none of whose tensors are there is passed over.
+
+    Raises: CheckpointMismatch when a part of a tensor is missing, parts do not fit, or two rows make one tensor.
+    """
+    made, used = Applied(), set[str]()
+    for number, row in enumerate(table):
+        theirs, ours, rule = row
+        given, wanted = (ours, theirs) if back else (theirs, ours)
+        for i in _layers(given, tensors):
+            parts, targets = _expanded(given, i, sizes), _expanded(wanted, i, sizes)
+            there = [name for name in parts if name in tensors]
+            if not there:
+                continue
+            if len(there) < len(parts):
+                lost = next(name for name in parts if name not in tensors)
+                raise CheckpointMismatch(f"{lost} is missing, {targets[0]} is made of it and {there[0]}")
+            made.rows[number] = row
+            used |= set(parts)
+            _make(made, rule, [tensors[name] for name in parts], parts, targets, sizes, back)
+    made.unused = [name for name in tensors if name not in used]
+    return made
+
+
+def _make(
+    made: Applied, rule: Rule, views: list[View], parts: list[str], targets: list[str], sizes: Sizes, back: bool
+) -> None:
+    others = [name for name, view in zip(parts, views, strict=True) if view.dtype != views[0].dtype]
+    if others:
+        raise CheckpointMismatch(f"{others[0]} and {parts[0]} have different dtypes, and {targets[0]} is made of both")
+    try:
+        results = (rule.inverse if back else rule.forward)(views, sizes, len(targets))
+    except (CheckpointMismatch, IndexError, KeyError, ZeroDivisionError) as error:
+        shapes = ", ".join(f"{name} {view.shape}" for name, view in zip(parts[:3], views, strict=False))
+        reason = f"{error} is not known" if isinstance(error, KeyError) else str(error)
+        raise CheckpointMismatch(f"{targets[0]} cannot be made of {shapes} ({rule}): {reason}") from error
+    if len(results) != len(targets):
+        raise CheckpointMismatch(f"{parts[0]} gives {len(results)} tensors, expected {len(targets)} ({rule})")
+    for name, view in zip(targets, results, strict=True):
+        if name in made.tensors:
+            raise CheckpointMismatch(f"{name} is made twice, the second time of {parts[0]}")
+        made.tensors[name], made.rules[name] = view, str(rule)
+
+
+def _layers(given: Names, tensors: Mapping[str, View]) -> list[str]:
+    """The numbers that `{i}` stands for among the names that are there; [""] where the row has none."""
+    names = (given,) if isinstance(given, str) else given
+    if not any("{i}" in name for name in names):
+        return [""]
+    patterns = [_pattern(name) for name in names]
+    found = {match["i"] for pattern in patterns for name in tensors if (match := pattern.fullmatch(name))}
+    return sorted(found, key=int)
+
+
+@cache
+def _pattern(name: str) -> re.Pattern[str]:
+    first, *others = re.escape(name).split(r"\{i\}")
+    return re.compile(
+        (first + r"(?P<i>\d{1,6})" + r"(?P=i)".join(others) if others else first).replace(r"\{j\}", r"\d+")
+    )
+
+
+def _expanded(names: Names, i: str, sizes: Sizes) -> list[str]:
+    """The names of one layer; one with a `{j}` stands for that of every head, with an `{l}` of every layer."""
+    made = []
+    for name in (names,) if isinstance(names, str) else names:
+        name = name.replace("{i}", i)
+        letter = next((letter for letter in COUNTED if letter in name), None)
+        made += [name.replace(letter, str(k)) for k in range(sizes[COUNTED[letter]])] if letter else [name]
+    return made

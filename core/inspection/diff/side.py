@@ -1,0 +1,239 @@
+"""Side: one of two checkpoints that are compared, with everything under names that both have."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.bundle.evolution import Evidence, evolve
+from core.bundle.optimizer_state import groups_of, names_in_order
+from core.bundle.parts import once
+from core.containers.container import Container
+from core.containers.pickles.inert import as_text
+from core.containers.plain import plain
+from core.containers.spec import TensorSpec
+from core.containers.tensors.dtypes import decode
+from core.containers.tensors.elements import pieces
+from core.errors import CheckpointMismatch
+from core.families.common_names import GPT2, Place, common_fields, head_and_table, naming, places
+from core.families.fused import plain_names
+from core.families.identify import UNKNOWN
+from core.families.recognise import FUSED, LECTURE, recognise
+from core.inspection.diff.change import Stored
+
+if TYPE_CHECKING:
+    from core.inspection.inspect import Inspected
+
+Facts = dict[str, Any]
+_FEW = 16  # elements of a tensor that is compared as a value
+
+
+@dataclass
+class Side:
+    """One of two checkpoints, as far as its headers tell; None is what it does not have."""
+
+    path: Path
+    container: Container
+    weights: dict[str, TensorSpec]  # by their names in the file
+    family: str = UNKNOWN
+    config: Facts | None = None
+    tokenizer: Facts | None = None
+    step: int | None = None
+    optimizer: Any = None  # its inert content
+    buffers: Mapping[str, str] = field(default_factory=dict)  # which of the weights are none, and what they are
+
+    @classmethod
+    def of(cls, found: Inspected) -> Side:
+        """What an inspection found, as one side of a comparison."""
+        return cls(
+            path=found.path,
+            container=found.container,
+            weights=found.weights,
+            family=found.identity.family,
+            config=found.config,
+            tokenizer=found.tokenizer,
+            step=found.step,
+            optimizer=found.optimizer,
+            buffers=found.identity.buffers,
+        )
+
+    @property
+    def program(self) -> str:
+        """Whose config this is: programs write different fields."""
+        return "ours" if self.family in (FUSED, LECTURE) else self.family if self.is_gpt2 else naming(self.family)
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether its tensors are those of a GPT-2, whoever named them."""
+        return naming(self.family) == GPT2
+
+    @property
+    def has_weights_alone(self) -> bool:
+        """Whether it holds tensors and nothing else that is compared."""
+        return self.config is None and self.tokenizer is None and self.step is None and self.optimizer is None
+
+    @functools.cached_property
+    def places(self) -> dict[str, Place]:
+        """Where each tensor of the model lies, by its common name; by its own where two would have the same."""
+        names = [name for name in self.weights if name not in self.buffers]
+        try:
+            return places(self.family, names)
+        except CheckpointMismatch:
+            return {plain: Place((name,)) for plain, name in _plain(names).items()}
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """The tensors of the model by their common names, without those that are broken."""
+        return {
+            name: self._stored(*place.parts, transposed=place.transposed)
+            for name, place in self.places.items()
+            if name not in self.broken
+        }
+
+    @functools.cached_property
+    def broken(self) -> dict[str, str]:
+        """Which tensors of the model cannot be put together, and why."""
+        found = {}
+        for name, place in self.places.items():
+            lost = next((part for part in place.parts if part not in self.weights), None)
+            if fault := f"{lost} is missing" if lost else self._stored(*place.parts).fault:
+                found[name] = fault
+        return found
+
+    def parts_of(self, name: str) -> dict[str, Stored]:
+        """The parts of a tensor of the model, by their names without what wrappers add."""
+        place = self.places.get(name, Place(()))
+        parts = _plain(part for part in place.parts if part in self.weights)
+        return {plain: self._stored(part) for plain, part in parts.items()}
+
+    def _stored(self, *names: str, transposed: bool = False) -> Stored:
+        return Stored(self.container, names, tuple(self.weights[name] for name in names), transposed)
+
+    @property
+    def masks(self) -> dict[str, Stored]:
+        """Its buffers, by their names without what wrappers add."""
+        names = _plain(name for name in self.buffers if name in self.weights)
+        return {plain: self._stored(name) for plain, name in names.items()}
+
+    @property
+    def tied(self) -> tuple[str, str] | None:
+        """The head that it does not store, and the token table that is used for it."""
+        names = head_and_table(self.family)
+        if names is None or names[0] in self.places or names[1] not in self.places:
+            return None
+        return None if common_fields(self.fields or {}).get("tied_head") is False else names
+
+    @functools.cached_property
+    def fields(self) -> Facts | None:
+        """Its config as JSON has it; what an old one of ours does not say is what it was then."""
+        if self.config is None:
+            return None
+        config = plain(self.config)
+        if self.program != "ours":
+            return config
+        try:
+            plan = recognise(self.weights)
+            shapes = plan.shapes({name: spec.shape for name, spec in self.weights.items()})
+            return evolve(config, Evidence(plan, shapes), str(self.path)).to_dict()
+        except CheckpointMismatch:  # inspection says what is wrong with it; here it is compared as it stands
+            return config
+
+    @functools.cached_property
+    def settings(self) -> Facts | None:
+        """The settings of its optimizers, "group 0: lr".
+
+        Raises: CheckpointMismatch when it is no state of optimizers of torch.
+        """
+        if self.optimizer is None:
+            return None
+        several = isinstance(self.optimizer, (list, tuple))
+        found: Facts = {}
+        for number, optimizer in enumerate(self.optimizer if several else [self.optimizer]):
+            for index, group in enumerate(groups_of(optimizer)):
+                before = f"optimizer {number}, group {index}" if several else f"group {index}"
+                for key, value in group.items():
+                    if key not in ("params", "param_names"):
+                        found[f"{before}: {_text(key)}"] = self._value(value)
+        return found
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """For each tensor of the model, the numbers of its parts in the optimizer's state.
+
+        Raises: CheckpointMismatch when they are not known.
+        """
+        groups = groups_of(self.optimizer)
+        model = {name: spec for name, spec in self.weights.items() if name not in self.buffers}
+        names = plain_names(names_in_order(groups, once(model)))
+        numbers = dict(zip(names, (i for group in groups for i in group["params"]), strict=True))
+        known = {original: name for name, original in plain_names(model).items()}
+        found = {
+            name: {part: numbers[known[part]] for part in place.parts if known.get(part) in numbers}
+            for name, place in self.places.items()
+        }
+        return {name: parts for name, parts in found.items() if parts}
+
+    def groups(self) -> Facts:
+        """Which tensors of the model each group of the optimizer has.
+
+        Raises: CheckpointMismatch when that is not known.
+        """
+        owners = {number: name for name, parts in self.numbers.items() for number in parts.values()}
+        return {
+            f"group {index}: parameters": sorted({owners[i] for i in group["params"] if i in owners})
+            for index, group in enumerate(groups_of(self.optimizer))
+        }
+
+    def moments(self) -> tuple[dict[str, Stored], Facts]:
+        """The state of the optimizer by tensor, "lm_head.weight: exp_avg": tensors as they lie, and plain values.
+
+        Raises: CheckpointMismatch when it is not known whose they are.
+        """
+        tensors: dict[str, Stored] = {}
+        values: Facts = {}
+        for name, parts in self.numbers.items():
+            entries = [self.optimizer["state"].get(number, {}) for number in parts.values()]
+            for key in dict.fromkeys(key for entry in entries for key in entry):
+                found = [entry.get(key) for entry in entries]
+                title = f"{name}: {_text(key)}"
+                names = tuple(f"{part}: {_text(key)}" for part in parts)
+                if all(isinstance(value, TensorSpec) and value.shape for value in found):
+                    whole = Stored(self.container, names, tuple(found), self.places[name].transposed)
+                    if whole.fault:
+                        each_alone = zip(names, found, strict=True)
+                        tensors |= {part: Stored(self.container, (part,), (spec,)) for part, spec in each_alone}
+                    else:
+                        tensors[title] = whole
+                else:
+                    each = [self._value(value) for value in found]
+                    values[title] = each[0] if all(value == each[0] for value in each) else each
+        return tensors, values
+
+    def _value(self, value: Any) -> Any:
+        """A setting as JSON has it: of a tensor its numbers, or where they are many a checksum of them."""
+        if isinstance(value, (list, tuple)):
+            return [self._value(item) for item in value]
+        if not isinstance(value, TensorSpec):
+            return plain(value)
+        if value.numel > _FEW or value.dtype.startswith("complex"):
+            crc = functools.reduce(lambda crc, data: zlib.crc32(data, crc), pieces(self.container, value), 0)
+            return f"{value}, CRC32 {crc:08x}"
+        numbers = plain(decode(b"".join(pieces(self.container, value)), value.dtype).tolist())
+        return numbers if value.shape else numbers[0]
+
+
+def _plain(names: Iterable[str]) -> dict[str, str]:
+    """Names without what wrappers add; as they are where two would become one."""
+    names = list(names)
+    try:
+        return plain_names(names)
+    except CheckpointMismatch:
+        return {name: name for name in names}
+
+
+def _text(key: Any) -> str:
+    return key if isinstance(key, str) else as_text(key)

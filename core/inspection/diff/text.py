@@ -1,0 +1,174 @@
+"""A comparison for people, line by line, and as values that JSON has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from core.console.words import columns, printable
+from core.containers.pickles.inert import as_text
+from core.containers.plain import plain
+from core.inspection.diff.change import Stored
+from core.inspection.diff.comparison import Comparison, Pair, Tensors, Values
+from core.inspection.diff.side import Facts, Side
+from core.inspection.tensor_table import grouped
+
+_SHOWN = 40
+"""Rows of one list."""
+
+_WIDTH = 60
+"""Characters of a value."""
+
+
+def comparison_facts(found: Comparison) -> Facts:
+    """The comparison as values that JSON has; of what is the same, the numbers alone."""
+    facts = {
+        "equal": found.equal,
+        "different": found.different,
+        "a": _side_facts(found.a),
+        "b": _side_facts(found.b),
+        "config": _values_facts(found.config),
+        "tokenizer": _values_facts(found.tokenizer),
+        "step": _values_facts(found.step),
+        "optimizer": _values_facts(found.optimizer),
+        "weights": _tensors_facts(found.weights),
+        "moments": _tensors_facts(found.moments) if found.moments is not None else None,
+        "notes": found.notes,
+    }
+    return plain(facts)
+
+
+def _side_facts(side: Side) -> Facts:
+    return {"path": str(side.path), "kind": side.container.kind, "family": side.family, "step": side.step}
+
+
+def _values_facts(values: Values) -> Facts:
+    return {
+        "equal": values.equal,
+        "same": values.same,
+        "different": {name: {"a": a, "b": b} for name, (a, b) in values.different.items()},
+        "only_a": values.only_a,
+        "only_b": values.only_b,
+        "remark": values.remark,
+    }
+
+
+def _tensors_facts(tensors: Tensors) -> Facts:
+    return {
+        "equal": tensors.equal,
+        "compared": tensors.compared,
+        "different": [_pair_facts(pair) for pair in tensors.different],
+        "only_a": [_stored_facts(name, stored) for name, stored in tensors.only_a.items()],
+        "only_b": [_stored_facts(name, stored) for name, stored in tensors.only_b.items()],
+        "faults": tensors.faults,
+        "notes": tensors.notes,
+    }
+
+
+def _pair_facts(pair: Pair) -> Facts:
+    change = pair.change
+    facts: Facts = {
+        "name": pair.title,
+        "a": {"names": pair.a.names, "dtype": pair.a.dtype, "shape": pair.a.shape},
+        "b": {"names": pair.b.names, "dtype": pair.b.dtype, "shape": pair.b.shape},
+    }
+    if change is None:
+        return {**facts, "change": None}
+    return {
+        **facts,
+        "change": {
+            "elements": change.elements,
+            "changed": change.changed,
+            "nan": change.nan,
+            "absolute": change.absolute,
+            "relative": change.relative,
+        },
+    }
+
+
+def _stored_facts(name: str, stored: Stored) -> Facts:
+    title = stored.names[0] if len(stored.names) == 1 else name
+    return {"name": title, "names": stored.names, "dtype": stored.dtype, "shape": stored.shape}
+
+
+def comparison_lines(found: Comparison) -> Iterable[str]:
+    """Write a comparison; its last line says whether the two are equal."""
+    for who, side in (("A", found.a), ("B", found.b)):
+        what = ", ".join([side.container.kind, side.family, *([f"step {side.step}"] if side.step is not None else [])])
+        yield f"{who}: {printable(str(side.path))} ({printable(what)})"
+    yield ""
+    yield from _values_lines("config", found.config)
+    yield from _values_lines("tokenizer", found.tokenizer)
+    yield from _values_lines("step", found.step)
+    yield from _values_lines("optimizer", found.optimizer)
+    yield from _tensors_lines("tensors", found.weights)
+    if found.moments is not None:
+        yield from _tensors_lines("moments", found.moments)
+    yield from (f"note: {printable(note)}" for note in found.notes)
+    yield ""
+    yield f"different: {', '.join(found.different)}" if found.different else "equal in all that was compared"
+
+
+def _values_lines(title: str, values: Values) -> Iterable[str]:
+    numbers = [(values.same, "equal"), (len(values.different), "not equal")]
+    numbers += [(len(values.only_a), "only in A"), (len(values.only_b), "only in B")]
+    said = [f"{count} {what}" for count, what in numbers if count] + ([values.remark] if values.remark else [])
+    yield f"{title}: {printable(', '.join(said) or 'nothing')}"
+    rows: list[tuple[str, ...]] = []
+    rows += [(f"  {name}", f"A {_shown(a, b)}", f"B {_shown(b, a)}") for name, (a, b) in values.different.items()]
+    rows += [(f"  {name}", f"only in A {_shown(value)}") for name, value in values.only_a.items()]
+    rows += [(f"  {name}", f"only in B {_shown(value)}") for name, value in values.only_b.items()]
+    yield from _limited([(printable(name), *rest) for name, *rest in rows])
+
+
+def _shown(value: Any, other: Any = None) -> str:
+    """A value on one line; of a long list how long it is, and where it begins to differ from the other."""
+    if not isinstance(value, list) or not isinstance(other, list) or len(as_text(value)) <= _WIDTH:
+        return as_text(value, _WIDTH)
+    first = next((i for i, (x, y) in enumerate(zip(value, other, strict=False)) if x != y), min(len(value), len(other)))
+    item = f"[{first}] is {as_text(value[first], _WIDTH)}" if first < len(value) else "and no more"
+    return f"{len(value)} entries, {item}"
+
+
+def _tensors_lines(title: str, tensors: Tensors) -> Iterable[str]:
+    shapes = [pair for pair in tensors.different if pair.change is None]
+    changed = [pair for pair in tensors.different if pair.change is not None]
+    yield f"{title}: {tensors.compared} compared, {tensors.compared - len(tensors.different)} equal"
+    yield from (f"  {printable(note)}" for note in tensors.notes)
+    yield from _limited([(f"  {printable(fault)}",) for fault in tensors.faults])
+    for who, lone in (("A", tensors.only_a), ("B", tensors.only_b)):
+        if lone:
+            yield f"  only in {who}: {len(lone)}"
+            yield from _limited([(f"    {name}", *rest) for name, *rest in grouped(_rows(lone))])
+    if shapes:
+        yield f"  other shapes: {len(shapes)}"
+        yield from _limited([_shapes_row(pair) for pair in shapes])
+    if changed:
+        yield f"  changed: {len(changed)}, the largest first"
+        yield from _limited([("    name", "max |B-A|", "max relative", "changed"), *map(_row, changed)])
+
+
+def _rows(lone: Mapping[str, Stored]) -> Iterable[Facts]:
+    return (_stored_facts(name, stored) for name, stored in lone.items())
+
+
+def _shapes_row(pair: Pair) -> tuple[str, ...]:
+    kinds = (f"{who} {stored.shape} {stored.dtype}" for who, stored in (("A", pair.a), ("B", pair.b)))
+    return f"    {printable(pair.title)}", *kinds
+
+
+def _row(pair: Pair) -> tuple[str, ...]:
+    change, remarks = pair.change, []
+    assert change is not None
+    if pair.a.dtype != pair.b.dtype:
+        remarks.append(f"{pair.a.dtype} and {pair.b.dtype}")
+    if change.nan:
+        remarks.append(f"{change.nan} with NaN")
+    share = f"{change.changed:,} of {change.elements:,}"
+    return f"    {printable(pair.title)}", f"{change.absolute:.3g}", f"{change.relative:.3g}", share, ", ".join(remarks)
+
+
+def _limited(rows: list[tuple[str, ...]]) -> Iterable[str]:
+    yield from columns(rows[:_SHOWN])
+    if len(rows) > _SHOWN:
+        yield f"    ... and {len(rows) - _SHOWN} more; --json lists all"

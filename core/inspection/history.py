@@ -1,0 +1,192 @@
+"""The past of a model as its folder tells it: each step, kept or aside, whether it is whole, and why it is there."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.bundle.bundle import Bundle, Kept, history, open_bundle, verify
+from core.bundle.folder import CONFIG, MODEL, FolderReader
+from core.bundle.lineage import order
+from core.bundle.retention import Retention
+from core.bundle.training_state import STATE, unseal
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+
+TOP, KEPT, ASIDE = "top", "kept", "aside"
+
+WHOLE, INTACT, REPLACED, DAMAGED, NO_BUNDLE = "whole", "intact", "replaced", "damaged", "no bundle"
+"""Health: headers and sizes are right; all checksums are; whole, but not the file that was saved; neither; parts."""
+
+
+@dataclass
+class Entry:
+    """One step of the past."""
+
+    place: str
+    path: Path
+    step: int
+    state: dict[str, Any]
+    bytes: int = 0
+    health: str = WHOLE
+    faults: list[str] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
+    graph: str = "o"  # its row of the drawing of branches
+
+    @property
+    def why(self) -> str | None:
+        """Why it lies aside; None for what does not, or was put there by another program."""
+        found = re.fullmatch(r"aside_\d{8,}_([a-z]+)_[0-9a-f]+", self.path.name)
+        return found[1] if found and self.place == ASIDE else None
+
+    @property
+    def order(self) -> int:
+        """Its place among the commits of its branch."""
+        return order({"step": self.step, **self.state})
+
+    @property
+    def branch(self) -> dict[str, Any]:
+        """Where its branch left another; empty for the first one."""
+        found = self.state.get("branch")
+        return found if isinstance(found, dict) else {}
+
+
+@dataclass
+class Past:
+    """The steps of a model, each after the one it came from; those aside after the step where they left."""
+
+    path: Path
+    entries: list[Entry]
+    retention: Retention
+    recorded: bool  # whether the training state says which rules are in force
+
+    @property
+    def newest(self) -> dict[str, Any]:
+        """The training state at the top."""
+        return next((entry.state for entry in self.entries if entry.place == TOP), {})
+
+    def going(self, keep: int | None, keep_every: int | None) -> list[Entry]:
+        """The kept steps that these numbers would remove."""
+        kept = [entry for entry in self.entries if entry.place == KEPT]
+        going = self.retention.given(keep, keep_every).going(self.newest, [_kept(entry) for entry in kept])
+        return [entry for entry in kept if entry.path in {step.path for step in going}]
+
+
+def _kept(entry: Entry) -> Kept:
+    return Kept(entry.step, entry.path, entry.state)
+
+
+def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], object] = lambda size: None) -> Past:
+    """Look at every step of a model; with `checksums` their bytes are read, and `progress` is told how many.
+
+    Raises: CheckpointNotFound when there is none, at the top, kept or aside.
+    """
+    place, kept = FolderReader(folder), history(folder)
+    entries = [Entry(KEPT, step.path, step.step, step.state) for step in kept]
+    if {MODEL, STATE} & {*place.storage.names(folder), *place.storage.names(place.committed)}:
+        state = _state(place.read, folder)
+        entries.append(Entry(TOP, folder, int(state.get("step", 0)), state))
+    newest = entries[-1].state if entries and entries[-1].place == TOP else {}
+    retention = Retention.of(newest)
+    for entry, rules in zip(entries, retention.rules(newest, kept), strict=False):
+        entry.rules = rules
+    if entries and entries[-1].place == TOP:
+        entries[-1].rules = retention.rules_of_newest(newest, kept)
+    for path in place.asides():
+        found = re.match(r"aside_(\d{8,})", path.name)
+        entries.append(Entry(ASIDE, path, int(found[1]) if found else 0, _state(_reader(path), path)))
+    if not entries:
+        raise CheckpointNotFound(f"{folder}: no step of a bundle is here, so there is no past to show.")
+    for entry in entries:
+        _look(entry, checksums)
+        progress(entry.bytes)
+    entries = [entry for entry in entries if entry.path.is_dir()]  # a writer beside this may have removed some
+    return Past(folder, list(_drawn(entries)), retention, "retention" in newest)
+
+
+def _reader(folder: Path) -> Callable[[str], bytes]:
+    return lambda name: (folder / name).read_bytes()
+
+
+def _state(read: Callable[[str], bytes], where: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, CheckpointError):
+        return unseal(read(STATE), str(where / STATE))
+    return {}
+
+
+def _look(entry: Entry, checksums: bool) -> None:
+    """Find out its size and its health."""
+    try:
+        with open_bundle(entry.path) as bundle:
+            entry.bytes = sum(bundle.sizes.values())
+            changed = verify(bundle) if checksums else list(_other_sizes(bundle))
+            entry.health = REPLACED if changed else INTACT if checksums else WHOLE
+            entry.faults = changed
+    except CheckpointError as error:
+        missing = isinstance(error, CheckpointNotFound)
+        entry.health, entry.faults = (NO_BUNDLE, []) if missing and entry.place == ASIDE else (DAMAGED, [str(error)])
+        if entry.place != TOP:
+            with contextlib.suppress(OSError):
+                entry.bytes = sum(path.stat().st_size for path in entry.path.iterdir() if path.is_file())
+
+
+def _other_sizes(bundle: Bundle) -> Iterator[str]:
+    """Say which files have another size than recorded. Raises: CheckpointDamaged when one is cut off."""
+    for part in (bundle.weights, bundle.optimizer):
+        if part is not None:
+            try:
+                _ = part.source.header
+            except CheckpointError as error:
+                raise CheckpointDamaged(str(error)) from error
+    for name, entry in bundle.state.get("integrity", {}).get("files", {}).items():
+        size = bundle.sizes.get(name)
+        if size is not None and size != entry["size"] and name != CONFIG:  # which a person may edit
+            yield f"{bundle.path(name)}: {size} bytes; recorded {entry['size']}. It was replaced."
+
+
+def _drawn(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """Order the steps as a drawing of their branches, the present one in the first column, and note each row of it."""
+    present = sorted((e for e in entries if e.place != ASIDE), key=lambda e: (e.order, e.place == TOP))
+    aside = sorted((e for e in entries if e.place == ASIDE), key=lambda e: e.order)
+    after: dict[int, list[Entry]] = {}
+    for entry in aside:
+        before = _before(entry, entries) or next((e for e in reversed(present) if e.order < entry.order), None)
+        if before is not None:
+            after.setdefault(id(before), []).append(entry)
+    done = set()
+
+    def row(entry: Entry, lead: str, rest: str) -> Iterator[Entry]:
+        if id(entry) in done:
+            return
+        done.add(id(entry))
+        entry.graph = f"{lead}{'*' if entry.place == TOP else 'o'}"
+        yield entry
+        forks = after.get(id(entry), [])
+        goes_on = forks[-1:] if entry.place == ASIDE else []
+        bar, corner = ("|", "|-") if goes_on or entry is not present[-1] else (" ", "`-")
+        for fork in forks[: len(forks) - len(goes_on)]:
+            yield from row(fork, f"{rest}{corner}", f"{rest}{bar} ")
+        for straight in goes_on:
+            yield from row(straight, rest, rest)
+
+    for entry in present:
+        yield from row(entry, "", "")
+    for entry in aside:  # what comes after nothing that is here
+        yield from row(entry, "  ", "  ")
+
+
+def _before(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+    """The step after which another came, if it is still here: the one before on its branch, or where that left."""
+    run, branch = entry.state.get("run"), entry.branch.get("id")
+    before = [
+        e
+        for e in entries
+        if e.order < entry.order and (e.state.get("run"), e.branch.get("id")) == (run, branch) and run
+    ]
+    if before:
+        return max(before, key=lambda e: e.order)
+    left = entry.branch.get("commit_id")
+    return next((e for e in entries if left and e.state.get("commit_id") == left), None)

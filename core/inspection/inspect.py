@@ -1,0 +1,231 @@
+"""What lies at a path, known from headers alone: a checkpoint of ours, or of any other program."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from core.bundle.find import is_model
+from core.containers.container import Check, Container
+from core.containers.pickles.inert import Call
+from core.containers.plain import plain
+from core.containers.spec import TensorSpec
+from core.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
+from core.families import megatron_iteration
+from core.families.identify import Identity, identify, weights_key
+
+if TYPE_CHECKING:
+    from core.bundle.bundle import Bundle, Kept
+    from core.bundle.parts import Part
+
+# what reads our own bundles is imported when there is one: it takes as long as opening a file of another program
+
+CONFIG_KEYS = ("config", "model_config", "model_args", "args")
+"""Where programs put the config of a model in the content of a checkpoint."""
+
+
+@dataclass
+class Inspected:
+    """A checkpoint and all that its headers say; `bundle` is there when it is one of ours."""
+
+    path: Path
+    container: Container
+    weights: dict[str, TensorSpec]  # the model's tensors, by their names in its state dict
+    key: str  # what stands before these names in the container
+    identity: Identity
+    config: dict[str, Any] | None
+    tokenizer: dict[str, Any] | None = None
+    optimizer: Any = None  # its inert content
+    step: int | None = None
+    bundle: Bundle | None = None
+    history: list[Kept] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)  # files of a bundle that cannot be read, each in a sentence
+    chosen: list[str] = field(default_factory=list)  # which of several checkpoints this is, and why
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(self.container.files.values())
+
+    def close(self) -> None:
+        """Close the files of a bundle."""
+        if self.bundle is not None:
+            self.bundle.close()
+
+    def __enter__(self) -> Inspected:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Held(Container):
+    """A container whose files are open already: a save beside it changes nothing of what is read."""
+
+    held: dict[str, BinaryIO]
+
+    def open(self, name: str) -> BinaryIO:
+        file = self.held[name]
+        own = Path("/proc/self/fd") / str(file.fileno())
+        if own.exists():
+            return own.open("rb", buffering=0)
+        return os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
+
+    def proves_itself(self, name: str) -> bool:
+        """Whether this is a tokenizer with the fingerprint of its vocabulary."""
+        from core.bundle.bundle import TOKENIZER, proves_itself
+        from core.bundle.training_state import parse_json
+
+        if name != TOKENIZER:
+            return False
+        with self.open(name) as file, contextlib.suppress(CheckpointError):
+            file.seek(0)
+            return proves_itself(parse_json(file.read(), name))
+        return False
+
+
+def inspect_path(path: Path, step: int | None = None) -> Inspected:
+    """Open a checkpoint of any kind: a model's folder (its newest step, or a kept one), another folder, or a file.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointError when nothing at the path can be read.
+    """
+    if path.is_file():
+        if step is not None:
+            raise CheckpointError(f"{path}: a single file has no steps to choose from with --step.")
+        found = of_container(path)
+        if isinstance(found.container.content, dict) and "model_state_dict" in found.container.content:
+            from core.bundle.legacy import is_legacy, open_legacy
+
+            if is_legacy(found.container.content):
+                with contextlib.suppress(CheckpointMismatch):  # one that cannot be loaded is still shown
+                    return of_bundle(open_legacy(path))
+        return found
+    if not path.exists():
+        raise CheckpointNotFound(f"{path}: nothing here. Give a model folder, a step folder in it, or a file.")
+    if step is None and not is_model(path):
+        return of_container(path)
+    from core.bundle.bundle import history, open_bundle
+    from core.bundle.choice import choose
+    from core.bundle.legacy import open_legacy
+
+    choice = choose(path)
+    if step is not None:
+        return of_bundle(open_bundle(path, step))
+    choice.refuse_none()
+    if not choice.candidates:
+        return of_container(path)
+    single = choice.candidates[0].single
+    found = of_bundle(open_legacy(path / single) if single else open_bundle(path))
+    found.history, found.chosen = history(path), choice.lines()
+    return found
+
+
+def of_bundle(bundle: Bundle) -> Inspected:
+    """Look at a bundle or single file of ours.
+
+    A part of it that cannot be read is a note, so that the rest is still shown. The bundle is closed with what is
+    returned, or at once when it cannot be looked at.
+    """
+    try:
+        return _of_bundle(bundle)
+    except BaseException:
+        bundle.close()
+        raise
+
+
+def _of_bundle(bundle: Bundle) -> Inspected:
+    container, damage = _held(bundle)
+    weights: dict[str, TensorSpec] = {}
+    with contextlib.suppress(CheckpointError):  # the damage says it
+        weights = bundle.weights.tensors
+    optimizer = None
+    with contextlib.suppress(CheckpointError):
+        optimizer = bundle.optimizer.content if bundle.optimizer is not None else None
+    key = f"{bundle.weights.key}." if weights and bundle.weights.key else ""
+    return Inspected(
+        path=bundle.path("") if bundle.single else bundle.folder,
+        container=container,
+        weights=weights,
+        key=key,
+        identity=identity_of(weights, bundle.config_values),
+        config=bundle.config_values,
+        tokenizer=bundle.tokenizer,
+        optimizer=optimizer,
+        step=bundle.step if "step" in bundle.state else None,
+        bundle=bundle,
+        damage=damage,
+    )
+
+
+def _held(bundle: Bundle) -> tuple[Container, list[str]]:
+    """The open files of a bundle as a container, and what of them cannot be read."""
+    from core.bundle.commit import CONFIG
+    from core.bundle.sharded_part import ShardedFile
+    from core.containers.joined import join
+    from core.containers.torch_files.container import container_of
+
+    path = bundle.path("") if bundle.single else bundle.folder
+    whole = _Held("legacy single file" if bundle.single else "bundle", path, {}, {}, dict(bundle.sizes))
+    whole.held = bundle.files
+    damage: list[str] = []
+    parts: list[tuple[str, Part]] = [("", bundle.weights)]
+    if bundle.optimizer is not None and not bundle.single:
+        parts.append(("optimizer", bundle.optimizer))
+    if bundle.ema is not None:
+        parts.append(("ema", bundle.ema))
+    for name, part in parts:
+        file = part.source.path
+        try:
+            if isinstance(part.source, ShardedFile):
+                made = part.source.header
+            else:
+                made = container_of(part.source.header, file, bundle.sizes[file.name])
+            if bundle.single:
+                whole.tensors, whole.content = made.tensors, made.content
+                whole.checks, whole.foreign, whole.notes = made.checks, made.foreign, made.notes
+            else:
+                join(whole, made, name)
+        except CheckpointError as error:
+            damage.append(str(error))
+            whole.notes.append(str(error))
+    recorded = bundle.state.get("integrity", {}).get("files", {})
+    for name, entry in recorded.items():
+        if name in bundle.files and name != CONFIG:  # a person may edit the config
+            whole.checks.append(Check(name, 0, entry["size"], int(entry["crc32"], 16), (name,)))
+    return whole, damage
+
+
+def of_container(path: Path) -> Inspected:
+    """Look at a checkpoint of another program."""
+    from core.containers.open import open_container
+
+    container = open_container(path)
+    key = weights_key(container.tensors)
+    weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
+    content = container.content if isinstance(container.content, Mapping) else {}
+    config = next((found for k in CONFIG_KEYS if (found := _fields(content.get(k))) is not None), None)
+    step = next((content[k] for k in ("step", "iter_num", "iteration") if type(content.get(k)) is int), None)
+    optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optimizers") if k in content), None)
+    notes: list[str] = []
+    if megatron_iteration.is_iteration(container):
+        weights, notes = megatron_iteration.model_of(weights)
+        config, step = megatron_iteration.said(container)
+    identity = identity_of(weights, config)
+    return Inspected(path, container, weights, key, identity, config, None, optimizer, step, chosen=notes)
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    from core.containers.pickles.foreign import attributes
+
+    found = attributes(value) if isinstance(value, (dict, Call)) else None
+    return {str(k): plain(v) for k, v in found.items()} if found is not None else None
+
+
+def identity_of(weights: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Identity:
+    """Recognise the model that tensors are of, by their names, shapes and shared storages, and the config beside it."""
+    shared = {name: f"{spec.file}/{spec.storage}/{spec.offset}" for name, spec in weights.items()}
+    return identify({name: spec.shape for name, spec in weights.items()}, config, shared)

@@ -1,0 +1,136 @@
+"""The facts of a checkpoint, from its headers, as values that JSON has; report_text.py writes them for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from core.config.variants import VARIANTS
+from core.containers.pickles.inert import Call
+from core.containers.spec import TensorSpec
+from core.inspection.inspect import Inspected
+from core.inspection.tensor_table import tensor_facts
+
+Facts = dict[str, Any]
+
+FORMATS = {
+    "bundle": "New JSON-based format",
+    "legacy single file": "Legacy single file",
+    "torch zip": "PyTorch zip file",
+    "torch stream": "PyTorch stream file (before torch 1.6)",
+}
+"""What a kind of container is called in the first line."""
+
+SCRIPTS = {f"modded_{variant.name}": variant.program for variant in VARIANTS.values()}
+"""What people call the variants of modded-nanogpt."""
+
+
+def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
+    """Collect what is known of a checkpoint; `pattern` chooses the tensors that are listed."""
+    identity, container = found.identity, found.container
+    architecture = identity.architecture
+    ours = found.bundle is not None
+    facts: Facts = {
+        "format": FORMATS.get(container.kind, container.kind),
+        "location": str(found.path),
+        "family": identity.family,
+        "program": identity.program,
+        "script": script_of(found),
+        "reason": identity.reason,
+        "architecture": _architecture(architecture) if architecture is not None else None,
+        "config": found.config,
+        "step": found.step,
+        "files": dict(container.files),
+        "bytes": found.size,
+        "dtypes": _dtypes(found.weights.values()),
+        "parameters": _parameters(found),
+        "contradictions": [] if ours else [*identity.conflicts, *lacks(found)],
+        "notes": [*container.notes, *(architecture.notes if architecture is not None and not ours else [])],
+        "health": _health(found),
+        "damaged": [],
+        "foreign": [],
+        "tensors": tensor_facts(found.weights if ours else container.tensors, pattern),
+    }
+    for call in container.foreign:
+        facts["foreign"].append(f"{found.path}: its pickle names {call}")
+    if not ours:
+        return {**facts, "content": _content(container.content)}
+    from core.inspection.report_ours import (
+        facts_of_ours,  # what reads our bundles takes as long to import as a file to open
+    )
+
+    return {**facts, **facts_of_ours(found)}
+
+
+def script_of(found: Inspected) -> str | None:
+    """Name the script of modded-nanogpt it is from; bundles of ours have one layout for all, and the config says it."""
+    config = found.config or {}
+    if "model_class" in config:
+        from core.config.modded import CLASSES
+
+        if config["model_class"] in CLASSES and (variant := VARIANTS.get(str(config.get("variant")))):
+            return f"{variant.program}, as {config['model_class']}"
+    return SCRIPTS.get(found.identity.family)
+
+
+def _architecture(architecture: Any) -> Facts:
+    return {name: getattr(architecture, name) for name in architecture.__slots__ if name != "notes"}
+
+
+def lacks(found: Inspected) -> list[str]:
+    """Say what a foreign model lacks, or has too many of, in a sentence each."""
+    said = []
+    for names, what in ((found.identity.missing, "is missing"), (found.identity.unplaced, "has no place in it")):
+        if names:
+            more = f", and so do {len(names) - 3} more" if len(names) > 3 else ""
+            said.append(f"{', '.join(names[:3])} {what}{more}")
+    return said
+
+
+def _parameters(found: Inspected) -> Facts:
+    """Count parameters, tied ones once; of an unknown model, elements of all tensors."""
+    architecture = found.identity.architecture
+    if architecture is not None:
+        return {"total": architecture.parameters, "without_embeddings": architecture.parameters_without_embeddings}
+    tensors = found.weights or found.container.tensors
+    once = {(t.file, t.storage, t.offset, t.shape, t.strides): t.numel for t in tensors.values()}
+    total = sum(once.values())
+    return {"total": total, "without_embeddings": total}
+
+
+def _dtypes(tensors: Iterable[TensorSpec]) -> dict[str, int]:
+    """Elements of each dtype, the most first."""
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _health(found: Inspected) -> Facts:
+    """What of the bytes can be checked."""
+    checks = found.container.checks
+    recorded = sum(check.size for check in checks if check.crc32 is not None and not _whole(check, found))
+    return {"records": len(checks), "recorded_bytes": recorded, "bytes": found.size}
+
+
+def _whole(check: Any, found: Inspected) -> bool:
+    """Whether a check is that of a whole file beside those of its records."""
+    return check.names == (check.file,) and found.bundle is not None
+
+
+def _content(content: Any) -> Facts:
+    return dict(content) if isinstance(content, Mapping) else {"": content}
+
+
+def tensors_in(value: Any) -> Iterable[TensorSpec]:
+    """The tensors somewhere in a content."""
+    if isinstance(value, TensorSpec):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Call):
+        yield from tensors_in((value.args, value.items, value.state))

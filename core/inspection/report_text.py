@@ -1,0 +1,189 @@
+"""The facts of a checkpoint for people: one screen, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from core.console.words import columns, printable, size_text
+from core.containers.pickles.inert import as_text
+from core.containers.spec import TensorSpec
+from core.families.recognise import LECTURE
+from core.inspection.report import tensors_in
+from core.inspection.tensor_table import each, grouped
+
+Facts = dict[str, Any]
+
+_SHOWN = 60
+"""Rows of tensors on the first screen; --tensors lists all."""
+
+
+def text_of(facts: Facts, all_tensors: bool = False) -> Iterable[str]:
+    """Write the facts of one checkpoint."""
+    yield "=== FORMAT ==="
+    if facts["script"]:
+        yield f"Format: {facts['script']}"
+    yield facts["format"]
+    yield f"Location: {printable(facts['location'])}"
+    if facts["family"] == LECTURE and "training_state" in facts:
+        yield "Lecture-style names, one layer per head: opens as it is, and gets our names at the next save"
+    if facts["program"] and "training_state" not in facts:
+        yield f"Program: {facts['program']}"
+    if facts["step"] is not None and "training_state" not in facts:
+        yield f"Step: {facts['step']}"
+    if facts["config"] is not None:
+        fields = ", ".join(f"{printable(str(k))}:{_value(v)}" for k, v in facts["config"].items())
+        yield from ("", "=== CONFIG ===", fields)
+        yield from (f"contradiction: {printable(sentence)}" for sentence in facts["contradictions"])
+    if "training_state" in facts:
+        yield from _of_ours(facts)
+    if "content" in facts:
+        yield from ("", "=== CONTENT ===")
+        yield from columns([(printable(str(k)), ":", _content_line(v)) for k, v in facts["content"].items()])
+    yield from _parameters(facts)
+    if facts["architecture"] is not None:
+        yield from ("", "=== ARCHITECTURE ===", *architecture_lines(facts["architecture"]))
+    if facts["config"] is None:
+        yield from (f"contradiction: {printable(sentence)}" for sentence in facts["contradictions"])
+    if facts["family"] == "unknown" and facts["tensors"]:
+        yield from ("", "=== FAMILY ===", f"unknown: {printable(facts['reason'])}")
+    yield from ("", "=== FILES ===")
+    yield from columns([(printable(name), size_text(size)) for name, size in facts["files"].items()])
+    yield _health(facts)
+    yield from (f"note: {printable(note)}" for note in facts["notes"])
+    if facts["tensors"]:
+        yield from ("", "=== TENSORS ===")
+        rows = each(facts["tensors"]) if all_tensors else grouped(facts["tensors"])
+        yield from columns(rows if all_tensors else rows[:_SHOWN])
+        if not all_tensors and len(rows) > _SHOWN:
+            yield f"... and {len(rows) - _SHOWN} more rows; --tensors lists every tensor"
+    if facts.get("history"):
+        yield from ("", "=== HISTORY ===")
+        yield from columns([_kept_row(kept) for kept in facts["history"]])
+
+
+def _of_ours(facts: Facts) -> Iterable[str]:
+    """The sections that every version of this script has had."""
+    tokenizer = facts["tokenizer"] or {}
+    yield from ("", "=== TOKENIZER ===")
+    yield f"kind      : {_value(tokenizer.get('token_kind', 'none'))}"
+    yield f"vocab     : {_vocabulary(tokenizer)}"
+    yield from ("", "=== TRAINING STATE ===")
+    state = facts["training_state"]
+    yield f"Last recorded training step: {state['step']}" if "step" in state else "No training step recorded"
+    for name in ("val_loss", "best", "saved_at"):
+        if state.get(name) is not None:
+            yield f"{name:<10}: {_value(state[name])}"
+    if "ema.pt" in facts["files"]:
+        yield f"{'ema':<10}: an average of the weights, in ema.pt{_decay(state)}"
+
+
+def _decay(state: Facts) -> str:
+    settings = (state.get("certificate") or {}).get("settings") or {}
+    return f", of decay {_value(settings['ema'])}" if settings.get("ema") else ""
+
+
+def _parameters(facts: Facts) -> Iterable[str]:
+    count = facts["parameters"]
+    whole = "" if facts["architecture"] is not None else " (elements of all tensors)"
+    yield from ("", "=== PARAMETERS ===", f"total              : {count['total']:,}{whole}")
+    if count["total"] != count["without_embeddings"]:
+        yield f"without embeddings : {count['without_embeddings']:,}"
+    if facts["dtypes"]:
+        yield f"dtype              : {', '.join(facts['dtypes'])}"
+
+
+def architecture_lines(a: Facts) -> Iterable[str]:
+    """What the tensors say of a model, in three lines."""
+    groups = f" in {a['n_kv_head']} groups" if a["n_kv_head"] not in (None, a["n_head"]) else ""
+    one = "" if a["n_head"] == 1 else "s"
+    heads = f"{_known(a['n_head'])} head{one}{groups}" + (f" of {a['head_size']}" if a["head_size"] else "")
+    yield f"{_known(a['n_layer'])} layers, {heads}, width {_known(a['n_embd'])}, feed-forward {_known(a['n_ffn'])}"
+    rows = f"vocabulary {_known(a['vocab_size'])}"
+    if a["head_rows"] not in (None, a["vocab_size"]):
+        rows += f" (head {a['head_rows']})"
+    if a["padding"]:
+        rows += f" ({a['padding']})"
+    tied = {True: "tied head", False: "head of its own", None: "head perhaps tied"}[a["tied_head"]]
+    context = f"context {a['block_size']}" if a["block_size"] else "context not recorded"
+    yield f"{rows}, {tied}, {context}, positions {a['positions']}"
+    biases = ", ".join(part for part, there in a["biases"].items() if there) or "none"
+    gated = "gated " if a["gated"] and "gated" not in a["activation"] else ""
+    qk = ", q and k normed" if a["qk_norm"] else ""
+    yield f"{a['norm']}{qk}, {gated}{a['activation']}, biases: {biases}"
+    if a["from_config"]:
+        yield f"from the config, not the tensors: {', '.join(a['from_config'])}"
+
+
+def _known(value: Any) -> str:
+    return "?" if value is None else str(value)
+
+
+def _health(facts: Facts) -> str:
+    health = facts["health"]
+    if facts["damaged"]:
+        return f"health: DAMAGED, {len(facts['damaged'])} faults (below)"
+    if not health["recorded_bytes"]:
+        return "health: headers whole; no checksums are recorded in this format"
+    return f"health: headers whole; checksums for {size_text(health['recorded_bytes'])}, which --verify compares"
+
+
+def _vocabulary(tokenizer: Facts) -> str:
+    chars = tokenizer.get("chars")
+    if isinstance(chars, list):
+        sample = printable("".join(str(c) for c in chars[:40]))
+        return f"{len(chars)} characters: {sample}{'...' if len(chars) > 40 else ''}"
+    if tokenizer.get("token_kind") == "gpt2":
+        return "GPT-2 BPE (fixed ~50k tokens)"
+    return _value(tokenizer.get("vocab_size", "unknown"))
+
+
+def _content_line(value: Any) -> str:
+    if isinstance(value, TensorSpec):
+        return f"{value.dtype} {value.shape}"
+    tensors = list(tensors_in(value))
+    if tensors:
+        return f"{len(tensors)} tensors, {size_text(sum(t.nbytes for t in tensors))}"
+    return as_text(value, 100)
+
+
+def models_text(root: str, models: list[Facts]) -> Iterable[str]:
+    """The list of all models below a root."""
+    yield f"{root} holds {len(models)} models; choose one with --model_name:"
+    yield from columns([_model_row(model) for model in models])
+
+
+def _model_row(model: Facts) -> tuple[str, ...]:
+    if "error" in model:
+        return (model["name"], printable(model["error"]))
+    if "legacy" in model:
+        step = f"step {model['step']}" if model["step"] is not None else "unreadable"
+        return (model["name"], step, model["legacy"], size_text(model["bytes"]))
+    size = size_text(model["bytes"])
+    return (model["name"], f"step {model['step']}", _loss(model["val_loss"]), size, age(model["saved_at"]))
+
+
+def _kept_row(kept: Facts) -> tuple[str, ...]:
+    return (f"step {kept['step']}", _loss(kept["val_loss"]), size_text(kept["bytes"]), age(kept["saved_at"]))
+
+
+def _loss(loss: Any) -> str:
+    return f"val_loss {loss:.4f}" if isinstance(loss, (int, float)) else "val_loss unknown"
+
+
+def age(saved_at: Any) -> str:
+    """How long ago something was saved, in its own unit."""
+    from datetime import datetime  # a millisecond that only a history pays
+
+    try:
+        seconds = datetime.now().astimezone().timestamp() - datetime.fromisoformat(saved_at).timestamp()
+    except (TypeError, ValueError):
+        return "age unknown"
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} old"
+    return f"{max(seconds, 0):.0f} seconds old"
+
+
+def _value(value: Any) -> str:
+    return printable(value) if isinstance(value, str) else as_text(value, 400)

@@ -1,0 +1,98 @@
+"""The methods of GPT that touch files: load, load_legacy, save, save_checkpoint_bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.bundle.bundle import ALL_PARTS, Bundle, open_bundle
+from core.bundle.commit import MODEL, new_id
+from core.bundle.intact import open_chosen, open_verified
+from core.bundle.storage import DISK
+from core.checkpoint import CheckpointManager
+from core.data.tokenizer import Tokenizer
+from core.errors import SaveFailed
+from core.loading.tensors import load_model, load_optimizer
+from core.model import GPT
+from core.networks.device import resolve_dtype
+from core.networks.state_dict import export_state_dict
+from core.saving.torch_file import write_torch_zip
+
+
+def load(
+    checkpoint_dir: str | Path,
+    map_location: str | torch.device | None = None,
+    load_dtype: str | torch.dtype | None = None,
+) -> tuple[GPT, dict[str, Any] | None, int, dict[str, Any] | None]:
+    """Load the newest step of a folder, bundle or single file: model, tokenizer state, step, optimizer state.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    """
+    with open_chosen(Path(checkpoint_dir), used=ALL_PARTS) as bundle:
+        return _loaded(bundle, map_location, load_dtype)
+
+
+def load_legacy(
+    path: str | Path, map_location: str | torch.device | None = None
+) -> tuple[GPT, dict[str, Any] | None, int, dict[str, Any] | None]:
+    """Load a single-file checkpoint of any generation: model, tokenizer state, step, optimizer state.
+
+    The optimizer state is that of the model's own parameters, in their order and with their names, under the
+    hyper-parameters of the file.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    """
+    path = Path(path)
+    with open_verified(path.parent, single=path.name) as bundle:
+        return _loaded(bundle, map_location, None)
+
+
+def _loaded(
+    bundle: Bundle, map_location: str | torch.device | None, load_dtype: str | torch.dtype | None
+) -> tuple[GPT, dict[str, Any] | None, int, dict[str, Any] | None]:
+    model = load_model(bundle, device=map_location, dtype=resolve_dtype(load_dtype), writable=True)
+    return model, bundle.tokenizer, bundle.step, load_optimizer(bundle)
+
+
+def save(model: GPT, checkpoint_dir: str | Path) -> None:
+    """Write the weights as `model.pt`, durable when this returns and never half there.
+
+    Inside an existing bundle this commits a new one, with the same config and tokenizer and no optimizer.
+
+    Raises: SaveFailed.
+    """
+    manager = CheckpointManager.of_folder(checkpoint_dir)
+    if manager.exists_new_format():
+        save_checkpoint_bundle(model, checkpoint_dir)
+        return
+    path, part = manager.get_path(MODEL), manager.get_path(f".stage-{new_id()}")
+    with manager.writing():
+        try:
+            with DISK.create(part) as output:
+                write_torch_zip(output, export_state_dict(model))
+            DISK.rename(part, path)
+            DISK.sync_folder(path.parent)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise SaveFailed(f"{path}: {error.strerror}. A file that was there before is unchanged.") from error
+
+
+def save_checkpoint_bundle(
+    model: GPT,
+    checkpoint_dir: str | Path,
+    step: int | None = None,
+    optimizer_state: dict[str, Any] | None = None,
+) -> None:
+    """Commit the model as the newest step of a folder; `step` is the model's own unless given.
+
+    Raises: SaveFailed.
+    """
+    manager = CheckpointManager.of_folder(checkpoint_dir)
+    tokenizer: Tokenizer | dict[str, Any] | None = model.tokenizer
+    if tokenizer is None and manager.exists_new_format():
+        with open_bundle(manager.checkpoint_dir) as bundle:
+            tokenizer = bundle.tokenizer
+    manager.save(model, optimizer_state, step=model.step if step is None else step, tokenizer=tokenizer)
+    manager.wait()

@@ -1,0 +1,53 @@
+"""Load a model to compute with, from whatever the folder of a model holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from core.bundle import intact
+from core.bundle.bundle import EMA, FOR_INFERENCE, TOKENIZER
+from core.bundle.choice import choose
+from core.config.modded import CLASSES
+from core.errors import CheckpointDamaged
+from core.loading.modded import load_speedrun
+from core.loading.tensors import load_model
+from core.model import GPT, GPTBatched, GPTFlexAttention
+
+
+def load_chosen(
+    folder: Path,
+    step: int | None = None,
+    single: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    bpe_file: Path | None = None,
+    check: bool = True,
+    ema: bool = False,
+    say: intact.Say = intact.say_on_stderr,
+) -> GPT | GPTBatched | GPTFlexAttention:
+    """Load a model in eval mode: a kept step, a single file by name, or what is newest in the folder.
+
+    What is read is checked before use, unless `check` is off; the optimizer state is not read.
+
+    Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
+    """
+    if single is None and step is None:
+        choice = choose(folder)
+        choice.refuse_none()
+        for line in choice.lines():
+            say(line)
+        if choice.candidates:
+            single = choice.candidates[0].single
+    try:
+        used = (EMA, TOKENIZER) if ema else FOR_INFERENCE
+        with intact.open_verified(folder, say, step=step, single=single, used=used, check=check) as opened:
+            bundle = opened.averaged() if ema else opened
+            load = load_speedrun if bundle.config_values.get("model_class") in CLASSES else load_model
+            return load(bundle, device=device, dtype=dtype, bpe_file=bpe_file)
+    except CheckpointDamaged as damage:
+        others = [c.name for c in choose(folder).candidates if c.single != single] if step is None else []
+        hint = f"Beside it: {', '.join(others)}." if others else intact.newest_intact(folder, step)
+        raise CheckpointDamaged(f"{damage} {hint}") from damage

@@ -1,0 +1,328 @@
+"""From an open bundle to a live model: check what it holds, map the file, join what the plan joins, assign."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.bundle.bundle import TOKENIZER, Bundle
+from core.bundle.contradictions import check_fit, rearrange_optimizer
+from core.bundle.optimizer_state import groups_of, names_in_order
+from core.bundle.parts import Part, TorchFile, once
+from core.bundle.sharded_part import ShardedFile
+from core.console.listing import counted, differences, listed
+from core.containers.spec import TensorSpec
+from core.containers.torch_files.zip import TorchZip
+from core.data.tokenizer import tokenizer_from_state
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from core.families.fused import Plan
+from core.loading.optimizer import load_optimizer_state
+from core.loading.shards import read_shards
+from core.model import GPT
+from core.networks.device import resolve_device
+from core.networks.state_dict import plain_name
+
+DESCRIPTORS = Path("/proc/self/fd")
+"""Where Linux names open files by number: how an open file, rather than its name, is mapped."""
+
+
+def read_part(part: Part) -> Any:
+    """Load a part of a checkpoint, its tensors on the CPU and mapped where the system can; nothing is executed.
+
+    Mapped tensors are private: writing to them copies the page, never the file.
+
+    Raises: CheckpointError when the file names anything but data, CheckpointDamaged when it cannot be read.
+    """
+    part.source.refuse_foreign()
+    if isinstance(part.source, ShardedFile):
+        return part.of(read_shards(part.source))
+    if isinstance(part.source.header, TorchZip):
+        # What torch refuses here is plain data that it does not know, like the object of a config: our own reader does.
+        with contextlib.suppress(pickle.UnpicklingError):
+            return part.of(_torch_load(part.source))
+    return map_tensors(part.source, part.content)
+
+
+def _torch_load(source: TorchFile) -> Any:
+    name = DESCRIPTORS / str(source.file.fileno())
+    try:
+        if name.exists():
+            mapped(source).close()  # whose error says what torch's would hide
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
+        source.file.seek(0)
+        return torch.load(source.file, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise CheckpointDamaged(f"{source.path}: no torch file that can be read ({error}).") from error
+
+
+def mapped(source: TorchFile) -> mmap.mmap:
+    """Map a file, privately: writing to it copies the page.
+
+    Raises: CheckpointError when the system does not give the addresses.
+    """
+    try:
+        return mmap.mmap(source.file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        size = os.fstat(source.file.fileno()).st_size
+        raise CheckpointError(
+            f"{source.path}: its {size} bytes cannot be mapped ({error.strerror}). The file is as it was; raise the "
+            "limit of the process (ulimit -v), or use a machine with more memory."
+        ) from error
+
+
+@contextlib.contextmanager
+def _room_for(bundle: Bundle) -> Iterator[None]:
+    """Explain what ends for want of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        size = sum(spec.nbytes for spec in bundle.weights.tensors.values())
+        raise CheckpointError(
+            f"{bundle.weights.source.path}: no memory for its {size} bytes of weights. The file is as it was; free "
+            "memory, use another device, or a machine with more."
+        ) from error
+
+
+def map_tensors(source: TorchFile, content: Any) -> Any:
+    """Put mapped tensors in place of the specs in a header's content; tensors that share a storage share memory."""
+    memory = torch.frombuffer(mapped(source), dtype=torch.uint8)
+    specs = list(_specs(content))
+    ends: dict[str, int] = {}
+    starts: dict[str, int] = {}
+    for spec in specs:
+        starts[spec.storage] = min(spec.offset, starts.get(spec.storage, spec.offset))
+        ends[spec.storage] = max(spec.offset + spec.extent, ends.get(spec.storage, 0))
+    storages = {key: _aligned(memory, starts[key], ends[key]) for key in starts}
+
+    def put(value: Any) -> Any:
+        if isinstance(value, TensorSpec):
+            return _tensor(value, storages[value.storage], value.offset - starts[value.storage])
+        if isinstance(value, dict):
+            return {key: put(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(put, value))
+        return value
+
+    return put(content)
+
+
+def read_tensor(source: TorchFile, spec: TensorSpec) -> torch.Tensor:
+    """Read one tensor into memory of its own, without a map: its pages are gone with it.
+
+    Raises: CheckpointDamaged when the file ends too early.
+    """
+    data = torch.empty(spec.extent, dtype=torch.uint8)
+    view, done = memoryview(data.numpy().data), 0
+    source.file.seek(spec.offset)
+    while done < spec.extent:
+        count = source.file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointDamaged(f"{source.path}: {spec.name} ends after {done} of {spec.extent} bytes.")
+        done += count
+    return _tensor(spec, data, 0)
+
+
+def _specs(value: Any) -> Iterator[TensorSpec]:
+    if isinstance(value, TensorSpec):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _specs(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _specs(item)
+
+
+def _aligned(memory: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Bytes as a storage of their own: mapped, or copied where the old stream format left them unaligned."""
+    if end <= start:
+        return torch.empty(0, dtype=torch.uint8)
+    piece = memory[start:end]
+    if start % 64:
+        return piece.clone()
+    return torch.frombuffer(piece.numpy(), dtype=torch.uint8)
+
+
+def _tensor(spec: TensorSpec, storage: torch.Tensor, offset: int) -> torch.Tensor:
+    dtype = getattr(torch, spec.dtype)
+    if not spec.numel:
+        return torch.empty(spec.shape, dtype=dtype)
+    whole = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
+    return whole.as_strided(spec.shape, spec.strides, offset // dtype.itemsize)
+
+
+def join_rows(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenate tensors along their rows."""
+    return torch.cat(parts)
+
+
+def planned(plan: Plan, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Make the tensors of a model from those of a file; what is only renamed is not copied."""
+    return {
+        name: tensors[parts[0]] if len(parts) == 1 else join_rows([tensors[part] for part in parts])
+        for name, parts in plan.sources.items()
+    }
+
+
+def load_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
+    """Load the tensors of a GPT under our names.
+
+    Raises: CheckpointDamaged, CheckpointMismatch.
+    """
+    tensors = read_part(bundle.weights)
+    with _room_for(bundle):
+        return planned(bundle.evidence.plan, tensors)
+
+
+def load_model(
+    bundle: Bundle,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    writable: bool = False,
+    with_optimizer: bool = True,
+    bpe_file: Path | None = None,
+) -> GPT:
+    """Build the model of a bundle, its tokenizer and step set, in eval mode.
+
+    The model is built without memory and the mapped tensors take the place of its own. `writable` copies them out
+    of the file, as training needs. Weights that were rounded for the file get the dtype back that the model had.
+
+    Raises: CheckpointMismatch when config, tokenizer, weights and optimizer state contradict each other, before
+    anything is allocated.
+    """
+    config = check_fit(bundle, with_optimizer)
+    dtype = dtype or recorded_dtype(bundle)
+    target = resolve_device(device or config.device, str(bundle.path("config.json")))
+    tokenizer = None
+    if bundle.tokenizer is not None:
+        tokenizer = tokenizer_from_state(bundle.tokenizer, bpe_file, str(bundle.path(TOKENIZER)))
+    tensors = load_weights(bundle)
+    if config.tied_head:
+        _tie(bundle, tensors)
+    if writable and target.type == "cpu":
+        with _room_for(bundle):
+            copies = {id(tensor): tensor.to(dtype or tensor.dtype, copy=True) for tensor in tensors.values()}
+        tensors = {name: copies[id(tensor)] for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(tensors, assign=True)
+    model.retie()
+    with _room_for(bundle):
+        model.to(device=target, dtype=dtype)
+    model.requires_grad_(True)
+    model.step = bundle.step
+    model.tokenizer = tokenizer
+    return model.eval()
+
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+"""Live tensors, each with the one that is to be copied into it."""
+
+
+def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> tuple[Pairs, list[str]]:
+    """Pair the tensors of a live module with the weights of a bundle, and say what has no counterpart.
+
+    Where not `strict`, tensors that only one side has are left alone; otherwise they are an error, as are other shapes
+    in either case.
+
+    Raises: CheckpointMismatch when names or shapes do not fit.
+    """
+    tensors = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
+    live = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    new, left = [n for n in live if n not in tensors], [n for n in tensors if n not in live]
+    common = [name for name in live if name in tensors]
+    compared = common if common and not strict else {**live, **tensors}
+    expected, found = ({n: t.shape for n, t in side.items() if n in compared} for side in (live, tensors))
+    if faults := differences(expected, found):
+        hint = " What fits is loaded with strict=False." if common and strict and (new or left) else ""
+        raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.{hint}")
+    lines = [f"new: {counted('tensor', new)}, not in the checkpoint; they stay as they are"] if new else []
+    lines += [f"left out: {counted('tensor', left)}, not in the module"] if left else []
+    return [(live[name], tensors[name]) for name in common], lines
+
+
+def fill(pairs: Pairs) -> None:
+    """Copy weights into live tensors."""
+    with torch.no_grad():
+        for live, saved in pairs:
+            live.copy_(saved)
+
+
+def recorded_dtype(bundle: Bundle) -> torch.dtype | None:
+    """The dtype of the model whose weights were saved in another one; None where nothing was rounded."""
+    content = bundle.weights.source.header.content
+    beside = content if isinstance(content, dict) and bundle.weights.key else {}
+    if (beside.get("checkpoint_dtype") or bundle.state.get("checkpoint_dtype")) is None:
+        return None
+    name = beside.get("model_dtype") or bundle.state.get("model_dtype_at_save")
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _tie(bundle: Bundle, tensors: dict[str, torch.Tensor]) -> None:
+    """Make the head the table itself; it has the same values, or the file is another model's."""
+    table = tensors["token_embedding_table.weight"]
+    head = tensors.get("lm_head.weight", table)
+    if head.data_ptr() != table.data_ptr() and not torch.equal(head, table):
+        raise CheckpointMismatch(
+            f"{bundle.path('config.json')}: tied_head is true, but lm_head.weight in {bundle.weights.source.path.name} "
+            "has other values than token_embedding_table.weight. Set tied_head to false."
+        )
+    tensors["lm_head.weight"] = table
+
+
+def load_optimizer(bundle: Bundle) -> dict[str, Any] | None:
+    """Load the optimizer state of a GPT, mapped, for the parameters of the model; None where the step has none.
+
+    Raises: CheckpointMismatch when it is another model's.
+    """
+    state = read_optimizer(bundle)
+    if state is None:
+        return None
+    assert bundle.optimizer is not None and bundle.config is not None
+    try:
+        return rearrange_optimizer(bundle, state, join_rows, bundle.config)
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f"{bundle.optimizer.source.path}: {error}") from error
+
+
+def read_optimizer(bundle: Bundle) -> dict[str, Any] | None:
+    """Load the optimizer state of any module as it was saved, mapped; None where the step has none."""
+    if not bundle.has_optimizer or bundle.optimizer is None:
+        return None
+    return read_part(bundle.optimizer)
+
+
+def load_moments(
+    bundle: Bundle,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    say: Callable[[str], None],
+    strict: bool = True,
+) -> dict[str, Any] | None:
+    """Fill the optimizer of a module from a bundle, by name; returns the state, None where the step has none.
+
+    Raises: CheckpointMismatch when it is another model's; the optimizer is unchanged then.
+    """
+    state = load_optimizer(bundle) if isinstance(module, GPT) else read_optimizer(bundle)
+    if state is None or bundle.optimizer is None:
+        return None
+    try:
+        names = names_in_order(groups_of(state), once(bundle.weights.tensors))
+        lines = load_optimizer_state(optimizer, state, names, model=module, strict=strict)
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f"{bundle.optimizer.source.path}: {error}") from error
+    for line in lines:
+        say(f"{bundle.optimizer.source.path}: {line}")
+    return state

@@ -1,0 +1,101 @@
+"""GPTFlexAttention: modded-nanogpt as it trains, one long packed sequence of documents; names are upstream's.
+
+Shapes: T positions of the sequence, C n_embd, H heads, D head size, V rows of the head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.config.variants import BLOCK, windows_of
+from core.errors import InputError
+from core.networks.bound import bound
+from core.networks.modded import SCALE, Attend, SpeedrunGPT
+from core.networks.windows import block_mask, documents, mask
+
+if TYPE_CHECKING:
+    from core.networks.batched import GPTBatched
+
+KERNELS = ("auto", "flex", "sdpa")
+"""What computes the attention of GPTFlexAttention: auto is flex on CUDA, and SDPA elsewhere."""
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Tensor]:
+    """Flex attention, compiled at its first use: run eagerly, it ignores the block lists of a mask."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class GPTFlexAttention(SpeedrunGPT):
+    """A modded-nanogpt model over one packed sequence, in which the end-of-text token begins each document.
+
+    On CUDA attention is compiled flex attention, elsewhere (and for gradients there) the same mask for SDPA; `kernel`
+    chooses, one of KERNELS.
+    """
+
+    kernel = "auto"
+
+    def forward_features(self, ids: Tensor, window: int | str | None = None) -> Tensor:
+        """Compute what the head reads: packed ids [T] to [T, C], after the final norm.
+
+        `window` is the long layers' in blocks of 128 (the others have half of it), "full" is causal within each
+        document, None is what the config says: the variant's last windows.
+
+        Raises: InputError for ids of another shape, or more than max_seq_len.
+        """
+        if ids.dim() != 1 or not len(ids):
+            raise InputError(f"ids: found shape {tuple(ids.shape)}, expected one packed sequence [T] with T from 1.")
+        T = len(ids)
+        if self.config.block_size < T:
+            raise InputError(f"ids: found {T} positions, expected at most max_seq_len {self.config.block_size}.")
+        docs = documents(ids, self.config.eos_token_id)
+        ids, docs = F.pad(ids, (0, -T % BLOCK)), F.pad(docs, (0, -T % BLOCK), value=T + 1)
+        attend = self._attend(docs, self.config.window if window is None else window)
+        positions = torch.arange(len(ids), device=ids.device)
+        return self.stream(ids[None], positions, attend)[0, :T]
+
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, window: int | str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict the next ids: packed ids [T] to fp32 logits [T, V], and the mean loss for targets [T].
+
+        Targets that are -1 do not count; `window` as in `forward_features`.
+        """
+        logits = self.logits(self.forward_features(ids, window))
+        return logits, None if targets is None else self.loss(logits, targets)
+
+    def _attend(self, docs: Tensor, window: int | str) -> Attend:
+        long, short = windows_of(self.variant, window)
+        if self.kernel not in KERNELS:
+            raise InputError(f"kernel: found {self.kernel!r}, expected {', '.join(KERNELS)}.")
+        flex = self.kernel == "flex" or (self.kernel == "auto" and docs.is_cuda)
+        make = block_mask if flex else mask
+        masks = {True: make(len(docs), docs, long, docs.device), False: make(len(docs), docs, short, docs.device)}
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            seen = masks[self.is_long(layer)]
+            if flex:
+                return compiled_flex()(q, k, v, block_mask=seen, scale=SCALE)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=SCALE)
+
+        return attend
+
+    def batched(self) -> GPTBatched:
+        """The same model for batches and for writing text: `GPTBatched.from_pretrained_gpt(self)`."""
+        from core.networks.batched import GPTBatched
+
+        return GPTBatched.from_pretrained_gpt(self)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue a prompt; see `core.networks.generation.generate`."""
+        return self.batched().generate(*args, **kwargs)
+
+    save_checkpoint_bundle = bound("core.kinds.model_methods", "save_checkpoint_bundle")

@@ -1,0 +1,88 @@
+"""Saves beside training: one at a time, each in a thread of its own."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from core.saving.snapshot import Memory, Snapshot
+
+
+class Saver:
+    """Writes the saves of a manager. The program does not end before the last one has.
+
+    What ended a save is kept until somebody asks for it.
+    """
+
+    def __init__(self, stage_memory: int | None) -> None:
+        self.memory = Memory(stage_memory)
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._snapshot: Snapshot | None = None
+        self._watched: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed, and nobody has asked for it yet."""
+        return self._failure is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(self, name: str, write: Callable[[Memory], None], snapshot: Snapshot, optimizer: Any) -> None:
+        """Start to write; the save before has ended.
+
+        The next step of an optimizer waits until the snapshot is copied. Of anything else nobody knows when it
+        changes: then the caller has to wait.
+
+        Raises: RuntimeError when there is no thread to be had; nothing has begun then.
+        """
+        if isinstance(optimizer, torch.optim.Optimizer) and optimizer not in self._watched:
+            copied = weakref.WeakMethod(self.wait_copied)  # an optimizer may outlive the manager and its memory
+            optimizer.register_step_pre_hook(lambda *_: (wait := copied()) and wait())
+            self._watched.add(optimizer)
+        go = threading.Event()
+        thread = threading.Thread(target=self._run, args=(write, go), name=name)
+        self._thread, self._snapshot = thread, snapshot
+        try:
+            thread.start()
+        except RuntimeError:
+            self._thread = self._snapshot = None
+            raise
+        finally:
+            go.set()
+
+    def wait_copied(self) -> None:
+        """Wait until what is being saved may change."""
+        if self._snapshot is not None:
+            self._snapshot.wait_copied()
+
+    def _run(self, write: Callable[[Memory], None], go: threading.Event) -> None:
+        go.wait()  # else the interpreter would stay with this thread, and `begin` return milliseconds later
+        try:
+            write(self.memory)
+        except BaseException as error:
+            self._failure = error
+
+    def join(self) -> None:
+        """Wait until the save that is being written has ended, however it did."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def raise_failure(self) -> None:
+        """Raise what ended a save, once."""
+        if (failure := self._failure) is not None:
+            self._failure = None
+            raise failure
+
+    def last_words(self) -> None:
+        """Print a failure that nobody asked for."""
+        if self._failure is not None:
+            print(f"WARNING: {self._failure}", file=sys.stderr)

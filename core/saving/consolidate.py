@@ -1,0 +1,108 @@
+"""Make the plain files of a step that lies in shards: tensor by tensor, so that no memory has to hold the model."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from core.bundle.bundle import (
+    ALL_PARTS,
+    EMA,
+    OPTIMIZER,
+    TOKENIZER,
+    Bundle,
+    Content,
+    Writer,
+    open_bundle,
+    verify,
+    write_bundle,
+)
+from core.bundle.commit import CONFIG, MODEL, ModelFolder, new_id
+from core.bundle.lineage import descent
+from core.bundle.parts import Part
+from core.bundle.sharded_part import ShardedFile
+from core.bundle.storage import Output
+from core.containers.spec import TensorSpec
+from core.containers.tensors.reading import Gatherer
+from core.containers.tensors.views import stored
+from core.containers.torch_files.layout import Stored, ZipLayout, pickled
+
+
+def consolidate(place: ModelFolder) -> Bundle | None:
+    """Make the newest step, which lies in shards, a plain one of the same number; the caller holds the lock.
+
+    One commit replaces the shards, which are removed when it is durable. Returns the new bundle, open; None where the
+    newest step is plain already.
+
+    Raises: CheckpointDamaged, when nothing is changed; OSError.
+    """
+    with open_bundle(place.path) as bundle:
+        if not bundle.is_sharded:
+            return None
+        verify(bundle, ALL_PARTS)
+        parts: dict[str, Part | None] = {MODEL: bundle.weights, OPTIMIZER: bundle.optimizer, EMA: bundle.ema}
+        files: dict[str, Content] = {name: _writer(name, part) for name, part in parts.items() if part is not None}
+        files[CONFIG] = bundle.config_values
+        if bundle.tokenizer is not None:
+            files[TOKENIZER] = bundle.tokenizer
+        state = {
+            **{name: value for name, value in bundle.state.items() if name != "integrity"},
+            "optimizer_file": OPTIMIZER if OPTIMIZER in files else None,
+            "commit_id": new_id(),
+            "parent": place.newest_id(),
+            **descent(bundle.state, ()),
+        }
+        place.recover()
+        with place.discarded_on_failure(stage := place.stage()):
+            write_bundle(place, stage, state, files)
+            place.commit(stage)
+        place.roll_forward()
+        place.prune([step for step in place.kept_steps() if step == bundle.step])
+    return open_bundle(place.path)
+
+
+def _writer(name: str, part: Part) -> Writer:
+    """Write the torch file that stands for a part in shards."""
+
+    def write(output: Output) -> str:
+        source = part.source
+        assert isinstance(source, ShardedFile)
+        source.refuse_foreign()
+        content = _numbered(part.content) if name == OPTIMIZER else part.content
+        specs: list[TensorSpec] = []
+        data_pkl = pickled(_with_stored(content, specs))
+        layout, sums = ZipLayout(output), []
+        layout.record("data.pkl", len(data_pkl), [data_pkl])
+        layout.record("byteorder", 6, [b"little"])
+        with Gatherer() as gatherer:
+            for key, spec in enumerate(specs):
+                pieces = gatherer.pieces(stored(source.header, spec))
+                sums.append(layout.record(f"data/{key}", spec.nbytes, pieces))
+        layout.record("version", 2, [b"3\n"])
+        layout.close()
+        return f"{zlib.crc32(struct.pack(f'<{len(sums)}I', *sums)):08x}"
+
+    return write
+
+
+def _numbered(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer state by the numbers of its parameters, as torch.optim has it, in place of their names."""
+    names = [name for group in content["param_groups"] for name in group["params"]]
+    number = {name: i for i, name in enumerate(names)}
+    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in content["param_groups"]]
+    state = {number[name]: content["state"][name] for name in names if name in content["state"]}
+    return {"state": state, "param_groups": groups}
+
+
+def _with_stored(value: Any, specs: list[TensorSpec]) -> Any:
+    """Put in place of each tensor what the pickle has of it, and list the tensors in that order."""
+    if isinstance(value, TensorSpec):
+        specs.append(value)
+        return Stored(len(specs) - 1, value.dtype, value.shape, value.nbytes)
+    if isinstance(value, Mapping):
+        return {key: _with_stored(item, specs) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_stored(item, specs) for item in value)
+    return value

@@ -1,0 +1,383 @@
+"""Live tensors on their way to disk while training goes on.
+
+Weights and optimizer state do not change between two optimizer steps. In that time threads copy them, block by block
+of the files to be, into memory that is allocated once, and sum the bytes while they are in the core's cache; from a GPU
+one thread copies, and others sum what has arrived. The writer takes the blocks from there in their order, and seals
+them with the checksums. With blocks for the whole state the copy is over long before the write. With few, which go
+round, it lasts as long as the write does, and so may the next optimizer step have to wait.
+
+There are several threads because those of the computation wait for the last of them: what the copy takes from one core,
+the others lose too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import queue
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from core.containers.checksum import CHUNK
+from core.containers.threads import MOST
+from core.containers.torch_files.image import RECORDS, Image, Kind, Piece, Sealed
+from core.errors import SaveFailed
+from core.saving.torch_file import bytes_of, records_of
+
+BLOCK = 4 * 1024 * 1024
+"""Bytes of a block: large enough for the disk, small enough to fill while another is written."""
+
+RING = 12
+"""Blocks when there is no memory for more: 48 MB."""
+
+FEW = 8
+"""Blocks that a thread is not started for."""
+
+SHARE = 0.5
+"""Of the free memory, what a snapshot may take."""
+
+
+class Blocks:
+    """Memory in blocks, page-aligned; pinned where a GPU copies into it."""
+
+    def __init__(self, count: int, pinned: bool) -> None:
+        self.count, self.pinned = count, pinned
+        if pinned:
+            self.memory = torch.empty(count * BLOCK, dtype=torch.uint8, pin_memory=True)
+            return
+        self.memory = torch.frombuffer(mmap.mmap(-1, count * BLOCK), dtype=torch.uint8)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """The bytes of a block."""
+        return self.memory[index * BLOCK : (index + 1) * BLOCK]
+
+
+class Memory:
+    """The blocks of a manager's saves, kept from one to the next.
+
+    `limit` is in bytes; None takes a share of what is free when they are allocated.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self._blocks: Blocks | None = None
+
+    def blocks(self, wanted: int, pinned: bool) -> Blocks:
+        """Get up to `wanted` blocks, the same as last time where these are enough, and at least a ring of them."""
+        if self._blocks is not None and self._blocks.pinned == pinned and self._blocks.count >= wanted:
+            return self._blocks
+        held = self._blocks.count * BLOCK if self._blocks is not None else 0
+        limit = self.limit if self.limit is not None else int((free_memory() + held) * SHARE)
+        count = min(wanted, max(RING, limit // BLOCK))
+        if self._blocks is None or self._blocks.pinned != pinned or self._blocks.count != count:
+            self._blocks = None  # before the new ones are made
+            self._blocks = Blocks(count, pinned)
+        return self._blocks
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of its control group; 0 where nothing says."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        line = next(s for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(found, default=0))
+
+
+class SnapshotFile:
+    """One file of a snapshot, as its writer sees it."""
+
+    def __init__(self, snapshot: Snapshot, content: Any) -> None:
+        self._snapshot = snapshot
+        self.image = content() if callable(content) else _image_of(content)
+        self.sealed = Sealed(self.image)
+        self.size = self.image.size
+
+    def blocks(self) -> Iterator[tuple[memoryview, int, int]]:
+        """Give the blocks in order: memory, where its bytes begin in the file, how many they are.
+
+        A block is given for the duration of a turn, and the files of a snapshot are taken in their order.
+
+        Raises: what ended the copy.
+        """
+        return self._snapshot.blocks_of(self)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Size, checksum and digest, once all blocks have been taken."""
+        return self.sealed.recorded
+
+
+class _Span(NamedTuple):
+    """A block of the files to be: the `number`-th one, `length` bytes from `start` on of a file."""
+
+    number: int
+    file: SnapshotFile
+    start: int
+    length: int
+
+
+@dataclass
+class _Block:
+    """A block in memory and what it is."""
+
+    span: _Span
+    memory: torch.Tensor
+    index: int
+    pieces: list[Piece]
+    sums: list[int] = field(default_factory=list)
+    """The CRC32 of each piece."""
+    arrived: Any = None
+    """From a GPU: the event after which its bytes are there."""
+
+
+class Snapshot:
+    """The state of one save: files by name, their blocks in order, copied from live tensors since `start`.
+
+    A file is an object of tensors, or what makes its image. `live` are the tensors that are copied later than `start`,
+    by name: nothing may change them before `wait_copied`.
+    """
+
+    def __init__(self, contents: Mapping[str, Any], live: Mapping[str, torch.Tensor]) -> None:
+        self._contents = contents
+        self._versions = [(name, t, t._version) for name, t in live.items() if not t.is_inference()]
+        self._device = next((t.device for t in live.values() if t.is_cuda), None)
+        self._copied = threading.Event()
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._left: deque[_Span] = deque()
+        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._arriving: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
+        self._early: dict[int, _Block] = {}
+        self._taken = 0
+        self._threads: list[threading.Thread] = []
+        self._copying = self._summing = 0
+        self._files: dict[str, SnapshotFile] = {}
+        self._stream: Any = None
+        self._last: Any = None
+        if self._device is not None:
+            self._begin = torch.cuda.current_stream(self._device).record_event()
+
+    # The caller's thread
+
+    def wait_copied(self) -> None:
+        """Wait until the live tensors may change."""
+        self._copied.wait()
+        if self._last is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._last)  # the GPU waits, not the program
+
+    # The writer's thread
+
+    def plan(self) -> dict[str, SnapshotFile]:
+        """Lay out the files: from here on their sizes are known."""
+        self._files = {name: SnapshotFile(self, content) for name, content in self._contents.items()}
+        return self._files
+
+    def start(self, memory: Memory) -> None:
+        """Begin to copy.
+
+        Raises: SaveFailed when there is no thread to be had.
+        """
+        starts = [(file, start) for file in self._files.values() for start in range(0, file.size, BLOCK)]
+        for number, (file, start) in enumerate(starts):
+            self._left.append(_Span(number, file, start, min(BLOCK, file.size - start)))
+        self._blocks = memory.blocks(max(1, len(starts)), pinned=self._device is not None)
+        for index in range(self._blocks.count):
+            self._free.put(index)
+        several = max(1, min(MOST, len(starts) // FEW))
+        with self._lock:  # none may take itself for the last one before all are counted
+            if self._device is not None:
+                self._summing = self._start_threads("snapshot: sum", self._sum_arrived, several)
+            self._copying = self._start_threads("snapshot: copy", self._copy, 1 if self._summing else several)
+
+    def _start_threads(self, name: str, target: Callable[[], None], count: int) -> int:
+        for i in range(count):
+            thread = threading.Thread(target=target, name=name)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if i:
+                    return i  # fewer will do
+                raise SaveFailed(f"{name}: {error}.") from error
+            self._threads.append(thread)
+        return count
+
+    def blocks_of(self, file: SnapshotFile) -> Iterator[tuple[memoryview, int, int]]:
+        """Give the blocks of one file."""
+        left = file.size
+        while left:
+            block = self._next()
+            assert block is not None and block.span.file is file
+            memory = block.memory.numpy().data
+            for piece, crc in zip(block.pieces, block.sums, strict=True):
+                file.sealed.seal(piece, memory, crc)
+            yield memory, block.span.start, block.span.length
+            left -= block.span.length
+            self._free.put(block.index)
+
+    def _next(self) -> _Block | None:
+        """The next block in order; None when all were copied."""
+        while self._taken not in self._early:
+            block = self._ready.get()
+            if block is None:
+                if self._error is not None:
+                    raise self._error
+                return None
+            self._early[block.span.number] = block
+        self._taken += 1
+        return self._early.pop(self._taken - 1)
+
+    def finish(self) -> None:
+        """Make sure that what was copied was one state; all blocks have been taken.
+
+        Raises: SaveFailed when a tensor changed while it was copied.
+        """
+        assert self._next() is None
+
+    def close(self) -> None:
+        """Let the tensors and the memory go, whether or not all was written."""
+        self._give_up()
+        for _ in self._threads:
+            self._arriving.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._copied.set()
+        if self._stream is not None:
+            self._stream.synchronize()  # into a block that was begun and not handed on, a copy may still be under way
+        self._contents, self._files, self._versions = {}, {}, []
+        self._early.clear()
+        self._error = None  # it knows the frames that hold tensors
+
+    # The copying threads
+
+    def _copy(self) -> None:
+        done = self._ready if self._device is None else self._arriving
+        try:
+            with self._beside():
+                while (span := self._claim()) is not None:
+                    done.put(self._filled(*span))
+        except BaseException as error:
+            self._fail(error)
+        with self._lock:
+            self._copying -= 1
+            if self._copying:
+                return
+        try:
+            self._compare_versions()
+        except SaveFailed as error:
+            self._fail(error)
+        self._copied.set()
+        for _ in range(self._summing or 1):
+            done.put(None)
+
+    def _claim(self) -> tuple[_Span, int] | None:
+        """The next span and the memory for it; None when there is nothing more to copy."""
+        with self._lock:  # spans get memory in their order: else that of a ring might all be with later ones
+            if not self._left:
+                return None
+            index = self._free.get()
+            if index is None:
+                self._free.put(None)  # for the other threads
+                return None
+            return self._left.popleft(), index
+
+    def _give_up(self) -> None:
+        self._free.put(None)
+        with self._lock:
+            self._left.clear()
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._give_up()
+
+    def _compare_versions(self) -> None:
+        for name, tensor, version in self._versions:
+            if tensor._version != version:
+                raise SaveFailed(
+                    f"{name} was changed while it was saved, by something else than the optimizer's step. "
+                    "Call wait() of the manager before such a change."
+                )
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On a GPU, copy in a stream beside the one that computes."""
+        if self._device is None:
+            yield
+            return
+        self._stream = torch.cuda.Stream(self._device)
+        self._stream.wait_event(self._begin)
+        with torch.cuda.stream(self._stream):
+            yield
+            self._last = self._stream.record_event()
+
+    def _filled(self, span: _Span, index: int) -> _Block:
+        memory = self._blocks[index]
+        pieces = list(span.file.image.pieces(span.start, span.start + span.length))
+        block = _Block(span, memory, index, pieces)
+        for piece in pieces:
+            segment, low, high, at = piece
+            target = memory[at : at + high - low]
+            if segment.kind is Kind.PLAIN:
+                target.numpy().data[:] = segment.content[low:high]
+            if self._device is None:
+                block.sums.append(_sum(piece, target, copy=segment.kind is Kind.STORAGE))
+            elif segment.kind is Kind.STORAGE:
+                source = segment.content[low:high]
+                _copy_bytes(source, target, source.device == self._device)
+        if self._stream is not None:
+            block.arrived = self._stream.record_event()
+        return block
+
+    # The summing threads, for what comes from a GPU
+
+    def _sum_arrived(self) -> None:
+        while (block := self._arriving.get()) is not None:
+            try:
+                block.arrived.synchronize()
+                block.sums = [_sum(piece, block.memory[piece.at :], copy=False) for piece in block.pieces]
+                self._ready.put(block)
+            except BaseException as error:
+                self._fail(error)
+        with self._lock:
+            self._summing -= 1
+            if not self._summing:
+                self._ready.put(None)
+
+
+def _image_of(content: Any) -> Image:
+    return Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records_of(content)])
+
+
+def _sum(piece: Piece, memory: torch.Tensor, copy: bool) -> int:
+    """CRC32 of a piece in memory; with `copy`, it is put there first, part by part while it is in the core's cache."""
+    if piece.segment.kind not in RECORDS:
+        return 0
+    crc, size = 0, piece.high - piece.low
+    for start in range(0, size, CHUNK):
+        end = min(start + CHUNK, size)
+        target = memory[start:end]
+        if copy:
+            _copy_bytes(piece.segment.content[piece.low + start : piece.low + end], target, False)
+        crc = zlib.crc32(target.numpy().data, crc)
+    return crc
+
+
+def _copy_bytes(source: torch.Tensor, target: torch.Tensor, beside: bool) -> None:
+    """Copy; from the GPU whose stream and events this snapshot has, `beside`, without waiting for it."""
+    if source.device.type == "cpu":
+        # Not torch's copy: it would take a team of threads away from the computation.
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source, non_blocking=beside)

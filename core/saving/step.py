@@ -1,0 +1,218 @@
+"""One step on its way into a model's folder: taken as it is now, written beside training, committed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import filecmp
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.bundle.bundle import EMA, OPTIMIZER, TOKENIZER, Content, history, write_bundle
+from core.bundle.choice import seen_files
+from core.bundle.commit import CONFIG, MODEL, ModelFolder, new_id
+from core.bundle.lineage import descent
+from core.bundle.retention import Retention, best_of, better
+from core.bundle.rewind import top_state
+from core.bundle.training_state import FIELDS, STATE, dump_json, parse_json, unseal
+from core.config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
+from core.config.modded import SpeedrunConfig
+from core.console.words import size_text
+from core.data.tokenizer import Tokenizer
+from core.errors import CheckpointDamaged, InputError, SaveFailed
+from core.networks.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
+from core.saving.snapshot import Memory, Snapshot
+
+
+class Save:
+    """A step of any module. Made in the loop, where it copies all but what the optimizer's step changes; then written.
+
+    `snapshot` is what that step has to wait for; without an optimizer, the caller has to.
+
+    Raises: InputError when metrics or extra cannot be written.
+    """
+
+    def __init__(
+        self,
+        place: ModelFolder,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Mapping[str, Any] | None,
+        *,
+        step: int,
+        tokenizer: Tokenizer | Mapping[str, Any] | None,
+        metrics: Mapping[str, float] | None,
+        extra: Mapping[str, Any] | None,
+        ema: Mapping[str, torch.Tensor] | None,
+        facts: Mapping[str, Any],
+        retention: Retention,
+        before_commit: Callable[[], None] | None = None,
+    ) -> None:
+        self.place, self.step = place, step
+        self._before_commit = before_commit
+        self.retention = retention
+        module = unwrap(model)
+        self._told = _told(step, optimizer is not None, facts, metrics, extra)
+        self._texts = {CONFIG: _config_of(module)}
+        if tokenizer := tokenizer or getattr(module, "tokenizer", None):
+            self._texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
+        self.snapshot = Snapshot(*self._take(module, optimizer, ema))
+
+    def _take(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | Mapping[str, Any] | None,
+        ema: Mapping[str, torch.Tensor] | None,
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What each file will hold, and the tensors in it that are copied later."""
+        contents: dict[str, Any] = {MODEL: export_state_dict(module)}
+        if optimizer is not None:
+            contents[OPTIMIZER] = optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):
+            contents[OPTIMIZER] = export_optimizer_state(optimizer, module)
+        if ema is not None:
+            contents[EMA] = dict(ema)
+        stable = None
+        if isinstance(optimizer, torch.optim.Optimizer):
+            stable = changed_by_step(optimizer) | {t.untyped_storage()._cdata for t in (ema or {}).values()}
+        live: dict[str, torch.Tensor] = {}
+        return {name: copy_others(content, stable, live, name) for name, content in contents.items()}, live
+
+    def write(self, memory: Memory, say: Callable[[str], None]) -> None:
+        """Write, commit and roll forward, and prune the older steps; the caller holds the lock.
+
+        Raises: SaveFailed when it could not be committed, or OSError when only what follows the commit failed.
+        """
+        started, step = time.perf_counter(), self.step
+        with contextlib.closing(self.snapshot):
+            files = self.snapshot.plan()
+            self.snapshot.start(memory)
+            self.place.recover()
+            state = self._state()
+            texts = {**self._texts, CONFIG: self._with_edits(self._texts[CONFIG])}
+            if not self._commit(state, {**files, **texts}, sum(file.size for file in files.values())):
+                say(f"step {step} is already saved in {self.place.path}")
+                return
+        size = sum(entry.stat().st_size for entry in os.scandir(self.place.committed))
+        self.place.roll_forward()
+        going = self.retention.going(state, history(self.place.path))
+        self.place.prune([older.step for older in going])
+        seconds = time.perf_counter() - started
+        say(f"saved step {step} to {self.place.path} ({size_text(size)}, {seconds:.2f} s)")
+
+    def _state(self) -> dict[str, Any]:
+        """The training state of this step, as it descends from what is in the folder."""
+        told, top, kept = self._told, top_state(self.place), history(self.place.path)
+        state = {
+            "step": told["step"],
+            "optimizer_file": told["optimizer_file"],
+            "format_version": FORMAT_VERSION,
+            "commit_id": new_id(),
+            "parent": self.place.newest_id(),
+            **descent(top, (step.state for step in kept)),
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "best": better(best_of(top, kept), told["step"], told.get("val_loss")),
+            "retention": dataclasses.asdict(self.retention),
+        }
+        config = self._texts[CONFIG]
+        if config.get("model_class", "GPT") == "GPT":
+            state["architecture"] = GPTConfig.from_dict(config).architecture()
+        if seen := seen_files(self.place.path, top.get("legacy", [])):
+            state["legacy"] = seen
+        return {**state, **told}
+
+    def _with_edits(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The config, with what a person edited in the config.json at the top."""
+        with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
+            top = parse_json(self.place.read(CONFIG), CONFIG)
+            if same_architecture(top, config):
+                return {**config, **{name: top[name] for name in EDITABLE if name in top}}
+        return config
+
+    def _commit(self, state: dict[str, Any], files: Mapping[str, Content], size: int) -> bool:
+        """Stage the files and make them the newest step; False when the newest step has these very bytes."""
+        try:
+            if self.place.storage.free(self.place.path) < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with self.place.discarded_on_failure(stage := self.place.stage()):
+                write_bundle(self.place, stage, state, files)
+                self.snapshot.finish()
+                if self._before_commit is not None:
+                    self._before_commit()
+                if self._is_newest(stage):
+                    self.place.discard(stage)
+                    return False
+                self.place.commit(stage)
+        except OSError as error:
+            raise self._failed(error, size) from error
+        return True
+
+    def _is_newest(self, stage: Path) -> bool:
+        top, staged = top_state(self.place), unseal(self.place.storage.read(stage / STATE), STATE)
+        if any(top.get(key) != staged.get(key) for key in ("step", "optimizer_file")) or "integrity" not in top:
+            return False
+        files = {key: value for key, value in staged["integrity"]["files"].items() if key != CONFIG}
+        return files == {key: value for key, value in top["integrity"]["files"].items() if key != CONFIG} and all(
+            filecmp.cmp(stage / name, self.place.path / name, shallow=False) for name in files
+        )
+
+    def _failed(self, error: OSError, needed: int) -> SaveFailed:
+        sizes = ""
+        with contextlib.suppress(OSError):
+            free = self.place.storage.free(self.place.path)
+            sizes = f" ({size_text(needed)} needed, {size_text(free)} free)"
+        return self._refused(f"{error.strerror}{sizes}")
+
+    def _refused(self, why: str) -> SaveFailed:
+        top = top_state(self.place)
+        stays = f"Step {top['step']} is intact." if "step" in top else "Nothing was saved before."
+        return SaveFailed(f"{self.place.path}: save of step {self.step} failed: {why}. {stays}")
+
+
+def add_metrics(place: ModelFolder, step: int, metrics: Mapping[str, float]) -> None:
+    """Record what was measured of the newest step after it was saved, durably; the caller holds the lock.
+
+    Raises: InputError when another step is the newest, or a name is not free.
+    """
+    top = top_state(place)
+    if top.get("step") != step or "commit_id" not in top:
+        raise InputError(f"{place.path}: the newest step is {top.get('step')}, expected {step}.")
+    if clash := FIELDS & metrics.keys():
+        raise InputError(f"metrics: {', '.join(sorted(clash))} are no measures.")
+    integrity = {"integrity": top.pop("integrity")}  # stays behind what people read
+    best = {"best": better(best_of(top, history(place.path)), step, metrics.get("val_loss"))}
+    place.replace_state({**top, **best, **metrics, **integrity})
+
+
+def _told(
+    step: int,
+    has_optimizer: bool,
+    facts: Mapping[str, Any],
+    metrics: Mapping[str, float] | None,
+    extra: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What the caller says of a step, as it is now."""
+    told = {"step": step, "optimizer_file": OPTIMIZER if has_optimizer else None, **facts}
+    if clash := (FIELDS | told.keys()) & (metrics or {}).keys():
+        raise InputError(f"metrics: {', '.join(sorted(clash))} is what the training state calls something else.")
+    told |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
+    try:
+        return json.loads(dump_json(told))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"metrics or extra of step {step}: {error}. They are written as JSON.") from error
+
+
+def _config_of(module: nn.Module) -> dict[str, Any]:
+    config = getattr(module, "config", None)
+    if isinstance(config, GPTConfig):
+        return config.to_dict()
+    if isinstance(config, SpeedrunConfig):
+        return config.to_dict(type(module).__qualname__)
+    return {"model_class": type(module).__qualname__, "format_version": FORMAT_VERSION}

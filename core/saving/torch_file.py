@@ -1,0 +1,113 @@
+"""Write live tensors as a `.pt` file that plain `torch.load(weights_only=True, mmap=True)` reads, in one pass.
+
+Which records there are, and how they lie in the zip, is told in core/containers/torch_files/layout.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.containers.checksum import CHUNK
+from core.containers.threads import Workers
+from core.containers.torch_files.image import Image
+from core.containers.torch_files.layout import Sink, ZipLayout
+
+
+def write_torch_zip(sink: Sink, content: Any) -> str:
+    """Write an object of tensors and plain values as a torch file, and return the digest of its tensors.
+
+    Tensors that share a storage stay shared.
+    """
+    layout, sums = ZipLayout(sink), []
+    for name, record in records_of(content):
+        if isinstance(record, bytes):
+            layout.record(name, len(record), [record])
+        else:
+            data = bytes_of(record.cpu()).numpy().data
+            sums.append(layout.record(name, len(data), [data]))
+    layout.close()
+    return _digest(sums)
+
+
+def records_of(content: Any) -> list[tuple[str, bytes | torch.UntypedStorage]]:
+    """List the records of the torch file that holds an object, in order."""
+    data_pkl, storages = _pickle(content)
+    data = [(f"data/{key}", storage) for key, storage in enumerate(storages)]
+    return [("data.pkl", data_pkl), ("byteorder", b"little"), *data, ("version", b"3\n")]
+
+
+def file_size(content: Any) -> int:
+    """Bytes of the torch file that holds an object."""
+    return Image(records_of(content)).size
+
+
+def digest_of(content: Any) -> str:
+    """Digest of the tensors of an object as they are now, in the order of its torch file: 8 hex digits.
+
+    It is the CRC32 of the CRC32s of their storages, little-endian; a saved step records it of each file.
+    """
+    storages = _pickle(content)[1]
+    sums = [0] * len(storages)
+
+    def sum_one(i: int) -> None:
+        sums[i] = _crc32(bytes_of(storages[i].cpu()).numpy())
+
+    with Workers(functools.partial(sum_one, i) for i in range(len(storages))) as summing:
+        summing.wait()
+    return _digest(sums)
+
+
+def _crc32(data: np.ndarray) -> int:
+    """CRC32 of bytes in memory by way of the core's cache: zlib waits for memory, and a copy does not."""
+    cache, crc = np.empty(min(CHUNK, len(data)), np.uint8), 0
+    for start in range(0, len(data), CHUNK):
+        piece = cache[: len(data) - start]
+        np.copyto(piece, data[start : start + CHUNK])
+        crc = zlib.crc32(piece.data, crc)
+    return crc
+
+
+def _digest(sums: list[int]) -> str:
+    return f"{zlib.crc32(struct.pack(f'<{len(sums)}I', *sums)):08x}"
+
+
+def _pickle(content: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(content)
+    return buffer.getvalue(), pickler.storages
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as torch.save does (torch/serialization.py, _save): a storage becomes a key and a type."""
+
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer, protocol=2)
+        self.storages: list[torch.UntypedStorage] = []
+        self._keys: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> tuple[str, type, str, str, int] | None:
+        if isinstance(value, torch.storage.TypedStorage):
+            storage, kind, numel = value._untyped_storage, getattr(torch, value._pickle_storage_type()), value._size()
+        elif isinstance(value, torch.UntypedStorage):
+            storage, kind, numel = value, torch.UntypedStorage, value.nbytes()
+        else:
+            return None
+        identity = storage._cdata
+        if identity not in self._keys:
+            self._keys[identity] = len(self.storages)
+            self.storages.append(storage)
+        return ("storage", kind, str(self._keys[identity]), "cpu", numel)
+
+
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """View a storage as bytes, where it is."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,182 @@
+"""The resume certificate: what the next step will see, draw and start from, recorded at a save, compared at a resume.
+
+Batches, dropout and learning rate are functions of (seed, step), so a resumed run needs nothing of this. It is the
+proof that the functions and the state are still the same: each part is computed anew from the live objects.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from core.bundle.bundle import EMA, OPTIMIZER
+from core.bundle.commit import MODEL
+from core.data.randomness import mix
+from core.networks.device import changes, seed_generator
+from core.networks.state_dict import export_optimizer_state, export_state_dict
+from core.saving.torch_file import digest_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from core.data.dataloader import DataLoader
+    from core.training.ema import Ema
+    from core.training.schedule import Schedule
+
+EXACT = "resume is exact"
+NOT_EXACT = "resume is not exact"
+UNKNOWN = "whether the resume is exact cannot be told: step {step} was saved without a certificate"
+
+_DRAWS = 4096
+_NOT_SETTINGS = {"params", "param_names", "lr", "initial_lr", "momentum", "fused", "foreach", "capturable"}
+"""Entries of a parameter group that the loop sets anew for each step, or that the environment tells."""
+
+BATCHES, NOISE = "The next batches are others", "Dropout drops others"
+DRAWN = "Batches and dropout are drawn otherwise"
+UPDATES, KERNELS = "Updates are computed otherwise", "Kernels may differ in the last bits"
+WEIGHTS, MOMENTS = "Training goes on from other weights", "Training goes on with other moments"
+AVERAGE = "The average of the weights (EMA) is another"
+"""What follows from a difference."""
+
+_FOLLOWS = {
+    "seed": DRAWN,
+    "batch_size": BATCHES,
+    "block_size": BATCHES,
+    "gradient_accumulation_steps": BATCHES,
+    "dropout": NOISE,
+    "ema": AVERAGE,
+}
+
+
+def make_certificate(
+    step: int, loader: DataLoader, model: nn.Module, accumulation: int, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Describe the step that follows `step` updates: digests of its tokens and of its dropout, and the settings.
+
+    Draws from the generator that the loop seeds anew for each batch.
+    """
+    rate = getattr(getattr(model, "config", None), "dropout", 0.0)
+    device = next(model.parameters()).device
+    batches = [loader.batch(step, micro) for micro in range(accumulation)]
+    seed_generator(mix(loader.seed, step, 0), device)
+    noise = F.dropout(torch.ones(_DRAWS, device=device), rate) if rate else torch.zeros(0)
+    here = {
+        "seed": loader.seed,
+        "batch_size": loader.batch_size,
+        "block_size": loader.block_size,
+        "gradient_accumulation_steps": accumulation,
+        "dropout": rate,
+    }
+    return {
+        "step": step,
+        "batch": _digest(tensor for pair in batches for tensor in pair),
+        "noise": _digest([noise]),
+        "settings": json.loads(json.dumps({**here, **settings})),  # as it will be read: tuples become lists
+    }
+
+
+def settings_of(
+    optimizer: torch.optim.Optimizer, schedule: Schedule | None, grad_clip: float, ema: Ema | None
+) -> dict[str, Any]:
+    """Name what decides an update besides its batch: clipping, the curve of the rate, and each group's settings."""
+    curve = {f"schedule.{name}": value for name, value in schedule.to_dict().items()} if schedule else {}
+    found: dict[str, Any] = {"grad_clip": grad_clip, "ema": ema.decay if ema else 0.0, **curve}
+    if not schedule:
+        found["learning_rate"] = optimizer.param_groups[0]["lr"]
+    for name in sorted({name for group in optimizer.param_groups for name in group} - _NOT_SETTINGS):
+        values = [group.get(name) for group in optimizer.param_groups]
+        found[name] = values[0] if all(value == values[0] for value in values) else values
+    return found
+
+
+def state_digests(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> dict[str, str]:
+    """Digests of the live weights, moments and average as a save would write them; one pass over their bytes.
+
+    None of a model that is spread over ranks: no rank could compute them.
+    """
+    if any(hasattr(p, "device_mesh") for p in model.parameters()):
+        return {}
+    contents = {MODEL: export_state_dict(model), OPTIMIZER: export_optimizer_state(optimizer, model)}
+    return {name: digest_of(content) for name, content in (contents | ({EMA: ema.tensors()} if ema else {})).items()}
+
+
+def differences(state: Mapping[str, Any], now: Mapping[str, Any], live: Mapping[str, str]) -> dict[str, list[str]]:
+    """List what differs from the training state of a step under what follows from it; nothing for an exact resume.
+
+    `now` is what the run that goes on would record: `certificate`, `environment`, `data`; `live` are the digests of
+    its state. Of a step without a certificate only the environment is compared.
+    """
+    then = certificate_of(state)
+    found = {} if then is None else _compare(state, then, now, live)
+    if kernels := changes(state.get("environment") or {}, now["environment"]):
+        found[KERNELS] = list(kernels.values())
+    return found
+
+
+def _compare(
+    state: Mapping[str, Any], then: Mapping[str, Any], now: Mapping[str, Any], live: Mapping[str, str]
+) -> dict[str, list[str]]:
+    today, found = now["certificate"], dict[str, list[str]]()
+
+    def differs(follows: str, what: str) -> None:
+        found.setdefault(follows, []).append(what)
+
+    recorded = _files(state)
+    if _in_shards(recorded):
+        live = {}  # blocks of shards have checksums of their own, and were read by them
+    for name, follows in ((MODEL, WEIGHTS), (OPTIMIZER, MOMENTS), (EMA, AVERAGE)):
+        digest = recorded.get(name, {}).get("tensors")
+        if name in live and digest != live[name] and (name != EMA or then["settings"].get("ema")):
+            was = f"digest {digest}" if digest else "nothing recorded"
+            differs(follows, f"the tensors of {name} are not those that were saved ({was}, now {live[name]})")
+    for name, what in changes(then["settings"], today["settings"]).items():
+        differs(_FOLLOWS.get(name, UPDATES), what)
+    texts = [(of.get("data") or {}).get("digest") for of in (state, now)]
+    if None not in texts and texts[0] != texts[1]:
+        differs(BATCHES, f"the text or tokens of {now['data'].get('path')} were changed")
+    if then["batch"] != today["batch"] and not {BATCHES, DRAWN} & found.keys():
+        differs(BATCHES, f"other tokens in step {then['step'] + 1} (digest {then['batch']} then, {today['batch']} now)")
+    if then["noise"] != today["noise"] and not {NOISE, DRAWN} & found.keys():
+        differs(NOISE, f"the generator draws other numbers (digest {then['noise']} then, {today['noise']} now)")
+    return found
+
+
+def certificate_of(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The certificate in a training state; None where there is none, of this step, with the digests of its tensors."""
+    found, files = state.get("certificate"), _files(state)
+    if not isinstance(found, dict) or found.get("step") != state.get("step"):
+        return None
+    if not _in_shards(files) and "tensors" not in files.get(MODEL, {}):
+        return None
+    whole = isinstance(found.get("settings"), dict) and {"batch", "noise"} <= found.keys()
+    return found if whole else None
+
+
+def _files(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    return state.get("integrity", {}).get("files", {})
+
+
+def _in_shards(files: Mapping[str, Any]) -> bool:
+    return any("/" in name for name in files)
+
+
+def verdict(state: Mapping[str, Any], found: Mapping[str, list[str]]) -> str:
+    """Say in one line whether the resume of a step is exact, and if not what differs and what follows from it."""
+    known = certificate_of(state) is not None
+    if known and not found:
+        return EXACT
+    kept = "" if {WEIGHTS, MOMENTS} & found.keys() else "; its weights and moments are"
+    said = f"{NOT_EXACT}{kept}" if known else UNKNOWN.format(step=state["step"])
+    return " ".join([f"{said}.", *(f"{follows}: {'; '.join(what)}." for follows, what in found.items())])
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.cpu().numpy().data, crc)
+    return f"{crc:08x}"

@@ -1,0 +1,335 @@
+"""One run of the training loop: what it has between two steps, and what it does at each."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from core.bundle.folder import LOG
+from core.checkpoint import CheckpointManager
+from core.console.signals import SAVE_BY_CLOCK, SAVING, StopSignal, reason
+from core.data.dataloader import DataLoader
+from core.data.randomness import mix
+from core.errors import CheckpointError, CheckpointMismatch
+from core.model import GPT, GPTFlexAttention
+from core.networks.device import environment, seed_generator
+from core.networks.distributed import World, whole
+from core.networks.muon import MuonWithAdamW
+from core.training.certificate import (
+    EXACT,
+    certificate_of,
+    differences,
+    make_certificate,
+    settings_of,
+    state_digests,
+    verdict,
+)
+from core.training.ema import Ema
+from core.training.grad_scaler import SMALLEST, make_scaler, scaler_state
+from core.training.metrics import Metrics
+from core.training.save_timing import RunSaves
+from core.training.schedule import Schedule
+
+
+class TrainingDiverged(CheckpointError):
+    """The loss or the gradient is no longer a number; the last committed step is from before."""
+
+
+class Run:
+    """One call of `fit`: the state of the loop between two steps, none of which a resume needs."""
+
+    def __init__(
+        self,
+        model: GPT | GPTFlexAttention,
+        data_loader: DataLoader,
+        optimizer: torch.optim.Optimizer,
+        manager: CheckpointManager | None,
+        saves: RunSaves | None,
+        schedule: Schedule | None,
+        eval_iters: int,
+        grad_clip: float,
+        accumulation: int,
+        dtype: torch.dtype,
+        ema: float,
+        world: World,
+    ) -> None:
+        self.model = model
+        self.accumulation = accumulation
+        self.world = world
+        self.share = world.share(data_loader.batch_size, accumulation)
+        self.forward: Any = world.wrap(model)
+        self.loader = data_loader
+        self.optimizer = optimizer
+        self.manager = manager
+        self.saves = saves
+        self.schedule = schedule
+        self.eval_iters = eval_iters
+        self.grad_clip = grad_clip
+        self.dtype = dtype
+        self._measured: tuple[int, float] | None = None
+        self._begun = -1  # the step whose save began last
+        self.device = next(model.parameters()).device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+        self.metrics = Metrics(manager.get_path(LOG)) if manager and world.is_first else None
+        self.scaler = make_scaler(self.device, dtype, self._recorded().get("scaler"))
+        self.ema = self._make_ema(ema)
+        self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
+        self._since_evaluation: list[float] = []
+        self._started = time.perf_counter()
+
+    def _recorded(self) -> dict[str, Any]:
+        """What was recorded of the step that training goes on from: one that was resumed, or saved by this manager."""
+        if not self.manager:
+            return {}
+        resumed, saved = self.manager.resumed, self.manager.facts
+        return saved | resumed if resumed.get("step") == self.model.step else resumed | saved
+
+    def _make_ema(self, decay: float) -> Ema | None:
+        saved = self.manager.averages if self.manager else None
+        if decay and saved is None and self.model.step:
+            tqdm.write(f"ema: the average begins at step {self.model.step}, with its weights", file=sys.stderr)
+        if not decay and saved is not None:
+            tqdm.write(f"ema: off from step {self.model.step} on; later steps have no average", file=sys.stderr)
+        ema = Ema(self.model, decay, saved) if decay else None
+        if self.manager:
+            self.manager.averages = ema.tensors() if ema else None
+        return ema
+
+    @contextlib.contextmanager
+    def open(self, max_iters: int, progress: bool, strict_resume: bool) -> Iterator[None]:
+        """Say whether the resume is exact, cut the log back to its step, and show a bar."""
+        self.model.train()
+        facts = self._recorded()
+        self._tokens, self._seconds = facts.get("tokens_seen", 0), facts.get("elapsed_seconds", 0.0)
+        self.environment = environment(
+            self.device,
+            dtype=self.dtype,
+            compile=hasattr(self.forward, "_orig_mod"),
+            fused=bool(self.optimizer.param_groups[0].get("fused")),
+            ranks=self.world.size,
+        )
+        self._compare_resume(strict_resume)
+        if self.metrics:
+            self.metrics.cut(self.model.step)
+        self._look_from_here()
+        self._bar = tqdm(
+            initial=self.model.step,
+            total=max_iters,
+            unit="step",
+            disable=not progress,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+        with self._bar:
+            yield
+
+    def _compare_resume(self, strict: bool) -> None:
+        if self.manager is None or not self.model.step or self.manager.resumed.get("step") != self.model.step:
+            return
+        state = self.manager.resumed
+        live = state_digests(self.model, self.optimizer, self.ema) if certificate_of(state) else {}
+        line = verdict(state, differences(state, {**self.manager.facts, **self._facts()}, live))
+        if strict and line != EXACT:
+            raise CheckpointMismatch(
+                f"{self.manager.checkpoint_dir}: {line} This run asked for an exact resume (--strict_resume); nothing "
+                "was changed."
+            )
+        tqdm.write(line, file=sys.stderr)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a training state records of this run for the one that goes on."""
+        settings = settings_of(self.optimizer, self.schedule, self.grad_clip, self.ema)
+        return {
+            "environment": self.environment,
+            "certificate": make_certificate(self.model.step, self.loader, self.model, self.accumulation, settings),
+        }
+
+    def update(self) -> None:
+        """Make one optimizer step."""
+        model, step = self.model, self.model.step
+        rate = self.schedule.at(step) if self.schedule else self.optimizer.param_groups[0]["lr"]
+        if self.schedule:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group.get("factor", 1.0)
+        if isinstance(self.optimizer, MuonWithAdamW):
+            self.optimizer.warm_up(step)
+        total = torch.zeros((), device=self.device)
+        mine = self.share.micro_steps
+        for micro in mine:
+            x, y = self._to_device(self.loader.batch(step, micro, self.share.rows))
+            seed_generator(mix(self.loader.seed, step, micro, *self.world.noise), self.device)
+            with self.world.without_sync(self.forward, last=micro == mine[-1]):
+                with self.autocast:
+                    loss = self.forward(x, y)[1] / len(mine)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+            self._tokens += x.numel() * self.world.size
+        self.scaler.unscale_(self.optimizer)
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or math.inf))
+        self.scaler.step(self.optimizer)  # not where gradients overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        model.step = step + 1
+        self._unseen.append((model.step, rate, total, norm))
+        self._bar.update()
+
+    def edge(self, stop: StopSignal) -> set[str]:
+        """Average the loss of this step over the ranks, and say what is asked of any of them."""
+        wishes = stop.take()
+        if self.saves:
+            self.saves.check()
+            wishes |= {SAVE_BY_CLOCK} if self.saves.due else set()
+        return self.world.at_edge(self._unseen[-1][2], wishes)
+
+    def _to_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.device.type == "cuda":
+            x, y = (t.pin_memory().to(self.device, non_blocking=True) for t in batch)
+            return x, y
+        return batch
+
+    def look(self) -> None:
+        """Read the losses of the last steps, log them, and stop at the first that is no number."""
+        for step, rate, loss_tensor, norm_tensor in self._unseen:
+            loss, norm = loss_tensor.item(), norm_tensor.item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) >= SMALLEST:
+                    self._skipped(step, rate, scale)
+                    continue
+                what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+                self._diverged(step, what)
+            self._since_evaluation.append(loss)
+            if self.metrics:
+                self.metrics.add(step=step, loss=loss, learning_rate=rate, grad_norm=norm)
+        if self._unseen:
+            tokens, seconds = self._tokens - self._looked[0], time.perf_counter() - self._looked[1]
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
+        self._unseen.clear()
+        self._look_from_here()
+
+    def _skipped(self, step: int, rate: float, scale: float) -> None:
+        tqdm.write(f"step {step}: gradients overflowed fp16, no update made; loss scale {scale:g}", file=sys.stderr)
+        if self.metrics:
+            self.metrics.add(step=step, loss=None, learning_rate=rate, grad_norm=None)
+
+    def _look_from_here(self) -> None:
+        self._looked = self._tokens, time.perf_counter()
+
+    def _diverged(self, step: int, what: str) -> None:
+        kept = "No step was saved."
+        if self.manager:
+            saved = self.manager.saved_step()
+            kept = f"The last saved step is {saved}, in {self.manager.checkpoint_dir}." if saved is not None else kept
+        raise TrainingDiverged(f"step {step}: {what}. {kept} Try a lower --learning_rate.")
+
+    def measure_resumed(self, eval_interval: int, stop: StopSignal) -> str | None:
+        """Evaluate the step that is resumed, where the run before was stopped before it had; as `evaluate`."""
+        state = self.manager.resumed if self.manager else {}
+        at = state.get("step") == self.model.step and self.model.step % eval_interval == 0
+        if not self.saves or not at or "commit_id" not in state or "val_loss" in state:
+            return None
+        self.saves.step = self._begun = self.model.step
+        stopping = self.evaluate(stop)
+        if not stopping:
+            self.save()
+        return stopping
+
+    def evaluate(self, stop: StopSignal) -> str | None:
+        """Measure the loss on fixed batches of the validation split, a rank every size-th.
+
+        A save that is asked for in between begins there. What asks to stop ends it at once, and is returned.
+        """
+        self.model.eval()
+        total, stopping = torch.zeros((), dtype=torch.float64), None
+        for first in range(0, self.eval_iters, self.world.size):
+            wishes = self.world.wishes(stop.take())
+            if stopping := reason(wishes):
+                break
+            if SAVING in wishes:
+                self.save(now=True)
+            try:
+                self._add_val_loss(first + self.world.rank, total)
+            except Exception:
+                if self.world.size > 1 or not stop.requested:
+                    raise
+                # A Ctrl-C in a terminal has reached the compilers that torch.compile started.
+                stopping = stop.requested
+                break
+        self.model.train()
+        if stopping:
+            return stopping
+        loss = self.world.sum(total).item() / self.eval_iters
+        if not math.isfinite(loss):
+            self._diverged(self.model.step, f"validation loss is {loss}")
+        self._measured = self.model.step, loss
+        if self.metrics:
+            self.metrics.add(step=self.model.step, val_loss=loss)
+        seen = self._since_evaluation
+        train_loss = f"train loss {math.fsum(seen) / len(seen):.4f}, " if seen else ""
+        tqdm.write(f"step {self.model.step}: {train_loss}val loss {loss:.4f}", file=sys.stderr)
+        seen.clear()
+        self._look_from_here()
+        return None
+
+    @torch.inference_mode()
+    def _add_val_loss(self, i: int, total: torch.Tensor) -> None:
+        x, y = self._to_device(self.loader.val_batch(min(i, self.eval_iters - 1)))
+        with self.autocast:
+            loss = self.forward(x, y)[1]  # on every rank, counted or not: a sharded model needs all of them
+        if i < self.eval_iters:
+            total += loss.item()
+
+    def measured_loss(self) -> float | None:
+        """The validation loss of this step; None where it was not measured."""
+        return self._measured[1] if self._measured and self._measured[0] == self.model.step else None
+
+    def save(self, now: bool = False, last: bool = False) -> None:
+        """Begin to commit this step, its log lines first; to a step that is saved, add what was measured since."""
+        if not self.saves:
+            return
+        self.look()
+        begin = self._commit
+        if self._begun == self.model.step:
+            self.saves.check(wait=True)
+            if self.world.from_first(self.saves.step == self.model.step):
+                begin = self._commit_measured
+        self._begun = self.model.step
+        self.saves.begin(self.model.step, begin, now=now, last=last)
+        self._look_from_here()
+
+    def _commit(self) -> bool:
+        assert self.manager
+        self.manager.facts |= {
+            "seed": self.loader.seed,
+            "tokens_seen": self._tokens,
+            "elapsed_seconds": round(self._seconds + time.perf_counter() - self._started, 3),
+            "schedule": self.schedule.to_dict() if self.schedule else None,
+            **self._facts(),
+        }
+        if self.scaler.is_enabled():
+            self.manager.facts["scaler"] = scaler_state(self.scaler)
+        metrics, ema = self._new_metrics(), self.ema.tensors() if self.ema else None
+        log = self.metrics.flush if self.metrics else None
+        return self.manager.save(
+            self.model, self.optimizer, step=self.model.step, metrics=metrics, ema=ema, before_commit=log
+        )
+
+    def _commit_measured(self) -> bool:
+        assert self.manager
+        if self.metrics:
+            self.metrics.flush()
+        if metrics := self._new_metrics():
+            self.manager.add_metrics(self.model.step, metrics)
+        return True
+
+    def _new_metrics(self) -> dict[str, float]:
+        loss = self.measured_loss()
+        return {} if loss is None else {"val_loss": loss}

@@ -1,0 +1,59 @@
+"""To look into a checkpoint takes neither torch nor numpy: all are inspected where these cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import inspect_model
+from tests.conftest import ROOT
+from tests.makers.containers import CASES
+
+MODULES = [
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
+    for room in ("containers", "families", "inspection")
+    for path in sorted((ROOT / "core" / room).rglob("[!_]*.py"))
+    if path.stem not in ("statistics", "change")  # which need numpy
+]
+
+BLOCKED = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "numpy"):
+            raise ImportError(f"{name} is imported")
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def run(code: str, *args: object) -> subprocess.CompletedProcess:
+    """Run Python where torch and numpy cannot be imported."""
+    command = [sys.executable, "-c", BLOCKED + code, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_container_is_inspected_and_verified_as_where_they_are(tmp_path_factory, capsys):
+    paths = [str(case.write(tmp_path_factory.mktemp(case.name))) for case in CASES]
+    done = run(
+        f"import {', '.join(MODULES)}\n"
+        "import inspect_model\n"
+        "from pathlib import Path\n"
+        "for path in sys.argv[1:]:\n"
+        "    with core.inspection.inspect.inspect_path(Path(path)) as found:\n"
+        "        assert core.inspection.verification.verify_container(found.container).damaged == []\n"
+        "sys.exit(inspect_model.main([*sys.argv[1:], '--json', '--tensors']))",
+        *paths,
+    )
+    assert (done.returncode, done.stderr) == (0, "tensors beside the model are left out: 1 of optimizer, 1 of common\n")
+    assert inspect_model.main([*paths, "--json", "--tensors"]) == 0
+    here = capsys.readouterr().out
+    assert done.stdout == here
+    assert len(json.loads(here)) == len(CASES)
+
+
+def test_an_import_would_be_noticed():
+    for name in ("torch", "numpy"):
+        assert f"{name} is imported" in run(f"import {name}").stderr

@@ -1,0 +1,251 @@
+"""A model's folder on a real disk: what is at the top, kept and aside after each change."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+
+import pytest
+
+from core.bundle.bundle import write_bundle
+from core.bundle.commit import ModelFolder
+from core.bundle.storage import Storage
+from core.bundle.training_state import STATE, seal, unseal
+from core.errors import CheckpointDamaged, CheckpointNotFound
+
+
+@pytest.fixture(params=["links", "moves"])
+def folder(tmp_path, request):
+    storage = Storage()
+    storage.folder_fsync = False
+    storage.links = request.param == "links" and storage.links
+    return ModelFolder(tmp_path, storage)
+
+
+def save(folder, step, label, optimizer=True):
+    folder.recover()
+    stage = stage_step(folder, step, label, optimizer)
+    folder.commit(stage)
+    folder.roll_forward()
+
+
+def stage_step(folder, step, label, optimizer=True):
+    stage = folder.stage()
+    files = {
+        n: lambda out, n=n: out.write(f"{n} {label}".encode()) for n in ("model.pt", "optimizer.pt")[: 1 + optimizer]
+    }
+    files["config.json"] = {"n_embd": 64, "n_head": 1, "saved_with": label}
+    state = {"step": step, "format_version": 2, "commit_id": label, "parent": folder.newest_id()}
+    write_bundle(folder, stage, state, files)
+    return stage
+
+
+def newest(folder):
+    opened = folder.open_newest()
+    try:
+        return opened.state.get("commit_id"), {
+            n: f.read().decode() for n, f in opened.files.items() if n != "config.json"
+        }
+    finally:
+        opened.close()
+
+
+def kept(folder, step):
+    opened = folder.open_step(step)
+    try:
+        return opened.state.get("commit_id"), {
+            n: f.read().decode() for n, f in opened.files.items() if n != "config.json"
+        }
+    finally:
+        opened.close()
+
+
+def whole(label):
+    return label, {"model.pt": f"model.pt {label}", "optimizer.pt": f"optimizer.pt {label}"}
+
+
+def test_a_save_is_at_the_top_and_the_older_step_is_kept(folder):
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    assert newest(folder) == whole("b")
+    assert kept(folder, 1) == whole("a")
+    assert {p.name for p in folder.path.iterdir()} == {
+        "config.json", "model.pt", "optimizer.pt", "step_00000001", "training_state.json"
+    }  # fmt: skip
+
+
+def test_a_committed_step_is_read_before_it_is_rolled_forward(folder):
+    save(folder, 1, "a")
+    folder.commit(stage_step(folder, 2, "b"))
+    assert newest(folder) == whole("b")
+    assert (folder.path / "model.pt").read_text() == "model.pt a"
+    folder.recover()
+    assert (folder.path / "model.pt").read_text() == "model.pt b"
+    assert kept(folder, 1) == whole("a")
+
+
+def test_a_staged_step_is_never_read_and_recovery_removes_it(folder):
+    save(folder, 1, "a")
+    stage = stage_step(folder, 2, "b")
+    assert newest(folder) == whole("a")
+    folder.recover()
+    assert not stage.exists()
+
+
+def test_a_save_without_optimizer_removes_the_old_one_from_the_top_only(folder):
+    save(folder, 1, "a")
+    save(folder, 2, "b", optimizer=False)
+    assert not (folder.path / "optimizer.pt").exists()
+    assert newest(folder) == ("b", {"model.pt": "model.pt b"})
+    assert kept(folder, 1) == whole("a")
+
+
+def test_an_edited_config_survives_a_save(folder):
+    save(folder, 1, "a")
+    edited = '{"n_embd": 64, "n_head": 1, "batch_size": 3}   '
+    (folder.path / "config.json").write_text(edited)
+    save(folder, 2, "b")
+    assert (folder.path / "config.json").read_text() == edited
+    assert (folder.path / "step_00000001" / "config.json").read_text() == edited
+
+
+def test_editing_json_at_the_top_in_place_leaves_history_alone(folder):
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    before = (folder.path / "step_00000001" / "config.json").read_bytes()
+    with (folder.path / "config.json").open("r+b") as file:
+        file.write(b"XXXX")
+    assert (folder.path / "step_00000001" / "config.json").read_bytes() == before
+
+
+def test_the_same_step_with_other_content_puts_the_first_aside(folder):
+    for label in "abc":
+        save(folder, 1, label)
+    assert newest(folder) == whole("c")
+    assert kept(folder, 1) == whole("b")
+    (aside,) = folder.path.glob("aside_00000001_*")
+    assert (aside / "model.pt").read_text() == "model.pt a"
+
+
+def test_a_top_without_commit_id_is_kept_under_its_step(folder):
+    (folder.path / "model.pt").write_text("old model")
+    (folder.path / "config.json").write_text('{"n_embd": 64, "n_head": 1}')
+    (folder.path / STATE).write_text('{"step": 5}')
+    save(folder, 6, "a")
+    assert kept(folder, 5) == (None, {"model.pt": "old model"})
+
+
+def test_a_step_gone_back_to_is_at_the_top_under_its_own_id_and_still_kept(folder):
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    (aside,) = folder.go_back(folder.path / "step_00000001", "damaged")
+    assert newest(folder) == kept(folder, 1) == whole("a")
+    assert re.fullmatch(r"aside_00000002_damaged_[0-9a-f]{16}", aside.name)
+    assert (aside / "model.pt").read_text() == "model.pt b"
+    assert list(folder.kept_steps()) == [1]
+    save(folder, 2, "c")
+    assert kept(folder, 1) == whole("a")
+    assert len(list(folder.path.glob("aside_*"))) == 1
+
+
+def test_going_back_takes_later_steps_aside_and_the_log_of_the_run_with_the_top(folder):
+    for step, label in enumerate("abcd", 1):
+        save(folder, step, label)
+    (folder.path / "metrics.jsonl").write_text("{}\n")
+    (folder.path / "notes.txt").write_text("mine")
+    top, third = folder.go_back(folder.path / "step_00000002", "abandoned", [folder.path / "step_00000003"])
+    assert newest(folder) == kept(folder, 2) == whole("b")
+    assert list(folder.kept_steps()) == [1, 2]
+    assert (top / "model.pt").read_text() == "model.pt d" and (top / "metrics.jsonl").read_text() == "{}\n"
+    assert (third / "model.pt").read_text() == "model.pt c"
+    assert {"metrics.jsonl", "notes.txt"} < {p.name for p in folder.path.iterdir()}
+    assert not {".hist", ".committed"} & {p.name for p in folder.path.iterdir()}
+
+
+def test_going_back_to_a_step_without_optimizer_leaves_none_at_the_top(folder):
+    save(folder, 1, "a", optimizer=False)
+    save(folder, 2, "b")
+    (aside,) = folder.go_back(folder.path / "step_00000001", "abandoned")
+    assert newest(folder) == ("a", {"model.pt": "model.pt a"})
+    assert not (folder.path / "optimizer.pt").exists() and (aside / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "aside",
+    [{"../x": "aside_00000001_damaged_ab"}, {".": "../x"}, {"step_00000001": "step_00000009"}, [], None, {1: 2}],
+)
+def test_a_hostile_list_of_what_goes_aside_moves_nothing(folder, aside):
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    stage = stage_step(folder, 3, "c")
+    state = {**unseal((stage / STATE).read_bytes(), "x"), "went_back": {"aside": aside}}
+    (stage / STATE).write_bytes(seal(state))
+    folder.commit(stage)
+    with pytest.raises(CheckpointDamaged, match="went_back does not list folders to be moved aside"):
+        folder.recover()
+    assert {p.name for p in folder.path.iterdir()} >= {"model.pt", "step_00000001"}
+    assert not list(folder.path.glob("aside_*"))
+
+
+def test_going_back_to_a_bundle_of_version_1_gives_it_checksums(folder):
+    old = folder.path / "step_00000005"
+    old.mkdir()
+    (old / "model.pt").write_text("123456789")
+    (old / STATE).write_text('{"step": 5}')
+    assert folder.go_back(old, "abandoned") == []
+    state = unseal((folder.path / STATE).read_bytes(), "top")
+    assert state["step"] == 5
+    assert state["integrity"]["files"] == {"model.pt": {"size": 9, "crc32": "cbf43926"}}
+    assert json.loads((old / STATE).read_text()) == {"step": 5}
+
+
+def test_prune_removes_only_the_named_steps(folder):
+    for step, label in enumerate("abcd", 1):
+        save(folder, step, label)
+    folder.prune([1, 3])
+    assert list(folder.kept_steps()) == [2]
+    assert not list(folder.path.glob(".trash-*"))
+
+
+def test_a_missing_file_is_named_with_the_step_that_lists_it(folder):
+    save(folder, 7, "a")
+    (folder.path / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"optimizer\.pt: missing, but training_state\.json of step 7 lists it"):
+        folder.open_newest()
+
+
+def test_a_step_that_is_not_kept_is_answered_with_those_that_are(folder):
+    for step, label in enumerate("abc", 1):
+        save(folder, step, label)
+    with pytest.raises(CheckpointNotFound, match=r"step_00000009: this step is not kept\. Kept steps: 1, 2\."):
+        folder.open_step(9)
+
+
+def test_a_file_system_that_refuses_links_gets_moves(tmp_path, monkeypatch):
+    storage = Storage()
+    folder = ModelFolder(tmp_path, storage)
+    real = storage.change
+
+    def change(call, *args):
+        if call.__name__ == "link":
+            raise OSError(errno.EPERM, "no links here")
+        return real(call, *args)
+
+    monkeypatch.setattr(storage, "change", change)
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    assert not storage.links
+    assert newest(folder) == whole("b")
+    assert kept(folder, 1) == whole("a")
+
+
+def test_going_back_twice_to_the_same_step_whose_files_the_top_then_shares_leaves_nothing_pending(folder):
+    save(folder, 1, "a")
+    save(folder, 2, "b")
+    folder.go_back(folder.path / "step_00000001", "damaged")
+    folder.go_back(folder.path / "step_00000001", "damaged")
+    assert newest(folder) == kept(folder, 1) == whole("a")
+    assert not folder.committed.exists()
+    save(folder, 2, "c")
+    assert newest(folder) == whole("c")

@@ -1,0 +1,394 @@
+"""Config, tokenizer, weights and optimizer that are not of one model: both values, and the one that would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.errors import CheckpointMismatch
+from core.families.recognise import recognise
+from tests.makers.doors import (
+    OF_A_FILE,
+    OF_A_FOLDER,
+    changed,
+    edit,
+    generate,
+    legacy,
+    load,
+    looked_at,
+    refused,
+    single,
+    train,
+)
+from tests.makers.generations import CHARS, SIZES, TOKENIZER, FusedGPT, batch, write_old_bundle, write_single_file
+
+GPT2 = {"token_kind": "gpt2"}
+TABLE = "token_embedding_table.weight"
+LOST = "it was saved incompletely"
+
+
+# Configs that do not fit
+
+MISFITS = {
+    "n_layer": (4, "n_layer is 4, but the tensors have 2 layers. Set n_layer to 2"),
+    "n_embd": (48, "n_embd is 48, but token_embedding_table.weight has 24 columns. Set n_embd to 24"),
+    "block_size": (99, "block_size is 99, but position_embedding_table.weight has 12 rows. Set block_size to 12"),
+    "vocab_size": (20, "vocab_size is 20, but token_embedding_table.weight has 17 rows. Set vocab_size to 17"),
+    "bias": (True, "bias is true, but blocks.0.sa.qkv.bias is not there. Set bias to false"),
+    "proj_bias": (True, "proj_bias is true, but blocks.0.sa.proj.bias is not there. Set proj_bias to false"),
+    "mlp_bias": (False, "mlp_bias is false, but blocks.0.fwd.net.0.bias is there. Set mlp_bias to true"),
+    "norm_bias": (False, "norm_bias is false, but blocks.0.ln1.bias is there. Set norm_bias to true"),
+    "head_bias": (False, "head_bias is false, but lm_head.bias is there. Set head_bias to true"),
+    "tied_head": (
+        True,
+        "tied_head is true, but lm_head.weight in {file} has other values than token_embedding_table.weight. "
+        "Set tied_head to false",
+    ),
+}
+
+
+def misfits(folder: Path, fields: list[str], file: str) -> list[str]:
+    return [MISFITS[field][1].format(file=file) for field in fields]
+
+
+@pytest.mark.parametrize("field", MISFITS)
+def test_field_that_does_not_fit_says_both_values_and_the_one_that_would(old, folder, field):
+    value, said = MISFITS[field]
+    write_old_bundle(folder, old.fused, None, step=3)
+    edit(folder / "config.json", **{field: value})
+    for door in OF_A_FOLDER:
+        refused(door, folder, str(folder / "config.json"), said.format(file="model.pt"), kind=CheckpointMismatch)
+    if field != "tied_head":  # values are not read for looking
+        assert f"contradiction: {folder / 'config.json'} does not fit model.pt: {said}\n" in looked_at(folder)[0]
+    single(folder, old.fused, None, config={**old.fused.config, field: value})
+    refused(legacy, folder, str(folder / "latest.pt"), said.format(file="latest.pt"), kind=CheckpointMismatch)
+
+
+def test_several_fields_that_do_not_fit_are_all_listed_with_tokenizer_and_optimizer(old, folder):
+    fields = [field for field in MISFITS if field not in ("tied_head", "proj_bias")]
+    moments = changed(old.moments, lambda s: s["state"][0].update(exp_avg=torch.zeros(3, 3)))
+    write_old_bundle(folder, old.fused, moments, step=3)
+    edit(folder / "config.json", **{field: MISFITS[field][0] for field in fields})
+    edit(folder / "tokenizer.json", **GPT2)
+    sentences = [
+        *(MISFITS[field][1] for field in fields),
+        f"{folder / 'tokenizer.json'}: gpt2 has 50257 ids, but vocab_size is 20 in {folder / 'config.json'}",
+        f"{folder / 'optimizer.pt'}: optimizer state: {TABLE}: exp_avg is (3, 3), expected (17, 24)",
+    ]
+    for door in (generate, load):
+        refused(door, folder, *sentences)
+    out = looked_at(folder)[0]
+    assert [sentence for sentence in sentences if sentence not in out] == []
+
+
+@pytest.mark.parametrize(("heads", "fits"), [(2, 3), (4, 3), (1, 3)])
+def test_other_number_of_heads_than_the_tensors_have_would_compute_something_else(old, folder, heads, fits):
+    said = f"n_head is {heads}, but the tensors have {fits} heads. Set n_head to {fits}"
+    single(folder, old.lecture, None, config={**old.lecture.config, "n_head": heads})
+    for door in OF_A_FILE:
+        refused(door, folder, f"{folder / 'latest.pt'} does not fit its weights: {said}.", kind=CheckpointMismatch)
+    assert f"contradiction: {folder / 'latest.pt'} does not fit its weights: {said}\n" in looked_at(folder)[0]
+
+
+@pytest.mark.parametrize("layers", [2**31 - 1, 10**6])
+def test_endless_layers_are_refused_at_once(old, folder, layers):
+    write_old_bundle(folder, old.fused, None, step=3)
+    edit(folder / "config.json", n_layer=layers)
+    refused(generate, folder, f"n_layer is {layers}, but the tensors have 2 layers. Set n_layer to 2.")
+    names = {f"blocks.{i}.ln1.weight": torch.ones(24) for i in (0, 2)}
+    torch.save({**names, "token_embedding_table.weight": torch.ones(17, 24)}, folder / "model.pt")
+    refused(generate, folder, f"n_layer is {layers}, but the tensors have 2 layers")
+
+
+def test_heads_that_do_not_divide_a_huge_width_are_refused_at_once(old, folder):
+    write_old_bundle(folder, old.fused, None, step=3)
+    edit(folder / "config.json", n_embd=2**31 - 1, n_head=6)
+    refused(generate, folder, "n_embd 2147483647 is not divisible by n_head 6; n_head may be 1.")
+
+
+# Tokenizers
+
+TOKENIZERS = {
+    "too many characters": ({"chars": [*CHARS, "x", "y"]}, "19 characters, but vocab_size is 17"),
+    "far too few rows for gpt2": (GPT2, "gpt2 has 50257 ids, but vocab_size is 17"),
+    "unknown kind": ({"token_kind": "bert"}, "token_kind is 'bert', expected char, gpt2 or hf"),
+    "no kind": ({"token_kind": None}, "token_kind is None, expected char, gpt2 or hf"),
+    "no list": ({"chars": "".join(CHARS)}, "expected a list of characters"),
+    "numbers": ({"chars": list(range(17))}, "chars[0] is 0, expected one character"),
+    "a character twice": (
+        {"chars": [CHARS[0], *CHARS[:-1]]},
+        "chars[1] is '\\n', which is chars[0] too; expected each",
+    ),
+}
+
+
+@pytest.mark.parametrize("door", [generate, load])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenizer_of_another_model_is_named_with_both_numbers(old, folder, door, kind):
+    change, said = TOKENIZERS[kind]
+    write_old_bundle(folder, old.fused, None, step=3)
+    edit(folder / "tokenizer.json", **change)
+    message = refused(door, folder, f"{folder / 'tokenizer.json'}: ", said, kind=CheckpointMismatch)
+    assert "vocab_size" not in said or message.endswith(
+        f"{folder / 'config.json'}. It is the tokenizer of another model."
+    )
+    single(folder, old.fused, None, tokenizer={**TOKENIZER, **change})
+    refused(legacy, folder, f"{folder / 'latest.pt'}: ", said, kind=CheckpointMismatch)
+
+
+@pytest.mark.parametrize("rows", [50256, 50240])
+def test_gpt2_with_too_few_rows_is_refused_and_with_padding_taken(folder, rows):
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 2}
+    write_single_file(folder / "latest.pt", FusedGPT(**sizes, vocab_size=rows), step=1, tokenizer=GPT2)
+    refused(legacy, folder, f"gpt2 has 50257 ids, but vocab_size is {rows} in {folder / 'latest.pt'}")
+    write_single_file(folder / "latest.pt", FusedGPT(**sizes, vocab_size=50304), step=1, tokenizer=GPT2)
+    assert legacy(folder) == 1
+
+
+def test_characters_far_fewer_than_rows_are_of_another_model(folder):
+    sizes = {**SIZES, "vocab_size": len(CHARS) + 128}
+    write_single_file(folder / "latest.pt", FusedGPT(**sizes), step=1)
+    refused(legacy, folder, "17 characters, but vocab_size is 145", "It is the tokenizer of another model.")
+
+
+# Optimizers
+
+OTHER = "It is of another model or optimizer; --init_from_model starts a new model from the weights alone."
+
+
+def without_last(state: dict[str, Any]) -> None:
+    state["state"].pop(state["param_groups"][0]["params"].pop())
+
+
+def split(state: dict[str, Any]) -> None:
+    group = state["param_groups"][0]
+    state["param_groups"] = [{**group, "params": part} for part in (group["params"][:5], group["params"][5:])]
+
+
+def first(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state["state"][0].update(values)
+
+
+def group(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state["param_groups"][0].update(values)
+
+
+OPTIMIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "another shape": (first(exp_avg=torch.zeros(3, 3)), f"{TABLE}: exp_avg is (3, 3), expected (17, 24)"),
+    "too few": (without_last, "found 25 parameters without names, expected 26"),
+    "too many": (lambda s: s["param_groups"][0]["params"].append(99), "found 27 parameters without names, expected 26"),
+    "groups that do not add up": (split, "found 5 + 21 parameters without names, expected 26, or 11 + 15"),
+    "two names": (group(param_names=["a", "b"]), "26 parameters have 2 names"),
+    "names of another model": (
+        lambda s: group(param_names=[f"p{i}" for i in range(26)])(s),
+        f"{TABLE} is missing; position_embedding_table.weight is missing",
+    ),
+    "names that are numbers": (group(param_names=list(range(26))), "param_names are not the names of parameters"),
+    "names that are a number": (group(param_names=3), "param_names are not the names of parameters"),
+    "a parameter twice": (group(params=[0, *range(25)]), "params are not the numbers of parameters, each once"),
+    "a list as a number": (group(params=[[0], *range(1, 26)]), "params are not the numbers of parameters, each once"),
+    "an entry that is text": (lambda s: s["state"].update({0: "x"}), "state[0] is str, expected dict"),
+    "a list as a moment": (first(exp_avg=[1.0]), f"{TABLE}: exp_avg is list, expected a tensor (17, 24)"),
+    "nothing as a moment": (first(exp_avg=None), f"{TABLE}: exp_avg is NoneType, expected a tensor (17, 24)"),
+    "text as a count": (first(step="x"), f"{TABLE}: step is str, expected a number"),
+    "no groups": (
+        lambda s: s.pop("param_groups"),
+        "found state, expected state and param_groups (dict, list of dicts)",
+    ),
+    "nothing": (lambda s: s.clear(), "found nothing, expected state and param_groups (dict, list of dicts)"),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizer_of_another_model_is_refused_by_every_door(old, folder, kind):
+    change, said = OPTIMIZERS[kind]
+    state = changed(old.moments, change)
+    single(folder, old.fused, None, optimizer_state_dict=state)
+    for door in OF_A_FILE:
+        refused(door, folder, f"{folder / 'latest.pt'}: optimizer state: {said}", OTHER, kind=CheckpointMismatch)
+    (folder / "latest.pt").unlink()
+    write_old_bundle(folder, old.fused, state, step=3)
+    for door in OF_A_FOLDER:
+        refused(door, folder, f"{folder / 'optimizer.pt'}: optimizer state: {said}", OTHER, kind=CheckpointMismatch)
+    assert f"contradiction: {folder / 'optimizer.pt'}: optimizer state: {said}" in looked_at(folder)[0]
+
+
+@pytest.mark.parametrize("value", [[], 3, "x"], ids=repr)
+def test_optimizer_that_is_no_dict_is_not_passed_over_in_silence(old, folder, value):
+    single(folder, old.fused, None, optimizer_state_dict=value)
+    for door in OF_A_FILE:
+        refused(door, folder, f"{folder / 'latest.pt'}: its optimizer_state_dict is", "expected a dict")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
+def test_another_kind_of_optimizer_cannot_be_resumed_but_its_model_generates(folder, kind):
+    model = FusedGPT(**SIZES)
+    settings = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    moments = kind(model.parameters(), lr=0.1, **settings)
+    model(batch(model)[0]).sum().backward()
+    moments.step()
+    has = {"SGD": "momentum_buffer", "Adagrad": "step, sum", "RMSprop": "square_avg, step"}[kind.__name__]
+    said = f"optimizer state: {TABLE} has {has}, expected exp_avg, exp_avg_sq, step"
+    write_old_bundle(folder, model, moments, step=3)
+    refused(train, folder, f"{folder / 'optimizer.pt'}: {said}", OTHER, kind=CheckpointMismatch)
+    assert generate(folder) == 3
+
+
+@pytest.mark.parametrize("count", [9, torch.tensor(9.0)], ids=["number", "tensor"])
+def test_moments_of_heads_with_different_counts_are_no_moments_of_one_matrix(old, folder, count):
+    def change(state: dict[str, Any]) -> None:
+        for entry in state["state"].values():
+            entry["step"] = type(count)(3) if isinstance(count, int) else torch.tensor(3.0)
+        state["state"][2]["step"] = count
+
+    single(folder, old.lecture, None, optimizer_state_dict=changed(old.lecture_moments, change))
+    numbers = "[3, 9]" if isinstance(count, int) else "[3.0, 9.0]"
+    said = f"the parts of blocks.0.sa.qkv.weight were updated {numbers} times"
+    for door in (train, load, legacy):
+        refused(door, folder, f"{folder / 'latest.pt'}: optimizer state: {said}", OTHER, kind=CheckpointMismatch)
+
+
+def test_head_without_moments_beside_heads_with_them_is_refused(old, folder):
+    state = changed(old.lecture_moments, lambda s: s["state"].pop(2))
+    single(folder, old.lecture, None, optimizer_state_dict=state)
+    for door in OF_A_FILE:
+        refused(door, folder, "optimizer state: the parts of blocks.0.sa.qkv.weight have different entries", OTHER)
+
+
+@pytest.mark.parametrize(
+    ("model", "other", "found", "wanted"), [("fused", "lecture", 44, 26), ("lecture", "fused", 26, 44)]
+)
+def test_optimizer_of_the_other_generation_says_both_numbers(old, folder, model, other, found, wanted):
+    moments = old.moments if other == "fused" else old.lecture_moments
+    write_old_bundle(folder, getattr(old, model), moments, step=3)
+    for door in OF_A_FOLDER:
+        refused(
+            door, folder, f"{folder / 'optimizer.pt'}: optimizer state: found {found} parameters", f"{wanted}", OTHER
+        )
+
+
+# State dicts
+
+
+def weights_refused(folder: Path, model: Any, weights: dict, *said: str) -> None:
+    """Both forms of checkpoint refuse the weights with the same words."""
+    single(folder, model, None, model_state_dict=weights)
+    for door in OF_A_FILE:
+        refused(door, folder, str(folder / "latest.pt"), *said, kind=CheckpointMismatch)
+    (folder / "latest.pt").unlink()
+    write_old_bundle(folder, model, None, step=3)
+    torch.save(weights, folder / "model.pt")
+    for door in OF_A_FOLDER:
+        refused(door, folder, *said, kind=CheckpointMismatch)
+    out = looked_at(folder)[0]
+    assert "contradiction: " in out and said[0] in out
+
+
+def test_surplus_names_are_listed_at_most_ten_with_the_cause(old, folder):
+    weights = {**old.fused.state_dict(), **{f"extra.{i}": torch.ones(1) for i in range(46)}}
+    places = [f"extra.{i} has no place in this model" for i in range(9)]
+    cause = "46 tensors are too many: something was added to the model that saved it"
+    weights_refused(folder, old.fused, weights, cause, *places)
+    message = refused(generate, folder)
+    assert message.endswith("; and 37 more.") and "extra.9 " not in message
+
+
+def test_missing_names_are_listed_at_most_ten_with_the_cause(old, folder):
+    weights = {name: t for name, t in old.fused.state_dict().items() if "blocks.0." not in name}
+    weights_refused(
+        folder,
+        old.fused,
+        weights,
+        f"10 of 26 tensors are missing: {LOST}",
+        "blocks.0.ln1.weight is missing",
+        "and 1 more.",
+    )
+
+
+@pytest.mark.parametrize("name", ["blocks.1.sa.qkv.weight", TABLE, "ln_f.bias", "blocks.0.fwd.net.2.weight"])
+def test_one_missing_name_is_told(old, folder, name):
+    weights = {n: t for n, t in old.fused.state_dict().items() if n != name}
+    weights_refused(folder, old.fused, weights, f"1 of 26 tensors are missing: {LOST}", f"{name} is missing")
+
+
+def test_head_that_is_lost_is_not_taken_for_a_tied_one(old, folder):
+    weights = {n: t for n, t in old.fused.state_dict().items() if n != "lm_head.weight"}
+    said = "tied_head is false, but lm_head.weight is not there. Set tied_head to true if the head was the token table"
+    weights_refused(folder, old.fused, weights, said)
+
+
+def test_one_missing_matrix_of_one_head_is_told(old, folder):
+    name = "blocks.1.sa.heads.2.value.weight"
+    weights = {n: t for n, t in old.lecture.state_dict().items() if n != name}
+    weights_refused(folder, old.lecture, weights, f"1 of 44 tensors are missing: {LOST}; {name} is missing")
+
+
+def test_missing_head_of_one_layer_is_told_whole(old, folder):
+    weights = {n: t for n, t in old.lecture.state_dict().items() if not n.startswith("blocks.1.sa.heads.2.")}
+    names = [f"blocks.1.sa.heads.2.{part}.weight is missing" for part in ("query", "key", "value")]
+    weights_refused(folder, old.lecture, weights, f"3 of 44 tensors are missing: {LOST}", *names)
+
+
+def test_missing_last_head_of_every_layer_is_told(old, folder):
+    weights = {n: t for n, t in old.lecture.state_dict().items() if ".heads.2." not in n}
+    said = "n_head is 3, but the tensors have 2 heads: it was saved incompletely"
+    weights_refused(folder, old.lecture, weights, "blocks.0.sa.qkv.weight is (48, 24), expected (72, 24)", said)
+
+
+def test_head_of_another_shape_is_told_with_both(old, folder):
+    name = "blocks.0.sa.heads.1.query.weight"
+    weights = {**old.lecture.state_dict(), name: torch.ones(3, 24)}
+    weights_refused(folder, old.lecture, weights, f"{name} is (3, 24), but blocks.0.sa.heads.0.query.weight is (8, 24)")
+
+
+def test_two_names_that_become_one_without_prefixes_are_told(old, folder):
+    weights = {**old.fused.state_dict(), f"_orig_mod.module.{TABLE}": torch.ones(17, 24)}
+    both = f"{TABLE} and _orig_mod.module.{TABLE} are the same tensor without their prefixes"
+    weights_refused(folder, old.fused, weights, both)
+
+
+def test_both_spellings_of_a_layer_are_told(old, folder):
+    weights = {**old.lecture.state_dict(), "blocks.0.fwd.net.0.weight": torch.ones(96, 24)}
+    said = "blocks.0.ffwd.net.0.weight and blocks.0.fwd.net.0.weight are two names of blocks.0.fwd.net.0.weight"
+    weights_refused(folder, old.lecture, weights, said)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_weights_of_a_type_that_computes_nothing_are_told(old, folder, dtype):
+    weights = {**old.fused.state_dict(), "ln_f.bias": torch.ones(24).to(dtype)}
+    name = str(dtype).removeprefix("torch.")
+    weights_refused(folder, old.fused, weights, f"ln_f.bias is {name}, expected float32, bfloat16, float16, float64")
+
+
+def test_empty_state_dict_is_told(old, folder):
+    weights_refused(folder, old.fused, {}, "it has no tensors")
+
+
+def test_weights_of_nanogpt_in_the_place_of_ours_are_told_as_another_programs(shared, old, folder):
+    content = torch.load(shared / "fixtures" / "nanogpt_char_biasFalse" / "ckpt.pt", weights_only=True)
+    count = len(content["model"])
+    said = f"none of its {count} tensors has a name of this model's own: they are another program's"
+    weights_refused(folder, old.fused, content["model"], said, "transformer.wte.weight has no place in this model")
+
+
+def test_checkpoint_of_nanogpt_in_the_place_of_ours_is_told_by_its_entries(shared, folder):
+    folder.mkdir()
+    data = (shared / "fixtures" / "nanogpt_char_biasFalse" / "ckpt.pt").read_bytes()
+    (folder / "latest.pt").write_bytes(data)
+    found = "found the entries model, optimizer, model_args, iter_num, best_val_loss, config"
+    remedy = "It is of another program; inspect_model.py shows what it holds."
+    for door in OF_A_FILE:
+        refused(
+            door, folder, f"{folder / 'latest.pt'}: {found}, expected the entries model_state_dict and config", remedy
+        )
+    assert "iter_num" in looked_at(folder / "latest.pt")[0]
+
+
+def test_head_with_an_absurd_number_costs_nothing(folder):
+    names = {f"blocks.{i}.sa.heads.9999.key.weight": torch.zeros(1, 1) for i in range(200)}
+    with pytest.raises(CheckpointMismatch, match="a head has the number 9999, but there are only 200 tensors in all"):
+        recognise(names)

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import pytest
+import torch
+
+from core.checkpoint import CheckpointManager
+from core.errors import CheckpointDamaged, CheckpointMismatch, SaveFailed
+from tests.makers.models import (
+    SMALL,
+    equal,
+    flip,
+    kept,
+    manager,
+    save_durably,
+    started,
+    state_of,
+    train_and_save,
+    update,
+    weights,
+)
+
+
+def test_a_damaged_newest_step_is_named_set_aside_and_resume_walks_back(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 1)
+    expected = weights(model)
+    train_and_save(made, model, optimizer, 1)
+    made.close()
+    folder = tmp_path / "dante"
+    flip(folder / "model.pt", 4000)
+    said = r"dante/model.pt: \S+ is damaged \(CRC32 \w{8}, recorded \w{8}\)\. Newest intact step: 1 \(step_00000001\)\."
+    with pytest.raises(CheckpointDamaged, match=said):
+        CheckpointManager.load_for_inference("dante", tmp_path)
+    lines = []
+    again = CheckpointManager("dante", tmp_path, say=lines.append)
+    resumed, _, step = again.initialize_for_training({}, "char", None, 1e-3)
+    assert step == 1 and equal(resumed.state_dict(), expected)
+    (aside,) = folder.glob("aside_00000002_*")
+    assert (aside / "model.pt").exists() and (aside / "optimizer.pt").exists() and str(aside) in lines[-1]
+    assert len(lines) == 1 and "Going on from step 1, the newest intact one." in lines[0]
+    assert state_of(folder)["step"] == 1
+
+
+def test_training_after_a_walk_back_commits_on_and_keeps_the_good_step(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 2)
+    made.close()
+    flip(tmp_path / "dante/optimizer.pt", 4000)
+    made, model, optimizer = started(tmp_path)
+    assert model.step == 1
+    train_and_save(made, model, optimizer, 1)
+    assert state_of(tmp_path / "dante")["step"] == 2
+    assert kept(tmp_path / "dante") == ["step_00000001"]
+
+
+def test_a_step_that_lost_its_training_state_is_not_trained_on_as_step_0(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 1)
+    expected = weights(model)
+    train_and_save(made, model, optimizer, 1)
+    made.close()
+    newest = (tmp_path / "dante/model.pt").read_bytes()
+    (tmp_path / "dante/training_state.json").unlink()
+    lines = []
+    with CheckpointManager("dante", tmp_path, say=lines.append) as again:
+        resumed, _, step = again.initialize_for_training({}, "char", None, 1e-3)
+    assert step == 1 and equal(resumed.state_dict(), expected)
+    assert "dante/training_state.json: missing, and kept steps have one. Going on from step 1" in lines[0]
+    (aside,) = (tmp_path / "dante").glob("aside_*_damaged_*")
+    assert (aside / "model.pt").read_bytes() == newest
+
+
+def test_when_no_step_is_intact_nothing_changes_and_nothing_starts_anew(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 2)
+    made.close()
+    folder = tmp_path / "dante"
+    flip(folder / "model.pt", 4000)
+    flip(folder / "step_00000001/model.pt", 4000)
+    before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
+    with pytest.raises(CheckpointDamaged, match=r"No intact older step is kept in .*dante, and nothing was changed"):
+        manager(tmp_path).initialize_for_training({}, "char", None, 1e-3)
+    assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
+
+
+def test_a_replaced_model_file_is_used_and_said(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 1)
+    made.close()
+    with torch.no_grad():
+        model.ln_f.weight.fill_(3.0)
+    torch.save(model.state_dict(), tmp_path / "dante/model.pt")
+    lines = []
+    again = CheckpointManager("dante", tmp_path, say=lines.append)
+    resumed, _, _ = again.initialize_for_training({}, "char", None, 1e-3)
+    assert torch.equal(resumed.ln_f.weight, torch.full((32,), 3.0))
+    assert re.search(
+        r"model.pt: whole, but not the file that was saved: it was replaced \(\d+ bytes; recorded \d+\)", lines[0]
+    )
+
+
+def test_a_full_disk_keeps_the_last_step_and_says_how_much_is_missing(tmp_path, monkeypatch):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 1)
+    folder, written = tmp_path / "dante", []
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+    def full(call, *args):
+        if call in (os.write, os.pwrite):
+            written.append(len(args[1]))
+            if len(written) > 1:
+                raise OSError(28, "No space left on device")
+        return call(*args)
+
+    update(model, optimizer)
+    monkeypatch.setattr(made._folder.storage, "change", full)
+    said = r"save of step 2 failed: No space left on device \([\d.]+ KB needed, [\d.]+ \wB free\)\. Step 1 is intact\."
+    with pytest.raises(SaveFailed, match=said):
+        save_durably(made, model, optimizer, step=2)
+    monkeypatch.undo()
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert not list(folder.glob(".stage-*"))
+    save_durably(made, model, optimizer, step=2)
+    assert state_of(folder)["step"] == 2
+
+
+def test_without_hard_links_history_and_walk_back_work_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("core.bundle.storage.DISK.links", False)
+    monkeypatch.setattr("core.bundle.storage.DISK.folder_fsync", False)
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 3)
+    made.close()
+    folder = tmp_path / "dante"
+    assert kept(folder) == ["step_00000002"]
+    assert (folder / "model.pt").stat().st_nlink == 1
+    flip(folder / "model.pt", 4000)
+    with manager(tmp_path).newest_intact() as bundle:
+        assert bundle.step == 2
+
+
+def test_a_slip_in_a_hand_edited_config_is_the_persons_to_mend_and_nothing_is_set_aside(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 2)
+    made.close()
+    path = tmp_path / "dante/config.json"
+    text = path.read_text()
+    path.write_text(text.replace(",", "", 1))
+    before = sorted(p.name for p in (tmp_path / "dante").iterdir())
+    with pytest.raises(CheckpointMismatch, match=r"config.json: \d+ bytes that are no valid JSON .* Mend it, or copy"):
+        started(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "dante").iterdir()) == before
+    path.write_text(text)
+    assert started(tmp_path)[1].step == 2
+
+
+def test_a_config_whose_edit_keeps_every_shape_is_refused_with_the_value_that_was_saved(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 1)
+    made.close()
+    path = tmp_path / "dante/config.json"
+    saved = path.read_text()
+    path.write_text(saved.replace('"n_head": 2', '"n_head": 1'))
+    said = r"dante/config\.json: n_head is 1, step 1 was saved with 2\. Set it to 2\."
+    with pytest.raises(CheckpointMismatch, match=said):
+        CheckpointManager.load_for_inference("dante", tmp_path)
+    with pytest.raises(CheckpointMismatch, match=said):
+        manager(tmp_path).initialize_for_training({}, "char", None, 1e-3)
+    path.write_text(saved.replace('"dropout": 0.1', '"dropout": 0.2'))
+    assert CheckpointManager.load_for_inference("dante", tmp_path).config.dropout == 0.2
+
+
+def test_weights_that_a_person_put_there_bring_their_own_config(tmp_path):
+    for name, heads in (("dante", 2), ("other", 1)):
+        made, model, optimizer = started(tmp_path, name, {**SMALL, "n_head": heads})
+        train_and_save(made, model, optimizer, 1)
+        made.close()
+    for file in ("model.pt", "config.json"):
+        shutil.copy(tmp_path / "other" / file, tmp_path / "dante" / file)
+    assert CheckpointManager.load_for_inference("dante", tmp_path).config.n_head == 1

@@ -1,0 +1,274 @@
+"""Megatron exports and iterations: Megatron's own logits in transformers, the same bytes there and back, refusals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from core.model import GPT
+from tests.makers.conversions import converted, tensors_of
+from tests.makers.megatron_exports import (
+    GPT2,
+    LLAMA,
+    QWEN,
+    RUN,
+    changed,
+    export_of,
+    exported,
+    gpt2_export,
+    hf_model,
+    off_by,
+    refused,
+    write_export,
+)
+from tests.makers.megatron_iterations import write_iteration
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FIXTURES = {
+    LLAMA: (LLAMA, {"rope_theta": 500000.0}),
+    "megatron_llama_gqa_TEnames": (LLAMA, {"rope_theta": 500000.0}),
+    "megatron_llama_gqa_TEnames_oldTE_BytesIO": (LLAMA, {"rope_theta": 500000.0}),
+    QWEN: (QWEN, {"rope_theta": 1e6}),
+    GPT2: (GPT2, {}),
+}
+
+
+@pytest.fixture
+def fixtures(shared) -> Path:
+    return shared / "fixtures"
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_transformers_computes_the_logits_of_megatron(fixtures, tmp_path, name):
+    of, flags = FIXTURES[name]
+    expected = load_file(fixtures / of / "expected.safetensors")
+    facts = converted(export_of(fixtures, name), tmp_path / "hf", "hf", more=flags)
+    assert off_by(tmp_path / "hf", expected["input_ids"], expected["logits_fp32"]) < 2e-6
+    assert any(f"norm_eps {1e-6 if of == QWEN else 1e-5}: a default" in note for note in facts["notes"])
+    states = [reason for name, reason in facts["dropped"].items() if name.endswith("_extra_state")]
+    assert len(states) >= 9 and all(reason.startswith("what Transformer Engine keeps for FP8") for reason in states)
+
+
+def test_names_of_transformer_engine_make_no_difference(fixtures, tmp_path):
+    for k, name in enumerate(FIXTURES):
+        if "llama" in name:
+            converted(export_of(fixtures, name), tmp_path / str(k), "hf")
+            converted(export_of(fixtures, name), tmp_path / f"{k}.pt", "megatron")
+    for k in (1, 2):
+        assert tensors_of(tmp_path / str(k)) == tensors_of(tmp_path / "0")
+        assert exported(tmp_path / f"{k}.pt")[1] == exported(tmp_path / "0.pt")[1]
+        assert tensors_of(tmp_path / f"{k}.pt") == tensors_of(tmp_path / "0.pt")
+
+
+@pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
+def test_there_and_back_gives_the_same_tensors(fixtures, tmp_path, name):
+    converted(export_of(fixtures, name), tmp_path / "hf", "hf", more={"norm_eps": 1e-4})
+    converted(tmp_path / "hf", tmp_path / "back", "megatron")
+    state, config = exported(tmp_path / "back/exported_model.pt")
+    before, said = exported(export_of(fixtures, name))
+    assert state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in state)
+    assert said.items() - {("vocab_size", 250)} <= config.items()
+    again = converted(tmp_path / "back/exported_model.pt", tmp_path / "again", "hf")  # what the export says is taken
+    assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads(
+        (tmp_path / "hf/config.json").read_text()
+    )
+    assert not any("a default" in note for note in again["notes"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module.model."])
+def test_prefixes_are_taken_off(fixtures, tmp_path, prefix):
+    state, config = exported(export_of(fixtures, QWEN))
+    source = write_export(tmp_path / "a.pt", {prefix + name: t for name, t in state.items()}, config)
+    converted(source, tmp_path / "a", "hf")
+    converted(export_of(fixtures, QWEN), tmp_path / "b", "hf")
+    assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
+
+
+def test_safetensors_and_pt_keep_the_names(fixtures, tmp_path):
+    state = exported(export_of(fixtures, LLAMA))[0]
+    converted(export_of(fixtures, LLAMA), tmp_path / "a.safetensors", "safetensors")
+    converted(export_of(fixtures, LLAMA), tmp_path / "a.pt", "pt")
+    for found in (load_file(tmp_path / "a.safetensors"), torch.load(tmp_path / "a.pt")):
+        assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_layernorm_1p_adds_one_exactly(fixtures, tmp_path):
+    state, config = exported(export_of(fixtures, LLAMA))
+    norms = [name for name in state if "norm" in name]
+    less = state | {name: (state[name].float() - 1).bfloat16() for name in norms}
+    source = write_export(tmp_path / "1p.pt", less, config)
+    facts = converted(source, tmp_path / "plain", "hf")
+    assert any("warning: 5 of 5 norm weights average below 0.5" in note for note in facts["notes"])
+    flags = {"layernorm_1p": True, "rope_theta": 500000.0}
+    facts = converted(source, tmp_path / "hf", "hf", more=flags)
+    assert not any("warning" in note for note in facts["notes"])
+    assert any("1 was added to 5 norm weights, which are float32 now" in note for note in facts["notes"])
+    made = load_file(tmp_path / "hf/model.safetensors")
+    for theirs, ours in (("decoder.final_layernorm", "model.norm"), ("decoder.layers.1.pre_mlp_layernorm", _POST)):
+        assert torch.equal(made[f"{ours}.weight"], less[f"{theirs}.weight"].float() + 1)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "float32"
+    exact = write_export(tmp_path / "exact.pt", state | {name: state[name].float() - 1 for name in norms}, config)
+    converted(exact, tmp_path / "exact", "hf", more=flags)
+    expected = load_file(fixtures / LLAMA / "expected.safetensors")
+    assert off_by(tmp_path / "exact", expected["input_ids"], expected["logits_fp32"]) < 2e-6
+    run = RUN[LLAMA] | {"apply_layernorm_1p": True}
+    converted(write_iteration(tmp_path / "iter_0000001", less, **config, **run), tmp_path / "iter", "hf")
+    assert tensors_of(tmp_path / "iter") == tensors_of(tmp_path / "hf")
+
+
+_POST = "model.layers.1.post_attention_layernorm"
+
+
+def test_padding_of_the_vocabulary_is_kept_or_cropped(fixtures, tmp_path):
+    facts = converted(export_of(fixtures, LLAMA), tmp_path / "kept", "hf")
+    assert any("256 rows of the vocabulary: 250 tokens and 6 of padding, kept" in note for note in facts["notes"])
+    converted(export_of(fixtures, LLAMA), tmp_path / "cropped", "hf", vocab_size=250)
+    made, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("cropped", "kept"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(made[name], whole[name][:250])
+    assert json.loads((tmp_path / "cropped/config.json").read_text())["vocab_size"] == 250
+    hf_model(tmp_path / "cropped")
+
+
+def test_gpt2_style_becomes_a_bundle_of_ours_and_back(fixtures, tmp_path):
+    source, model = gpt2_export(tmp_path / "export.pt")
+    ids = torch.randint(96, (2, 32))
+    with torch.no_grad():
+        expected = model(ids).logits
+    converted(source, tmp_path / "bundle", "bundle")
+    with torch.no_grad():
+        assert (GPT.load(tmp_path / "bundle")[0].eval()(ids)[0] - expected).abs().max() < 1e-5
+    converted(tmp_path / "bundle", tmp_path / "back.pt", "megatron")
+    assert tensors_of(tmp_path / "back.pt") == tensors_of(source)
+    tanh = tmp_path / "tanh"
+    converted(source, tanh, "hf", more={"activation": "gelu_new"})
+    assert json.loads((tanh / "config.json").read_text())["activation_function"] == "gelu_new"
+    said = refused(export_of(fixtures, GPT2), tmp_path / "no", "bundle")  # ffn_hidden_size 224 of a width of 64
+    assert said.endswith("its feed-forward part is 224 wide; our GPT has 4 n_embd, 256. --to hf keeps it.")
+
+
+def test_tensors_win_over_a_config_that_contradicts_them(fixtures, tmp_path):
+    state, config = exported(export_of(fixtures, GPT2))
+    told = config | {"ffn_hidden_size": 999, "num_query_groups": 2, "num_layers": 7}
+    facts = converted(write_export(tmp_path / "a.pt", state, told), tmp_path / "a", "hf")
+    said = [note for note in facts["notes"] if note.startswith("the tensors win where the config says otherwise: ")]
+    assert sorted(note.split(": ")[1].split(" is ")[0] for note in said) == [
+        "ffn_hidden_size",
+        "num_layers",
+        "num_query_groups",
+    ]
+    converted(export_of(fixtures, GPT2), tmp_path / "b", "hf")
+    assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
+    told = {name: value for name, value in config.items() if name != "kv_channels"} | {"num_attention_heads": 5}
+    assert "no multiple of" in refused(write_export(tmp_path / "c.pt", state, told), tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            LLAMA,
+            "no gate",
+            "no known style: its norms have no biases, as Llama's, and its feed-forward part has no gate",
+        ),
+        (LLAMA, "odd gate", "expected 176 rows, or 352 where it is gated"),
+        (LLAMA, "no layer 0", "layers 1 are there, 1 in between are not"),
+        (LLAMA, "proj bias", "linear_proj has a bias and linear_qkv none: Llama has both or neither"),
+        (LLAMA, "norm bias", "its norms have biases (LayerNorm) and its feed-forward part is gated"),
+        (LLAMA, "positions", "it has a table of positions (position_embeddings), and Llama and Qwen have rotary ones."),
+        (QWEN, "fc1 bias", "its feed-forward part has biases, and Qwen2ForCausalLM has no place for them."),
+        (GPT2, "no positions", "its norms have biases and it has no table of positions: neither Llama nor GPT-2."),
+    ],
+)
+def test_what_transformers_has_no_model_for_is_refused(fixtures, tmp_path, name, change, said):
+    state, config = exported(export_of(fixtures, name))
+    assert said in refused(write_export(tmp_path / "a.pt", changed(state, change), config), tmp_path / "hf")
+
+
+OTHERS = {
+    "rotary_percent": 0.25,
+    "use_rope_scaling": "yes",
+    "rotary_seq_len_interpolation_factor": 4,
+    "rotary_interleaved": True,
+    "position_embedding_type": "none",
+    "window_size": [128, 0],
+    "softmax_scale": 0.5,
+    "use_mup": True,
+}
+
+
+def test_settings_that_change_what_is_computed_are_refused(fixtures, tmp_path):
+    state, config = exported(export_of(fixtures, LLAMA))
+    target, source = tmp_path / "hf", export_of(fixtures, LLAMA)
+    assert "rotary_percent is 0.5: only that part of a head is rotated" in refused(
+        source, target, more={"rotary_percent": 0.5}
+    )
+    for k, (name, value) in enumerate(OTHERS.items()):
+        folder = write_iteration(tmp_path / f"iter_{k:07}", state, **config, **RUN[LLAMA], **{name: value})
+        assert f"{name} is {value!r}" in refused(folder, target)
+    bare = {name: value for name, value in config.items() if name != "max_position_embeddings"}
+    short = write_export(tmp_path / "a.pt", state, bare)
+    assert "Add --max_position_embeddings N." in refused(short, target)
+    converted(short, target, "hf", more={"max_position_embeddings": 99, "eos_token_id": 7})
+    made = json.loads((target / "config.json").read_text())
+    assert (made["max_position_embeddings"], made["eos_token_id"], made["bos_token_id"]) == (99, 7, None)
+    said = refused(tmp_path / "hf", tmp_path / "x.pt", "megatron", more={"rope_theta": 1.0})
+    assert "--rope_theta: what a Megatron file does not say, and this is Hugging Face Llama" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value", "why"),
+    [
+        (LLAMA, "activation", "gelu_new", "a gated feed-forward part computes silu"),
+        (GPT2, "rope_theta", 5e5, "its positions are a table"),
+        (GPT2, "rope_scaling_factor", 8.0, "its positions are a table"),
+        (GPT2, "rotary_percent", 0.5, "its positions are a table"),
+    ],
+)
+def test_a_flag_for_what_the_model_has_not_is_refused(fixtures, tmp_path, name, flag, value, why):
+    said = refused(export_of(fixtures, name), tmp_path / "hf", more={flag: value})
+    assert said.endswith(f"--{flag} has no effect: {why}. Leave it out.")
+
+
+def test_heads_that_no_config_says_are_asked_for(fixtures, tmp_path):
+    for name, heads in ((LLAMA, 8), (GPT2, 4)):
+        state = exported(export_of(fixtures, name))[0]
+        bare = write_export(tmp_path / f"{heads}.pt", state, {})
+        said = refused(bare, tmp_path / "x")
+        assert "n_head" in said and said.endswith("no config beside them says it. Add --num_attention_heads N.")
+        more = {"num_attention_heads": heads} | ({"max_position_embeddings": 64} if name == LLAMA else {})
+        converted(bare, tmp_path / f"hf{heads}", "hf", more=more)
+        converted(export_of(fixtures, name), tmp_path / f"direct{heads}", "hf")
+        assert tensors_of(tmp_path / f"hf{heads}") == tensors_of(tmp_path / f"direct{heads}")
+    converted(bare, tmp_path / "out.pt", "megatron", more={"num_attention_heads": 4, "norm_eps": 1e-3})
+    assert exported(tmp_path / "out.pt")[1].items() >= {("num_attention_heads", 4), ("norm_epsilon", 1e-3)}
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron", "safetensors", "pt"])
+def test_classic_ranks_are_refused_and_a_missing_one_is_named(tmp_path, to):
+    run = tmp_path / "iter_0000100"
+    for rank in ("mp_rank_00", "mp_rank_02"):
+        (run / rank).mkdir(parents=True)
+        args = argparse.Namespace(num_layers=2, tensor_model_parallel_size=4)
+        torch.save({"model": {"w": torch.zeros(2)}, "args": args}, run / rank / "model_optim_rng.pt")
+    said = refused(run, tmp_path / "out", to)
+    assert "no file says along which dimension its tensors were cut" in said
+    assert "mp_rank_01, mp_rank_03 missing; there are mp_rank_00, mp_rank_02." in said
+
+
+def test_the_script_prints_the_defaults_that_it_takes(fixtures, tmp_path, capsys):
+    from convert_checkpoints import main
+
+    words = [str(export_of(fixtures, LLAMA)), str(tmp_path / "hf"), "--to", "hf", "--rope_theta", "5e5"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "norm_eps 1e-05: a default, for nothing beside the tensors says it (--norm_eps)" in out
+    assert "rope_theta" not in out and re.search("read back and compared with the source, bit for bit", out)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["rope_theta"] == 500000.0

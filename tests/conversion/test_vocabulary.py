@@ -1,0 +1,99 @@
+"""The vocabulary in a conversion: tokenizers that go along, and rows that are cropped or padded."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from core.errors import CheckpointError
+from core.model import GPT
+from tests.makers.conversions import converted, expected, hf_logits, tensors_of, worst
+
+
+@pytest.fixture
+def nanogpt(shared) -> Path:
+    return shared / "fixtures/nanogpt_char_biasFalse"
+
+
+@pytest.fixture
+def hf(shared) -> Path:
+    return shared / "fixtures/hf_gpt2"
+
+
+def test_a_vocabulary_that_does_not_fit_or_is_no_data_is_refused(nanogpt, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path(tmp_path / "ran").touch, ())
+
+    def error(content) -> str:
+        path = tmp_path / "meta.pkl"
+        path.write_bytes(pickle.dumps(content))
+        with pytest.raises(CheckpointError) as caught:
+            converted(nanogpt / "ckpt.pt", tmp_path / "b", "bundle", meta=path)
+        assert not (tmp_path / "b").exists()
+        return str(caught.value).removeprefix(f"{path}: ")
+
+    few = {"itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
+    assert error(few) == "2 characters, but the model has 34 rows. It is the vocabulary of another model."
+    assert "expected a character for each id from 0" in error({"itos": {0: "a", 2: "b"}})
+    assert "its stoi is not its itos turned round" in error({**few, "stoi": {"a": 1, "b": 0}})
+    assert "expected vocab_size, itos and stoi by name" in error(Evil())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_vocabulary_of_characters_goes_to_hugging_face_and_back(nanogpt, tmp_path):
+    from transformers import AutoTokenizer
+
+    converted(nanogpt / "ckpt.pt", tmp_path / "hf", "hf", meta=nanogpt / "meta.pkl")
+    meta = pickle.loads((nanogpt / "meta.pkl").read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "".join(meta["stoi"])
+    assert tokenizer(text)["input_ids"] == list(range(34)) and tokenizer.decode(range(34)) == text
+    with pytest.raises(Exception, match=r"Missing \[UNK\] token"):
+        tokenizer("\u4e2d")
+    converted(tmp_path / "hf", tmp_path / "b", "bundle")
+    assert json.loads((tmp_path / "b/tokenizer.json").read_text()) == {"token_kind": "char", "chars": list(text)}
+    assert GPT.load(tmp_path / "b")[1]["token_kind"] == "char"
+
+
+def test_a_tokenizer_of_hugging_face_goes_into_a_bundle_and_back(hf, tmp_path):
+    from tests.data.test_tokenizer import hf_definition
+
+    folder = Path(shutil.copytree(hf, tmp_path / "hf"))
+    definition = hf_definition()
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    converted(folder, tmp_path / "b", "bundle")
+    made = json.loads((tmp_path / "b/tokenizer.json").read_text())
+    assert made == {"token_kind": "hf", "definition": definition}
+    assert GPT.load(tmp_path / "b")[0].tokenizer.kind == "hf"
+    converted(tmp_path / "b", tmp_path / "back", "hf")
+    assert json.loads((tmp_path / "back/tokenizer.json").read_text()) == definition
+
+
+def test_gpt2s_own_tokenizer_is_known_by_its_tokens(shared):
+    from core.conversion.vocabulary import _state_of
+
+    tokens = {"!": 0, "\u0120t": 256, "\u0120the": 262, "\u0120gazed": 50255, "<|endoftext|>": 50256}
+    vocab = {**{f"other {k}": k for k in range(50257) if k not in tokens.values()}, **tokens}
+    definition = {"model": {"type": "BPE", "vocab": vocab, "merges": ["a b"] * 50000}}
+    assert _state_of(definition) == {"token_kind": "gpt2"}
+    vocab["\u0120the"] = 1
+    assert _state_of(definition)["token_kind"] == "hf"
+    ranks = [line.split() for line in (shared / "data/gpt2.tiktoken").read_bytes().splitlines()]
+    numbers = {base64.b64decode(token): int(number) for token, number in ranks}
+    assert [numbers[word] for word in (b"!", b" t", b" the", b" gazed")] == [0, 256, 262, 50255]
+
+
+def test_the_vocabulary_is_cropped_and_padded(hf, tmp_path):
+    ids, logits = expected(hf)
+    converted(hf, tmp_path / "wide", "hf", vocab_size=256)
+    assert tensors_of(tmp_path / "wide")["transformer.wte.weight"][1] == (256, 48)
+    found = hf_logits(tmp_path / "wide", ids)
+    assert worst(found[..., :211], logits) < 2e-6 and not found[..., 211:].any()
+    converted(tmp_path / "wide", tmp_path / "same", "hf", vocab_size=211)
+    assert tensors_of(tmp_path / "same") == tensors_of(hf)

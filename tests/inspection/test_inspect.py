@@ -1,0 +1,287 @@
+"""inspect_model.py as people run it: a command line, its text and its JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+import inspect_model
+from core.config.gpt import GPTConfig
+from core.inspection.report_text import age
+from core.inspection.tensor_table import grouped
+from core.model import GPT
+from tests.makers.models import flip, started, train_and_save
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def inspect(capsys, *argv: object) -> str:
+    assert inspect_model.main([str(word) for word in argv]) == 0
+    return capsys.readouterr().out
+
+
+def run(*argv: object, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "inspect_model.py"), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, **{"cwd": ROOT, **settings})
+
+
+def seed_bundle(folder: Path, tokenizer: dict | None = None, **changes) -> GPT:
+    """A bundle as the first version of the format had it, written by plain torch and json."""
+    torch.manual_seed(0)
+    config = {"batch_size": 32, "block_size": 16, "vocab_size": 50304, "n_embd": 24, "n_head": 6, "n_layer": 6}
+    config |= {"dropout": 0.2, "bias": False, "device": "cuda"}
+    model = GPT(GPTConfig.from_dict(config))
+    folder.mkdir(parents=True)
+    torch.save(model.state_dict(), folder / "model.pt")
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer or {"token_kind": "gpt2"}))
+    (folder / "training_state.json").write_text(json.dumps({"step": 1000, "optimizer_file": "optimizer.pt"}))
+    return model
+
+
+def test_begins_with_the_four_sections_of_the_first_version_line_for_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    seed_bundle(Path("checkpoints/dante"))
+    expected = """\
+=== FORMAT ===
+New JSON-based format
+Location: checkpoints/dante
+
+=== CONFIG ===
+batch_size:32, block_size:16, vocab_size:50304, n_embd:24, n_head:6, n_layer:6, dropout:0.2, bias:False, device:cuda
+
+=== TOKENIZER ===
+kind      : gpt2
+vocab     : GPT-2 BPE (fixed ~50k tokens)
+
+=== TRAINING STATE ===
+Last recorded training step: 1000
+
+=== PARAMETERS ===
+"""
+    assert inspect(capsys, "--model_name", "dante").startswith(expected)
+
+
+def test_characters_are_counted_and_shown_on_one_line(tmp_path, capsys):
+    chars = ["\n", "\x1b", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUé"]
+    seed_bundle(tmp_path / "m", {"token_kind": "char", "chars": chars})
+    out = inspect(capsys, tmp_path / "m")
+    assert "kind      : char\nvocab     : 50 characters: \\n\\x1babcdefghijklmnopqrstuvwxyzABCDEFGHIJKL...\n" in out
+
+
+def test_parameters_and_tensors_are_those_of_the_model(tmp_path, capsys):
+    model = seed_bundle(tmp_path / "m")
+    count = sum(p.numel() for p in model.parameters())
+    tables = model.token_embedding_table.weight.numel() + model.position_embedding_table.weight.numel()
+    facts = json.loads(inspect(capsys, tmp_path / "m", "--json"))
+    assert facts["parameters"] == {"total": count, "without_embeddings": count - tables}
+    assert [(t["name"], tuple(t["shape"])) for t in facts["tensors"]] == [
+        (n, tuple(t.shape)) for n, t in model.state_dict().items()
+    ]
+    assert facts["contradictions"] == []
+    out = inspect(capsys, tmp_path / "m")
+    assert f"total              : {count:,}\nwithout embeddings : {count - tables:,}\n" in out
+    assert re.search(r"^blocks\.\{0\.\.5\}\.sa\.qkv\.weight +6 x \(72, 24\) +float32$", out, re.MULTILINE)
+    assert re.search(r"^blocks\.\{0\.\.5\}\.fwd\.net\.0\.weight +6 x \(96, 24\) +float32$", out, re.MULTILINE)
+    assert re.search(r"^lm_head\.bias +\(50304,\) +float32$", out, re.MULTILINE)
+
+
+def test_sizes_are_those_of_the_files(tmp_path, capsys):
+    seed_bundle(tmp_path / "m")
+    facts = json.loads(inspect(capsys, tmp_path / "m", "--json"))
+    assert facts["files"] == {p.name: p.stat().st_size for p in (tmp_path / "m").iterdir()}
+
+
+def test_config_that_contradicts_the_tensors_is_said_and_is_no_failure(tmp_path, capsys):
+    seed_bundle(tmp_path / "m", block_size=2048)
+    out = inspect(capsys, tmp_path / "m")
+    where = f"{tmp_path / 'm' / 'config.json'} does not fit model.pt"
+    assert f"contradiction: {where}: block_size is 2048, but position_embedding_table.weight has 16 rows" in out
+
+
+def test_history_lists_steps_with_loss_size_and_age(tmp_path, capsys):
+    made, model, optimizer = started(tmp_path, keep=2)
+    with made.writing():
+        train_and_save(made, model, optimizer, 3, val_loss=lambda step: 4.0 - step)
+    facts = json.loads(inspect(capsys, "--checkpoint_root", tmp_path, "--json"))
+    assert facts["training_state"]["step"] == 3
+    assert [(kept["step"], kept["val_loss"]) for kept in facts["history"]] == [(1, 3.0), (2, 2.0)]
+    for kept in facts["history"]:
+        assert kept["bytes"] == sum(p.stat().st_size for p in Path(kept["path"]).iterdir())
+    out = inspect(capsys, "--checkpoint_root", tmp_path)
+    assert re.search(r"^step 2  val_loss 2\.0000  [\d.]+ KB  \d+ seconds old$", out, re.MULTILINE)
+
+    by_step = json.loads(inspect(capsys, "--checkpoint_root", tmp_path, "--step", 2, "--json"))
+    by_path = json.loads(inspect(capsys, facts["history"][1]["path"], "--json"))
+    assert by_step["training_state"] == by_path["training_state"]
+    assert by_step["training_state"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("passed", "text"),
+    [
+        ({"seconds": 30}, "30 seconds"),
+        ({"minutes": 5}, "5 minutes"),
+        ({"hours": 3}, "3 hours"),
+        ({"days": 9}, "9 days"),
+    ],
+)
+def test_age_is_told_in_its_own_unit(passed, text):
+    assert age((datetime.now().astimezone() - timedelta(**passed)).isoformat()) == f"{text} old"
+    assert age(None) == age("yesterday") == "age unknown"
+
+
+def test_several_models_are_listed_with_step_loss_and_size(tmp_path, capsys):
+    seed_bundle(tmp_path / "boccaccio")
+    seed_bundle(tmp_path / "dante")
+    (tmp_path / "dante" / "training_state.json").write_text('{"step": 7, "val_loss": 1.5}')
+    (tmp_path / "old").mkdir()
+    torch.save({"model_state_dict": {}, "config": {}, "step": 4}, tmp_path / "old" / "latest.pt")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{")
+    out = inspect(capsys, "--checkpoint_root", tmp_path)
+    assert out.startswith(f"{tmp_path} holds 4 models; choose one with --model_name:\n")
+    assert re.search(r"^boccaccio +step 1000 +val_loss unknown +[\d.]+ MB +age unknown$", out, re.MULTILINE)
+    assert re.search(r"^dante +step 7 +val_loss 1\.5000 +[\d.]+ MB +age unknown$", out, re.MULTILINE)
+    assert re.search(r"^old +step 4 +latest\.pt +[\d.]+ KB$", out, re.MULTILINE)
+    assert re.search(r"^torn +.*config\.json", out, re.MULTILINE)
+    facts = json.loads(inspect(capsys, "--checkpoint_root", tmp_path, "--json"))
+    assert [model["name"] for model in facts["models"]] == ["boccaccio", "dante", "old", "torn"]
+
+
+def test_single_file_shows_its_content_and_tensors(tmp_path, capsys):
+    class Shell:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    content = {"model": {"h.0.w": torch.ones(2, 3), "h.1.w": torch.ones(2, 3)}, "iter_num": 40, "hook": Shell()}
+    torch.save(content | {"loss": float("nan"), 5: torch.float16}, tmp_path / "ckpt.pt")
+    out = inspect(capsys, tmp_path / "ckpt.pt")
+    assert out.startswith(f"=== FORMAT ===\nPyTorch zip file\nLocation: {tmp_path / 'ckpt.pt'}\n")
+    assert re.search(r"^iter_num +: +40$", out, re.MULTILINE)
+    assert re.search(r"^model +: +2 tensors, 48 bytes$", out, re.MULTILINE)
+    assert re.search(r'^hook +: +posix\.system\("touch ', out, re.MULTILINE)
+    assert re.search(r"^model\.h\.\{0\.\.1\}\.w +2 x \(2, 3\) +float32$", out, re.MULTILINE)
+    facts = json.loads(inspect(capsys, tmp_path / "ckpt.pt", "--json"))
+    assert facts["content"]["model"]["h.0.w"] == "tensor float32 (2, 3)"
+    assert (facts["content"]["loss"], facts["content"]["5"]) == ("nan", "torch.float16")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_upstream_files_are_shown(shared, capsys):
+    for path in sorted((shared / "fixtures").rglob("*.pt")):
+        facts = json.loads(inspect(capsys, path, "--json"))
+        assert facts["tensors"]
+        assert "=== TENSORS ===" in inspect(capsys, path)
+
+
+@pytest.mark.parametrize("bundle", ["bundle", "bundle_v2_bf16"])
+def test_upstream_bundles_are_shown(shared, capsys, bundle):
+    facts = json.loads(inspect(capsys, shared / "fixtures" / "lecture_char" / bundle, "--json"))
+    assert facts["training_state"]["step"] == 30
+    assert "token_embedding_table.weight" in [t["name"] for t in facts["tensors"]]
+
+
+def test_folder_with_a_legacy_file_alone_shows_that_file(shared, capsys):
+    out = inspect(capsys, shared / "fixtures" / "lecture_char" / "legacy")
+    assert "legacy/latest.pt\n" in out
+    assert "=== CONFIG ===\nbatch_size:8, block_size:32, vocab_size:40, n_embd:48, n_head:4, n_layer:3, " in out
+    assert "kind      : char\nvocab     : 40 characters: " in out
+    assert "=== TRAINING STATE ===\nLast recorded training step: 30\n" in out
+    assert re.search(
+        r"^blocks\.\{0\.\.2\}\.sa\.heads\.\{0\.\.3\}\.key\.weight +12 x \(12, 48\) +float32$", out, re.MULTILINE
+    )
+
+
+def test_names_that_move_the_cursor_are_escaped(tmp_path, capsys):
+    torch.save({"\x1b[2Jw\n": torch.ones(1), "\x1b[3J": "\x1b[4J"}, tmp_path / "x.pt")
+    out = inspect(capsys, tmp_path / "x.pt")
+    assert "\x1b" not in out
+    assert "\\x1b[2Jw\\n" in out
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["h.0.w", "h.1.w", "h.2.w"], [("h.{0..2}.w", "3 x (4,)")]),
+        (["h.0.w", "h.2.w"], [("h.{0,2}.w", "2 x (4,)")]),
+        ([f"{i}.w" for i in range(0, 20, 2)], [("{0,2,4,...,18}.w", "10 x (4,)")]),
+        ([f"h.{i}.k.{j}" for i in range(2) for j in range(3)], [("h.{0..1}.k.{0..2}", "6 x (4,)")]),
+        (["h.0.k.0", "h.1.k.0", "h.1.k.1"], [("h.{0..1}.k.0", "2 x (4,)"), ("h.1.k.1", "(4,)")]),
+        (["c_fc1.w", "c_fc2.w"], [("c_fc1.w", "(4,)"), ("c_fc2.w", "(4,)")]),
+        (["w", "v"], [("w", "(4,)"), ("v", "(4,)")]),
+    ],
+)
+def test_tensors_are_grouped_by_the_numbers_in_their_names(names, expected):
+    rows = grouped([{"name": n, "shape": [4], "dtype": "bool"} for n in names])
+    assert rows == [(name, count, "bool") for name, count in expected]
+
+
+def test_damaged_weights_are_named_after_what_can_still_be_read(tmp_path, capsys):
+    seed_bundle(tmp_path / "m")
+    (tmp_path / "m" / "model.pt").write_bytes((tmp_path / "m" / "model.pt").read_bytes()[:20000])
+    assert inspect_model.main([str(tmp_path / "m")]) == 1
+    out, err = capsys.readouterr()
+    assert "Last recorded training step: 1000" in out
+    assert err.startswith(f"error: {tmp_path / 'm' / 'model.pt'}: cut off after 20000 bytes")
+
+
+def test_a_flipped_weight_does_not_disturb_looking(tmp_path, capsys):
+    seed_bundle(tmp_path / "m")
+    before = inspect(capsys, tmp_path / "m")
+    flip(tmp_path / "m" / "model.pt", 20000)
+    assert inspect(capsys, tmp_path / "m") == before
+
+
+def test_mistakes_are_one_sentence_and_the_right_exit_code(tmp_path):
+    seed_bundle(tmp_path / "models" / "m")
+    shutil.copy(tmp_path / "models" / "m" / "config.json", tmp_path / "x.pt")
+    for argv, code, message in [
+        (["--checkpoint_root", tmp_path / "none"], 1, "python train.py --model_name"),
+        ([tmp_path / "nothing"], 1, "nothing here. Give a model folder"),
+        ([tmp_path / "x.pt"], 1, "a JSON text, no checkpoint"),
+        ([tmp_path / "models" / "m", "--step", "7"], 1, "this step is not kept"),
+        ([tmp_path / "models" / "m" / "model.pt", "--step", "7"], 1, "a single file has no steps"),
+        ([tmp_path, "--model_name", "m"], 2, "two checkpoints"),
+        (["--jsom"], 2, "did you mean --json?"),
+    ]:
+        done = run(*argv)
+        assert done.returncode == code, argv
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+
+
+def test_runs_where_neither_torch_nor_numpy_can_be_imported(tmp_path):
+    seed_bundle(tmp_path / "m")
+    code = """
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "numpy", "pickle", "zipfile"):
+            raise AssertionError(f"{name} was imported")
+sys.meta_path.insert(0, Refuse())
+sys.argv = ["inspect_model.py", *sys.argv[1:]]
+sys.path.insert(0, ".")
+runpy.run_path("inspect_model.py", run_name="__main__")
+"""
+    for words in ([tmp_path / "m"], [tmp_path / "m" / "model.pt", "--json"], ["--checkpoint_root", tmp_path]):
+        done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.replace(f"model: m (the only one in {tmp_path})\n", "")) == (0, "")
+        assert "float32" in done.stdout
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    seed_bundle(tmp_path / "m", {"token_kind": "char", "chars": ["é", "世"]})
+    done = run(tmp_path / "m", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0
+    assert "vocab     : 2 characters: \\xe9\\u4e16" in done.stdout

@@ -1,0 +1,251 @@
+"""generate.py as a person runs it: text on stdout, the rest on stderr, and a code that says how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate as script
+from core.config.gpt import GPTConfig
+from core.data.tokenizer import CharTokenizer
+from core.errors import CheckpointError, CheckpointNotFound, InputError
+from core.kinds.model_methods import save_checkpoint_bundle
+from core.model import GPT
+from tests.makers.models import save_durably
+
+ROOT = Path(__file__).resolve().parents[2]
+LETTERS = "\n abcdefghijklmnopqrstuvwxyz"
+
+
+def save_model(root: Path, name: str, seed: int = 0, step: int = 7) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=16, vocab_size=len(LETTERS), n_embd=16, n_head=2, n_layer=1))
+    model.tokenizer = CharTokenizer(list(LETTERS))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5)
+    save_checkpoint_bundle(model, root / name, step=step)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A checkpoint root with one model, `alone`."""
+    root = tmp_path_factory.mktemp("models")
+    save_model(root, "alone")
+    return root
+
+
+@pytest.fixture
+def write(models, capsys):
+    """Run the script in this process; return exit code, stdout and stderr."""
+
+    def run(*flags: str, root: Path = models) -> tuple[int, str, str]:
+        try:
+            code = script.main(["--checkpoint_root", str(root), *flags])
+        except SystemExit as ended:
+            code = ended.code
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return run
+
+
+def expected_text(prompt: str, tokens: int, **settings) -> str:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=len(LETTERS), n_embd=16, n_head=2, n_layer=1)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5)
+    model.tokenizer = CharTokenizer(list(LETTERS))
+    return model.generate(prompt, tokens, **settings)
+
+
+def test_text_goes_to_stdout_and_the_rest_to_stderr(write):
+    code, out, err = write("--prompt", "hello", "--max_new_tokens", "30", "--seed", "5", "--temperature", "1")
+    assert code == 0
+    assert out == expected_text("hello", 30, seed=5) + "\n"
+    assert "alone: step 7, 0.00 M parameters, cpu, seed 5" in err and "30 tokens in" in err
+
+
+@pytest.mark.parametrize("flags", [["--stream"], ["--no_stream"]])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"temperature": 0.7, "top_k": 3}, {"temperature": 1.3, "top_p": 0.6}], ids=str
+)
+def test_flags_reach_the_sampler(write, flags, settings):
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    code, out, _ = write("--prompt", "a", "--max_new_tokens", "25", "--seed", "2", *words, *flags)
+    assert (code, out) == (0, expected_text("a", 25, seed=2, **settings) + "\n")
+
+
+def test_an_empty_prompt_starts_after_a_lines_end(write):
+    _, out, _ = write("--max_new_tokens", "12", "--seed", "3", "--temperature", "1")
+    assert "\n" + out == expected_text("\n", 12, seed=3) + "\n"
+
+
+@pytest.mark.parametrize("flag", ["--stream", "--no_stream"])
+def test_samples_are_parted_by_a_line_and_differ(write, flag):
+    _, out, _ = write(
+        "--prompt", "a", "--max_new_tokens", "20", "--seed", "3", "--temperature", "1", "--num_samples", "3", flag
+    )
+    samples = out.removesuffix("\n").split("\n" + script.SEPARATOR + "\n")
+    assert samples == [expected_text("a", 20, seed=3 + i) for i in range(3)]
+    assert len(set(samples)) == 3
+
+
+def test_json_is_one_object_per_sample(write):
+    _, out, _ = write("--prompt", "ab", "--max_new_tokens", "9", "--seed", "4", "--num_samples", "2", "--json")
+    first, second = map(json.loads, out.splitlines())
+    assert {k: first[k] for k in ("model", "step", "seed", "prompt")} == {
+        "model": "alone", "step": 7, "seed": 4, "prompt": "ab"
+    }  # fmt: skip
+    assert "ab" + first["text"] == expected_text("ab", 9, seed=4, temperature=0.8)
+    assert second["seed"] == 5
+
+
+def test_the_seed_on_stderr_gives_the_text_again(write):
+    _, out, err = write("--max_new_tokens", "40")
+    seed = err.split("seed ")[1].split("\n")[0]
+    assert write("--max_new_tokens", "40", "--seed", seed)[1] == out
+
+
+def test_a_character_without_an_id_is_shown_with_its_place(write):
+    with pytest.raises(InputError, match=r"--prompt: '4' .* position 1 .*--unknown skip"):
+        write("--prompt", "a4b")
+    _, out, _ = write("--prompt", "a4b", "--unknown", "skip", "--max_new_tokens", "5", "--temperature", "0", "--json")
+    assert "ab" + json.loads(out)["text"] == expected_text("ab", 5, temperature=0.0)
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    """A root with two models, of which `first` keeps step 3, its best, beside step 9."""
+    save_model(tmp_path, "second", seed=2)
+    from core.checkpoint import CheckpointManager
+
+    for step, seed in ((3, 0), (9, 1)):
+        model = save_model(tmp_path / "scratch", "any", seed=seed, step=step)
+        with CheckpointManager("first", tmp_path) as manager:
+            save_durably(manager, model, step=step, tokenizer=model.tokenizer, metrics={"val_loss": float(step)})
+    return tmp_path
+
+
+def test_a_kept_step_and_the_best_can_be_asked_for(write, many):
+    flags = ("--model_name", "first", "--prompt", "a", "--temperature", "0", "--max_new_tokens", "20")
+    _, newest, err = write(*flags, root=many)
+    assert "first: step 9" in err
+    _, kept, err = write(*flags, "--step", "3", root=many)
+    assert "first: step 3" in err and kept == expected_text("a", 20, temperature=0.0) + "\n" != newest
+    assert write(*flags, "--step", "best", root=many)[1] == kept
+    with pytest.raises(CheckpointNotFound, match="5"):
+        write(*flags, "--step", "5", root=many)
+
+
+def test_several_models_are_listed_with_code_2(write, many):
+    code, out, err = write(root=many)
+    assert (code, out) == (2, "") and "first" in err and "second" in err
+
+
+def test_no_model_names_the_train_command(write, tmp_path):
+    with pytest.raises(CheckpointNotFound, match=r"python train\.py"):
+        write(root=tmp_path)
+
+
+def test_the_only_model_is_named(write, models):
+    assert f"model: alone (the only one in {models})" in write("--max_new_tokens", "1")[2]
+
+
+def test_a_model_without_tokenizer_is_said(write, tmp_path):
+    model = save_model(tmp_path, "mute")
+    folder = tmp_path / "bare" / "mute"
+    folder.mkdir(parents=True)
+    for name in ("model.pt", "config.json"):
+        (folder / name).write_bytes((tmp_path / "mute" / name).read_bytes())
+    assert model.tokenizer is not None
+    with pytest.raises(CheckpointError, match=r"mute: no tokenizer with it"):
+        write(root=tmp_path / "bare")
+
+
+WRONG = [
+    (["--temperature", "-1"], "found '-1', expected 0 or a number above it"),
+    (["--temperature", "hot"], "found 'hot'"),
+    (["--temperature", "nan"], "found 'nan'"),
+    (["--top_k", "0"], "found '0', expected a whole number from 1"),
+    (["--top_p", "0"], "found '0', expected a number above 0 up to 1"),
+    (["--top_p", "1.1"], "found '1.1'"),
+    (["--max_new_tokens", "-3"], "found '-3', expected a whole number from 0"),
+    (["--num_samples", "1.5"], "found '1.5'"),
+    (["--seed", "-1"], "found '-1'"),
+    (["--step", "last"], "found 'last', expected a step number or best"),
+    (["--promt", "x"], "did you mean --prompt?"),
+    (["--dtype", "fp8"], "invalid choice"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_wrong_flags_end_with_code_2_and_name_the_value(write, flags, message):
+    code, out, err = write(*flags)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_zero_tokens_print_the_prompt(write):
+    assert write("--prompt", "abc", "--max_new_tokens", "0")[:2] == (0, "abc\n")
+
+
+# As a process
+
+
+def process(*flags: str, **settings) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "generate.py"), *flags], capture_output=True, text=True, env=environment, **settings
+    )
+
+
+def test_process_writes_text_and_exits_0(models):
+    done = process("--checkpoint_root", str(models), "--prompt", "a", "--max_new_tokens", "8", "--temperature", "0")
+    assert (done.returncode, done.stdout) == (0, expected_text("a", 8, temperature=0.0) + "\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_process_says_one_line_for_a_missing_model(tmp_path):
+    done = process("--checkpoint_root", str(tmp_path), "--model_name", "nobody")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and "nobody" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_and_wrong_flags_do_not_wait_for_torch():
+    program = (
+        "import atexit, sys, generate\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "generate.main(sys.argv[1:])"
+    )
+    for flag, code in (("--help", 0), ("--prom", 2)):
+        done = subprocess.run([sys.executable, "-c", program, flag], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.split("\n")[-2]) == (code, "False"), done.stderr
+
+
+def test_a_terminal_that_lacks_characters_gets_replacements(models, tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=2, n_embd=8, n_head=1, n_layer=1))
+    model.tokenizer = CharTokenizer(["\u00e9", "\u4e2d"])
+    save_checkpoint_bundle(model, tmp_path / "foreign", step=0)
+    done = process("--checkpoint_root", str(tmp_path), "--max_new_tokens", "6", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, "??????\n")
+
+
+def test_a_reader_that_leaves_early_is_no_error(models):
+    command = (
+        f'"{sys.executable}" "{ROOT / "generate.py"}" --checkpoint_root "{models}" --max_new_tokens 3000 | head -c 5'
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0 and len(done.stdout) == 5
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

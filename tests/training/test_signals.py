@@ -1,0 +1,401 @@
+"""Stopped and asked to save at any moment, a run loses nothing: real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from core.checkpoint import CheckpointManager
+from core.console.commandline import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_USE
+from core.console.signals import StopSignal
+from core.training.fit import FitResult, fit
+from tests.conftest import ROOT
+from tests.makers import ranks
+from tests.makers.models import started
+from tests.scripts.test_train import ENVIRONMENT, command, state, train, wait_for_steps
+from tests.scripts.test_train import text as text
+from tests.training.test_resume import bits, loader, same
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+
+
+def start(root, text, *words, **flags):
+    return subprocess.Popen(
+        command(root, text, *words, **{"max_iters": 100_000, "eval_interval": 50_000, **flags}), cwd=root,
+        env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+
+
+def read_until(run, words):
+    said = ""
+    while words not in said:
+        said += run.stderr.read(1)
+        assert run.poll() is None or words in said, said
+    return said
+
+
+def lines(folder, key="loss"):
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in logged if key in line}
+
+
+def same_run(a, b):
+    """Whether two runs have the same weights, moments and log, validation included."""
+    assert same(bits(a), bits(b))
+    assert lines(a) == lines(b)
+    assert lines(a, "val_loss") == lines(b, "val_loss")
+    return state(a.parent, a.name)["best"] == state(b.parent, b.name)["best"]
+
+
+# Signals
+
+
+@posix
+def test_stopped_at_random_moments_the_run_ends_with_the_bits_and_the_log_of_one_never_stopped(tmp_path, text):
+    flags = {"max_iters": 60, "eval_interval": 6, "eval_iters": 10, "save_interval": 1, "dropout": 0.2}
+    whole = train(tmp_path, text, **{**flags, "save_interval": 6}, model_name="whole")
+    assert whole.returncode == DONE, whole.stderr
+    chance, stops = random.Random(4), []
+    while True:
+        run = start(tmp_path, text, **flags, model_name="stopped")
+        if len(stops) < 5:
+            read_until(run, "step/s]" if stops else "?step/s")
+            time.sleep(chance.uniform(0, 0.2))
+            run.send_signal(chance.choice([signal.SIGTERM, signal.SIGINT]))
+        _, said = run.communicate(timeout=200)
+        if run.returncode == DONE:
+            break
+        assert run.returncode == STOPPED, said
+        if "nothing new to save" in said:  # no step was made yet
+            continue
+        step = int(re.findall(r"stopped by SIG\w+ at step (\d+), saved", said)[-1])
+        assert state(tmp_path, "stopped")["step"] == step == max(lines(tmp_path / "stopped"))
+        stops.append(step)
+    assert len(stops) >= 3 and stops == sorted(stops)
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@posix
+def test_a_save_asked_for_begins_at_the_end_of_the_step_and_training_goes_on(tmp_path, text):
+    run = start(tmp_path, text, save_interval=100_000)
+    wait_for_steps(run)
+    for _ in range(3):
+        run.send_signal(signal.SIGUSR1)
+        said = read_until(run, "saved step ")
+        step = int(read_until(run, " to ").split()[0])
+        assert "SIGUSR1: saving as soon as this step is done, and going on" in said
+        shown = re.findall(r"\| (\d+)/100000 ", said.split("SIGUSR1")[0])
+        assert not shown or int(shown[-1]) <= step
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=200)
+    assert run.returncode == STOPPED
+    logged = lines(tmp_path / "default")
+    assert max(logged) == state(tmp_path)["step"] > step and len(logged) == max(logged)
+
+
+@posix
+def test_the_step_that_a_signal_saves_is_the_one_it_interrupts(tmp_path):
+    script = tmp_path / "loop.py"
+    script.write_text(SIGNAL_IN_STEP)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["4", "9", "15", "15", "SIGTERM"], done.stdout
+
+
+SIGNAL_IN_STEP = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from core.training.fit import FitResult, fit
+from tests import ranks
+from tests.makers.models import started
+from tests.training.test_resume import loader
+
+made, model, optimizer = started(Path(sys.argv[1]))
+def on_step(*_):
+    number = {3: signal.SIGUSR1, 8: signal.SIGUSR1, 14: signal.SIGTERM}.get(model.step)
+    if number:
+        os.kill(os.getpid(), number)
+optimizer.register_step_post_hook(on_step)
+save = made.save
+def noted(*words, step, **more):
+    print(step)
+    return save(*words, step=step, **more)
+made.save = noted
+with made:
+    result = fit(model, data_loader=loader(), optimizer=optimizer, max_iters=50, manager=made, eval_interval=50)
+print(result.step, result.stopped_by)
+"""
+
+
+def slow_evaluation(tmp_path, text, **flags):
+    """A run that evaluates for a minute at step 7, once it has begun to."""
+    run = start(tmp_path, text, **{"eval_interval": 7, "eval_iters": 30_000, "save_interval": 7, **flags})
+    wait_for_evaluation(tmp_path, run)
+    return run
+
+
+def wait_for_evaluation(tmp_path, run):
+    read_until(run, "7/100000")
+    time.sleep(0.3)
+
+
+@posix
+def test_evaluation_is_left_at_once_and_made_up_for_by_the_next_run(tmp_path, text):
+    run = slow_evaluation(tmp_path, text)
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=200)
+    assert run.returncode == STOPPED and "stopped by SIGTERM at step 7, saved" in said
+    assert "val_loss" not in state(tmp_path) and lines(tmp_path / "default", "val_loss") == {}
+    flags = {"max_iters": 20, "eval_interval": 7, "eval_iters": 5, "save_interval": 7}
+    whole, rest = train(tmp_path, text, **flags, model_name="whole"), train(tmp_path, text, **flags)
+    assert rest.returncode == whole.returncode == DONE and "step 7: val loss " in rest.stderr, rest.stderr
+    assert same_run(tmp_path / "whole", tmp_path / "default")
+
+
+@posix
+def test_a_save_asked_for_while_evaluating_begins_there_and_the_measured_loss_is_added_to_it(tmp_path, text):
+    run = slow_evaluation(tmp_path, text, eval_iters=4000)
+    run.send_signal(signal.SIGUSR1)
+    read_until(run, "saved step 7 ")
+    saved = state(tmp_path)
+    assert saved["step"] == 7 and "val_loss" not in saved and saved["best"] is None
+    read_until(run, "step 7: train loss")
+    read_until(run, "8/100000")
+    while "val_loss" not in (added := state(tmp_path)):
+        assert run.poll() is None
+    assert added["commit_id"] == saved["commit_id"] or added["step"] > 7
+    assert added["best"]["step"] == 7 and added["best"]["val_loss"] == lines(tmp_path / "default", "val_loss")[7]
+    run.kill()
+    run.communicate()
+    assert train(tmp_path, text, max_iters=10).returncode == DONE
+
+
+@posix
+def test_a_save_asked_of_one_rank_is_made_by_all_and_the_clock_of_one_stops_all(tmp_path, text):
+    flags = {"max_iters": 100_000, "eval_interval": 100_000, "stop_after_minutes": 0.6}
+    run = ranks.start(tmp_path, text, 2, **flags, save_interval=None)
+    end = time.monotonic() + 200
+    while "tokens/s" not in ranks.output_of(tmp_path):
+        assert run.poll() is None and time.monotonic() < end, ranks.output_of(tmp_path)
+        time.sleep(0.01)
+    ranks.kill(ranks.processes(run)[1], signal.SIGUSR1)
+    run.wait(timeout=200)
+    said = ranks.output_of(tmp_path)
+    saved = [int(step) for step in re.findall(r"saved step (\d+) to", said)]
+    assert len(saved) == 2 and saved == sorted(set(saved)), said
+    assert f"stopped by stop_after_minutes at step {saved[-1]}, saved. Go on with the same line" in said
+
+
+def test_an_error_of_a_compiler_that_a_stop_has_reached_is_that_stop(tmp_path):
+    """Ctrl-C in a terminal kills the compilers that an evaluation waits for."""
+    for stops in (True, False):
+        made, model, optimizer = started(tmp_path, f"stops_{stops}")
+        batches, stop = loader(), StopSignal()
+
+        def killed(i, stop=stop, stops=stops):
+            stop.signal = "SIGINT" if stops else None
+            raise RuntimeError("the compiler was killed")
+
+        batches.val_batch = killed
+        how = {"data_loader": batches, "optimizer": optimizer, "max_iters": 9, "eval_interval": 4, "stop": stop}
+        with made:
+            if stops:
+                result = fit(model, manager=made, progress=False, **how)
+                assert result == FitResult(4, None, "SIGINT") and made.saved_step() == 4
+            else:
+                with pytest.raises(RuntimeError, match="the compiler was killed"):
+                    fit(model, manager=made, progress=False, **how)
+
+
+@posix
+@pytest.mark.parametrize("when", ["training", "evaluating"])
+def test_a_second_interrupt_ends_at_once_and_the_folder_resumes(tmp_path, text, when):
+    if when == "training":
+        run = start(tmp_path, text, save_interval=1)
+        wait_for_steps(run)
+    else:
+        run = slow_evaluation(tmp_path, text, save_interval=1)
+    # Stopped by the kernel between the two, it cannot have ended by itself.
+    run.send_signal(signal.SIGSTOP)
+    run.send_signal(signal.SIGINT)
+    run.send_signal(signal.SIGCONT)
+    read_until(run, "SIGINT: finishing this step, then saving (a second Ctrl-C ends at once)")
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=200)
+    assert run.returncode in (INTERRUPTED, STOPPED)  # it may have been quicker than this test
+    step = CheckpointManager("default", tmp_path).saved_step() or 0  # perhaps committed and not yet at the top
+    rest = train(tmp_path, text, max_iters=step + 3, eval_interval=50)
+    assert rest.returncode == DONE, rest.stderr
+    assert lines(tmp_path / "default").keys() == set(range(1, step + 4))
+
+
+WRITING = """
+import sys, threading, time
+from core.console.signals import StopSignal
+
+with StopSignal(owns_process=True) as stop:
+    stop.work_to_save = True
+    threading.Thread(target=lambda: time.sleep(600)).start()  # a writer that takes its time
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+
+
+@posix
+def test_a_second_interrupt_waits_for_no_thread_that_writes(tmp_path):
+    run = subprocess.Popen([sys.executable, "-c", WRITING], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.readline()
+    run.send_signal(signal.SIGTERM)
+    read = b""
+    while b"SIGTERM: finishing this step" not in read:
+        read += run.stderr.read1(100)
+    run.send_signal(signal.SIGTERM)
+    while b"SIGTERM: already stopping" not in read:
+        read += run.stderr.read1(100)
+    run.send_signal(signal.SIGINT)
+    while b"SIGINT: already stopping" not in read:
+        read += run.stderr.read1(100)
+    run.send_signal(signal.SIGINT)
+    _, rest = run.communicate(timeout=200)
+    assert run.returncode == INTERRUPTED and b"interrupted; what was saved is intact" in rest
+
+
+@posix
+def test_a_signal_before_the_first_step_ends_with_75_and_nothing_is_lost(tmp_path, text):
+    train(tmp_path, text, max_iters=5)
+    before = (tmp_path / "default/training_state.json").read_bytes()
+    run = start(tmp_path, text)
+    read_until(run, "text:")
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=200)
+    assert run.returncode == STOPPED
+    if "SIGTERM: nothing new to save. Go on with the same line." in said:
+        assert (tmp_path / "default/training_state.json").read_bytes() == before
+    assert train(tmp_path, text, max_iters=20).returncode == DONE
+
+
+# What a system lacks
+
+
+def test_without_sigusr1_the_others_work(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.take() == {"SIGTERM"} and stop.requested == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_in_another_thread_than_the_first_no_signal_is_taken_and_the_time_limit_holds():
+    found = []
+
+    def work():
+        with StopSignal(after_minutes=0.0) as stop:
+            found.append(stop.requested)
+            stop.work_to_save = True
+            found.append(stop.requested)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None, "stop_after_minutes"] and signal.getsignal(signal.SIGTERM) == before
+
+
+@posix
+def test_a_second_interrupt_of_a_library_is_a_keyboard_interrupt_and_a_save_is_asked_for_once():
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.take() == {"SIGUSR1"} and stop.take() == set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.take() == {"SIGINT"} == stop.take()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+# Time
+
+
+def test_a_run_that_stops_by_the_clock_again_and_again_ends_with_the_bits_of_one_that_does_not(tmp_path, text):
+    flags = {"max_iters": 300, "eval_interval": 50, "dropout": 0.2}
+    assert train(tmp_path, text, **flags, model_name="whole").returncode == DONE
+    codes, steps = [], [0]
+    while not codes or codes[-1] == STOPPED:
+        # Less than the start takes: each run makes one step at least, and so the queue comes to an end.
+        limit = 0.05 if len(codes) % 2 else 0.0001
+        last = len(codes) == 4
+        done = train(tmp_path, text, **flags, model_name="timed", **({} if last else {"stop_after_minutes": limit}))
+        codes.append(done.returncode)
+        assert codes[-1] in (DONE, STOPPED), done.stderr
+        steps.append(state(tmp_path, "timed")["step"])
+        if codes[-1] == STOPPED:
+            assert f"stopped by stop_after_minutes at step {steps[-1]}, saved. Go on with the same line" in done.stderr
+    assert codes[0] == STOPPED and steps == sorted(set(steps)) and steps[-1] == 300
+    assert same_run(tmp_path / "whole", tmp_path / "timed")
+
+
+def test_saves_by_the_clock_change_nothing_but_when_they_are_made(tmp_path):
+    results = []
+    for name, minutes in (("seldom", None), ("often", 1e-6)):
+        made, model, optimizer = started(tmp_path, name)
+        said = []
+        made.say = said.append
+        with made:
+            fit(
+                model, data_loader=loader(), optimizer=optimizer, max_iters=12, manager=made, eval_interval=6,
+                eval_iters=2, save_every_minutes=minutes, progress=False,
+            )  # fmt: skip
+        results.append([re.search(r"step (\d+)", line)[1] for line in said if line.startswith("saved")])
+    assert results == [["6", "12"], [str(step) for step in range(1, 13)]]
+    assert same_run(tmp_path / "seldom", tmp_path / "often")
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stop_after_minutes", "0"], "argument --stop_after_minutes: '0' is no number above 0"),
+        (["--save_every_minutes", "soon"], "argument --save_every_minutes: 'soon' is no number above 0"),
+        (["--max_failed_saves", "0"], "argument --max_failed_saves: '0' is no whole number from 1"),
+        (["--stage_memory", "lots"], "argument --stage_memory: 'lots' is no size such as 5GB, 500MB or 2GiB"),
+        (["--save_policy", "hope"], "argument --save_policy: invalid choice: 'hope'"),
+    ],
+)
+def test_wrong_values_of_the_flags_are_named(tmp_path, text, words, said):
+    done = train(tmp_path, text, *words, max_iters=5)
+    assert done.returncode == WRONG_USE and said in done.stderr
+
+
+def test_the_flags_of_saving_are_obeyed_and_those_of_a_machine_are_not_remembered(tmp_path, text):
+    done = train(
+        tmp_path, text, max_iters=5, save_policy="skip", stage_memory="0", max_failed_saves=1, save_every_minutes=5
+    )
+    assert done.returncode == DONE, done.stderr
+    assert state(tmp_path)["training"]["save_every_minutes"] == 5
+    assert not {"save_policy", "stage_memory", "max_failed_saves"} & state(tmp_path)["training"].keys()
+
+
+@pytest.mark.parametrize("arch", ["gpt", "flex_small"])
+def test_a_flag_that_contradicts_the_model_is_said_even_when_nothing_is_left_to_train(tmp_path, text, arch):
+    sizes = {"n_head": 1, "n_embd": 128, "block_size": 64, "n_layer": 6} if arch != "gpt" else {}
+    flags = {"max_iters": 2, "arch": arch, **sizes, **({"batch_size": None} if arch != "gpt" else {})}
+    done = train(tmp_path, text, **flags)
+    assert done.returncode == DONE, done.stderr
+    width = 128 if arch != "gpt" else 16
+    done = train(tmp_path, text, **{**flags, "n_embd": 999, "n_head": None})
+    assert done.returncode == FAILED and f"n_embd is 999 here and {width} in the checkpoint" in done.stderr, done.stderr
+    assert "nothing to do" in train(tmp_path, text, **flags).stderr
