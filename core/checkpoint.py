@@ -12,34 +12,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.bundle import intact, rewind
-from core.bundle.bundle import OPTIMIZER, TOKENIZER, Bundle, history
-from core.bundle.choice import LEGACY_FILES, has_bundle
-from core.bundle.commit import CONFIG, MODEL, ModelFolder
-from core.bundle.evolution import notes
-from core.bundle.lock import hold
-from core.bundle.retention import Retention, best_of
-from core.bundle.training_state import parse_json
-from core.config.gpt import GPTConfig
-from core.data.tokenizer import Tokenizer
-from core.errors import (
-    CheckpointMismatch,
-    CheckpointNotFound,
-    InputError,
-    SaveFailed,
-)
-from core.kinds import gpt as start
-from core.loading.inference import load_chosen
-from core.loading.modded import fill_speedrun, refuse_other_shapes
-from core.loading.optimizer import configure_optimizer
-from core.loading.tensors import Pairs, fill, fitting, load_moments, load_optimizer, read_part
-from core.model import GPT, GPTBatched, GPTFlexAttention
-from core.networks.device import resolve_dtype
-from core.networks.modded import SpeedrunGPT
-from core.networks.state_dict import unwrap
-from core.saving.background import Saver
-from core.saving.snapshot import Memory
-from core.saving.step import Save, add_metrics
+from .bundle import intact, rewind
+from .bundle.bundle import OPTIMIZER, TOKENIZER, Bundle, history
+from .bundle.choice import LEGACY_FILES, has_bundle
+from .bundle.commit import CONFIG, MODEL, ModelFolder
+from .bundle.evolution import notes
+from .bundle.lock import hold
+from .bundle.retention import Retention, best_of
+from .bundle.training_state import parse_json
+from .config.gpt import GPTConfig
+from .data.tokenizer import Tokenizer
+from .errors import CheckpointMismatch, CheckpointNotFound, InputError, SaveFailed
+from .kinds import gpt as start
+from .loading.inference import load_chosen
+from .loading.modded import fill_speedrun, refuse_other_shapes
+from .loading.optimizer import configure_optimizer
+from .loading.tensors import Pairs, fill, fitting, load_moments, load_optimizer, read_part
+from .model import GPT, GPTBatched, GPTFlexAttention
+from .networks.device import resolve_dtype
+from .networks.modded import SpeedrunGPT
+from .networks.state_dict import unwrap
+from .saving.background import Saver
+from .saving.snapshot import Memory
+from .saving.step import Save, add_metrics
 
 
 class CheckpointManager:

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.config.gpt import GPTConfig
-from core.errors import InputError
-from core.loading import optimizer
-from core.networks import generation
-from core.networks.batched import GPTBatched
-from core.networks.bound import bound
-from core.networks.flex import GPTFlexAttention
-from core.networks.modded import IGNORED
+from .config.gpt import GPTConfig
+from .errors import InputError
+from .loading import optimizer
+from .networks import generation
+from .networks.batched import GPTBatched
+from .networks.bound import bound
+from .networks.flex import GPTFlexAttention
+from .networks.modded import IGNORED
 
 if TYPE_CHECKING:
-    from core.data.tokenizer import Tokenizer
-    from core.networks.generation import Cache, LayerCache
+    from .data.tokenizer import Tokenizer
+    from .networks.generation import Cache, LayerCache
 
 __all__ = ["GPT", "GPTBatched", "GPTFlexAttention"]
 
@@ -216,8 +216,8 @@ class GPT(nn.Module):
     # Methods of the public API that are no mathematics live elsewhere and are bound here.
     generate = generation.generate
     configure_optimizer = optimizer.configure_optimizer
-    load = staticmethod(bound("core.kinds.model_methods", "load"))
-    load_legacy = staticmethod(bound("core.kinds.model_methods", "load_legacy"))
-    save = bound("core.kinds.model_methods", "save")
-    save_checkpoint_bundle = bound("core.kinds.model_methods", "save_checkpoint_bundle")
-    fit = bound("core.training.fit", "fit")
+    load = staticmethod(bound(".kinds.model_methods", "load", __package__))
+    load_legacy = staticmethod(bound(".kinds.model_methods", "load_legacy", __package__))
+    save = bound(".kinds.model_methods", "save", __package__)
+    save_checkpoint_bundle = bound(".kinds.model_methods", "save_checkpoint_bundle", __package__)
+    fit = bound(".training.fit", "fit", __package__)

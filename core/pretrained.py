@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from core.bundle.bundle import verify_records
-from core.bundle.intact import open_chosen
-from core.bundle.parts import Part, TorchFile
-from core.bundle.storage import DISK
-from core.config.modded import CLASSES, SpeedrunConfig
-from core.console.listing import listed
-from core.errors import CheckpointMismatch, CheckpointNotFound
-from core.families.fused import plain_names
-from core.families.identify import Identity, identify, weights_key
-from core.families.match import skeleton
-from core.families.modded import FAMILIES, merged
-from core.loading.modded import load_speedrun
-from core.loading.tensors import read_part, read_tensor
-from core.networks.batched import GPTBatched
-from core.networks.device import resolve_device, resolve_dtype
-from core.networks.flex import GPTFlexAttention
-from core.networks.modded import SpeedrunGPT
+from .bundle.bundle import verify_records
+from .bundle.intact import open_chosen
+from .bundle.parts import Part, TorchFile
+from .bundle.storage import DISK
+from .config.modded import CLASSES, SpeedrunConfig
+from .console.listing import listed
+from .errors import CheckpointMismatch, CheckpointNotFound
+from .families.fused import plain_names
+from .families.identify import Identity, identify, weights_key
+from .families.match import skeleton
+from .families.modded import FAMILIES, merged
+from .loading.modded import load_speedrun
+from .loading.tensors import read_part, read_tensor
+from .networks.batched import GPTBatched
+from .networks.device import resolve_device, resolve_dtype
+from .networks.flex import GPTFlexAttention
+from .networks.modded import SpeedrunGPT
 
 Info = dict[str, Any]
 

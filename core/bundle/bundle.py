@@ -11,22 +11,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from core.bundle.commit import CONFIG, MODEL, ModelFolder, Opened
-from core.bundle.evolution import Evidence, evolve
-from core.bundle.folder import shown
-from core.bundle.lineage import order
-from core.bundle.parts import WEIGHTS_KEYS, Part, TorchFile
-from core.bundle.sharded_part import ShardedFile, files_of, folder_of
-from core.bundle.storage import DISK, Output, Storage
-from core.bundle.training_state import STATE, check_version, dump_json, parse_json, seal, unseal
-from core.config.gpt import GPTConfig
-from core.containers.checksum import crc32_file, crc32_range
-from core.containers.dcp.metadata import METADATA
-from core.containers.torch_files.file import open_torch_file
-from core.containers.torch_files.stream import TorchStream
-from core.containers.torch_files.zip import TorchZip
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
-from core.families.recognise import recognise
+from ..config.gpt import GPTConfig
+from ..containers.checksum import crc32_file, crc32_range
+from ..containers.dcp.metadata import METADATA
+from ..containers.torch_files.file import open_torch_file
+from ..containers.torch_files.stream import TorchStream
+from ..containers.torch_files.zip import TorchZip
+from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
+from ..families.recognise import recognise
+from .commit import CONFIG, MODEL, ModelFolder, Opened
+from .evolution import Evidence, evolve
+from .folder import shown
+from .lineage import order
+from .parts import WEIGHTS_KEYS, Part, TorchFile
+from .sharded_part import ShardedFile, files_of, folder_of
+from .storage import DISK, Output, Storage
+from .training_state import STATE, check_version, dump_json, parse_json, seal, unseal
 
 OPTIMIZER = "optimizer.pt"
 TOKENIZER = "tokenizer.json"
@@ -268,7 +268,7 @@ def _what_differs(crc: str | None, same: bool, expected: Mapping[str, Any]) -> s
 
 def proves_itself(tokenizer: dict[str, Any] | None) -> bool:
     """Whether a tokenizer carries the fingerprint of its vocabulary."""
-    from core.data.tokenizer import tokenizer_from_state  # numpy, which looking into a bundle does without
+    from ..data.tokenizer import tokenizer_from_state  # numpy, which looking into a bundle does without
 
     try:
         return tokenizer is not None and "fingerprint" in tokenizer and bool(tokenizer_from_state(tokenizer))

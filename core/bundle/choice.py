@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.bundle.bundle import history
-from core.bundle.commit import CONFIG, MODEL, ModelFolder
-from core.bundle.legacy import open_legacy
-from core.bundle.sharded_part import folder_of
-from core.bundle.training_state import STATE, unseal
-from core.containers.checksum import crc32_file
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from ..containers.checksum import crc32_file
+from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from .bundle import history
+from .commit import CONFIG, MODEL, ModelFolder
+from .legacy import open_legacy
+from .sharded_part import folder_of
+from .training_state import STATE, unseal
 
 LEGACY_FILES = ("latest.pt", "final.pt")
 """Single-file checkpoints, the one with the optimizer first."""

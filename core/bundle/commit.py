@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.bundle.folder import (
+from ..config.gpt import FORMAT_VERSION, same_architecture
+from ..errors import CheckpointDamaged, CheckpointMismatch
+from .folder import (
     CONFIG,
     LOG,
     MODEL,
@@ -28,10 +30,8 @@ from core.bundle.folder import (
     new_id,
     step_folder,
 )
-from core.bundle.storage import PIECE
-from core.bundle.training_state import STATE, parse_json, seal, unseal
-from core.config.gpt import FORMAT_VERSION, same_architecture
-from core.errors import CheckpointDamaged, CheckpointMismatch
+from .storage import PIECE
+from .training_state import STATE, parse_json, seal, unseal
 
 BUILDING = ".hist"
 

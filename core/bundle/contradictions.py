@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from core.bundle.bundle import OPTIMIZER, TOKENIZER, Bundle, tensors_digest
-from core.bundle.commit import CONFIG, MODEL
-from core.bundle.evolution import QKV, Evidence, evolve
-from core.bundle.optimizer_state import rearrange
-from core.bundle.parts import once
-from core.config.gpt import GPTConfig
-from core.config.modded import CLASSES
-from core.console.listing import listed
-from core.containers.torch_files.zip import TorchZip
-from core.errors import CheckpointDamaged, CheckpointMismatch
-from core.families import gpt
+from ..config.gpt import GPTConfig
+from ..config.modded import CLASSES
+from ..console.listing import listed
+from ..containers.torch_files.zip import TorchZip
+from ..errors import CheckpointDamaged, CheckpointMismatch
+from ..families import gpt
+from .bundle import OPTIMIZER, TOKENIZER, Bundle, tensors_digest
+from .commit import CONFIG, MODEL
+from .evolution import QKV, Evidence, evolve
+from .optimizer_state import rearrange
+from .parts import once
 
 MOST_PADDING = 128
 """Vocabularies are padded to a multiple of this at most."""
@@ -134,7 +134,7 @@ def _shown_by(evidence: Evidence) -> GPTConfig | None:
 
 
 def rearrange_optimizer(bundle: Bundle, state: Any, join: Any, config: GPTConfig) -> dict[str, Any]:
-    """Give an optimizer state of a bundle the parameters of the model; see `core.bundle.optimizer_state.rearrange`.
+    """Give an optimizer state of a bundle the parameters of the model; see `optimizer_state.rearrange`.
 
     Raises: CheckpointMismatch.
     """

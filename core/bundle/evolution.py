@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core.config.gpt import ACTIVATIONS, GPTConfig
-from core.errors import CheckpointMismatch
-from core.families.fused import Plan, Shape
-from core.families.recognise import LECTURE
+from ..config.gpt import ACTIVATIONS, GPTConfig
+from ..errors import CheckpointMismatch
+from ..families.fused import Plan, Shape
+from ..families.recognise import LECTURE
 
 Values = dict[str, Any]
 QKV = ".sa.qkv.weight"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from core.bundle.storage import DISK, Storage
-from core.bundle.training_state import STATE, parse_json, unseal
-from core.errors import CheckpointDamaged, CheckpointNotFound
+from ..errors import CheckpointDamaged, CheckpointNotFound
+from .storage import DISK, Storage
+from .training_state import STATE, parse_json, unseal
 
 COMMITTED = ".committed"
 CONFIG = "config.json"

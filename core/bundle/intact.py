@@ -9,13 +9,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core.bundle.bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, open_bundle, verify
-from core.bundle.choice import Candidate, choose
-from core.bundle.commit import CONFIG, MODEL, ModelFolder
-from core.bundle.folder import MODEL_SHARDS
-from core.bundle.legacy import open_legacy
-from core.bundle.training_state import STATE
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
+from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
+from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, open_bundle, verify
+from .choice import Candidate, choose
+from .commit import CONFIG, MODEL, ModelFolder
+from .folder import MODEL_SHARDS
+from .legacy import open_legacy
+from .training_state import STATE
 
 Say = Callable[[str], None]
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.bundle.bundle import Bundle
-from core.bundle.parts import Part, TorchFile
-from core.bundle.storage import DISK
-from core.bundle.training_state import FIELDS
-from core.containers.pickles.foreign import attributes
-from core.containers.pickles.inert import as_text
-from core.containers.plain import plain
-from core.errors import CheckpointMismatch, CheckpointNotFound
+from ..containers.pickles.foreign import attributes
+from ..containers.pickles.inert import as_text
+from ..containers.plain import plain
+from ..errors import CheckpointMismatch, CheckpointNotFound
+from .bundle import Bundle
+from .parts import Part, TorchFile
+from .storage import DISK
+from .training_state import FIELDS
 
 WEIGHTS, OPTIMIZER_STATE, CONFIG_KEY, TOKENIZER_KEY = "model_state_dict", "optimizer_state_dict", "config", "tokenizer"
 PARTS = (WEIGHTS, OPTIMIZER_STATE, CONFIG_KEY, TOKENIZER_KEY)

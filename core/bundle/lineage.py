@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from core.bundle.commit import WENT_BACK, new_id
+from .commit import WENT_BACK, new_id
 
 
 def order(state: Mapping[str, Any]) -> int:

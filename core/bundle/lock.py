@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from core.errors import CheckpointLocked
+from ..errors import CheckpointLocked
 
 try:
     import fcntl

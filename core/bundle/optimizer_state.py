@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from core.console.listing import listed
-from core.errors import CheckpointMismatch
-from core.families.fused import Plan, Shape, plain_names
+from ..console.listing import listed
+from ..errors import CheckpointMismatch
+from ..families.fused import Plan, Shape, plain_names
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from core.containers.pickles.foreign import foreign_calls
-from core.containers.spec import TensorSpec
-from core.containers.torch_files.file import open_torch_file
-from core.containers.torch_files.stream import TorchStream
-from core.containers.torch_files.zip import TorchZip
-from core.errors import CheckpointError
-from core.families.fused import Shape
+from ..containers.pickles.foreign import foreign_calls
+from ..containers.spec import TensorSpec
+from ..containers.torch_files.file import open_torch_file
+from ..containers.torch_files.stream import TorchStream
+from ..containers.torch_files.zip import TorchZip
+from ..errors import CheckpointError
+from ..families.fused import Shape
 
 WEIGHTS_KEYS = ("model_state_dict", "state_dict")
 """Where files that hold more than a state dict have it."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from core.bundle.bundle import Kept
-from core.bundle.lineage import order
+from .bundle import Kept
+from .lineage import order
 
 
 @dataclass(frozen=True)

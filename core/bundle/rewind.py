@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from core.bundle import intact
-from core.bundle.bundle import EMA, Bundle, Kept, history
-from core.bundle.choice import LEGACY_FILES, seen_files
-from core.bundle.commit import ModelFolder
-from core.bundle.folder import LOG, aside_folder
-from core.bundle.training_state import STATE, unseal
-from core.console.words import size_text
-from core.errors import CheckpointDamaged, CheckpointNotFound, NoneIntact
+from ..console.words import size_text
+from ..errors import CheckpointDamaged, CheckpointNotFound, NoneIntact
+from . import intact
+from .bundle import EMA, Bundle, Kept, history
+from .choice import LEGACY_FILES, seen_files
+from .commit import ModelFolder
+from .folder import LOG, aside_folder
+from .training_state import STATE, unseal
 
 
 def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = True) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from core.bundle.parts import TorchFile
-from core.containers.checksum import crc32_range
-from core.containers.container import Container
-from core.containers.dcp.folder import open_dcp
-from core.containers.dcp.metadata import METADATA
+from ..containers.checksum import crc32_range
+from ..containers.container import Container
+from ..containers.dcp.folder import open_dcp
+from ..containers.dcp.metadata import METADATA
+from .parts import TorchFile
 
 
 def folder_of(name: str) -> str:

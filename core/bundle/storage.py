@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from core.containers.checksum import combine, crc32_file
-from core.errors import CheckpointDamaged
+from ..containers.checksum import combine, crc32_file
+from ..errors import CheckpointDamaged
 
 try:
     import fcntl

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from core.config.gpt import FORMAT_VERSION
-from core.errors import CheckpointDamaged, CheckpointMismatch
+from ..config.gpt import FORMAT_VERSION
+from ..errors import CheckpointDamaged, CheckpointMismatch
 
 STATE = "training_state.json"
 _LONGEST_NAME = 255  # characters of a file's name

@@ -1,5 +1,5 @@
 """What a model is: the fields of each kind, their checks and defaults."""
 
-from core.config.gpt import GPTConfig
+from .gpt import GPTConfig
 
 __all__ = ["GPTConfig"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from core.errors import CheckpointMismatch
+from ..errors import CheckpointMismatch
 
 FORMAT_VERSION = 2
 """The bundle format this program writes; a file without a version is version 1."""

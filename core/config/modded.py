@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from core.config.gpt import FORMAT_VERSION
-from core.config.variants import BLOCK, HEAD_SIZE, VALUE_TABLES, VARIANTS, Variant
-from core.errors import CheckpointMismatch
+from ..errors import CheckpointMismatch
+from .gpt import FORMAT_VERSION
+from .variants import BLOCK, HEAD_SIZE, VALUE_TABLES, VARIANTS, Variant
 
 CLASSES = ("GPTFlexAttention", "GPTBatched")
 """What `model_class` of a config.json may be for this config to be its content."""

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core.bundle.find import model_names
-from core.console.words import printable
-from core.errors import CheckpointError, CheckpointNotFound, InputError
+from ..bundle.find import model_names
+from ..errors import CheckpointError, CheckpointNotFound, InputError
+from .words import printable
 
 DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: 75 is EX_TEMPFAIL, which batch queues read as "run me again"; 130 is the shell's 128 + SIGINT."""

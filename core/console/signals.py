@@ -11,7 +11,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from core.console.commandline import INTERRUPTED, STOPPED
+from .commandline import INTERRUPTED, STOPPED
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGBREAK")
 """Signals that ask to save and stop; SIGBREAK is Ctrl-Break of Windows."""

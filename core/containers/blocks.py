@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
-from core.containers.spec import ITEM_SIZES, Chunk, TensorSpec, dense_strides
+from .spec import ITEM_SIZES, Chunk, TensorSpec, dense_strides
 
 _MOST_CUTS = 5
 """Dimensions along which one tensor may be cut: meshes have three, and the work doubles with each."""

@@ -7,7 +7,7 @@ import itertools
 import os
 import zlib
 
-from core.containers.threads import Workers
+from .threads import Workers
 
 POLYNOMIAL = 0xEDB88320
 """CRC-32 of zip and gzip, bits reflected: the highest bit stands for x^0."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from core.containers.pickles.inert import as_text
-from core.containers.spec import TensorSpec
-from core.errors import CheckpointDamaged, CheckpointNotFound
+from ..errors import CheckpointDamaged, CheckpointNotFound
+from .pickles.inert import as_text
+from .spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

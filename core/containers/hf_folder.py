@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.containers.container import Container, is_plain, listing, member
-from core.containers.joined import read_json
-from core.containers.pickles.inert import as_text
-from core.containers.safetensors import METADATA, open_safetensors
-from core.containers.spec import TensorSpec
-from core.errors import CheckpointDamaged, CheckpointNotFound
+from ..errors import CheckpointDamaged, CheckpointNotFound
+from .container import Container, is_plain, listing, member
+from .joined import read_json
+from .pickles.inert import as_text
+from .safetensors import METADATA, open_safetensors
+from .spec import TensorSpec
 
 WEIGHTS = (
     "model.safetensors",
@@ -154,9 +154,7 @@ def _open_shards(folder: Path, names: list[str], where: str, there: Iterable[str
 def _open_shard(path: Path) -> Container:
     if path.suffix == ".safetensors":
         return open_safetensors(path)
-    from core.containers.torch_files.container import (
-        open_torch_single,  # not needed for safetensors, and takes longer to import
-    )
+    from .torch_files.container import open_torch_single
 
     return open_torch_single(path)
 

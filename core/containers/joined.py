@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.containers.container import Container, member, reading
-from core.containers.pickles.inert import as_text, check_structure
-from core.containers.torch_files.zip_directory import read_at
-from core.errors import CheckpointDamaged
+from ..errors import CheckpointDamaged
+from .container import Container, member, reading
+from .pickles.inert import as_text, check_structure
+from .torch_files.zip_directory import read_at
 
 _LARGEST_JSON = 100_000_000  # bytes; an index of 100,000 tensors has 10 million
 
@@ -59,7 +59,7 @@ def read_json(folder: Path, name: str, files: dict[str, int]) -> dict[str, Any]:
 
     Raises: CheckpointNotFound, CheckpointDamaged when it is no JSON object, or not in the folder.
     """
-    from core.bundle.training_state import parse_json  # most folders that are joined have no JSON
+    from ..bundle.training_state import parse_json  # most folders that are joined have no JSON
 
     path = member(folder, name, str(folder))
     with reading(path) as file:

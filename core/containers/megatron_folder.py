@@ -14,9 +14,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from core.containers.container import Container, listing, member, reading
-from core.containers.pickles.inert import as_text
-from core.errors import CheckpointDamaged, CheckpointNotFound
+from ..errors import CheckpointDamaged, CheckpointNotFound
+from .container import Container, listing, member, reading
+from .pickles.inert import as_text
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -96,9 +96,9 @@ def _open_iteration(path: Path, names: dict[str, int | None]) -> Container:
 
 def _open_torch_dist(path: Path, names: dict[str, int | None]) -> Container:
     """A DCP folder with the arguments of the run beside it, or among its items."""
-    from core.containers.dcp.folder import open_dcp
-    from core.containers.joined import join, put, read_json
-    from core.containers.torch_files.container import open_torch_single
+    from .dcp.folder import open_dcp
+    from .joined import join, put, read_json
+    from .torch_files.container import open_torch_single
 
     folder = open_dcp(path)
     whole = Container("", path, {}, folder.content, {})
@@ -118,8 +118,8 @@ def _open_torch_dist(path: Path, names: dict[str, int | None]) -> Container:
 
 def _open_classic(path: Path, ranks: list[str]) -> Container:
     """The file of each rank; of several, tensors go by the folder of their rank."""
-    from core.containers.joined import join
-    from core.containers.torch_files.container import open_torch_single
+    from .joined import join
+    from .torch_files.container import open_torch_single
 
     whole = Container("", path, {}, {}, {})
     for rank in ranks:
@@ -149,7 +149,7 @@ def _open_classic(path: Path, ranks: list[str]) -> Container:
 
 def _sizes(content: Any, ranks: list[str]) -> list[int]:
     """How many tensor-parallel and pipeline ranks the arguments of the run name; 1 each where they name none."""
-    from core.containers.pickles.foreign import attributes
+    from .pickles.foreign import attributes
 
     part = content.get(ranks[0], content) if isinstance(content, dict) else {}
     args = attributes(part.get("args")) if isinstance(part, dict) else None

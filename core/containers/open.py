@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from core.containers.container import Container, listing, member, reading
-from core.containers.pickles.inert import as_text
-from core.errors import CheckpointError, CheckpointNotFound
+from ..errors import CheckpointError, CheckpointNotFound
+from .container import Container, listing, member, reading
+from .pickles.inert import as_text
 
 _HEAD = 512  # bytes
 
@@ -49,7 +49,7 @@ def _open_file(path: Path) -> Container:
     """Open a file as what its first bytes say it is."""
     with reading(path) as file:
         head = file.read(_HEAD)
-    from core.containers.safetensors import is_safetensors, open_safetensors
+    from .safetensors import is_safetensors, open_safetensors
 
     if not head.startswith(b"PK") and (is_safetensors(head) or path.suffix == ".safetensors"):
         return open_safetensors(path)
@@ -57,14 +57,14 @@ def _open_file(path: Path) -> Container:
         return _open_folder(path.parent)
     if head.lstrip()[:1] == b"{" or path.suffix == ".json":
         return _open_json(path)
-    from core.containers.torch_files.container import open_torch_single
+    from .torch_files.container import open_torch_single
 
     return open_torch_single(path)
 
 
 def _open_json(path: Path) -> Container:
     """Open an index of shards; other JSON is no checkpoint."""
-    from core.containers.hf_folder import INDEX, open_hf_folder
+    from .hf_folder import INDEX, open_hf_folder
 
     if not path.name.endswith(INDEX):
         raise CheckpointError(
@@ -77,7 +77,7 @@ def _open_folder(folder: Path) -> Container:
     """Open a folder as what it holds."""
     names = listing(folder)
     for name, knows, opens in _FOLDERS:
-        module = import_module(f"core.containers.{name}")
+        module = import_module(f".{name}", __package__)
         if getattr(module, knows)(folder):
             return getattr(module, opens)(folder)
     single = [name for name, size in names.items() if size is not None and name.endswith(_SINGLE)]

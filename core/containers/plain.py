@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from core.containers.pickles.inert import DEPTH, Call, Global, as_text
-from core.containers.spec import TensorSpec
+from .pickles.inert import DEPTH, Call, Global, as_text
+from .spec import TensorSpec
 
 ROOM = 2_000_000
 """Characters of JSON that a checkpoint may take, beyond 16 for each byte of its files."""

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.containers.blocks import blocks_fault, spec_of_blocks
-from core.containers.container import Check, Container, listing, member, reading
-from core.containers.dcp.dtensor import Shard, foreign_within, shard_of
-from core.containers.joined import join
-from core.containers.pickles.inert import Call, as_text
-from core.containers.spec import Chunk, TensorSpec
-from core.containers.torch_files.file import open_torch_file
-from core.containers.torch_files.zip import TorchZip
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+from .blocks import blocks_fault, spec_of_blocks
+from .container import Check, Container, listing, member, reading
+from .dcp.dtensor import Shard, foreign_within, shard_of
+from .joined import join
+from .pickles.inert import Call, as_text
+from .spec import Chunk, TensorSpec
+from .torch_files.file import open_torch_file
+from .torch_files.zip import TorchZip
 
 _RANK_FILE = re.compile(r"(\w+)_rank(\d{5})\.pt")
 _MOST_NAMED = 5

@@ -11,12 +11,12 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from core.bundle.training_state import parse_json
-from core.containers.container import Check, Container, reading
-from core.containers.pickles.inert import as_text
-from core.containers.spec import ITEM_SIZES, TensorSpec, dense_strides
-from core.containers.torch_files.zip_directory import read_at
-from core.errors import CheckpointDamaged, CheckpointError
+from ..bundle.training_state import parse_json
+from ..errors import CheckpointDamaged, CheckpointError
+from .container import Check, Container, reading
+from .pickles.inert import as_text
+from .spec import ITEM_SIZES, TensorSpec, dense_strides
+from .torch_files.zip_directory import read_at
 
 METADATA = "__metadata__"
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.containers.safetensors import _DTYPES
-from core.errors import CheckpointMismatch
+from ..errors import CheckpointMismatch
+from .safetensors import _DTYPES
 
 CODES = {dtype: code for code, dtype in _DTYPES.items()}
 """What safetensors calls torch's dtypes."""

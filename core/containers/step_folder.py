@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from core.containers.container import Container, listing, member
-from core.errors import CheckpointNotFound
+from ..errors import CheckpointNotFound
+from .container import Container, listing, member
 
 _METADATA = "metadata.json"
 _SHARDED = "_sharded"
@@ -30,14 +30,14 @@ def is_step_folder(path: Path) -> bool:
         return True
     if names.get(_METADATA) is None:
         return names.keys() >= {"model.safetensors", "ema.safetensors"}
-    from core.containers.rank_files import rank_files
+    from .rank_files import rank_files
 
     return bool(rank_files(path))
 
 
 def step_parts(path: Path) -> list[str]:
     """Name the parts of a step that are there: model, ema, optimizer, ..."""
-    from core.containers.rank_files import rank_files
+    from .rank_files import rank_files
 
     names = listing(path)
     stems = {name: name.removesuffix(_SHARDED if size is None else _WHOLE) for name, size in names.items()}
@@ -54,8 +54,8 @@ def open_step_folder(
 
     Raises: CheckpointNotFound when there are no parts, CheckpointDamaged, CheckpointError as the readers of the parts.
     """
-    from core.containers.joined import join, put, read_json
-    from core.containers.rank_files import open_ranks, rank_files
+    from .joined import join, put, read_json
+    from .rank_files import open_ranks, rank_files
 
     if not is_step_folder(path):
         raise CheckpointNotFound(
@@ -87,9 +87,9 @@ def open_step_folder(
 
 def _open_part(path: Path) -> Container:
     if path.is_dir():
-        from core.containers.dcp.folder import open_dcp
+        from .dcp.folder import open_dcp
 
         return open_dcp(path)
-    from core.containers.safetensors import open_safetensors
+    from .safetensors import open_safetensors
 
     return open_safetensors(path)

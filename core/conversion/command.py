@@ -8,11 +8,11 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from core.console.commandline import DONE, Parser, count, positive, size
-from core.console.words import printable
-from core.conversion.plan import DTYPES, Options
-from core.conversion.sharded_flags import add_sharded_flags, more_of
-from core.errors import CheckpointMismatch
+from ..console.commandline import DONE, Parser, count, positive, size
+from ..console.words import printable
+from ..errors import CheckpointMismatch
+from .plan import DTYPES, Options
+from .sharded_flags import add_sharded_flags, more_of
 
 TO = ("bundle", "nanogpt", "hf", "megatron", "safetensors", "pt", "dcp")
 
@@ -62,7 +62,7 @@ def _add_megatron_flags(parser: Parser) -> None:
 
 def options_of(args: argparse.Namespace) -> Options:
     """What the flags ask for."""
-    from core.conversion.pairs.megatron_settings import FLAGS
+    from .pairs.megatron_settings import FLAGS
 
     return Options(
         dtype=DTYPES.get(args.dtype),
@@ -81,9 +81,9 @@ def convert_one(parser: Parser, args: argparse.Namespace) -> int:
         parser.error("--model_name says what to migrate; with --to name SRC and DST as paths")
     if len(args.paths) != 2:
         parser.error(f"--to takes two paths, SRC and DST; found {len(args.paths)}")
-    from core.conversion.planning import plan_conversion
-    from core.conversion.text import plan_facts, plan_text, summary
-    from core.conversion.writing import convert, work
+    from .planning import plan_conversion
+    from .text import plan_facts, plan_text, summary
+    from .writing import convert, work
 
     source, target = map(Path, args.paths)
     with ExitStack() as held:
@@ -112,7 +112,7 @@ def convert_one(parser: Parser, args: argparse.Namespace) -> int:
 
 def print_matrix(as_json: bool) -> int:
     """Print what can become what; returns the exit code."""
-    from core.conversion.text import matrix, matrix_text
+    from .text import matrix, matrix_text
 
     print(json.dumps(matrix(), indent=2) if as_json else "\n".join(matrix_text()))
     return DONE

@@ -10,18 +10,18 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-from core.console.listing import listed
-from core.containers import safetensors_writer
-from core.containers.container import Container, listing
-from core.containers.hf_folder import BESIDE, is_hf_folder, open_hf_folder
-from core.containers.open import open_container
-from core.containers.tensors.views import View, stored
-from core.conversion.opening import open_model
-from core.conversion.plan import Model, Options, Plan, Target
-from core.conversion.sharded import take_parts
-from core.conversion.targets.safetensors import INDEX, add_files, in_shards
-from core.errors import CheckpointMismatch
-from core.families.rules import RENAME, Chain, Merge, Permute, Row, Rule, apply
+from ..console.listing import listed
+from ..containers import safetensors_writer
+from ..containers.container import Container, listing
+from ..containers.hf_folder import BESIDE, is_hf_folder, open_hf_folder
+from ..containers.open import open_container
+from ..containers.tensors.views import View, stored
+from ..errors import CheckpointMismatch
+from ..families.rules import RENAME, Chain, Merge, Permute, Row, Rule, apply
+from .opening import open_model
+from .plan import Model, Options, Plan, Target
+from .sharded import take_parts
+from .targets.safetensors import INDEX, add_files, in_shards
 
 ALONG = ("config.json", "llm_config.json", "vit_config.json", *BESIDE)
 """Files of the original that go along as they are."""

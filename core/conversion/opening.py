@@ -8,23 +8,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from core.bundle.bundle import Bundle
-from core.bundle.optimizer_state import groups_of, names_in_order
-from core.bundle.parts import once
-from core.console.listing import listed
-from core.containers.pickles.inert import Call, as_text
-from core.containers.plain import plain
-from core.containers.spec import TensorSpec
-from core.containers.tensors.views import View, stored
-from core.conversion.pairs import megatron_source
-from core.conversion.pairs.modded import BATCHED
-from core.conversion.plan import Model, Moments, Options
-from core.conversion.sharded import is_sharded, open_sharded
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
-from core.families.architecture import Architecture
-from core.families.identify import FAMILIES, UNKNOWN, Identity
-from core.families.megatron_iteration import is_iteration
-from core.inspection.inspect import Inspected, identity_of, inspect_path
+from ..bundle.bundle import Bundle
+from ..bundle.optimizer_state import groups_of, names_in_order
+from ..bundle.parts import once
+from ..console.listing import listed
+from ..containers.pickles.inert import Call, as_text
+from ..containers.plain import plain
+from ..containers.spec import TensorSpec
+from ..containers.tensors.views import View, stored
+from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from ..families.architecture import Architecture
+from ..families.identify import FAMILIES, UNKNOWN, Identity
+from ..families.megatron_iteration import is_iteration
+from ..inspection.inspect import Inspected, identity_of, inspect_path
+from .pairs import megatron_source
+from .pairs.modded import BATCHED
+from .plan import Model, Moments, Options
+from .sharded import is_sharded, open_sharded
 
 FAMILY = {
     name: family for family in reversed(FAMILIES) for name in (family.name, *(style.name for style in family.styles))
@@ -238,9 +238,9 @@ def number(view: View) -> float:
 
     Raises: CheckpointDamaged.
     """
-    from core.containers.tensors.dtypes import decode
-    from core.containers.tensors.reading import Gatherer
-    from core.conversion.proof import checks_of, compare_checksum
+    from ..containers.tensors.dtypes import decode
+    from ..containers.tensors.reading import Gatherer
+    from .proof import checks_of, compare_checksum
 
     for found in checks_of([view]):
         compare_checksum(*found)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.console.listing import listed
-from core.containers.container import Container
-from core.containers.spec import ITEM_SIZES
-from core.containers.tensors.reading import FLOATS, Gatherer
-from core.containers.tensors.views import View
-from core.errors import CheckpointMismatch
-from core.families.rules import Row, Sizes, Table, apply
-from core.inspection.tensor_table import grouped
+from ..console.listing import listed
+from ..containers.container import Container
+from ..containers.spec import ITEM_SIZES
+from ..containers.tensors.reading import FLOATS, Gatherer
+from ..containers.tensors.views import View
+from ..errors import CheckpointMismatch
+from ..families.rules import Row, Sizes, Table, apply
+from ..inspection.tensor_table import grouped
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """What --dtype calls them."""

@@ -6,21 +6,21 @@ import re
 from contextlib import ExitStack
 from pathlib import Path
 
-from core.console.listing import listed
-from core.containers import safetensors_writer
-from core.containers.tensors.views import View, cut, filled, join
-from core.conversion.match_original import plan_matched
-from core.conversion.opening import FAMILY, open_model
-from core.conversion.pairs import ways
-from core.conversion.pairs.megatron_settings import FLAGS
-from core.conversion.plan import TORCH_ENDINGS, Model, Options, Plan
-from core.conversion.sharded import take_parts
-from core.conversion.targets.formats import FORMATS, Format
-from core.conversion.vocabulary import add_tokenizer, tokens_of
-from core.errors import CheckpointMismatch
-from core.families.family import Family
-from core.families.identify import UNKNOWN, identify
-from core.families.match import skeleton
+from ..console.listing import listed
+from ..containers import safetensors_writer
+from ..containers.tensors.views import View, cut, filled, join
+from ..errors import CheckpointMismatch
+from ..families.family import Family
+from ..families.identify import UNKNOWN, identify
+from ..families.match import skeleton
+from .match_original import plan_matched
+from .opening import FAMILY, open_model
+from .pairs import ways
+from .pairs.megatron_settings import FLAGS
+from .plan import TORCH_ENDINGS, Model, Options, Plan
+from .sharded import take_parts
+from .targets.formats import FORMATS, Format
+from .vocabulary import add_tokenizer, tokens_of
 
 BY_NAME = {one.name: one for one in FORMATS}
 

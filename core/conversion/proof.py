@@ -14,16 +14,16 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from core.containers.checksum import crc32_range
-from core.containers.container import Check, Container
-from core.containers.open import open_container
-from core.containers.spec import ITEM_SIZES
-from core.containers.tensors.reading import FLOATS, PIECE, Gatherer, cast
-from core.containers.tensors.views import Block, View, cut, is_in_order, stored
-from core.containers.threads import MOST, Job, Workers
-from core.conversion.plan import Plan, Target, WeightFile
-from core.errors import CheckpointDamaged, CheckpointMismatch
-from core.families.rules import apply
+from ..containers.checksum import crc32_range
+from ..containers.container import Check, Container
+from ..containers.open import open_container
+from ..containers.spec import ITEM_SIZES
+from ..containers.tensors.reading import FLOATS, PIECE, Gatherer, cast
+from ..containers.tensors.views import Block, View, cut, is_in_order, stored
+from ..containers.threads import MOST, Job, Workers
+from ..errors import CheckpointDamaged, CheckpointMismatch
+from ..families.rules import apply
+from .plan import Plan, Target, WeightFile
 
 Progress = Callable[[int], object]
 Comparison = tuple[str, View, View]

@@ -11,22 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.bundle.choice import has_bundle
-from core.containers.container import Container
-from core.containers.dcp.folder import SUFFIX, is_dcp, open_dcp
-from core.containers.dcp.metadata import METADATA
-from core.containers.dcp.rebuilt import lost, rebuild, refuse_lost, sibling
-from core.containers.hf_folder import is_hf_folder
-from core.containers.megatron_folder import is_megatron_folder
-from core.containers.pickles.inert import Call, as_text
-from core.containers.rank_files import open_rank_files, rank_files
-from core.containers.safetensors import open_safetensors
-from core.containers.spec import TensorSpec
-from core.containers.step_folder import is_step_folder, open_step_folder, step_parts
-from core.containers.tensors.views import stored
-from core.conversion.plan import Model, Options, Ref, Target, WeightFile
-from core.errors import CheckpointMismatch
-from core.inspection.inspect import Inspected, identity_of
+from ..bundle.choice import has_bundle
+from ..containers.container import Container
+from ..containers.dcp.folder import SUFFIX, is_dcp, open_dcp
+from ..containers.dcp.metadata import METADATA
+from ..containers.dcp.rebuilt import lost, rebuild, refuse_lost, sibling
+from ..containers.hf_folder import is_hf_folder
+from ..containers.megatron_folder import is_megatron_folder
+from ..containers.pickles.inert import Call, as_text
+from ..containers.rank_files import open_rank_files, rank_files
+from ..containers.safetensors import open_safetensors
+from ..containers.spec import TensorSpec
+from ..containers.step_folder import is_step_folder, open_step_folder, step_parts
+from ..containers.tensors.views import stored
+from ..errors import CheckpointMismatch
+from ..inspection.inspect import Inspected, identity_of
+from .plan import Model, Options, Ref, Target, WeightFile
 
 MAIN = ("model", "state_dict", "model_state_dict")
 AVERAGE = ("ema", "ema_model", "model_ema", "ema_state_dict")

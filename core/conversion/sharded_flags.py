@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from core.console.commandline import Parser
+from ..console.commandline import Parser
 
 
 def add_sharded_flags(parser: Parser) -> None:

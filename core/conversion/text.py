@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from core.console.words import columns, printable, size_text
-from core.conversion.pairs import PAIRS, ways
-from core.conversion.plan import Plan, folded
-from core.conversion.targets.formats import FORMATS
+from ..console.words import columns, printable, size_text
+from .pairs import PAIRS, ways
+from .plan import Plan, folded
+from .targets.formats import FORMATS
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from core.bundle.training_state import parse_json
-from core.containers.container import reading
-from core.containers.pickles.inert import Call, Global, as_text
-from core.containers.pickles.reader import read_pickle
-from core.conversion.plan import Model, Options
-from core.errors import CheckpointMismatch
+from ..bundle.training_state import parse_json
+from ..containers.container import reading
+from ..containers.pickles.inert import Call, Global, as_text
+from ..containers.pickles.reader import read_pickle
+from ..errors import CheckpointMismatch
+from .plan import Model, Options
 
 GPT2_ROWS = range(50257, 50305)
 """Rows that a vocabulary of GPT-2's 50257 tokens has: exactly, or padded to a multiple of 64 or 128."""

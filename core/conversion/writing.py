@@ -11,20 +11,20 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from core.bundle.commit import new_id
-from core.bundle.lock import hold_if_model
-from core.bundle.storage import DISK, Output, Storage
-from core.console.words import size_text
-from core.containers import safetensors_writer
-from core.containers.checksum import combine
-from core.containers.dcp.folder import SUFFIX
-from core.containers.dcp.metadata import METADATA
-from core.containers.tensors.reading import PIECE, Gatherer, cast
-from core.containers.torch_files.layout import Stored, ZipLayout, pickled
-from core.conversion.plan import Plan, Ref, Target, WeightFile
-from core.conversion.proof import prove
-from core.conversion.targets.dcp import write_items
-from core.errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
+from ..bundle.commit import new_id
+from ..bundle.lock import hold_if_model
+from ..bundle.storage import DISK, Output, Storage
+from ..console.words import size_text
+from ..containers import safetensors_writer
+from ..containers.checksum import combine
+from ..containers.dcp.folder import SUFFIX
+from ..containers.dcp.metadata import METADATA
+from ..containers.tensors.reading import PIECE, Gatherer, cast
+from ..containers.torch_files.layout import Stored, ZipLayout, pickled
+from ..errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
+from .plan import Plan, Ref, Target, WeightFile
+from .proof import prove
+from .targets.dcp import write_items
 
 Progress = Callable[[int], object]
 

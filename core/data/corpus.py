@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from core.data.source import Source, byte_bar, find_source
-from core.data.text import Segment, pieces, split
-from core.data.token_shards import MANIFEST, SHARD_TOKENS, Dataset, open_dataset, read_shard, write_dataset
-from core.data.tokenizer import (
+from ..errors import CheckpointMismatch, InputError
+from .source import Source, byte_bar, find_source
+from .text import Segment, pieces, split
+from .token_shards import MANIFEST, SHARD_TOKENS, Dataset, open_dataset, read_shard, write_dataset
+from .tokenizer import (
     START,
     Tokenizer,
     describe,
@@ -25,8 +26,7 @@ from core.data.tokenizer import (
     token_dtype,
     tokenizer_from_state,
 )
-from core.data.tokens import Tokens
-from core.errors import CheckpointMismatch, InputError
+from .tokens import Tokens
 
 __all__ = ["Corpus", "Source", "Tokens", "find_source", "open_corpus", "prepare"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from core.data.randomness import draws, mix
-from core.data.tokens import Tokens, Windows
+from .randomness import draws, mix
+from .tokens import Tokens, Windows
 
 VALIDATION = 0x76616C
 """Mixed into the seed, so that validation batches are a stream of their own."""

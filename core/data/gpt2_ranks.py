@@ -13,7 +13,7 @@ import threading
 import urllib.request
 from pathlib import Path
 
-from core.errors import InputError
+from ..errors import InputError
 
 COUNT = 50_256
 FINGERPRINT = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"

@@ -14,9 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from core.data.text import CHUNK
-from core.data.token_shards import MANIFEST, is_dataset, open_dataset
-from core.errors import InputError, SaveFailed
+from ..errors import InputError, SaveFailed
+from .text import CHUNK
+from .token_shards import MANIFEST, is_dataset, open_dataset
 
 SUFFIXES = (".txt", ".md", ".py")
 """Files of a folder that count as its text."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from core.errors import InputError
+from ..errors import InputError
 
 CHUNK = 1 << 20
 """Bytes of one read, and characters from which a piece is cut."""

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from core.containers.pickles.reader import read_pickle
-from core.errors import InputError, SaveFailed
+from ..containers.pickles.reader import read_pickle
+from ..errors import InputError, SaveFailed
 
 try:
     import fcntl

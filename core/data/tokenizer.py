@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from core.data import gpt2_ranks as ranks
-from core.data.decoding import ByteStream, Stream, WindowStream
-from core.errors import CheckpointMismatch, InputError
+from ..errors import CheckpointMismatch, InputError
+from . import gpt2_ranks as ranks
+from .decoding import ByteStream, Stream, WindowStream
 
 State = dict[str, Any]
 Ids = Sequence[int] | np.ndarray

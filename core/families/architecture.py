@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.families.claims import Claims
-from core.families.family import parse
-from core.families.fused import Shape
-from core.families.match import Match
+from .claims import Claims
+from .family import parse
+from .fused import Shape
+from .match import Match
 
 VOCABULARIES = {50257: "GPT-2", 32000: "Llama 2", 100277: "cl100k", 128256: "Llama 3", 200019: "o200k"}
 """Vocabularies that are often padded: number of tokens, and whose it is."""

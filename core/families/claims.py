@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from core.families.match import Match
+from .match import Match
 
 NAMES: dict[str, tuple[str, ...]] = {
     "n_layer": ("n_layer", "num_layers", "num_hidden_layers"),

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core.families import gpt, hf_gpt2, lecture
-from core.families.claims import ACTIVATIONS, NAMES, TIED
-from core.families.fused import make_plan, plain_names
-from core.families.identify import FAMILIES
-from core.families.recognise import FUSED, LECTURE
+from . import gpt, hf_gpt2, lecture
+from .claims import ACTIVATIONS, NAMES, TIED
+from .fused import make_plan, plain_names
+from .identify import FAMILIES
+from .recognise import FUSED, LECTURE
 
 NANOGPT: dict[str, str] = {
     "transformer.wte.weight": "token_embedding_table.weight",

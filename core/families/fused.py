@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from core.console.listing import listed
-from core.errors import CheckpointMismatch
+from ..console.listing import listed
+from ..errors import CheckpointMismatch
 
 WRAPPERS = ("_orig_mod", "module", "model")
 """What torch.compile, DistributedDataParallel and hand-made wrappers put before a name, in any order."""

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from core.console.listing import differences
-from core.families.fused import Shape
+from ..console.listing import differences
+from .fused import Shape
 
 if TYPE_CHECKING:
-    from core.config.gpt import GPTConfig
+    from ..config.gpt import GPTConfig
 
 TENSORS: dict[str, tuple[str, ...]] = {
     "token_embedding_table.weight": ("vocab_size", "n_embd"),

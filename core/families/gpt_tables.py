@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from core.families import hf_gpt2, lecture
-from core.families.rules import RENAME, TRANSPOSE, Concat, Row, Table
+from . import hf_gpt2, lecture
+from .rules import RENAME, TRANSPOSE, Concat, Row, Table
 
 NANOGPT: Table = (
     ("transformer.wte.weight", "token_embedding_table.weight", RENAME),

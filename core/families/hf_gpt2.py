@@ -6,7 +6,7 @@ before 4.31.
 
 from __future__ import annotations
 
-from core.families.family import Family, Sides
+from .family import Family, Sides
 
 TENSORS: dict[str, Sides] = {
     "transformer.wte.weight": ("vocab_size", "n_embd"),

@@ -6,7 +6,7 @@ rotary embedding as in versions before 4.32.
 
 from __future__ import annotations
 
-from core.families.family import Family, Sides, Style
+from .family import Family, Sides, Style
 
 TENSORS: dict[str, Sides] = {
     "model.embed_tokens.weight": ("vocab_size", "n_embd"),

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from core.console.listing import listed
-from core.errors import CheckpointMismatch
-from core.families import hf_gpt2, hf_llama, litgpt, megatron, modded, nanochat, nanogpt, ours
-from core.families.architecture import Architecture, describe
-from core.families.family import Family
-from core.families.fused import Shape, plain_names
-from core.families.match import Match, index, match, skeleton
+from ..console.listing import listed
+from ..errors import CheckpointMismatch
+from . import hf_gpt2, hf_llama, litgpt, megatron, modded, nanochat, nanogpt, ours
+from .architecture import Architecture, describe
+from .family import Family
+from .fused import Shape, plain_names
+from .match import Match, index, match, skeleton
 
 MODULES = (ours, nanogpt, hf_gpt2, hf_llama, modded, megatron, litgpt, nanochat)
 FAMILIES: tuple[Family, ...] = tuple(family for module in MODULES for family in module.FAMILIES)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from core.families.family import Family, Sides
+from .family import Family, Sides
 
 COMMON: dict[str, Sides] = {
     "transformer.wte.weight": ("vocab_size", "n_embd"),

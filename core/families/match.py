@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 
-from core.families.family import Family, Sides, parse
-from core.families.fused import WRAPPERS, Shape, plain_names
+from .family import Family, Sides, parse
+from .fused import WRAPPERS, Shape, plain_names
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")
 _VARIABLE = re.compile(r"\{[ijn]\}")

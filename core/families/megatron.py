@@ -7,7 +7,7 @@ group its queries, its key and its value.
 
 from __future__ import annotations
 
-from core.families.family import Family, Sides, Style
+from .family import Family, Sides, Style
 
 COMMON: dict[str, Sides] = {
     "embedding.word_embeddings.weight": ("vocab_size", "n_embd"),

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from core.containers.container import Container
-from core.containers.pickles.foreign import attributes
-from core.containers.plain import plain
-from core.containers.spec import TensorSpec
+from ..containers.container import Container
+from ..containers.pickles.foreign import attributes
+from ..containers.plain import plain
+from ..containers.spec import TensorSpec
 
 KIND = "Megatron iteration (torch_dist)"
 EXTRA = "_extra_state"

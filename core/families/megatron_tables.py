@@ -5,8 +5,8 @@ Megatron's names are those of its local layers; TRANSFORMER_ENGINE and `unstacke
 
 from __future__ import annotations
 
-from core.families import megatron
-from core.families.rules import RENAME, TRANSPOSE, Chain, Concat, Interleave, Inverse, Row, Stack, Table
+from . import megatron
+from .rules import RENAME, TRANSPOSE, Chain, Concat, Interleave, Inverse, Row, Stack, Table
 
 TRANSFORMER_ENGINE: Table = (
     (

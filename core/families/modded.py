@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from core.config.variants import HEAD_SIZE, WITHOUT_ATTENTION
-from core.families.family import Family, Sides
+from ..config.variants import HEAD_SIZE, WITHOUT_ATTENTION
+from .family import Family, Sides
 
 WITHOUT = {WITHOUT_ATTENTION: "blocks.{i}.attn."}
 VALUES = tuple(f"value_embeds.{n}.weight" for n in range(3))

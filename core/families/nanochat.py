@@ -5,7 +5,7 @@ Names as in karpathy/nanochat, nanochat/gpt.py; its first versions have none of 
 
 from __future__ import annotations
 
-from core.families.family import Family, Sides
+from .family import Family, Sides
 
 TENSORS: dict[str, Sides] = {
     "transformer.wte.weight": ("vocab_size", "n_embd"),

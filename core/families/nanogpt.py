@@ -5,7 +5,7 @@ Names as in karpathy/nanoGPT, model.py; the buffer `attn.bias` as in its version
 
 from __future__ import annotations
 
-from core.families.family import Family, Sides
+from .family import Family, Sides
 
 TENSORS: dict[str, Sides] = {
     "transformer.wte.weight": ("vocab_size", "n_embd"),

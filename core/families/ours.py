@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from core.families import gpt, lecture
-from core.families.family import Family, Sides
-from core.families.recognise import FUSED, LECTURE
+from . import gpt, lecture
+from .family import Family, Sides
+from .recognise import FUSED, LECTURE
 
 FUSED_SWITCHES = {"qkv_bias" if switch == "bias" else switch: names for switch, names in gpt.SWITCHES.items()}
 HEAD_SIDES: Sides = ("head_size", "n_embd")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from core.families import gpt, lecture
-from core.families.fused import Plan, make_plan, plain_names
+from . import gpt, lecture
+from .fused import Plan, make_plan, plain_names
 
 FUSED, LECTURE = "fused", "lecture"
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
 
-from core.containers.tensors.views import View, add_axis, cut, drop_axis, join, merge_axes, permute, split_axis
-from core.errors import CheckpointMismatch
+from ..containers.tensors.views import View, add_axis, cut, drop_axis, join, merge_axes, permute, split_axis
+from ..errors import CheckpointMismatch
 
 Sizes = Mapping[str, int]
 """Numbers of a model by the words of core/families/family.py: n_layer, n_head, n_kv_head, head_size, n_embd, ..."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.bundle.bundle import Bundle, Kept, history, open_bundle, verify
-from core.bundle.folder import CONFIG, MODEL, FolderReader
-from core.bundle.lineage import order
-from core.bundle.retention import Retention
-from core.bundle.training_state import STATE, unseal
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+from ..bundle.bundle import Bundle, Kept, history, open_bundle, verify
+from ..bundle.folder import CONFIG, MODEL, FolderReader
+from ..bundle.lineage import order
+from ..bundle.retention import Retention
+from ..bundle.training_state import STATE, unseal
+from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 
 TOP, KEPT, ASIDE = "top", "kept", "aside"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from core.console.words import columns, printable, size_text
-from core.inspection.history import ASIDE, DAMAGED, KEPT, Entry, Past
+from ..console.words import columns, printable, size_text
+from .history import ASIDE, DAMAGED, KEPT, Entry, Past
 
 Facts = dict[str, Any]
 

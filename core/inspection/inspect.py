@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from core.bundle.find import is_model
-from core.containers.container import Check, Container
-from core.containers.pickles.inert import Call
-from core.containers.plain import plain
-from core.containers.spec import TensorSpec
-from core.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
-from core.families import megatron_iteration
-from core.families.identify import Identity, identify, weights_key
+from ..bundle.find import is_model
+from ..containers.container import Check, Container
+from ..containers.pickles.inert import Call
+from ..containers.plain import plain
+from ..containers.spec import TensorSpec
+from ..errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
+from ..families import megatron_iteration
+from ..families.identify import Identity, identify, weights_key
 
 if TYPE_CHECKING:
-    from core.bundle.bundle import Bundle, Kept
-    from core.bundle.parts import Part
+    from ..bundle.bundle import Bundle, Kept
+    from ..bundle.parts import Part
 
 # what reads our own bundles is imported when there is one: it takes as long as opening a file of another program
 
@@ -77,8 +77,8 @@ class _Held(Container):
 
     def proves_itself(self, name: str) -> bool:
         """Whether this is a tokenizer with the fingerprint of its vocabulary."""
-        from core.bundle.bundle import TOKENIZER, proves_itself
-        from core.bundle.training_state import parse_json
+        from ..bundle.bundle import TOKENIZER, proves_itself
+        from ..bundle.training_state import parse_json
 
         if name != TOKENIZER:
             return False
@@ -98,7 +98,7 @@ def inspect_path(path: Path, step: int | None = None) -> Inspected:
             raise CheckpointError(f"{path}: a single file has no steps to choose from with --step.")
         found = of_container(path)
         if isinstance(found.container.content, dict) and "model_state_dict" in found.container.content:
-            from core.bundle.legacy import is_legacy, open_legacy
+            from ..bundle.legacy import is_legacy, open_legacy
 
             if is_legacy(found.container.content):
                 with contextlib.suppress(CheckpointMismatch):  # one that cannot be loaded is still shown
@@ -108,9 +108,9 @@ def inspect_path(path: Path, step: int | None = None) -> Inspected:
         raise CheckpointNotFound(f"{path}: nothing here. Give a model folder, a step folder in it, or a file.")
     if step is None and not is_model(path):
         return of_container(path)
-    from core.bundle.bundle import history, open_bundle
-    from core.bundle.choice import choose
-    from core.bundle.legacy import open_legacy
+    from ..bundle.bundle import history, open_bundle
+    from ..bundle.choice import choose
+    from ..bundle.legacy import open_legacy
 
     choice = choose(path)
     if step is not None:
@@ -163,10 +163,10 @@ def _of_bundle(bundle: Bundle) -> Inspected:
 
 def _held(bundle: Bundle) -> tuple[Container, list[str]]:
     """The open files of a bundle as a container, and what of them cannot be read."""
-    from core.bundle.commit import CONFIG
-    from core.bundle.sharded_part import ShardedFile
-    from core.containers.joined import join
-    from core.containers.torch_files.container import container_of
+    from ..bundle.commit import CONFIG
+    from ..bundle.sharded_part import ShardedFile
+    from ..containers.joined import join
+    from ..containers.torch_files.container import container_of
 
     path = bundle.path("") if bundle.single else bundle.folder
     whole = _Held("legacy single file" if bundle.single else "bundle", path, {}, {}, dict(bundle.sizes))
@@ -201,7 +201,7 @@ def _held(bundle: Bundle) -> tuple[Container, list[str]]:
 
 def of_container(path: Path) -> Inspected:
     """Look at a checkpoint of another program."""
-    from core.containers.open import open_container
+    from ..containers.open import open_container
 
     container = open_container(path)
     key = weights_key(container.tensors)
@@ -219,7 +219,7 @@ def of_container(path: Path) -> Inspected:
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    from core.containers.pickles.foreign import attributes
+    from ..containers.pickles.foreign import attributes
 
     found = attributes(value) if isinstance(value, (dict, Call)) else None
     return {str(k): plain(v) for k, v in found.items()} if found is not None else None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from core.config.variants import VARIANTS
-from core.containers.pickles.inert import Call
-from core.containers.spec import TensorSpec
-from core.inspection.inspect import Inspected
-from core.inspection.tensor_table import tensor_facts
+from ..config.variants import VARIANTS
+from ..containers.pickles.inert import Call
+from ..containers.spec import TensorSpec
+from .inspect import Inspected
+from .tensor_table import tensor_facts
 
 Facts = dict[str, Any]
 
@@ -55,9 +55,7 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
         facts["foreign"].append(f"{found.path}: its pickle names {call}")
     if not ours:
         return {**facts, "content": _content(container.content)}
-    from core.inspection.report_ours import (
-        facts_of_ours,  # what reads our bundles takes as long to import as a file to open
-    )
+    from .report_ours import facts_of_ours
 
     return {**facts, **facts_of_ours(found)}
 
@@ -66,7 +64,7 @@ def script_of(found: Inspected) -> str | None:
     """Name the script of modded-nanogpt it is from; bundles of ours have one layout for all, and the config says it."""
     config = found.config or {}
     if "model_class" in config:
-        from core.config.modded import CLASSES
+        from ..config.modded import CLASSES
 
         if config["model_class"] in CLASSES and (variant := VARIANTS.get(str(config.get("variant")))):
             return f"{variant.program}, as {config['model_class']}"

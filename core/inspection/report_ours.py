@@ -6,14 +6,14 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from core.bundle.bundle import Kept, open_bundle
-from core.bundle.choice import LEGACY_FILES, choose
-from core.bundle.contradictions import contradictions
-from core.bundle.evolution import notes
-from core.bundle.training_state import STATE
-from core.errors import CheckpointDamaged, CheckpointError
-from core.inspection.inspect import Inspected
-from core.inspection.report import lacks, script_of
+from ..bundle.bundle import Kept, open_bundle
+from ..bundle.choice import LEGACY_FILES, choose
+from ..bundle.contradictions import contradictions
+from ..bundle.evolution import notes
+from ..bundle.training_state import STATE
+from ..errors import CheckpointDamaged, CheckpointError
+from .inspect import Inspected
+from .report import lacks, script_of
 
 Facts = dict[str, Any]
 

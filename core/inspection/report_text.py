@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from core.console.words import columns, printable, size_text
-from core.containers.pickles.inert import as_text
-from core.containers.spec import TensorSpec
-from core.families.recognise import LECTURE
-from core.inspection.report import tensors_in
-from core.inspection.tensor_table import each, grouped
+from ..console.words import columns, printable, size_text
+from ..containers.pickles.inert import as_text
+from ..containers.spec import TensorSpec
+from ..families.recognise import LECTURE
+from .report import tensors_in
+from .tensor_table import each, grouped
 
 Facts = dict[str, Any]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from core.console.words import columns, printable, size_text
+from ..console.words import columns, printable, size_text
 
 if TYPE_CHECKING:
-    from core.inspection.statistics import Stat
-    from core.inspection.verification import Verification
+    from .statistics import Stat
+    from .verification import Verification
 
 Facts = dict[str, Any]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from core.containers.container import Container
-from core.containers.spec import ITEM_SIZES, TensorSpec
-from core.containers.tensors.dtypes import decode
-from core.containers.tensors.elements import inflated, pieces
+from ..containers.container import Container
+from ..containers.spec import ITEM_SIZES, TensorSpec
+from ..containers.tensors.dtypes import decode
+from ..containers.tensors.elements import inflated, pieces
 
 if TYPE_CHECKING:
     import numpy as np  # a tenth of a second that looking into a file need not pay

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from core.console.words import printable
-from core.containers.spec import TensorSpec
+from ..console.words import printable
+from ..containers.spec import TensorSpec
 
 Facts = dict[str, Any]
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from core.console.words import size_text
-from core.containers import checksum
-from core.containers.container import Check, Container
-from core.containers.pickles.inert import as_text
-from core.errors import CheckpointNotFound
+from ..console.words import size_text
+from ..containers import checksum
+from ..containers.container import Check, Container
+from ..containers.pickles.inert import as_text
+from ..errors import CheckpointNotFound
 
 _PIECE = 4 << 20
 """Bytes that a thread sums up at a time."""

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from core.bundle.bundle import TOKENIZER, Bundle
-from core.bundle.commit import CONFIG, MODEL
-from core.bundle.contradictions import fits_characters
-from core.bundle.training_state import parse_json
-from core.config.gpt import EDITABLE, GPTConfig, same_architecture
-from core.data.tokenizer import Tokenizer, describe, make_char, named_tokenizer, same_vocabulary
-from core.errors import CheckpointMismatch, InputError
-from core.loading.tensors import load_model
-from core.model import GPT
-from core.networks.device import resolve_device
+from ..bundle.bundle import TOKENIZER, Bundle
+from ..bundle.commit import CONFIG, MODEL
+from ..bundle.contradictions import fits_characters
+from ..bundle.training_state import parse_json
+from ..config.gpt import EDITABLE, GPTConfig, same_architecture
+from ..data.tokenizer import Tokenizer, describe, make_char, named_tokenizer, same_vocabulary
+from ..errors import CheckpointMismatch, InputError
+from ..loading.tensors import load_model
+from ..model import GPT
+from ..networks.device import resolve_device
 
 ANOTHER = "Leave --tokenization out, or train under another --model_name."
 

@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 
-from core.bundle import intact
-from core.bundle.bundle import OPTIMIZER, Bundle
-from core.bundle.commit import CONFIG
-from core.bundle.training_state import parse_json
-from core.checkpoint import CheckpointManager
-from core.config.modded import SpeedrunConfig
-from core.config.variants import BLOCK, HEAD_SIZE
-from core.data.tokenizer import Tokenizer
-from core.errors import CheckpointMismatch, InputError
-from core.kinds.gpt import refuse_other_tokenizer
-from core.kinds.modded_moments import take_over
-from core.loading.modded import load_speedrun, refuse_large_tokenizer
-from core.loading.tensors import load_moments
-from core.networks.device import resolve_device
-from core.networks.flex import GPTFlexAttention
-from core.networks.muon import MuonWithAdamW, configure_muon
-from core.pretrained import load_flex_checkpoint
+from ..bundle import intact
+from ..bundle.bundle import OPTIMIZER, Bundle
+from ..bundle.commit import CONFIG
+from ..bundle.training_state import parse_json
+from ..checkpoint import CheckpointManager
+from ..config.modded import SpeedrunConfig
+from ..config.variants import BLOCK, HEAD_SIZE
+from ..data.tokenizer import Tokenizer
+from ..errors import CheckpointMismatch, InputError
+from ..loading.modded import load_speedrun, refuse_large_tokenizer
+from ..loading.tensors import load_moments
+from ..networks.device import resolve_device
+from ..networks.flex import GPTFlexAttention
+from ..networks.muon import MuonWithAdamW, configure_muon
+from ..pretrained import load_flex_checkpoint
+from .gpt import refuse_other_tokenizer
+from .modded_moments import take_over
 
 MODEL_CLASS = "GPTFlexAttention"
 ANOTHER = "Leave it out, or train under another --model_name."

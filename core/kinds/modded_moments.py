@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.bundle.optimizer_state import groups_of
-from core.errors import CheckpointMismatch
-from core.loading.optimizer import load_optimizer_state
-from core.networks.modded import SpeedrunGPT
-from core.networks.muon import MuonWithAdamW, parameters_by_kind
+from ..bundle.optimizer_state import groups_of
+from ..errors import CheckpointMismatch
+from ..loading.optimizer import load_optimizer_state
+from ..networks.modded import SpeedrunGPT
+from ..networks.muon import MuonWithAdamW, parameters_by_kind
 
 Entries = dict[str, dict[str, Any]]
 ADAMW, MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)

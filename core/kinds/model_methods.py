@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from core.bundle.bundle import ALL_PARTS, Bundle, open_bundle
-from core.bundle.commit import MODEL, new_id
-from core.bundle.intact import open_chosen, open_verified
-from core.bundle.storage import DISK
-from core.checkpoint import CheckpointManager
-from core.data.tokenizer import Tokenizer
-from core.errors import SaveFailed
-from core.loading.tensors import load_model, load_optimizer
-from core.model import GPT
-from core.networks.device import resolve_dtype
-from core.networks.state_dict import export_state_dict
-from core.saving.torch_file import write_torch_zip
+from ..bundle.bundle import ALL_PARTS, Bundle, open_bundle
+from ..bundle.commit import MODEL, new_id
+from ..bundle.intact import open_chosen, open_verified
+from ..bundle.storage import DISK
+from ..checkpoint import CheckpointManager
+from ..data.tokenizer import Tokenizer
+from ..errors import SaveFailed
+from ..loading.tensors import load_model, load_optimizer
+from ..model import GPT
+from ..networks.device import resolve_dtype
+from ..networks.state_dict import export_state_dict
+from ..saving.torch_file import write_torch_zip
 
 
 def load(

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.bundle.bundle import CONFIG, TOKENIZER, Bundle
-from core.bundle.contradictions import check_fit
-from core.bundle.sharded_part import ShardedFile
-from core.data.tokenizer import tokenizer_from_state
-from core.loading.tensors import load_optimizer, load_weights, read_part, recorded_dtype
-from core.model import GPT
-from core.networks.device import resolve_device
-from core.networks.distributed import World
-from core.networks.state_dict import local
-from core.saving.shards import block_like, empty_like, fill_shards
+from ..bundle.bundle import CONFIG, TOKENIZER, Bundle
+from ..bundle.contradictions import check_fit
+from ..bundle.sharded_part import ShardedFile
+from ..data.tokenizer import tokenizer_from_state
+from ..model import GPT
+from ..networks.device import resolve_device
+from ..networks.distributed import World
+from ..networks.state_dict import local
+from ..saving.shards import block_like, empty_like, fill_shards
+from .tensors import load_optimizer, load_weights, read_part, recorded_dtype
 
 
 def build_spread(bundle: Bundle, world: World) -> GPT:

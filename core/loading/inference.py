@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from core.bundle import intact
-from core.bundle.bundle import EMA, FOR_INFERENCE, TOKENIZER
-from core.bundle.choice import choose
-from core.config.modded import CLASSES
-from core.errors import CheckpointDamaged
-from core.loading.modded import load_speedrun
-from core.loading.tensors import load_model
-from core.model import GPT, GPTBatched, GPTFlexAttention
+from ..bundle import intact
+from ..bundle.bundle import EMA, FOR_INFERENCE, TOKENIZER
+from ..bundle.choice import choose
+from ..config.modded import CLASSES
+from ..errors import CheckpointDamaged
+from ..model import GPT, GPTBatched, GPTFlexAttention
+from .modded import load_speedrun
+from .tensors import load_model
 
 
 def load_chosen(

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from core.bundle.bundle import TOKENIZER, Bundle
-from core.bundle.commit import CONFIG
-from core.config.modded import CLASSES, SpeedrunConfig
-from core.console.listing import differences, listed
-from core.data.tokenizer import Tokenizer, describe, tokenizer_from_state
-from core.errors import CheckpointMismatch
-from core.families.fused import plain_names
-from core.loading.tensors import read_part
-from core.networks.batched import GPTBatched
-from core.networks.device import resolve_device
-from core.networks.flex import GPTFlexAttention
-from core.networks.modded import SpeedrunGPT
+from ..bundle.bundle import TOKENIZER, Bundle
+from ..bundle.commit import CONFIG
+from ..config.modded import CLASSES, SpeedrunConfig
+from ..console.listing import differences, listed
+from ..data.tokenizer import Tokenizer, describe, tokenizer_from_state
+from ..errors import CheckpointMismatch
+from ..families.fused import plain_names
+from ..networks.batched import GPTBatched
+from ..networks.device import resolve_device
+from ..networks.flex import GPTFlexAttention
+from ..networks.modded import SpeedrunGPT
+from .tensors import read_part
 
 MODELS: dict[str, type[GPTFlexAttention] | type[GPTBatched]] = dict(
     zip(CLASSES, (GPTFlexAttention, GPTBatched), strict=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.bundle.sharded_part import ShardedFile
-from core.containers.spec import Chunk, TensorSpec
+from ..bundle.sharded_part import ShardedFile
+from ..containers.spec import Chunk, TensorSpec
 
 
 def chunks_of(spec: TensorSpec) -> tuple[Chunk, ...]:

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.bundle.bundle import TOKENIZER, Bundle
-from core.bundle.contradictions import check_fit, rearrange_optimizer
-from core.bundle.optimizer_state import groups_of, names_in_order
-from core.bundle.parts import Part, TorchFile, once
-from core.bundle.sharded_part import ShardedFile
-from core.console.listing import counted, differences, listed
-from core.containers.spec import TensorSpec
-from core.containers.torch_files.zip import TorchZip
-from core.data.tokenizer import tokenizer_from_state
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
-from core.families.fused import Plan
-from core.loading.optimizer import load_optimizer_state
-from core.loading.shards import read_shards
-from core.model import GPT
-from core.networks.device import resolve_device
-from core.networks.state_dict import plain_name
+from ..bundle.bundle import TOKENIZER, Bundle
+from ..bundle.contradictions import check_fit, rearrange_optimizer
+from ..bundle.optimizer_state import groups_of, names_in_order
+from ..bundle.parts import Part, TorchFile, once
+from ..bundle.sharded_part import ShardedFile
+from ..console.listing import counted, differences, listed
+from ..containers.spec import TensorSpec
+from ..containers.torch_files.zip import TorchZip
+from ..data.tokenizer import tokenizer_from_state
+from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from ..families.fused import Plan
+from ..model import GPT
+from ..networks.device import resolve_device
+from ..networks.state_dict import plain_name
+from .optimizer import load_optimizer_state
+from .shards import read_shards
 
 DESCRIPTORS = Path("/proc/self/fd")
 """Where Linux names open files by number: how an open file, rather than its name, is mapped."""

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.config.modded import SpeedrunConfig
-from core.config.variants import BLOCK, HEAD_SIZE, WITHOUT_ATTENTION, windows_of
-from core.errors import InputError
-from core.families.modded import merged
-from core.networks import generation
-from core.networks.bound import bound
-from core.networks.flex import compiled_flex
-from core.networks.modded import IGNORED, SCALE, SpeedrunGPT
-from core.networks.windows import block_mask, cuts, mask
+from ..config.modded import SpeedrunConfig
+from ..config.variants import BLOCK, HEAD_SIZE, WITHOUT_ATTENTION, windows_of
+from ..errors import InputError
+from ..families.modded import merged
+from . import generation
+from .bound import bound
+from .flex import compiled_flex
+from .modded import IGNORED, SCALE, SpeedrunGPT
+from .windows import block_mask, cuts, mask
 
 if TYPE_CHECKING:
-    from core.networks.flex import GPTFlexAttention
+    from .flex import GPTFlexAttention
 
 
 class BatchedCache:
@@ -188,4 +188,4 @@ class GPTBatched(SpeedrunGPT):
         return features
 
     generate = generation.generate
-    save_checkpoint_bundle = bound("core.kinds.model_methods", "save_checkpoint_bundle")
+    save_checkpoint_bundle = bound("..kinds.model_methods", "save_checkpoint_bundle", __package__)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.bundle.intact import open_chosen
-from core.config.modded import SpeedrunConfig
-from core.console.listing import differences, listed
-from core.data.tokenizer import Tokenizer, tokenizer_from_state
-from core.errors import CheckpointMismatch, InputError
-from core.loading.tensors import read_part
-from core.networks.batched import GPTBatched
+from ..bundle.intact import open_chosen
+from ..config.modded import SpeedrunConfig
+from ..console.listing import differences, listed
+from ..data.tokenizer import Tokenizer, tokenizer_from_state
+from ..errors import CheckpointMismatch, InputError
+from ..loading.tensors import read_part
+from .batched import GPTBatched
 
 
 class GPTClassification(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from core.errors import InputError
+from ..errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

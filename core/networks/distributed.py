@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from core.console.commandline import FAILED
-from core.console.signals import WISHES
-from core.errors import CheckpointError, InputError
+from ..console.commandline import FAILED
+from ..console.signals import WISHES
+from ..errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     import torch

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.config.variants import BLOCK, windows_of
-from core.errors import InputError
-from core.networks.bound import bound
-from core.networks.modded import SCALE, Attend, SpeedrunGPT
-from core.networks.windows import block_mask, documents, mask
+from ..config.variants import BLOCK, windows_of
+from ..errors import InputError
+from .bound import bound
+from .modded import SCALE, Attend, SpeedrunGPT
+from .windows import block_mask, documents, mask
 
 if TYPE_CHECKING:
-    from core.networks.batched import GPTBatched
+    from .batched import GPTBatched
 
 KERNELS = ("auto", "flex", "sdpa")
 """What computes the attention of GPTFlexAttention: auto is flex on CUDA, and SDPA elsewhere."""
@@ -90,12 +90,12 @@ class GPTFlexAttention(SpeedrunGPT):
 
     def batched(self) -> GPTBatched:
         """The same model for batches and for writing text: `GPTBatched.from_pretrained_gpt(self)`."""
-        from core.networks.batched import GPTBatched
+        from .batched import GPTBatched
 
         return GPTBatched.from_pretrained_gpt(self)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Continue a prompt; see `core.networks.generation.generate`."""
+        """Continue a prompt; see `networks.generation.generate`."""
         return self.batched().generate(*args, **kwargs)
 
-    save_checkpoint_bundle = bound("core.kinds.model_methods", "save_checkpoint_bundle")
+    save_checkpoint_bundle = bound("..kinds.model_methods", "save_checkpoint_bundle", __package__)

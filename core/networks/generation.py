@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from core.errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
-    from core.config.gpt import GPTConfig
-    from core.data.decoding import Stream
-    from core.data.tokenizer import Tokenizer
+    from ..config.gpt import GPTConfig
+    from ..data.decoding import Stream
+    from ..data.tokenizer import Tokenizer
 
 Prompt = TypeVar("Prompt", str, Tensor, list[int])
 

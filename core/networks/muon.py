@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.networks.modded import SpeedrunGPT
+from .modded import SpeedrunGPT
 
 Named = list[tuple[str, nn.Parameter]]
 Coefficients = Sequence[tuple[float, float, float]]

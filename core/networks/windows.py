@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config.variants import BLOCK
+from ..config.variants import BLOCK
 
 
 def documents(ids: Tensor, eos_token_id: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from core.saving.snapshot import Memory, Snapshot
+from .snapshot import Memory, Snapshot
 
 
 class Saver:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from core.bundle.bundle import (
+from ..bundle.bundle import (
     ALL_PARTS,
     EMA,
     OPTIMIZER,
@@ -19,15 +19,15 @@ from core.bundle.bundle import (
     verify,
     write_bundle,
 )
-from core.bundle.commit import CONFIG, MODEL, ModelFolder, new_id
-from core.bundle.lineage import descent
-from core.bundle.parts import Part
-from core.bundle.sharded_part import ShardedFile
-from core.bundle.storage import Output
-from core.containers.spec import TensorSpec
-from core.containers.tensors.reading import Gatherer
-from core.containers.tensors.views import stored
-from core.containers.torch_files.layout import Stored, ZipLayout, pickled
+from ..bundle.commit import CONFIG, MODEL, ModelFolder, new_id
+from ..bundle.lineage import descent
+from ..bundle.parts import Part
+from ..bundle.sharded_part import ShardedFile
+from ..bundle.storage import Output
+from ..containers.spec import TensorSpec
+from ..containers.tensors.reading import Gatherer
+from ..containers.tensors.views import stored
+from ..containers.torch_files.layout import Stored, ZipLayout, pickled
 
 
 def consolidate(place: ModelFolder) -> Bundle | None:

@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.bundle.bundle import EMA, OPTIMIZER, history, write_file
-from core.bundle.commit import CONFIG, MODEL, entries
-from core.bundle.lock import hold
-from core.bundle.rewind import top_state
-from core.bundle.sharded_part import folder_of
-from core.bundle.storage import Output
-from core.bundle.training_state import STATE, seal
-from core.console.words import size_text
-from core.containers.dcp.metadata import METADATA
-from core.containers.dcp.writer import Placed, file_of, metadata
-from core.errors import CheckpointError, SaveFailed
-from core.networks.distributed import World
-from core.networks.state_dict import local
-from core.saving.shards import Shard, averages_of, image_of, moments_of, placed, weights_of
-from core.saving.snapshot import Memory
-from core.saving.step import Save
+from ..bundle.bundle import EMA, OPTIMIZER, history, write_file
+from ..bundle.commit import CONFIG, MODEL, entries
+from ..bundle.lock import hold
+from ..bundle.rewind import top_state
+from ..bundle.sharded_part import folder_of
+from ..bundle.storage import Output
+from ..bundle.training_state import STATE, seal
+from ..console.words import size_text
+from ..containers.dcp.metadata import METADATA
+from ..containers.dcp.writer import Placed, file_of, metadata
+from ..errors import CheckpointError, SaveFailed
+from ..networks.distributed import World
+from ..networks.state_dict import local
+from .shards import Shard, averages_of, image_of, moments_of, placed, weights_of
+from .snapshot import Memory
+from .step import Save
 
 
 class ShardSave(Save):

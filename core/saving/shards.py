@@ -24,14 +24,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
-from core.bundle.sharded_part import ShardedFile
-from core.containers.dcp.writer import Placed, item_header
-from core.containers.spec import TensorSpec
-from core.containers.torch_files.image import Image
-from core.containers.torch_files.layout import pickled
-from core.loading.shards import chunks_of, read_block
-from core.networks.state_dict import plain_name
-from core.saving.torch_file import bytes_of
+from ..bundle.sharded_part import ShardedFile
+from ..containers.dcp.writer import Placed, item_header
+from ..containers.spec import TensorSpec
+from ..containers.torch_files.image import Image
+from ..containers.torch_files.layout import pickled
+from ..loading.shards import chunks_of, read_block
+from ..networks.state_dict import plain_name
+from .torch_file import bytes_of
 
 Shape = tuple[int, ...]
 

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from core.containers.checksum import CHUNK
-from core.containers.threads import MOST
-from core.containers.torch_files.image import RECORDS, Image, Kind, Piece, Sealed
-from core.errors import SaveFailed
-from core.saving.torch_file import bytes_of, records_of
+from ..containers.checksum import CHUNK
+from ..containers.threads import MOST
+from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Sealed
+from ..errors import SaveFailed
+from .torch_file import bytes_of, records_of
 
 BLOCK = 4 * 1024 * 1024
 """Bytes of a block: large enough for the disk, small enough to fill while another is written."""

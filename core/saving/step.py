@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.bundle.bundle import EMA, OPTIMIZER, TOKENIZER, Content, history, write_bundle
-from core.bundle.choice import seen_files
-from core.bundle.commit import CONFIG, MODEL, ModelFolder, new_id
-from core.bundle.lineage import descent
-from core.bundle.retention import Retention, best_of, better
-from core.bundle.rewind import top_state
-from core.bundle.training_state import FIELDS, STATE, dump_json, parse_json, unseal
-from core.config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
-from core.config.modded import SpeedrunConfig
-from core.console.words import size_text
-from core.data.tokenizer import Tokenizer
-from core.errors import CheckpointDamaged, InputError, SaveFailed
-from core.networks.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
-from core.saving.snapshot import Memory, Snapshot
+from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, Content, history, write_bundle
+from ..bundle.choice import seen_files
+from ..bundle.commit import CONFIG, MODEL, ModelFolder, new_id
+from ..bundle.lineage import descent
+from ..bundle.retention import Retention, best_of, better
+from ..bundle.rewind import top_state
+from ..bundle.training_state import FIELDS, STATE, dump_json, parse_json, unseal
+from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
+from ..config.modded import SpeedrunConfig
+from ..console.words import size_text
+from ..data.tokenizer import Tokenizer
+from ..errors import CheckpointDamaged, InputError, SaveFailed
+from ..networks.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
+from .snapshot import Memory, Snapshot
 
 
 class Save:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.containers.checksum import CHUNK
-from core.containers.threads import Workers
-from core.containers.torch_files.image import Image
-from core.containers.torch_files.layout import Sink, ZipLayout
+from ..containers.checksum import CHUNK
+from ..containers.threads import Workers
+from ..containers.torch_files.image import Image
+from ..containers.torch_files.layout import Sink, ZipLayout
 
 
 def write_torch_zip(sink: Sink, content: Any) -> str:

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from core.bundle.bundle import EMA, OPTIMIZER
-from core.bundle.commit import MODEL
-from core.data.randomness import mix
-from core.networks.device import changes, seed_generator
-from core.networks.state_dict import export_optimizer_state, export_state_dict
-from core.saving.torch_file import digest_of
+from ..bundle.bundle import EMA, OPTIMIZER
+from ..bundle.commit import MODEL
+from ..data.randomness import mix
+from ..networks.device import changes, seed_generator
+from ..networks.state_dict import export_optimizer_state, export_state_dict
+from ..saving.torch_file import digest_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from core.data.dataloader import DataLoader
-    from core.training.ema import Ema
-    from core.training.schedule import Schedule
+    from ..data.dataloader import DataLoader
+    from .ema import Ema
+    from .schedule import Schedule
 
 EXACT = "resume is exact"
 NOT_EXACT = "resume is not exact"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.console.listing import differences, listed
-from core.errors import CheckpointMismatch, InputError
-from core.networks.state_dict import local, plain_name, unwrap
+from ..console.listing import differences, listed
+from ..errors import CheckpointMismatch, InputError
+from ..networks.state_dict import local, plain_name, unwrap
 
 
 class Ema:

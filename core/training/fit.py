@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoint import CheckpointManager
-from core.console.signals import SAVING, StopSignal, reason
-from core.data.dataloader import DataLoader
-from core.errors import InputError
-from core.model import GPT, GPTFlexAttention
-from core.networks.distributed import ALONE, World
-from core.training.ema import check_decay
-from core.training.loop import Run
-from core.training.save_timing import RunSaves
-from core.training.schedule import Schedule
+from ..checkpoint import CheckpointManager
+from ..console.signals import SAVING, StopSignal, reason
+from ..data.dataloader import DataLoader
+from ..errors import InputError
+from ..model import GPT, GPTFlexAttention
+from ..networks.distributed import ALONE, World
+from .ema import check_decay
+from .loop import Run
+from .save_timing import RunSaves
+from .schedule import Schedule
 
 LOG_INTERVAL = 10
 """Steps between two looks at the loss: each look waits for the device."""

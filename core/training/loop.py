@@ -13,30 +13,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from core.bundle.folder import LOG
-from core.checkpoint import CheckpointManager
-from core.console.signals import SAVE_BY_CLOCK, SAVING, StopSignal, reason
-from core.data.dataloader import DataLoader
-from core.data.randomness import mix
-from core.errors import CheckpointError, CheckpointMismatch
-from core.model import GPT, GPTFlexAttention
-from core.networks.device import environment, seed_generator
-from core.networks.distributed import World, whole
-from core.networks.muon import MuonWithAdamW
-from core.training.certificate import (
-    EXACT,
-    certificate_of,
-    differences,
-    make_certificate,
-    settings_of,
-    state_digests,
-    verdict,
-)
-from core.training.ema import Ema
-from core.training.grad_scaler import SMALLEST, make_scaler, scaler_state
-from core.training.metrics import Metrics
-from core.training.save_timing import RunSaves
-from core.training.schedule import Schedule
+from ..bundle.folder import LOG
+from ..checkpoint import CheckpointManager
+from ..console.signals import SAVE_BY_CLOCK, SAVING, StopSignal, reason
+from ..data.dataloader import DataLoader
+from ..data.randomness import mix
+from ..errors import CheckpointError, CheckpointMismatch
+from ..model import GPT, GPTFlexAttention
+from ..networks.device import environment, seed_generator
+from ..networks.distributed import World, whole
+from ..networks.muon import MuonWithAdamW
+from .certificate import EXACT, certificate_of, differences, make_certificate, settings_of, state_digests, verdict
+from .ema import Ema
+from .grad_scaler import SMALLEST, make_scaler, scaler_state
+from .metrics import Metrics
+from .save_timing import RunSaves
+from .schedule import Schedule
 
 
 class TrainingDiverged(CheckpointError):

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from core.errors import SaveFailed
+from ..errors import SaveFailed
 
 
 class Metrics:

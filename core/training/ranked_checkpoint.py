@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.bundle import intact
-from core.bundle.bundle import ALL_PARTS, Bundle, open_bundle
-from core.bundle.bundle import verify as verify_files
-from core.bundle.choice import choose
-from core.bundle.legacy import open_legacy
-from core.bundle.sharded_part import files_of
-from core.checkpoint import CheckpointManager
-from core.console.words import size_text
-from core.data.tokenizer import Tokenizer
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, SaveFailed
-from core.kinds import gpt as start
-from core.loading.fsdp import averages, build_spread, fill_moments, optimizer_state
-from core.model import GPT
-from core.networks.distributed import World
-from core.saving.consolidate import consolidate
-from core.saving.sharded_step import ShardSave
+from ..bundle import intact
+from ..bundle.bundle import ALL_PARTS, Bundle, open_bundle
+from ..bundle.bundle import verify as verify_files
+from ..bundle.choice import choose
+from ..bundle.legacy import open_legacy
+from ..bundle.sharded_part import files_of
+from ..checkpoint import CheckpointManager
+from ..console.words import size_text
+from ..data.tokenizer import Tokenizer
+from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, SaveFailed
+from ..kinds import gpt as start
+from ..loading.fsdp import averages, build_spread, fill_moments, optimizer_state
+from ..model import GPT
+from ..networks.distributed import World
+from ..saving.consolidate import consolidate
+from ..saving.sharded_step import ShardSave
 
 
 class RankedManager(CheckpointManager):

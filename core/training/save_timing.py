@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-from core.checkpoint import CheckpointManager
-from core.errors import SaveFailed
+from ..checkpoint import CheckpointManager
+from ..errors import SaveFailed
 
 
 class RunSaves:

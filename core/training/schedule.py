@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from core.errors import InputError
+from ..errors import InputError
 
 KINDS = ("constant", "cosine")
 

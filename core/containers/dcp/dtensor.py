@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from core.containers.blocks import naturals
-from core.containers.pickles.foreign import attributes, foreign_calls
-from core.containers.pickles.inert import Call, Global, as_text, children
-from core.containers.spec import ITEM_SIZES, TensorSpec
-from core.errors import CheckpointDamaged, CheckpointError
+from ...errors import CheckpointDamaged, CheckpointError
+from ..blocks import naturals
+from ..pickles.foreign import attributes, foreign_calls
+from ..pickles.inert import Call, Global, as_text, children
+from ..spec import ITEM_SIZES, TensorSpec
 
 _HOMES = ("torch.distributed.", "megatron.core.dist_checkpointing.strategies.torch.")
 

@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from core.containers.blocks import blocks_fault, spec_of_blocks
-from core.containers.container import Check, Container, is_plain, listing, member, reading
-from core.containers.dcp.metadata import METADATA, Entry, Metadata, Place, read_metadata
-from core.containers.pickles.foreign import foreign_calls
-from core.containers.pickles.inert import as_text
-from core.containers.spec import Chunk, TensorSpec
-from core.containers.torch_files.items import Item, Items, find_items
-from core.containers.torch_files.storages import LARGEST_PICKLE
-from core.containers.torch_files.zip_directory import read_at
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+from ...errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+from ..blocks import blocks_fault, spec_of_blocks
+from ..container import Check, Container, is_plain, listing, member, reading
+from ..pickles.foreign import foreign_calls
+from ..pickles.inert import as_text
+from ..spec import Chunk, TensorSpec
+from ..torch_files.items import Item, Items, find_items
+from ..torch_files.storages import LARGEST_PICKLE
+from ..torch_files.zip_directory import read_at
+from .metadata import METADATA, Entry, Metadata, Place, read_metadata
 
 SUFFIX = ".distcp"
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from core.containers.blocks import naturals
-from core.containers.dcp.dtensor import foreign_within, is_distributed
-from core.containers.pickles.foreign import attributes
-from core.containers.pickles.inert import Call, Global, as_text
-from core.containers.pickles.reader import parse_pickle
-from core.containers.pickles.reductions import Reductions
-from core.containers.spec import ITEM_SIZES
-from core.errors import CheckpointDamaged, CheckpointError
+from ...errors import CheckpointDamaged, CheckpointError
+from ..blocks import naturals
+from ..pickles.foreign import attributes
+from ..pickles.inert import Call, Global, as_text
+from ..pickles.reader import parse_pickle
+from ..pickles.reductions import Reductions
+from ..spec import ITEM_SIZES
+from .dtensor import foreign_within, is_distributed
 
 METADATA = ".metadata"
 _MOST_DIMENSIONS = 64

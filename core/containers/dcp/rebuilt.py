@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from core.containers.container import Container, listing, member, reading
-from core.containers.dcp.folder import SUFFIX, is_dcp, metadata_of
-from core.containers.dcp.metadata import METADATA, Entry, Metadata, Place
-from core.containers.open import open_container
-from core.containers.pickles.inert import as_text
-from core.containers.spec import TensorSpec
-from core.containers.torch_files.items import Items, find_items
-from core.errors import CheckpointDamaged, CheckpointMismatch
+from ...errors import CheckpointDamaged, CheckpointMismatch
+from ..container import Container, listing, member, reading
+from ..open import open_container
+from ..pickles.inert import as_text
+from ..spec import TensorSpec
+from ..torch_files.items import Items, find_items
+from .folder import SUFFIX, is_dcp, metadata_of
+from .metadata import METADATA, Entry, Metadata, Place
 
 Shape = tuple[int, ...]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core.containers.torch_files.layout import Made, Named, Sink, Stored, ZipLayout, pickled
+from ..torch_files.layout import Made, Named, Sink, Stored, ZipLayout, pickled
 
 
 def file_of(rank: int) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.containers.pickles.inert import Call, Global, as_text, children
-from core.containers.spec import ITEM_SIZES
+from ..spec import ITEM_SIZES
+from .inert import Call, Global, as_text, children
 
 _MOST = 20
 

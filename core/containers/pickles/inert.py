@@ -6,7 +6,7 @@ import json
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
-from core.errors import CheckpointDamaged
+from ...errors import CheckpointDamaged
 
 DEPTH = 200
 """Levels of nesting a structure may have: far below Python's own limit of 1000 calls."""

@@ -7,8 +7,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from core.containers.pickles.inert import as_key
-from core.containers.pickles.reductions import as_dict
+from .inert import as_key
+from .reductions import as_dict
 
 Operation = Callable[[Any], Any]
 """What is done to the machine."""

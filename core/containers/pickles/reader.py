@@ -12,10 +12,10 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from core.containers.pickles.inert import SLACK, Call, Global, Malformed, as_key, as_text, check_structure
-from core.containers.pickles.opcodes import old_text, opcode_table, unescape
-from core.containers.pickles.reductions import PLAIN, Reductions
-from core.errors import CheckpointDamaged
+from ...errors import CheckpointDamaged
+from .inert import SLACK, Call, Global, Malformed, as_key, as_text, check_structure
+from .opcodes import old_text, opcode_table, unescape
+from .reductions import PLAIN, Reductions
 
 LONGEST_INT = 1024
 """Bytes or characters of one whole number: 128-bit random states need 17, and Python prints up to 4300 digits."""

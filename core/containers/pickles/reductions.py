@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from core.containers.pickles.inert import Call, Global, as_key
+from .inert import Call, Global, as_key
 
 Reductions = Mapping[str, Callable[..., Any]]
 """Harmless callables by their full name, each with what to build from its arguments instead of a `Call`."""

@@ -8,11 +8,11 @@ import weakref
 from pathlib import Path
 from typing import BinaryIO
 
-from core.containers.container import Container
-from core.containers.spec import TensorSpec, dense_strides
-from core.containers.tensors.dtypes import decode
-from core.containers.tensors.reading import Gatherer
-from core.containers.tensors.views import View, stored
+from ..container import Container
+from ..spec import TensorSpec, dense_strides
+from .dtypes import decode
+from .reading import Gatherer
+from .views import View, stored
 
 GAMMA = {"float16": "float32", "bfloat16": "float32"}
 """The dtype in which 1 + a number of this one is exact (to within 2**-24), where it is not its own."""

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import BinaryIO, Literal
 
-from core.containers.container import Container
-from core.containers.pickles.inert import as_text
-from core.containers.spec import ITEM_SIZES, Chunk, TensorSpec
-from core.containers.torch_files.zip_directory import read_at
-from core.errors import CheckpointDamaged, CheckpointError
+from ...errors import CheckpointDamaged, CheckpointError
+from ..container import Container
+from ..pickles.inert import as_text
+from ..spec import ITEM_SIZES, Chunk, TensorSpec
+from ..torch_files.zip_directory import read_at
 
 PIECE = 8 << 20
 """Bytes given at a time."""

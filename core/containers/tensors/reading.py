@@ -14,12 +14,12 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from core.containers import checksum
-from core.containers.spec import ITEM_SIZES
-from core.containers.tensors.dtypes import decode
-from core.containers.tensors.views import Block, View, is_in_order
-from core.containers.threads import MOST, Job, Workers
-from core.errors import CheckpointDamaged, CheckpointError
+from ...errors import CheckpointDamaged, CheckpointError
+from .. import checksum
+from ..spec import ITEM_SIZES
+from ..threads import MOST, Job, Workers
+from .dtypes import decode
+from .views import Block, View, is_in_order
 
 if TYPE_CHECKING:
     import numpy as np

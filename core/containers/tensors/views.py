@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from core.containers.container import Container
-from core.containers.spec import ITEM_SIZES, TensorSpec, dense_strides
+from ..container import Container
+from ..spec import ITEM_SIZES, TensorSpec, dense_strides
 
 Shape = tuple[int, ...]
 

@@ -6,12 +6,12 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-from core.containers.container import Check, Container, reading
-from core.containers.pickles.foreign import foreign_calls
-from core.containers.spec import TensorSpec
-from core.containers.torch_files.file import open_torch_file
-from core.containers.torch_files.stream import TorchStream
-from core.containers.torch_files.zip import TorchZip
+from ..container import Check, Container, reading
+from ..pickles.foreign import foreign_calls
+from ..spec import TensorSpec
+from .file import open_torch_file
+from .stream import TorchStream
+from .zip import TorchZip
 
 
 def open_torch_single(path: Path) -> Container:

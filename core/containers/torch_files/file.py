@@ -6,11 +6,11 @@ import codecs
 import os
 from typing import BinaryIO
 
-from core.containers.pickles.inert import as_text
-from core.containers.torch_files.stream import MAGIC, TorchStream
-from core.containers.torch_files.zip import TorchZip
-from core.containers.torch_files.zip_directory import read_at
-from core.errors import CheckpointDamaged, CheckpointError
+from ...errors import CheckpointDamaged, CheckpointError
+from ..pickles.inert import as_text
+from .stream import MAGIC, TorchStream
+from .zip import TorchZip
+from .zip_directory import read_at
 
 _HEAD = 512  # bytes: one block of a tar
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
-from core.containers.checksum import combine
-from core.containers.torch_files.layout import Entry, descriptor, directory, local_header
+from ..checksum import combine
+from .layout import Entry, descriptor, directory, local_header
 
 FOLDER = "archive"
 

@@ -7,11 +7,11 @@ import struct
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, cast
 
-from core.containers.pickles.inert import Call
-from core.containers.spec import TensorSpec
-from core.containers.torch_files.zip import TorchZip
-from core.containers.torch_files.zip_directory import Record, read_at
-from core.errors import CheckpointDamaged
+from ...errors import CheckpointDamaged
+from ..pickles.inert import Call
+from ..spec import TensorSpec
+from .zip import TorchZip
+from .zip_directory import Record, read_at
 
 _EDGE = 1024
 """Bytes at either end of the zip of one tensor that hold all but the tensor: two reads instead of twenty."""

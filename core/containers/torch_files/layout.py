@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from core.containers.checksum import combine
-from core.containers.spec import dense_strides
-from core.errors import CheckpointMismatch
+from ...errors import CheckpointMismatch
+from ..checksum import combine
+from ..spec import dense_strides
 
 ALIGNMENT = 64
 ZIP64_FROM = 0xFFFFFFFF

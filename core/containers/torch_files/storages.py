@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from core.containers.pickles.inert import Call, Global, as_text
-from core.containers.pickles.reader import Parsed, parse_pickle
-from core.containers.spec import ITEM_SIZES, TensorSpec, reach
-from core.errors import CheckpointDamaged, CheckpointError
+from ...errors import CheckpointDamaged, CheckpointError
+from ..pickles.inert import Call, Global, as_text
+from ..pickles.reader import Parsed, parse_pickle
+from ..spec import ITEM_SIZES, TensorSpec, reach
 
 LARGEST_PICKLE = 1 << 28
 """Bytes of a pickle: structure and names; ten thousand tensors take about two million."""

@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from core.containers.pickles.inert import Call, as_text
-from core.containers.pickles.reader import Parsed, PickleCutOff, parse_pickle
-from core.containers.spec import TensorSpec
-from core.containers.torch_files.storages import LARGEST_PICKLE, Storage, TensorLoader, name_tensors
-from core.containers.torch_files.zip_directory import Record, read_at
-from core.errors import CheckpointDamaged, CheckpointError
+from ...errors import CheckpointDamaged, CheckpointError
+from ..pickles.inert import Call, as_text
+from ..pickles.reader import Parsed, PickleCutOff, parse_pickle
+from ..spec import TensorSpec
+from .storages import LARGEST_PICKLE, Storage, TensorLoader, name_tensors
+from .zip_directory import Record, read_at
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001

@@ -9,11 +9,11 @@ from __future__ import annotations
 import zlib
 from typing import Any, BinaryIO
 
-from core.containers.pickles.inert import Call, as_text
-from core.containers.spec import TensorSpec
-from core.containers.torch_files.storages import LARGEST_PICKLE, TensorLoader, name_tensors
-from core.containers.torch_files.zip_directory import Record, read_at, read_directory, read_head
-from core.errors import CheckpointDamaged, CheckpointError
+from ...errors import CheckpointDamaged, CheckpointError
+from ..pickles.inert import Call, as_text
+from ..spec import TensorSpec
+from .storages import LARGEST_PICKLE, TensorLoader, name_tensors
+from .zip_directory import Record, read_at, read_directory, read_head
 
 
 class TorchZip:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from core.containers.pickles.inert import as_text
-from core.errors import CheckpointDamaged
+from ...errors import CheckpointDamaged
+from ..pickles.inert import as_text
 
 _END = struct.Struct("<4sH4xHII2x")  # signature, disk, entries, length and start of the directory
 _END64_LOCATOR = struct.Struct("<4s4xQ4x")  # signature, where the 64-bit end record is

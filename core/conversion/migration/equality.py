@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.bundle.bundle import Bundle
-from core.bundle.optimizer_state import groups_of, names_in_order
-from core.bundle.parts import TorchFile, once
-from core.containers.pickles.inert import as_text
-from core.containers.spec import TensorSpec
-from core.containers.torch_files.zip_directory import read_at
-from core.errors import CheckpointMismatch
-from core.families.fused import plain_names
+from ...bundle.bundle import Bundle
+from ...bundle.optimizer_state import groups_of, names_in_order
+from ...bundle.parts import TorchFile, once
+from ...containers.pickles.inert import as_text
+from ...containers.spec import TensorSpec
+from ...containers.torch_files.zip_directory import read_at
+from ...errors import CheckpointMismatch
+from ...families.fused import plain_names
 
 PIECE = 8 * 1024 * 1024
 """Bytes compared at a time."""
@@ -66,7 +66,7 @@ class Rows:
         if number not in self._dense:
             import torch  # comparing what lies in order needs none
 
-            from core.loading.tensors import map_tensors
+            from ...loading.tensors import map_tensors
 
             tensor = map_tensors(self.source, self.parts[number]).contiguous()
             self._dense[number] = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -15,23 +15,23 @@ from typing import Any
 
 import torch
 
-from core.bundle.bundle import OPTIMIZER, TOKENIZER, Bundle, Content, Writer, open_bundle, verify, write_bundle
-from core.bundle.choice import seen_files
-from core.bundle.commit import CONFIG, MODEL, STANDARD, ModelFolder, new_id
-from core.bundle.contradictions import check_fit
-from core.bundle.legacy import TOKENIZER_KEY, open_legacy
-from core.bundle.storage import Output
-from core.bundle.training_state import STATE, dump_json, parse_json
-from core.checkpoint import CheckpointManager
-from core.config.gpt import FORMAT_VERSION, same_architecture
-from core.console.listing import listed
-from core.console.words import size_text
-from core.conversion.migration.equality import Progress, unequal_optimizers, unequal_weights
-from core.conversion.migration.plan import BUNDLE, COMPARED, KEPT, MIGRATED, Outcome, Steps, extras, in_order, work
-from core.errors import CheckpointError, CheckpointMismatch, SaveFailed
-from core.loading.tensors import load_optimizer, load_weights
-from core.networks.state_dict import compact
-from core.saving.torch_file import file_size, write_torch_zip
+from ...bundle.bundle import OPTIMIZER, TOKENIZER, Bundle, Content, Writer, open_bundle, verify, write_bundle
+from ...bundle.choice import seen_files
+from ...bundle.commit import CONFIG, MODEL, STANDARD, ModelFolder, new_id
+from ...bundle.contradictions import check_fit
+from ...bundle.legacy import TOKENIZER_KEY, open_legacy
+from ...bundle.storage import Output
+from ...bundle.training_state import STATE, dump_json, parse_json
+from ...checkpoint import CheckpointManager
+from ...config.gpt import FORMAT_VERSION, same_architecture
+from ...console.listing import listed
+from ...console.words import size_text
+from ...errors import CheckpointError, CheckpointMismatch, SaveFailed
+from ...loading.tensors import load_optimizer, load_weights
+from ...networks.state_dict import compact
+from ...saving.torch_file import file_size, write_torch_zip
+from .equality import Progress, unequal_optimizers, unequal_weights
+from .plan import BUNDLE, COMPARED, KEPT, MIGRATED, Outcome, Steps, extras, in_order, work
 
 
 def migrate(folder: Path, paths: Iterable[Path], progress: Progress = lambda size: None) -> list[Outcome]:

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.bundle.bundle import OPTIMIZER, Bundle, history, open_bundle
-from core.bundle.choice import LEGACY_FILES, has_bundle, is_seen
-from core.bundle.commit import MODEL, ModelFolder, step_folder
-from core.bundle.contradictions import check_fit
-from core.bundle.evolution import notes
-from core.bundle.legacy import PARTS, TOKENIZER_KEY, open_legacy
-from core.bundle.training_state import FIELDS
-from core.containers.checksum import crc32_file
-from core.containers.pickles.foreign import attributes
-from core.containers.pickles.inert import Call, as_text
-from core.containers.plain import plain
-from core.errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
+from ...bundle.bundle import OPTIMIZER, Bundle, history, open_bundle
+from ...bundle.choice import LEGACY_FILES, has_bundle, is_seen
+from ...bundle.commit import MODEL, ModelFolder, step_folder
+from ...bundle.contradictions import check_fit
+from ...bundle.evolution import notes
+from ...bundle.legacy import PARTS, TOKENIZER_KEY, open_legacy
+from ...bundle.training_state import FIELDS
+from ...containers.checksum import crc32_file
+from ...containers.pickles.foreign import attributes
+from ...containers.pickles.inert import Call, as_text
+from ...containers.plain import plain
+from ...errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
 
 BUNDLE, KEPT, MIGRATED, COMPARED, SEEN, FAILED = "bundle", "kept step", "already migrated", "compared", "seen", "failed"
 """What becomes of a file: the newest step; an older one; or nothing, since it was brought over before, its step is

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from core.conversion.pairs import gpt as gpt_pairs
-from core.conversion.pairs import megatron as megatron_pairs
-from core.conversion.pairs import modded as modded_pairs
-from core.conversion.plan import Pair
+from ..plan import Pair
+from . import gpt as gpt_pairs
+from . import megatron as megatron_pairs
+from . import modded as modded_pairs
 
 PAIRS: tuple[Pair, ...] = (
     *gpt_pairs.PAIRS,

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.config.gpt import GPTConfig
-from core.containers.tensors.views import filled
-from core.conversion.plan import Model, Options, Pair
-from core.families import gpt, gpt_tables
-from core.families.recognise import FUSED, LECTURE
+from ...config.gpt import GPTConfig
+from ...containers.tensors.views import filled
+from ...families import gpt, gpt_tables
+from ...families.recognise import FUSED, LECTURE
+from ..plan import Model, Options, Pair
 
 TABLE, HEAD, HEAD_BIAS = "token_embedding_table.weight", "lm_head.weight", "lm_head.bias"
 HF_TABLE = "transformer.wte.weight"

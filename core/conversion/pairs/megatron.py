@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.containers.tensors.computed import Computed, mean, plus_one
-from core.containers.tensors.views import filled
-from core.conversion.pairs.megatron_settings import (
-    LLAMA3,
-    activation,
-    ids,
-    refuse_other_models,
-    rope_scaling,
-    setting,
-    unknown,
-)
-from core.conversion.pairs.megatron_source import localize
-from core.conversion.plan import Model, Options, Pair
-from core.families import megatron_tables
+from ...containers.tensors.computed import Computed, mean, plus_one
+from ...containers.tensors.views import filled
+from ...families import megatron_tables
+from ..plan import Model, Options, Pair
+from .megatron_settings import LLAMA3, activation, ids, refuse_other_models, rope_scaling, setting, unknown
+from .megatron_source import localize
 
 TABLE, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 HF_TABLE, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.conversion.plan import Model, Options
-from core.errors import CheckpointMismatch
+from ...errors import CheckpointMismatch
+from ..plan import Model, Options
 
 NAMES: dict[str, tuple[str, ...]] = {
     "rope_theta": ("rotary_base",),

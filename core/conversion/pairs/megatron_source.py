@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from core.containers.container import Container
-from core.containers.pickles.inert import as_text
-from core.containers.spec import TensorSpec
-from core.containers.tensors.views import View
-from core.conversion.plan import Model, Options
-from core.errors import CheckpointError, CheckpointMismatch
-from core.families.identify import Identity
-from core.families.megatron_iteration import is_extra_state
-from core.families.megatron_tables import TRANSFORMER_ENGINE, unstacked
-from core.families.rules import Table, apply
+from ...containers.container import Container
+from ...containers.pickles.inert import as_text
+from ...containers.spec import TensorSpec
+from ...containers.tensors.views import View
+from ...errors import CheckpointError, CheckpointMismatch
+from ...families.identify import Identity
+from ...families.megatron_iteration import is_extra_state
+from ...families.megatron_tables import TRANSFORMER_ENGINE, unstacked
+from ...families.rules import Table, apply
+from ..plan import Model, Options
 
 if TYPE_CHECKING:
-    from core.inspection.inspect import Inspected
+    from ...inspection.inspect import Inspected
 
 CLASSIC = "Megatron iteration (classic)"
 MIXED = "megatron_mixed"

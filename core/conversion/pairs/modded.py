@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.config.modded import SpeedrunConfig
-from core.config.variants import VARIANTS, WITHOUT_ATTENTION
-from core.containers.tensors.views import View, add_axis, cut, drop_axis, filled, join
-from core.conversion.plan import Model, Options, Pair
-from core.families.modded import EMBEDDINGS, MEDIUM
-from core.families.rules import RENAME, Row, Sizes, Table
+from ...config.modded import SpeedrunConfig
+from ...config.variants import VARIANTS, WITHOUT_ATTENTION
+from ...containers.tensors.views import View, add_axis, cut, drop_axis, filled, join
+from ...families.modded import EMBEDDINGS, MEDIUM
+from ...families.rules import RENAME, Row, Sizes, Table
+from ..plan import Model, Options, Pair
 
 BATCHED = "batched"
 """Our GPTBatched: its tensors are laid out as medium's, and its config says the variant."""

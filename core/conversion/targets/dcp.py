@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from core.containers.dcp import writer as dcp_writer
-from core.containers.dcp.metadata import METADATA
-from core.containers.dcp.writer import Placed
-from core.containers.torch_files.layout import Sink
-from core.conversion.plan import Plan, Ref, Target, WeightFile
+from ...containers.dcp import writer as dcp_writer
+from ...containers.dcp.metadata import METADATA
+from ...containers.dcp.writer import Placed
+from ...containers.torch_files.layout import Sink
+from ..plan import Plan, Ref, Target, WeightFile
 
 Path = tuple[str | int, ...]
 

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.bundle.bundle import OPTIMIZER, TOKENIZER
-from core.bundle.commit import CONFIG, MODEL, new_id
-from core.bundle.contradictions import MOST_PADDING, fits_characters
-from core.bundle.training_state import dump_json, seal
-from core.config.gpt import FORMAT_VERSION
-from core.containers.hf_folder import BESIDE
-from core.containers.plain import plain
-from core.containers.tensors.views import View
-from core.conversion.pairs.modded import BATCHED
-from core.conversion.plan import TORCH_ENDINGS, Model, Options, Plan, Ref, Target, WeightFile, target_of
-from core.conversion.sharded import add_optimizer
-from core.conversion.targets.dcp import in_dcp
-from core.conversion.targets.megatron import plan_megatron
-from core.conversion.targets.model_card import card
-from core.conversion.targets.safetensors import add_weights, beside, plan_safetensors, ties
-from core.conversion.vocabulary import definition_of, tokens_of
-from core.families.recognise import FUSED
+from ...bundle.bundle import OPTIMIZER, TOKENIZER
+from ...bundle.commit import CONFIG, MODEL, new_id
+from ...bundle.contradictions import MOST_PADDING, fits_characters
+from ...bundle.training_state import dump_json, seal
+from ...config.gpt import FORMAT_VERSION
+from ...containers.hf_folder import BESIDE
+from ...containers.plain import plain
+from ...containers.tensors.views import View
+from ...families.recognise import FUSED
+from ..pairs.modded import BATCHED
+from ..plan import TORCH_ENDINGS, Model, Options, Plan, Ref, Target, WeightFile, target_of
+from ..sharded import add_optimizer
+from ..vocabulary import definition_of, tokens_of
+from .dcp import in_dcp
+from .megatron import plan_megatron
+from .model_card import card
+from .safetensors import add_weights, beside, plan_safetensors, ties
 
 CKPT = "ckpt.pt"
 HF = ("hf_gpt2", "hf_llama", "hf_qwen2", "hf_qwen3")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from core.conversion.pairs.megatron_settings import NAMES, ONLY, unknown
-from core.conversion.pairs.megatron_source import localize
-from core.conversion.plan import TORCH_ENDINGS, Model, Options, Plan, Ref, WeightFile, target_of
+from ..pairs.megatron_settings import NAMES, ONLY, unknown
+from ..pairs.megatron_source import localize
+from ..plan import TORCH_ENDINGS, Model, Options, Plan, Ref, WeightFile, target_of
 
 FILE, STATE, SETTINGS = "exported_model.pt", "model_state_dict", "model_config"
 HEAD, UNTIED = "output_layer.weight", "untie_embeddings_and_output_weights"

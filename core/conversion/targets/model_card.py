@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.conversion.plan import Plan, folded
+from ..plan import Plan, folded
 
 
 def card(plan: Plan) -> str:

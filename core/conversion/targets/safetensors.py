@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.bundle.training_state import dump_json
-from core.containers import safetensors_writer
-from core.containers.hf_folder import BESIDE
-from core.conversion.plan import Model, Options, Plan, Target, WeightFile, target_of
-from core.conversion.sharded import add_optimizer_tensors
-from core.families.recognise import FUSED
+from ...bundle.training_state import dump_json
+from ...containers import safetensors_writer
+from ...containers.hf_folder import BESIDE
+from ...families.recognise import FUSED
+from ..plan import Model, Options, Plan, Target, WeightFile, target_of
+from ..sharded import add_optimizer_tensors
 
 INDEX = "model.safetensors.index.json"
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from core.containers.container import Container
-from core.containers.spec import ITEM_SIZES, TensorSpec
-from core.containers.tensors.dtypes import INTEGERS, decode
-from core.containers.tensors.elements import pieces
-from core.errors import CheckpointDamaged
+from ...containers.container import Container
+from ...containers.spec import ITEM_SIZES, TensorSpec
+from ...containers.tensors.dtypes import INTEGERS, decode
+from ...containers.tensors.elements import pieces
+from ...errors import CheckpointDamaged
 
 if TYPE_CHECKING:
     import numpy as np

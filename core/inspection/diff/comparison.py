@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.containers.pickles.inert import as_text
-from core.containers.plain import plain
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
-from core.families.common_names import common_fields, naming
-from core.families.fused import plain_names
-from core.inspection.diff.change import Change, Progress, Stored, change_between, is_zero
-from core.inspection.diff.side import Facts, Side
+from ...containers.pickles.inert import as_text
+from ...containers.plain import plain
+from ...errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
+from ...families.common_names import common_fields, naming
+from ...families.fused import plain_names
+from .change import Change, Progress, Stored, change_between, is_zero
+from .side import Facts, Side
 
 
 @dataclass
@@ -104,13 +104,13 @@ class Comparison:
 
     def facts(self) -> Facts:
         """The comparison as values that JSON has."""
-        from core.inspection.diff.text import comparison_facts
+        from .text import comparison_facts
 
         return comparison_facts(self)
 
     def lines(self) -> Iterable[str]:
         """The comparison for people."""
-        from core.inspection.diff.text import comparison_lines
+        from .text import comparison_lines
 
         return comparison_lines(self)
 

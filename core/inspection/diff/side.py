@@ -9,24 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.bundle.evolution import Evidence, evolve
-from core.bundle.optimizer_state import groups_of, names_in_order
-from core.bundle.parts import once
-from core.containers.container import Container
-from core.containers.pickles.inert import as_text
-from core.containers.plain import plain
-from core.containers.spec import TensorSpec
-from core.containers.tensors.dtypes import decode
-from core.containers.tensors.elements import pieces
-from core.errors import CheckpointMismatch
-from core.families.common_names import GPT2, Place, common_fields, head_and_table, naming, places
-from core.families.fused import plain_names
-from core.families.identify import UNKNOWN
-from core.families.recognise import FUSED, LECTURE, recognise
-from core.inspection.diff.change import Stored
+from ...bundle.evolution import Evidence, evolve
+from ...bundle.optimizer_state import groups_of, names_in_order
+from ...bundle.parts import once
+from ...containers.container import Container
+from ...containers.pickles.inert import as_text
+from ...containers.plain import plain
+from ...containers.spec import TensorSpec
+from ...containers.tensors.dtypes import decode
+from ...containers.tensors.elements import pieces
+from ...errors import CheckpointMismatch
+from ...families.common_names import GPT2, Place, common_fields, head_and_table, naming, places
+from ...families.fused import plain_names
+from ...families.identify import UNKNOWN
+from ...families.recognise import FUSED, LECTURE, recognise
+from .change import Stored
 
 if TYPE_CHECKING:
-    from core.inspection.inspect import Inspected
+    from ..inspect import Inspected
 
 Facts = dict[str, Any]
 _FEW = 16  # elements of a tensor that is compared as a value

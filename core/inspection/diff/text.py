@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from core.console.words import columns, printable
-from core.containers.pickles.inert import as_text
-from core.containers.plain import plain
-from core.inspection.diff.change import Stored
-from core.inspection.diff.comparison import Comparison, Pair, Tensors, Values
-from core.inspection.diff.side import Facts, Side
-from core.inspection.tensor_table import grouped
+from ...console.words import columns, printable
+from ...containers.pickles.inert import as_text
+from ...containers.plain import plain
+from ..tensor_table import grouped
+from .change import Stored
+from .comparison import Comparison, Pair, Tensors, Values
+from .side import Facts, Side
 
 _SHOWN = 40
 """Rows of one list."""

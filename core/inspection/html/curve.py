@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.containers.container import open_file
-from core.errors import CheckpointError
+from ...containers.container import open_file
+from ...errors import CheckpointError
 
 Points = dict[str, list[float]]
 

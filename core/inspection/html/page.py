@@ -15,16 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from core.bundle.storage import Storage
-from core.console.words import printable, size_text
-from core.containers.pickles.inert import as_text
-from core.containers.spec import TensorSpec
-from core.errors import CheckpointError, InputError
-from core.inspection.html.curve import Curve, curve_beside
-from core.inspection.inspect import Inspected
-from core.inspection.report import Facts, tensors_in
-from core.inspection.report_text import age, architecture_lines
-from core.inspection.statistics import Histogram, Stat, histogram, statistics
+from ...bundle.storage import Storage
+from ...console.words import printable, size_text
+from ...containers.pickles.inert import as_text
+from ...containers.spec import TensorSpec
+from ...errors import CheckpointError, InputError
+from ..inspect import Inspected
+from ..report import Facts, tensors_in
+from ..report_text import age, architecture_lines
+from ..statistics import Histogram, Stat, histogram, statistics
+from .curve import Curve, curve_beside
 
 Progress = Callable[[int], object]
 
