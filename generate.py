@@ -11,18 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.console.commandline import (
-    DONE,
-    WRONG_USE,
-    Parser,
-    above_or_zero,
-    add_legacy_flag,
-    choose_model,
-    legacy_path,
-    number,
-    run,
-    seed_number,
-)
+from core.bundle.find import add_legacy_flag, choose_model, legacy_path
+from core.console.commandline import DONE, WRONG_USE, Parser, above_or_zero, number, run, seed_number
 
 if TYPE_CHECKING:
     from core.model import GPT, GPTBatched

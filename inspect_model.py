@@ -14,18 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from core.bundle.find import model_names
-from core.console.commandline import (
-    DONE,
-    FAILED,
-    WRONG_USE,
-    Parser,
-    add_legacy_flag,
-    choose_model,
-    count,
-    legacy_path,
-    run,
-)
+from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
+from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, count, run
 from core.console.words import printable
 from core.containers.plain import Room, plain
 from core.errors import CheckpointError

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
+
+from ...pathlib import Path
+from ..console.commandline import Parser
+from ..errors import CheckpointNotFound
+from .find import model_names
 
 MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
 """A folder with one of these is a model."""
@@ -26,3 +33,55 @@ def model_names(root: Path) -> list[str]:
     except OSError:
         return []
     return [p.name for p in folders if is_model(p)]
+
+
+def add_legacy_flag(group: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the flag that names a single-file checkpoint."""
+    text = "a single-file checkpoint: in the model's folder, or a path, or in the only model that has it"
+    group.add_argument("--legacy_checkpoint", metavar="FILE.pt", help=text)
+
+
+def legacy_path(parser: Parser, args: argparse.Namespace) -> Path | None:
+    """Find the file that --legacy_checkpoint names; None without the flag.
+
+    Raises: CheckpointNotFound when no file is there.
+    """
+    if args.legacy_checkpoint is None:
+        return None
+    root, name = Path(args.checkpoint_root), Path(args.legacy_checkpoint)
+    if args.model_name:
+        folder = root / args.model_name
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            parser.error(f"--legacy_checkpoint {name} leads out of {folder}; leave --model_name out to give a path")
+        if not path.is_file():
+            there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "none"
+            raise CheckpointNotFound(f"{path}: no such file. Torch files in {folder}: {there}.")
+        return path
+    if name.is_file():
+        return name
+    found = [model for model in model_names(root) if (root / model / name).is_file()]
+    if not found:
+        raise CheckpointNotFound(f"{name}: no such file, and no model below {root} has one of this name.")
+    if len(found) > 1:
+        parser.error(f"{len(found)} models have a {name}: {', '.join(found)}; choose one with --model_name")
+    print(f"model: {found[0]} (the only one in {root} with {name})", file=sys.stderr)
+    return root / found[0] / name
+
+
+def choose_model(args: argparse.Namespace) -> str | None:
+    """Name the model to use: the one given, else the only one there is; None (after listing them) for several.
+
+    Raises: CheckpointNotFound when the root holds none.
+    """
+    if args.model_name:
+        return args.model_name
+    root = Path(args.checkpoint_root)
+    names = model_names(root)
+    if not names:
+        raise CheckpointNotFound(f"{root}: no models here. Train one: python train.py --model_name dante")
+    if len(names) == 1:
+        print(f"model: {names[0]} (the only one in {root})", file=sys.stderr)
+        return names[0]
+    print(f"{root} holds {len(names)} models; choose one with --model_name: {', '.join(names)}", file=sys.stderr)
+    return None
