@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from core.console.commandline import DONE, FAILED, Parser, model_names, run
+from core.bundle.find import model_names
+from core.console.commandline import DONE, FAILED, Parser, run
 from core.console.words import columns, printable, size_text
 from core.conversion.command import add_flags, convert_one, print_matrix
 from core.conversion.migration.plan import FAILED as NOT_MIGRATED

@@ -303,7 +303,7 @@ def say_what_runs(
     toy: bool,
 ) -> None:
     """Say in two or three lines what is trained."""
-    from core.data.tokenizer import describe
+    from core.bundle.tokenizer_state import describe
 
     parameters = sum(p.numel() for p in model.parameters())
     how = "a new model" if resumed is None else f"resuming at step {resumed}"

@@ -19,8 +19,8 @@ from .bundle.commit import CONFIG, MODEL, ModelFolder
 from .bundle.evolution import notes
 from .bundle.lock import hold
 from .bundle.retention import Retention, best_of
-from .bundle.training_state import parse_json
 from .config.gpt import GPTConfig
+from .containers.json_files import parse_json
 from .data.tokenizer import Tokenizer
 from .errors import CheckpointMismatch, CheckpointNotFound, InputError, SaveFailed
 from .kinds import gpt as start

@@ -10,11 +10,11 @@ from pathlib import Path
 # A script of this folder finds the packages beside it from wherever it is started.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from core.bundle.tokenizer_state import describe
 from core.console.commandline import DONE, Parser, run
 from core.data.corpus import choose_tokenizer, prepare
 from core.data.source import find_source
 from core.data.token_shards import MANIFEST, SHARD_TOKENS, SPLITS
-from core.data.tokenizer import describe
 from core.errors import InputError
 
 

@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from core.bundle.folder import LOG
+from core.bundle.tokenizer_state import describe
 from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, STOPPED, Parser, count, run
 from core.console.signals import StopSignal, reason
 from core.console.words import printable
 from core.data.randomness import mix
-from core.data.tokenizer import Tokenizer, describe, named_tokenizer
+from core.data.tokenizer import Tokenizer, named_tokenizer
 from core.errors import CheckpointMismatch, InputError
 from core.loading.modded import refuse_large_tokenizer
 from core.loading.optimizer import configure_optimizer

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 from ..config.gpt import GPTConfig
 from ..containers.checksum import crc32_file, crc32_range
 from ..containers.dcp.metadata import METADATA
+from ..containers.json_files import dump_json, parse_json
 from ..containers.torch_files.file import open_torch_file
 from ..containers.torch_files.stream import TorchStream
 from ..containers.torch_files.zip import TorchZip
@@ -26,7 +27,8 @@ from .lineage import order
 from .parts import WEIGHTS_KEYS, Part, TorchFile
 from .sharded_part import ShardedFile, files_of, folder_of
 from .storage import DISK, Output, Storage
-from .training_state import STATE, check_version, dump_json, parse_json, seal, unseal
+from .tokenizer_state import proves_itself
+from .training_state import STATE, check_version, seal, unseal
 
 OPTIMIZER = "optimizer.pt"
 TOKENIZER = "tokenizer.json"
@@ -264,16 +266,6 @@ def _what_differs(crc: str | None, same: bool, expected: Mapping[str, Any]) -> s
     if crc is not None and "tensors" not in expected and "size" in expected:
         return "whole, but not the file that was saved: it was replaced, or a bit flipped between its tensors"
     return "whole, but not the file that was saved: it was replaced"
-
-
-def proves_itself(tokenizer: dict[str, Any] | None) -> bool:
-    """Whether a tokenizer carries the fingerprint of its vocabulary."""
-    from ..data.tokenizer import tokenizer_from_state  # numpy, which looking into a bundle does without
-
-    try:
-        return tokenizer is not None and "fingerprint" in tokenizer and bool(tokenizer_from_state(tokenizer))
-    except CheckpointError:
-        return False
 
 
 def _storages_alone(unused: Part | None, used: Part) -> set[str]:

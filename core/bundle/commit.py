@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.gpt import FORMAT_VERSION, same_architecture
+from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch
 from .folder import (
     CONFIG,
@@ -31,7 +32,7 @@ from .folder import (
     step_folder,
 )
 from .storage import PIECE
-from .training_state import STATE, parse_json, seal, unseal
+from .training_state import STATE, seal, unseal
 
 BUILDING = ".hist"
 

@@ -6,10 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ...pathlib import Path
 from ..console.commandline import Parser
 from ..errors import CheckpointNotFound
-from .find import model_names
 
 MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
 """A folder with one of these is a model."""

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointNotFound
 from .storage import DISK, Storage
-from .training_state import STATE, parse_json, unseal
+from .training_state import STATE, unseal
 
 COMMITTED = ".committed"
 CONFIG = "config.json"

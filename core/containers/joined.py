@@ -59,7 +59,7 @@ def read_json(folder: Path, name: str, files: dict[str, int]) -> dict[str, Any]:
 
     Raises: CheckpointNotFound, CheckpointDamaged when it is no JSON object, or not in the folder.
     """
-    from ..bundle.training_state import parse_json  # most folders that are joined have no JSON
+    from .json_files import parse_json  # most folders that are joined have no JSON
 
     path = member(folder, name, str(folder))
     with reading(path) as file:

@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..bundle.training_state import parse_json
 from ..errors import CheckpointDamaged, CheckpointError
 from .container import Check, Container, reading
+from .json_files import parse_json
 from .pickles.inert import as_text
 from .spec import ITEM_SIZES, TensorSpec, dense_strides
 from .torch_files.zip_directory import read_at

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..bundle.training_state import parse_json
 from ..containers.container import reading
+from ..containers.json_files import parse_json
 from ..containers.pickles.inert import Call, Global, as_text
 from ..containers.pickles.reader import read_pickle
 from ..errors import CheckpointMismatch

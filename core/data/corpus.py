@@ -12,20 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..bundle.tokenizer_state import describe, same_vocabulary
 from ..errors import CheckpointMismatch, InputError
 from .source import Source, byte_bar, find_source
 from .text import Segment, pieces, split
 from .token_shards import MANIFEST, SHARD_TOKENS, Dataset, open_dataset, read_shard, write_dataset
-from .tokenizer import (
-    START,
-    Tokenizer,
-    describe,
-    make_char,
-    named_tokenizer,
-    same_vocabulary,
-    token_dtype,
-    tokenizer_from_state,
-)
+from .tokenizer import START, Tokenizer, make_char, named_tokenizer, token_dtype, tokenizer_from_state
 from .tokens import Tokens
 
 __all__ = ["Corpus", "Source", "Tokens", "find_source", "open_corpus", "prepare"]

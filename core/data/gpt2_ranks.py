@@ -13,11 +13,10 @@ import threading
 import urllib.request
 from pathlib import Path
 
+from ..bundle.tokenizer_state import GPT2_FINGERPRINT as FINGERPRINT
 from ..errors import InputError
 
 COUNT = 50_256
-FINGERPRINT = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-"""SHA-256 of GPT-2's ranks as a tiktoken file, one `base64 rank` line each; tiktoken expects the same."""
 
 URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 OLD_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"

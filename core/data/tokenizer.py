@@ -8,7 +8,6 @@ hf     a Hugging Face `tokenizers` JSON file, embedded whole in tokenizer.json
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..bundle.tokenizer_state import State, char_fingerprint, checked_chars, definition_fingerprint
 from ..errors import CheckpointMismatch, InputError
 from . import gpt2_ranks as ranks
 from .decoding import ByteStream, Stream, WindowStream
 
-State = dict[str, Any]
 Ids = Sequence[int] | np.ndarray
 CODE_POINTS = 0x110000
 END_OF_TEXT = "<|endoftext|>"
@@ -112,7 +111,7 @@ class CharTokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the characters in order, as UTF-8 behind `char` and a zero byte."""
-        return hashlib.sha256(b"char\0" + "".join(self.chars).encode("utf-8", "surrogatepass")).hexdigest()
+        return char_fingerprint(self.chars)
 
     def state(self) -> State:
         """The content of tokenizer.json."""
@@ -218,7 +217,7 @@ class HfTokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the definition in canonical JSON."""
-        return _definition_fingerprint(self.definition)
+        return definition_fingerprint(self.definition)
 
     def state(self) -> State:
         """The content of tokenizer.json."""
@@ -259,7 +258,7 @@ def tokenizer_from_state(state: State, bpe_file: Path | None = None, where: str 
     kind = state.get("token_kind")
     tokenizer: Tokenizer
     if kind == "char":
-        tokenizer = CharTokenizer(_checked_chars(state.get("chars"), where))
+        tokenizer = CharTokenizer(checked_chars(state.get("chars"), where))
     elif kind == "gpt2":
         tokenizer = Gpt2Tokenizer(bpe_file)
     elif kind == "hf":
@@ -298,50 +297,9 @@ def tokenizer_from_file(path: Path, bpe_file: Path | None = None) -> Tokenizer:
     )
 
 
-def same_vocabulary(a: State, b: State) -> bool:
-    """Whether two tokenizer.json give every id the same meaning."""
-    return _vocabulary(a) == _vocabulary(b)
-
-
-def describe(state: State) -> str:
-    """Say in a few words which tokenizer a tokenizer.json holds: `char, 65 characters, fingerprint ab12cd34ef56`."""
-    kind = state.get("token_kind")
-    if kind == "char" and isinstance(state.get("chars"), list):
-        chars = _checked_chars(state["chars"], "tokenizer.json")
-        return f"char, {len(chars)} characters, fingerprint {CharTokenizer(chars).fingerprint[:12]}"
-    if kind == "hf":
-        return f"hf, fingerprint {_definition_fingerprint(state.get('definition'))[:12]}"
-    return str(kind)
-
-
-def _vocabulary(state: State) -> tuple[Any, Any]:
-    """What decides the meaning of ids; GPT-2's never varies."""
-    kind = state.get("token_kind")
-    return kind, {"char": state.get("chars"), "hf": state.get("definition")}.get(str(kind))
-
-
-def _definition_fingerprint(definition: Any) -> str:
-    return hashlib.sha256(json.dumps(definition, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def named_tokenizer(name: str, bpe_file: Path | None = None) -> Tokenizer:
     """Make the tokenizer that a flag names, one that needs no text: gpt2, or a tokenizer's JSON file."""
     return Gpt2Tokenizer(bpe_file) if name == "gpt2" else tokenizer_from_file(Path(name), bpe_file)
-
-
-def _checked_chars(chars: Any, where: str) -> list[str]:
-    if not isinstance(chars, list) or not chars:
-        raise CheckpointMismatch(f"{where}: chars is {str(chars)[:40]!r}, expected a list of characters.")
-    seen: dict[str, int] = {}
-    for index, char in enumerate(chars):
-        if not isinstance(char, str) or len(char) != 1:
-            raise CheckpointMismatch(f"{where}: chars[{index}] is {char!r}, expected one character.")
-        if char in seen:
-            raise CheckpointMismatch(
-                f"{where}: chars[{index}] is {char!r}, which is chars[{seen[char]}] too; expected each character once."
-            )
-        seen[char] = index
-    return chars
 
 
 def _code_points(text: str) -> np.ndarray:

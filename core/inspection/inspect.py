@@ -78,7 +78,7 @@ class _Held(Container):
     def proves_itself(self, name: str) -> bool:
         """Whether this is a tokenizer with the fingerprint of its vocabulary."""
         from ..bundle.bundle import TOKENIZER, proves_itself
-        from ..bundle.training_state import parse_json
+        from ..containers.json_files import parse_json
 
         if name != TOKENIZER:
             return False

@@ -12,9 +12,10 @@ import torch
 from ..bundle.bundle import TOKENIZER, Bundle
 from ..bundle.commit import CONFIG, MODEL
 from ..bundle.contradictions import fits_characters
-from ..bundle.training_state import parse_json
+from ..bundle.tokenizer_state import describe, same_vocabulary
 from ..config.gpt import EDITABLE, GPTConfig, same_architecture
-from ..data.tokenizer import Tokenizer, describe, make_char, named_tokenizer, same_vocabulary
+from ..containers.json_files import parse_json
+from ..data.tokenizer import Tokenizer, make_char, named_tokenizer
 from ..errors import CheckpointMismatch, InputError
 from ..loading.tensors import load_model
 from ..model import GPT

@@ -14,10 +14,10 @@ import torch
 from ..bundle import intact
 from ..bundle.bundle import OPTIMIZER, Bundle
 from ..bundle.commit import CONFIG
-from ..bundle.training_state import parse_json
 from ..checkpoint import CheckpointManager
 from ..config.modded import SpeedrunConfig
 from ..config.variants import BLOCK, HEAD_SIZE
+from ..containers.json_files import parse_json
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointMismatch, InputError
 from ..loading.modded import load_speedrun, refuse_large_tokenizer

@@ -9,9 +9,10 @@ import torch
 
 from ..bundle.bundle import TOKENIZER, Bundle
 from ..bundle.commit import CONFIG
+from ..bundle.tokenizer_state import describe
 from ..config.modded import CLASSES, SpeedrunConfig
 from ..console.listing import differences, listed
-from ..data.tokenizer import Tokenizer, describe, tokenizer_from_state
+from ..data.tokenizer import Tokenizer, tokenizer_from_state
 from ..errors import CheckpointMismatch
 from ..families.fused import plain_names
 from ..networks.batched import GPTBatched

@@ -22,10 +22,11 @@ from ..bundle.commit import CONFIG, MODEL, ModelFolder, new_id
 from ..bundle.lineage import descent
 from ..bundle.retention import Retention, best_of, better
 from ..bundle.rewind import top_state
-from ..bundle.training_state import FIELDS, STATE, dump_json, parse_json, unseal
+from ..bundle.training_state import FIELDS, STATE, unseal
 from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
 from ..config.modded import SpeedrunConfig
 from ..console.words import size_text
+from ..containers.json_files import dump_json, parse_json
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointDamaged, InputError, SaveFailed
 from ..networks.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from core.bundle.training_state import parse_json, seal, unseal
+from core.bundle.training_state import seal, unseal
+from core.containers.json_files import parse_json
 from core.errors import CheckpointDamaged, CheckpointMismatch
 
 STATE = {

@@ -16,14 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.bundle.tokenizer_state import describe, same_vocabulary
 from core.data import gpt2_ranks as ranks
 from core.data.tokenizer import (
     CharTokenizer,
     Gpt2Tokenizer,
     HfTokenizer,
-    describe,
     make_char,
-    same_vocabulary,
     tokenizer_from_file,
     tokenizer_from_state,
 )

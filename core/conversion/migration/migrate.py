@@ -21,11 +21,12 @@ from ...bundle.commit import CONFIG, MODEL, STANDARD, ModelFolder, new_id
 from ...bundle.contradictions import check_fit
 from ...bundle.legacy import TOKENIZER_KEY, open_legacy
 from ...bundle.storage import Output
-from ...bundle.training_state import STATE, dump_json, parse_json
+from ...bundle.training_state import STATE
 from ...checkpoint import CheckpointManager
 from ...config.gpt import FORMAT_VERSION, same_architecture
 from ...console.listing import listed
 from ...console.words import size_text
+from ...containers.json_files import dump_json, parse_json
 from ...errors import CheckpointError, CheckpointMismatch, SaveFailed
 from ...loading.tensors import load_optimizer, load_weights
 from ...networks.state_dict import compact

@@ -12,9 +12,10 @@ from typing import Any
 from ...bundle.bundle import OPTIMIZER, TOKENIZER
 from ...bundle.commit import CONFIG, MODEL, new_id
 from ...bundle.contradictions import MOST_PADDING, fits_characters
-from ...bundle.training_state import dump_json, seal
+from ...bundle.training_state import seal
 from ...config.gpt import FORMAT_VERSION
 from ...containers.hf_folder import BESIDE
+from ...containers.json_files import dump_json
 from ...containers.plain import plain
 from ...containers.tensors.views import View
 from ...families.recognise import FUSED

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...bundle.training_state import dump_json
 from ...containers import safetensors_writer
 from ...containers.hf_folder import BESIDE
+from ...containers.json_files import dump_json
 from ...families.recognise import FUSED
 from ..plan import Model, Options, Plan, Target, WeightFile, target_of
 from ..sharded import add_optimizer_tensors
