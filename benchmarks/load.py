@@ -43,7 +43,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.trained import SIZES, config_of, machine, machine_line
-from core.bundle.bundle import open_bundle, verify
+from core.bundle.bundle import open_bundle
+from core.bundle.verify import verify
 from core.checkpoint import CheckpointManager
 from core.config.gpt import GPTConfig
 from core.data.dataloader import DataLoader

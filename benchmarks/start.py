@@ -39,7 +39,8 @@ def make(folder: Path) -> None:
 
 def ours(folder: Path) -> dict[str, float]:
     """Load as generate.py does, and draw a token."""
-    from core.bundle.bundle import open_bundle, verify
+    from core.bundle.bundle import open_bundle
+    from core.bundle.verify import verify
     from core.loading.tensors import load_model
     from core.networks.generation import stream
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .bundle.bundle import verify_records
 from .bundle.intact import open_chosen
 from .bundle.parts import Part, TorchFile
 from .bundle.storage import DISK
+from .bundle.verify import verify_records
 from .config.modded import CLASSES, SpeedrunConfig
 from .console.listing import listed
 from .errors import CheckpointMismatch, CheckpointNotFound

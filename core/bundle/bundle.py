@@ -5,30 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import zlib
-from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from ..config.gpt import GPTConfig
-from ..containers.checksum import crc32_file, crc32_range
 from ..containers.dcp.metadata import METADATA
-from ..containers.json_files import dump_json, parse_json
-from ..containers.torch_files.file import open_torch_file
-from ..containers.torch_files.stream import TorchStream
-from ..containers.torch_files.zip import TorchZip
-from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
+from ..containers.json_files import parse_json
+from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.recognise import recognise
 from .commit import CONFIG, MODEL, ModelFolder, Opened
 from .evolution import Evidence, evolve
-from .folder import shown
 from .lineage import order
 from .parts import WEIGHTS_KEYS, Part, TorchFile
 from .sharded_part import ShardedFile, files_of, folder_of
-from .storage import DISK, Output, Storage
-from .tokenizer_state import proves_itself
-from .training_state import STATE, check_version, seal, unseal
+from .storage import DISK, Storage
+from .training_state import STATE, check_version, unseal
 
 OPTIMIZER = "optimizer.pt"
 TOKENIZER = "tokenizer.json"
@@ -211,152 +203,3 @@ def history(folder: Path, storage: Storage = DISK) -> list[Kept]:
             state = unseal(storage.read(path / STATE), str(path / STATE))
         kept.append(Kept(step, path, state))
     return sorted(kept, key=lambda step: step.order)
-
-
-def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
-    """Check files of a bundle against their checksums, and return a sentence for each that was replaced since.
-
-    A replaced file is whole by its own checksums but not the recorded one. Files of old bundles, which recorded
-    nothing, are checked by the CRC32 that each zip record carries. Of a single file the parts that go by these names
-    are checked.
-
-    Raises: CheckpointDamaged naming the tensor, with both checksums.
-    """
-    if bundle.single:
-        unused = bundle.optimizer if OPTIMIZER not in names else None
-        verify_records(bundle.files[bundle.single], bundle.path(bundle.single), _storages_alone(unused, bundle.weights))
-        return []
-    recorded = bundle.state.get("integrity", {}).get("files", {})
-    replaced = []
-    for name in [file for part in names for file in files_of(part, bundle.files)]:
-        if name not in bundle.files:
-            continue
-        file, path, expected = bundle.files[name], bundle.path(name), recorded.get(name)
-        if expected is None:
-            if name != TOKENIZER and "/" not in name:
-                verify_records(file, path)
-            continue
-        size = os.fstat(file.fileno()).st_size
-        crc = f"{crc32_file(file.fileno(), size):08x}" if size == expected["size"] else None
-        if crc == expected["crc32"]:
-            continue
-        found = (
-            f"{size} bytes; recorded {expected['size']}"
-            if crc is None
-            else f"CRC32 {crc}, recorded {expected['crc32']}"
-        )
-        if "/" in name:
-            raise _damaged_shard(bundle, name, found)
-        if name == TOKENIZER:
-            if not proves_itself(bundle.tokenizer):
-                raise CheckpointDamaged(f"{path} is damaged ({found}).")
-            same = False
-        else:
-            same = expected.get("tensors") == tensors_digest(verify_records(file, path))
-        replaced.append(f"{path}: {_what_differs(crc, same, expected)} ({found}). It is used as it is.")
-    return replaced
-
-
-def _what_differs(crc: str | None, same: bool, expected: Mapping[str, Any]) -> str:
-    """Say what a file is that is whole, but not the recorded one; without a CRC32 it has another size."""
-    if same and crc is not None:
-        return "every tensor is bit for bit what was saved, but a byte in its headers or its padding is not"
-    if same:
-        return "written anew since it was saved, with every tensor bit for bit the same"
-    if crc is not None and "tensors" not in expected and "size" in expected:
-        return "whole, but not the file that was saved: it was replaced, or a bit flipped between its tensors"
-    return "whole, but not the file that was saved: it was replaced"
-
-
-def _storages_alone(unused: Part | None, used: Part) -> set[str]:
-    """The storages of a part that another part of the same file does not share."""
-    return (
-        {t.storage for t in unused.tensors.values()} - {t.storage for t in used.tensors.values()} if unused else set()
-    )
-
-
-def _damaged_shard(bundle: Bundle, name: str, found: str) -> CheckpointDamaged:
-    folder, _, file = name.partition("/")
-    names: list[str] = []
-    for part in (bundle.weights, bundle.optimizer):
-        if part is not None and isinstance(part.source, ShardedFile) and part.source.path.name == folder:
-            with contextlib.suppress(CheckpointError):  # it is too damaged to say where
-                names = part.source.damaged(file)
-    what = f"{', '.join(names[:3])} is damaged" if names else "damaged"
-    return CheckpointDamaged(f"{shown(bundle.path(name))}: {what} ({found}).")
-
-
-def verify_records(file: BinaryIO, path: Path, unused: Container[str] = ()) -> TorchZip | TorchStream:
-    """Check every record of a torch file against the CRC32 in its directory, but for storages that are not used.
-
-    The old stream format recorded none. Returns the header.
-
-    Raises: CheckpointDamaged naming the tensors whose bytes differ.
-    """
-    try:
-        archive = open_torch_file(file, str(path))
-    except CheckpointError as error:
-        raise CheckpointDamaged(str(error)) from error
-    for record in archive.records.values():
-        key = record.name.rpartition("/data/")[2]
-        if not (record.stored and record.crc32) or key in unused:
-            continue
-        found = crc32_range(file.fileno(), record.offset, record.offset + record.size)
-        if found != record.crc32:
-            names = [t.name for t in archive.tensors.values() if t.storage == key] or [record.name]
-            raise CheckpointDamaged(
-                f"{path}: {', '.join(names[:3])} is damaged (CRC32 {found:08x}, recorded {record.crc32:08x})."
-            )
-    return archive
-
-
-def tensors_digest(archive: TorchZip | TorchStream) -> str:
-    """CRC32 of the CRC32s of the storages of a torch file, in their order: what `integrity` records as `tensors`."""
-    digest = 0
-    for record in archive.records.values():
-        if "/data/" in record.name:
-            digest = zlib.crc32(record.crc32.to_bytes(4, "little"), digest)
-    return f"{digest:08x}"
-
-
-class InBlocks(Protocol):
-    """A file that is written block by block: memory, where its bytes begin in the file, how many they are."""
-
-    size: int
-
-    def blocks(self) -> Iterator[tuple[memoryview, int, int]]:
-        """Give the blocks in order, each for the duration of a turn."""
-
-    @property
-    def recorded(self) -> dict[str, Any]:
-        """What the training state says of the file, once it is written."""
-
-
-Writer = Callable[[Output], str | None]
-"""Writes a file, and returns the digest of its tensors where it has any."""
-
-Content = Writer | InBlocks | dict[str, Any]
-"""What a file of a step is made of; a dict becomes JSON."""
-
-
-def write_bundle(folder: ModelFolder, stage: Path, state: dict[str, Any], files: Mapping[str, Content]) -> None:
-    """Write the files of one step into a staged folder, each durable, the training state with their checksums last."""
-    recorded = {name: write_file(folder.storage, stage / name, content) for name, content in files.items()}
-    folder.storage.write(stage / STATE, seal({**state, "integrity": {"files": recorded}}))
-
-
-def write_file(storage: Storage, path: Path, content: Content) -> dict[str, Any]:
-    """Write a new file, durably, and return what the training state says of it."""
-    if not isinstance(content, dict) and not callable(content):
-        with storage.create_blocks(path, content.size) as file:
-            for block, start, length in content.blocks():
-                file.write(block, start, length)
-        return content.recorded
-    digest = None
-    with storage.create(path) as output:
-        if isinstance(content, dict):
-            output.write(dump_json(content))
-        else:
-            digest = content(output)
-    entry = {"size": output.size, "crc32": f"{output.crc32:08x}"}
-    return entry if digest is None else {**entry, "tensors": digest}

@@ -13,11 +13,12 @@ from ..console.listing import listed
 from ..containers.torch_files.zip import TorchZip
 from ..errors import CheckpointDamaged, CheckpointMismatch
 from ..families import gpt
-from .bundle import OPTIMIZER, TOKENIZER, Bundle, tensors_digest
+from .bundle import OPTIMIZER, TOKENIZER, Bundle
 from .commit import CONFIG, MODEL
 from .evolution import QKV, Evidence, evolve
 from .optimizer_state import rearrange
 from .parts import once
+from .verify import tensors_digest
 
 MOST_PADDING = 128
 """Vocabularies are padded to a multiple of this at most."""

@@ -10,12 +10,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
-from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, open_bundle, verify
+from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, open_bundle
 from .choice import Candidate, choose
 from .commit import CONFIG, MODEL, ModelFolder
 from .folder import MODEL_SHARDS
 from .legacy import open_legacy
 from .training_state import STATE
+from .verify import verify
 
 Say = Callable[[str], None]
 

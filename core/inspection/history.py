@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bundle.bundle import Bundle, Kept, history, open_bundle, verify
+from ..bundle.bundle import Bundle, Kept, history, open_bundle
 from ..bundle.folder import CONFIG, MODEL, FolderReader
 from ..bundle.lineage import order
 from ..bundle.retention import Retention
 from ..bundle.training_state import STATE, unseal
+from ..bundle.verify import verify
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 
 TOP, KEPT, ASIDE = "top", "kept", "aside"

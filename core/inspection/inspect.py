@@ -77,7 +77,8 @@ class _Held(Container):
 
     def proves_itself(self, name: str) -> bool:
         """Whether this is a tokenizer with the fingerprint of its vocabulary."""
-        from ..bundle.bundle import TOKENIZER, proves_itself
+        from ..bundle.bundle import TOKENIZER
+        from ..bundle.tokenizer_state import proves_itself
         from ..containers.json_files import parse_json
 
         if name != TOKENIZER:

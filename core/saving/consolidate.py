@@ -7,23 +7,14 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..bundle.bundle import (
-    ALL_PARTS,
-    EMA,
-    OPTIMIZER,
-    TOKENIZER,
-    Bundle,
-    Content,
-    Writer,
-    open_bundle,
-    verify,
-    write_bundle,
-)
+from ..bundle.bundle import ALL_PARTS, EMA, OPTIMIZER, TOKENIZER, Bundle, open_bundle
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, new_id
 from ..bundle.lineage import descent
 from ..bundle.parts import Part
 from ..bundle.sharded_part import ShardedFile
 from ..bundle.storage import Output
+from ..bundle.verify import verify
+from ..bundle.write import Content, Writer, write_bundle
 from ..containers.spec import TensorSpec
 from ..containers.tensors.reading import Gatherer
 from ..containers.tensors.views import stored

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bundle.bundle import EMA, OPTIMIZER, history, write_file
+from ..bundle.bundle import EMA, OPTIMIZER, history
 from ..bundle.commit import CONFIG, MODEL, entries
 from ..bundle.lock import hold
 from ..bundle.rewind import top_state
 from ..bundle.sharded_part import folder_of
 from ..bundle.storage import Output
 from ..bundle.training_state import STATE, seal
+from ..bundle.write import write_file
 from ..console.words import size_text
 from ..containers.dcp.metadata import METADATA
 from ..containers.dcp.writer import Placed, file_of, metadata

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, Content, history, write_bundle
+from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, new_id
 from ..bundle.lineage import descent
 from ..bundle.retention import Retention, best_of, better
 from ..bundle.rewind import top_state
 from ..bundle.training_state import FIELDS, STATE, unseal
+from ..bundle.write import Content, write_bundle
 from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
 from ..config.modded import SpeedrunConfig
 from ..console.words import size_text

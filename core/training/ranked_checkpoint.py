@@ -12,10 +12,10 @@ from torch import nn
 
 from ..bundle import intact
 from ..bundle.bundle import ALL_PARTS, Bundle, open_bundle
-from ..bundle.bundle import verify as verify_files
 from ..bundle.choice import choose
 from ..bundle.legacy import open_legacy
 from ..bundle.sharded_part import files_of
+from ..bundle.verify import verify as verify_files
 from ..checkpoint import CheckpointManager
 from ..console.words import size_text
 from ..data.tokenizer import Tokenizer

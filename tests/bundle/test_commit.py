@@ -8,10 +8,10 @@ import re
 
 import pytest
 
-from core.bundle.bundle import write_bundle
 from core.bundle.commit import ModelFolder
 from core.bundle.storage import Storage
 from core.bundle.training_state import STATE, seal, unseal
+from core.bundle.write import write_bundle
 from core.errors import CheckpointDamaged, CheckpointNotFound
 
 

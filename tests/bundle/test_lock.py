@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from core.bundle import lock
-from core.bundle.bundle import open_bundle, verify
+from core.bundle.bundle import open_bundle
 from core.bundle.lock import hold
+from core.bundle.verify import verify
 from core.errors import CheckpointLocked
 
 if lock.KERNEL_LOCKS:

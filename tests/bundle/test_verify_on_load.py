@@ -9,8 +9,9 @@ import re
 import pytest
 import torch
 
-from core.bundle.bundle import open_bundle, verify
+from core.bundle.bundle import open_bundle
 from core.bundle.training_state import seal
+from core.bundle.verify import verify
 from core.checkpoint import CheckpointManager
 from core.containers.torch_files.file import open_torch_file
 from core.errors import CheckpointDamaged

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from core.bundle.bundle import open_bundle, verify
+from core.bundle.bundle import open_bundle
+from core.bundle.verify import verify
 from core.errors import CheckpointDamaged, CheckpointMismatch
 from core.inspection.inspect import inspect_path
 from core.loading.tensors import load_model, read_part

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from core.bundle.bundle import open_bundle, verify
+from core.bundle.bundle import open_bundle
 from core.bundle.choice import choose
 from core.bundle.legacy import open_legacy
 from core.bundle.training_state import STATE
+from core.bundle.verify import verify
 from core.checkpoint import CheckpointManager
 from core.conversion.migration.migrate import migrate
 from core.conversion.migration.plan import BUNDLE, COMPARED, FAILED, KEPT, SEEN, find, plan, work

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from core.bundle.bundle import write_bundle
 from core.bundle.commit import CONFIG, MODEL, entries
 from core.bundle.training_state import STATE, seal, unseal
+from core.bundle.write import write_bundle
 from core.containers.json_files import dump_json
 from core.errors import CheckpointDamaged
 from tests.faults.explorer import Action, Explorer, Fault, Run, folder_files, identity, recover

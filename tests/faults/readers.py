@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from core.bundle.bundle import open_bundle, verify
+from core.bundle.bundle import open_bundle
+from core.bundle.verify import verify
 from core.checkpoint import CheckpointManager
 from core.loading.tensors import load_optimizer
 from tests.conftest import ROOT

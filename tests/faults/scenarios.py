@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from core.bundle.bundle import open_bundle, verify
+from core.bundle.bundle import open_bundle
 from core.bundle.commit import MODEL
 from core.bundle.folder import COMMITTED
 from core.bundle.storage import DISK
 from core.bundle.training_state import STATE
+from core.bundle.verify import verify
 from core.conversion.migration.migrate import migrate
 from core.conversion.migration.plan import find
 from core.errors import CheckpointError

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
-from ...bundle.bundle import OPTIMIZER, TOKENIZER, Bundle, Content, Writer, open_bundle, verify, write_bundle
+from ...bundle.bundle import OPTIMIZER, TOKENIZER, Bundle, open_bundle
 from ...bundle.choice import seen_files
 from ...bundle.commit import CONFIG, MODEL, STANDARD, ModelFolder, new_id
 from ...bundle.contradictions import check_fit
 from ...bundle.legacy import TOKENIZER_KEY, open_legacy
 from ...bundle.storage import Output
 from ...bundle.training_state import STATE
+from ...bundle.verify import verify
+from ...bundle.write import Content, Writer, write_bundle
 from ...checkpoint import CheckpointManager
 from ...config.gpt import FORMAT_VERSION, same_architecture
 from ...console.listing import listed
