@@ -15,10 +15,9 @@ from typing import Any
 from core.bundle.find import model_names
 from core.console.commandline import DONE, FAILED, Parser, run
 from core.console.words import columns, printable, size_text
-from core.conversion.command import add_flags, convert_one, print_matrix
+from core.conversion.command import add_flags, convert_one, print_matrix, take_spelling
 from core.conversion.migration.plan import FAILED as NOT_MIGRATED
 from core.conversion.migration.plan import Found, Outcome, find, plan, work
-from core.conversion.sharded_flags import take_spelling
 from core.errors import CheckpointError, CheckpointNotFound
 
 EPILOG = """examples:

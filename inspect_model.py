@@ -21,8 +21,7 @@ from core.containers.plain import Room, plain
 from core.errors import CheckpointError
 from core.inspection.inspect import Inspected, inspect_path
 from core.inspection.report import Facts, facts_of
-from core.inspection.report_text import models_text, text_of
-from core.inspection.report_views import not_finite, stat_facts, verification_facts, views_text
+from core.inspection.report_text import models_text, not_finite, stat_facts, text_of, verification_facts, views_text
 
 EPILOG = """examples:
   python inspect_model.py                                 every model below checkpoints/, or the only one
@@ -126,7 +125,7 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     try:
         names = model_names(place) if place.is_dir() and args.step is None else []
         if names and not is_checkpoint(place):
-            from core.inspection.report_ours import model_facts
+            from core.inspection.report import model_facts
 
             return {"root": str(place), "models": [model_facts(place / name) for name in names]}, []
         if args.history:
@@ -161,8 +160,7 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
 
 def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     """Collect the past of one model, and what of it is damaged."""
-    from core.inspection.history import past_of
-    from core.inspection.history_text import past_facts, past_faults
+    from core.inspection.history import past_facts, past_faults, past_of
 
     if not place.is_dir():
         raise CheckpointError(f"{place}: no folder of a model, so there is no history to show.")
@@ -179,6 +177,7 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
         parser.error("--diff A B names both checkpoints; leave the others out")
     from core.inspection.diff.comparison import compare
     from core.inspection.diff.side import Side
+    from core.inspection.diff.text import comparison_facts, comparison_lines
 
     try:
         with inspect_path(Path(args.diff[0])) as a, inspect_path(Path(args.diff[1])) as b:
@@ -190,9 +189,9 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_USE
     if args.json:
-        print(json.dumps(plain(found.facts(), room=room), indent=2, allow_nan=False))
+        print(json.dumps(plain(comparison_facts(found), room=room), indent=2, allow_nan=False))
     else:
-        print("\n".join(found.lines()))
+        print("\n".join(comparison_lines(found)))
     return DONE if found.equal else FAILED
 
 
@@ -236,7 +235,7 @@ def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:
     if "models" in facts:
         return models_text(facts["root"], facts["models"])
     if "past" in facts:
-        from core.inspection.history_text import past_lines
+        from core.inspection.history import past_lines
 
         return past_lines(facts["past"])
     return itertools.chain(text_of(facts, all_tensors), views_text(facts))

@@ -45,3 +45,7 @@ class SaveFailed(CheckpointError):
 
 class InputError(CheckpointError):
     """A text, a tokenizer or a setting that cannot be used as given."""
+
+
+class TrainingDiverged(CheckpointError):
+    """The loss or the gradient is no longer a number; the last committed step is from before."""

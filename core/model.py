@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from .config.gpt import GPTConfig
 from .errors import InputError
-from .loading import optimizer
 from .networks import generation
 from .networks.batched import GPTBatched
 from .networks.bound import bound
@@ -215,7 +214,7 @@ class GPT(nn.Module):
 
     # Methods of the public API that are no mathematics live elsewhere and are bound here.
     generate = generation.generate
-    configure_optimizer = optimizer.configure_optimizer
+    configure_optimizer = bound(".loading.optimizer", "configure_optimizer", __package__)
     load = staticmethod(bound(".kinds.model_methods", "load", __package__))
     load_legacy = staticmethod(bound(".kinds.model_methods", "load_legacy", __package__))
     save = bound(".kinds.model_methods", "save", __package__)

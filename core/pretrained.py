@@ -15,18 +15,21 @@ from .bundle.parts import Part, TorchFile
 from .bundle.storage import DISK
 from .bundle.verify import verify_records
 from .config.modded import CLASSES, SpeedrunConfig
-from .console.listing import listed
+from .console.words import listed
 from .errors import CheckpointMismatch, CheckpointNotFound
-from .families.fused import plain_names
+from .families.family import plain_names
 from .families.identify import Identity, identify, weights_key
 from .families.match import skeleton
 from .families.modded import FAMILIES, merged
+from .loading.classifier import load_classifier
 from .loading.modded import load_speedrun
 from .loading.tensors import read_part, read_tensor
 from .networks.batched import GPTBatched
 from .networks.device import resolve_device, resolve_dtype
 from .networks.flex import GPTFlexAttention
 from .networks.modded import SpeedrunGPT
+
+__all__ = ["inspect_checkpoint", "load_classifier", "load_flex_checkpoint", "load_pretrained_checkpoint"]
 
 Info = dict[str, Any]
 

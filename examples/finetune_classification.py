@@ -28,14 +28,13 @@ from core.console.signals import StopSignal, reason
 from core.console.words import printable
 from core.data.randomness import mix
 from core.data.tokenizer import Tokenizer, named_tokenizer
-from core.errors import CheckpointMismatch, InputError
+from core.errors import CheckpointMismatch, InputError, TrainingDiverged
 from core.loading.modded import refuse_large_tokenizer
 from core.loading.optimizer import configure_optimizer
 from core.networks.batched import GPTBatched
 from core.networks.classification import GPTClassification, accuracy, balanced_weights, class_scores, confusion, macro_f
 from core.networks.device import changes, environment, resolve_device
 from core.pretrained import load_pretrained_checkpoint
-from core.training.loop import TrainingDiverged
 from core.training.metrics import Metrics
 from core.training.schedule import Schedule
 from examples.classification.encoded import EncodedTexts, encode

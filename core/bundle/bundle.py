@@ -13,12 +13,11 @@ from ..config.gpt import GPTConfig
 from ..containers.dcp.metadata import METADATA
 from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
-from ..families.recognise import recognise
+from ..families.fused import recognise
 from .commit import CONFIG, MODEL, ModelFolder, Opened
 from .evolution import Evidence, evolve
 from .lineage import order
-from .parts import WEIGHTS_KEYS, Part, TorchFile
-from .sharded_part import ShardedFile, files_of, folder_of
+from .parts import WEIGHTS_KEYS, Part, ShardedFile, TorchFile, files_of, folder_of
 from .storage import DISK, Storage
 from .training_state import STATE, check_version, unseal
 

@@ -13,7 +13,7 @@ from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from .bundle import history
 from .commit import CONFIG, MODEL, ModelFolder
 from .legacy import open_legacy
-from .sharded_part import folder_of
+from .parts import folder_of
 from .training_state import STATE, unseal
 
 LEGACY_FILES = ("latest.pt", "final.pt")

@@ -23,6 +23,7 @@ from .folder import (
     MODEL_SHARDS,
     MORE,
     STANDARD,
+    WENT_BACK,
     FolderReader,
     Opened,
     aside_folder,
@@ -36,8 +37,6 @@ from .training_state import STATE, seal, unseal
 
 BUILDING = ".hist"
 
-WENT_BACK = "went_back"
-"""In the training state at the top: the folder went back to this step, and what else was there had to go aside."""
 
 TOP = "."
 """What the top is called in the list of what goes aside."""

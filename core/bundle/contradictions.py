@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config.gpt import GPTConfig
 from ..config.modded import CLASSES
-from ..console.listing import listed
+from ..console.words import listed
 from ..containers.torch_files.zip import TorchZip
 from ..errors import CheckpointDamaged, CheckpointMismatch
 from ..families import gpt

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..config.gpt import ACTIVATIONS, GPTConfig
 from ..errors import CheckpointMismatch
-from ..families.fused import Plan, Shape
-from ..families.recognise import LECTURE
+from ..families.family import Shape
+from ..families.fused import LECTURE, Plan
 
 Values = dict[str, Any]
 QKV = ".sa.qkv.weight"

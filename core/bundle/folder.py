@@ -5,6 +5,7 @@ docs/commit_protocol.md says what is on disk at each moment. Readers take no loc
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -17,6 +18,9 @@ from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointNotFound
 from .storage import DISK, Storage
 from .training_state import STATE, unseal
+
+WENT_BACK = "went_back"
+"""In the training state at the top: the folder went back to this step, and what else was there had to go aside."""
 
 COMMITTED = ".committed"
 CONFIG = "config.json"
@@ -198,3 +202,10 @@ class FolderReader:
         # Only a model without a commit id is read whole, once, when the first save replaces it.
         found = self._model_crc(folder) if identity.startswith("crc32:") else self._commit_id(folder)
         return found == identity
+
+
+def top_state(place: FolderReader) -> dict[str, Any]:
+    """The training state at the top; empty where there is none that can be read."""
+    with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
+        return unseal(place.read(STATE), str(place.path / STATE))
+    return {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .commit import WENT_BACK, new_id
+from .commit import new_id
+from .folder import WENT_BACK
 
 
 def order(state: Mapping[str, Any]) -> int:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..console.listing import listed
+from ..console.words import listed
 from ..errors import CheckpointMismatch
-from ..families.fused import Plan, Shape, plain_names
+from ..families.family import Shape, plain_names
+from ..families.fused import Plan
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 from ..console.words import size_text
-from ..errors import CheckpointDamaged, CheckpointNotFound, NoneIntact
+from ..errors import CheckpointNotFound, NoneIntact
 from . import intact
 from .bundle import EMA, Bundle, Kept, history
 from .choice import LEGACY_FILES, seen_files
 from .commit import ModelFolder
-from .folder import LOG, aside_folder
-from .training_state import STATE, unseal
+from .folder import LOG, aside_folder, top_state
 
 
 def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = True) -> None:
@@ -48,13 +45,6 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
         f"{place.path}: back to step {step}, which training goes on from. What came after it is kept aside until "
         f"--prune: {', '.join(path.name for path in gone)}"
     )
-
-
-def top_state(place: ModelFolder) -> dict[str, Any]:
-    """The training state at the top; empty where there is none that can be read."""
-    with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
-        return unseal(place.read(STATE), str(place.path / STATE))
-    return {}
 
 
 def open_or_clear(place: ModelFolder, say: intact.Say, *, check: bool = True) -> Bundle | None:

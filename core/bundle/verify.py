@@ -16,8 +16,7 @@ from ..containers.torch_files.zip import TorchZip
 from ..errors import CheckpointDamaged, CheckpointError
 from .bundle import ALL_PARTS, OPTIMIZER, TOKENIZER, Bundle
 from .folder import shown
-from .parts import Part
-from .sharded_part import ShardedFile, files_of
+from .parts import Part, ShardedFile, files_of
 from .tokenizer_state import proves_itself
 
 

@@ -6,8 +6,9 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
+from ..errors import CheckpointDamaged
 from .spec import ITEM_SIZES, Chunk, TensorSpec, dense_strides
 
 _MOST_CUTS = 5
@@ -63,3 +64,17 @@ def spec_of_blocks(name: str, dtype: str, shape: tuple[int, ...], chunks: Sequen
         strides = one.strides if one.shape == shape else dense_strides(shape)
         return TensorSpec(name, dtype, shape, strides, one.offset, nbytes, storage, one.file)
     return TensorSpec(name, dtype, shape, dense_strides(shape), 0, nbytes, storage, "", tuple(chunks))
+
+
+def read_at(file: BinaryIO, offset: int, size: int, where: str) -> bytes:
+    """Read `size` bytes from `offset`.
+
+    Raises: CheckpointDamaged when the file ends sooner.
+    """
+    file.seek(offset)
+    data = file.read(size)
+    if len(data) != size:
+        raise CheckpointDamaged(
+            f"{where}: ends at byte {offset + len(data)}, {offset + size} are needed. It was cut off."
+        )
+    return data

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointDamaged
+from .blocks import read_at
 from .container import Container, member, reading
 from .pickles.inert import as_text, check_structure
-from .torch_files.zip_directory import read_at
 
 _LARGEST_JSON = 100_000_000  # bytes; an index of 100,000 tensors has 10 million
 

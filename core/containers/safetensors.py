@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CheckpointDamaged, CheckpointError
+from .blocks import read_at
 from .container import Check, Container, reading
 from .json_files import parse_json
 from .pickles.inert import as_text
 from .spec import ITEM_SIZES, TensorSpec, dense_strides
-from .torch_files.zip_directory import read_at
 
 METADATA = "__metadata__"
 

@@ -10,7 +10,7 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..console.listing import listed
+from ..console.words import listed
 from ..containers import safetensors_writer
 from ..containers.container import Container, listing
 from ..containers.hf_folder import BESIDE, is_hf_folder, open_hf_folder

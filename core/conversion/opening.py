@@ -11,7 +11,7 @@ from typing import Any
 from ..bundle.bundle import Bundle
 from ..bundle.optimizer_state import groups_of, names_in_order
 from ..bundle.parts import once
-from ..console.listing import listed
+from ..console.words import listed
 from ..containers.pickles.inert import Call, as_text
 from ..containers.plain import plain
 from ..containers.spec import TensorSpec

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..console.listing import listed
+from ..console.words import listed
 from ..containers.container import Container
 from ..containers.spec import ITEM_SIZES
 from ..containers.tensors.reading import FLOATS, Gatherer

@@ -6,7 +6,7 @@ import re
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..console.listing import listed
+from ..console.words import listed
 from ..containers import safetensors_writer
 from ..containers.tensors.views import View, cut, filled, join
 from ..errors import CheckpointMismatch

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .claims import Claims
-from .family import parse
-from .fused import Shape
+from .family import Shape, parse
 from .match import Match
 
 VOCABULARIES = {50257: "GPT-2", 32000: "Llama 2", 100277: "cl100k", 128256: "Llama 3", 200019: "o200k"}

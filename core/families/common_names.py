@@ -12,9 +12,9 @@ from typing import Any
 
 from . import gpt, hf_gpt2, lecture
 from .claims import ACTIVATIONS, NAMES, TIED
-from .fused import make_plan, plain_names
+from .family import plain_names
+from .fused import FUSED, LECTURE, make_plan
 from .identify import FAMILIES
-from .recognise import FUSED, LECTURE
 
 NANOGPT: dict[str, str] = {
     "transformer.wte.weight": "token_embedding_table.weight",

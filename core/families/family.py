@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+
+from ..errors import CheckpointMismatch
+
+Shape = tuple[int, ...]
+
+WRAPPERS = ("_orig_mod", "module", "model")
+"""What torch.compile, DistributedDataParallel and hand-made wrappers put before a name, in any order."""
 
 Sides = tuple[str, ...]
 """A shape in words, each side one of `n_embd`, `3 n_embd`, `head_size / 2`, `q_size + 2 kv_size`, `5 n_layer +` (that
@@ -87,3 +94,19 @@ def parse(side: str) -> Side:
         case ["+"]:
             return Side(times, words[0], least=True)
     raise ValueError(side)
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Map each name without what wrappers added to the name as it stands.
+
+    Raises: CheckpointMismatch when two names become one.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        words = [word for word in name.split(".") if word != "_orig_mod"]  # compiled submodules have it in the middle
+        wrapped = next((i for i, word in enumerate(words[:-1]) if word not in WRAPPERS), len(words) - 1)
+        plain = ".".join(words[max(wrapped, 0) :]) or name
+        if plain in found:
+            raise CheckpointMismatch(f"{found[plain]} and {name} are the same tensor without their prefixes")
+        found[plain] = name
+    return found

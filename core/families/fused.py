@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..console.listing import listed
+from ..console.words import listed
 from ..errors import CheckpointMismatch
+from . import gpt, lecture
+from .family import Shape, plain_names
 
-WRAPPERS = ("_orig_mod", "module", "model")
-"""What torch.compile, DistributedDataParallel and hand-made wrappers put before a name, in any order."""
-
-Shape = tuple[int, ...]
+FUSED, LECTURE = "fused", "lecture"
 
 
 @dataclass(frozen=True)
@@ -44,22 +43,6 @@ def _joined(name: str, parts: tuple[str, ...], found: Mapping[str, Shape]) -> Sh
         if shape != first:
             raise CheckpointMismatch(f"{part} is {shape}, but {parts[0]} is {first}; {name} is made of both")
     return (first[0] * len(parts), *first[1:]) if first else first
-
-
-def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Map each name without what wrappers added to the name as it stands.
-
-    Raises: CheckpointMismatch when two names become one.
-    """
-    found: dict[str, str] = {}
-    for name in names:
-        words = [word for word in name.split(".") if word != "_orig_mod"]  # compiled submodules have it in the middle
-        wrapped = next((i for i, word in enumerate(words[:-1]) if word not in WRAPPERS), len(words) - 1)
-        plain = ".".join(words[max(wrapped, 0) :]) or name
-        if plain in found:
-            raise CheckpointMismatch(f"{found[plain]} and {name} are the same tensor without their prefixes")
-        found[plain] = name
-    return found
 
 
 def make_plan(family: str, table: Mapping[str, str], dropped: Mapping[str, str], names: Iterable[str]) -> Plan:
@@ -99,3 +82,14 @@ def make_plan(family: str, table: Mapping[str, str], dropped: Mapping[str, str],
 
 def _pattern(name: str) -> str:
     return re.escape(name).replace(r"\{i\}", r"(?P<i>\d{1,6})").replace(r"\{j\}", r"(?P<j>\d{1,4})")
+
+
+def recognise(names: Iterable[str]) -> Plan:
+    """Plan how the tensors of a GPT of any of our generations become those of the model.
+
+    Raises: CheckpointMismatch when two names mean one tensor.
+    """
+    names = list(names)
+    if any(".sa.heads." in name for name in plain_names(names)):
+        return make_plan(LECTURE, lecture.TENSORS, lecture.DROPPED, names)
+    return make_plan(FUSED, {name: name for name in gpt.TENSORS}, gpt.DROPPED, names)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..console.listing import differences
-from .fused import Shape
+from ..console.words import differences
+from .family import Shape
 
 if TYPE_CHECKING:
     from ..config.gpt import GPTConfig

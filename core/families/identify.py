@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from ..console.listing import listed
+from ..console.words import listed
 from ..errors import CheckpointMismatch
 from . import hf_gpt2, hf_llama, litgpt, megatron, modded, nanochat, nanogpt, ours
 from .architecture import Architecture, describe
-from .family import Family
-from .fused import Shape, plain_names
+from .family import Family, Shape, plain_names
 from .match import Match, index, match, skeleton
 
 MODULES = (ours, nanogpt, hf_gpt2, hf_llama, modded, megatron, litgpt, nanochat)

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 
-from .family import Family, Sides, parse
-from .fused import WRAPPERS, Shape, plain_names
+from .family import WRAPPERS, Family, Shape, Sides, parse, plain_names
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")
 _VARIABLE = re.compile(r"\{[ijn]\}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import gpt, lecture
 from .family import Family, Sides
-from .recognise import FUSED, LECTURE
+from .fused import FUSED, LECTURE
 
 FUSED_SWITCHES = {"qkv_bias" if switch == "bias" else switch: names for switch, names in gpt.SWITCHES.items()}
 HEAD_SIDES: Sides = ("head_size", "n_embd")

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 CONFIG_KEYS = ("config", "model_config", "model_args", "args")
 """Where programs put the config of a model in the content of a checkpoint."""
 
+Facts = dict[str, Any]
+"""What is told of a checkpoint, as values that JSON has."""
+
 
 @dataclass
 class Inspected:
@@ -165,7 +168,7 @@ def _of_bundle(bundle: Bundle) -> Inspected:
 def _held(bundle: Bundle) -> tuple[Container, list[str]]:
     """The open files of a bundle as a container, and what of them cannot be read."""
     from ..bundle.commit import CONFIG
-    from ..bundle.sharded_part import ShardedFile
+    from ..bundle.parts import ShardedFile
     from ..containers.joined import join
     from ..containers.torch_files.container import container_of
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from ..console.words import printable
 from ..containers.spec import TensorSpec
-
-Facts = dict[str, Any]
+from .inspect import Facts
 
 
 def tensor_facts(tensors: Mapping[str, TensorSpec], pattern: str | None = None) -> list[Facts]:

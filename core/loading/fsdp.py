@@ -9,13 +9,13 @@ from torch import nn
 
 from ..bundle.bundle import CONFIG, TOKENIZER, Bundle
 from ..bundle.contradictions import check_fit
-from ..bundle.sharded_part import ShardedFile
+from ..bundle.parts import ShardedFile
 from ..data.tokenizer import tokenizer_from_state
 from ..model import GPT
 from ..networks.device import resolve_device
 from ..networks.distributed import World
 from ..networks.state_dict import local
-from ..saving.shards import block_like, empty_like, fill_shards
+from .spread import block_like, empty_like, fill_shards
 from .tensors import load_optimizer, load_weights, read_part, recorded_dtype
 
 

@@ -11,10 +11,10 @@ from ..bundle.bundle import TOKENIZER, Bundle
 from ..bundle.commit import CONFIG
 from ..bundle.tokenizer_state import describe
 from ..config.modded import CLASSES, SpeedrunConfig
-from ..console.listing import differences, listed
+from ..console.words import differences, listed
 from ..data.tokenizer import Tokenizer, tokenizer_from_state
 from ..errors import CheckpointMismatch
-from ..families.fused import plain_names
+from ..families.family import plain_names
 from ..networks.batched import GPTBatched
 from ..networks.device import resolve_device
 from ..networks.flex import GPTFlexAttention

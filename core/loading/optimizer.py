@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle.optimizer_state import OTHER_MODEL, groups_of, names_in_order
-from ..console.listing import counted, listed
+from ..console.words import counted, listed
 from ..errors import CheckpointMismatch
 from ..networks.state_dict import plain_name
 
@@ -214,7 +214,7 @@ def _copy(key: str, value: Any, p: Tensor, group: dict[str, Any]) -> Any:
         on_device = group.get("fused") or group.get("capturable")
         return torch.as_tensor(value, dtype=torch.float32, device="cpu").to(p.device if on_device else "cpu", copy=True)
     if isinstance(value, Tensor) and hasattr(p, "device_mesh"):
-        from ..saving.shards import block_like  # imports torch.distributed, which one process does not need
+        from .spread import block_like  # imports torch.distributed, which one process does not need
 
         return block_like(value, p)
     if isinstance(value, Tensor):

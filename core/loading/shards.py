@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundle.sharded_part import ShardedFile
+from ..bundle.parts import ShardedFile
 from ..containers.spec import Chunk, TensorSpec
 
 

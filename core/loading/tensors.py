@@ -16,9 +16,8 @@ from torch import nn
 from ..bundle.bundle import TOKENIZER, Bundle
 from ..bundle.contradictions import check_fit, rearrange_optimizer
 from ..bundle.optimizer_state import groups_of, names_in_order
-from ..bundle.parts import Part, TorchFile, once
-from ..bundle.sharded_part import ShardedFile
-from ..console.listing import counted, differences, listed
+from ..bundle.parts import Part, ShardedFile, TorchFile, once
+from ..console.words import counted, differences, listed
 from ..containers.spec import TensorSpec
 from ..containers.torch_files.zip import TorchZip
 from ..data.tokenizer import tokenizer_from_state

@@ -20,9 +20,8 @@ from ..errors import InputError
 from ..families.modded import merged
 from . import generation
 from .bound import bound
-from .flex import compiled_flex
 from .modded import IGNORED, SCALE, SpeedrunGPT
-from .windows import block_mask, cuts, mask
+from .windows import block_mask, compiled_flex, cuts, mask
 
 if TYPE_CHECKING:
     from .flex import GPTFlexAttention
@@ -189,3 +188,8 @@ class GPTBatched(SpeedrunGPT):
 
     generate = generation.generate
     save_checkpoint_bundle = bound("..kinds.model_methods", "save_checkpoint_bundle", __package__)
+
+
+def batched(flex: GPTFlexAttention) -> GPTBatched:
+    """The same model for batches and for writing text: `GPTBatched.from_pretrained_gpt(flex)`."""
+    return GPTBatched.from_pretrained_gpt(flex)

@@ -5,9 +5,7 @@ Shapes: T positions of the sequence, C n_embd, H heads, D head size, V rows of t
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +15,10 @@ from ..config.variants import BLOCK, windows_of
 from ..errors import InputError
 from .bound import bound
 from .modded import SCALE, Attend, SpeedrunGPT
-from .windows import block_mask, documents, mask
-
-if TYPE_CHECKING:
-    from .batched import GPTBatched
+from .windows import block_mask, compiled_flex, documents, mask
 
 KERNELS = ("auto", "flex", "sdpa")
 """What computes the attention of GPTFlexAttention: auto is flex on CUDA, and SDPA elsewhere."""
-
-
-@functools.cache
-def compiled_flex() -> Callable[..., Tensor]:
-    """Flex attention, compiled at its first use: run eagerly, it ignores the block lists of a mask."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
 
 
 class GPTFlexAttention(SpeedrunGPT):
@@ -88,14 +75,9 @@ class GPTFlexAttention(SpeedrunGPT):
 
         return attend
 
-    def batched(self) -> GPTBatched:
-        """The same model for batches and for writing text: `GPTBatched.from_pretrained_gpt(self)`."""
-        from .batched import GPTBatched
-
-        return GPTBatched.from_pretrained_gpt(self)
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue a prompt; see `networks.generation.generate`."""
         return self.batched().generate(*args, **kwargs)
 
+    batched = bound(".batched", "batched", __package__)
     save_checkpoint_bundle = bound("..kinds.model_methods", "save_checkpoint_bundle", __package__)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config.modded import GPT2_END, SpeedrunConfig
 from ..config.variants import BLOCK, HEAD_SIZE, VALUE_TABLES, WITHOUT_ATTENTION, Variant, is_long, skips_of, value_table
-from ..families.fused import plain_names
+from ..families.family import plain_names
 
 SCALE = 0.12
 """Of the attention scores, in place of 1 / sqrt(D)."""

@@ -7,6 +7,7 @@ back", which a test holds against the block lists of the original.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,3 +81,11 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Turn bool [N, N] into the number of blocks per row [1, 1, N] and their list [1, 1, N, N], those first."""
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None].contiguous()
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Tensor]:
+    """Flex attention, compiled at its first use: run eagerly, it ignores the block lists of a mask."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)

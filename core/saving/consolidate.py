@@ -10,8 +10,7 @@ from typing import Any
 from ..bundle.bundle import ALL_PARTS, EMA, OPTIMIZER, TOKENIZER, Bundle, open_bundle
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, new_id
 from ..bundle.lineage import descent
-from ..bundle.parts import Part
-from ..bundle.sharded_part import ShardedFile
+from ..bundle.parts import Part, ShardedFile
 from ..bundle.storage import Output
 from ..bundle.verify import verify
 from ..bundle.write import Content, Writer, write_bundle

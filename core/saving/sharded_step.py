@@ -14,9 +14,9 @@ from torch import nn
 
 from ..bundle.bundle import EMA, OPTIMIZER, history
 from ..bundle.commit import CONFIG, MODEL, entries
+from ..bundle.folder import top_state
 from ..bundle.lock import hold
-from ..bundle.rewind import top_state
-from ..bundle.sharded_part import folder_of
+from ..bundle.parts import folder_of
 from ..bundle.storage import Output
 from ..bundle.training_state import STATE, seal
 from ..bundle.write import write_file

@@ -1,8 +1,4 @@
-"""What one rank holds of a sharded model: blocks of tensors, to be saved, and to be filled from any number of shards.
-
-Reading is the planner of torch.distributed.checkpoint, which finds out what a rank needs of which block; the bytes come
-through our own reader of its format, which executes nothing.
-"""
+"""What one rank holds of a sharded model: the blocks of tensors that it writes."""
 
 from __future__ import annotations
 
@@ -11,25 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.futures import Future
 
-from ..bundle.sharded_part import ShardedFile
 from ..containers.dcp.writer import Placed, item_header
-from ..containers.spec import TensorSpec
 from ..containers.torch_files.image import Image
 from ..containers.torch_files.layout import pickled
-from ..loading.shards import chunks_of, read_block
 from ..networks.state_dict import plain_name
 from .torch_file import bytes_of
 
@@ -62,27 +46,6 @@ class Shard:
     def name(self) -> str:
         """What it is called in the folder."""
         return ".".join(map(str, self.path))
-
-
-def block_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Copy out of a whole tensor what this rank holds of a tensor like it; the whole where that is not spread."""
-    if not isinstance(like, DTensor):
-        return whole
-    shape, begin = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    block = whole[tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))]
-    return _as_shard(block.detach().to(like.device, like.dtype, copy=True).contiguous(), like)
-
-
-def empty_like(like: Tensor) -> Tensor:
-    """Allocate a tensor that is spread as another one is."""
-    if not isinstance(like, DTensor):
-        return torch.empty_like(like)
-    return _as_shard(torch.empty_like(like.to_local()), like)
-
-
-def _as_shard(block: Tensor, like: DTensor) -> DTensor:
-    mesh, placements = like.device_mesh, like.placements
-    return DTensor.from_local(block, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def weights_of(module: nn.Module, first: bool) -> list[Shard]:
@@ -150,64 +113,3 @@ def placed(shards: Iterable[Shard], image: Image, file: str) -> list[Placed]:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-# Filling
-
-
-def fill_shards(source: ShardedFile, targets: Mapping[str, Tensor], alone: bool) -> None:
-    """Fill tensors, spread over ranks or not, from the shards of a step by name; all ranks do it, or one `alone`.
-
-    Names and shapes were compared before.
-    """
-    with torch.no_grad():
-        state = {name: target.detach() for name, target in targets.items()}
-        dcp.load(state, storage_reader=_Reader(source), no_dist=alone)
-
-
-class _Reader(dcp.StorageReader):
-    """Gives torch.distributed.checkpoint the blocks of an open folder; nothing in it is unpickled."""
-
-    def __init__(self, source: ShardedFile) -> None:
-        self.source = source
-        self.specs = source.header.tensors
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return False
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Begin to read; there is one folder."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the folder holds, in torch's words."""
-        return Metadata({name: _described(spec) for name, spec in self.specs.items()})
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the files are open."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy what the plan wants out of the mapped files."""
-        for item in plan.items:
-            assert item.type is LoadItemType.TENSOR
-            spec = self.specs[item.storage_index.fqn]
-            begin = tuple(item.storage_index.offset or ())
-            block = read_block(self.source, next(c for c in chunks_of(spec) if c.begin == begin), spec.dtype)
-            ends = zip(item.storage_offsets, item.lengths, strict=True)
-            target = planner.resolve_tensor(item)
-            target.detach().copy_(block[tuple(slice(b, b + n) for b, n in ends)])
-            planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-
-def _described(spec: TensorSpec) -> TensorStorageMetadata:
-    boxes = [ChunkStorageMetadata(torch.Size(c.begin), torch.Size(c.shape)) for c in chunks_of(spec)]
-    return TensorStorageMetadata(TensorProperties(getattr(torch, spec.dtype)), torch.Size(spec.shape), boxes)

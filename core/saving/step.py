@@ -19,9 +19,9 @@ from torch import nn
 from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, new_id
+from ..bundle.folder import top_state
 from ..bundle.lineage import descent
 from ..bundle.retention import Retention, best_of, better
-from ..bundle.rewind import top_state
 from ..bundle.training_state import FIELDS, STATE, unseal
 from ..bundle.write import Content, write_bundle
 from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture

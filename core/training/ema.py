@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..console.listing import differences, listed
+from ..console.words import differences, listed
 from ..errors import CheckpointMismatch, InputError
 from ..networks.state_dict import local, plain_name, unwrap
 

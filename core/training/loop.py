@@ -18,7 +18,7 @@ from ..checkpoint import CheckpointManager
 from ..console.signals import SAVE_BY_CLOCK, SAVING, StopSignal, reason
 from ..data.dataloader import DataLoader
 from ..data.randomness import mix
-from ..errors import CheckpointError, CheckpointMismatch
+from ..errors import CheckpointMismatch, TrainingDiverged
 from ..model import GPT, GPTFlexAttention
 from ..networks.device import environment, seed_generator
 from ..networks.distributed import World, whole
@@ -29,10 +29,6 @@ from .grad_scaler import SMALLEST, make_scaler, scaler_state
 from .metrics import Metrics
 from .save_timing import RunSaves
 from .schedule import Schedule
-
-
-class TrainingDiverged(CheckpointError):
-    """The loss or the gradient is no longer a number; the last committed step is from before."""
 
 
 class Run:

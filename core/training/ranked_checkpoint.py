@@ -14,7 +14,7 @@ from ..bundle import intact
 from ..bundle.bundle import ALL_PARTS, Bundle, open_bundle
 from ..bundle.choice import choose
 from ..bundle.legacy import open_legacy
-from ..bundle.sharded_part import files_of
+from ..bundle.parts import files_of
 from ..bundle.verify import verify as verify_files
 from ..checkpoint import CheckpointManager
 from ..console.words import size_text

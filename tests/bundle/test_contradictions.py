@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from core.errors import CheckpointMismatch
-from core.families.recognise import recognise
+from core.families.fused import recognise
 from tests.makers.doors import (
     OF_A_FILE,
     OF_A_FOLDER,

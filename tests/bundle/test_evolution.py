@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from core.bundle.evolution import REPAIRS, Evidence, evolve, notes, one_step_less
 from core.config.gpt import ACTIVATIONS, GPTConfig
 from core.errors import CheckpointMismatch, InputError
-from core.families.recognise import recognise
+from core.families.fused import recognise
 from core.model import GPT
 from core.networks.device import resolve_device
 from tests.makers.doors import OF_A_FOLDER, edit, generate, legacy, looked_at, refused, single, train

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.families.claims import NAMES, TIED
-from core.families.fused import plain_names
+from core.families.family import plain_names
 from core.families.identify import FAMILIES, identify, weights_key
 from core.families.match import match
 from tests.makers.family_tables import IDS, SIZES, build, named

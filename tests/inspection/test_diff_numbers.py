@@ -22,6 +22,7 @@ from core.errors import CheckpointDamaged
 from core.inspection.diff.change import Stored
 from core.inspection.diff.comparison import compare
 from core.inspection.diff.side import Side
+from core.inspection.diff.text import comparison_facts
 from core.inspection.inspect import inspect_path
 from tests.makers.comparisons import compared, saved, text, with_optimizer
 from tests.makers.models import flip
@@ -67,7 +68,10 @@ def test_nan_and_infinity_are_counted_and_never_hide_a_change(tmp_path: Path):
     lost = compared(
         saved(tmp_path / "a.pt", {"w": torch.tensor([math.inf, 1.0])}), saved(tmp_path / "b.pt", {"w": a[:2]})
     )
-    assert (lost.weights.different[0].change.nan, lost.facts()["weights"]["different"][0]["change"]["nan"]) == (2, 2)
+    assert (
+        lost.weights.different[0].change.nan,
+        comparison_facts(lost)["weights"]["different"][0]["change"]["nan"],
+    ) == (2, 2)
     change = one_change(torch.tensor([math.inf]), torch.tensor([-math.inf]), tmp_path)
     assert (change.absolute, change.relative) == (math.inf, math.inf)
 
@@ -213,7 +217,7 @@ def test_long_lists_are_cut(tmp_path: Path):
     found = compared(saved(tmp_path / "a.pt", a), saved(tmp_path / "b.pt", b))
     lines = text(found).splitlines()
     assert sum(" 1 of 1" in line for line in lines) == 39 and "    ... and 11 more; --json lists all" in lines
-    assert len(found.facts()["weights"]["different"]) == 50
+    assert len(comparison_facts(found)["weights"]["different"]) == 50
 
 
 def test_scalars_and_empty_tensors_are_compared(tmp_path: Path):

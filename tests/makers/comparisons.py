@@ -11,6 +11,7 @@ import torch
 from core.containers.open import open_container
 from core.inspection.diff.comparison import Comparison, compare
 from core.inspection.diff.side import Side
+from core.inspection.diff.text import comparison_facts, comparison_lines
 from core.inspection.inspect import inspect_path
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -27,8 +28,8 @@ def saved(path: Path, tensors: dict, **content) -> Path:
 
 
 def text(found: Comparison) -> str:
-    json.dumps(found.facts(), allow_nan=False)
-    return "\n".join(found.lines())
+    json.dumps(comparison_facts(found), allow_nan=False)
+    return "\n".join(comparison_lines(found))
 
 
 def hf_folder(folder: Path, model: dict[str, torch.Tensor], bare: bool = False, biases: float = 0.0) -> Path:

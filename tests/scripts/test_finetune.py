@@ -17,8 +17,8 @@ from core.console.commandline import DONE, FAILED, STOPPED, WRONG_USE
 from core.data.tokenizer import make_char, named_tokenizer
 from core.errors import CheckpointError, InputError
 from core.model import GPTFlexAttention
-from core.networks.classification import GPTClassification, load_classifier
-from core.pretrained import load_pretrained_checkpoint
+from core.networks.classification import GPTClassification
+from core.pretrained import load_classifier, load_pretrained_checkpoint
 from examples.classification.encoded import encode, shares
 from examples.classification.labelled import read_labelled, read_splits
 from examples.finetune_classification import main

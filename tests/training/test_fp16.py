@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from core.bundle.training_state import seal
-from core.errors import CheckpointMismatch
+from core.errors import CheckpointMismatch, TrainingDiverged
 from core.loading.optimizer import configure_optimizer
 from core.training.fit import fit
 from core.training.grad_scaler import make_scaler, scaler_state
-from core.training.loop import TrainingDiverged
 from core.training.schedule import Schedule
 from tests.makers.models import SMALL, equal, manager, started, state_of, weights
 from tests.training.test_resume import bits, loader, same

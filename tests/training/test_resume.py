@@ -15,9 +15,8 @@ import torch
 from core.bundle.training_state import seal
 from core.data.dataloader import DataLoader
 from core.data.tokens import Tokens
-from core.errors import InputError, SaveFailed
+from core.errors import InputError, SaveFailed, TrainingDiverged
 from core.training.fit import fit
-from core.training.loop import TrainingDiverged
 from core.training.metrics import Metrics
 from core.training.schedule import Schedule
 from tests.conftest import ROOT

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
-from ..blocks import blocks_fault, spec_of_blocks
+from ..blocks import blocks_fault, read_at, spec_of_blocks
 from ..container import Check, Container, is_plain, listing, member, reading
 from ..pickles.foreign import foreign_calls
 from ..pickles.inert import as_text
 from ..spec import Chunk, TensorSpec
 from ..torch_files.items import Item, Items, find_items
 from ..torch_files.storages import LARGEST_PICKLE
-from ..torch_files.zip_directory import read_at
 from .metadata import METADATA, Entry, Metadata, Place, read_metadata
 
 SUFFIX = ".distcp"

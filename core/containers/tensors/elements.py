@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from typing import BinaryIO, Literal
 
 from ...errors import CheckpointDamaged, CheckpointError
+from ..blocks import read_at
 from ..container import Container
 from ..pickles.inert import as_text
 from ..spec import ITEM_SIZES, Chunk, TensorSpec
-from ..torch_files.zip_directory import read_at
 
 PIECE = 8 << 20
 """Bytes given at a time."""

@@ -7,10 +7,10 @@ import os
 from typing import BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError
+from ..blocks import read_at
 from ..pickles.inert import as_text
 from .stream import MAGIC, TorchStream
 from .zip import TorchZip
-from .zip_directory import read_at
 
 _HEAD = 512  # bytes: one block of a tar
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, cast
 
 from ...errors import CheckpointDamaged
+from ..blocks import read_at
 from ..pickles.inert import Call
 from ..spec import TensorSpec
 from .zip import TorchZip
-from .zip_directory import Record, read_at
+from .zip_directory import Record
 
 _EDGE = 1024
 """Bytes at either end of the zip of one tensor that hold all but the tensor: two reads instead of twenty."""

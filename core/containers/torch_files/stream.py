@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError
+from ..blocks import read_at
 from ..pickles.inert import Call, as_text
 from ..pickles.reader import Parsed, PickleCutOff, parse_pickle
 from ..spec import TensorSpec
 from .storages import LARGEST_PICKLE, Storage, TensorLoader, name_tensors
-from .zip_directory import Record, read_at
+from .zip_directory import Record
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001

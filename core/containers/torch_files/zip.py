@@ -10,10 +10,11 @@ import zlib
 from typing import Any, BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError
+from ..blocks import read_at
 from ..pickles.inert import Call, as_text
 from ..spec import TensorSpec
 from .storages import LARGEST_PICKLE, TensorLoader, name_tensors
-from .zip_directory import Record, read_at, read_directory, read_head
+from .zip_directory import Record, read_directory, read_head
 
 
 class TorchZip:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from ...errors import CheckpointDamaged
+from ..blocks import read_at
 from ..pickles.inert import as_text
 
 _END = struct.Struct("<4sH4xHII2x")  # signature, disk, entries, length and start of the directory
@@ -33,20 +34,6 @@ class Record:
     size: int
     crc32: int
     stored: bool = True  # False: compressed, which torch does to code, never to tensors
-
-
-def read_at(file: BinaryIO, offset: int, size: int, where: str) -> bytes:
-    """Read `size` bytes from `offset`.
-
-    Raises: CheckpointDamaged when the file ends sooner.
-    """
-    file.seek(offset)
-    data = file.read(size)
-    if len(data) != size:
-        raise CheckpointDamaged(
-            f"{where}: ends at byte {offset + len(data)}, {offset + size} are needed. It was cut off."
-        )
-    return data
 
 
 def read_head(file: BinaryIO, offset: int, where: str) -> tuple[bytes, int]:

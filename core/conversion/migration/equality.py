@@ -13,11 +13,11 @@ from typing import Any
 from ...bundle.bundle import Bundle
 from ...bundle.optimizer_state import groups_of, names_in_order
 from ...bundle.parts import TorchFile, once
+from ...containers.blocks import read_at
 from ...containers.pickles.inert import as_text
 from ...containers.spec import TensorSpec
-from ...containers.torch_files.zip_directory import read_at
 from ...errors import CheckpointMismatch
-from ...families.fused import plain_names
+from ...families.family import plain_names
 
 PIECE = 8 * 1024 * 1024
 """Bytes compared at a time."""

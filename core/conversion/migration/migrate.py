@@ -26,8 +26,7 @@ from ...bundle.verify import verify
 from ...bundle.write import Content, Writer, write_bundle
 from ...checkpoint import CheckpointManager
 from ...config.gpt import FORMAT_VERSION, same_architecture
-from ...console.listing import listed
-from ...console.words import size_text
+from ...console.words import listed, size_text
 from ...containers.json_files import dump_json, parse_json
 from ...errors import CheckpointError, CheckpointMismatch, SaveFailed
 from ...loading.tensors import load_optimizer, load_weights

@@ -10,7 +10,7 @@ from typing import Any
 from ...config.gpt import GPTConfig
 from ...containers.tensors.views import filled
 from ...families import gpt, gpt_tables
-from ...families.recognise import FUSED, LECTURE
+from ...families.fused import FUSED, LECTURE
 from ..plan import Model, Options, Pair
 
 TABLE, HEAD, HEAD_BIAS = "token_embedding_table.weight", "lm_head.weight", "lm_head.bias"

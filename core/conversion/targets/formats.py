@@ -18,7 +18,7 @@ from ...containers.hf_folder import BESIDE
 from ...containers.json_files import dump_json
 from ...containers.plain import plain
 from ...containers.tensors.views import View
-from ...families.recognise import FUSED
+from ...families.fused import FUSED
 from ..pairs.modded import BATCHED
 from ..plan import TORCH_ENDINGS, Model, Options, Plan, Ref, Target, WeightFile, target_of
 from ..sharded import add_optimizer

@@ -11,7 +11,7 @@ from typing import Any
 from ...containers import safetensors_writer
 from ...containers.hf_folder import BESIDE
 from ...containers.json_files import dump_json
-from ...families.recognise import FUSED
+from ...families.fused import FUSED
 from ..plan import Model, Options, Plan, Target, WeightFile, target_of
 from ..sharded import add_optimizer_tensors
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,7 @@ from ...containers.pickles.inert import as_text
 from ...containers.plain import plain
 from ...errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from ...families.common_names import common_fields, naming
-from ...families.fused import plain_names
+from ...families.family import plain_names
 from .change import Change, Progress, Stored, change_between, is_zero
 from .side import Facts, Side
 
@@ -101,18 +100,6 @@ class Comparison:
     def equal(self) -> bool:
         """Whether all that was compared is the same."""
         return not self.different
-
-    def facts(self) -> Facts:
-        """The comparison as values that JSON has."""
-        from .text import comparison_facts
-
-        return comparison_facts(self)
-
-    def lines(self) -> Iterable[str]:
-        """The comparison for people."""
-        from .text import comparison_lines
-
-        return comparison_lines(self)
 
 
 def compare(a: Side, b: Side, moments: bool = False, progress: Progress = lambda size: None) -> Comparison:

@@ -20,15 +20,15 @@ from ...containers.tensors.dtypes import decode
 from ...containers.tensors.elements import pieces
 from ...errors import CheckpointMismatch
 from ...families.common_names import GPT2, Place, common_fields, head_and_table, naming, places
-from ...families.fused import plain_names
+from ...families.family import plain_names
+from ...families.fused import FUSED, LECTURE, recognise
 from ...families.identify import UNKNOWN
-from ...families.recognise import FUSED, LECTURE, recognise
+from ..inspect import Facts
 from .change import Stored
 
 if TYPE_CHECKING:
     from ..inspect import Inspected
 
-Facts = dict[str, Any]
 _FEW = 16  # elements of a tensor that is compared as a value
 
 
