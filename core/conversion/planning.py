@@ -19,7 +19,7 @@ from .pairs import ways
 from .pairs.megatron_settings import FLAGS
 from .plan import TORCH_ENDINGS, Model, Options, Plan
 from .sharded import take_parts
-from .targets.formats import FORMATS, Format
+from .targets import FORMATS, Format
 from .vocabulary import add_tokenizer, tokens_of
 
 BY_NAME = {one.name: one for one in FORMATS}

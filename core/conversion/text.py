@@ -8,7 +8,7 @@ from typing import Any
 from ..console.words import columns, printable, size_text
 from .pairs import PAIRS, ways
 from .plan import Plan, folded
-from .targets.formats import FORMATS
+from .targets import FORMATS
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:

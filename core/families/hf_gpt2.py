@@ -7,6 +7,8 @@ before 4.31.
 from __future__ import annotations
 
 from .family import Family, Sides
+from .nanogpt import NANOGPT
+from .rules import TRANSPOSE, Table
 
 TENSORS: dict[str, Sides] = {
     "transformer.wte.weight": ("vocab_size", "n_embd"),
@@ -35,6 +37,9 @@ TRANSPOSED = (
     "transformer.h.{i}.mlp.c_proj.weight",
 )
 """The Conv1D weights: the transpose of a Linear's."""
+
+HF_GPT2: Table = tuple((theirs, ours, TRANSPOSE if theirs in TRANSPOSED else rule) for theirs, ours, rule in NANOGPT)
+"""Hugging Face GPT-2: nanoGPT's names, and Conv1D weights [in, out]."""
 
 FAMILIES = (
     Family(

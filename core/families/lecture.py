@@ -6,6 +6,8 @@ whose feed-forward part is called `ffwd`, and `fwd` in some later files.
 
 from __future__ import annotations
 
+from .rules import RENAME, Concat, Row, Table
+
 TENSORS: dict[str, str] = {
     "token_embedding_table.weight": "token_embedding_table.weight",
     "position_embedding_table.weight": "position_embedding_table.weight",
@@ -40,3 +42,17 @@ DROPPED: dict[str, str] = {
     "blocks.{i}.sa.heads.{j}.tril": "the causal mask, which our attention has in its kernel",
 }
 """Buffers that are in the file and that our model computes."""
+
+
+def _heads(part: str) -> tuple[str, ...]:
+    return tuple(f"blocks.{{i}}.sa.heads.{{j}}.{word}.{part}" for word in ("query", "key", "value"))
+
+
+_PLAIN: tuple[Row, ...] = tuple((theirs, ours, RENAME) for theirs, ours in TENSORS.items() if "{j}" not in theirs)
+
+LECTURE: Table = (
+    (_heads("weight"), "blocks.{i}.sa.qkv.weight", Concat(0)),
+    (_heads("bias"), "blocks.{i}.sa.qkv.bias", Concat(0)),
+    *_PLAIN,
+)
+"""Lecture style: the rows of qkv are q | k | v, each of them head by head; the feed-forward part is `ffwd` or `fwd`."""

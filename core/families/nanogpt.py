@@ -6,6 +6,28 @@ Names as in karpathy/nanoGPT, model.py; the buffer `attn.bias` as in its version
 from __future__ import annotations
 
 from .family import Family, Sides
+from .rules import RENAME, Table
+
+NANOGPT: Table = (
+    ("transformer.wte.weight", "token_embedding_table.weight", RENAME),
+    ("transformer.wpe.weight", "position_embedding_table.weight", RENAME),
+    ("transformer.h.{i}.ln_1.weight", "blocks.{i}.ln1.weight", RENAME),
+    ("transformer.h.{i}.ln_1.bias", "blocks.{i}.ln1.bias", RENAME),
+    ("transformer.h.{i}.attn.c_attn.weight", "blocks.{i}.sa.qkv.weight", RENAME),
+    ("transformer.h.{i}.attn.c_attn.bias", "blocks.{i}.sa.qkv.bias", RENAME),
+    ("transformer.h.{i}.attn.c_proj.weight", "blocks.{i}.sa.proj.weight", RENAME),
+    ("transformer.h.{i}.attn.c_proj.bias", "blocks.{i}.sa.proj.bias", RENAME),
+    ("transformer.h.{i}.ln_2.weight", "blocks.{i}.ln2.weight", RENAME),
+    ("transformer.h.{i}.ln_2.bias", "blocks.{i}.ln2.bias", RENAME),
+    ("transformer.h.{i}.mlp.c_fc.weight", "blocks.{i}.fwd.net.0.weight", RENAME),
+    ("transformer.h.{i}.mlp.c_fc.bias", "blocks.{i}.fwd.net.0.bias", RENAME),
+    ("transformer.h.{i}.mlp.c_proj.weight", "blocks.{i}.fwd.net.2.weight", RENAME),
+    ("transformer.h.{i}.mlp.c_proj.bias", "blocks.{i}.fwd.net.2.bias", RENAME),
+    ("transformer.ln_f.weight", "ln_f.weight", RENAME),
+    ("transformer.ln_f.bias", "ln_f.bias", RENAME),
+    ("lm_head.weight", "lm_head.weight", RENAME),
+)
+"""nanoGPT: Linear weights [out, in] as ours, q | k | v on top of each other as ours."""
 
 TENSORS: dict[str, Sides] = {
     "transformer.wte.weight": ("vocab_size", "n_embd"),

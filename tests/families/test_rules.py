@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from core.containers.tensors.reading import Gatherer
 from core.containers.tensors.views import cut, filled, join, merge_axes, permute, split_axis
 from core.errors import CheckpointMismatch
-from core.families.gpt_tables import HF_GPT2, LECTURE, NANOGPT
+from core.families.hf_gpt2 import HF_GPT2
+from core.families.lecture import LECTURE
+from core.families.nanogpt import NANOGPT
 from core.families.rules import RENAME, TRANSPOSE, Chain, Concat, Interleave, Inverse, Merge, Permute, Stack, apply
 from tests.makers.conversions import Scratch, read
 

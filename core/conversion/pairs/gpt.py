@@ -9,7 +9,7 @@ from typing import Any
 
 from ...config.gpt import GPTConfig
 from ...containers.tensors.views import filled
-from ...families import gpt, gpt_tables
+from ...families import gpt, hf_gpt2, lecture, nanogpt
 from ...families.fused import FUSED, LECTURE
 from ..plan import Model, Options, Pair
 
@@ -215,7 +215,7 @@ def ours_to_nanogpt(model: Model, options: Options) -> dict[str, Any]:
 
 
 PAIRS = (
-    Pair(LECTURE, FUSED, gpt_tables.LECTURE, to_ours=lecture_to_ours),
-    Pair("nanogpt", FUSED, gpt_tables.NANOGPT, nanogpt_to_ours, ours_to_nanogpt),
-    Pair("hf_gpt2", FUSED, gpt_tables.HF_GPT2, hf_to_ours, ours_to_hf),
+    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=lecture_to_ours),
+    Pair("nanogpt", FUSED, nanogpt.NANOGPT, nanogpt_to_ours, ours_to_nanogpt),
+    Pair("hf_gpt2", FUSED, hf_gpt2.HF_GPT2, hf_to_ours, ours_to_hf),
 )

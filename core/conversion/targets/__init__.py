@@ -1,0 +1,48 @@
+"""What a conversion can write: for each format the families it holds, and the files it consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...families.fused import FUSED
+from ..pairs.modded import BATCHED
+from ..plan import Model, Options, Plan
+from .bundle import plan_bundle
+from .dcp import plan_dcp
+from .hf import plan_hf
+from .megatron import plan_megatron
+from .nanogpt import plan_nanogpt
+from .safetensors import plan_safetensors
+from .torch import plan_pt
+
+HF = ("hf_gpt2", "hf_llama", "hf_qwen2", "hf_qwen3")
+MEGATRON = ("megatron_gpt2", "megatron_llama", "megatron_qwen2", "megatron_qwen3")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of output; without `families` any model, in the names that it has."""
+
+    name: str
+    what: str
+    families: tuple[str, ...]
+    plan: Callable[[Model, Options, Path], Plan]
+
+
+FORMATS = (
+    Format(
+        "bundle",
+        "a folder of ours: train.py resumes it, generate.py writes text with it",
+        (FUSED, BATCHED),
+        plan_bundle,
+    ),
+    Format("nanogpt", "a ckpt.pt that nanoGPT resumes and samples from", ("nanogpt",), plan_nanogpt),
+    Format("hf", "a folder that transformers opens", HF, plan_hf),
+    Format("megatron", "an exported_model.pt of Megatron, with the names of the local layers", MEGATRON, plan_megatron),
+    Format("safetensors", "one .safetensors file, or a folder of them; names as they are", (), plan_safetensors),
+    Format("pt", "one torch file of a state dict; names as they are", (), plan_pt),
+    Format("dcp", "a folder that torch.distributed.checkpoint loads; names as they are", (), plan_dcp),
+)
+"""Everything that --to can be."""

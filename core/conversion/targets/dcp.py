@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ...containers.dcp import writer as dcp_writer
 from ...containers.dcp.metadata import METADATA
 from ...containers.dcp.writer import Placed
 from ...containers.torch_files.layout import Sink
-from ..plan import Plan, Ref, Target, WeightFile
+from ..plan import Model, Options, Plan, Ref, Target, WeightFile
+from .torch import plan_pt
 
-Path = tuple[str | int, ...]
+Keys = tuple[str | int, ...]
 
 
 def in_dcp(plan: Plan) -> Plan:
@@ -30,7 +32,7 @@ def in_dcp(plan: Plan) -> Plan:
     return replace(plan, format="dcp", files=[made], texts=texts, is_folder=True)
 
 
-def _flat(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def _flat(value: Any, path: Keys) -> Iterator[tuple[Keys, Any]]:
     """Every tensor and value by its path, as torch.distributed.checkpoint flattens a state dict."""
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -63,3 +65,8 @@ def write_items(file: WeightFile, sink: Sink, elements: Callable[[Target], Itera
         else:
             placed.append(Placed(name, path, begin, dcp_writer.write_value(sink, value)))
     return dcp_writer.metadata(placed)
+
+
+def plan_dcp(model: Model, options: Options, target: Path) -> Plan:
+    """Plan a folder of torch.distributed.checkpoint, nested as the torch file of the same model."""
+    return in_dcp(plan_pt(model, options, target))

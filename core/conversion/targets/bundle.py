@@ -1,0 +1,58 @@
+"""The target that is a bundle of ours."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ...bundle.bundle import OPTIMIZER, TOKENIZER
+from ...bundle.commit import CONFIG, MODEL, new_id
+from ...bundle.contradictions import MOST_PADDING, fits_characters
+from ...bundle.training_state import seal
+from ...config.gpt import FORMAT_VERSION
+from ...containers.json_files import dump_json
+from ...containers.plain import plain
+from ..plan import Model, Options, Plan, Ref, WeightFile, target_of
+from ..vocabulary import tokens_of
+from .safetensors import ties
+from .torch import optimizer_content, parameters_of
+
+
+def plan_bundle(model: Model, options: Options, target: Path) -> Plan:
+    """Plan a bundle: model.pt, config, tokenizer, training state, and the optimizer where there is one."""
+    characters, rows = tokens_of(model.tokenizer), model.sizes.get("vocab_size", 0)
+    if (model.tokenizer or {}).get("token_kind") == "char" and not fits_characters(characters, rows):
+        raise model.refuse(
+            f"{rows} rows for {characters} characters: a bundle has as many, or up to a multiple of 8 fewer than "
+            f"{MOST_PADDING} more. Leave --vocab_size out."
+        )
+    aliases = ties(model) if options.tied is False else {}
+    targets = [target_of(model, name, MODEL, options) for name in model.tensors]
+    weights = {one.path: Ref(one.path) for one in targets}
+    files = [WeightFile(MODEL, targets, weights, ties=options.tied is not False)]
+    if model.moments is not None and options.vocab_size is None and not aliases:
+        content, moments = optimizer_content(model, options, parameters_of(model), OPTIMIZER, "", named=True)
+        if moments:
+            files.append(WeightFile(OPTIMIZER, moments, content))
+    texts = {CONFIG: dump_json({**model.config, "format_version": FORMAT_VERSION})}
+    if model.tokenizer is not None:
+        texts[TOKENIZER] = dump_json(model.tokenizer)
+    rounded = () if options.dtype is None else ("checkpoint_dtype", "model_dtype_at_save")
+    kept = {name: value for name, value in model.state.items() if name not in ("integrity", *rounded)}
+    state = {
+        **plain(kept),
+        "step": model.step or 0,
+        "optimizer_file": OPTIMIZER if len(files) > 1 else None,
+        "format_version": FORMAT_VERSION,
+        "commit_id": new_id(),
+        "parent": None,
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "legacy": [],
+        "extra": {**plain(kept.get("extra") or {}), "converted_from": str(model.path), "program": model.program},
+    }
+
+    def sealed(recorded: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+        return {"training_state.json": seal({**state, "integrity": {"files": recorded}})}
+
+    return Plan(model, target, "bundle", files, texts, seal=sealed)

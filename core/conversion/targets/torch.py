@@ -1,0 +1,88 @@
+"""Targets that are torch files: a state dict, alone or with the optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...containers.tensors.views import View
+from ..plan import TORCH_ENDINGS, Model, Options, Plan, Ref, Target, WeightFile, target_of
+from ..sharded import add_optimizer
+from .safetensors import ties
+
+CKPT = "ckpt.pt"
+
+
+def plan_pt(model: Model, options: Options, target: Path) -> Plan:
+    """Plan one torch file: a state dict, or with an optimizer `{"model", "optimizer"}`."""
+    if options.include_optimizer and not model.along:
+        return plan_torch_file(model, options, target, "pt", {})
+    targets = [target_of(model, name, target.name, options) for name in model.tensors]
+    content = {one.path: Ref(one.path) for one in targets}
+    file = WeightFile(target.name, targets, content, ties=options.tied is not False)
+    if model.along:
+        add_optimizer(model, file)
+    return Plan(model, target, "pt", [file], is_folder=False)
+
+
+def plan_torch_file(model: Model, options: Options, target: Path, kind: str, more: dict[str, Any]) -> Plan:
+    """Plan a torch file of `model`, `optimizer` where it is asked for, and further entries."""
+    file = target.name if target.suffix in TORCH_ENDINGS else CKPT
+    targets = [target_of(model, name, file, options, f"model.{name}") for name in model.tensors]
+    content: dict[str, Any] = {"model": {one.name: Ref(one.path) for one in targets}}
+    if options.include_optimizer:
+        order = parameters_of(model)
+        state, others = optimizer_content(model, options, order, file, "optimizer", named=kind == "pt")
+        content["optimizer"] = state
+        targets += others
+    content |= more
+    return Plan(model, target, kind, [WeightFile(file, targets, content)], is_folder=file != target.name)
+
+
+def parameters_of(model: Model) -> list[str]:
+    aliases = ties(model)
+    return [name for name in model.tensors if name not in aliases]
+
+
+def optimizer_content(
+    model: Model, options: Options, order: list[str], file: str, prefix: str, named: bool
+) -> tuple[dict[str, Any], list[Target]]:
+    """Lay out the moments as torch.optim does, in the order of the parameters in each group.
+
+    Raises: CheckpointMismatch when the source has none, or they are of other parameters.
+    """
+    moments = model.moments
+    if moments is None:
+        raise model.refuse("it has no optimizer state. Leave out --include_optimizer.")
+    before = f"{prefix}." if prefix else ""
+    group_of = {name: g for g, group in enumerate(moments.groups) for name in group["names"]}
+    firsts = {name: _first_source(model, name, group_of) for name in order}
+    state: dict[int, dict[str, Any]] = {}
+    targets: list[Target] = []
+    groups: list[dict[str, Any]] = []
+    number = 0
+    for g, group in enumerate(moments.groups):
+        mine = [name for name in order if group_of.get(firsts[name]) == g]
+        for k, name in enumerate(mine, number):
+            others = moments.others.get(firsts[name], {})
+            moved = {key: views[name] for key, views in moments.views.items() if name in views}
+            for key, value in (others | moved).items():
+                path = f"{before}state.{k}.{key}"
+                if isinstance(value, View):
+                    rule = model.rules.get(name, "copy") if key in moved else "copy"
+                    targets.append(Target(f"{name}: {key}", path, file, value.dtype, value, rule, is_weight=False))
+                state.setdefault(k, {})[key] = Ref(path) if isinstance(value, View) else value
+        rest = {key: value for key, value in group.items() if key != "names"}
+        numbers = list(range(number, number + len(mine)))
+        groups.append({**rest, "params": numbers, **({"param_names": mine} if named else {})})
+        number += len(mine)
+    return {"state": state, "param_groups": groups}, targets
+
+
+def _first_source(model: Model, name: str, group_of: dict[str, int]) -> str:
+    """The parameter of the source that one of the target's begins with; "" for one that was filled in."""
+    raw = model.tensors[name].names
+    for source, view in model.sources.items():
+        if raw and source in group_of and view.names == raw[:1]:
+            return source
+    return ""
