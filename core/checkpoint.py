@@ -14,11 +14,13 @@ from torch import nn
 
 from .bundle import intact, rewind
 from .bundle.bundle import OPTIMIZER, TOKENIZER, Bundle, history
-from .bundle.choice import LEGACY_FILES, has_bundle
+from .bundle.choice import LEGACY_FILES, holds_bundle
 from .bundle.commit import CONFIG, MODEL, ModelFolder
 from .bundle.evolution import notes
+from .bundle.find import model_folder
 from .bundle.lock import hold
 from .bundle.retention import Retention, best_of
+from .bundle.writing import explained, writing
 from .config.gpt import GPTConfig
 from .containers.json_files import parse_json
 from .data.tokenizer import Tokenizer
@@ -60,8 +62,6 @@ class CheckpointManager:
         verify: bool = True,
         allow_fresh: bool = False,
     ) -> None:
-        if not model_name or model_name in (".", "..") or Path(model_name).name != model_name or "\\" in model_name:
-            raise InputError(f"model name {model_name!r}: expected the name of one folder, without a path.")
         if keep < 0 or (keep_every is not None and keep_every < 1):
             raise InputError(f"keep is {keep} and keep_every {keep_every}: expected at least 0 and 1.")
         if save_policy not in ("wait", "skip") or (stage_memory is not None and stage_memory < 0):
@@ -69,7 +69,7 @@ class CheckpointManager:
                 f"save_policy is {save_policy!r} and stage_memory {stage_memory}: expected wait or skip, and bytes."
             )
         self.model_name = model_name
-        self.checkpoint_dir = Path(base_dir) / model_name
+        self.checkpoint_dir = model_folder(base_dir, model_name)
         self.keep = keep
         self.keep_every = keep_every
         self.facts: dict[str, Any] = {}
@@ -117,9 +117,7 @@ class CheckpointManager:
 
     def exists_new_format(self) -> bool:
         """Whether the folder holds a committed bundle, at the top or kept."""
-        top = set(self._folder.storage.names(self.checkpoint_dir))
-        pending = set(self._folder.storage.names(self._folder.committed))
-        return has_bundle(top | pending) or bool(self._folder.kept_steps())
+        return holds_bundle(self._folder)
 
     def exists_legacy_format(self, filename: str = "latest.pt") -> bool:
         """Whether the folder holds a single-file checkpoint of this name."""
@@ -156,20 +154,11 @@ class CheckpointManager:
     def writing(self) -> Iterator[None]:
         """Be the only writer while the block runs; what an interrupted save left is finished first."""
         self._saver.join()
-        with contextlib.ExitStack() as held:
-            with self._explained():
-                self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(hold(self.checkpoint_dir))
-                self._folder.recover()
+        with writing(self._folder):
             yield
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            place = error.filename or self.checkpoint_dir
-            raise SaveFailed(f"{place}: {error.strerror}. Nothing that was committed is lost.") from error
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explained(self.checkpoint_dir)
 
     # Resume
 
@@ -250,8 +239,8 @@ class CheckpointManager:
         tokenizer = start.find_tokenizer(tokenization, input_text)
         alone = start.config_alone(self.checkpoint_dir, given, tokenizer, self.say)
         if init_from_model:
-            other = CheckpointManager(init_from_model, self.checkpoint_dir.parent)
-            with intact.open_chosen(other.checkpoint_dir, self.say, check=self.verify) as bundle:
+            other = model_folder(self.checkpoint_dir.parent, init_from_model)
+            with intact.open_chosen(other, self.say, check=self.verify) as bundle:
                 model = start.from_weights(bundle, {**alone, **given}, tokenizer)
                 self.say(f"starting from the weights of {init_from_model}, step {bundle.step}")
         else:

@@ -95,6 +95,12 @@ def has_bundle(names: Collection[str]) -> bool:
     return CONFIG in names and (MODEL in names or folder_of(MODEL) in names)
 
 
+def holds_bundle(place: ModelFolder) -> bool:
+    """Whether a folder holds a committed bundle, at the top or kept."""
+    top, pending = (set(place.storage.names(folder)) for folder in (place.path, place.committed))
+    return has_bundle(top | pending) or bool(place.kept_steps())
+
+
 def _bundle_state(folder: Path) -> dict[str, Any] | None:
     """The training state of the bundle, empty where it has none; None where there is no bundle."""
     place = ModelFolder(folder)

@@ -7,13 +7,23 @@ import sys
 from pathlib import Path
 
 from ..console.commandline import Parser
-from ..errors import CheckpointNotFound
+from ..errors import CheckpointNotFound, InputError
 
 MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
 """A folder with one of these is a model."""
 
 _STEP = "step_"
 """How the names of kept steps begin."""
+
+
+def model_folder(root: str | Path, name: str) -> Path:
+    """Where a model of this name lies below a checkpoint root.
+
+    Raises: InputError when the name is a path.
+    """
+    if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
+        raise InputError(f"model name {name!r}: expected the name of one folder, without a path.")
+    return Path(root) / name
 
 
 def is_model(folder: Path) -> bool:

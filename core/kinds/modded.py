@@ -20,12 +20,11 @@ from ..config.variants import BLOCK, HEAD_SIZE
 from ..containers.json_files import parse_json
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointMismatch, InputError
-from ..loading.modded import load_speedrun, refuse_large_tokenizer
+from ..loading.modded import load_flex_checkpoint, load_speedrun, refuse_large_tokenizer
 from ..loading.tensors import load_moments
 from ..networks.device import resolve_device
 from ..networks.flex import GPTFlexAttention
 from ..networks.muon import MuonWithAdamW, configure_muon
-from ..pretrained import load_flex_checkpoint
 from .gpt import refuse_other_tokenizer
 from .modded_moments import take_over
 

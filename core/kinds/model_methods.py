@@ -8,16 +8,21 @@ from typing import Any
 import torch
 
 from ..bundle.bundle import ALL_PARTS, Bundle, open_bundle
-from ..bundle.commit import MODEL, new_id
-from ..bundle.intact import open_chosen, open_verified
+from ..bundle.choice import holds_bundle
+from ..bundle.commit import MODEL, ModelFolder
+from ..bundle.folder import new_id
+from ..bundle.intact import open_chosen, open_verified, say_on_stderr
+from ..bundle.retention import Retention
 from ..bundle.storage import DISK
-from ..checkpoint import CheckpointManager
+from ..bundle.writing import explained, writing
 from ..data.tokenizer import Tokenizer
 from ..errors import SaveFailed
 from ..loading.tensors import load_model, load_optimizer
 from ..model import GPT
 from ..networks.device import resolve_dtype
 from ..networks.state_dict import export_state_dict
+from ..saving.snapshot import Memory
+from ..saving.step import Save
 from ..saving.torch_file import write_torch_zip
 
 
@@ -61,14 +66,14 @@ def save(model: GPT, checkpoint_dir: str | Path) -> None:
 
     Inside an existing bundle this commits a new one, with the same config and tokenizer and no optimizer.
 
-    Raises: SaveFailed.
+    Raises: SaveFailed, CheckpointLocked.
     """
-    manager = CheckpointManager.of_folder(checkpoint_dir)
-    if manager.exists_new_format():
+    place = ModelFolder(Path(checkpoint_dir))
+    if holds_bundle(place):
         save_checkpoint_bundle(model, checkpoint_dir)
         return
-    path, part = manager.get_path(MODEL), manager.get_path(f".stage-{new_id()}")
-    with manager.writing():
+    path, part = place.path / MODEL, place.path / f".stage-{new_id()}"
+    with writing(place):
         try:
             with DISK.create(part) as output:
                 write_torch_zip(output, export_state_dict(model))
@@ -85,14 +90,26 @@ def save_checkpoint_bundle(
     step: int | None = None,
     optimizer_state: dict[str, Any] | None = None,
 ) -> None:
-    """Commit the model as the newest step of a folder; `step` is the model's own unless given.
+    """Commit the model as the newest step of a folder, durably; `step` is the model's own unless given.
 
-    Raises: SaveFailed.
+    Raises: SaveFailed, CheckpointLocked, InputError.
     """
-    manager = CheckpointManager.of_folder(checkpoint_dir)
+    place = ModelFolder(Path(checkpoint_dir))
     tokenizer: Tokenizer | dict[str, Any] | None = model.tokenizer
-    if tokenizer is None and manager.exists_new_format():
-        with open_bundle(manager.checkpoint_dir) as bundle:
+    if tokenizer is None and holds_bundle(place):
+        with open_bundle(place.path) as bundle:
             tokenizer = bundle.tokenizer
-    manager.save(model, optimizer_state, step=model.step if step is None else step, tokenizer=tokenizer)
-    manager.wait()
+    made = Save(
+        place,
+        model,
+        optimizer_state,
+        step=model.step if step is None else step,
+        tokenizer=tokenizer,
+        metrics=None,
+        extra=None,
+        ema=None,
+        facts={},
+        retention=Retention(),
+    )
+    with writing(place), explained(place.path):
+        made.write(Memory(None), say_on_stderr)

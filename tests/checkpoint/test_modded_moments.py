@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from core.kinds.modded_moments import take_over
+from core.loading.modded import load_flex_checkpoint
 from core.networks.muon import configure_muon
-from core.pretrained import load_flex_checkpoint
 
 SMALL, MEDIUM = "modded_small_16e2da07_d128h1_opt", "modded_medium_06743860_d128h1_opt"
 

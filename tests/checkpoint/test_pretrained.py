@@ -10,7 +10,8 @@ import torch
 
 from core.config.variants import VARIANTS
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
-from core.pretrained import inspect_checkpoint, load_flex_checkpoint, load_pretrained_checkpoint
+from core.loading.modded import load_flex_checkpoint
+from core.pretrained import inspect_checkpoint, load_pretrained_checkpoint
 from tests.conftest import ROOT
 from tests.makers.modded_checkpoints import flex_model, upstream_file, upstream_state
 from tests.makers.modded_models import VARIANTS as NAMES

@@ -19,9 +19,9 @@ from core.data.tokenizer import Gpt2Tokenizer
 from core.data.tokens import Tokens
 from core.errors import CheckpointMismatch, InputError
 from core.kinds.modded import Wanted, fresh, open_origin, start_speedrun
+from core.loading.modded import load_flex_checkpoint
 from core.networks.flex import GPTFlexAttention
 from core.networks.muon import configure_muon
-from core.pretrained import load_flex_checkpoint
 from tests.conftest import ROOT
 from tests.makers.models import TEXT, equal, save_durably, tokenizer
 
