@@ -29,7 +29,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from core.bundle import lock
-from core.bundle.bundle import open_bundle, verify
+from core.bundle.bundle import open_bundle
+from core.bundle.verify import verify
 lock.KERNEL_LOCKS = sys.argv[2] == "kernel"
 with lock.hold(Path(sys.argv[1])):
     print("held", flush=True)
