@@ -13,30 +13,33 @@ import torch
 from torch import nn
 
 from .bundle import intact, rewind
-from .bundle.bundle import OPTIMIZER, TOKENIZER, Bundle, history
+from .bundle.bundle import TOKENIZER, Bundle, history
 from .bundle.choice import LEGACY_FILES, holds_bundle
-from .bundle.commit import CONFIG, MODEL, ModelFolder
-from .bundle.evolution import notes
+from .bundle.commit import MODEL, ModelFolder
 from .bundle.find import model_folder
 from .bundle.lock import hold
 from .bundle.retention import Retention, best_of
 from .bundle.writing import explained, writing
 from .config.gpt import GPTConfig
+from .console.words import size_text
 from .containers.json_files import parse_json
 from .data.tokenizer import Tokenizer
-from .errors import CheckpointMismatch, CheckpointNotFound, InputError, SaveFailed
-from .kinds import gpt as start
+from .errors import CheckpointDamaged, CheckpointNotFound, InputError
+from .kinds import gpt_kind
+from .kinds.gpt import given_fields, say_without_moments
+from .kinds.kind import ModelKind, Request
 from .loading.inference import load_chosen
-from .loading.modded import fill_speedrun, refuse_other_shapes
-from .loading.optimizer import configure_optimizer
-from .loading.tensors import Pairs, fill, fitting, load_moments, load_optimizer, read_part
+from .loading.modded import fill_modded, refuse_other_shapes
+from .loading.tensors import Pairs, fill, fitting, load_averages, load_moments
 from .model import GPT, GPTBatched, GPTFlexAttention
 from .networks.device import resolve_dtype
-from .networks.modded import SpeedrunGPT
+from .networks.modded import ModdedGPT
 from .networks.state_dict import unwrap
 from .saving.background import Saver
+from .saving.consolidate import consolidate
+from .saving.ranks import Alone, Ranks
 from .saving.snapshot import Memory
-from .saving.step import Save, add_metrics
+from .saving.step import Save, StepContent, add_metrics
 
 
 class CheckpointManager:
@@ -61,6 +64,7 @@ class CheckpointManager:
         stage_memory: int | None = None,
         verify: bool = True,
         allow_fresh: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         if keep < 0 or (keep_every is not None and keep_every < 1):
             raise InputError(f"keep is {keep} and keep_every {keep_every}: expected at least 0 and 1.")
@@ -69,6 +73,7 @@ class CheckpointManager:
                 f"save_policy is {save_policy!r} and stage_memory {stage_memory}: expected wait or skip, and bytes."
             )
         self.model_name = model_name
+        self.ranks = ranks or Alone()
         self.checkpoint_dir = model_folder(base_dir, model_name)
         self.keep = keep
         self.keep_every = keep_every
@@ -137,8 +142,9 @@ class CheckpointManager:
 
         Raises: CheckpointLocked when another process writes here.
         """
-        with self.writing():
-            self._held.enter_context(hold(self.checkpoint_dir))
+        if self.ranks.world.is_first:
+            with self.writing():
+                self._held.enter_context(hold(self.checkpoint_dir))
 
     def close(self) -> None:
         """Wait for the save that is being written, and let other processes write.
@@ -153,8 +159,9 @@ class CheckpointManager:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Be the only writer while the block runs; what an interrupted save left is finished first."""
-        self._saver.join()
-        with writing(self._folder):
+        if self.ranks.world.is_first:
+            self._saver.join()
+        with writing(self._folder) if self.ranks.world.is_first else contextlib.nullcontext():
             yield
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
@@ -166,19 +173,27 @@ class CheckpointManager:
         """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
 
         A damaged newest step is renamed aside, the newest intact one takes its place, and both are said. Where there
-        are steps and none is intact, `allow_fresh` moves all of it aside and gives None.
+        are steps and none is intact, `allow_fresh` moves all of it aside and gives None. Every rank calls it.
 
         Raises: NoneIntact when there are steps and none is intact; nothing is changed then.
         """
+        return self.ranks.newest_intact(self._folder, self._reopen, self.verify)
+
+    def _reopen(self, check: bool, damage: str | None) -> Bundle | None:
+        """Open the newest intact step as the only writer; `damage` is what is known of the newest one."""
         with self.writing(), self._explained():
+            if damage and not self.allow_fresh:
+                return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say)
             open_to_train = rewind.open_or_clear if self.allow_fresh else intact.open_newest_intact
-            return open_to_train(self._folder, self.say, check=self.verify)
+            return open_to_train(self._folder, self.say, check=check)
 
     def prune(self, keep: int | None = None, keep_every: int | None = None) -> int:
         """Remove what was set aside, name it, and return the bytes freed; with a number given, kept steps as well.
 
         Then those go that the rules of the run, with these numbers, do not keep.
         """
+        if not self.ranks.world.is_first:
+            return 0
         with self.writing(), self._explained():
             newest, kept = self._top_state(), history(self.checkpoint_dir)
             asked = keep is not None or keep_every is not None
@@ -190,8 +205,19 @@ class CheckpointManager:
 
         Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged; nothing is changed then.
         """
+        if self.ranks.world.is_first:
+            with self.writing(), self._explained():
+                rewind.go_back(self._folder, step, self.say, check=self.verify)
+
+    def consolidate(self) -> None:
+        """Make plain files of the newest step, where it lies in shards; after the last save."""
+        if not self.ranks.world.is_first:
+            return
         with self.writing(), self._explained():
-            rewind.go_back(self._folder, step, self.say, check=self.verify)
+            made = consolidate(self._folder)
+        if made is not None:
+            with made:
+                self.say(f"step {made.step} is in plain files now ({size_text(sum(made.sizes.values()))})")
 
     def initialize_for_training(
         self,
@@ -214,61 +240,65 @@ class CheckpointManager:
 
         Raises: CheckpointMismatch when the architecture or the tokenizer contradicts the checkpoint; both are shown.
         """
+        request = Request(
+            given_fields(config),
+            tokenization,
+            learning_rate,
+            weight_decay,
+            preset=preset or {},
+            text=input_text,
+            seed=seed,
+            init_from_model=init_from_model,
+        )
+        return self.start(gpt_kind(self.ranks.world), request, bundle)
+
+    def start(self, kind: ModelKind, request: Request, bundle: Bundle | None = None) -> tuple[Any, Any, int]:
+        """Resume this model, or start it; return it where it trains, its optimizer and its step. Every rank calls it.
+
+        The manager holds the writer's lock from here on. A `bundle` is what `newest_intact` has opened before, so that
+        nothing is verified twice; it is closed.
+
+        Raises: CheckpointMismatch when the architecture or the tokenizer contradicts the checkpoint; both are shown.
+        """
         self.acquire()
-        given = start.given_fields(config)
         bundle = bundle or self.newest_intact()
         if bundle is not None:
             with bundle:
-                start.refuse_stray_config(bundle)
-                for line in notes(str(bundle.path(CONFIG)), bundle.config, bundle.state):
-                    self.say(line)
-                model, state = self._resume(bundle, given, tokenization)
-                self._say_without_moments(bundle, state)
-                where = bundle.path(OPTIMIZER)
-
-                def say(line: str) -> None:
-                    self.say(f"{where}: {line}")
-
-                try:
-                    optimizer = configure_optimizer(model, learning_rate, weight_decay, state, say)
-                except CheckpointMismatch as error:
-                    raise CheckpointMismatch(f"{where}: {error}") from error
-                self._fill(bundle, model, optimizer)
-                self.went_on_from(bundle)
+                model = kind.load(bundle, request, self.say)
+                optimizer = kind.optimizer(model, request, bundle, self.say)
+                self.went_on_from(bundle, model)
             return model, optimizer, model.step
-        tokenizer = start.find_tokenizer(tokenization, input_text)
-        alone = start.config_alone(self.checkpoint_dir, given, tokenizer, self.say)
-        if init_from_model:
-            other = model_folder(self.checkpoint_dir.parent, init_from_model)
-            with intact.open_chosen(other, self.say, check=self.verify) as bundle:
-                model = start.from_weights(bundle, {**alone, **given}, tokenizer)
-                self.say(f"starting from the weights of {init_from_model}, step {bundle.step}")
-        else:
-            model = start.fresh({**(preset or {}), **alone, **given}, tokenizer, seed)
-        self._spread(model)
-        return model, configure_optimizer(model, learning_rate, weight_decay), 0
+        model = self._new(kind, request)
+        return model, kind.optimizer(model, request, request.origin, self.say), 0
 
-    def went_on_from(self, bundle: Bundle) -> None:
-        """Remember the step that training goes on from, and map the average of its weights."""
+    def _new(self, kind: ModelKind, request: Request) -> Any:
+        """Make a model of the source that a request names, and say which."""
+        if request.origin is not None and request.init_from_model:
+            raise InputError("--init_from_checkpoint and --init_from_model: a run has one start. Leave one out.")
+        if not request.init_from_model:
+            model = kind.new(request, self.checkpoint_dir, request.origin, self.say)
+            if request.origin is not None:
+                self.say(f"starting from the weights of {request.origin.path}, a new run at step 0")
+            return model
+        other = model_folder(self.checkpoint_dir.parent, request.init_from_model)
+        with intact.open_chosen(other, self.say, check=self.verify) as source:
+            model = kind.new(request, self.checkpoint_dir, source, self.say)
+            self.say(f"starting from the weights of {request.init_from_model}, step {source.step}")
+        return model
+
+    def went_on_from(self, bundle: Bundle, model: nn.Module) -> None:
+        """Remember the step that training goes on from, and map the average of its weights, spread as the model is."""
         self.resumed = bundle.state
-        self.averages = read_part(bundle.ema) if bundle.ema is not None else None
+        self.averages = load_averages(bundle, model)
 
-    def _resume(
-        self, bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer
-    ) -> tuple[GPT, dict[str, Any] | None]:
-        """Load the model of a bundle to train on, and the optimizer state that belongs to it."""
-        return start.resume(bundle, given, tokenization), load_optimizer(bundle)
+    def keep_as(self, state: Mapping[str, Any], keep: int | None = None, keep_every: int | None = None) -> None:
+        """Keep older steps by the rules of the run that wrote a training state, with the numbers that are given."""
+        rules = Retention.of(state).given(keep, keep_every)
+        self.keep, self.keep_every = rules.keep, rules.keep_every
 
-    def _fill(self, bundle: Bundle, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-        """Finish what `_resume` has begun; for managers whose model lies on several ranks."""
-
-    def _spread(self, model: GPT) -> None:
-        """Put a new model where it trains; for the same."""
-
-    def _say_without_moments(self, bundle: Bundle, state: dict[str, Any] | None) -> None:
-        if state is None and bundle.step:
-            place = bundle.path(bundle.single) if bundle.single else bundle.folder
-            self.say(f"{place}: no optimizer state; its moments start from zero at step {bundle.step}")
+    def record(self, **facts: Any) -> None:
+        """Put facts into the training state of every save from now on, by name; JSON must be able to hold them."""
+        self.facts = {**self.facts, **facts}
 
     # Save
 
@@ -299,39 +329,28 @@ class CheckpointManager:
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
         CheckpointLocked, InputError.
         """
-        if not self._may_begin(step):
+        if not self.ranks.may_begin(self._saver, self.save_policy == "skip", step, self.say):
             return False
-        self._begin(
+        content = StepContent(
             model,
             optimizer,
-            step=step,
-            tokenizer=tokenizer,
-            metrics=metrics,
-            extra=extra,
-            ema=ema,
-            facts=self.facts,
-            retention=Retention(self.keep, self.keep_every, self.resumed.get("step")),
-            before_commit=before_commit,
+            step,
+            tokenizer,
+            metrics,
+            extra,
+            ema,
+            self.facts,
+            Retention(self.keep, self.keep_every, self.resumed.get("step")),
+            before_commit,
         )
+        if (save := self.ranks.step_save(self._folder, content)) is not None:
+            self._write(save, optimizer)
         return True
 
-    def _may_begin(self, step: int) -> bool:
-        """Wait for the save before this one, or say that this one is skipped."""
-        if self._saver.busy and self.save_policy == "skip":
-            self.say(f"step {step} is not saved: the save before it is still being written")
-            return False
-        self.wait()
-        return True
+    def _write(self, save: Save, optimizer: Any) -> None:
+        """Begin to write a step; what may change before its copy is done waits for it."""
+        held = save.lock()
 
-    def _begin(self, model: nn.Module, optimizer: Any, **what: Any) -> None:
-        """Take the state of a step and start to write it."""
-        save, held = Save(self._folder, model, optimizer, **what), contextlib.ExitStack()
-        with self._explained():
-            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(hold(self.checkpoint_dir))
-        self._start(save, optimizer, held)
-
-    def _start(self, save: Save, optimizer: Any, held: contextlib.ExitStack) -> None:
         def write(memory: Memory) -> None:
             with held, self._explained():
                 save.write(memory, self.say)
@@ -340,7 +359,7 @@ class CheckpointManager:
             self._saver.begin(f"save of step {save.step}", write, save.snapshot, optimizer)
         except RuntimeError as error:
             held.close()
-            raise SaveFailed(f"{self.checkpoint_dir}: save of step {save.step} failed: {error}.") from error
+            raise save.not_begun(error) from error
         if not isinstance(optimizer, torch.optim.Optimizer):
             save.snapshot.wait_copied()
 
@@ -349,9 +368,10 @@ class CheckpointManager:
 
         Raises: SaveFailed when it could not be recorded (the step is intact), InputError when another is the newest.
         """
-        self.wait()
-        with self.writing(), self._explained():
-            add_metrics(self._folder, step, metrics)
+        if self.ranks.world.is_first:
+            self.wait()
+            with self.writing(), self._explained():
+                add_metrics(self._folder, step, metrics)
 
     def wait(self) -> None:
         """Wait until the last save is durable.
@@ -368,12 +388,16 @@ class CheckpointManager:
         """
         self._saver.raise_failure()
 
-    def tokenizer_state(self) -> dict[str, Any] | None:
-        """The tokenizer.json of the newest step, or one that waits beside a config.json alone; None without one."""
-        try:
-            return parse_json(self._folder.read(TOKENIZER), str(self.checkpoint_dir / TOKENIZER))
-        except FileNotFoundError:
-            return None
+    def tokenizer_state(self, or_of: str | None = None) -> dict[str, Any] | None:
+        """The tokenizer.json of the newest step, or one that waits beside a config.json alone; None without one.
+
+        Where there is none, that of another model below the same root, if one is named.
+        """
+        for name in [self.model_name, *([or_of] if or_of else [])]:
+            folder = model_folder(self.checkpoint_dir.parent, name)
+            with contextlib.suppress(FileNotFoundError):
+                return parse_json(ModelFolder(folder).read(TOKENIZER), str(folder / TOKENIZER))
+        return None
 
     def saved_step(self) -> int | None:
         """The newest committed step; None where nothing is saved."""
@@ -399,18 +423,19 @@ class CheckpointManager:
         with bundle:
             module = unwrap(model)
             pairs, lines = Pairs(), list[str]()
-            if isinstance(module, SpeedrunGPT):
+            if isinstance(module, ModdedGPT):
                 refuse_other_shapes(bundle, module)
             else:
                 pairs, lines = fitting(bundle, module, strict)
             for line in lines:
                 self.say(f"{bundle.path(MODEL)}: {line}")
             if optimizer is not None:
-                self._say_without_moments(bundle, load_moments(bundle, module, optimizer, self.say, strict))
-            if isinstance(module, SpeedrunGPT):
-                fill_speedrun(bundle, module)
+                state = load_moments(bundle, module, optimizer, self.say, strict)
+                say_without_moments(bundle, state, self.say)
+            if isinstance(module, ModdedGPT):
+                fill_modded(bundle, module)
             fill(pairs)
-            self.went_on_from(bundle)
+            self.went_on_from(bundle, module)
             return bundle.step
 
     @staticmethod

@@ -13,11 +13,11 @@ from .config.modded import CLASSES
 from .errors import CheckpointMismatch
 from .families.modded import merged
 from .loading.classifier import load_classifier
-from .loading.modded import Info, facts_of, load_flex_checkpoint, load_speedrun, open_upstream
+from .loading.modded import Info, facts_of, load_flex_checkpoint, load_modded, open_upstream
 from .networks.batched import GPTBatched
 from .networks.device import resolve_device, resolve_dtype
 from .networks.flex import GPTFlexAttention
-from .networks.modded import SpeedrunGPT
+from .networks.modded import ModdedGPT
 
 __all__ = ["inspect_checkpoint", "load_classifier", "load_flex_checkpoint", "load_pretrained_checkpoint"]
 
@@ -85,7 +85,7 @@ def _from_bundle(
                 f"{path}: its model is a {name}, expected one of {', '.join(CLASSES)}. "
                 "CheckpointManager.load_for_inference opens it."
             )
-        model: SpeedrunGPT = load_speedrun(bundle, device=device, dtype=resolve_dtype(dtype))
+        model: ModdedGPT = load_modded(bundle, device=device, dtype=resolve_dtype(dtype))
         batched = model.batched() if isinstance(model, GPTFlexAttention) else model
         assert isinstance(batched, GPTBatched)
         config = batched.config

@@ -15,7 +15,7 @@ from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.fused import recognise
 from .commit import CONFIG, MODEL, ModelFolder, Opened
-from .evolution import Evidence, evolve
+from .evolution import Evidence, evolve, old_settings
 from .lineage import order
 from .parts import WEIGHTS_KEYS, Part, ShardedFile, TorchFile, files_of, folder_of
 from .storage import DISK, Storage
@@ -74,6 +74,14 @@ class Bundle:
     def step(self) -> int:
         """Optimizer updates made; 0 where no training state says."""
         return int(self.state.get("step", 0))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its run did so far, by the names of flags; of an old program, what its optimizer state shows."""
+        recorded = self.state.get("training")
+        if recorded or self.optimizer is None or self.config is None:
+            return recorded or {}
+        return old_settings(self.optimizer.content)
 
     @property
     def is_sharded(self) -> bool:

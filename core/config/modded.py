@@ -1,4 +1,4 @@
-"""SpeedrunConfig: the size and variant of a modded-nanogpt model, and how its config.json is read and checked."""
+"""ModdedConfig: the size and variant of a modded-nanogpt model, and how its config.json is read and checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WINDOWS = ("exact", "full")
 
 
 @dataclass
-class SpeedrunConfig:
+class ModdedConfig:
     """Size and variant of a model, and the wishes of the run that made it.
 
     `vocab_size` is the rows of the embedding, `head_rows` those of the head: programs pad either, or both.
@@ -75,7 +75,7 @@ class SpeedrunConfig:
         return VARIANTS[self.variant]
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> SpeedrunConfig:
+    def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> ModdedConfig:
         """Read a config.json; fields this program does not know are kept in `unknown`.
 
         Raises: CheckpointMismatch when a field is missing, has a wrong type or an impossible value.

@@ -1,0 +1,38 @@
+"""The kinds of model that train.py trains, by what --arch calls them."""
+
+from __future__ import annotations
+
+from ..bundle.bundle import Bundle
+from ..config.variants import VARIANTS
+from ..errors import InputError
+from ..networks.distributed import ALONE, World
+from .gpt import GptKind
+from .kind import ModelKind, arch_of
+from .modded import ModdedKind
+
+_ALL: tuple[ModelKind, ...] = (GptKind(), *map(ModdedKind, VARIANTS))
+
+KINDS = {kind.arch: kind for kind in _ALL}
+"""Every kind by its name."""
+
+
+def kind_of(bundle: Bundle | None, arch: str | None, world: World = ALONE) -> ModelKind:
+    """The kind that a run trains: that of its checkpoint, with which --arch may only agree.
+
+    Raises: CheckpointMismatch naming both; InputError for a kind that cannot be sharded over the ranks of a world.
+    """
+    kind = KINDS[arch_of(bundle, arch)]
+    if isinstance(kind, GptKind):
+        return gpt_kind(world)
+    if world.is_sharded:
+        raise InputError("--parallel fsdp: Muon needs whole matrices, found --arch flex_*. Use --parallel ddp.")
+    return kind
+
+
+def gpt_kind(world: World) -> ModelKind:
+    """The GPT of this project on the ranks of a world."""
+    if not world.is_sharded:
+        return KINDS["gpt"]
+    from .sharded_gpt import ShardedGptKind  # imports torch.distributed, which one process does not need
+
+    return ShardedGptKind(world)

@@ -1,25 +1,32 @@
-"""Where training starts: a bundle that is resumed, the weights of another model, or fresh ones."""
+"""The GPT of this project as a kind of model: how it starts, resumes, learns and reads its data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..bundle.bundle import TOKENIZER, Bundle
+from ..bundle.bundle import OPTIMIZER, TOKENIZER, Bundle
 from ..bundle.commit import CONFIG, MODEL
 from ..bundle.contradictions import fits_characters
+from ..bundle.evolution import notes
 from ..bundle.tokenizer_state import describe, same_vocabulary
 from ..config.gpt import EDITABLE, GPTConfig, same_architecture
 from ..containers.json_files import parse_json
+from ..data.corpus import Corpus
+from ..data.dataloader import DataLoader
 from ..data.tokenizer import Tokenizer, make_char, named_tokenizer
 from ..errors import CheckpointMismatch, InputError
-from ..loading.tensors import load_model
+from ..loading.optimizer import configure_optimizer
+from ..loading.tensors import load_model, load_optimizer
 from ..model import GPT
 from ..networks.device import resolve_device
+from .kind import Request, Say, Source
+from .presets import GPT_ON_CPU, GPT_ON_CUDA
 
 ANOTHER = "Leave --tokenization out, or train under another --model_name."
 
@@ -29,6 +36,79 @@ SAME = {
     "char": "its characters are those of its text. Train on that text, or leave --init_from_model out.",
 }
 """How a run comes to the tokenizer of another model, by its kind."""
+
+
+class GptKind:
+    """A GPT on one device, or a copy of it on each rank."""
+
+    arch = "gpt"
+    autocasts = True
+
+    def preset(self, on_cpu: bool) -> dict[str, Any]:
+        """A small model on a CPU, the defaults of GPTConfig on CUDA."""
+        return dict(GPT_ON_CPU if on_cpu else GPT_ON_CUDA)
+
+    def refuse_contradictions(self, bundle: Bundle, given: Mapping[str, Any]) -> None:
+        """Raise CheckpointMismatch when given fields are not those of a step; only headers are read."""
+        refuse_other_architecture(bundle, given)
+
+    def new(self, request: Request, folder: Path, source: Source, say: Say) -> GPT:
+        """Make a model at step 0: initialised, or with the weights of another model's step."""
+        tokenizer = find_tokenizer(request.tokenizer, request.text)
+        alone = config_alone(folder, request.given, tokenizer, say)
+        if not isinstance(source, Bundle):
+            model = fresh({**request.preset, **alone, **request.given}, tokenizer, request.seed)
+        else:
+            kind = (source.tokenizer or {}).get("token_kind")
+            advice = "A new model from its weights reads text as it does: " + SAME.get(str(kind), SAME["char"])
+            _prepare(source, replace(request, given={**alone, **request.given}, tokenizer=tokenizer), advice)
+            model = load_model(source, writable=True, with_optimizer=False).train()
+            model.step = 0
+        return self._placed(model)
+
+    def _placed(self, model: GPT) -> GPT:
+        """Put a new model where it trains."""
+        return model
+
+    def load(self, bundle: Bundle, request: Request, say: Say) -> GPT:
+        """Load the model of a step to train on."""
+        refuse_stray_config(bundle)
+        for line in notes(str(bundle.path(CONFIG)), bundle.config, bundle.state):
+            say(line)
+        _prepare(bundle, request)
+        return self._loaded(bundle)
+
+    def _loaded(self, bundle: Bundle) -> GPT:
+        return load_model(bundle, writable=True, with_optimizer=True).train()
+
+    def optimizer(self, model: GPT, request: Request, source: Source, say: Say) -> torch.optim.AdamW:
+        """Make AdamW, with the moments of the step that is resumed."""
+        if not isinstance(source, Bundle):
+            return configure_optimizer(model, request.learning_rate, request.weight_decay)
+        state = self._state(source)
+        say_without_moments(source, state, say)
+        where = source.path(OPTIMIZER)
+        try:
+            optimizer = configure_optimizer(
+                model, request.learning_rate, request.weight_decay, state, lambda line: say(f"{where}: {line}")
+            )
+        except CheckpointMismatch as error:
+            raise CheckpointMismatch(f"{where}: {error}") from error
+        self._fill(source, model, optimizer)
+        return optimizer
+
+    def _state(self, bundle: Bundle) -> dict[str, Any] | None:
+        return load_optimizer(bundle)
+
+    def _fill(self, bundle: Bundle, model: GPT, optimizer: torch.optim.AdamW) -> None:
+        """Fill in what `_state` has left out."""
+
+    def loader(self, corpus: Corpus, model: GPT, seed: int) -> DataLoader:
+        """Make batches of [batch_size, block_size]."""
+        config = model.config
+        return DataLoader(
+            corpus.train, corpus.val, block_size=config.block_size, batch_size=config.batch_size, seed=seed
+        )
 
 
 def given_fields(config: GPTConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -55,40 +135,15 @@ def model_vocab_size(tokenizer: Tokenizer) -> int:
     return tokenizer.vocab_size if tokenizer.kind == "char" else math.ceil(tokenizer.vocab_size / 128) * 128
 
 
-def resume(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer) -> GPT:
-    """Load the model of a bundle to train on; batch_size, dropout and device may be given anew."""
-    return _load(bundle, given, tokenization, with_optimizer=True)
-
-
-def prepare(bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer, advice: str = ANOTHER) -> None:
+def _prepare(bundle: Bundle, request: Request, advice: str = ANOTHER) -> None:
     """Check what a run is given against a bundle, and let batch_size, dropout and device be what it wishes.
 
     Raises: CheckpointMismatch for another architecture or tokenizer.
     """
-    refuse_other_architecture(bundle, given)
-    refuse_other_tokenizer(bundle, tokenization, advice)
-    _wish(bundle, given)
-
-
-def _load(
-    bundle: Bundle, given: dict[str, Any], tokenization: str | Tokenizer, advice: str = ANOTHER, *, with_optimizer: bool
-) -> GPT:
-    prepare(bundle, given, tokenization, advice)
-    return load_model(bundle, writable=True, with_optimizer=with_optimizer).train()
-
-
-def from_weights(bundle: Bundle, given: dict[str, Any], tokenizer: Tokenizer) -> GPT:
-    """Load another model's weights as step 0 of a new one; tokenizer and architecture must be the same."""
-    kind = (bundle.tokenizer or {}).get("token_kind")
-    advice = "A new model from its weights reads text as it does: " + SAME.get(str(kind), SAME["char"])
-    model = _load(bundle, given, tokenizer, advice, with_optimizer=False)
-    model.step = 0
-    return model
-
-
-def _wish(bundle: Bundle, given: dict[str, Any]) -> None:
+    refuse_other_architecture(bundle, request.given)
+    refuse_other_tokenizer(bundle, request.tokenizer, advice)
     if bundle.config is not None:
-        wishes = {name: given[name] for name in EDITABLE if name in given}
+        wishes = {name: request.given[name] for name in EDITABLE if name in request.given}
         bundle.config = GPTConfig.from_dict({**bundle.config.to_dict(), **wishes}, str(bundle.path(CONFIG)))
 
 
@@ -110,7 +165,7 @@ def fresh(fields: dict[str, Any], tokenizer: Tokenizer, seed: int) -> GPT:
 
 
 def config_alone(
-    folder: Path, given: dict[str, Any], tokenizer: Tokenizer, say: Callable[[str], None]
+    folder: Path, given: Mapping[str, Any], tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Read a config.json that stands without weights: the architecture of a new model.
 
@@ -144,13 +199,13 @@ def refuse_stray_config(bundle: Bundle) -> None:
         )
 
 
-def refuse_other_architecture(bundle: Bundle, given: dict[str, Any]) -> None:
+def refuse_other_architecture(bundle: Bundle, given: Mapping[str, Any]) -> None:
     """Raise CheckpointMismatch when a given field is not the checkpoint's."""
     if bundle.config is not None:
         _refuse_other_fields(bundle.path(CONFIG), bundle.config, given)
 
 
-def _refuse_other_fields(where: Path, config: GPTConfig, given: dict[str, Any]) -> None:
+def _refuse_other_fields(where: Path, config: GPTConfig, given: Mapping[str, Any]) -> None:
     found = config.architecture()
     faults = [
         f"{name} is {given[name]} here and {found[name]} in the checkpoint"
@@ -187,3 +242,10 @@ def _refuse_other_size(bundle: Bundle, tokenization: str | Tokenizer) -> None:
             f"{bundle.path(TOKENIZER)}: no tokenizer is recorded; the model has {rows} ids, this run's tokenizer "
             f"{tokenization.vocab_size}. Give the text or the tokenizer it was trained with."
         )
+
+
+def say_without_moments(bundle: Bundle, state: dict[str, Any] | None, say: Say) -> None:
+    """Say that the moments of a step start from zero, where it has none."""
+    if state is None and bundle.step:
+        place = bundle.path(bundle.single) if bundle.single else bundle.folder
+        say(f"{place}: no optimizer state; its moments start from zero at step {bundle.step}")

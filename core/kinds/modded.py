@@ -1,4 +1,4 @@
-"""Where a modded-nanogpt model starts training: a bundle that is resumed, weights of another run, or fresh ones."""
+"""modded-nanogpt as a kind of model: how each variant starts, resumes, learns and reads its data."""
 
 from __future__ import annotations
 
@@ -11,50 +11,110 @@ from typing import Any
 
 import torch
 
-from ..bundle import intact
-from ..bundle.bundle import OPTIMIZER, Bundle
+from ..bundle.bundle import Bundle
 from ..bundle.commit import CONFIG
-from ..checkpoint import CheckpointManager
-from ..config.modded import SpeedrunConfig
-from ..config.variants import BLOCK, HEAD_SIZE
+from ..config.modded import ModdedConfig
+from ..config.variants import BLOCK, HEAD_SIZE, VARIANTS
 from ..containers.json_files import parse_json
+from ..data.corpus import Corpus
+from ..data.dataloader import DataLoader, PackedLoader
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointMismatch, InputError
-from ..loading.modded import load_flex_checkpoint, load_speedrun, refuse_large_tokenizer
+from ..loading.modded import load_flex_checkpoint, load_modded, refuse_large_tokenizer
 from ..loading.tensors import load_moments
 from ..networks.device import resolve_device
 from ..networks.flex import GPTFlexAttention
 from ..networks.muon import MuonWithAdamW, configure_muon
-from .gpt import refuse_other_tokenizer
+from .gpt import refuse_other_tokenizer, say_without_moments
+from .kind import ANOTHER, MODDED_CLASS, Origin, Request, Say, Source, arch_of
 from .modded_moments import take_over
+from .presets import MEDIUM_ON_CUDA, MODDED, MODDED_ON_CPU, SMALL_ON_CUDA
 
-MODEL_CLASS = "GPTFlexAttention"
-ANOTHER = "Leave it out, or train under another --model_name."
 WISHES = ("block_size", "batch_size", "device")
 """Fields that a run may change: no tensor depends on them, since positions are angles."""
 
 
 @dataclass(frozen=True)
-class Origin:
-    """A file of upstream's that a new run starts from."""
-
-    model: GPTFlexAttention
-    content: Any
-    path: Path
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a run asks for."""
+class ModdedKind:
+    """A variant of modded-nanogpt, trained on one packed sequence at a time by Muon and AdamW."""
 
     variant: str
-    given: Mapping[str, Any]  # fields of the config that a person named
-    preset: Mapping[str, Any]
-    tokenizer: Tokenizer
-    learning_rate: float
-    weight_decay: float | None
-    seed: int
-    dtype: torch.dtype | None  # of the embeddings, which activations follow; None as they are, fp32 if new
+
+    autocasts = False
+
+    @property
+    def arch(self) -> str:
+        """What --arch calls it."""
+        return f"flex_{self.variant}"
+
+    def preset(self, on_cpu: bool) -> dict[str, Any]:
+        """Upstream's sizes and settings; a toy of the same mathematics on a CPU."""
+        large = {**(MEDIUM_ON_CUDA if self.variant == "medium" else SMALL_ON_CUDA), "dtype": "bf16", "compile": False}
+        sized: dict[str, Any] = dict(MODDED_ON_CPU) if on_cpu else large
+        rate = VARIANTS[self.variant].muon_rate
+        return {**MODDED, **sized, "lr_decay_iters": sized["max_iters"], "learning_rate": rate}
+
+    def refuse_contradictions(self, bundle: Bundle, given: Mapping[str, Any]) -> None:
+        """Raise CheckpointMismatch when given fields are not those of a step; only headers are read."""
+        refuse_other_sizes(str(bundle.path(CONFIG)), bundle.config_values, sizes(given))
+
+    def new(self, request: Request, folder: Path, source: Source, say: Say) -> GPTFlexAttention:
+        """Make a model at step 0: initialised, or with the weights of another model's step or of an upstream file."""
+        _refuse_fp16(request)
+        given = sizes(request.given)
+        alone = _config_alone(folder, self, given, say)
+        if isinstance(source, Origin):
+            model = _from_origin(source, {**request.preset, **alone}, given, request)
+        elif source is not None:
+            arch_of(source, self.arch)
+            model = _from_bundle(source, {**alone, **given}, request, None)
+        else:
+            model = fresh(self.variant, {**request.preset, **alone, **given}, request)
+        model.step = 0
+        return model
+
+    def load(self, bundle: Bundle, request: Request, say: Say) -> GPTFlexAttention:
+        """Load the model of a step to train on."""
+        _refuse_fp16(request)
+        return _from_bundle(bundle, sizes(request.given), request, say)
+
+    def optimizer(self, model: GPTFlexAttention, request: Request, source: Source, say: Say) -> MuonWithAdamW:
+        """Make Muon and AdamW, with the moments of the step that is resumed, or of an upstream file."""
+        decay = request.weight_decay
+        if decay is None and isinstance(source, Bundle):
+            decay = source.settings.get("weight_decay")
+        optimizer = configure_muon(model, request.learning_rate, decay)
+        if isinstance(source, Origin):
+            for line in take_over(source.content, model, optimizer):
+                say(line)
+        elif source is not None:
+            say_without_moments(source, load_moments(source, model, optimizer, say), say)
+        return optimizer
+
+    def loader(self, corpus: Corpus, model: GPTFlexAttention, seed: int) -> DataLoader:
+        """Make packed sequences of block_size."""
+        return PackedLoader(corpus.train, corpus.val, block_size=model.config.block_size, seed=seed)
+
+
+def _refuse_fp16(request: Request) -> None:
+    if request.dtype == torch.float16:
+        raise InputError("--dtype is fp16: these models have no loss scale. Take bf16 or fp32.")
+
+
+def _from_origin(
+    origin: Origin, preset: Mapping[str, Any], given: Mapping[str, Any], request: Request
+) -> GPTFlexAttention:
+    model, tokenizer = origin.model, _made(request)
+    refuse_large_tokenizer(tokenizer, model.config, str(origin.path))
+    _wish(model, preset, given, str(origin.path), None)
+    model.config.eos_token_id = _end_of_text(tokenizer, model.config.vocab_size)
+    return _trainable(model, request)
+
+
+def _made(request: Request) -> Tokenizer:
+    """The tokenizer of a request, which train.py has made of its data."""
+    assert not isinstance(request.tokenizer, str)
+    return request.tokenizer
 
 
 def open_origin(path: Path, arch: str | None) -> Origin:
@@ -70,30 +130,6 @@ def open_origin(path: Path, arch: str | None) -> Origin:
             "computes something else from them; use the file's, or leave --arch out."
         )
     return Origin(model, content, path)
-
-
-def variant_to_train(bundle: Bundle | None, arch: str | None) -> str | None:
-    """Which variant a run trains; None is a GPT. A checkpoint decides, and --arch may only agree.
-
-    Raises: CheckpointMismatch naming both.
-    """
-    wish = arch.removeprefix("flex_") if arch not in (None, "gpt") else None
-    if bundle is None:
-        return wish
-    values = bundle.config_values
-    name = values.get("model_class", "GPT")
-    found = SpeedrunConfig.from_dict(values, str(bundle.path(CONFIG))).variant if name == MODEL_CLASS else None
-    if arch is not None and (name not in ("GPT", MODEL_CLASS) or found != wish):
-        kind = f"{name} ({found})" if found else name
-        raise CheckpointMismatch(
-            f"{bundle.path(CONFIG)}: the checkpoint is a {kind}, this run has --arch {arch}. {ANOTHER}"
-        )
-    if name == "GPTBatched":
-        raise CheckpointMismatch(
-            f"{bundle.path(CONFIG)}: model_class is GPTBatched; train.py trains GPT and {MODEL_CLASS}. "
-            "Train under another --model_name."
-        )
-    return found
 
 
 def sizes(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,73 +152,26 @@ def sizes(given: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def start_speedrun(
-    manager: CheckpointManager,
-    wanted: Wanted,
-    bundle: Bundle | None,
-    origin: Origin | None = None,
-    init_from_model: str | None = None,
-) -> tuple[GPTFlexAttention, MuonWithAdamW, int]:
-    """Resume a model, or start it from an upstream file, another model's weights, or fresh; also optimizer and step.
-
-    Raises: CheckpointMismatch when architecture or tokenizer contradict the checkpoint; both are shown.
-    """
-    if wanted.dtype == torch.float16:
-        raise InputError("--dtype is fp16: these models have no loss scale. Take bf16 or fp32.")
-    manager.acquire()
-    given = sizes(wanted.given)
-    if bundle is not None:
-        model = _from_bundle(bundle, given, wanted, manager)
-        optimizer = configure_muon(model, wanted.learning_rate, wanted.weight_decay)
-        if load_moments(bundle, model, optimizer, manager.say) is None and bundle.step:
-            manager.say(f"{bundle.path(OPTIMIZER)}: no optimizer state; its moments start from zero")
-        manager.went_on_from(bundle)
-        return model, optimizer, model.step
-    if origin is not None and init_from_model:
-        raise InputError("--init_from_checkpoint and --init_from_model: a run has one start. Leave one out.")
-    alone = _config_alone(manager, wanted.variant, given)
-    if origin is not None:
-        model = origin.model
-        refuse_large_tokenizer(wanted.tokenizer, model.config, str(origin.path))
-        _wish(model, {**wanted.preset, **alone}, given, str(origin.path), None)
-        model.config.eos_token_id = _end_of_text(wanted.tokenizer, model.config.vocab_size)
-        model = _trainable(model, wanted)
-        manager.say(f"starting from the weights of {origin.path}, a new run at step 0")
-    elif init_from_model:
-        other = CheckpointManager(init_from_model, manager.checkpoint_dir.parent)
-        with intact.open_chosen(other.checkpoint_dir, manager.say, check=manager.verify) as source:
-            variant_to_train(source, f"flex_{wanted.variant}")
-            model = _from_bundle(source, {**alone, **given}, wanted, None)
-            manager.say(f"starting from the weights of {init_from_model}, step {source.step}")
-    else:
-        model = fresh({**wanted.preset, **alone, **given}, wanted)
-    model.step = 0
-    optimizer = configure_muon(model, wanted.learning_rate, wanted.weight_decay)
-    if origin is not None:
-        for line in take_over(origin.content, model, optimizer):
-            manager.say(line)
-    return model, optimizer, 0
-
-
-def fresh(values: Mapping[str, Any], wanted: Wanted) -> GPTFlexAttention:
+def fresh(variant: str, values: Mapping[str, Any], request: Request) -> GPTFlexAttention:
     """Initialise a new model, the same for the same seed, without touching the caller's random state."""
-    known = {f.name for f in fields(SpeedrunConfig)} - {"unknown"}
-    rows = _rows(wanted.tokenizer, wanted.variant)
-    config = SpeedrunConfig.from_dict(
+    known = {f.name for f in fields(ModdedConfig)} - {"unknown"}
+    tokenizer = _made(request)
+    rows = _rows(tokenizer, variant)
+    config = ModdedConfig.from_dict(
         {
             "vocab_size": rows,
             "head_rows": math.ceil(rows / BLOCK) * BLOCK,
-            "eos_token_id": _end_of_text(wanted.tokenizer, rows),
+            "eos_token_id": _end_of_text(tokenizer, rows),
             **{name: value for name, value in values.items() if name in known},
-            "variant": wanted.variant,
+            "variant": variant,
         },
         "config of the new model",
     )
-    refuse_large_tokenizer(wanted.tokenizer, config, "config of the new model")
+    refuse_large_tokenizer(tokenizer, config, "config of the new model")
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(wanted.seed)
+        torch.default_generator.manual_seed(request.seed)
         model = GPTFlexAttention.of_config(config)
-    return _trainable(model, wanted)
+    return _trainable(model, request)
 
 
 def _rows(tokenizer: Tokenizer, variant: str) -> int:
@@ -197,15 +186,13 @@ def _end_of_text(tokenizer: Tokenizer, rows: int) -> int:
     return rows if found is None else int(found)
 
 
-def _from_bundle(
-    bundle: Bundle, given: Mapping[str, Any], wanted: Wanted, manager: CheckpointManager | None
-) -> GPTFlexAttention:
-    refuse_other_tokenizer(bundle, wanted.tokenizer)
+def _from_bundle(bundle: Bundle, given: Mapping[str, Any], request: Request, say: Say | None) -> GPTFlexAttention:
+    refuse_other_tokenizer(bundle, request.tokenizer)
     device = given.get("device") or bundle.config_values.get("device")
-    model = load_speedrun(bundle, writable=True, device=device)
+    model = load_modded(bundle, writable=True, device=device)
     assert isinstance(model, GPTFlexAttention)
-    _wish(model, {}, given, str(bundle.path(CONFIG)), manager)
-    return _trainable(model, wanted)
+    _wish(model, {}, given, str(bundle.path(CONFIG)), say)
+    return _trainable(model, request)
 
 
 def _wish(
@@ -213,15 +200,15 @@ def _wish(
     preset: Mapping[str, Any],
     given: Mapping[str, Any],
     where: str,
-    manager: CheckpointManager | None,
+    say: Say | None,
 ) -> None:
     """Give a loaded model what a run may choose, and refuse what its tensors decide."""
-    values = model.config.to_dict(MODEL_CLASS)
+    values = model.config.to_dict(MODDED_CLASS)
     refuse_other_sizes(where, values, given)
     wishes = {name: value for name, value in {**preset, **given}.items() if name in WISHES}
-    if manager is not None and (length := wishes.get("block_size")) not in (None, values["block_size"]):
-        manager.say(f"block_size: {values['block_size']} so far, {length} from now on")
-    model.config = SpeedrunConfig.from_dict({**values, **wishes}, where)
+    if say is not None and (length := wishes.get("block_size")) not in (None, values["block_size"]):
+        say(f"block_size: {values['block_size']} so far, {length} from now on")
+    model.config = ModdedConfig.from_dict({**values, **wishes}, where)
 
 
 def refuse_other_sizes(where: str, values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -235,20 +222,20 @@ def refuse_other_sizes(where: str, values: Mapping[str, Any], given: Mapping[str
         raise CheckpointMismatch(f"{where}: {'; '.join(faults)}. {ANOTHER}")
 
 
-def _trainable(model: GPTFlexAttention, wanted: Wanted) -> GPTFlexAttention:
+def _trainable(model: GPTFlexAttention, request: Request) -> GPTFlexAttention:
     """Put a model where it trains: its matrices, head and scalars in fp32, its embeddings as the run wants them."""
     model.to(resolve_device(model.config.device, "config"))
     for name, p in model.named_parameters():
-        dtype = (wanted.dtype or p.dtype) if "embed" in name else torch.float32
+        dtype = (request.dtype or p.dtype) if "embed" in name else torch.float32
         p.data = p.data.to(dtype, copy=p.dtype == dtype)  # never the pages of a mapped file
         p.requires_grad_(True)
-    model.tokenizer = wanted.tokenizer
+    model.tokenizer = _made(request)
     return model.train()
 
 
-def _config_alone(manager: CheckpointManager, variant: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _config_alone(folder: Path, kind: ModdedKind, given: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Read a config.json that stands without weights: the architecture of a new model."""
-    path = manager.checkpoint_dir / CONFIG
+    path = folder / CONFIG
     values: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError):
         values = parse_json(path.read_bytes(), str(path))
@@ -260,9 +247,9 @@ def _config_alone(manager: CheckpointManager, variant: str, given: Mapping[str, 
         for key in given
         if values.get(key, given[key]) != given[key]
     ]
-    if (name, found) != (MODEL_CLASS, variant):
-        faults.insert(0, f"it is of a {name}{f' ({found})' if found else ''}, this run has --arch flex_{variant}")
+    if (name, found) != (MODDED_CLASS, kind.variant):
+        faults.insert(0, f"it is of a {name}{f' ({found})' if found else ''}, this run has --arch {kind.arch}")
     if faults:
         raise CheckpointMismatch(f"{path}: {'; '.join(faults)}. Remove the file, or train under another --model_name.")
-    manager.say(f"{path}: no weights beside it; training a new model of this architecture")
+    say(f"{path}: no weights beside it; training a new model of this architecture")
     return values

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..bundle.optimizer_state import groups_of
 from ..errors import CheckpointMismatch
 from ..loading.optimizer import load_optimizer_state
-from ..networks.modded import SpeedrunGPT
+from ..networks.modded import ModdedGPT
 from ..networks.muon import MuonWithAdamW, parameters_by_kind
 
 Entries = dict[str, dict[str, Any]]
@@ -26,7 +26,7 @@ ADAMW, MUON = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 _LENGTH = re.compile(r"^\s*(?:train_)?seq_len\s*=\s*(\d+(?:\s*\*\s*\d+)*)", re.MULTILINE)
 
 
-def take_over(content: Any, model: SpeedrunGPT, optimizer: MuonWithAdamW) -> list[str]:
+def take_over(content: Any, model: ModdedGPT, optimizer: MuonWithAdamW) -> list[str]:
     """Fill matrices from their mantissas, and the optimizer from the state in an upstream file, as far as it is whole.
 
     Returns a line for each of what was used and what could not be, with the reason.
@@ -59,7 +59,7 @@ def take_over(content: Any, model: SpeedrunGPT, optimizer: MuonWithAdamW) -> lis
     return lines
 
 
-def _named(saved: list[Any], model: SpeedrunGPT) -> tuple[Entries, Entries]:
+def _named(saved: list[Any], model: ModdedGPT) -> tuple[Entries, Entries]:
     """The entries of AdamW and of Muon by the names of their parameters; empty where a rank has none.
 
     Raises: CheckpointMismatch when there are more or fewer parameters than the model has.
@@ -109,7 +109,7 @@ def _by_shape(saved: Any, names: list[str], shapes: Mapping[str, tuple[int, ...]
     return _in_order(saved, order)
 
 
-def _incomplete(entries: Entries, keys: tuple[str, ...], model: SpeedrunGPT) -> str | None:
+def _incomplete(entries: Entries, keys: tuple[str, ...], model: ModdedGPT) -> str | None:
     """Why a run cannot go on with these entries; None when all are there."""
     parameters = dict(model.named_parameters())
     absent = [name for name, entry in entries.items() if not entry]
@@ -135,7 +135,7 @@ def _scaled(entry: dict[str, Any], keys: tuple[str, ...], scale: float) -> dict[
     return kept | ({"step": entry["step"]} if keys == ADAMW else {})
 
 
-def _per_token(content: Mapping[str, Any], model: SpeedrunGPT) -> tuple[float, str]:
+def _per_token(content: Mapping[str, Any], model: ModdedGPT) -> tuple[float, str]:
     """What turns the gradients of train_gpt.py, of the sum over a sequence, into ours, of the mean; and a sentence.
 
     How long its sequences were stands in the text of the program, which its files carry.
@@ -149,7 +149,7 @@ def _per_token(content: Mapping[str, Any], model: SpeedrunGPT) -> tuple[float, s
     return 1 / length, f" (as means; the file does not say over how many tokens, taken is block_size {length})"
 
 
-def _take_mantissas(model: SpeedrunGPT, muon: Entries) -> int:
+def _take_mantissas(model: ModdedGPT, muon: Entries) -> int:
     """Give matrices the lower halves of their fp32 numbers, of which bf16 is the upper; returns how many had one."""
     found = 0
     parameters = dict(model.named_parameters())

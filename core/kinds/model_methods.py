@@ -12,7 +12,6 @@ from ..bundle.choice import holds_bundle
 from ..bundle.commit import MODEL, ModelFolder
 from ..bundle.folder import new_id
 from ..bundle.intact import open_chosen, open_verified, say_on_stderr
-from ..bundle.retention import Retention
 from ..bundle.storage import DISK
 from ..bundle.writing import explained, writing
 from ..data.tokenizer import Tokenizer
@@ -22,7 +21,7 @@ from ..model import GPT
 from ..networks.device import resolve_dtype
 from ..networks.state_dict import export_state_dict
 from ..saving.snapshot import Memory
-from ..saving.step import Save
+from ..saving.step import Save, StepContent
 from ..saving.torch_file import write_torch_zip
 
 
@@ -99,17 +98,6 @@ def save_checkpoint_bundle(
     if tokenizer is None and holds_bundle(place):
         with open_bundle(place.path) as bundle:
             tokenizer = bundle.tokenizer
-    made = Save(
-        place,
-        model,
-        optimizer_state,
-        step=model.step if step is None else step,
-        tokenizer=tokenizer,
-        metrics=None,
-        extra=None,
-        ema=None,
-        facts={},
-        retention=Retention(),
-    )
+    content = StepContent(model, optimizer_state, model.step if step is None else step, tokenizer)
     with writing(place), explained(place.path):
-        made.write(Memory(None), say_on_stderr)
+        Save(place, content).write(Memory(None), say_on_stderr)

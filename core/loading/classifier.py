@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..bundle.intact import open_chosen
-from ..config.modded import SpeedrunConfig
+from ..config.modded import ModdedConfig
 from ..console.words import differences, listed
 from ..data.tokenizer import Tokenizer, tokenizer_from_state
 from ..errors import CheckpointMismatch
@@ -42,7 +42,7 @@ def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> C
                 "or tokenizer. examples/finetune_classification.py makes one."
             )
         with torch.device("meta"):
-            pretrained = GPTBatched.of_config(SpeedrunConfig.from_dict(config, f"{folder}: pretrained_config"))
+            pretrained = GPTBatched.of_config(ModdedConfig.from_dict(config, f"{folder}: pretrained_config"))
             model = GPTClassification(pretrained, len(classes))
         tensors = read_part(bundle.weights)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -16,7 +16,7 @@ from ..networks.device import resolve_device
 from ..networks.distributed import World
 from ..networks.state_dict import local
 from .spread import block_like, empty_like, fill_shards
-from .tensors import load_optimizer, load_weights, read_part, recorded_dtype
+from .tensors import load_optimizer, load_weights, recorded_dtype
 
 
 def build_spread(bundle: Bundle, world: World) -> GPT:
@@ -71,16 +71,3 @@ def fill_moments(bundle: Bundle, model: nn.Module, optimizer: torch.optim.Optimi
                 value = optimizer.state[parameter][key] = empty_like(parameter)
             targets[f"state.{name}.{key}"] = value
     fill_shards(bundle.optimizer.source, targets, alone=world.size == 1)
-
-
-def averages(bundle: Bundle, model: nn.Module, world: World) -> dict[str, torch.Tensor] | None:
-    """The average of the weights in a bundle, spread as the model is; None where it has none."""
-    if bundle.ema is None:
-        return None
-    parameters = dict(model.named_parameters())
-    if not isinstance(bundle.ema.source, ShardedFile):
-        whole = read_part(bundle.ema)
-        return {name: block_like(whole[name], parameter) for name, parameter in parameters.items()}
-    spread = {name: empty_like(parameter).detach() for name, parameter in parameters.items()}
-    fill_shards(bundle.ema.source, spread, alone=world.size == 1)
-    return spread

@@ -12,7 +12,7 @@ from ..bundle.choice import choose
 from ..config.modded import CLASSES
 from ..errors import CheckpointDamaged
 from ..model import GPT, GPTBatched, GPTFlexAttention
-from .modded import load_speedrun
+from .modded import load_modded
 from .tensors import load_model
 
 
@@ -45,7 +45,7 @@ def load_chosen(
         used = (EMA, TOKENIZER) if ema else FOR_INFERENCE
         with intact.open_verified(folder, say, step=step, single=single, used=used, check=check) as opened:
             bundle = opened.averaged() if ema else opened
-            load = load_speedrun if bundle.config_values.get("model_class") in CLASSES else load_model
+            load = load_modded if bundle.config_values.get("model_class") in CLASSES else load_model
             return load(bundle, device=device, dtype=dtype, bpe_file=bpe_file)
     except CheckpointDamaged as damage:
         others = [c.name for c in choose(folder).candidates if c.single != single] if step is None else []

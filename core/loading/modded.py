@@ -15,7 +15,7 @@ from ..bundle.parts import Part, TorchFile
 from ..bundle.storage import DISK
 from ..bundle.tokenizer_state import describe
 from ..bundle.verify import verify_records
-from ..config.modded import CLASSES, SpeedrunConfig
+from ..config.modded import CLASSES, ModdedConfig
 from ..console.words import differences, listed
 from ..data.tokenizer import Tokenizer, tokenizer_from_state
 from ..errors import CheckpointMismatch, CheckpointNotFound
@@ -26,7 +26,7 @@ from ..families.modded import FAMILIES
 from ..networks.batched import GPTBatched
 from ..networks.device import resolve_device
 from ..networks.flex import GPTFlexAttention
-from ..networks.modded import SpeedrunGPT
+from ..networks.modded import ModdedGPT
 from .tensors import read_part, read_tensor
 
 Info = dict[str, Any]
@@ -40,7 +40,7 @@ MODELS: dict[str, type[GPTFlexAttention] | type[GPTBatched]] = dict(
 """The class that each `model_class` of a config.json means."""
 
 
-def load_speedrun(
+def load_modded(
     bundle: Bundle,
     *,
     device: str | torch.device | None = None,
@@ -56,7 +56,7 @@ def load_speedrun(
     """
     where = str(bundle.path(CONFIG))
     kind = MODELS[bundle.config_values["model_class"]]
-    config = SpeedrunConfig.from_dict(bundle.config_values, where)
+    config = ModdedConfig.from_dict(bundle.config_values, where)
     with torch.device("meta"):
         model = kind.of_config(config)
     refuse_other_shapes(bundle, model)
@@ -72,7 +72,7 @@ def load_speedrun(
     return model.eval()
 
 
-def fill_speedrun(bundle: Bundle, model: SpeedrunGPT) -> None:
+def fill_modded(bundle: Bundle, model: ModdedGPT) -> None:
     """Copy the weights of a bundle into a live model.
 
     Raises: CheckpointMismatch when names or shapes do not fit; the model is unchanged then.
@@ -81,7 +81,7 @@ def fill_speedrun(bundle: Bundle, model: SpeedrunGPT) -> None:
     model.load_state_dict(read_part(bundle.weights))
 
 
-def refuse_other_shapes(bundle: Bundle, model: SpeedrunGPT) -> None:
+def refuse_other_shapes(bundle: Bundle, model: ModdedGPT) -> None:
     """Raise CheckpointMismatch when the header of a bundle's weights is not that of a model; nothing is allocated."""
     bundle.weights.source.refuse_foreign()
     shapes = bundle.weights.shapes
@@ -96,7 +96,7 @@ def refuse_other_shapes(bundle: Bundle, model: SpeedrunGPT) -> None:
         )
 
 
-def _tokenizer(bundle: Bundle, config: SpeedrunConfig, bpe_file: Path | None) -> Tokenizer | None:
+def _tokenizer(bundle: Bundle, config: ModdedConfig, bpe_file: Path | None) -> Tokenizer | None:
     if bundle.tokenizer is None:
         return None
     made = tokenizer_from_state(bundle.tokenizer, bpe_file, str(bundle.path(TOKENIZER)))
@@ -104,7 +104,7 @@ def _tokenizer(bundle: Bundle, config: SpeedrunConfig, bpe_file: Path | None) ->
     return made
 
 
-def refuse_large_tokenizer(tokenizer: Tokenizer, config: SpeedrunConfig, where: str) -> None:
+def refuse_large_tokenizer(tokenizer: Tokenizer, config: ModdedConfig, where: str) -> None:
     """Raise CheckpointMismatch when a tokenizer has ids that a model lacks."""
     rows: Any = min(config.vocab_size, config.head_rows)
     if tokenizer.vocab_size > rows:
@@ -119,7 +119,7 @@ class Opened:
 
     content: Any
     tensors: dict[str, torch.Tensor]  # by upstream's names
-    config: SpeedrunConfig
+    config: ModdedConfig
     info: Info
 
 
@@ -172,7 +172,7 @@ def open_upstream(path: Path, dtype: torch.dtype | None = None, *, verify: bool 
     return Opened(content, tensors, config, info)
 
 
-def facts_of(config: SpeedrunConfig, path: Path, dtypes: set[str]) -> Info:
+def facts_of(config: ModdedConfig, path: Path, dtypes: set[str]) -> Info:
     return {
         "format": config.variant.partition("_")[0],
         "variant": config.variant,
@@ -188,7 +188,7 @@ def facts_of(config: SpeedrunConfig, path: Path, dtypes: set[str]) -> Info:
     }
 
 
-def _config(path: Path, found: Identity, names: list[str]) -> SpeedrunConfig:
+def _config(path: Path, found: Identity, names: list[str]) -> ModdedConfig:
     """Read the sizes off what was recognised.
 
     Raises: CheckpointMismatch when it is another program's, or a version without a place for all of its tensors.
@@ -207,7 +207,7 @@ def _config(path: Path, found: Identity, names: list[str]) -> SpeedrunConfig:
     if faults:
         raise CheckpointMismatch(f"{path}: {found.program}, but {listed(faults)}.")
     assert size.n_layer and size.n_head and size.n_embd and size.vocab_size and size.head_rows
-    return SpeedrunConfig(
+    return ModdedConfig(
         variant=NAMES[found.family],
         vocab_size=size.vocab_size,
         head_rows=size.head_rows,

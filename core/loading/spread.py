@@ -105,3 +105,11 @@ class _Reader(dcp.StorageReader):
 def _described(spec: TensorSpec) -> TensorStorageMetadata:
     boxes = [ChunkStorageMetadata(torch.Size(c.begin), torch.Size(c.shape)) for c in chunks_of(spec)]
     return TensorStorageMetadata(TensorProperties(getattr(torch, spec.dtype)), torch.Size(spec.shape), boxes)
+
+
+def filled_like(source: ShardedFile, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read from shards what this rank holds of tensors like these, by name; every rank calls it."""
+    made = {name: empty_like(tensor).detach() for name, tensor in like.items()}
+    alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+    fill_shards(source, made, alone)
+    return made

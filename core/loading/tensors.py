@@ -303,6 +303,21 @@ def read_optimizer(bundle: Bundle) -> dict[str, Any] | None:
     return read_part(bundle.optimizer)
 
 
+def load_averages(bundle: Bundle, module: nn.Module) -> dict[str, torch.Tensor] | None:
+    """Map the average of the weights of a step, spread as its model is; None where the step has none."""
+    if bundle.ema is None:
+        return None
+    parameters = dict(module.named_parameters())
+    if not any(hasattr(parameter, "device_mesh") for parameter in parameters.values()):
+        return read_part(bundle.ema)
+    from .spread import block_like, filled_like  # imports torch.distributed, which one process does not need
+
+    if isinstance(bundle.ema.source, ShardedFile):
+        return filled_like(bundle.ema.source, parameters)
+    whole = read_part(bundle.ema)
+    return {name: block_like(whole[name], parameter) for name, parameter in parameters.items()}
+
+
 def load_moments(
     bundle: Bundle,
     module: nn.Module,

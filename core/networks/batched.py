@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config.modded import SpeedrunConfig
+from ..config.modded import ModdedConfig
 from ..config.variants import BLOCK, HEAD_SIZE, WITHOUT_ATTENTION, windows_of
 from ..errors import InputError
 from ..families.modded import merged
 from . import generation
 from .bound import bound
-from .modded import IGNORED, SCALE, SpeedrunGPT
+from .modded import IGNORED, SCALE, ModdedGPT
 from .windows import block_mask, compiled_flex, cuts, mask
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class BatchedCache:
         return keys, values
 
 
-class GPTBatched(SpeedrunGPT):
+class GPTBatched(ModdedGPT):
     """A modded-nanogpt model over tokens [B, T]; names follow the layout of medium, the config says the variant.
 
     `window` is "exact" (the variant's last windows), "full" (plain causal attention) or the long window in blocks.
@@ -73,7 +73,7 @@ class GPTBatched(SpeedrunGPT):
         The window is the other model's unless given. Weights that have the same layout are shared, not copied.
         """
         wish = flex.config.window if window is None else window
-        config = SpeedrunConfig.from_dict({**flex.config.to_dict(cls.__name__), "window": wish}, "config")
+        config = ModdedConfig.from_dict({**flex.config.to_dict(cls.__name__), "window": wish}, "config")
         with torch.device("meta"):
             model = cls.of_config(config)
         tensors = {name: tensor.detach() for name, tensor in flex.state_dict().items()}
@@ -90,7 +90,7 @@ class GPTBatched(SpeedrunGPT):
     @window.setter
     def window(self, wish: int | str) -> None:
         """Choose another window; the weights stay."""
-        self.config = SpeedrunConfig.from_dict({**self.config.to_dict(type(self).__name__), "window": wish}, "window")
+        self.config = ModdedConfig.from_dict({**self.config.to_dict(type(self).__name__), "window": wish}, "window")
 
     def forward_features(
         self, tokens: Tensor, attention_mask: Tensor | None = None, cache: BatchedCache | None = None

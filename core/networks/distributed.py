@@ -84,6 +84,11 @@ class World:
             return "cuda"
         return wish
 
+    def refuse_fp16_shards(self, dtype: str) -> None:
+        """Raise InputError for fp16 in shards: each would choose a loss scale of its own."""
+        if self.is_sharded and dtype == "fp16":
+            raise InputError("--parallel fsdp: found --dtype fp16, whose scale each shard would choose. Use bf16.")
+
     @property
     def is_sharded(self) -> bool:
         """Whether each rank has a shard of the model."""

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from ..config.variants import BLOCK, windows_of
 from ..errors import InputError
 from .bound import bound
-from .modded import SCALE, Attend, SpeedrunGPT
+from .modded import SCALE, Attend, ModdedGPT
 from .windows import block_mask, compiled_flex, documents, mask
 
 KERNELS = ("auto", "flex", "sdpa")
 """What computes the attention of GPTFlexAttention: auto is flex on CUDA, and SDPA elsewhere."""
 
 
-class GPTFlexAttention(SpeedrunGPT):
+class GPTFlexAttention(ModdedGPT):
     """A modded-nanogpt model over one packed sequence, in which the end-of-text token begins each document.
 
     On CUDA attention is compiled flex attention, elsewhere (and for gradients there) the same mask for SDPA; `kernel`

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..config.modded import GPT2_END, SpeedrunConfig
+from ..config.modded import GPT2_END, ModdedConfig
 from ..config.variants import BLOCK, HEAD_SIZE, VALUE_TABLES, WITHOUT_ATTENTION, Variant, is_long, skips_of, value_table
 from ..families.family import plain_names
 
@@ -78,7 +78,7 @@ class Attention(nn.Module):
     qkv: Tensor
     out: Tensor
 
-    def __init__(self, config: SpeedrunConfig) -> None:
+    def __init__(self, config: ModdedConfig) -> None:
         super().__init__()
         self.variant: Variant = config.kind
         self.n_head = config.n_head
@@ -103,7 +103,7 @@ class Attention(nn.Module):
 class MergedAttention(Attention):
     """The layout of medium: all four matrices in one parameter, [4, h, C], of which the last is `out`."""
 
-    def __init__(self, config: SpeedrunConfig) -> None:
+    def __init__(self, config: ModdedConfig) -> None:
         super().__init__(config)
         self.qkvo_w = nn.Parameter(torch.empty(4, config.n_embd, config.n_embd))
         if not self.qkvo_w.is_meta:
@@ -124,7 +124,7 @@ class MergedAttention(Attention):
 class TrainingScriptAttention(Attention):
     """The layout of small: `qkv_w` [3, h, C] and the output projection as a layer; 2025-02 keeps its lambdas here."""
 
-    def __init__(self, config: SpeedrunConfig) -> None:
+    def __init__(self, config: ModdedConfig) -> None:
         super().__init__(config)
         self.qkv_w = nn.Parameter(torch.empty(3, config.n_embd, config.n_embd))
         self.c_proj = CastedLinear(config.n_embd, config.n_embd)
@@ -152,7 +152,7 @@ class MLP(nn.Module):
     fc: Tensor
     proj: Tensor
 
-    def __init__(self, config: SpeedrunConfig) -> None:
+    def __init__(self, config: ModdedConfig) -> None:
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class MLP(nn.Module):
 class MergedMLP(MLP):
     """The layout of medium: bare parameters."""
 
-    def __init__(self, config: SpeedrunConfig) -> None:
+    def __init__(self, config: ModdedConfig) -> None:
         super().__init__(config)
         self.fc_w = nn.Parameter(torch.empty(4 * config.n_embd, config.n_embd))
         self.proj_w = nn.Parameter(torch.zeros(config.n_embd, 4 * config.n_embd))
@@ -185,7 +185,7 @@ class MergedMLP(MLP):
 class TrainingScriptMLP(MLP):
     """The layout of small: two layers."""
 
-    def __init__(self, config: SpeedrunConfig) -> None:
+    def __init__(self, config: ModdedConfig) -> None:
         super().__init__(config)
         self.c_fc = CastedLinear(config.n_embd, 4 * config.n_embd)
         self.c_proj = CastedLinear(4 * config.n_embd, config.n_embd)
@@ -209,7 +209,7 @@ class Block(nn.Module):
     attention: type[Attention] = MergedAttention
     feed_forward: type[MLP] = MergedMLP
 
-    def __init__(self, config: SpeedrunConfig, i: int) -> None:
+    def __init__(self, config: ModdedConfig, i: int) -> None:
         super().__init__()
         self.attn = self.attention(config) if i != WITHOUT_ATTENTION else None
         self.mlp = self.feed_forward(config)
@@ -237,13 +237,13 @@ class TrainingScriptBlock(Block):
     attention = TrainingScriptAttention
     feed_forward = TrainingScriptMLP
 
-    def __init__(self, config: SpeedrunConfig, i: int) -> None:
+    def __init__(self, config: ModdedConfig, i: int) -> None:
         super().__init__(config, i)
         if config.variant == "small_2025_02":
             self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
 
 
-class SpeedrunGPT(nn.Module):
+class ModdedGPT(nn.Module):
     """What GPTFlexAttention and GPTBatched share: the stream through the layers, and the head.
 
     `window` is "exact" (the variant's last windows), "full" (plain causal attention) or the long window in blocks of
@@ -273,7 +273,7 @@ class SpeedrunGPT(nn.Module):
         super().__init__()
         rows = math.ceil(vocab_size / BLOCK) * BLOCK if head_rows is None else head_rows
         sizes = (vocab_size, rows, num_layers, num_heads, model_dim, max_seq_len)
-        config = SpeedrunConfig(variant, *sizes, eos_token_id, window)
+        config = ModdedConfig(variant, *sizes, eos_token_id, window)
         merged = self.merged_always or variant == "medium"
         self.config = config
         self.variant = config.kind
@@ -300,7 +300,7 @@ class SpeedrunGPT(nn.Module):
         self.register_state_dict_post_hook(_put_together)
 
     @classmethod
-    def of_config(cls, config: SpeedrunConfig) -> Self:
+    def of_config(cls, config: ModdedConfig) -> Self:
         """Build the model of a config."""
         sizes = (config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.block_size)
         model = cls(*sizes, config.variant, config.eos_token_id, head_rows=config.head_rows)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modded import SpeedrunGPT
+from .modded import ModdedGPT
 
 Named = list[tuple[str, nn.Parameter]]
 Coefficients = Sequence[tuple[float, float, float]]
@@ -108,7 +108,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.step()
 
 
-def configure_muon(model: SpeedrunGPT, learning_rate: float, weight_decay: float | None = None) -> MuonWithAdamW:
+def configure_muon(model: ModdedGPT, learning_rate: float, weight_decay: float | None = None) -> MuonWithAdamW:
     """Make the optimizer of a modded-nanogpt model: Muon for the matrices of its layers, AdamW for the rest.
 
     `learning_rate` is Muon's; head, embeddings and scalars keep the variant's ratio to it. Matrices decay by the
@@ -131,7 +131,7 @@ def configure_muon(model: SpeedrunGPT, learning_rate: float, weight_decay: float
     )
 
 
-def parameters_by_kind(model: SpeedrunGPT) -> tuple[Named, dict[str, Named]]:
+def parameters_by_kind(model: ModdedGPT) -> tuple[Named, dict[str, Named]]:
     """Tell the matrices of the layers from the rest, which is head, embed and scalar; each in the model's order."""
     matrices: Named = []
     rest: dict[str, Named] = {"head": [], "embed": [], "scalar": []}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..bundle.bundle import EMA, OPTIMIZER, history
-from ..bundle.commit import CONFIG, MODEL, entries
+from ..bundle.commit import CONFIG, MODEL, ModelFolder, entries
 from ..bundle.folder import top_state
 from ..bundle.lock import hold
 from ..bundle.parts import folder_of
@@ -28,16 +28,16 @@ from ..networks.distributed import World
 from ..networks.state_dict import local
 from .shards import Shard, averages_of, image_of, moments_of, placed, weights_of
 from .snapshot import Memory
-from .step import Save
+from .step import Save, StepContent
 
 
 class ShardSave(Save):
     """A step on every rank. `world` is a way to the other ranks for the thread that writes."""
 
-    def __init__(self, world: World, *what: Any, **values: Any) -> None:
+    def __init__(self, world: World, place: ModelFolder, content: StepContent) -> None:
         self.world = world
         self._shards: dict[str, list[Shard]] = {}
-        super().__init__(*what, **values)
+        super().__init__(place, content)
         self._told["optimizer_file"] = self._told["optimizer_file"] and folder_of(OPTIMIZER)
 
     def _take(
@@ -61,6 +61,14 @@ class ShardSave(Save):
             tensors = {f"{part}: {shard.name}": shard.value for shard in shards}
             live |= {name: local(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
         return contents, live
+
+    def lock(self) -> contextlib.ExitStack:
+        """Take nothing: the first rank's thread takes the lock, and tells the others what became of it."""
+        return contextlib.ExitStack()
+
+    def not_begun(self, error: RuntimeError) -> CheckpointError:
+        """What to raise where there is no thread: no SaveFailed, since the other ranks have begun and cannot go on."""
+        return CheckpointError(str(super().not_begun(error)))
 
     def write(self, memory: Memory, say: Callable[[str], None]) -> None:
         """Write the shards of this rank; on the first one commit the step when all ranks have. Returns when it is.

@@ -21,17 +21,35 @@ from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, new_id
 from ..bundle.folder import top_state
 from ..bundle.lineage import descent
+from ..bundle.lock import hold
 from ..bundle.retention import Retention, best_of, better
 from ..bundle.training_state import FIELDS, STATE, unseal
 from ..bundle.write import Content, write_bundle
+from ..bundle.writing import explained
 from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
-from ..config.modded import SpeedrunConfig
+from ..config.modded import ModdedConfig
 from ..console.words import size_text
 from ..containers.json_files import dump_json, parse_json
 from ..data.tokenizer import Tokenizer
-from ..errors import CheckpointDamaged, InputError, SaveFailed
+from ..errors import CheckpointDamaged, CheckpointError, InputError, SaveFailed
 from ..networks.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
 from .snapshot import Memory, Snapshot
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContent:
+    """What a caller gives to be saved as a step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | Mapping[str, Any] | None
+    step: int
+    tokenizer: Tokenizer | Mapping[str, Any] | None = None  # the model's own unless given
+    metrics: Mapping[str, float] | None = None
+    extra: Mapping[str, Any] | None = None
+    ema: Mapping[str, torch.Tensor] | None = None  # averages under the names of the weights
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what the training state tells besides
+    retention: Retention = dataclasses.field(default_factory=Retention)
+    before_commit: Callable[[], None] | None = None  # called when the files are written, in the writer's thread
 
 
 class Save:
@@ -42,30 +60,31 @@ class Save:
     Raises: InputError when metrics or extra cannot be written.
     """
 
-    def __init__(
-        self,
-        place: ModelFolder,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | Mapping[str, Any] | None,
-        *,
-        step: int,
-        tokenizer: Tokenizer | Mapping[str, Any] | None,
-        metrics: Mapping[str, float] | None,
-        extra: Mapping[str, Any] | None,
-        ema: Mapping[str, torch.Tensor] | None,
-        facts: Mapping[str, Any],
-        retention: Retention,
-        before_commit: Callable[[], None] | None = None,
-    ) -> None:
-        self.place, self.step = place, step
-        self._before_commit = before_commit
-        self.retention = retention
-        module = unwrap(model)
-        self._told = _told(step, optimizer is not None, facts, metrics, extra)
+    def __init__(self, place: ModelFolder, content: StepContent) -> None:
+        self.place, self.step = place, content.step
+        self._before_commit = content.before_commit
+        self.retention = content.retention
+        module = unwrap(content.model)
+        self._told = _told(content)
         self._texts = {CONFIG: _config_of(module)}
-        if tokenizer := tokenizer or getattr(module, "tokenizer", None):
+        if tokenizer := content.tokenizer or getattr(module, "tokenizer", None):
             self._texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
-        self.snapshot = Snapshot(*self._take(module, optimizer, ema))
+        self.snapshot = Snapshot(*self._take(module, content.optimizer, content.ema))
+
+    def lock(self) -> contextlib.ExitStack:
+        """Take the writer's lock, in the loop; what is returned is closed when the step is written.
+
+        Raises: CheckpointLocked, SaveFailed.
+        """
+        held = contextlib.ExitStack()
+        with explained(self.place.path):
+            self.place.path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(self.place.path))
+        return held
+
+    def not_begun(self, error: RuntimeError) -> CheckpointError:
+        """What to raise where there is no thread to write this step."""
+        return SaveFailed(f"{self.place.path}: save of step {self.step} failed: {error}.")
 
     def _take(
         self,
@@ -193,15 +212,10 @@ def add_metrics(place: ModelFolder, step: int, metrics: Mapping[str, float]) -> 
     place.replace_state({**top, **best, **metrics, **integrity})
 
 
-def _told(
-    step: int,
-    has_optimizer: bool,
-    facts: Mapping[str, Any],
-    metrics: Mapping[str, float] | None,
-    extra: Mapping[str, Any] | None,
-) -> dict[str, Any]:
+def _told(content: StepContent) -> dict[str, Any]:
     """What the caller says of a step, as it is now."""
-    told = {"step": step, "optimizer_file": OPTIMIZER if has_optimizer else None, **facts}
+    step, metrics, extra = content.step, content.metrics, content.extra
+    told = {"step": step, "optimizer_file": None if content.optimizer is None else OPTIMIZER, **content.facts}
     if clash := (FIELDS | told.keys()) & (metrics or {}).keys():
         raise InputError(f"metrics: {', '.join(sorted(clash))} is what the training state calls something else.")
     told |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
@@ -215,6 +229,6 @@ def _config_of(module: nn.Module) -> dict[str, Any]:
     config = getattr(module, "config", None)
     if isinstance(config, GPTConfig):
         return config.to_dict()
-    if isinstance(config, SpeedrunConfig):
+    if isinstance(config, ModdedConfig):
         return config.to_dict(type(module).__qualname__)
     return {"model_class": type(module).__qualname__, "format_version": FORMAT_VERSION}

@@ -10,18 +10,14 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import CheckpointManager
-from ..console.signals import SAVING, StopSignal, reason
+from ..console.signals import StopSignal
 from ..data.dataloader import DataLoader
-from ..errors import InputError
 from ..model import GPT, GPTFlexAttention
 from ..networks.distributed import ALONE, World
 from .ema import check_decay
-from .loop import Run
-from .save_timing import RunSaves
+from .loop import Loop
 from .schedule import Schedule
-
-LOG_INTERVAL = 10
-"""Steps between two looks at the loss: each look waits for the device."""
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -60,72 +56,70 @@ def fit(
     """Train from the model's step up to `max_iters` updates, evaluating and saving on the way and at the end.
 
     Batches, dropout and learning rate are functions of (seed, step): N steps, a resume and M steps equal N + M steps.
-    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given, and
-    `save_every_minutes` saves besides. A learning rate without a `schedule` stays what the optimizer has. SIGINT and
-    SIGTERM finish the step, save and return, SIGUSR1 saves and goes on; `stop` may have been entered before, and may
-    limit the time. A save that fails is said and training goes on, up to `max_failed_saves` in a row.
-    With `ema` an average of the weights goes along, of this decay, as `ema.pt`. `torch.float16` scales the loss; a step
-    whose gradients overflow is a step of the loop that makes no update.
-    A resume is compared with the certificate of its step: one line says whether it is exact, and what differs.
-    The ranks of a `world` share each batch; a signal to one of them is obeyed by all at the end of the same step.
+    Intervals are counted in optimizer steps, `eval_iters` in batches of batch_size sequences, `save_every_minutes` in
+    minutes of the wall clock; a step sees `gradient_accumulation_steps` such batches, shared among the ranks of a
+    `world`. Every rank calls this with the same arguments; a signal to one of them is obeyed by all at the end of the
+    same step.
+
+    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. A learning
+    rate without a `schedule` stays what the optimizer has. SIGINT and SIGTERM finish the step, save and return, SIGUSR1
+    saves and goes on; `stop` may have been entered before, and may limit the time. The last step is durable when this
+    returns. A failed save is reported and training continues; after `max_failed_saves` failures in a row the run ends.
+    `ema` is the decay of an average of the weights, kept as `ema.pt`. `torch.float16` scales the loss; a step whose
+    gradients overflow is a step of the loop that makes no update. A resume is compared with the certificate of its
+    step: one line reports whether it is exact, and what differs.
 
     Raises: TrainingDiverged when a loss or gradient is no longer a number, SaveFailed for the last of too many failed
     saves or for that of the last step, InputError; CheckpointMismatch when `strict_resume` is asked for and the resume
     is not exact, before anything is changed.
     """
-    counts = {"eval_interval": eval_interval, "eval_iters": eval_iters, "max_iters": max_iters}
-    counts |= {"gradient_accumulation_steps": gradient_accumulation_steps, "save_interval": save_interval or 1}
-    counts |= {"max_failed_saves": max_failed_saves}
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"{name} is {value}, expected at least 1.")
-    check_decay(ema)
+    settings = Settings(
+        grad_clip=grad_clip,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        ema=ema,
+        eval_interval=eval_interval,
+        eval_iters=eval_iters,
+        save_interval=save_interval,
+        save_every_minutes=save_every_minutes,
+        max_iters=max_iters,
+        compile=compile,
+        max_failed_saves=max_failed_saves,
+        strict_resume=strict_resume,
+    )
     if manager is None and checkpoint_dir is not None:
         manager = CheckpointManager.of_folder(checkpoint_dir)
-    saves = RunSaves(manager, save_every_minutes, max_failed_saves) if manager else None
-    run = Run(
-        model,
-        data_loader,
-        optimizer,
-        manager,
-        saves,
-        schedule,
-        eval_iters,
-        grad_clip,
-        gradient_accumulation_steps,
-        dtype,
-        ema,
-        world,
-    )
-    if compile:
-        run.forward = torch.compile(run.forward)
-    save_interval = save_interval or eval_interval
+    return fit_with(settings, model, data_loader, optimizer, manager, schedule, dtype, progress, stop, world)
+
+
+def fit_with(
+    settings: Settings,
+    model: GPT | GPTFlexAttention,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    manager: CheckpointManager | None,
+    schedule: Schedule | None,
+    dtype: torch.dtype,
+    progress: bool = True,
+    stop: StopSignal | None = None,
+    world: World = ALONE,
+) -> FitResult:
+    """Train as `fit` does, by settings that are made; `dtype` is the arithmetic of the forward pass."""
+    settings.check()
+    check_decay(settings.ema)
+    loop = Loop(model, loader, optimizer, manager, schedule, settings, dtype, world)
+    deterministic = settings.compile and loop.device.type == "cpu"
     with (
         manager.writing() if manager else contextlib.nullcontext(),
-        _deterministic() if compile and run.device.type == "cpu" else contextlib.nullcontext(),
+        _deterministic() if deterministic else contextlib.nullcontext(),
         contextlib.nullcontext(stop) if stop else StopSignal() as stop,
-        run.open(max_iters, progress, strict_resume),
-        run.ema.following(optimizer) if run.ema else contextlib.nullcontext(),
+        loop.open(progress),
+        loop.ema.following(optimizer) if loop.ema else contextlib.nullcontext(),
     ):
-        stopping = run.measure_resumed(eval_interval, stop)
-        stop.work_to_save = not compile  # compiling is not waited for: until it is done there is nothing to lose
-        while model.step < max_iters and not stopping:
-            run.update()
-            stop.work_to_save = True
-            wishes = run.edge(stop)
-            evaluates = model.step % eval_interval == 0 or model.step == max_iters
-            if model.step % LOG_INTERVAL == 0 or evaluates:
-                run.look()
-            stopping = reason(wishes)
-            if evaluates and not stopping:
-                stopping = run.evaluate(stop)
-            ends = model.step == max_iters or stopping is not None
-            if model.step % save_interval == 0 or wishes or ends:
-                run.save(now=SAVING in wishes, last=ends)
+        stopping = loop.run(stop)
         if manager:
             manager.wait()
         stop.work_to_save = False
-        return FitResult(model.step, run.measured_loss(), stopping if model.step < max_iters else None)
+        return FitResult(model.step, loop.measured_loss(), stopping if model.step < settings.max_iters else None)
 
 
 @contextlib.contextmanager

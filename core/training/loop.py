@@ -29,9 +29,13 @@ from .grad_scaler import SMALLEST, make_scaler, scaler_state
 from .metrics import Metrics
 from .save_timing import RunSaves
 from .schedule import Schedule
+from .settings import Settings
+
+LOG_INTERVAL = 10
+"""Steps between two looks at the loss: each look waits for the device."""
 
 
-class Run:
+class Loop:
     """One call of `fit`: the state of the loop between two steps, none of which a resume needs."""
 
     def __init__(
@@ -40,27 +44,23 @@ class Run:
         data_loader: DataLoader,
         optimizer: torch.optim.Optimizer,
         manager: CheckpointManager | None,
-        saves: RunSaves | None,
         schedule: Schedule | None,
-        eval_iters: int,
-        grad_clip: float,
-        accumulation: int,
+        settings: Settings,
         dtype: torch.dtype,
-        ema: float,
         world: World,
     ) -> None:
+        self.settings = settings
         self.model = model
-        self.accumulation = accumulation
         self.world = world
-        self.share = world.share(data_loader.batch_size, accumulation)
+        self.share = world.share(data_loader.batch_size, settings.gradient_accumulation_steps)
         self.forward: Any = world.wrap(model)
+        if settings.compile:
+            self.forward = torch.compile(self.forward)
         self.loader = data_loader
         self.optimizer = optimizer
         self.manager = manager
-        self.saves = saves
+        self.saves = RunSaves(manager, settings.save_every_minutes, settings.max_failed_saves) if manager else None
         self.schedule = schedule
-        self.eval_iters = eval_iters
-        self.grad_clip = grad_clip
         self.dtype = dtype
         self._measured: tuple[int, float] | None = None
         self._begun = -1  # the step whose save began last
@@ -69,7 +69,7 @@ class Run:
         self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
         self.metrics = Metrics(manager.get_path(LOG)) if manager and world.is_first else None
         self.scaler = make_scaler(self.device, dtype, self._recorded().get("scaler"))
-        self.ema = self._make_ema(ema)
+        self.ema = self._make_ema(settings.ema)
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         self._since_evaluation: list[float] = []
         self._started = time.perf_counter()
@@ -93,7 +93,7 @@ class Run:
         return ema
 
     @contextlib.contextmanager
-    def open(self, max_iters: int, progress: bool, strict_resume: bool) -> Iterator[None]:
+    def open(self, progress: bool) -> Iterator[None]:
         """Say whether the resume is exact, cut the log back to its step, and show a bar."""
         self.model.train()
         facts = self._recorded()
@@ -105,13 +105,13 @@ class Run:
             fused=bool(self.optimizer.param_groups[0].get("fused")),
             ranks=self.world.size,
         )
-        self._compare_resume(strict_resume)
+        self._compare_resume(self.settings.strict_resume)
         if self.metrics:
             self.metrics.cut(self.model.step)
         self._look_from_here()
         self._bar = tqdm(
             initial=self.model.step,
-            total=max_iters,
+            total=self.settings.max_iters,
             unit="step",
             disable=not progress,
             file=sys.stderr,
@@ -119,6 +119,28 @@ class Run:
         )
         with self._bar:
             yield
+
+    def run(self, stop: StopSignal) -> str | None:
+        """Train to the last step, or until something asks to stop, which is returned."""
+        settings, model = self.settings, self.model
+        save_interval = settings.save_interval or settings.eval_interval
+        stopping = self.measure_resumed(settings.eval_interval, stop)
+        # Compiling is not waited for: until it is done there is nothing to lose.
+        stop.work_to_save = not settings.compile
+        while model.step < settings.max_iters and not stopping:
+            self.update()
+            stop.work_to_save = True
+            wishes = self.edge(stop)
+            evaluates = model.step % settings.eval_interval == 0 or model.step == settings.max_iters
+            if model.step % LOG_INTERVAL == 0 or evaluates:
+                self.look()
+            stopping = reason(wishes)
+            if evaluates and not stopping:
+                stopping = self.evaluate(stop)
+            ends = model.step == settings.max_iters or stopping is not None
+            if model.step % save_interval == 0 or wishes or ends:
+                self.save(now=SAVING in wishes, last=ends)
+        return stopping
 
     def _compare_resume(self, strict: bool) -> None:
         if self.manager is None or not self.model.step or self.manager.resumed.get("step") != self.model.step:
@@ -135,10 +157,12 @@ class Run:
 
     def _facts(self) -> dict[str, Any]:
         """What a training state records of this run for the one that goes on."""
-        settings = settings_of(self.optimizer, self.schedule, self.grad_clip, self.ema)
+        settings = settings_of(self.optimizer, self.schedule, self.settings.grad_clip, self.ema)
         return {
             "environment": self.environment,
-            "certificate": make_certificate(self.model.step, self.loader, self.model, self.accumulation, settings),
+            "certificate": make_certificate(
+                self.model.step, self.loader, self.model, self.settings.gradient_accumulation_steps, settings
+            ),
         }
 
     def update(self) -> None:
@@ -162,7 +186,7 @@ class Run:
             total += loss.detach()
             self._tokens += x.numel() * self.world.size
         self.scaler.unscale_(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or math.inf))
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip or math.inf))
         self.scaler.step(self.optimizer)  # not where gradients overflowed
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -237,7 +261,7 @@ class Run:
         """
         self.model.eval()
         total, stopping = torch.zeros((), dtype=torch.float64), None
-        for first in range(0, self.eval_iters, self.world.size):
+        for first in range(0, self.settings.eval_iters, self.world.size):
             wishes = self.world.wishes(stop.take())
             if stopping := reason(wishes):
                 break
@@ -254,7 +278,7 @@ class Run:
         self.model.train()
         if stopping:
             return stopping
-        loss = self.world.sum(total).item() / self.eval_iters
+        loss = self.world.sum(total).item() / self.settings.eval_iters
         if not math.isfinite(loss):
             self._diverged(self.model.step, f"validation loss is {loss}")
         self._measured = self.model.step, loss
@@ -269,10 +293,10 @@ class Run:
 
     @torch.inference_mode()
     def _add_val_loss(self, i: int, total: torch.Tensor) -> None:
-        x, y = self._to_device(self.loader.val_batch(min(i, self.eval_iters - 1)))
+        x, y = self._to_device(self.loader.val_batch(min(i, self.settings.eval_iters - 1)))
         with self.autocast:
             loss = self.forward(x, y)[1]  # on every rank, counted or not: a sharded model needs all of them
-        if i < self.eval_iters:
+        if i < self.settings.eval_iters:
             total += loss.item()
 
     def measured_loss(self) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...config.modded import SpeedrunConfig
+from ...config.modded import ModdedConfig
 from ...config.variants import VARIANTS, WITHOUT_ATTENTION
 from ...containers.tensors.views import View, add_axis, cut, drop_axis, filled, join
 from ...families.modded import EMBEDDINGS, MEDIUM
@@ -98,7 +98,7 @@ def to_batched(model: Model, options: Options) -> dict[str, Any]:
     model.moments = None  # its two optimizers are not ours: train.py reads them from the file itself
     given = model.config if model.config.get("variant") == variant else {}
     sizes = {name: model.sizes[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size", "head_rows")}
-    config = SpeedrunConfig.from_dict({**given, "variant": variant, **sizes}, str(model.path))
+    config = ModdedConfig.from_dict({**given, "variant": variant, **sizes}, str(model.path))
     return config.to_dict("GPTBatched")
 
 

@@ -1,0 +1,120 @@
+"""ModelKind: what the manager and train.py ask of a kind of model, so that neither knows which kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..bundle.bundle import Bundle
+from ..bundle.folder import CONFIG
+from ..config.modded import ModdedConfig
+from ..data.corpus import Corpus
+from ..data.dataloader import DataLoader
+from ..data.tokenizer import Tokenizer
+from ..errors import CheckpointMismatch
+from ..model import GPTFlexAttention
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run asks of its model."""
+
+    given: Mapping[str, Any]  # fields of the config that a person named; they win, or are refused
+    tokenizer: Tokenizer | str  # a tokenizer, or what --tokenization says
+    learning_rate: float  # per update; of Muon where that trains
+    weight_decay: float | None = None  # None: as the checkpoint has it, or the kind's own
+    preset: Mapping[str, Any] = field(default_factory=dict)  # fields of a new model that nobody named
+    text: str | None = None  # the characters of a new char tokenizer
+    seed: int = 1337
+    dtype: torch.dtype | None = None  # of embeddings that activations follow; None: as they are
+    init_from_model: str | None = None  # another model below the same root
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A file of upstream's that a new run starts from."""
+
+    model: GPTFlexAttention
+    content: Any
+    path: Path
+
+    @property
+    def arch(self) -> str:
+        """What --arch calls the kind of its model."""
+        return f"flex_{self.model.config.variant}"
+
+
+MODDED_CLASS = "GPTFlexAttention"
+"""The model_class of modded-nanogpt models that train."""
+
+ANOTHER = "Leave it out, or train under another --model_name."
+
+Source = Bundle | Origin | None
+"""Where the weights of a model come from: a step, an upstream file, or nowhere."""
+
+
+class ModelKind(Protocol):
+    """One kind of model that train.py trains."""
+
+    @property
+    def arch(self) -> str:
+        """What --arch calls it."""
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether --dtype is the arithmetic of its forward pass; else its embeddings have that dtype."""
+
+    def preset(self, on_cpu: bool) -> dict[str, Any]:
+        """Fields of the config and settings of a run that nobody named."""
+
+    def refuse_contradictions(self, bundle: Bundle, given: Mapping[str, Any]) -> None:
+        """Raise CheckpointMismatch when given fields are not those of a step; only headers are read."""
+
+    def new(self, request: Request, folder: Path, source: Source, say: Say) -> Any:
+        """Make a model at step 0 where it trains: initialised, or with the weights of a source.
+
+        A config.json that stands in the folder without weights is the architecture of the model.
+
+        Raises: CheckpointMismatch when architecture or tokenizer contradict the source or that file.
+        """
+
+    def load(self, bundle: Bundle, request: Request, say: Say) -> Any:
+        """Load the model of a step to train on, where it trains.
+
+        Raises: CheckpointMismatch when architecture or tokenizer contradict it; both are shown.
+        """
+
+    def optimizer(self, model: Any, request: Request, source: Source, say: Say) -> Any:
+        """Make the optimizer of a model, with the moments that its source has."""
+
+    def loader(self, corpus: Corpus, model: Any, seed: int) -> DataLoader:
+        """Make the batches of a model: a function of (seed, step)."""
+
+
+def arch_of(bundle: Bundle | None, arch: str | None) -> str:
+    """Which kind a run trains, as --arch calls it. A checkpoint decides, and --arch may only agree.
+
+    Raises: CheckpointMismatch naming both.
+    """
+    if bundle is None:
+        return arch or "gpt"
+    values, where = bundle.config_values, bundle.path(CONFIG)
+    name = values.get("model_class", "GPT")
+    variant = ModdedConfig.from_dict(values, str(where)).variant if name == MODDED_CLASS else None
+    found = f"flex_{variant}" if variant else "gpt"
+    if arch is not None and (name not in ("GPT", MODDED_CLASS) or found != arch):
+        kind = f"{name} ({variant})" if variant else name
+        raise CheckpointMismatch(f"{where}: the checkpoint is a {kind}, this run has --arch {arch}. {ANOTHER}")
+    if name == "GPTBatched":
+        raise CheckpointMismatch(
+            f"{where}: model_class is GPTBatched; train.py trains GPT and {MODDED_CLASS}. "
+            "Train under another --model_name."
+        )
+    return found

@@ -1,0 +1,62 @@
+"""Ranks: what saving and resuming have to know of the other processes that train the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from ..bundle.bundle import Bundle
+from ..bundle.commit import ModelFolder
+from ..networks.distributed import ALONE, World
+from .background import Saver
+from .step import Save, StepContent
+
+Say = Callable[[str], None]
+Reopen = Callable[[bool, str | None], Bundle | None]
+"""Opens the newest intact step as the only writer: whether to compare checksums, and what is known to be damaged."""
+
+
+class Ranks(Protocol):
+    """How the ranks of a run share one model's folder; each rank has a manager with one of these."""
+
+    @property
+    def world(self) -> World:
+        """The ranks, and which one this is; the first holds the lock and commits."""
+
+    def newest_intact(self, place: ModelFolder, reopen: Reopen, check: bool) -> Bundle | None:
+        """Open the newest intact step, the same on every rank."""
+
+    def may_begin(self, saver: Saver, skips: bool, step: int, say: Say) -> bool:
+        """Wait for the save before this one, or say that this one is skipped; the answer is the same on every rank.
+
+        Raises: SaveFailed when the save before this one was not committed.
+        """
+
+    def step_save(self, place: ModelFolder, content: StepContent) -> Save | None:
+        """Take what this rank writes of a step; None where it writes nothing."""
+
+
+class Alone:
+    """One process, which does everything."""
+
+    world = ALONE
+
+    def newest_intact(self, place: ModelFolder, reopen: Reopen, check: bool) -> Bundle | None:
+        """Open the newest intact step."""
+        return reopen(check, None)
+
+    def may_begin(self, saver: Saver, skips: bool, step: int, say: Say) -> bool:
+        """Wait for the save before this one, or say that this one is skipped.
+
+        Raises: SaveFailed when the save before this one was not committed.
+        """
+        if saver.busy and skips:
+            say(f"step {step} is not saved: the save before it is still being written")
+            return False
+        saver.join()
+        saver.raise_failure()
+        return True
+
+    def step_save(self, place: ModelFolder, content: StepContent) -> Save | None:
+        """Take all of a step."""
+        return Save(place, content)

@@ -1,0 +1,96 @@
+"""Settings: what a run does, by the names of its flags; the one place that says whose word counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..console.commandline import above_or_zero, below_one, count, positive, seed_number
+from ..errors import InputError
+from .schedule import KINDS, Schedule
+
+
+def _setting(default: Any, kind: Callable[[str], Any] | tuple[str, ...] | None, text: str) -> Any:
+    """A field with the type (or the choices) of its flag and its line in --help; None for a flag made by hand."""
+    return field(default=default, metadata={"kind": kind, "help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does; a training state records the fields up to `warmup_iters`, in this order."""
+
+    lr_schedule: str = _setting("constant", KINDS, "after warm-up (constant)")
+    lr_decay_iters: int | None = _setting(
+        None, count, "step at which a cosine is lowest; independent of --max_iters"
+    )  # steps
+    weight_decay: float | None = _setting(0.1, above_or_zero, "of matrices")  # per unit of learning rate
+    grad_clip: float = _setting(1.0, above_or_zero, "largest gradient norm; 0 for none")  # L2 norm of all gradients
+    gradient_accumulation_steps: int = _setting(1, count, "batches per optimizer step")  # micro-steps
+    ema: float = _setting(0.0, below_one, "keep an average of the weights of this decay, like 0.999; 0 for none")
+    eval_interval: int = _setting(250, count, "steps between evaluations (250)")  # steps
+    eval_iters: int = _setting(20, count, "batches per evaluation (20)")  # batches
+    save_interval: int | None = _setting(None, count, "steps between saves (as --eval_interval)")  # steps
+    save_every_minutes: float | None = _setting(
+        None, positive, "save as well when the last save was this long ago"
+    )  # minutes
+    seed: int = _setting(1337, seed_number, "of data order, dropout and initialisation (1337)")
+    max_iters: int = _setting(1500, count, "optimizer steps in all")  # steps
+    learning_rate: float = _setting(
+        1e-3, positive, "peak learning rate of AdamW; of Muon for flex_*, the rest in proportion"
+    )  # per update
+    warmup_iters: float = _setting(
+        0.0, above_or_zero, "steps of linear warm-up, or a fraction of --lr_decay_iters"
+    )  # steps, or below 1 a fraction
+    dtype: str = _setting(
+        "fp32",
+        ("fp32", "bf16", "fp16"),
+        "arithmetic of the forward pass; weights stay fp32 (flex_*: but for embeddings)",
+    )
+    compile: bool = _setting(False, None, "use torch.compile")
+    max_failed_saves: int = _setting(3, count, "failed saves in a row that end the run (3)")  # saves
+    strict_resume: bool = _setting(False, None, "refuse to go on where the resume is not exact")
+
+    @classmethod
+    def resolve(
+        cls, flags: Mapping[str, Any], recorded: Mapping[str, Any], preset: Mapping[str, Any] | None = None
+    ) -> Settings:
+        """Settle what a run does: a flag wins over what the run did so far, which wins over the preset of its kind."""
+        told = {**(preset or {}), **recorded, **flags}
+        return cls(**{f.name: told[f.name] for f in fields(cls) if f.name in told})
+
+    def check(self) -> None:
+        """Raise InputError when a number is impossible."""
+        counts = ("eval_interval", "eval_iters", "max_iters", "gradient_accumulation_steps", "save_interval")
+        for name in (*counts, "max_failed_saves"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}, expected at least 1.")
+
+    def recorded(self) -> dict[str, Any]:
+        """What a training state keeps for the run that goes on; arithmetic and the patience with the disk are not."""
+        here = ("dtype", "compile", "max_failed_saves", "strict_resume")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in here}
+
+    def changes(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Say what a run does from now on that it did otherwise so far."""
+        known = {f.name for f in fields(self)} - {"max_iters"}
+        return [
+            f"{name}: {old} so far, {getattr(self, name)} from now on"
+            for name, old in recorded.items()
+            if name in known and old is not None and getattr(self, name) != old
+        ]
+
+    def schedule(self) -> Schedule:
+        """Make the learning rate of each step; a fraction of warm-up is one of lr_decay_iters, never of max_iters.
+
+        Raises: InputError when the numbers do not fit together.
+        """
+        warmup, decay = self.warmup_iters, self.lr_decay_iters
+        if 0 < warmup < 1:
+            if decay is None:
+                raise InputError(f"--warmup_iters {warmup} is a fraction of --lr_decay_iters, which is not given.")
+            warmup = warmup * decay
+        if self.lr_schedule == "cosine" and decay is None:
+            raise InputError("--lr_schedule cosine needs --lr_decay_iters: the step at which the rate is lowest.")
+        return Schedule(self.lr_schedule, self.learning_rate, round(warmup), decay)
