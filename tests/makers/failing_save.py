@@ -8,14 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from core.checkpoint import CheckpointManager
 from core.errors import SaveFailed
 from core.networks.distributed import open_world
-from core.training.ranked_checkpoint import RankedManager
+from core.training.ranks import RanksOf
 
 
 def main(words: list[str]) -> int:
     root = Path(words[0])
-    with open_world("fsdp") as world, RankedManager("dante", root, world=world) as manager:
+    with open_world("fsdp") as world, CheckpointManager("dante", root, ranks=RanksOf(world)) as manager:
         model, optimizer, step = manager.initialize_for_training({"device": "cpu"}, "char", None, 1e-3)
         storage, create = manager._folder.storage, manager._folder.storage.create_blocks
 
@@ -37,7 +38,7 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _fail_to_copy(manager: RankedManager, model: Any, optimizer: Any, step: int, rank: int, root: Path) -> None:
+def _fail_to_copy(manager: CheckpointManager, model: Any, optimizer: Any, step: int, rank: int, root: Path) -> None:
     """Fail on rank 1 before a byte is copied; rank 0 has heard of it when all begin the next save, the others not."""
     memory = manager._saver.memory
     blocks = memory.blocks

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from core.checkpoint import CheckpointManager
 from core.networks.distributed import open_world, whole
 from core.networks.state_dict import plain_name
-from core.training.ranked_checkpoint import RankedManager
+from core.training.ranks import RanksOf
 
 
 def main(words: list[str]) -> int:
     root, out, parallel = words
-    with open_world(parallel) as world, RankedManager("dante", root, world=world) as manager:
+    with open_world(parallel) as world, CheckpointManager("dante", root, ranks=RanksOf(world)) as manager:
         bundle = manager.newest_intact()
         assert bundle is not None and bundle.tokenizer is not None
         model, optimizer, step = manager.initialize_for_training(

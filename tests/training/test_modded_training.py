@@ -18,7 +18,9 @@ from core.data.dataloader import DataLoader, PackedLoader
 from core.data.tokenizer import Gpt2Tokenizer
 from core.data.tokens import Tokens
 from core.errors import CheckpointMismatch, InputError
-from core.kinds.modded import Wanted, fresh, open_origin, start_speedrun
+from core.kinds import KINDS
+from core.kinds.kind import Request
+from core.kinds.modded import fresh, open_origin
 from core.loading.modded import load_flex_checkpoint
 from core.networks.flex import GPTFlexAttention
 from core.networks.muon import configure_muon
@@ -148,7 +150,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 )
 def test_a_new_model_has_upstreams_rows_and_its_tokenizers_end_of_text(made, variant, rows, head, end):
     given = {"n_layer": 6, "n_head": 1, "n_embd": 128, "block_size": 128, "device": "cpu"}
-    config = fresh(given, Wanted(variant, {}, {}, made(), 0.05, None, 1, None)).config
+    config = fresh(variant, given, Request({}, made(), 0.05, seed=1)).config
     assert (config.vocab_size, config.head_rows, config.eos_token_id) == (rows, head, end)
 
 
@@ -176,9 +178,9 @@ def test_the_weights_of_an_upstream_file_are_taken_as_they_are(tmp_path, shared,
     path = checkpoint(shared, folder)
     origin = open_origin(path, None)
     given = {"block_size": 128, "device": "cpu"}
-    wanted = Wanted(origin.model.config.variant, given, {}, tokenizer(), 0.05, None, 1, torch.float32)
+    request = Request(given, tokenizer(), 0.05, seed=1, dtype=torch.float32, origin=origin)
     with CheckpointManager("new", tmp_path, say=lambda line: None) as manager:
-        model, optimizer, step = start_speedrun(manager, wanted, None, origin)
+        model, optimizer, step = manager.start(KINDS[origin.arch], request)
     there = load_flex_checkpoint(path)[0].state_dict()
     assert step == 0 and model.config.eos_token_id == model.config.vocab_size and len(optimizer.state) == len(there)
     for name, tensor in model.state_dict().items():
