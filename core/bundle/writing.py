@@ -1,0 +1,36 @@
+"""Be the only writer of a model's folder, and say of the file system's refusals what stays true."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import SaveFailed
+from .commit import ModelFolder
+from .lock import hold
+
+
+@contextlib.contextmanager
+def writing(place: ModelFolder) -> Iterator[None]:
+    """Hold the writer's lock while the block runs; what an interrupted save left is finished first.
+
+    Raises: CheckpointLocked when another process writes here; SaveFailed when the folder cannot be made or mended.
+    """
+    with contextlib.ExitStack() as held:
+        with explained(place.path):
+            place.path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(place.path))
+            place.recover()
+        yield
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn a refusal of the file system into a SaveFailed that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveFailed(
+            f"{error.filename or folder}: {error.strerror}. Nothing that was committed is lost."
+        ) from error
