@@ -154,7 +154,7 @@ def migrations(found: Found) -> list[Outcome]:
         return []
     from tqdm import tqdm
 
-    from core.conversion.migration.migrate import migrate  # imports torch
+    from core.conversion.migration.migrate import migrate  # a plan does without the writers
 
     outcomes: list[Outcome] = []
     total = sum(work(outcome) for outcome in plans(found))

@@ -10,7 +10,7 @@ from typing import Any
 from ..console.words import listed
 from ..containers.container import Container
 from ..containers.spec import ITEM_SIZES
-from ..containers.tensors.reading import FLOATS, Gatherer
+from ..containers.tensors.reading import FLOATS, Gatherer, same_elements
 from ..containers.tensors.views import View
 from ..errors import CheckpointMismatch
 from ..families.rules import Row, Sizes, Table, apply
@@ -100,12 +100,7 @@ class Model:
     def is_same(self, name: str, other: str) -> bool:
         """Whether two tensors have the same bytes."""
         a, b = self.tensors[name], self.tensors[other]
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
-        if a.same_elements(b):
-            return True
-        with Gatherer() as one, Gatherer() as two:
-            return all(x == y for x, y in zip(one.pieces(a), two.pieces(b), strict=True))
+        return a.same_elements(b) or same_elements(a, b)
 
 
 Translate = Callable[[Model, Options], dict[str, Any]]

@@ -18,7 +18,7 @@ from ..containers.checksum import crc32_range
 from ..containers.container import Check, Container
 from ..containers.open import open_container
 from ..containers.spec import ITEM_SIZES
-from ..containers.tensors.reading import FLOATS, PIECE, Gatherer, cast
+from ..containers.tensors.reading import FLOATS, PIECE, Gatherer, cast, same_bytes
 from ..containers.tensors.views import Block, View, cut, is_in_order, stored
 from ..containers.threads import MOST, Job, Workers
 from ..errors import CheckpointDamaged, CheckpointMismatch
@@ -175,7 +175,7 @@ def _compare(plan: Plan, comparison: Comparison, readers: Readers, progress: Pro
         left = _as(made.dtype, source.dtype, one.pieces(source, count * ITEM_SIZES[source.dtype]))
         right = two.pieces(made, count * ITEM_SIZES[made.dtype])
         for number, (a, b) in enumerate(itertools.zip_longest(left, right, fillvalue=memoryview(b""))):
-            if not _same(a, b):
+            if not same_bytes(a, b):
                 raise CheckpointDamaged(
                     f"{plan.target}: {name} is not what {plan.model.path} holds, within {len(a)} bytes from "
                     f"element {number * count} on. It was removed again; the disk may be failing."
@@ -186,13 +186,6 @@ def _compare(plan: Plan, comparison: Comparison, readers: Readers, progress: Pro
 def _as(dtype: str, given: str, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
     for piece in pieces:
         yield cast(piece, given, dtype) if given != dtype and given in FLOATS else piece
-
-
-def _same(a: memoryview, b: memoryview) -> bool:
-    """Whether both have the same bytes: Python compares two views one by one, a bytearray at the speed of memory."""
-    if isinstance(a.obj, bytearray) and len(a.obj) == len(a):
-        return a.obj == b
-    return a == b.obj if isinstance(b.obj, bytearray) and len(b.obj) == len(b) else a.tobytes() == b
 
 
 def checks_of(views: Iterable[View]) -> Iterator[tuple[Container, Check, str]]:

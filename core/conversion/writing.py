@@ -184,7 +184,7 @@ def _write(plan: Plan, made: Made, progress: Progress) -> None:
                 if file.name.endswith(SUFFIX):
                     metadata = write_items(file, output, lambda t: elements(gatherer, t, progress))
                 else:
-                    (_write_torch if file.is_torch else _write_safetensors)(file, output, gatherer, progress)
+                    (write_torch if file.is_torch else _write_safetensors)(file, output, gatherer, progress)
     for name, source in plan.copies.items():
         with made.file(name) as output, DISK.open(source) as copied:
             while data := copied.read(PIECE):
@@ -210,7 +210,8 @@ def _append(output: Output, pieces: Iterator[memoryview]) -> None:
         output.write(piece)
 
 
-def _write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> None:
+def write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> str:
+    """Write a torch file, tensor by tensor, and return the digest of its tensors."""
     keys: list[Target] = []
     tensors: dict[str, Stored] = {}
     seen: dict[Any, int] = {}  # tied tensors have one storage
@@ -224,10 +225,13 @@ def _write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress:
     layout = ZipLayout(output)
     layout.record("data.pkl", len(data), [data])
     layout.record("byteorder", 6, [b"little"])
+    digest = 0  # as tensors_digest() finds it in the file
     for key, target in enumerate(keys):
-        layout.record(f"data/{key}", target.nbytes, elements(gatherer, target, progress))
+        crc = layout.record(f"data/{key}", target.nbytes, elements(gatherer, target, progress))
+        digest = zlib.crc32(crc.to_bytes(4, "little"), digest)
     layout.record("version", 2, [b"3\n"])
     layout.close()
+    return f"{digest:08x}"
 
 
 def _with_tensors(content: Any, tensors: dict[str, Stored]) -> Any:

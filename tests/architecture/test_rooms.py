@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 CORE_MODULES = """
 bundle.bundle inspection.diff.change containers.checksum bundle.choice console.commandline bundle.commit
 inspection.diff.comparison inspection.diff.text config.gpt inspection.html.curve console.listing
-conversion.migration.equality errors bundle.evolution bundle.contradictions bundle.folder inspection.inspect
+errors bundle.evolution bundle.contradictions bundle.folder inspection.inspect
 bundle.legacy bundle.lineage bundle.lock conversion.migration.plan bundle.optimizer_state inspection.html.page
 bundle.parts inspection.history inspection.history_text containers.plain inspection.report inspection.report_text
 inspection.report_views bundle.retention console.words inspection.diff.side inspection.statistics bundle.storage

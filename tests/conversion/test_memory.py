@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from core.conversion import proof
 from core.errors import CheckpointError
 from tests.conftest import ROOT
+from tests.makers.generations import SIZES, LectureGPT, trained, write_single_file
 
 MEMORY = """
 import resource, sys
 sys.path.insert(0, {root!r})
 import convert_checkpoints
 from core.conversion import command, planning, proof, text, writing
+from core.conversion.migration import migrate
 import numpy, tqdm
 def peak():
     with open("/proc/self/status") as status:
@@ -29,6 +31,23 @@ before = peak()
 assert convert_checkpoints.main({words!r}) == 0
 print("PEAK", peak() - before)
 """
+
+
+def peak_of(*words: str) -> int:
+    """Bytes of memory that a conversion or a migration takes beyond what its imports take."""
+    code = MEMORY.format(root=str(ROOT), words=list(words))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("PEAK")[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_migration_needs_no_memory_for_the_model_either(tmp_path):
+    """100 MB of weights and moments, of which nothing is mapped or loaded."""
+    model = LectureGPT(**{**SIZES, "n_layer": 3, "n_embd": 480})
+    write_single_file(tmp_path / "dante" / "latest.pt", model, trained(model, 1), step=3)
+    peak = peak_of(str(tmp_path / "dante"))
+    assert (tmp_path / "dante" / "optimizer.pt").stat().st_size > 60e6 and peak < 30e6, f"{peak / 1e6:.1f} MB"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
@@ -49,10 +68,6 @@ def test_memory_is_bounded_by_the_largest_tensor_never_by_the_model(tmp_path, to
     save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
     config = {"model_type": "gpt2", "n_head": 16, "activation_function": "gelu_new"}
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
-    words = [str(tmp_path / "hf"), str(tmp_path / "out"), "--to", to]
-    code = MEMORY.format(root=str(ROOT), words=words)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    beyond = int(done.stdout.split("PEAK")[1]) - (largest if to == "bundle" else 0)
+    beyond = peak_of(str(tmp_path / "hf"), str(tmp_path / "out"), "--to", to) - (largest if to == "bundle" else 0)
     assert beyond < 25e6, f"{beyond / 1e6:.1f} MB"
     assert np.prod(tensors["transformer.wte.weight"].shape) and proof and CheckpointError

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from core.bundle.parts import TorchFile
 from core.bundle.training_state import STATE
 from core.checkpoint import CheckpointManager
-from core.containers.spec import TensorSpec
+from core.containers.tensors.views import cut, join
 from core.conversion.migration import migrate as rewrite
-from core.conversion.migration.equality import Rows
 from core.conversion.migration.plan import BUNDLE, FAILED
+from core.families.rules import Concat
 from core.model import GPT
 from tests.makers.generations import EXTRA, SIZES, TOKENIZER, FusedGPT, fuse, write_single_file
 from tests.makers.migrations import bits, edit, listing, migrated, plain, write
@@ -135,38 +132,77 @@ def test_damage_on_the_way_to_the_disk_is_caught(folder, monkeypatch):
         assert_refused(folder, before, name, "CRC32")
 
 
-def test_fault_of_our_own_that_no_checksum_sees_is_caught(folder, monkeypatch):
+def assert_unproven(folder: Path, before: dict, *words: str) -> None:
+    outcome = migrated(folder)["latest.pt"]
+    assert outcome.action == FAILED and not outcome.may_be_deleted
+    assert all(word in outcome.error for word in words), outcome.error
+    assert listing(folder) == before
+
+
+def test_bytes_of_another_tensor_are_caught_in_weights_and_moments(folder, monkeypatch):
     write(folder, "latest.pt", 30)
-    before = listing(folder)
-    load_weights, load_optimizer = rewrite.load_weights, rewrite.load_optimizer
+    before, real = listing(folder), rewrite.write_torch
+    for name, other in (
+        ("blocks.1.ln1.weight", "blocks.1.ln2.weight"),
+        ("blocks.1.sa.qkv.weight: exp_avg_sq", "blocks.0.sa.qkv.weight: exp_avg_sq"),
+        ("lm_head.bias: exp_avg", "lm_head.bias: exp_avg_sq"),
+    ):
 
-    def swapped(bundle):
-        found = load_weights(bundle)
-        qkv = found["blocks.1.sa.qkv.weight"]
-        return {**found, "blocks.1.sa.qkv.weight": torch.cat([qkv[8:16], qkv[:8], qkv[16:]])}
+        def swapped(file, *args, name=name, other=other):
+            views = {target.name: target.view for target in file.targets}
+            targets = [replace(t, view=views[other]) if t.name == name else t for t in file.targets]
+            return real(replace(file, targets=targets), *args)
 
-    def drifted(bundle):
-        found = load_optimizer(bundle)
-        found["state"][3]["exp_avg_sq"].view(-1)[-1] += 1
+        with monkeypatch.context() as patch:
+            patch.setattr(rewrite, "write_torch", swapped)
+            assert_unproven(folder, before, f"{folder}: {name} is not what {folder / 'latest.pt'} holds")
+    assert migrated(folder)["latest.pt"].action == BUNDLE
+
+
+def test_plain_value_that_differs_is_caught(folder, monkeypatch):
+    write(folder, "latest.pt", 30)
+    before, real = listing(folder), rewrite.write_torch
+
+    def faster(file, *args):
+        content = file.content
+        if "param_groups" in content:
+            content = {**content, "param_groups": [{**content["param_groups"][0], "lr": 0.25}]}
+        return real(replace(file, content=content), *args)
+
+    monkeypatch.setattr(rewrite, "write_torch", faster)
+    assert_refused(folder, before, "optimizer.pt has another structure")
+
+
+def test_rule_that_moves_rows_or_parts_is_caught(folder, monkeypatch):
+    write(folder, "latest.pt", 30)
+    before, real = listing(folder), Concat.forward
+
+    def last_row_first(self, views, sizes, count):
+        moved = [join([cut(v, 0, v.shape[0] - 1, v.shape[0]), cut(v, 0, 0, v.shape[0] - 1)]) for v in views]
+        return real(self, moved, sizes, count)
+
+    def second_head_first(self, views, sizes, count):
+        return real(self, [views[1], views[0], *views[2:]], sizes, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Concat, "forward", last_row_first)
+        assert_unproven(folder, before, ".weight is not what", "within 768 bytes from element 0 on")
+    with monkeypatch.context() as patch:
+        patch.setattr(Concat, "forward", second_head_first)
+        assert_unproven(folder, before, "blocks.0.sa.qkv.weight and its moments differ in their parts")
+
+
+def test_tensor_that_would_be_left_out_is_named(folder, monkeypatch):
+    write(folder, "latest.pt", 30)
+    before, real = listing(folder), rewrite.Content.of
+
+    def without_the_last(bundle):
+        found = real(bundle)
+        found.weights.popitem()
         return found
 
-    def faster(bundle):
-        found = load_optimizer(bundle)
-        return {**found, "param_groups": [{**found["param_groups"][0], "lr": 0.25}]}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rewrite, "load_weights", swapped)
-        assert_refused(folder, before, "blocks.1.sa.qkv.weight: other bytes from 0 on")
-    with monkeypatch.context() as patch:
-        patch.setattr(rewrite, "load_weights", lambda bundle: dict(list(load_weights(bundle).items())[:-1]))
-        assert_refused(folder, before, "lm_head.bias")
-    with monkeypatch.context() as patch:
-        patch.setattr(rewrite, "load_optimizer", drifted)
-        assert_refused(folder, before, "exp_avg_sq: other bytes")
-    with monkeypatch.context() as patch:
-        patch.setattr(rewrite, "load_optimizer", faster)
-        assert_refused(folder, before, "group 0: lr: 0.003 and 0.25")
-    assert migrated(folder)["latest.pt"].action == BUNDLE
+    monkeypatch.setattr(rewrite.Content, "of", without_the_last)
+    assert_unproven(folder, before, "lm_head.bias is neither used nor dropped")
 
 
 def test_file_that_changes_while_it_is_read_is_left_for_later(folder, monkeypatch):
@@ -180,15 +216,3 @@ def test_file_that_changes_while_it_is_read_is_left_for_later(folder, monkeypatc
     monkeypatch.setattr(rewrite, "write_bundle", overtaken)
     assert "latest.pt: changed while it was read" in migrated(folder)["latest.pt"].error
     assert [p.name for p in folder.iterdir() if p.name != ".lock"] == ["latest.pt"]
-
-
-@given(st.lists(st.binary(min_size=0, max_size=9), min_size=1, max_size=5), st.integers(0, 50), st.integers(1, 50))
-def test_parts_are_read_as_if_they_were_one_tensor(parts, start, size):
-    with tempfile.TemporaryFile() as file:
-        specs, gap = [], b"between the parts"
-        for part in parts:
-            file.write(gap)
-            specs.append(TensorSpec("", "uint8", (len(part),), (1,), file.tell(), len(part), "0"))
-            file.write(part)
-        rows = Rows(TorchFile(file, Path("parts")), tuple(specs))
-        assert rows.read(start, size) == b"".join(parts)[start : start + size]

@@ -1,0 +1,69 @@
+"""What a step says that is made of a single file: its config, its tokenizer and its training state."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from ...bundle.bundle import OPTIMIZER, TOKENIZER, Bundle
+from ...bundle.choice import seen_files
+from ...bundle.commit import CONFIG, ModelFolder, new_id
+from ...bundle.legacy import open_legacy
+from ...bundle.training_state import STATE
+from ...config.gpt import FORMAT_VERSION
+from ...containers.json_files import dump_json
+from ...errors import CheckpointError, CheckpointMismatch
+from .plan import BUNDLE, Outcome, Steps, extras
+
+
+def documents_of(source: Bundle, outcome: Outcome, steps: Steps, has_optimizer: bool) -> dict[str, dict[str, Any]]:
+    """Write down what a file says, and how its step stands to the others of the folder, by the names of the JSON files.
+
+    Raises: CheckpointMismatch when the file says what JSON cannot.
+    """
+    assert source.config is not None
+    is_newest, best = outcome.action == BUNDLE, steps.state.get("best")
+    state = {
+        **extras(source)[0],
+        "step": source.step,
+        "optimizer_file": OPTIMIZER if has_optimizer else None,
+        "format_version": FORMAT_VERSION,
+        "commit_id": new_id(),
+        "parent": ModelFolder(steps.folder).newest_id() if is_newest and steps.has_bundle else None,
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(outcome.mtime_ns / 1e9)),
+        "best": best if is_newest and isinstance(best, dict) else None,
+        "legacy": _superseded(outcome, steps),
+        "migrated_from": outcome.fingerprint,
+    }
+    tokenizer = {TOKENIZER: source.tokenizer} if source.tokenizer is not None else {}
+    documents = {CONFIG: source.config.to_dict(), **tokenizer, STATE: state}
+    for name, values in documents.items():
+        try:
+            dump_json(values)
+        except (TypeError, ValueError) as error:
+            raise CheckpointMismatch(f"{source.path(name)}: what {name} is to hold is no JSON ({error}).") from error
+    return documents
+
+
+def _superseded(outcome: Outcome, steps: Steps) -> list[dict[str, Any]]:
+    """The files beside a step that it need not give way to: those seen before, and those that are not newer.
+
+    A newer file that is not brought over (yet) must still be chosen.
+    """
+    known = steps.state.get("legacy", [])
+    this = {**outcome.fingerprint, "mtime_ns": outcome.mtime_ns}
+    return [
+        entry
+        for entry in seen_files(steps.folder, [this, *known])
+        if entry in known or _step_of(steps.folder / entry["name"]) <= (outcome.step or 0)
+    ]
+
+
+def _step_of(path: Path) -> float:
+    try:
+        with open_legacy(path) as source:
+            return source.step
+    except CheckpointError:
+        return math.inf
