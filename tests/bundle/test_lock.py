@@ -143,6 +143,23 @@ def test_a_forked_child_has_not_the_lock_of_its_parent_and_leaves_it(tmp_path, k
         assert tmp_path.resolve() in lock._held
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_keeps_a_file_that_got_the_number_of_a_released_lock(tmp_path):
+    with hold(tmp_path):
+        (number,) = lock._open
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert fd == number, "the lowest free number, which the lock had"
+        if not (child := os.fork()):
+            with contextlib.suppress(OSError):
+                os.fstat(fd)
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        os.close(fd)
+
+
 def test_one_process_may_take_it_again_and_frees_it_at_the_outermost_end(tmp_path, kind):
     with hold(tmp_path):
         with hold(tmp_path):
