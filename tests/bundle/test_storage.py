@@ -52,8 +52,9 @@ def test_a_file_of_blocks_that_ends_in_an_error_is_closed_and_not_synced(tmp_pat
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room")
 def test_a_file_for_which_there_is_no_room_leaves_no_descriptor_open(tmp_path, monkeypatch):
+    # A tmpfs refuses unbuffered writes, and then nothing is reserved.
     storage = Watched(failing="posix_fallocate")
-    monkeypatch.setattr("core.bundle.storage.BlockFile._set_unbuffered", lambda self, wanted: wanted)  # tmpfs may refuse
+    monkeypatch.setattr("core.bundle.storage.BlockFile._set_unbuffered", lambda self, wanted: wanted)
     storage.unbuffered = True
     with pytest.raises(OSError, match="No space left on device"):
         storage.create_blocks(tmp_path / "blocks", 2 * SECTOR)
