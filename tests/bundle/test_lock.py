@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from core.bundle import lock
 from core.bundle.bundle import open_bundle, verify
 from core.bundle.lock import hold
 from core.errors import CheckpointLocked
+from tests.makers.limits import wait_until
 
 if lock.KERNEL_LOCKS:
     import fcntl
@@ -101,12 +101,11 @@ def test_a_killed_writer_is_taken_over(tmp_path, holder, kind):
 
 
 def wait_for_lock(folder):
-    for _ in range(500):
-        try:
-            with hold(folder):
-                return
-        except CheckpointLocked:
-            time.sleep(0.02)
+    def is_free():
+        with contextlib.suppress(CheckpointLocked), hold(folder):
+            return True
+
+    wait_until(is_free)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -231,15 +230,12 @@ def test_of_two_trainers_at_once_one_is_refused_and_the_other_one_is_not_disturb
         for run in runs:
             ending.enter_context(run)
             ending.callback(run.kill)
-        while all(run.poll() is None for run in runs):
-            time.sleep(0.05)
+        wait_until(lambda: any(run.poll() is not None for run in runs))
         refused, trains = sorted(runs, key=lambda run: run.poll() is None)
         said = refused.communicate()[1]
         assert refused.returncode == 1
         assert f"{tmp_path / 'both'}: process {trains.pid} on {socket.gethostname()} has been writing here" in said
-        while not (tmp_path / "both" / "training_state.json").exists():
-            assert trains.poll() is None
-            time.sleep(0.05)
+        wait_until((tmp_path / "both" / "training_state.json").exists, trains)
         trains.send_signal(signal.SIGTERM)
         trains.communicate()
         assert trains.returncode == 75

@@ -127,6 +127,7 @@ def test_loaded_tensors_are_copies():
     before = copy.deepcopy(state)
     again = model.configure_optimizer(1e-2, optimizer_state=state)
     train(model, again)
+    assert len(before["state"]) == 26
     for i, entry in before["state"].items():
         assert_equal_bits(state["state"][i], entry)
 
