@@ -162,6 +162,23 @@ def test_a_damaged_newest_file_gives_way_to_the_next_and_nothing_is_deleted(tmp_
     assert instead == "WARNING: trying final.pt (step 9) instead; nothing was deleted"
 
 
+def test_a_damaged_newest_file_gives_way_to_the_bundle_and_not_to_a_kept_step(tmp_path, old):
+    folder = tmp_path / "dante"
+    single(folder, old, "latest.pt", 4)
+    made, model, optimizer, _ = resume(tmp_path)
+    for step in (5, 6):
+        save_durably(made, model, optimizer, step=step)
+    made.close()
+    latest = single(folder, old, "latest.pt", 20)
+    flip(latest, latest.stat().st_size // 2)
+    before = sorted(p.name for p in folder.iterdir())
+    lines: list[str] = []
+    made, _, _, step = resume(tmp_path, lines)
+    made.close()
+    assert step == 6 and sorted(p.name for p in folder.iterdir()) == before
+    assert lines[-1] == "WARNING: trying the bundle (step 6) instead; nothing was deleted"
+
+
 def test_an_unreadable_file_is_passed_over_with_a_warning(tmp_path, old):
     folder = tmp_path / "dante"
     single(folder, old, "final.pt", 9)

@@ -119,6 +119,16 @@ def test_editing_json_at_the_top_in_place_leaves_history_alone(folder):
     assert (folder.path / "step_00000001" / "config.json").read_bytes() == before
 
 
+def test_a_save_over_a_bundle_without_a_training_state_keeps_it_as_step_0(folder):
+    (folder.path / "model.pt").write_text("model.pt of a person")
+    (folder.path / "config.json").write_text('{"n_embd": 64, "n_head": 1}')
+    save(folder, 1, "a")
+    assert newest(folder) == whole("a")
+    assert not list(folder.path.glob("aside_*"))
+    assert [p.name for p in folder.path.glob("step_*")] == ["step_00000000"]
+    assert (folder.path / "step_00000000/model.pt").read_text() == "model.pt of a person"
+
+
 def test_the_same_step_with_other_content_puts_the_first_aside(folder):
     for label in "abc":
         save(folder, 1, label)

@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 
+from core.bundle.intact import ANEW
 from core.checkpoint import CheckpointManager
-from core.errors import CheckpointDamaged, CheckpointMismatch, SaveFailed
+from core.errors import CheckpointDamaged, CheckpointMismatch, NoneIntact, SaveFailed
 from tests.makers.models import (
     SMALL,
     equal,
@@ -43,6 +44,19 @@ def test_a_damaged_newest_step_is_named_set_aside_and_resume_walks_back(tmp_path
     assert (aside / "model.pt").exists() and (aside / "optimizer.pt").exists() and str(aside) in lines[-1]
     assert len(lines) == 1 and "Going on from step 1, the newest intact one." in lines[0]
     assert state_of(folder)["step"] == 1
+
+
+def test_the_step_named_as_the_newest_intact_one_is_checked_first(tmp_path):
+    made, model, optimizer = started(tmp_path, keep=9)
+    train_and_save(made, model, optimizer, 3)
+    made.close()
+    for damaged in ("", "step_00000002"):
+        flip(tmp_path / "dante" / damaged / "model.pt", 4000)
+    with pytest.raises(CheckpointDamaged, match=r"dante/model\.pt: .* Newest intact step: 1 \(step_00000001\)\.$"):
+        CheckpointManager.load_for_inference("dante", tmp_path)
+    flip(tmp_path / "dante/step_00000001/model.pt", 4000)
+    with pytest.raises(CheckpointDamaged, match=r"dante/model\.pt: .* No intact older step is kept\.$"):
+        CheckpointManager.load_for_inference("dante", tmp_path)
 
 
 def test_training_after_a_walk_back_commits_on_and_keeps_the_good_step(tmp_path):
@@ -82,8 +96,15 @@ def test_when_no_step_is_intact_nothing_changes_and_nothing_starts_anew(tmp_path
     flip(folder / "model.pt", 4000)
     flip(folder / "step_00000001/model.pt", 4000)
     before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
-    with pytest.raises(CheckpointDamaged, match=r"No intact older step is kept in .*dante, and nothing was changed"):
+    with pytest.raises(NoneIntact) as caught:
         manager(tmp_path).initialize_for_training({}, "char", None, 1e-3)
+    # Each fault once, what to do once.
+    damaged = r"dante/{}model\.pt: \S+ is damaged \(CRC32 \w{{8}}, recorded \w{{8}}\)\. "
+    assert re.fullmatch(
+        rf"{re.escape(str(tmp_path))}/{damaged.format('')}{re.escape(str(tmp_path))}/{damaged.format('step_00000001/')}"
+        rf"No intact older step is kept in {re.escape(str(folder))}, and nothing was changed\. {re.escape(ANEW)}",
+        str(caught.value),
+    )
     assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
 
 

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from core.bundle.bundle import open_bundle
 from core.bundle.lock import hold
 from core.bundle.verify import verify
 from core.errors import CheckpointLocked
+from tests.makers.limits import wait_until
 
 if lock.KERNEL_LOCKS:
     import fcntl
@@ -103,12 +103,11 @@ def test_a_killed_writer_is_taken_over(tmp_path, holder, kind):
 
 
 def wait_for_lock(folder):
-    for _ in range(500):
-        try:
-            with hold(folder):
-                return
-        except CheckpointLocked:
-            time.sleep(0.02)
+    def is_free():
+        with contextlib.suppress(CheckpointLocked), hold(folder):
+            return True
+
+    wait_until(is_free)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -143,6 +142,23 @@ def test_a_forked_child_has_not_the_lock_of_its_parent_and_leaves_it(tmp_path, k
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert (tmp_path / (".lock" if kind == "kernel" else ".lock-owner")).exists()
         assert tmp_path.resolve() in lock._held
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_keeps_a_file_that_got_the_number_of_a_released_lock(tmp_path):
+    with hold(tmp_path):
+        (number,) = lock._open
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert fd == number, "the lowest free number, which the lock had"
+        if not (child := os.fork()):
+            with contextlib.suppress(OSError):
+                os.fstat(fd)
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        os.close(fd)
 
 
 def test_one_process_may_take_it_again_and_frees_it_at_the_outermost_end(tmp_path, kind):
@@ -216,15 +232,12 @@ def test_of_two_trainers_at_once_one_is_refused_and_the_other_one_is_not_disturb
         for run in runs:
             ending.enter_context(run)
             ending.callback(run.kill)
-        while all(run.poll() is None for run in runs):
-            time.sleep(0.05)
+        wait_until(lambda: any(run.poll() is not None for run in runs))
         refused, trains = sorted(runs, key=lambda run: run.poll() is None)
         said = refused.communicate()[1]
         assert refused.returncode == 1
         assert f"{tmp_path / 'both'}: process {trains.pid} on {socket.gethostname()} has been writing here" in said
-        while not (tmp_path / "both" / "training_state.json").exists():
-            assert trains.poll() is None
-            time.sleep(0.05)
+        wait_until((tmp_path / "both" / "training_state.json").exists, trains)
         trains.send_signal(signal.SIGTERM)
         trains.communicate()
         assert trains.returncode == 75

@@ -349,6 +349,20 @@ def test_what_is_left_and_cannot_be_used_never_starts_anew_in_silence(tmp_path, 
     assert all(path.name in said for path in folder.glob("aside_*_cleared_*"))
 
 
+def test_each_kept_step_that_a_new_start_clears_has_a_folder_of_its_own_aside(tmp_path):
+    trained(tmp_path, 3)
+    folder, lines = tmp_path / "dante", []
+    weights_of = {}
+    for step, path in ((3, folder), (2, folder / "step_00000002"), (1, folder / "step_00000001")):
+        flip(path / "model.pt", 4000)
+        weights_of[step] = (path / "model.pt").read_bytes()
+    with CheckpointManager("dante", tmp_path, say=lines.append, allow_fresh=True) as made:
+        assert made.newest_intact() is None
+    assert asides(tmp_path) == [f"aside_0000000{step}_cleared" for step in (1, 2, 3)] and not kept(folder)
+    assert {int(p.name[6:14]): (p / "model.pt").read_bytes() for p in folder.glob("aside_*")} == weights_of
+    assert lines[-1].endswith(f" What was here is in {', '.join(sorted(p.name for p in folder.glob('aside_*')))}.")
+
+
 def test_allow_fresh_changes_nothing_where_a_step_is_intact(tmp_path):
     seen = trained(tmp_path, 2)
     with manager(tmp_path, allow_fresh=True) as made, made.newest_intact() as bundle:

@@ -60,6 +60,7 @@ def test_mantissas_are_the_lower_halves_of_the_weights(shared):
             assert not torch.equal(bits, coarse) and torch.isfinite(p).all()
         else:
             assert torch.equal(p, plain.get_parameter(name))
+    assert {name.startswith("blocks.") for name, _ in model.named_parameters()} == {True, False}
 
 
 @pytest.mark.parametrize(

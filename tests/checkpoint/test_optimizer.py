@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -126,6 +127,7 @@ def test_loaded_tensors_are_copies():
     before = copy.deepcopy(state)
     again = model.configure_optimizer(1e-2, optimizer_state=state)
     train(model, again)
+    assert len(before["state"]) == 26
     for i, entry in before["state"].items():
         assert_equal_bits(state["state"][i], entry)
 
@@ -246,18 +248,31 @@ def _only(optimizer: torch.optim.Optimizer, model: GPT, name: str) -> dict:
     }
 
 
-def test_a_wrong_state_changes_nothing():
+@pytest.mark.parametrize("shape", [[3], []], ids=["other", "scalar"])
+def test_a_wrong_state_changes_nothing(shape):
     model, optimizer = trained()
     state = export_optimizer_state(optimizer, model)
     again = model.configure_optimizer(1e-2, optimizer_state=state)
     before = {name: t.clone() for name, t in moments(again, model).items()}
     broken = copy.deepcopy(state)
-    broken["state"][0]["exp_avg_sq"] = torch.zeros(3)
-    with pytest.raises(
-        CheckpointMismatch, match=r"token_embedding_table\.weight: exp_avg_sq is \[3\], expected \[11, 16\]"
-    ):
+    broken["state"][0]["exp_avg_sq"] = torch.zeros(shape)
+    said = re.escape(f"token_embedding_table.weight: exp_avg_sq is {shape}, expected [11, 16]")
+    with pytest.raises(CheckpointMismatch, match=said):
         load_optimizer_state(again, broken)
     assert_equal_bits(moments(again, model), before)
+
+
+def test_moments_of_a_parameter_that_the_model_lacks_are_refused_unless_told_otherwise():
+    model, optimizer = trained()
+    state = export_optimizer_state(optimizer, model)
+    again = model.configure_optimizer(1e-2)
+    lost = state["param_groups"][1]["param_names"].index("ln_f.weight")
+    state["param_groups"][1]["param_names"][lost] = "ln_g.weight"
+    with pytest.raises(CheckpointMismatch, match=r"optimizer state: ln_g\.weight is not in this model\."):
+        load_optimizer_state(again, state)
+    assert not again.state
+    lines = load_optimizer_state(again, state, strict=False)
+    assert [line.partition(":")[0] for line in lines] == ["reset", "dropped"] and "ln_g.weight" in lines[1]
 
 
 def test_a_state_of_another_optimizer_is_refused():

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from core.containers.threads import Workers
+from tests.makers.limits import wait_until
 
 
 def test_all_jobs_are_done_and_each_once():
@@ -26,8 +27,7 @@ def test_jobs_are_made_only_as_they_are_asked_for():
 
     with Workers(jobs(), 2) as workers:
         begun.release(1)
-        while len(made) < 3:
-            pass
+        wait_until(lambda: len(made) >= 3)
         assert made == [0, 1, 2]
         begun.release(9)
         workers.wait()
@@ -73,3 +73,4 @@ def test_leaving_without_waiting_ends_after_the_job_in_hand():
 def test_nothing_to_do_is_done_at_once():
     with Workers([], 1) as workers:
         workers.wait()
+        assert not any(thread.is_alive() for thread in workers._threads)

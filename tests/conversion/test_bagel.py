@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -206,34 +205,51 @@ def test_proof_sees_a_wrong_byte_of_the_original_and_of_the_step(pair, tmp_path,
 # kill -9
 
 
+KILLED = """
+import os, signal, sys
+import convert_checkpoints
+from core.bundle.storage import DISK
+
+left, real = int(sys.argv[1]), DISK.change
+
+def change(call, *args):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return real(call, *args)
+
+DISK.change = change
+code = convert_checkpoints.main(sys.argv[2:])
+print(int(sys.argv[1]) - left, file=sys.stderr)
+sys.exit(code)
+"""
+"""Converts, and is killed by its own hand before one of the calls that change the disk; without that says how many."""
+
+
 def test_a_killed_conversion_leaves_nothing_to_be_seen_and_can_be_run_again(pair, tmp_path):
-    """At moments spread over a whole run: before, during and after writing, and while the configs are copied."""
+    """Before calls spread over all: before, during and after writing, and while the configs are copied."""
     words = [str(pair.step), "made.safetensors", "--to", "safetensors", "--match_original", str(pair.original)]
-    command = [sys.executable, str(ROOT / "convert_checkpoints.py"), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+    def convert_until(call: int) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", KILLED, str(call), *words], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
 
-    began = time.monotonic()
-    assert start().wait() == 0
-    whole = time.monotonic() - began
+    whole = convert_until(10**9)
+    assert whole.returncode == 0, whole.stderr
+    calls = int(whole.stderr.split()[-1])
+    assert calls >= 16
     target = tmp_path / "made.safetensors"
     expected = target.read_bytes()
-    killed = 0
     for k in range(8):
         target.unlink(missing_ok=True)
-        process = start()
-        time.sleep(whole * (0.45 + 0.07 * k))
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+        assert convert_until(calls * k // 8).returncode == -signal.SIGKILL
         assert not target.exists() or target.read_bytes() == expected
         visible = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".convert-")}
         assert visible <= {*bagel.COPIED, target.name}
-    assert killed > 0
     target.unlink(missing_ok=True)
-    assert start().wait() == 0
+    assert convert_until(10**9).returncode == 0
     assert target.read_bytes() == expected
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".convert-")] == []

@@ -240,6 +240,10 @@ def test_what_an_export_cannot_hold_is_refused_or_said(tmp_path):
     assert "model_type is 'mistral' in the config" in refused(source, tmp_path / "x.pt")
     change(num_attention_heads=5)
     assert "num_attention_heads is 5 in the config" in refused(source, tmp_path / "x.pt")
+    change(use_sliding_window=True, sliding_window=24)
+    facts = converted(source, tmp_path / "sliding.pt", "megatron")
+    assert "warning: some of its layers see a sliding window only: set that in Megatron by hand" in facts["notes"]
+    assert exported(tmp_path / "sliding.pt")[1]["window_size"] == [24, 0]
     scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     change(rope_parameters=scaled)
     facts = converted(source, tmp_path / "scaled.pt", "megatron")

@@ -28,6 +28,7 @@ from tests.makers.megatron_exports import (
     write_export,
 )
 from tests.makers.megatron_iterations import write_iteration
+from tests.makers.old_runs import copied
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,9 +150,27 @@ def test_gpt2_style_becomes_a_bundle_of_ours_and_back(fixtures, tmp_path):
     assert tensors_of(tmp_path / "back.pt") == tensors_of(source)
     tanh = tmp_path / "tanh"
     converted(source, tanh, "hf", more={"activation": "gelu_new"})
-    assert json.loads((tanh / "config.json").read_text())["activation_function"] == "gelu_new"
+    assert json.loads((tanh / "config.json").read_text()) == GPT2_CONFIG
     said = refused(export_of(fixtures, GPT2), tmp_path / "no", "bundle")  # ffn_hidden_size 224 of a width of 64
     assert said.endswith("its feed-forward part is 224 wide; our GPT has 4 n_embd, 256. --to hf keeps it.")
+
+
+GPT2_CONFIG = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 96, "n_positions": 32, "n_ctx": 32,
+    "max_position_embeddings": 32, "n_embd": 32, "hidden_size": 32, "n_layer": 2, "num_hidden_layers": 2, "n_head": 4,
+    "num_attention_heads": 4, "n_inner": 128, "layer_norm_epsilon": 1e-5, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "use_cache": True,
+    "activation_function": "gelu_new", "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None,
+    "dtype": "float32", "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def test_what_a_config_of_gpt2_leaves_out_is_what_transformers_takes_for_it(fixtures, tmp_path):
+    source = copied(fixtures / "hf_gpt2", tmp_path / "source")
+    path = source / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "layer_norm_epsilon"}))
+    converted(source, tmp_path / "out.pt", "megatron")
+    assert exported(tmp_path / "out.pt")[1]["norm_epsilon"] == 1e-5
 
 
 def test_tensors_win_over_a_config_that_contradicts_them(fixtures, tmp_path):
@@ -184,6 +203,7 @@ def test_tensors_win_over_a_config_that_contradicts_them(fixtures, tmp_path):
         (LLAMA, "norm bias", "its norms have biases (LayerNorm) and its feed-forward part is gated"),
         (LLAMA, "positions", "it has a table of positions (position_embeddings), and Llama and Qwen have rotary ones."),
         (QWEN, "fc1 bias", "its feed-forward part has biases, and Qwen2ForCausalLM has no place for them."),
+        (GPT2, "qk norm", "it has a norm on q and k, and HF GPT-2 has none."),
         (GPT2, "no positions", "its norms have biases and it has no table of positions: neither Llama nor GPT-2."),
     ],
 )

@@ -117,6 +117,17 @@ def test_nanogpt_refuses_a_head_of_its_own_and_gets_zero_biases(tmp_path):
     assert made["model_args"]["bias"] and not made["model"]["transformer.h.0.attn.c_attn.bias"].any()
 
 
+def test_a_head_of_its_own_in_a_file_of_nanogpt_is_kept_and_said(nanogpt, tmp_path):
+    content = torch.load(nanogpt / "ckpt.pt", weights_only=True)
+    head = content["model"]["lm_head.weight"] = content["model"]["transformer.wte.weight"] + 1
+    torch.save(content, tmp_path / "untied.pt")
+    said = "its head has other values than its token table: kept as a head of its own"
+    assert said in converted(tmp_path / "untied.pt", tmp_path / "untied", "bundle")["notes"]
+    assert said not in converted(nanogpt / "ckpt.pt", tmp_path / "tied", "bundle")["notes"]
+    model = GPT.load(tmp_path / "untied")[0]
+    assert not model.config.tied_head and torch.equal(model.lm_head.weight, head)
+
+
 def test_train_starts_from_a_converted_model_and_its_optimizer_state_stays_out_of_safetensors(nanogpt, tmp_path):
     converted(nanogpt / "ckpt.pt", tmp_path / "x.safetensors", "safetensors")
     assert "transformer.wte.weight" in load_file(tmp_path / "x.safetensors")

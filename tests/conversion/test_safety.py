@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from core.bundle.storage import DISK
 from core.containers.open import open_container
 from core.conversion import proof
 from core.conversion import writing as engine
+from core.conversion.plan import Options, Plan
+from core.conversion.planning import plan_conversion
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from tests.conftest import ROOT
 from tests.makers.conversions import converted, tensors_of
@@ -245,6 +248,19 @@ def test_the_proof_names_the_tensor_that_differs_and_removes_what_was_written(so
     assert names(tmp_path) == ["src.pt"]
     converted(source, tmp_path / "out.safetensors", "safetensors", verify=False)
     assert load_file(tmp_path / "out.safetensors")["w7"][0, 0] != 7
+
+
+def test_a_tensor_that_no_file_gets_is_seen_in_the_plan_and_if_not_there_by_the_proof(source, tmp_path, monkeypatch):
+    with ExitStack() as held:
+        plan = plan_conversion(source, tmp_path / "out.safetensors", "safetensors", Options(), held)
+        plan.files[0].targets[:] = [target for target in plan.files[0].targets if target.name != "w7"]
+        with pytest.raises(CheckpointMismatch, match=r"the plan is not whole: w7 is neither used nor dropped\."):
+            engine.convert(plan)
+        monkeypatch.setattr(Plan, "check", lambda self: None)
+        with pytest.raises(CheckpointDamaged) as caught:
+            engine.convert(plan)
+    assert str(caught.value) == f"{tmp_path}/out.safetensors: w7 of {source} is not in it. It was removed again."
+    assert names(tmp_path) == ["src.pt"]
 
 
 def test_a_wrong_rule_does_not_pass_the_proof(shared, tmp_path, monkeypatch):

@@ -71,7 +71,9 @@ def test_windows_are_every_run_and_none_crosses_shards(lengths, length):
     rows = [[100 * i + j for j in range(n)] for i, n in enumerate(lengths)]
     expected = [row[k : k + length] for row in rows for k in range(len(row) - length + 1)]
     if not expected:
-        with pytest.raises(InputError):
+        with pytest.raises(
+            InputError, match=rf"\(training part\): \d+ tokens, but block_size {length - 1} needs at least {length}\."
+        ):
             Windows(tokens(*rows), length)
         return
     windows = Windows(tokens(*rows), length)

@@ -8,7 +8,6 @@ import http.server
 import json
 import socket
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -195,11 +194,9 @@ def test_gpt2_state_needs_no_ranks(nowhere):
 
 
 def test_gpt2_without_ranks_names_all_three_places_in_one_line(nowhere):
-    began = time.monotonic()
     with pytest.raises(InputError) as caught:
         Gpt2Tokenizer().encode("a")
     message = str(caught.value)
-    assert time.monotonic() - began < 5
     assert "\n" not in message
     for place in ("--bpe_file", str(nowhere / "data" / "gpt2.tiktoken"), str(nowhere / "cache")):
         assert place in message
@@ -209,10 +206,8 @@ def test_gpt2_server_that_never_answers_is_left(nowhere, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(ranks, "URL", f"http://127.0.0.1:{silent.getsockname()[1]}/x")
         monkeypatch.setattr(ranks, "PATIENCE", 0.3)
-        began = time.monotonic()
         with pytest.raises(InputError, match=r"no answer within 0\.3 seconds|timed out"):
             ranks.find_ranks()
-        assert time.monotonic() - began < 3
 
 
 @pytest.fixture

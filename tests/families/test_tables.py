@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from core.families.family import plain_names
 from core.families.identify import FAMILIES, identify, weights_key
 from core.families.match import match
 from tests.makers.family_tables import IDS, SIZES, build, named
+from tests.makers.limits import processor_seconds
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=IDS)
@@ -233,27 +233,24 @@ def test_no_config_and_no_size_is_too_odd(family, config, sizes):
 
 
 def test_hostile_numbers_in_names_cost_neither_time_nor_memory():
-    start = time.perf_counter()
     shapes = {f"blocks.{i * 999}.sa.heads.{i}.key.weight": (64, 256) for i in range(1000)}
     shapes |= {f"blocks.0.sa.heads.{i}.key.weight": (64, 256) for i in range(5000)}
     shapes |= {f"blocks.{i}.ln1.weight": (256,) for i in range(5000)}
-    found = identify(shapes)
+    with processor_seconds(10):
+        found = identify(shapes)
     assert (found.family, len(found.missing)) == ("lecture", 10_000)
-    assert time.perf_counter() - start < 20
 
 
 def test_endless_names_cost_no_time_and_have_no_place():
-    start = time.perf_counter()
     endless = {"model." * 100_000 + f"x{i}": (1,) for i in range(20)}
-    found = identify({**build(named("our GPT")), **endless})
-    assert (found.family, found.unplaced, weights_key(endless)) == ("fused", list(endless), "")
-    assert time.perf_counter() - start < 20
+    with processor_seconds(10):
+        found = identify({**build(named("our GPT")), **endless})
+        assert (found.family, found.unplaced, weights_key(endless)) == ("fused", list(endless), "")
 
 
-def test_ten_thousand_tensors_are_recognised_within_a_second():
+def test_ten_thousand_tensors_are_recognised_within_seconds():
     shapes = build(named("Hugging Face Llama"), n_layer=500)
     assert len(shapes) > 9_000
-    start = time.perf_counter()
-    found = identify({f"model.{name}": shape for name, shape in shapes.items()}, {"num_hidden_layers": 500})
-    assert time.perf_counter() - start < 20
+    with processor_seconds(10):
+        found = identify({f"model.{name}": shape for name, shape in shapes.items()}, {"num_hidden_layers": 500})
     assert (found.architecture.n_layer, found.conflicts) == (500, [])

@@ -64,6 +64,7 @@ def test_a_mutation_is_a_function_of_its_number(seeds, tmp_path):
 
 def test_mutations_differ_from_each_other_and_from_the_file(seeds):
     pool = [data for example in read_examples(seeds) for data in example.files.values()]
+    assert len(pool) >= 10
     for data in pool:
         made = {mutate(data, random.Random(i), pool) for i in range(40)}
         assert len(made - {data}) > 20, data[:20]

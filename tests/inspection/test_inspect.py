@@ -178,7 +178,9 @@ def test_single_file_shows_its_content_and_tensors(tmp_path, capsys):
 
 
 def test_upstream_files_are_shown(shared, capsys):
-    for path in sorted((shared / "fixtures").rglob("*.pt")):
+    paths = sorted((shared / "fixtures").rglob("*.pt"))
+    assert len(paths) >= 20
+    for path in paths:
         facts = json.loads(inspect(capsys, path, "--json"))
         assert facts["tensors"]
         assert "=== TENSORS ===" in inspect(capsys, path)

@@ -108,6 +108,12 @@ def changed(state: dict, change: str) -> dict:
     fc1 = {name: t for name, t in state.items() if name.endswith("linear_fc1.weight")}
     proj = {name.replace("weight", "bias"): t[:, 0] for name, t in state.items() if name.endswith("linear_proj.weight")}
     norms = {name.replace("weight", "bias"): t for name, t in state.items() if name.endswith("norm.weight")}
+    qk_norms = {
+        name.replace("linear_proj", f"{part}_layernorm"): t[0, :16]
+        for name, t in state.items()
+        if name.endswith("linear_proj.weight")
+        for part in "qk"
+    }
     positions = "embedding.position_embeddings.weight"
     return {
         "no gate": state | {name: t[: t.shape[0] // 2] for name, t in fc1.items()},
@@ -115,6 +121,7 @@ def changed(state: dict, change: str) -> dict:
         "no layer 0": {name: t for name, t in state.items() if "layers.0." not in name},
         "proj bias": state | proj,
         "norm bias": state | norms,
+        "qk norm": state | qk_norms,
         "fc1 bias": state | {name.replace("weight", "bias"): t[:, 0] for name, t in fc1.items()}
         | {name.replace("fc1.weight", "fc2.bias"): torch.zeros(48) for name in fc1},
         "positions": state | {positions: torch.zeros(64, 64)},

@@ -164,6 +164,7 @@ def test_gradients_are_those_of_the_flex_attention_model(variant):
     flex.kernel = "sdpa"
     theirs = gradients(flex, ids, ids.roll(-1), window=1)
     ours = gradients(batched, ids[None], ids.roll(-1)[None])
+    assert ours.keys() == dict(batched.named_parameters()).keys()
     for name, found in ours.items():
         expected = as_medium(name, theirs, flex.config.n_layer)
         assert expected.abs().max() > 0, name

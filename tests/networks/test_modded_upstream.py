@@ -12,7 +12,7 @@ from core.checkpoint import CheckpointManager
 from core.model import GPTBatched, GPTFlexAttention
 from core.pretrained import load_pretrained_checkpoint
 from tests.makers import modded_reference as reference
-from tests.makers.modded_models import apart, one_thread  # noqa: F401
+from tests.makers.modded_models import VARIANTS, apart, one_thread  # noqa: F401
 from tests.makers.modded_upstream import CASES, END, FILES, MEDIUM, SMALL, STEP5, case, saved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,3 +182,17 @@ def test_the_fixtures_hold_what_these_tests_assume(shared):
     medium = saved(shared / "fixtures" / MEDIUM / STEP5)["model"]
     assert medium["_orig_mod.embed.weight"].shape[0] == 500 and medium["_orig_mod.lm_head_w"].shape[0] == 512
     assert {one.split("/")[0] for one, *_ in CASES} == {SMALL, MEDIUM}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_scalars_of_a_new_model_begin_where_upstreams_do(variant):
+    """Skip weights add all, a block takes all from the stream and none from the embeddings, values are mixed evenly."""
+    layers = {"medium": 16}.get(variant, 12)
+    state = GPTFlexAttention(64, layers, 1, 128, 128, variant).state_dict()
+    if variant != "small_2025_02":
+        assert state["scalars"].tolist() == [1.0] * layers + [1.0, 0.0] * layers + [0.5, 0.5] * layers
+        return
+    assert state["skip_weights"].tolist() == [1.0] * 6
+    lambdas = {name: tensor.tolist() for name, tensor in state.items() if name.endswith("lambdas")}
+    assert len(lambdas) == 23, "layer 7 has no attention"
+    assert all(value == ([0.5, 0.5] if "attn" in name else [1.0, 0.0]) for name, value in lambdas.items())

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 from core.data.corpus import find_source, open_corpus
 from core.data.dataloader import DataLoader
 from core.data.token_shards import read_shard
+from tests.makers.limits import wait_until
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data" / "prepare.py"
 
@@ -82,9 +82,7 @@ def test_killed_run_leaves_no_dataset_and_the_same_line_goes_through(tmp_path):
     (tmp_path / "a.txt").write_text("a few words\n" * 4_000_000)
     command = [sys.executable, str(SCRIPT), "a.txt", "--output_dir", "set", "--shard_tokens", "1000000"]
     child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("set.partial/train_00000[1-9].bin")) and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_until(lambda: list(tmp_path.glob("set.partial/train_00000[1-9].bin")), child)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert (tmp_path / "set.partial").exists()

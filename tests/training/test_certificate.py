@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from core.saving.torch_file import digest_of
 from core.training import certificate
 from core.training.fit import fit
 from core.training.schedule import Schedule
+from tests.makers.limits import wait_until
 from tests.makers.models import SMALL, TEXT, started, state_of, tokenizer
 from tests.scripts.test_train import ENVIRONMENT, command, train
 
@@ -281,9 +281,7 @@ def test_the_script_says_exact_after_a_kill_and_strict_resume_fails_for_an_edite
         command(tmp_path, text, max_iters=100_000, save_interval=5, dropout=0.1), cwd=tmp_path, env=ENVIRONMENT,
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    while not (tmp_path / "default/training_state.json").exists():
-        assert run.poll() is None
-        time.sleep(0.01)
+    wait_until((tmp_path / "default/training_state.json").exists, run)
     run.send_signal(signal.SIGKILL)
     run.communicate()
     step = state_of(tmp_path / "default")["step"]

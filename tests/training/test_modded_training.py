@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from core.loading.modded import load_flex_checkpoint
 from core.networks.flex import GPTFlexAttention
 from core.networks.muon import configure_muon
 from tests.conftest import ROOT
+from tests.makers.limits import wait_until
 from tests.makers.models import TEXT, equal, save_durably, tokenizer
 
 SMALL, MEDIUM = "modded_small_16e2da07_d128h1_opt", "modded_medium_06743860_d128h1_opt"
@@ -81,10 +81,10 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path, text):
         [sys.executable, ROOT / "train.py", *line], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
-    folder, end = tmp_path / "killed", time.monotonic() + 60
-    while not (folder / "training_state.json").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(0.3)  # in the middle of whatever it does now
+    folder = tmp_path / "killed"
+    wait_until((folder / "training_state.json").exists, run)
+    first = state(folder)["step"]
+    wait_until(lambda: state(folder)["step"] > first, run)  # and in the middle of whatever it does now
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
     reached = state(folder)["step"]

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from core.training.fit import fit
 from core.training.metrics import Metrics
 from core.training.schedule import Schedule
 from tests.conftest import ROOT
+from tests.makers.limits import wait_until
 from tests.makers.models import SMALL, TEXT, equal, started, tokenizer
 
 
@@ -204,9 +204,7 @@ def test_fp16_average_accumulation_and_cosine_go_on_to_the_same_bits_through_kil
     for _ in range(6):
         before = state.read_bytes() if state.exists() else b""
         run = start(tmp_path / "killed", text, EVERYTHING)
-        while (state.read_bytes() if state.exists() else b"") == before:
-            assert run.poll() is None, "it ended before a save that was not the last"
-            time.sleep(0.002)
+        wait_until(lambda before=before: state.exists() and state.read_bytes() != before, run)
         run.send_signal(signal.SIGKILL)
         run.wait()
         resumed_at.append(json.loads(state.read_text())["step"])

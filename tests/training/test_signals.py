@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -20,6 +19,7 @@ from core.console.signals import StopSignal
 from core.training.fit import FitResult, fit
 from tests.conftest import ROOT
 from tests.makers import ranks
+from tests.makers.limits import wait_until
 from tests.makers.models import started
 from tests.scripts.test_train import ENVIRONMENT, command, state, train, wait_for_steps
 from tests.scripts.test_train import text as text
@@ -41,6 +41,12 @@ def read_until(run, words):
         said += run.stderr.read(1)
         assert run.poll() is None or words in said, said
     return said
+
+
+def saved_step(run):
+    """The next step that a run says it saved; None where it ends first."""
+    found = (re.search(r"saved step (\d+) to ", line) for line in run.stderr)
+    return next((int(match[1]) for match in found if match), None)
 
 
 def lines(folder, key="loss"):
@@ -68,8 +74,9 @@ def test_stopped_at_random_moments_the_run_ends_with_the_bits_and_the_log_of_one
     while True:
         run = start(tmp_path, text, **flags, model_name="stopped")
         if len(stops) < 5:
-            read_until(run, "step/s]" if stops else "?step/s")
-            time.sleep(chance.uniform(0, 0.2))
+            target = (stops or [0])[-1] + chance.randint(1, 6)
+            while (saved_step(run) or target) < target:
+                pass
             run.send_signal(chance.choice([signal.SIGTERM, signal.SIGINT]))
         _, said = run.communicate(timeout=200)
         if run.returncode == DONE:
@@ -118,7 +125,6 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from core.training.fit import FitResult, fit
-from tests import ranks
 from tests.makers.models import started
 from tests.training.test_resume import loader
 
@@ -148,7 +154,7 @@ def slow_evaluation(tmp_path, text, **flags):
 
 def wait_for_evaluation(tmp_path, run):
     read_until(run, "7/100000")
-    time.sleep(0.3)
+    read_until(run, "tokens/s")  # shown when what was asked for during the step was taken: the rest is the evaluation's
 
 
 @posix
@@ -173,8 +179,8 @@ def test_a_save_asked_for_while_evaluating_begins_there_and_the_measured_loss_is
     assert saved["step"] == 7 and "val_loss" not in saved and saved["best"] is None
     read_until(run, "step 7: train loss")
     read_until(run, "8/100000")
-    while "val_loss" not in (added := state(tmp_path)):
-        assert run.poll() is None
+    wait_until(lambda: "val_loss" in state(tmp_path), run)
+    added = state(tmp_path)
     assert added["commit_id"] == saved["commit_id"] or added["step"] > 7
     assert added["best"]["step"] == 7 and added["best"]["val_loss"] == lines(tmp_path / "default", "val_loss")[7]
     run.kill()
@@ -186,10 +192,7 @@ def test_a_save_asked_for_while_evaluating_begins_there_and_the_measured_loss_is
 def test_a_save_asked_of_one_rank_is_made_by_all_and_the_clock_of_one_stops_all(tmp_path, text):
     flags = {"max_iters": 100_000, "eval_interval": 100_000, "stop_after_minutes": 0.6}
     run = ranks.start(tmp_path, text, 2, **flags, save_interval=None)
-    end = time.monotonic() + 200
-    while "tokens/s" not in ranks.output_of(tmp_path):
-        assert run.poll() is None and time.monotonic() < end, ranks.output_of(tmp_path)
-        time.sleep(0.01)
+    wait_until(lambda: "tokens/s" in ranks.output_of(tmp_path), run)
     ranks.kill(ranks.processes(run)[1], signal.SIGUSR1)
     run.wait(timeout=200)
     said = ranks.output_of(tmp_path)
