@@ -173,6 +173,7 @@ def open_upstream(path: Path, dtype: torch.dtype | None = None, *, verify: bool 
 
 
 def facts_of(config: ModdedConfig, path: Path, dtypes: set[str]) -> Info:
+    """Tell what a checkpoint is, as the info of `load_pretrained_checkpoint`."""
     return {
         "format": config.variant.partition("_")[0],
         "variant": config.variant,

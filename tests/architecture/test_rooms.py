@@ -1,81 +1,193 @@
-"""What may import what, read from the source: the walls of the house."""
+"""The walls of the house: which room of core/ may import which, read from the source."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-CORE_MODULES = """
-bundle.bundle inspection.diff.change containers.checksum bundle.choice console.commandline bundle.commit
-inspection.diff.comparison inspection.diff.text config.gpt inspection.html.curve console.listing
-errors bundle.evolution bundle.contradictions bundle.folder inspection.inspect
-bundle.legacy bundle.lineage bundle.lock conversion.migration.plan bundle.optimizer_state inspection.html.page
-bundle.parts inspection.history inspection.history_text containers.plain inspection.report inspection.report_text
-inspection.report_views bundle.retention console.words inspection.diff.side inspection.statistics bundle.storage
-inspection.tensor_table bundle.training_state inspection.verification
-"""
+FLOORS = (
+    "training pretrained",
+    "checkpoint",
+    "kinds",
+    "saving loading",
+    "model",
+    "networks conversion",
+    "data inspection",
+    "bundle",
+    "families",
+    "containers",
+    "config console",
+    "errors",
+)
+"""From top to bottom; a room imports itself and what stands on a floor below it."""
 
-TORCH_FREE = [
-    "inspect_model.py",
-    "convert_checkpoints.py",
-    *(f"core/{name.replace('.', '/')}.py" for name in CORE_MODULES.split()),
-    *(str(p.relative_to(ROOT)) for p in (ROOT / "core/families").rglob("*.py")),
-    *(str(p.relative_to(ROOT)) for p in (ROOT / "core/containers").rglob("*.py")),
-]
-SCRIPTS = ("core/**/*.py", "*.py", "data/*.py", "examples/*.py")
-FILE_MODULES = {
-    "core.bundle.storage",
-    "core.bundle.bundle",
-    "core.bundle.commit",
-    "core.checkpoint",
-    "core.bundle.lock",
-    "core.bundle.training_state",
+ROOMS = {
+    room: {room, *" ".join(FLOORS[level + 1 :]).split()} for level, floor in enumerate(FLOORS) for room in floor.split()
 }
+"""Each room, and the rooms that it may import."""
+
+TORCH_FREE = {"config", "console", "containers", "families", "bundle", "inspection", "conversion"}
+"""Rooms that must not import torch, and numpy only where a function needs it."""
+
+LONGEST = 75  # lines of a function, its docstring included
+CORE = ROOT / "core"
+MODULES = {
+    str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): p for p in CORE.rglob("*.py")
+}
+SCRIPTS = [ROOT / f"{name}.py" for name in ("train", "generate", "inspect_model", "convert_checkpoints")]
+READ = [*MODULES.values(), *SCRIPTS, *ROOT.glob("data/*.py"), *ROOT.glob("examples/**/*.py")]
 
 
-def imports(path, everywhere=False):
-    tree = ast.parse((ROOT / path).read_text())
-    nodes = ast.walk(tree) if everywhere else tree.body
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imported(path: Path) -> set[str]:
+    """Every module of core/ that a file imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            inside = path.is_relative_to(CORE) and node.level
+            base = ".".join(path.relative_to(ROOT).parent.parts[: -(node.level - 1) or None]) if inside else ""
+            module = ".".join(filter(None, (base, node.module)))
+            names = {f"{module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= names or ({module} & MODULES.keys())
+    return found
+
+
+def outside(path: Path, top_level_only: bool = False) -> set[str]:
+    """The top names of the packages that a file imports absolutely."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names.add(node.module.split(".")[0])
+    return names
 
 
-@pytest.mark.parametrize("path", TORCH_FREE)
-def test_what_looks_into_files_imports_neither_torch_nor_numpy(path):
-    assert not {name.split(".")[0] for name in imports(path)} & {"torch", "numpy"}
+GRAPH = {module: imported(path) for module, path in MODULES.items()}
 
 
-def test_importing_all_of_it_loads_neither_torch_nor_numpy():
-    modules = [path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in TORCH_FREE]
-    code = f"import sys, {', '.join(modules)}; print(sorted({{'torch', 'numpy'}} & set(sys.modules)))"
+def test_core_has_these_rooms_and_nothing_else():
+    found = {p.stem for p in CORE.iterdir() if not p.name.startswith(("__", "."))} - {"README"}
+    assert found == set(ROOMS) and len(ROOMS) == 17
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    """The imports that a wall forbids."""
+    return sorted(
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in others
+        if room_of(module) and room_of(other) not in {*ROOMS[room_of(module)], ""}
+    )
+
+
+def test_no_room_imports_what_stands_above_or_beside_it():
+    assert upward(GRAPH) == []
+    assert sum(map(len, GRAPH.values())) > 800, "the imports were read"
+
+
+def test_an_import_that_points_up_would_be_noticed():
+    assert upward({"core.bundle.commit": {"core.checkpoint"}}) == ["core.bundle.commit imports core.checkpoint"]
+    with pytest.raises(KeyError):
+        upward({"core.attic.chest": {"core.errors"}})
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for other in GRAPH[module]:
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in GRAPH:
+        visit(module, ())
+    assert len(done) == len(MODULES) > 200
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_inside_core_imports_are_relative(module):
+    """So that the folder can be installed under another name."""
+    assert "core" not in outside(MODULES[module])
+    named = re.findall(r"""import_module\(f?["']([^"']*)|bound\(["']([^"']*)""", MODULES[module].read_text())
+    assert [name for pair in named for name in pair if name.startswith("core")] == []
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) in TORCH_FREE))
+def test_what_only_looks_imports_no_torch(module):
+    assert "torch" not in outside(MODULES[module])
+    assert "numpy" not in outside(MODULES[module], top_level_only=True)
+
+
+def test_importing_all_of_what_only_looks_loads_neither_torch_nor_numpy():
+    # Statistics and differences are of numbers, and are imported where these are asked for.
+    names = [m for m in MODULES if room_of(m) in TORCH_FREE]
+    code = f"import sys, {', '.join(names)}; print(sorted({{'torch', 'numpy'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_the_model_imports_nothing_that_touches_files():
-    assert not set(imports("core/model.py")) & FILE_MODULES
-
-
-@pytest.mark.parametrize("path", [p for p in TORCH_FREE if "families" in p])
+@pytest.mark.parametrize("path", sorted((CORE / "families").rglob("*.py")), ids=lambda p: p.stem)
 def test_families_open_no_files(path):
-    names = {node.id for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.Name)}
-    assert not names & {"open", "Path", "os"} and not set(imports(path, everywhere=True)) & FILE_MODULES
+    names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+    assert not names & {"open", "Path", "os"} and "os" not in outside(path)
 
 
-def test_the_package_itself_is_empty():
-    assert (ROOT / "core/__init__.py").read_text() == ""
+def test_one_file_reads_the_variables_of_ranks():
+    found = [
+        p.name
+        for p in [*CORE.rglob("*.py"), *ROOT.glob("*.py")]
+        if re.search(r"[\"'](RANK|WORLD_SIZE)[\"']", p.read_text())
+    ]
+    assert found == ["distributed.py"]
 
 
-@pytest.mark.parametrize("path", [p for glob in SCRIPTS for p in ROOT.glob(glob)], ids=str)
+def test_every_method_that_is_bound_by_name_is_there():
+    found = 0
+    for module, path in MODULES.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for target, name in re.findall(r'bound\("([.\w]+)", "(\w+)", __package__\)', path.read_text()):
+            assert callable(getattr(importlib.import_module(target, package), name))
+            found += 1
+    assert found >= 9
+
+
+def test_the_doors_are_where_they_were():
+    from core.checkpoint import CheckpointManager
+    from core.config import GPTConfig
+    from core.errors import CheckpointError
+    from core.model import GPT, GPTBatched, GPTFlexAttention
+    from core.pretrained import inspect_checkpoint, load_classifier, load_flex_checkpoint, load_pretrained_checkpoint
+
+    doors = (CheckpointManager, GPTConfig, CheckpointError, GPT, GPTBatched, GPTFlexAttention)
+    doors += (inspect_checkpoint, load_classifier, load_flex_checkpoint, load_pretrained_checkpoint)
+    assert all(map(callable, doors))
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *SCRIPTS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_function_is_longer_than_a_screen(path):
+    functions = [
+        n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    assert [f"{n.name}: {n.end_lineno - n.lineno + 1}" for n in functions if n.end_lineno - n.lineno >= LONGEST] == []
+
+
+@pytest.mark.parametrize("path", READ, ids=str)
 def test_nothing_unpickles_what_a_checkpoint_says(path):
     loads = [
         n
@@ -88,7 +200,7 @@ def test_nothing_unpickles_what_a_checkpoint_says(path):
     }
 
 
-@pytest.mark.parametrize("path", [p for glob in SCRIPTS for p in ROOT.glob(glob)], ids=str)
+@pytest.mark.parametrize("path", READ, ids=str)
 def test_public_functions_say_what_they_do(path):
     tree = ast.parse(path.read_text())
     kinds = (ast.FunctionDef, ast.ClassDef)

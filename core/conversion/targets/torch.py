@@ -40,6 +40,7 @@ def plan_torch_file(model: Model, options: Options, target: Path, kind: str, mor
 
 
 def parameters_of(model: Model) -> list[str]:
+    """Name the tensors of a model once each, without the second names of tied ones."""
     aliases = ties(model)
     return [name for name in model.tensors if name not in aliases]
 
