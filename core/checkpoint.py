@@ -35,11 +35,11 @@ from .model import GPT, GPTBatched, GPTFlexAttention
 from .networks.device import resolve_dtype
 from .networks.modded import ModdedGPT
 from .networks.state_dict import unwrap
-from .saving.background import Saver
+from .saving.background import BackgroundSaver
 from .saving.consolidate import consolidate
 from .saving.ranks import Alone, Ranks
 from .saving.snapshot import Memory
-from .saving.step import Save, StepContent, add_metrics
+from .saving.step import StepContent, StepSave, add_metrics
 
 
 class CheckpointManager:
@@ -86,7 +86,7 @@ class CheckpointManager:
         self.save_policy = save_policy
         self.verify = verify
         self.allow_fresh = allow_fresh
-        self._saver = Saver(stage_memory)
+        self._saver = BackgroundSaver(stage_memory)
         weakref.finalize(self, self._saver.last_words)
 
     @classmethod
@@ -347,7 +347,7 @@ class CheckpointManager:
             self._write(save, optimizer)
         return True
 
-    def _write(self, save: Save, optimizer: Any) -> None:
+    def _write(self, save: StepSave, optimizer: Any) -> None:
         """Begin to write a step; what may change before its copy is done waits for it."""
         held = save.lock()
 

@@ -21,7 +21,7 @@ from ..model import GPT
 from ..networks.device import resolve_dtype
 from ..networks.state_dict import export_state_dict
 from ..saving.snapshot import Memory
-from ..saving.step import Save, StepContent
+from ..saving.step import StepContent, StepSave
 from ..saving.torch_file import write_torch_zip
 
 
@@ -100,4 +100,4 @@ def save_checkpoint_bundle(
             tokenizer = bundle.tokenizer
     content = StepContent(model, optimizer_state, model.step if step is None else step, tokenizer)
     with writing(place), explained(place.path):
-        Save(place, content).write(Memory(None), say_on_stderr)
+        StepSave(place, content).write(Memory(None), say_on_stderr)

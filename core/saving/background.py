@@ -13,7 +13,7 @@ import torch
 from .snapshot import Memory, Snapshot
 
 
-class Saver:
+class BackgroundSaver:
     """Writes the saves of a manager. The program does not end before the last one has.
 
     What ended a save is kept until somebody asks for it.

@@ -8,8 +8,8 @@ from typing import Protocol
 from ..bundle.bundle import Bundle
 from ..bundle.commit import ModelFolder
 from ..networks.distributed import ALONE, World
-from .background import Saver
-from .step import Save, StepContent
+from .background import BackgroundSaver
+from .step import StepContent, StepSave
 
 Say = Callable[[str], None]
 Reopen = Callable[[bool, str | None], Bundle | None]
@@ -26,13 +26,13 @@ class Ranks(Protocol):
     def newest_intact(self, place: ModelFolder, reopen: Reopen, check: bool) -> Bundle | None:
         """Open the newest intact step, the same on every rank."""
 
-    def may_begin(self, saver: Saver, skips: bool, step: int, say: Say) -> bool:
+    def may_begin(self, saver: BackgroundSaver, skips: bool, step: int, say: Say) -> bool:
         """Wait for the save before this one, or say that this one is skipped; the answer is the same on every rank.
 
         Raises: SaveFailed when the save before this one was not committed.
         """
 
-    def step_save(self, place: ModelFolder, content: StepContent) -> Save | None:
+    def step_save(self, place: ModelFolder, content: StepContent) -> StepSave | None:
         """Take what this rank writes of a step; None where it writes nothing."""
 
 
@@ -45,7 +45,7 @@ class Alone:
         """Open the newest intact step."""
         return reopen(check, None)
 
-    def may_begin(self, saver: Saver, skips: bool, step: int, say: Say) -> bool:
+    def may_begin(self, saver: BackgroundSaver, skips: bool, step: int, say: Say) -> bool:
         """Wait for the save before this one, or say that this one is skipped.
 
         Raises: SaveFailed when the save before this one was not committed.
@@ -57,6 +57,6 @@ class Alone:
         saver.raise_failure()
         return True
 
-    def step_save(self, place: ModelFolder, content: StepContent) -> Save | None:
+    def step_save(self, place: ModelFolder, content: StepContent) -> StepSave | None:
         """Take all of a step."""
-        return Save(place, content)
+        return StepSave(place, content)

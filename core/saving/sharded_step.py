@@ -28,10 +28,10 @@ from ..networks.distributed import World
 from ..networks.state_dict import local
 from .shards import Shard, averages_of, image_of, moments_of, placed, weights_of
 from .snapshot import Memory
-from .step import Save, StepContent
+from .step import StepContent, StepSave
 
 
-class ShardSave(Save):
+class ShardedStepSave(StepSave):
     """A step on every rank. `world` is a way to the other ranks for the thread that writes."""
 
     def __init__(self, world: World, place: ModelFolder, content: StepContent) -> None:

@@ -52,7 +52,7 @@ class StepContent:
     before_commit: Callable[[], None] | None = None  # called when the files are written, in the writer's thread
 
 
-class Save:
+class StepSave:
     """A step of any module. Made in the loop, where it copies all but what the optimizer's step changes; then written.
 
     `snapshot` is what that step has to wait for; without an optimizer, the caller has to.

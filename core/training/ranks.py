@@ -14,10 +14,10 @@ from ..bundle.verify import verify
 from ..bundle.writing import writing
 from ..errors import CheckpointError, CheckpointMismatch
 from ..networks.distributed import World
-from ..saving.background import Saver
+from ..saving.background import BackgroundSaver
 from ..saving.ranks import Alone, Reopen, Say
-from ..saving.sharded_step import ShardSave
-from ..saving.step import Save, StepContent
+from ..saving.sharded_step import ShardedStepSave
+from ..saving.step import StepContent, StepSave
 
 
 class RanksOf:
@@ -71,7 +71,7 @@ class RanksOf:
             return f"rank {self.world.rank}: {error}"
         return ""
 
-    def may_begin(self, saver: Saver, skips: bool, step: int, say: Say) -> bool:
+    def may_begin(self, saver: BackgroundSaver, skips: bool, step: int, say: Say) -> bool:
         """As for one process, and the same on all ranks: one that knows of a failure does not begin without the others.
 
         Raises: SaveFailed, on all ranks that have not heard of it, when the save before this one was not committed.
@@ -88,11 +88,11 @@ class RanksOf:
             return False
         return True
 
-    def step_save(self, place: ModelFolder, content: StepContent) -> Save | None:
+    def step_save(self, place: ModelFolder, content: StepContent) -> StepSave | None:
         """Take this rank's shards, or on the first rank all of a step."""
         if self.world.is_sharded:
-            return ShardSave(self._beside, place, content)
-        return Save(place, content) if self.world.is_first else None
+            return ShardedStepSave(self._beside, place, content)
+        return StepSave(place, content) if self.world.is_first else None
 
 
 def _open_chosen(place: ModelFolder, chosen: dict[str, Any]) -> Bundle:
