@@ -38,18 +38,8 @@ def test_d(n): pass
 def test_a_tier_has_its_tests_and_those_of_the_tiers_before_it(tmp_path, words, expected):
     (tmp_path / "conftest.py").write_bytes((ROOT / "tests/conftest.py").read_bytes())
     (tmp_path / "test_some.py").write_text(TESTS)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        ROOT / "pyproject.toml",
-        "--rootdir",
-        tmp_path,
-        "-q",
-        "--co",
-        *words,
-    ]
+    settings = ["-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *settings, "-q", "--collect-only", *words, tmp_path]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split("::")[1] for line in done.stdout.splitlines() if "::" in line] == expected
