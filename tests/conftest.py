@@ -13,6 +13,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parent.parent
 
+TIERS = ("ci", "full", "nightly")
+"""What a test needs: an environment without extras; one with extras and other programs; much more time."""
+
+
+def pytest_addoption(parser):
+    """Add --tier."""
+    text = "run the tests of this tier and of those before it: ci (default), full, nightly"
+    parser.addoption("--tier", choices=TIERS, default="ci", help=text)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect the tests of higher tiers; a test without a mark is of tier ci."""
+    above = TIERS[TIERS.index(config.getoption("--tier")) + 1 :]
+    left_out = [item for item in items if any(item.get_closest_marker(tier) for tier in above)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
 
 @pytest.fixture
 def tell(request):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .. import __version__
 from ..errors import CheckpointError, InputError
 from .words import printable
 
@@ -55,6 +56,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Parse flags; those of --config_file stand in front, so that the command line wins."""
+        # Added after the flags of the script, whose usage line begins with those.
+        self.add_argument("--version", action="version", version=f"gpt-checkpoints {__version__}")
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=_wide)
         early.add_argument("--config_file")
         config_file = early.parse_known_args(argv)[0].config_file
@@ -82,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         words: list[str] = []
         for name, value in read_settings(path).items():
             action = self._flags().get(f"--{name}")
-            if action is None or name in ("help", "config_file"):
+            if action is None or name in ("help", "version", "config_file"):
                 near = _near(f"--{name}", self._flags(), n=1, cutoff=0.5)
                 self.error(f"{path}: unknown flag {name!r}" + (f"; did you mean {near[0][2:]!r}?" if near else ""))
             if isinstance(value, bool):

@@ -164,6 +164,11 @@ def test_every_method_that_is_bound_by_name_is_there():
     assert found >= 9
 
 
+def test_the_package_itself_holds_only_the_version():
+    (statement,) = ast.parse((CORE / "__init__.py").read_text()).body
+    assert isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__version__"
+
+
 def test_the_doors_are_where_they_were():
     from core.checkpoint import CheckpointManager
     from core.config import GPTConfig

@@ -208,7 +208,8 @@ def test_entry_of_a_single_file_that_is_no_value_of_its_kind_is_shown(old, folde
 
 
 def test_step_that_is_a_numpy_integer_is_a_step(old, folder):
-    numpy = pytest.importorskip("numpy")
+    import numpy
+
     single(folder, old.fused, None, step=numpy.int64(7))
     assert [door(folder) for door in OF_A_FILE] == [7, 7, 7, 7]
 

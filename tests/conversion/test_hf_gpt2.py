@@ -25,14 +25,21 @@ def hf(shared) -> Path:
 
 
 @pytest.mark.parametrize("folder", ["hf_gpt2", "hf_gpt2_sharded"])
-def test_hugging_face_gpt2_becomes_a_bundle_with_the_same_logits(shared, tmp_path, folder):
+def test_hugging_face_gpt2_becomes_a_bundle_with_the_same_logits_and_comes_back(shared, tmp_path, folder):
     ids, logits = expected(shared / "fixtures/hf_gpt2")
     converted(shared / "fixtures" / folder, tmp_path / "b", "bundle")
     assert json.loads((tmp_path / "b/config.json").read_text())["activation"] == "gelu_tanh"
     assert (our_logits(tmp_path / "b", ids) - logits).abs().max() < 1e-5
     converted(tmp_path / "b", tmp_path / "hf", "hf")
-    assert worst(hf_logits(tmp_path / "hf", ids), logits) < 2e-6
     assert tensors_of(tmp_path / "hf") == tensors_of(shared / "fixtures" / folder)
+
+
+@pytest.mark.full
+def test_transformers_computes_the_same_logits_from_what_came_back(shared, tmp_path):
+    ids, logits = expected(shared / "fixtures/hf_gpt2")
+    converted(shared / "fixtures/hf_gpt2", tmp_path / "b", "bundle")
+    converted(tmp_path / "b", tmp_path / "hf", "hf")
+    assert worst(hf_logits(tmp_path / "hf", ids), logits) < 2e-6
 
 
 def test_names_as_the_first_files_of_gpt2_have_them_without_prefix_and_with_masks(hf, tmp_path):
@@ -102,10 +109,17 @@ def zero_head_bias(source: Path, target: Path) -> Path:
     return folder
 
 
-def test_a_lecture_bundle_becomes_hugging_face_with_the_same_logits_once_its_head_has_no_bias(shared, tmp_path):
+@pytest.mark.full
+def test_transformers_computes_the_logits_of_a_lecture_model_whose_head_has_no_bias(shared, tmp_path):
     source = shared / "fixtures/lecture_char/bundle"
     ids, logits = expected(shared / "fixtures/lecture_char")
     bias = torch.load(source / "model.pt", weights_only=True)["lm_head.bias"]
+    converted(zero_head_bias(source, tmp_path / "zero"), tmp_path / "hf", "hf")
+    assert worst(hf_logits(tmp_path / "hf", ids), logits - bias) < 2e-6
+
+
+def test_a_lecture_bundle_becomes_hugging_face_once_its_head_has_no_bias(shared, tmp_path):
+    source = shared / "fixtures/lecture_char/bundle"
     with pytest.raises(CheckpointMismatch) as caught:
         converted(source, tmp_path / "hf", "hf")
     assert str(caught.value) == (
@@ -113,7 +127,6 @@ def test_a_lecture_bundle_becomes_hugging_face_with_the_same_logits_once_its_hea
         "logits. --to safetensors and --to bundle keep it."
     )
     plan = converted(zero_head_bias(source, tmp_path / "zero"), tmp_path / "hf", "hf")
-    assert worst(hf_logits(tmp_path / "hf", ids), logits - bias) < 2e-6
     assert plan["dropped"]["lm_head.bias"] == "all zeros; HF GPT-2 has no bias in its head"
     made = json.loads((tmp_path / "hf/config.json").read_text())
     assert (made["activation_function"], made["tie_word_embeddings"], made["dtype"]) == ("relu", False, "float32")
@@ -129,29 +142,45 @@ def test_lecture_files_become_bundles_with_the_same_logits(shared, tmp_path, par
     assert found.dtype == torch.float32
 
 
-def test_our_own_models_of_every_shape_go_to_hugging_face_and_back(tmp_path):
-    cases = [
+SHAPES = pytest.mark.parametrize(
+    "fields",
+    [
         {"bias": False, "tied_head": True, "head_bias": False},
         {"bias": True, "tied_head": False, "head_bias": False, "activation": "gelu_tanh"},
         {"bias": False, "norm_bias": False, "mlp_bias": False, "head_bias": True, "activation": "relu"},
-    ]
-    for k, fields in enumerate(cases):
-        model = GPT(config(**fields)).eval()
-        if model.config.head_bias:
-            torch.nn.init.zeros_(model.lm_head.bias)
-        model.save_checkpoint_bundle(tmp_path / f"m{k}", step=7)
-        ids = torch.arange(12).reshape(1, 12)
-        with torch.no_grad():
-            logits = model(ids)[0]
-        converted(tmp_path / f"m{k}", tmp_path / f"hf{k}", "hf", shard_size=20_000)
-        assert worst(hf_logits(tmp_path / f"hf{k}", ids), logits) < 2e-6
-        index = index_of(tmp_path / f"hf{k}")
-        assert index["metadata"]["total_size"] == sum(len(t[2]) for t in tensors_of(tmp_path / f"hf{k}").values())
-        converted(tmp_path / f"hf{k}", tmp_path / f"back{k}", "bundle")
-        assert (our_logits(tmp_path / f"back{k}", ids) - logits).abs().max() < 1e-5
-        first, second = tensors_of(tmp_path / f"m{k}/model.pt"), tensors_of(tmp_path / f"back{k}/model.pt")
-        assert all(second[name] == tensor for name, tensor in first.items() if name != "lm_head.bias")
-        assert all(not any(second[name][2]) for name in second.keys() - first.keys())
+    ],
+)
+
+
+def model_to_hugging_face(folder: Path, fields: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Save a model of ours in `m`, convert it to `hf`; ids, and the logits that it computes."""
+    model = GPT(config(**fields)).eval()
+    if model.config.head_bias:
+        torch.nn.init.zeros_(model.lm_head.bias)
+    model.save_checkpoint_bundle(folder / "m", step=7)
+    converted(folder / "m", folder / "hf", "hf", shard_size=20_000)
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        return ids, model(ids)[0]
+
+
+@SHAPES
+def test_our_own_models_of_every_shape_go_to_hugging_face_and_back(tmp_path, fields):
+    ids, logits = model_to_hugging_face(tmp_path, fields)
+    index = index_of(tmp_path / "hf")
+    assert index["metadata"]["total_size"] == sum(len(t[2]) for t in tensors_of(tmp_path / "hf").values())
+    converted(tmp_path / "hf", tmp_path / "back", "bundle")
+    assert (our_logits(tmp_path / "back", ids) - logits).abs().max() < 1e-5
+    first, second = tensors_of(tmp_path / "m/model.pt"), tensors_of(tmp_path / "back/model.pt")
+    assert all(second[name] == tensor for name, tensor in first.items() if name != "lm_head.bias")
+    assert all(not any(second[name][2]) for name in second.keys() - first.keys())
+
+
+@pytest.mark.full
+@SHAPES
+def test_transformers_computes_the_logits_of_our_own_models(tmp_path, fields):
+    ids, logits = model_to_hugging_face(tmp_path, fields)
+    assert worst(hf_logits(tmp_path / "hf", ids), logits) < 2e-6
 
 
 def test_a_bundle_keeps_its_history_of_training_and_optimizer(tmp_path):

@@ -46,6 +46,7 @@ def fixtures(shared) -> Path:
     return shared / "fixtures"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FIXTURES)
 def test_transformers_computes_the_logits_of_megatron(fixtures, tmp_path, name):
     of, flags = FIXTURES[name]
@@ -115,16 +116,22 @@ def test_layernorm_1p_adds_one_exactly(fixtures, tmp_path):
     for theirs, ours in (("decoder.final_layernorm", "model.norm"), ("decoder.layers.1.pre_mlp_layernorm", _POST)):
         assert torch.equal(made[f"{ours}.weight"], less[f"{theirs}.weight"].float() + 1)
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "float32"
-    exact = write_export(tmp_path / "exact.pt", state | {name: state[name].float() - 1 for name in norms}, config)
-    converted(exact, tmp_path / "exact", "hf", more=flags)
-    expected = load_file(fixtures / LLAMA / "expected.safetensors")
-    assert off_by(tmp_path / "exact", expected["input_ids"], expected["logits_fp32"]) < 2e-6
     run = RUN[LLAMA] | {"apply_layernorm_1p": True}
     converted(write_iteration(tmp_path / "iter_0000001", less, **config, **run), tmp_path / "iter", "hf")
     assert tensors_of(tmp_path / "iter") == tensors_of(tmp_path / "hf")
 
 
 _POST = "model.layers.1.post_attention_layernorm"
+
+
+@pytest.mark.full
+def test_transformers_computes_the_logits_of_norms_that_are_stored_less_one(fixtures, tmp_path):
+    state, config = exported(export_of(fixtures, LLAMA))
+    less = {name: tensor.float() - 1 if "norm" in name else tensor for name, tensor in state.items()}
+    source = write_export(tmp_path / "exact.pt", less, config)
+    converted(source, tmp_path / "exact", "hf", more={"layernorm_1p": True, "rope_theta": 500000.0})
+    expected = load_file(fixtures / LLAMA / "expected.safetensors")
+    assert off_by(tmp_path / "exact", expected["input_ids"], expected["logits_fp32"]) < 2e-6
 
 
 def test_padding_of_the_vocabulary_is_kept_or_cropped(fixtures, tmp_path):
@@ -135,9 +142,15 @@ def test_padding_of_the_vocabulary_is_kept_or_cropped(fixtures, tmp_path):
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(made[name], whole[name][:250])
     assert json.loads((tmp_path / "cropped/config.json").read_text())["vocab_size"] == 250
-    hf_model(tmp_path / "cropped")
 
 
+@pytest.mark.full
+def test_transformers_opens_a_cropped_vocabulary(fixtures, tmp_path):
+    converted(export_of(fixtures, LLAMA), tmp_path / "cropped", "hf", vocab_size=250)
+    assert hf_model(tmp_path / "cropped").lm_head.weight.shape[0] == 250
+
+
+@pytest.mark.full
 def test_gpt2_style_becomes_a_bundle_of_ours_and_back(fixtures, tmp_path):
     source, model = gpt2_export(tmp_path / "export.pt")
     ids = torch.randint(96, (2, 32))

@@ -24,14 +24,21 @@ def fixtures(shared) -> Path:
     return shared / "fixtures"
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
+def test_transformers_computes_the_logits_of_an_iteration(fixtures, tmp_path, name):
+    state, config = exported(export_of(fixtures, name))
+    converted(write_iteration(tmp_path / "iter_0000100", state, **config, **RUN[name]), tmp_path / "hf", "hf")
+    expected = load_file(fixtures / name / "expected.safetensors")
+    assert off_by(tmp_path / "hf", expected["input_ids"], expected["logits_fp32"]) < 2e-6
+
+
 @pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
 @pytest.mark.parametrize("common", ["common.pt", "common_state"])
 def test_an_iteration_is_converted_by_the_arguments_of_its_run(fixtures, tmp_path, name, common):
     state, config = exported(export_of(fixtures, name))
     source = write_iteration(tmp_path / "iter_0000100", state, common=common, **config, **RUN[name])
-    expected = load_file(fixtures / name / "expected.safetensors")
     facts = converted(source, tmp_path / "hf", "hf")
-    assert off_by(tmp_path / "hf", expected["input_ids"], expected["logits_fp32"]) < 2e-6
     assert not any("a default" in note or "the tensors win" in note for note in facts["notes"])
     layers = config["num_layers"]
     others = f"{len(stacked(state))} of optimizer, 2 of rng_state, 1 of {common.removesuffix('.pt')}"
@@ -128,11 +135,27 @@ def frequencies(base: float, width: int, factor: float) -> torch.Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize(("args", "factor"), [({}, 8.0), ({"rope_scaling_factor": 32.0}, 32.0)])
-def test_scaled_positions_become_those_of_llama_3_to_the_bit(fixtures, tmp_path, args, factor):
+SCALED = pytest.mark.parametrize(("args", "factor"), [({}, 8.0), ({"rope_scaling_factor": 32.0}, 32.0)])
+
+
+@pytest.mark.full
+@SCALED
+def test_transformers_scales_positions_as_megatron_does_to_the_bit(fixtures, tmp_path, args, factor):
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+    state, config = exported(export_of(fixtures, LLAMA))
+    run = {**config, **RUN[LLAMA], "use_rope_scaling": True, **args}
+    converted(write_iteration(tmp_path / "iter_0000001", state, **run), tmp_path / "hf", "hf")
+    opened = AutoConfig.from_pretrained(tmp_path / "hf")
+    opened.head_dim = 64
+    found = LlamaRotaryEmbedding(opened).inv_freq
+    assert torch.equal(found, frequencies(500000.0, 64, factor))
+    assert len({*(found / frequencies(500000.0, 64, 1.0)).tolist()}) > 3  # kept, divided, and some between
+
+
+@SCALED
+def test_scaled_positions_become_those_of_llama_3(fixtures, tmp_path, args, factor):
     state, config = exported(export_of(fixtures, LLAMA))
     run = {**config, **RUN[LLAMA], "use_rope_scaling": True, **args}
     source = write_iteration(tmp_path / "iter_0000001", state, **run)
@@ -141,11 +164,6 @@ def test_scaled_positions_become_those_of_llama_3_to_the_bit(fixtures, tmp_path,
     scaling = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": factor}
     scaling["original_max_position_embeddings"] = 8192
     assert made["rope_scaling"] == scaling and made["rope_parameters"] == {**scaling, "rope_theta": 500000.0}
-    opened = AutoConfig.from_pretrained(tmp_path / "hf")
-    opened.head_dim = 64
-    found = LlamaRotaryEmbedding(opened).inv_freq
-    assert torch.equal(found, frequencies(500000.0, 64, factor))
-    assert len({*(found / frequencies(500000.0, 64, 1.0)).tolist()}) > 3  # kept, divided, and some between
     for k, path in enumerate((tmp_path / "hf", source)):
         converted(path, tmp_path / f"{k}.pt", "megatron")
         said = exported(tmp_path / f"{k}.pt")[1]

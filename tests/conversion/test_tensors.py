@@ -27,9 +27,15 @@ def test_a_cast_rounds_as_torch_does(hf, tmp_path, dtype):
     made = torch.load(tmp_path / "x.pt", weights_only=True)
     for name, tensor in load_file(hf / "model.safetensors").items():
         assert torch.equal(made[name], tensor.to(getattr(torch, dtype)))
-    if dtype == "bfloat16":
-        converted(hf, tmp_path / "folder", "hf", dtype=dtype)
-        assert hf_logits(tmp_path / "folder", expected(hf)[0]).dtype == torch.bfloat16
+
+
+@pytest.mark.full
+def test_transformers_computes_in_the_dtype_of_a_cast_and_the_same_logits_from_shards(hf, tmp_path):
+    ids, logits = expected(hf)
+    converted(hf, tmp_path / "cast", "hf", dtype="bfloat16")
+    assert hf_logits(tmp_path / "cast", ids).dtype == torch.bfloat16
+    converted(hf, tmp_path / "shards", "safetensors", shard_size=30_000)
+    assert (hf_logits(tmp_path / "shards", ids) - logits).abs().max() < 1e-5
 
 
 def test_odd_numbers_are_cast_as_torch_casts_them_and_what_is_too_large_is_refused(tmp_path):
@@ -101,4 +107,3 @@ def test_files_in_shards_have_a_correct_index_and_go_along_with_config_and_token
     assert all(name in load_file(tmp_path / "out" / file) for name, file in index["weight_map"].items())
     assert (tmp_path / "out/vocab.json").read_text() == "{}"
     assert tensors_of(tmp_path / "out") == tensors_of(hf)
-    assert (hf_logits(tmp_path / "out", expected(hf)[0]) - expected(hf)[1]).abs().max() < 1e-5

@@ -27,6 +27,7 @@ from core.data.tokenizer import (
 )
 from core.errors import CheckpointMismatch, InputError
 
+HF = pytest.param("hf", marks=pytest.mark.full)
 GREEK = "Ἐν ἀρχῇ ἦν ὁ λόγος 🙂\r\n"
 
 
@@ -49,7 +50,9 @@ def nowhere(tmp_path, monkeypatch):
 
 
 def hf_definition() -> dict:
-    tokenizers = pytest.importorskip("tokenizers")
+    """A tokenizer that the library has trained."""
+    import tokenizers
+
     library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -155,8 +158,9 @@ def test_id_outside_the_vocabulary_is_named():
 
 
 def test_gpt2_ids_are_those_of_tiktoken(bpe_file, shared):
-    tiktoken = pytest.importorskip("tiktoken")
-    public = pytest.importorskip("tiktoken_ext.openai_public")
+    import tiktoken
+    from tiktoken_ext import openai_public as public
+
     reference = tiktoken.Encoding(
         "reference",
         pat_str=public.r50k_pat_str,
@@ -311,6 +315,7 @@ def test_gpt2_wrong_rank_file_is_refused_before_use(tmp_path, bpe_file, damage, 
     assert str(caught.value).startswith(f"{path}: ")
 
 
+@pytest.mark.full
 def test_hf_definition_travels_in_the_state(tmp_path):
     path = tmp_path / "custom.json"
     path.write_text(json.dumps(hf_definition()), encoding="utf-8")
@@ -325,6 +330,7 @@ def test_hf_definition_travels_in_the_state(tmp_path):
     assert int(ids.max()) < tokenizer.vocab_size
 
 
+@pytest.mark.full
 def test_hf_changed_definition_is_noticed():
     state = HfTokenizer(hf_definition()).state()
     state["definition"]["model"]["vocab"]["zzz"] = 299
@@ -334,10 +340,13 @@ def test_hf_changed_definition_is_noticed():
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("{", "no valid JSON"), ("[]", "a JSON list"), ('{"a": 1}', "not a Hugging Face tokenizer")],
+    [
+        ("{", "no valid JSON"),
+        ("[]", "a JSON list"),
+        pytest.param('{"a": 1}', "not a Hugging Face tokenizer", marks=pytest.mark.full),
+    ],
 )
 def test_file_that_is_no_tokenizer_is_refused(tmp_path, content, expected):
-    pytest.importorskip("tokenizers")
     path = tmp_path / "t.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=expected):
@@ -355,7 +364,7 @@ def test_file_may_be_the_tokenizer_of_a_checkpoint(tmp_path):
     assert tokenizer_from_file(path).state() == make_char(["abc"]).state()
 
 
-@pytest.mark.parametrize("kind", ["char", "gpt2", "hf"])
+@pytest.mark.parametrize("kind", ["char", "gpt2", HF])
 def test_stream_shows_whole_characters_and_all_of_them(kind, request):
     text = "the cat " + GREEK + "日本語 end"
     if kind == "char":
@@ -370,7 +379,7 @@ def test_stream_shows_whole_characters_and_all_of_them(kind, request):
     assert "".join(shown) + stream.flush() == text
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "hf"])
+@pytest.mark.parametrize("kind", ["gpt2", HF])
 def test_stream_that_ends_inside_a_character_says_so_at_the_end(kind, request):
     tokenizer = Gpt2Tokenizer(request.getfixturevalue("bpe_file")) if kind == "gpt2" else HfTokenizer(hf_definition())
     ids = tokenizer.encode("a🙂").tolist()[:-1]

@@ -22,9 +22,11 @@ CONFIGS = {
 SIDES = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 8}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_what_transformers_builds_is_recognised_with_its_number_of_parameters(kind):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     sides = {} if kind == "gpt2" else {**SIDES, "num_key_value_heads": 2}
     config = transformers.AutoConfig.for_model(
         kind, vocab_size=320, eos_token_id=1, bos_token_id=1, **sides, **CONFIGS[kind]

@@ -321,9 +321,9 @@ def test_without_plotly_one_sentence_says_how_to_get_it(small, tmp_path, monkeyp
 # In a browser
 
 
+@pytest.mark.full
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_browser_draws_everything_and_runs_no_name(tmp_path):
-    pytest.importorskip("plotly", reason="the optional extra that draws is not installed")
     tensors = {name: [1.0, 2.0] for name in HOSTILE} | {f"h.{i}.w": [1.0, float(i)] for i in range(3)}
     path = safetensors(tmp_path / "t.safetensors", tensors)
     file = tmp_path / "page.html"

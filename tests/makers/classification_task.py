@@ -1,6 +1,6 @@
 """A task of three classes that a toy model learns in seconds: does the premise hold, not hold, or not say?
 
-One word somewhere in the premise decides; everything else is chance.
+One character somewhere in the premise decides; everything else is chance.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import random
 from pathlib import Path
 
 CLASSES = ("entailment", "neutral", "contradiction")
-WORDS = ("sun", "sea", "fox", "owl", "oak", "ice", "sky", "fog")
-SAYS = {"entailment": "surely", "neutral": "perhaps", "contradiction": "never"}
-VOCABULARY = ["<|endoftext|>", "[UNK]", *WORDS, *SAYS.values(), "the", '"', "a,b", "é"]
+LETTERS = "fogsealy"
+SAYS = {"entailment": "+", "neutral": "?", "contradiction": "-"}
+CHARACTERS = ["\n", " ", *LETTERS, *SAYS.values(), '"', ",", "é", "t"]
+"""Of the tokenizer that needs no extra."""
+
+TOKENS = ["<|endoftext|>", "[UNK]", *CHARACTERS[2:]]
+"""Of the Hugging Face tokenizer: the same ids."""
 
 
 def rows(number: int, seed: int = 0) -> list[dict[str, str]]:
@@ -22,10 +26,10 @@ def rows(number: int, seed: int = 0) -> list[dict[str, str]]:
     made = []
     for _ in range(number):
         label = draw.choice(CLASSES)
-        words = draw.sample(WORDS, draw.randint(1, 5)) + draw.sample(['"', "a,b", "é", "the"], 1)
-        words.insert(draw.randrange(len(words) + 1), SAYS[label])
-        hypothesis = " ".join(draw.sample(WORDS, draw.randint(1, 3)))
-        made.append({"premise": " ".join(words), "hypothesis": hypothesis, "label": label})
+        premise = draw.sample(LETTERS, draw.randint(1, 5)) + draw.sample(CHARACTERS[-4:], 1)
+        premise.insert(draw.randrange(len(premise) + 1), SAYS[label])
+        hypothesis = "".join(draw.sample(LETTERS, draw.randint(1, 3)))
+        made.append({"premise": "".join(premise), "hypothesis": hypothesis, "label": label})
     return made
 
 
@@ -51,20 +55,24 @@ def dataset(folder: Path, ending: str = "jsonl", sizes: tuple[int, int, int] = (
     return folder
 
 
-def tokenizer_json(path: Path) -> Path:
-    """A Hugging Face tokenizer of whole words."""
-    model = {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(VOCABULARY)}, "unk_token": "[UNK]"}
+def tokenizer_json(path: Path, kind: str) -> Path:
+    """A tokenizer of characters: `char`, of a checkpoint of ours, or `hf`, of Hugging Face."""
+    definition = {"token_kind": "char", "chars": CHARACTERS} if kind == "char" else _hugging_face()
+    path.write_text(json.dumps(definition), encoding="utf-8")
+    return path
+
+
+def _hugging_face() -> dict:
+    model = {"type": "WordLevel", "vocab": {token: i for i, token in enumerate(TOKENS)}, "unk_token": "[UNK]"}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    definition = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": 0, "content": "<|endoftext|>", **special}],
         "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
         "post_processor": None,
         "decoder": None,
         "model": model,
     }
-    path.write_text(json.dumps(definition), encoding="utf-8")
-    return path

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
+from safetensors.torch import load_file
 
 from core.checkpoint import CheckpointManager
 from core.data.tokenizer import tokenizer_from_state
@@ -142,6 +142,5 @@ def fixture_model(fixtures: Path) -> tuple[LectureGPT, dict]:
 
 
 def expected(fixtures: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    safetensors = pytest.importorskip("safetensors.torch")
-    found = safetensors.load_file(fixtures / "expected.safetensors")
+    found = load_file(fixtures / "expected.safetensors")
     return found["input_ids"], found["logits_fp32"]

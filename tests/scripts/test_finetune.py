@@ -23,24 +23,27 @@ from examples.classification.encoded import encode, shares
 from examples.classification.labelled import read_labelled, read_splits
 from examples.finetune_classification import main
 from tests.conftest import ROOT
-from tests.makers.classification_task import CLASSES, VOCABULARY, dataset, rows, tokenizer_json, write
+from tests.makers.classification_task import CLASSES, TOKENS, dataset, rows, tokenizer_json, write
 from tests.makers.modded_checkpoints import upstream_file
 from tests.makers.models import save_durably, state_of
 
 SCRIPT = str(ROOT / "examples/finetune_classification.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
+HF = pytest.param("hf", marks=pytest.mark.full)
+"""The tokenizer that needs the optional library `tokenizers`."""
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+
+@pytest.fixture(scope="module", params=["char", HF])
+def made(tmp_path_factory, request):
     """A tokenizer, a dataset, a file as upstream saves it, and a bundle of a smaller model."""
     folder = tmp_path_factory.mktemp("classification")
-    tokenizer_json(folder / "tokenizer.json")
+    tokenizer_json(folder / "tokenizer.json", request.param)
     dataset(folder / "nli")
     dataset(folder / "few", "csv", (24, 8, 8))
     upstream_file(folder / "state_step001770.pt")
     torch.manual_seed(1)
-    model = GPTFlexAttention(len(VOCABULARY), 6, 1, 128, 256, eos_token_id=0)
+    model = GPTFlexAttention(len(TOKENS), 6, 1, 128, 256, eos_token_id=0)
     torch.nn.init.normal_(model.blocks[0].attn.c_proj.weight, std=0.05)
     model.tokenizer = named_tokenizer(str(folder / "tokenizer.json"))
     model.save_checkpoint_bundle(folder / "pretrained", step=3)
@@ -213,7 +216,7 @@ def test_a_model_of_another_program_is_neither_resumed_nor_a_classifier(made, tm
         ({"dataset": "nowhere.csv"}, FAILED, "nowhere.csv: No such file or directory"),
         ({"pretrained_ckpt_path": "nowhere.pt"}, FAILED, "nowhere.pt: cannot be opened"),
         ({"tokenizer_name": "nowhere.json"}, FAILED, "--tokenizer_name: found no file nowhere.json, expected gpt2"),
-        ({"tokenizer_name": "gpt2"}, FAILED, f"gpt2: gpt2, but the model has {len(VOCABULARY)} rows"),
+        ({"tokenizer_name": "gpt2"}, FAILED, f"gpt2: gpt2, but the model has {len(TOKENS)} rows"),
         ({"label_column": "gold"}, FAILED, "train.csv, line 2: no column gold; there are premise, hypothesis, label"),
         ({"text_columns": "premise,claim"}, FAILED, "no column claim"),
         ({"max_length": 2}, FAILED, "--max_length: found 2, which leaves no room for 2 texts"),
@@ -317,19 +320,27 @@ def test_without_a_validation_file_a_tenth_of_the_rows_validates(tmp_path):
     assert splits["validation"].lines != read_splits(path, seed=2)["validation"].lines
 
 
+TWO_TEXTS = [{"premise": "fogse", "hypothesis": "ly", "label": "neutral"}]
+
+
+@pytest.mark.parametrize("made", [HF], indirect=True)
 def test_rows_are_the_end_of_text_token_and_the_texts_divided_by_it(made, tmp_path):
-    content = [{"premise": "sun sea fox owl oak", "hypothesis": "ice sky", "label": "neutral"}]
-    table = read_labelled(write(tmp_path / "rows.csv", content))
-    ids = {word: i for i, word in enumerate(VOCABULARY)}
+    table = read_labelled(write(tmp_path / "rows.csv", TWO_TEXTS))
     end = "<|endoftext|>"
     for length, expected in (
-        (64, [end, "sun", "sea", "fox", "owl", "oak", end, "ice", "sky"]),
-        (7, [end, "sun", "sea", "fox", end, "ice", "sky"]),
-        (4, [end, "sun", end, "ice"]),
+        (64, [end, *"fogse", end, *"ly"]),
+        (7, [end, *"fog", end, *"ly"]),
+        (4, [end, "f", end, "l"]),
     ):
-        assert encoded(table, made, length=length).ids[0].tolist() == [ids[word] for word in expected]
-    chars = make_char(["abc sun sea fox owl oak ice sky"])
-    assert chars.decode(encode(table, CLASSES, chars, 64).ids[0]) == "sun sea fox owl oak ice sky"
+        assert encoded(table, made, length=length).ids[0].tolist() == [TOKENS.index(token) for token in expected]
+
+
+def test_rows_are_texts_divided_by_a_new_line_or_a_space_where_no_token_ends_a_text(tmp_path):
+    table = read_labelled(write(tmp_path / "rows.csv", TWO_TEXTS))
+    for mark in ("\n", " "):
+        chars = make_char([f"fogsely{mark}"])
+        assert chars.decode(encode(table, CLASSES, chars, 64).ids[0]) == f"fogse{mark}ly"
+        assert chars.decode(encode(table, CLASSES, chars, 6).ids[0]) == f"fog{mark}ly"
     assert shares([5, 1, 9], 10) == [4, 1, 5] and shares([2, 3], 10) == [2, 3] and shares([0, 8], 4) == [0, 4]
 
 

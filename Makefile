@@ -1,0 +1,46 @@
+# What a developer types; `make` lists it. PYTHON is that of an environment with requirements-dev.txt installed.
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+PYTEST = -m pytest -n auto --dist loadfile
+WALLS = $(PYTHON) -c "from importlinter.cli import lint_imports_command as main; main()" --no-cache --no-logo
+
+.DEFAULT_GOAL := help
+.PHONY: help check test full nightly faults bench rooms
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+check: ## lint, format, types, and the walls between the rooms of core/
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(WALLS)
+	$(PYTHON) -m pytest -q tests/architecture/test_rooms.py
+
+test: ## the tests of tier ci, which need no extras
+	$(PYTHON) $(PYTEST) --durations=15
+
+full: .venv-full ## the tests of tiers ci and full, with extras and other programs, in .venv-full; at most 60 minutes
+	$</bin/python $(PYTEST) --tier full
+
+nightly: .venv-full ## the exhaustive crash model, long fuzzing, all tests, a CUDA wheel; hours (MINUTES=60 for each part)
+	bash .ci/nightly
+
+faults: ## kill, fill the disk, cut the power, flip bits; counts of what was lost (PARTS='killed_runs damage')
+	$(PYTHON) -m tests.faults $(PARTS)
+
+bench: ## list the benchmarks, or run one (NAME=save FLAGS='--repeats 3')
+ifdef NAME
+	$(PYTHON) benchmarks/$(NAME).py $(FLAGS)
+else
+	@awk 'FNR == 1 {name = FILENAME; gsub(/.*\/|\.py/, "", name); printf "  %-14s%s\n", name, substr($$0, 4)}' \
+		$$(grep -l __main__ benchmarks/*.py)
+endif
+
+rooms: ## the walls between the rooms of core/ alone
+	$(WALLS)
+	$(PYTHON) -m pytest -q tests/architecture/test_rooms.py
+
+.venv-full: requirements.txt requirements-dev.txt requirements-full.txt
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet -r requirements-full.txt
+	touch $@
