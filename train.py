@@ -1,4 +1,4 @@
-"""Train a GPT on text, and go on where it stopped: the same line starts, resumes and continues."""
+"""Train a GPT on text, and continue where it stopped: the same command starts, resumes and continues."""
 
 from __future__ import annotations
 
@@ -212,8 +212,8 @@ def report(
 ) -> int:
     """Say how a run ended, and return the exit code."""
     if result.stopped_by:
-        line = "the same line" if args.resume_from is None else "the same line without --resume_from"
-        say(f"stopped by {result.stopped_by} at step {result.step}, saved. Go on with {line}.")
+        command = "the same command" if args.resume_from is None else "the same command without --resume_from"
+        say(f"stopped by {result.stopped_by} after step {result.step}, which is saved. Run {command} to continue.")
         return STOPPED
     if args.consolidate:
         manager.consolidate()

@@ -1,4 +1,4 @@
-"""Fine-tune a modded-nanogpt checkpoint to put texts into classes: the same line starts and resumes."""
+"""Fine-tune a modded-nanogpt checkpoint to put texts into classes: the same command starts and resumes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ EPILOG = """examples:
   ... --device cuda --dtype bfloat16 --batch_size 32 --num_epochs 3 --model_name xnli_hi
 
 A dataset is a .csv, .tsv or .jsonl file, or a folder with train.*, validation.* and test.*; a tenth of the training
-rows validates where no file does. Ctrl-C finishes the step and saves (exit code 75); the same line goes on.
+rows validates where no file does. Ctrl-C finishes the step and saves (exit code 75); the same command continues.
 """
 
 
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
         tuning = FineTuning(manager, model, tokenizer, examples, schedule, settings)
         stopped_by = tuning.train(args.num_epochs, args.save_interval)
     if stopped_by:
-        say(f"stopped by {stopped_by} at step {tuning.step}, saved. Go on with the same line.")
+        say(f"stopped by {stopped_by} after step {tuning.step}, which is saved. Run the same command to continue.")
         return STOPPED
     split = "test" if "test" in examples else "validation"
     score = tuning.evaluate(examples[split], split)

@@ -98,9 +98,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(word: str) -> int:
-    """Parse a whole number from 1, as a flag's type."""
+    """Parse a whole number of at least 1, as a flag's type."""
     if not word.isascii() or not word.isdigit() or not int(word):
-        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1")
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number of at least 1")
     return int(word)
 
 
@@ -111,7 +111,7 @@ def positive(word: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a number above 0")
     return value
 
 
@@ -119,11 +119,11 @@ def size(word: str, least: int = 1) -> int:
     """Parse a number of bytes such as 5GB, as a flag's type."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", word.upper())
     if not match or (match[3] and not match[2]):
-        raise argparse.ArgumentTypeError(f"{word!r} is no size such as 5GB, 500MB or 2GiB")
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a size such as 5GB, 500MB or 2GiB")
     base = 1024 if match[3] else 1000
     value = int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
     if value < least:
-        raise argparse.ArgumentTypeError(f"{word!r} is no size from {least} byte")
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a size of at least {least} byte")
     return value
 
 
@@ -143,31 +143,32 @@ def number(kind: Callable[[str], float], low: float, high: float, allowed: str) 
 
 
 seed_number = number(int, 0, 2**62, "a whole number from 0 to 2**62")
-whole = number(int, 0, 2**62, "a whole number from 0")
-above_or_zero = number(float, 0, sys.float_info.max, "0 or a number above it")
-below_one = number(float, 0, math.nextafter(1.0, 0.0), "a number from 0 up to, not including, 1")
+whole = number(int, 0, 2**62, "a whole number of at least 0")
+above_or_zero = number(float, 0, sys.float_info.max, "0 or a number above 0")
+below_one = number(float, 0, math.nextafter(1.0, 0.0), "a number from 0 up to but not including 1")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a JSON object of flags.
 
-    Raises: InputError when the file is missing, is no JSON, or is no object.
+    Raises: InputError when the file is missing, is not valid JSON, or is not an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. --config_file takes a JSON file of flags by name.") from error
     except ValueError as error:
-        raise InputError(f"{path}: no valid JSON ({error}).") from error
+        raise InputError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise InputError(f'{path}: found a {type(values).__name__}, expected an object like {{"max_iters": 1000}}.')
     return values
 
 
 def spin_briefly() -> None:
-    """Let threads that compute wait for one another awake for microseconds, not milliseconds; before torch is loaded.
+    """Make OpenMP's threads spin for microseconds, not milliseconds, while they wait; call it before torch is loaded.
 
-    A thread whose core a save copies on is waited for by the others, and while these spin nothing else can use theirs.
+    A save copies on a core that one of these threads needs. The others wait for it, and as long as they spin nothing
+    else can use their cores.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")

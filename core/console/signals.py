@@ -88,7 +88,7 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third would only break the way out
             raise KeyboardInterrupt
         if self._owns_process and not self.work_to_save:
-            _tell(f"{name}: nothing new to save. Go on with the same line.")
+            _tell(f"{name}: nothing new to save. Run the same command to continue.")
             os._exit(STOPPED)
         doing = "already stopping" if self.signal else "finishing this step, then saving"
         self.signal = self.signal or name

@@ -271,7 +271,7 @@ def open_world(parallel: str | None) -> Iterator[World]:
         if _lost_a_peer(error):
             raise CheckpointError(
                 f"rank {rank}: another rank is gone ({str(error).splitlines()[0][:200]}). The last committed step is "
-                "intact; the same line goes on from it, and torchrun --max_restarts does so by itself."
+                "intact; the same command continues from it, and torchrun --max_restarts does so by itself."
             ) from error
         raise
     distributed.destroy_process_group()

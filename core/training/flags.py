@@ -31,16 +31,16 @@ METAVARS: dict[Any, str] = {
 """What stands for a value in --help, by its type."""
 
 EPILOG = """examples:
-  python train.py --model_name dante                          start, or resume: the same line
+  python train.py --model_name dante                          start, or resume: the same command
   python train.py --model_name dante --max_iters 4000         go on for longer
   python train.py --model_name mine --input_file my_book.txt  your own text
   python train.py --model_name big --compile --lr_schedule cosine --lr_decay_iters 5000 --warmup_iters 0.02
   python train.py --model_name fast --arch flex_small         a modded-nanogpt model: packed documents, Muon
   torchrun --nproc_per_node=4 train.py --model_name dante     on several GPUs, or processes: docs/distributed.md
 
-flex_* models see the windows that upstream has at the end of training, from the first step on.
-Ctrl-C and SIGTERM finish the step, save, and say how to go on (exit code 75); a second Ctrl-C ends at once (130).
-SIGUSR1 saves and goes on. docs/clusters.md has lines for batch queues.
+flex_* models use, from the first step on, the attention windows that upstream reaches at the end of training.
+Ctrl-C and SIGTERM finish the step, save, and exit with 75; run the same command to continue. A second Ctrl-C ends the
+run at once (130). SIGUSR1 saves and continues. docs/clusters.md has commands for batch queues.
 A flag wins over the model's own config and training state, which win over the preset.
 """
 
@@ -65,7 +65,7 @@ def _add_settings(group: argparse._ArgumentGroup, *names: str) -> None:
 
 def make_parser() -> Parser:
     """Describe every flag of train.py, in groups."""
-    parser = Parser("train.py", "Train a GPT on text. The same line starts, resumes and continues.", EPILOG)
+    parser = Parser("train.py", "Train a GPT on text. The same command starts, resumes and continues.", EPILOG)
     parser.usage = "train.py [--FLAG VALUE ...]"  # the groups below show each flag, once
     _add_data(parser.add_argument_group("data"))
     _add_model(parser.add_argument_group("model (a checkpoint knows its own; these start a new one)"))
@@ -89,8 +89,12 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "a folder of data/prepare.py, nanoGPT (train.bin) or modded-nanogpt (*.bin shards)",
     )
     _add(group, "tokenization", str, "char (default), gpt2, or a Hugging Face tokenizers JSON file")
-    _add(group, "bpe_file", Path, "the GPT-2 ranks, for a machine without network")
-    group.add_argument("--unknown", choices=("error", "skip"), help="what a character without a place does (error)")
+    _add(group, "bpe_file", Path, "the GPT-2 ranks, for a machine without a network")
+    group.add_argument(
+        "--unknown",
+        choices=("error", "skip"),
+        help="a character outside the vocabulary is an error, or skipped (default: error)",
+    )
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
@@ -98,7 +102,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     _add(group, "n_head", count, "attention heads")
     _add(group, "n_embd", count, "width, a multiple of the heads")
     _add(group, "block_size", count, "longest context, in tokens")
-    _add(group, "dropout", below_one, "share of activations dropped while training")
+    _add(group, "dropout", below_one, "fraction of activations dropped during training")
     _add(group, "init_from_model", str, "start from the weights of another model below the root")
     _add(group, "init_from_checkpoint", Path, "start from a state_step*.pt of modded-nanogpt")
     group.add_argument("--arch", choices=ARCHS, metavar="NAME", help=f"{', '.join(ARCHS)} (gpt)")
@@ -106,34 +110,43 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 def _add_saving(group: argparse._ArgumentGroup) -> None:
     _add_settings(group, "eval_interval", "eval_iters", "save_interval", "save_every_minutes")
-    _add(group, "stop_after_minutes", positive, "finish the step, save and exit with 75 this long after the start")
+    _add(group, "stop_after_minutes", positive, "this long after the start, finish the step, save, and exit with 75")
     group.add_argument(
-        "--save_policy", choices=("wait", "skip"), default="wait", help="of a save while one is written (wait)"
+        "--save_policy",
+        choices=("wait", "skip"),
+        default="wait",
+        help="when a save is due while another is being written: wait for it, or skip this one (default: wait)",
     )
     _add_settings(group, "max_failed_saves")
     group.add_argument(
         "--stage_memory",
         type=lambda word: size(word, least=0),
         metavar="SIZE",
-        help="memory for a step on its way to disk: 2GB, 500MB, 0 for 48 MB (half of what is free)",
+        help="memory for a step on its way to disk: 2GB, 500MB, or 0 for 48 MB (default: half of what is free)",
     )
     group.add_argument("--keep", type=whole, metavar="N", help="older steps to keep besides the best (1)")
     group.add_argument("--keep_every", type=count, metavar="N", help="keep every step that N divides")
     _add_settings(group, "strict_resume")
-    group.add_argument("--consolidate", action="store_true", help="at the end, make plain files of shards (fsdp)")
+    group.add_argument(
+        "--consolidate", action="store_true", help="at the end, write plain files from the shards (fsdp)"
+    )
 
 
 def _add_history(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--resume_from", type=whole, metavar="STEP", help="go back to a kept step; what came after it is kept aside"
+        "--resume_from", type=whole, metavar="STEP", help="go back to a kept step; what came after it is set aside"
     )
     group.add_argument(
-        "--prune", action="store_true", help="remove what lies aside (and, with --keep, older steps), and train nothing"
+        "--prune",
+        action="store_true",
+        help="remove what was set aside (with --keep, older steps too), and train nothing",
     )
     group.add_argument(
-        "--allow_fresh", action="store_true", help="where no checkpoint is intact, move all aside and start anew"
+        "--allow_fresh", action="store_true", help="when no checkpoint is intact, set all of them aside and start anew"
     )
-    group.add_argument("--no_verify", action="store_false", dest="verify", help="do not compare checksums on resume")
+    group.add_argument(
+        "--no_verify", action="store_false", dest="verify", help="do not compare checksums when resuming"
+    )
 
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
@@ -141,4 +154,4 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--parallel", choices=PARALLEL, help="under torchrun: a whole model per rank, or shards (ddp)")
     group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     _add_settings(group, "dtype", "compile")
-    group.add_argument("--no_compile", action="store_false", dest="compile", help="do not")
+    group.add_argument("--no_compile", action="store_false", dest="compile", help="do not use torch.compile")

@@ -20,24 +20,28 @@ def _setting(default: Any, kind: Callable[[str], Any] | tuple[str, ...] | None, 
 class Settings:
     """What a run does; a training state records the fields up to `warmup_iters`, in this order."""
 
-    lr_schedule: str = _setting("constant", KINDS, "after warm-up (constant)")
+    lr_schedule: str = _setting("constant", KINDS, "learning rate after warm-up (default: constant)")
     lr_decay_iters: int | None = _setting(
         None, count, "step at which a cosine is lowest; independent of --max_iters"
     )  # steps
-    weight_decay: float | None = _setting(0.1, above_or_zero, "of matrices")  # per unit of learning rate
-    grad_clip: float = _setting(1.0, above_or_zero, "largest gradient norm; 0 for none")  # L2 norm of all gradients
+    weight_decay: float | None = _setting(0.1, above_or_zero, "weight decay of matrices")  # per unit of learning rate
+    grad_clip: float = _setting(
+        1.0, above_or_zero, "clip gradients to this norm; 0 for no clipping"
+    )  # L2 norm of all gradients
     gradient_accumulation_steps: int = _setting(1, count, "batches per optimizer step")  # micro-steps
-    ema: float = _setting(0.0, below_one, "keep an average of the weights of this decay, like 0.999; 0 for none")
-    eval_interval: int = _setting(250, count, "steps between evaluations (250)")  # steps
-    eval_iters: int = _setting(20, count, "batches per evaluation (20)")  # batches
-    save_interval: int | None = _setting(None, count, "steps between saves (as --eval_interval)")  # steps
+    ema: float = _setting(
+        0.0, below_one, "decay of an average of the weights that is saved besides, such as 0.999; 0 for none"
+    )
+    eval_interval: int = _setting(250, count, "steps between evaluations (default: 250)")  # steps
+    eval_iters: int = _setting(20, count, "batches per evaluation (default: 20)")  # batches
+    save_interval: int | None = _setting(None, count, "steps between saves (default: --eval_interval)")  # steps
     save_every_minutes: float | None = _setting(
-        None, positive, "save as well when the last save was this long ago"
+        None, positive, "also save when the last save is this long ago"
     )  # minutes
-    seed: int = _setting(1337, seed_number, "of data order, dropout and initialisation (1337)")
+    seed: int = _setting(1337, seed_number, "of data order, dropout and initialization (default: 1337)")
     max_iters: int = _setting(1500, count, "optimizer steps in all")  # steps
     learning_rate: float = _setting(
-        1e-3, positive, "peak learning rate of AdamW; of Muon for flex_*, the rest in proportion"
+        1e-3, positive, "peak learning rate of AdamW; for flex_* of Muon, the others in proportion"
     )  # per update
     warmup_iters: float = _setting(
         0.0, above_or_zero, "steps of linear warm-up, or a fraction of --lr_decay_iters"
@@ -45,11 +49,13 @@ class Settings:
     dtype: str = _setting(
         "fp32",
         ("fp32", "bf16", "fp16"),
-        "arithmetic of the forward pass; weights stay fp32 (flex_*: but for embeddings)",
+        "arithmetic of the forward pass; weights stay fp32 (flex_*: except embeddings)",
     )
     compile: bool = _setting(False, None, "use torch.compile")
-    max_failed_saves: int = _setting(3, count, "failed saves in a row that end the run (3)")  # saves
-    strict_resume: bool = _setting(False, None, "refuse to go on where the resume is not exact")
+    max_failed_saves: int = _setting(
+        3, count, "end the run after this many failed saves in a row (default: 3)"
+    )  # saves
+    strict_resume: bool = _setting(False, None, "refuse to continue when the resume is not exact")
 
     @classmethod
     def resolve(

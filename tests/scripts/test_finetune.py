@@ -148,7 +148,7 @@ def test_a_signal_saves_and_the_same_line_goes_on_and_a_third_time_only_scores(m
     out, rest = run.communicate(timeout=60)
     step = state_of(tmp_path / "nli")["step"]
     assert run.returncode == STOPPED and out == b""
-    assert f"stopped by SIGTERM at step {step}, saved. Go on with the same line." in rest.decode()
+    assert f"stopped by SIGTERM after step {step}, which is saved. Run the same command to continue." in rest.decode()
     done = tune(made, tmp_path, **{**flags, "num_epochs": 1})
     assert done.returncode == DONE and f"resuming at step {step}" in done.stderr, done.stderr
     idle = tune(made, tmp_path, **{**flags, "num_epochs": 1})
@@ -208,7 +208,7 @@ def test_a_model_of_another_program_is_neither_resumed_nor_a_classifier(made, tm
         ({"dataset": None}, WRONG_USE, "--dataset is needed"),
         ({"pretrained_ckpt_path": None}, WRONG_USE, "--pretrained_ckpt_path is needed"),
         ({"dtype": "float8"}, WRONG_USE, "float8"),
-        ({"batch_size": 0}, WRONG_USE, "'0' is no whole number from 1"),
+        ({"batch_size": 0}, WRONG_USE, "found '0', expected a whole number of at least 1"),
         ({"text_columns": "premise,"}, WRONG_USE, "--text_columns takes names with commas between them"),
         ({"text_colums": "premise"}, WRONG_USE, "unknown flag --text_colums; did you mean --text_columns?"),
         ({"n_layer": 12, "n_embd": 768}, FAILED, "--n_layer is 12, and the checkpoint has 6; --n_embd is 768, and"),

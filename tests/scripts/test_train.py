@@ -113,7 +113,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text, 
     _, said = run.communicate(timeout=30)
     step = state(tmp_path)["step"]
     assert run.returncode == STOPPED
-    assert f"stopped by {number.name} at step {step}, saved. Go on with the same line." in said
+    assert f"stopped by {number.name} after step {step}, which is saved. Run the same command to continue." in said
     lines = (tmp_path / "default/metrics.jsonl").read_text().splitlines()
     assert len(lines) == step and json.loads(lines[-1])["step"] == step
 
@@ -169,10 +169,14 @@ def test_settings_come_from_a_file_and_the_command_line_wins(tmp_path, text):
     [
         (["--n_lyer", "3"], WRONG_USE, "unknown flag --n_lyer; did you mean --n_layer?"),
         (["--n-layer", "3"], WRONG_USE, "unknown flag --n-layer; did you mean --n_layer?"),
-        (["--max_iters", "many"], WRONG_USE, "argument --max_iters: 'many' is no whole number from 1"),
+        (
+            ["--max_iters", "many"],
+            WRONG_USE,
+            "argument --max_iters: found 'many', expected a whole number of at least 1",
+        ),
         (["--n_head", "3"], FAILED, "n_embd 16 is not divisible by n_head 3; n_head may be 1, 2, 4, 8, 16"),
         (["--dropout", "1.5"], WRONG_USE, "--dropout: found '1.5', expected a number from 0 up to, not including, 1"),
-        (["--learning_rate", "nan"], WRONG_USE, "argument --learning_rate: 'nan' is no number above 0"),
+        (["--learning_rate", "nan"], WRONG_USE, "argument --learning_rate: found 'nan', expected a number above 0"),
         (["--weight_decay", "-1"], WRONG_USE, "--weight_decay: found '-1', expected 0 or a number above it"),
         (["--grad_clip", "-1"], WRONG_USE, "--grad_clip: found '-1', expected 0 or a number above it"),
         (["--grad_clip", "nan"], WRONG_USE, "--grad_clip: found 'nan', expected 0 or a number above it"),
@@ -180,7 +184,7 @@ def test_settings_come_from_a_file_and_the_command_line_wins(tmp_path, text):
         (["--keep", "-1"], WRONG_USE, "--keep: found '-1', expected a whole number from 0"),
         (["--resume_from", "-1"], WRONG_USE, "--resume_from: found '-1', expected a whole number from 0"),
         (["--seed", "99999999999999999999"], WRONG_USE, "found '99999999999999999999', expected a whole number from 0"),
-        (["--stage_memory", "-1"], WRONG_USE, "argument --stage_memory: '-1' is no size"),
+        (["--stage_memory", "-1"], WRONG_USE, "argument --stage_memory: found '-1', expected a size"),
         (["--prune", "--resume_from", "2"], WRONG_USE, "--prune trains nothing, and goes back to nothing"),
         (["--input_file", "nothere.txt"], FAILED, "nothere.txt"),
         (["--block_size", "99999"], FAILED, "99"),
@@ -189,8 +193,12 @@ def test_settings_come_from_a_file_and_the_command_line_wins(tmp_path, text):
         (["--model_name", "../x"], FAILED, "model name '../x': expected the name of one folder"),
         (["--device", "tpuu"], FAILED, "'tpuu' is no device. Use auto, cpu, cuda or cuda:N"),
         (["--config_file", "none.json"], FAILED, "none.json: No such file or directory"),
-        (["--max_iters", "0"], WRONG_USE, "argument --max_iters: '0' is no whole number from 1"),
-        (["--eval_interval", "0"], WRONG_USE, "argument --eval_interval: '0' is no whole number from 1"),
+        (["--max_iters", "0"], WRONG_USE, "argument --max_iters: found '0', expected a whole number of at least 1"),
+        (
+            ["--eval_interval", "0"],
+            WRONG_USE,
+            "argument --eval_interval: found '0', expected a whole number of at least 1",
+        ),
         (["--init_from_model", "nobody"], FAILED, "nobody: no such folder"),
         (["--tokenization", "nothere.json"], FAILED, "nothere.json"),
     ],

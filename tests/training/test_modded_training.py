@@ -65,7 +65,9 @@ def test_steps_and_a_resume_and_more_steps_are_all_steps(tmp_path, text, arch, c
     flags = {"gradient_accumulation_steps": 2, "weight_decay": 0.1} if arch == "flex_medium" else {}
     assert train(tmp_path, text, arch=arch, model_name="whole", max_iters=6, **flags) == DONE
     assert train(tmp_path, text, arch=arch, model_name="parts", max_iters=3, **flags) == DONE
-    assert script.main(words(tmp_path, None, model_name="parts", max_iters=6)) == DONE, "the same line, without --arch"
+    assert script.main(words(tmp_path, None, model_name="parts", max_iters=6)) == DONE, (
+        "the same command, without --arch"
+    )
     said = capsys.readouterr()
     assert "resuming at step 3" in said.err and "done: step 6, validation loss" in said.err
     whole, parts = bits(tmp_path / "whole"), bits(tmp_path / "parts")
@@ -169,7 +171,7 @@ def test_a_run_starts_from_an_upstream_file_with_its_optimizer(tmp_path, text, s
     assert ("47 of 47 matrices in fp32" in said) == (folder == MEDIUM)
     entries = torch.load(tmp_path / "default/optimizer.pt", weights_only=True)["state"]
     assert {float(entry["step"]) for entry in entries.values() if "step" in entry} == {3.0}, "two were in the file"
-    assert script.main(words(tmp_path, text, **flags, max_iters=2)) == DONE, "the same line resumes"
+    assert script.main(words(tmp_path, text, **flags, max_iters=2)) == DONE, "the same command resumes"
     assert "resuming at step 1" in capsys.readouterr().err
 
 

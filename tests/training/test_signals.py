@@ -198,7 +198,10 @@ def test_a_save_asked_of_one_rank_is_made_by_all_and_the_clock_of_one_stops_all(
     said = ranks.output_of(tmp_path)
     saved = [int(step) for step in re.findall(r"saved step (\d+) to", said)]
     assert len(saved) == 2 and saved == sorted(set(saved)), said
-    assert f"stopped by stop_after_minutes at step {saved[-1]}, saved. Go on with the same line" in said
+    assert (
+        f"stopped by stop_after_minutes after step {saved[-1]}, which is saved. Run the same command to continue"
+        in said
+    )
 
 
 def test_an_error_of_a_compiler_that_a_stop_has_reached_is_that_stop(tmp_path):
@@ -285,7 +288,7 @@ def test_a_signal_before_the_first_step_ends_with_75_and_nothing_is_lost(tmp_pat
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=200)
     assert run.returncode == STOPPED
-    if "SIGTERM: nothing new to save. Go on with the same line." in said:
+    if "SIGTERM: nothing new to save. Run the same command to continue." in said:
         assert (tmp_path / "default/training_state.json").read_bytes() == before
     assert train(tmp_path, text, max_iters=20).returncode == DONE
 
@@ -344,7 +347,7 @@ def test_a_run_that_stops_by_the_clock_again_and_again_ends_with_the_bits_of_one
         assert codes[-1] in (DONE, STOPPED), done.stderr
         steps.append(state(tmp_path, "timed")["step"])
         if codes[-1] == STOPPED:
-            assert f"stopped by stop_after_minutes at step {steps[-1]}, saved. Go on with the same line" in done.stderr
+            assert f"stopped by stop_after_minutes after step {steps[-1]}, which is saved. Run the same" in done.stderr
     assert codes[0] == STOPPED and steps == sorted(set(steps)) and steps[-1] == 300
     assert same_run(tmp_path / "whole", tmp_path / "timed")
 
@@ -371,10 +374,13 @@ def test_saves_by_the_clock_change_nothing_but_when_they_are_made(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--stop_after_minutes", "0"], "argument --stop_after_minutes: '0' is no number above 0"),
-        (["--save_every_minutes", "soon"], "argument --save_every_minutes: 'soon' is no number above 0"),
-        (["--max_failed_saves", "0"], "argument --max_failed_saves: '0' is no whole number from 1"),
-        (["--stage_memory", "lots"], "argument --stage_memory: 'lots' is no size such as 5GB, 500MB or 2GiB"),
+        (["--stop_after_minutes", "0"], "argument --stop_after_minutes: found '0', expected a number above 0"),
+        (["--save_every_minutes", "soon"], "argument --save_every_minutes: found 'soon', expected a number above 0"),
+        (["--max_failed_saves", "0"], "argument --max_failed_saves: found '0', expected a whole number of at least 1"),
+        (
+            ["--stage_memory", "lots"],
+            "argument --stage_memory: found 'lots', expected a size such as 5GB, 500MB or 2GiB",
+        ),
         (["--save_policy", "hope"], "argument --save_policy: invalid choice: 'hope'"),
     ],
 )
