@@ -181,7 +181,9 @@ def _count(found: Match, letter: str, numbers: set[int], word: str, plural: str)
 
 
 def _measure(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shape]) -> None:
-    """Let every side say what it measures; most votes win, the first among equals."""
+    """Let every side of every tensor say what it measures; most votes win, the first among equals."""
+    # Two passes: a side such as `q_size + 2 kv_size` measures its second word only when the first is known, and in one
+    # pass that would depend on the order of the names in the file. So plain sides vote first, sums afterwards.
     for sums in (False, True):
         votes: dict[str, dict[int, tuple[int, str]]] = {}
         for name, wanted in sides.items():

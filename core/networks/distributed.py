@@ -104,7 +104,10 @@ class World:
         return World(self.rank, self.size, self.local_rank, self.parallel, group)
 
     def spread(self, model: Any, device: str) -> None:
-        """Leave on each rank a shard of every parameter of a model (FSDP2), gathered block by block as it computes."""
+        """Leave on each rank a shard of every parameter of a model (FSDP2), gathered block by block as it computes.
+
+        Every rank must call it.
+        """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -131,7 +134,7 @@ class World:
             yield
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor over all ranks, in place."""
+        """Add up a tensor over all ranks, in place. Every rank must call it, with the same shape and dtype."""
         if self.size > 1:
             from torch import distributed
 
@@ -139,7 +142,7 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is set on any rank."""
+        """Whether a flag is set on any rank. Every rank must call it."""
         if self.size == 1:
             return flag
         import torch
@@ -147,7 +150,7 @@ class World:
         return bool(self.sum(torch.tensor(float(flag))).item())
 
     def wishes(self, mine: set[str]) -> set[str]:
-        """Say what is asked of any rank."""
+        """The wishes (see console/signals.py) of all ranks together. Every rank must call it."""
         if self.size == 1:
             return mine
         import torch
@@ -155,9 +158,10 @@ class World:
         return self.at_edge(torch.zeros(()), mine)
 
     def at_edge(self, loss: torch.Tensor, mine: set[str]) -> set[str]:
-        """Average the loss of a step over the ranks, in place, and say what is asked of any of them; one collective.
+        """Average the loss of a step [] over the ranks, in place, and return the wishes of all of them; one collective.
 
-        A GPU is not waited for: what it adds up is read at the next edge, on all ranks alike.
+        Every rank must call it at the same step. A GPU is not waited for: what it adds up is read at the next edge, on
+        all ranks alike.
         """
         if self.size == 1:
             return mine
@@ -174,7 +178,7 @@ class World:
         return {name for name, count in zip(WISHES, counts, strict=False) if count}
 
     def from_first(self, value: Any = None) -> Any:
-        """Give every rank the plain value that the first one has."""
+        """Give every rank the plain value of the first. Every rank must call it; the values of the others are ignored."""
         if self.size == 1:
             return value
         from torch import distributed
@@ -184,7 +188,7 @@ class World:
         return held[0]
 
     def to_first(self, value: Any) -> list[Any]:
-        """Give the first rank the plain values of all, by rank; the others get an empty list."""
+        """Give the first rank the plain values of all, by rank; the others get an empty list. Every rank must call it."""
         if self.size == 1:
             return [value]
         from torch import distributed
@@ -194,7 +198,7 @@ class World:
         return values or []
 
     def everyone(self, value: Any) -> list[Any]:
-        """Give every rank the plain values of all of them, by rank."""
+        """Give every rank the plain values of all of them, by rank. Every rank must call it."""
         if self.size == 1:
             return [value]
         from torch import distributed
@@ -204,7 +208,7 @@ class World:
         return values
 
     def agree(self, what: str, value: Any) -> None:
-        """Check that all ranks have the same value.
+        """Check that all ranks have the same value. Every rank must call it.
 
         Raises: CheckpointError naming the first rank that has another.
         """
@@ -222,7 +226,7 @@ ALONE = World()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Give every rank the whole of a tensor that may be spread over them."""
+    """Give every rank the whole of a tensor that may be spread over them; of such a tensor every rank must call it."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

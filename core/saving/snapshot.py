@@ -1,13 +1,22 @@
-"""Live tensors on their way to disk while training goes on.
+"""Live tensors on their way to disk while training continues.
 
-Weights and optimizer state do not change between two optimizer steps. In that time threads copy them, block by block
-of the files to be, into memory that is allocated once, and sum the bytes while they are in the core's cache; from a GPU
-one thread copies, and others sum what has arrived. The writer takes the blocks from there in their order, and seals
-them with the checksums. With blocks for the whole state the copy is over long before the write. With few, which go
-round, it lasts as long as the write does, and so may the next optimizer step have to wait.
+Weights and optimizer state do not change between two optimizer steps. In that time threads copy them, block by block of
+the future files, into memory that is allocated once, and compute the CRC32 while the bytes are in the core's cache.
 
-There are several threads because those of the computation wait for the last of them: what the copy takes from one core,
-the others lose too.
+    span = a block of a future file, still in live tensors     index = a block of memory
+                      .-------------------- _free (indices) <-------------------.
+                      v                                                         |
+    _left (spans) -> copying threads -- _ready (CPU) ------------------------> writer -> file
+                      |  fill a block,                                ^          takes blocks in order (`_early` holds
+                      |  sum it on a CPU                              |          those that came too soon), seals them
+                      `-- _arriving (GPU) -> summing threads ---------'          with the checksums
+                             wait for the copy's event, then sum
+
+Three roles: the loop's thread makes the snapshot and waits in `wait_copied` before the next update; copying threads
+(one for a GPU, several for a CPU, since the threads of a computation wait for the slowest of them) empty `_left`;
+the writer's thread plans, starts the others, takes what is ready and gives its memory back. With blocks for the whole
+state the copy is over long before the write. With few, which circulate, it lasts as long as the write, and the next
+update may have to wait. None in a queue means that nothing more comes.
 """
 
 from __future__ import annotations
@@ -33,16 +42,16 @@ from ..errors import SaveFailed
 from .torch_file import bytes_of, records_of
 
 BLOCK = 4 * 1024 * 1024
-"""Bytes of a block: large enough for the disk, small enough to fill while another is written."""
+"""Bytes of a block: large enough for the disk, small enough to be filled while another is written."""
 
 RING = 12
 """Blocks when there is no memory for more: 48 MB."""
 
 FEW = 8
-"""Blocks that a thread is not started for."""
+"""Blocks for which starting another thread does not pay."""
 
 SHARE = 0.5
-"""Of the free memory, what a snapshot may take."""
+"""Fraction of the free memory that a snapshot may take."""
 
 
 class Blocks:
@@ -240,14 +249,14 @@ class Snapshot:
         return self._early.pop(self._taken - 1)
 
     def finish(self) -> None:
-        """Make sure that what was copied was one state; all blocks have been taken.
+        """Check that what was copied is one state; call it when all blocks have been taken.
 
         Raises: SaveFailed when a tensor changed while it was copied.
         """
         assert self._next() is None
 
     def close(self) -> None:
-        """Let the tensors and the memory go, whether or not all was written."""
+        """Release the tensors and the memory, whether or not everything was written."""
         self._give_up()
         for _ in self._threads:
             self._arriving.put(None)
@@ -306,7 +315,7 @@ class Snapshot:
         for name, tensor, version in self._versions:
             if tensor._version != version:
                 raise SaveFailed(
-                    f"{name} was changed while it was saved, by something else than the optimizer's step. "
+                    f"{name} changed while it was being saved, and not by the optimizer's step. "
                     "Call wait() of the manager before such a change."
                 )
 

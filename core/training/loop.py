@@ -166,7 +166,7 @@ class Loop:
         }
 
     def update(self) -> None:
-        """Make one optimizer step."""
+        """Make one optimizer step of the global batch, of which this rank has some micro-steps, or some of their rows."""
         model, step = self.model, self.model.step
         rate = self.schedule.at(step) if self.schedule else self.optimizer.param_groups[0]["lr"]
         if self.schedule:
@@ -177,7 +177,11 @@ class Loop:
         total = torch.zeros((), device=self.device)
         mine = self.share.micro_steps
         for micro in mine:
-            x, y = self._to_device(self.loader.batch(step, micro, self.share.rows))
+            x, y = self._to_device(
+                self.loader.batch(step, micro, self.share.rows)
+            )  # ids [B, T], their successors [B, T]
+            # Dropout is seeded anew for each micro-step: its noise is then a function of (seed, step, micro-step, rank),
+            # and a resume needs no generator state, whatever was drawn in between by an evaluation or by a sample.
             seed_generator(mix(self.loader.seed, step, micro, *self.world.noise), self.device)
             with self.world.without_sync(self.forward, last=micro == mine[-1]):
                 with self.autocast:

@@ -151,7 +151,7 @@ def test_weights_changed_behind_the_optimizer_while_they_are_copied_are_never_co
     with torch.no_grad():
         model.ln_f.weight += 1
     go_on.set()
-    said = r"model\.pt\.ln_f\.weight was changed while it was saved, by something else than the optimizer's step"
+    said = r"model\.pt\.ln_f\.weight changed while it was being saved, and not by the optimizer's step"
     with pytest.raises(SaveFailed, match=said):
         made.wait()
     assert state_of(tmp_path / "dante")["step"] == 1 and not list((tmp_path / "dante").glob(".stage-*"))
