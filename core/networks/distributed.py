@@ -178,7 +178,7 @@ class World:
         return {name for name, count in zip(WISHES, counts, strict=False) if count}
 
     def from_first(self, value: Any = None) -> Any:
-        """Give every rank the plain value of the first. Every rank must call it; the values of the others are ignored."""
+        """Give every rank the plain value of the first, whatever the others hand in. Every rank must call it."""
         if self.size == 1:
             return value
         from torch import distributed
