@@ -188,7 +188,7 @@ class World:
         return held[0]
 
     def to_first(self, value: Any) -> list[Any]:
-        """Give the first rank the plain values of all, by rank; the others get an empty list. Every rank must call it."""
+        """Give the first rank the plain values of all by rank, the others an empty list. Every rank must call it."""
         if self.size == 1:
             return [value]
         from torch import distributed
