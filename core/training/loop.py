@@ -166,7 +166,7 @@ class Loop:
         }
 
     def update(self) -> None:
-        """Make one optimizer step of the global batch, of which this rank has some micro-steps, or some of their rows."""
+        """Make one optimizer step: the rank's part of the global batch, micro-step by micro-step."""
         model, step = self.model, self.model.step
         rate = self.schedule.at(step) if self.schedule else self.optimizer.param_groups[0]["lr"]
         if self.schedule:
