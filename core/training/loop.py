@@ -177,11 +177,9 @@ class Loop:
         total = torch.zeros((), device=self.device)
         mine = self.share.micro_steps
         for micro in mine:
-            x, y = self._to_device(
-                self.loader.batch(step, micro, self.share.rows)
-            )  # ids [B, T], their successors [B, T]
-            # Dropout is seeded anew for each micro-step: its noise is then a function of (seed, step, micro-step, rank),
-            # and a resume needs no generator state, whatever was drawn in between by an evaluation or by a sample.
+            x, y = self._to_device(self.loader.batch(step, micro, self.share.rows))  # ids and their successors, [B, T]
+            # Dropout is seeded anew for each micro-step: its noise is then a function of (seed, step, micro-step,
+            # rank), and a resume needs no generator state, whatever an evaluation or a sample has drawn in between.
             seed_generator(mix(self.loader.seed, step, micro, *self.world.noise), self.device)
             with self.world.without_sync(self.forward, last=micro == mine[-1]):
                 with self.autocast:
