@@ -52,7 +52,8 @@ ROOMS = {
     "core/saving/step.py": "bundle/test_damage checkpoint/test_checkpoint training/test_failed_saves",
     "core/training/certificate.py": "training/test_certificate",
     "core/training/fit.py": "training/test_loop training/test_resume training/test_failed_saves training/test_signals",
-    "core/training/loop.py": "training/test_loop training/test_resume training/test_fp16 training/test_signals",
+    "core/training/loop.py": "training/test_loop training/test_resume training/test_fp16 training/test_signals "
+    "training/test_distributed",
 }
 """The modules that carry the promises, and for each the test files that must notice: the quick ones first."""
 

@@ -10,7 +10,9 @@ import sys
 import pytest
 import torch
 
+from core.bundle.commit import ModelFolder
 from core.bundle.lock import hold
+from core.bundle.rewind import go_back
 from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, FAILED
 from core.errors import CheckpointDamaged, CheckpointLocked, CheckpointNotFound, NoneIntact
@@ -158,6 +160,8 @@ def test_a_damaged_step_is_not_gone_back_to_and_nothing_changes(tmp_path):
     with manager(tmp_path) as made:
         with pytest.raises(CheckpointDamaged, match=r"step_00000001/model\.pt: \S+ is damaged \(CRC32"):
             made.go_back(1)
+        with pytest.raises(CheckpointDamaged, match=r"step_00000001/model\.pt: \S+ is damaged \(CRC32"):
+            go_back(ModelFolder(folder), 1, print)  # which checks unless told otherwise
         assert sorted(p.name for p in folder.iterdir()) == before
     with manager(tmp_path, verify=False) as made:
         made.go_back(1)

@@ -89,9 +89,9 @@ def kill(process: int, number: signal.Signals) -> bool:
     return True
 
 
-def losses(root: Path, name: str = "dante") -> dict[int, float]:
+def losses(root: Path, name: str = "dante", key: str = "loss") -> dict[int, float]:
     lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line[key] for line in lines if key in line}
 
 
 def saved(root: Path, name: str = "dante") -> tuple[dict, dict]:

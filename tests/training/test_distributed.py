@@ -68,15 +68,18 @@ def test_parallel_without_torchrun_says_how_to_start(monkeypatch):
 
 def test_one_two_and_four_ranks_have_the_same_losses(tmp_path, text):
     flags = {"max_iters": 20, "eval_interval": 10, "gradient_accumulation_steps": 2, "learning_rate": 0.01}
-    found = {}
+    found, measured = {}, {}
     for ranks in (0, 2, 4):
         done = train(tmp_path, text, ranks, model_name=f"of{ranks}", **flags)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("done: step 20") == 1, "one rank prints"
         found[ranks] = losses(tmp_path, f"of{ranks}")
+        measured[ranks] = losses(tmp_path, f"of{ranks}", "val_loss")  # of 3 batches, which no number of ranks divides
     assert list(found[0]) == list(found[2]) == list(found[4]) == list(range(1, 21))
+    assert list(measured[0]) == list(measured[2]) == list(measured[4]) == [10, 20]
     for ranks in (2, 4):
-        assert max(abs(found[ranks][step] - loss) for step, loss in found[0].items()) <= BOUND
+        for here, alone in ((found[ranks], found[0]), (measured[ranks], measured[0])):
+            assert max(abs(here[step] - loss) for step, loss in alone.items()) <= BOUND
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_same_line_goes_on(tmp_path, text):
