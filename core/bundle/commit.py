@@ -25,7 +25,7 @@ from .folder import (
     STANDARD,
     WENT_BACK,
     FolderReader,
-    Opened,
+    OpenStep,
     aside_folder,
     entries,
     file_names,
@@ -317,7 +317,7 @@ class ModelFolder(FolderReader):
                 self.storage.rename(self.path / name, self.path / aside)
         self.storage.sync_folder(self.path)
 
-    def _adopt(self, opened: Opened) -> dict[str, Any]:
+    def _adopt(self, opened: OpenStep) -> dict[str, Any]:
         """The training state that a bundle of format version 1 would have had."""
         files = {
             name: {"size": file.seek(0, os.SEEK_END), "crc32": f"{self.storage.crc32(file):08x}"}
