@@ -14,7 +14,7 @@ from ..containers.dcp.metadata import METADATA
 from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.fused import recognise
-from .commit import CONFIG, MODEL, ModelFolder, Opened
+from .commit import CONFIG, MODEL, ModelFolder, OpenStep
 from .evolution import Evidence, evolve, old_settings
 from .lineage import order
 from .parts import WEIGHTS_KEYS, Part, ShardedFile, TorchFile, files_of, folder_of
@@ -126,7 +126,7 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptStep:
     """One older step in a model's folder; its state is empty where it cannot be read."""
 
     step: int
@@ -154,7 +154,7 @@ def open_bundle(folder: Path, step: int | None = None, storage: Storage = DISK) 
         raise
 
 
-def _open_step(place: ModelFolder, step: int) -> Opened:
+def _open_step(place: ModelFolder, step: int) -> OpenStep:
     with contextlib.suppress(CheckpointDamaged):
         opened = place.open_newest()
         if opened.state.get("step") == step:
@@ -163,7 +163,7 @@ def _open_step(place: ModelFolder, step: int) -> Opened:
     return place.open_step(step)
 
 
-def _bundle(opened: Opened, folder: Path) -> Bundle:
+def _bundle(opened: OpenStep, folder: Path) -> Bundle:
     weights, optimizer = _part(opened, MODEL, WEIGHTS_KEYS), _part(opened, OPTIMIZER)
     if CONFIG not in opened.files or weights is None:
         names = ModelFolder(folder).storage.names(folder)
@@ -186,7 +186,7 @@ def _bundle(opened: Opened, folder: Path) -> Bundle:
     return Bundle(opened.folder, opened.state, values, tokenizer, opened.files, weights, optimizer, ema=ema)
 
 
-def _part(opened: Opened, name: str, keys: tuple[str, ...] = ()) -> Part | None:
+def _part(opened: OpenStep, name: str, keys: tuple[str, ...] = ()) -> Part | None:
     """The torch file of this name, or the folder of shards in its place."""
     if name in opened.files:
         return Part(TorchFile(opened.files[name], opened.folder / name), keys)
@@ -195,18 +195,18 @@ def _part(opened: Opened, name: str, keys: tuple[str, ...] = ()) -> Part | None:
     return Part(ShardedFile(files, opened.folder / folder)) if METADATA in files else None
 
 
-def _read_json(opened: Opened, name: str) -> dict[str, Any]:
+def _read_json(opened: OpenStep, name: str) -> dict[str, Any]:
     file = opened.files[name]
     file.seek(0)
     return parse_json(file.read(), str(opened.folder / name))
 
 
-def history(folder: Path, storage: Storage = DISK) -> list[Kept]:
+def history(folder: Path, storage: Storage = DISK) -> list[KeptStep]:
     """List the kept steps of a model, in the order they were committed in."""
     kept = []
     for step, path in ModelFolder(folder, storage).kept_steps().items():
         state: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
             state = unseal(storage.read(path / STATE), str(path / STATE))
-        kept.append(Kept(step, path, state))
+        kept.append(KeptStep(step, path, state))
     return sorted(kept, key=lambda step: step.order)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .folder import (
     STANDARD,
     WENT_BACK,
     FolderReader,
-    Opened,
+    OpenStep,
     aside_folder,
     entries,
     file_names,
@@ -62,7 +62,7 @@ class ModelFolder(FolderReader):
             self._close_commit()
         for name in self.storage.names(self.path):
             if name.startswith((".stage-", ".trash-")):
-                self._remove_tree(self.path / name)
+                self.storage.remove_tree(self.path / name)
 
     def stage(self) -> Path:
         """Make a folder for the files of the next step; no reader looks into it."""
@@ -72,37 +72,24 @@ class ModelFolder(FolderReader):
 
     def discard(self, stage: Path) -> None:
         """Remove a staged step that will not be committed."""
-        self._remove_tree(stage)
+        self.storage.remove_tree(stage)
 
     def commit(self, stage: Path) -> None:
         """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due."""
-        self._sync_stage(stage)
-        self.storage.rename(stage, self.committed)
-        self.storage.sync_folder(self.path)
+        self.storage.publish(stage, self.committed)
 
     def replace_state(self, state: dict[str, Any]) -> None:
         """Give the top another training state, durably, of the same step and files; a reader sees one or the other."""
-        staged = self.path / f".stage-{new_id()}"
-        with self.discarded_on_failure(staged):
+        with self.storage.published(self.path / STATE) as staged:  # in one folder: recovery fsyncs only that
             self.storage.write(staged, seal(state))
-            self.storage.rename(staged, self.path / STATE)  # in one folder: what recovers from here fsyncs only that
-        self.storage.sync_folder(self.path)
 
     def keep(self, stage: Path, step: int) -> Path:
         """Make a staged step a kept one, durably; CheckpointMismatch when that step is kept already."""
         target = self.path / step_folder(step)
         if self.storage.exists(target):
             raise CheckpointMismatch(f"{target}: this step is kept already, and is not replaced.")
-        self._sync_stage(stage)
-        self.storage.rename(stage, target)
-        self.storage.sync_folder(self.path)
+        self.storage.publish(stage, target)
         return target
-
-    def _sync_stage(self, stage: Path) -> None:
-        for name in self.storage.names(stage):
-            if self.storage.is_folder(stage / name):
-                self.storage.sync_folder(stage / name)
-        self.storage.sync_folder(stage)
 
     def roll_forward(self) -> None:
         """Keep the old top as history and move the committed files to the top."""
@@ -111,9 +98,17 @@ class ModelFolder(FolderReader):
         self._close_commit()
 
     def _preserve_top(self) -> None:
+        """Keep the old top before the committed step takes its place; may be cut at any call and started again."""
+        # The five cases in the order of the returns below; step_O is the folder for the step of the old top.
+        #   .committed lacks a listed entry    nothing is due: the old top is in its place, the roll forward has begun
+        #   it goes back to a kept step        the top and the later steps move aside, to the names that it lists
+        #   it has no parent, or there is no   nothing is due: there is no old step
+        #     top, here or half moved in .hist
+        #   step_O is the parent itself        nothing is due: it is kept already, or was gone back to
+        #   anything else                      the top becomes step_O by way of .hist; another step_O moves aside first
         state, present = self._committed_state(), set(self.storage.names(self.committed))
         if not present.issuperset(entries(file_names(state))):
-            return  # the roll forward has begun, and it begins only after the old top is durable in its new place
+            return  # the roll forward begins only after the old top is durable in its new place
         if WENT_BACK in state:
             self._move_aside(state[WENT_BACK])
             return
@@ -223,7 +218,7 @@ class ModelFolder(FolderReader):
         if doomed:
             self.storage.sync_folder(self.path)
         for trash in doomed:
-            self._remove_tree(trash)
+            self.storage.remove_tree(trash)
 
     def clear_top(self, besides: Iterable[str] = (), *, config_stays: bool = False) -> list[Path]:
         """Move what is at the top, and other files by name, to a folder aside; returns it, or nothing for nothing.
@@ -272,7 +267,7 @@ class ModelFolder(FolderReader):
         aside |= {path.name: aside_folder(int(path.name.rpartition("_")[2]), why) for path in later}
         said = {"step": top.get("step"), "commit_id": top.get("commit_id"), "why": why, "aside": aside}
         opened = self.open_kept(folder)
-        with contextlib.closing(opened), self.discarded_on_failure(stage := self.stage()):
+        with contextlib.closing(opened), self.storage.removed_on_failure(stage := self.stage()):
             for entry in entries(opened.files):
                 if self.storage.is_folder(folder / entry):
                     self.storage.make_folder(stage / entry)
@@ -288,17 +283,6 @@ class ModelFolder(FolderReader):
             self.commit(stage)
         self.roll_forward()
         return [self.path / name for name in aside.values()]
-
-    @contextlib.contextmanager
-    def discarded_on_failure(self, stage: Path) -> Iterator[None]:
-        """Discard a staged step when the block fails before it was committed."""
-        try:
-            yield
-        except BaseException:
-            # A disk that fails may refuse this as well; the next writer removes what is left.
-            with contextlib.suppress(OSError):
-                self.discard(stage)
-            raise
 
     def _move_aside(self, said: Any) -> None:
         """Move what a commit that goes back lists; what is there already was moved before an interruption."""
@@ -317,7 +301,7 @@ class ModelFolder(FolderReader):
                 self.storage.rename(self.path / name, self.path / aside)
         self.storage.sync_folder(self.path)
 
-    def _adopt(self, opened: Opened) -> dict[str, Any]:
+    def _adopt(self, opened: OpenStep) -> dict[str, Any]:
         """The training state that a bundle of format version 1 would have had."""
         files = {
             name: {"size": file.seek(0, os.SEEK_END), "crc32": f"{self.storage.crc32(file):08x}"}
@@ -333,11 +317,3 @@ class ModelFolder(FolderReader):
             "parent": None,
             "integrity": {"files": files},
         }
-
-    def _remove_tree(self, path: Path) -> None:
-        if not self.storage.is_folder(path):
-            self.storage.remove(path)
-            return
-        for name in self.storage.names(path):
-            self._remove_tree(path / name)
-        self.storage.remove_folder(path)

@@ -39,7 +39,7 @@ READ_ATTEMPTS = 1000
 
 
 @dataclass
-class Opened:
+class OpenStep:
     """The files of one committed step, open: a save beside it cannot mix in another step."""
 
     folder: Path
@@ -109,7 +109,7 @@ class FolderReader:
         except _NOT_THERE:
             return self.storage.open(self.path / name)
 
-    def open_newest(self) -> Opened:
+    def open_newest(self) -> OpenStep:
         """Open every file of the newest committed step; never a mixture of two.
 
         Raises: CheckpointDamaged when a listed file is missing or the training state is damaged.
@@ -117,7 +117,7 @@ class FolderReader:
         for _ in range(READ_ATTEMPTS):
             before = self._state_bytes()
             state = unseal(before, f"{self.path / STATE}") if before is not None else {}
-            opened, missing, stale = Opened(self.path, state, {}), None, False
+            opened, missing, stale = OpenStep(self.path, state, {}), None, False
             for name in file_names(state)[:-1]:
                 try:
                     opened.files[name] = self._open(name)
@@ -145,14 +145,14 @@ class FolderReader:
         except _NOT_THERE:
             return None
 
-    def open_step(self, step: int) -> Opened:
+    def open_step(self, step: int) -> OpenStep:
         """Open every file of a kept step.
 
         Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged when a listed file is missing.
         """
         return self.open_kept(self.path / step_folder(step))
 
-    def open_kept(self, folder: Path) -> Opened:
+    def open_kept(self, folder: Path) -> OpenStep:
         """Open every file of the bundle in one `step_NNNNNNNN/` folder."""
         if not self.storage.exists(folder):
             kept = ", ".join(str(s) for s in self.kept_steps()) or "none"
@@ -167,9 +167,9 @@ class FolderReader:
                 files[name] = self.storage.open(folder / name)
             except FileNotFoundError as error:
                 if "integrity" in state:
-                    Opened(folder, state, files).close()
+                    OpenStep(folder, state, files).close()
                     raise CheckpointDamaged(f"{shown(folder / name)}: missing, but {STATE} lists it.") from error
-        return Opened(folder, state, files)
+        return OpenStep(folder, state, files)
 
     def kept_steps(self) -> dict[int, Path]:
         """List the older steps that are kept, oldest first."""

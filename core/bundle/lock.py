@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CheckpointLocked
+from .storage import DISK
 
 try:
     import fcntl
@@ -138,11 +139,11 @@ def _bury(path: Path, seen: dict[str, object]) -> None:
     """Remove a dead owner's file; one that another process has made in the meantime goes back."""
     grave = path.with_name(f"{path.name}-{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
-        path.rename(grave)
+        DISK.rename(path, grave)
         if _read_owner(grave) == seen:
-            grave.unlink()
+            DISK.remove(grave)
         else:
-            grave.rename(path)
+            DISK.rename(grave, path)
 
 
 def _is_dead(owner: dict[str, object]) -> bool:

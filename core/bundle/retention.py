@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .bundle import Kept
+from .bundle import KeptStep
 from .lineage import order
 
 
@@ -34,7 +34,7 @@ class Retention:
             keep_every=self.keep_every if keep_every is None else keep_every,
         )
 
-    def rules(self, newest: Mapping[str, Any], kept: Sequence[Kept]) -> list[list[str]]:
+    def rules(self, newest: Mapping[str, Any], kept: Sequence[KeptStep]) -> list[list[str]]:
         """Name the rules by which each kept step stays; one without any is removed after the next save.
 
         `newest` is the training state at the top, and `kept` are the steps beside it, oldest first. A step that was
@@ -57,19 +57,19 @@ class Retention:
             found.append([rule for rule, holds in tests.items() if holds])
         return found
 
-    def rules_of_newest(self, newest: Mapping[str, Any], kept: Sequence[Kept]) -> list[str]:
+    def rules_of_newest(self, newest: Mapping[str, Any], kept: Sequence[KeptStep]) -> list[str]:
         """Name the rules that hold for the step at the top, by which it would stay when it is no longer the newest."""
         best, step = best_of(newest, kept), newest.get("step", 0)
         every = self.keep_every is not None and step % self.keep_every == 0
         tests = {"newest": True, "best": best is not None and step == best["step"], f"every {self.keep_every}": every}
         return [rule for rule, holds in tests.items() if holds]
 
-    def going(self, newest: Mapping[str, Any], kept: Sequence[Kept]) -> list[Kept]:
+    def going(self, newest: Mapping[str, Any], kept: Sequence[KeptStep]) -> list[KeptStep]:
         """The kept steps that no rule keeps."""
         return [step for step, rules in zip(kept, self.rules(newest, kept), strict=True) if not rules]
 
 
-def best_of(newest: Mapping[str, Any], kept: Sequence[Kept]) -> dict[str, Any] | None:
+def best_of(newest: Mapping[str, Any], kept: Sequence[KeptStep]) -> dict[str, Any] | None:
     """The step with the least validation loss: the recorded one while it is here, else the best of those that are.
 
     When a folder has gone back to an older step, the best that this one recorded may have been removed since.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ..console.words import size_text
 from ..errors import CheckpointNotFound, NoneIntact
 from . import intact
-from .bundle import EMA, Bundle, Kept, history
+from .bundle import EMA, Bundle, KeptStep, history
 from .choice import LEGACY_FILES, seen_files
 from .commit import ModelFolder
 from .folder import LOG, aside_folder, top_state
@@ -69,7 +69,7 @@ def clear(place: ModelFolder, say: intact.Say) -> None:
     say(f"WARNING: {place.path}: starting anew (--allow_fresh)." + (f" What was here is in {where}." if aside else ""))
 
 
-def prune(place: ModelFolder, going: Iterable[Kept], say: intact.Say) -> int:
+def prune(place: ModelFolder, going: Iterable[KeptStep], say: intact.Say) -> int:
     """Remove what lies aside and some kept steps, naming each, and return the bytes freed. The caller has the lock.
 
     A file that is also under another name, as one of a kept step, frees nothing.

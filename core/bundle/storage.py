@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import stat
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,10 +53,25 @@ class Storage:
         """Make one folder, which must not exist."""
         self.change(os.mkdir, path)
 
+    def make_folders(self, path: Path) -> None:
+        """Make a folder and those it lies in, where they do not exist."""
+        try:
+            self.make_folder(path)
+        except FileNotFoundError:
+            self.make_folders(path.parent)
+            self.make_folders(path)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+
+    def descriptor(self, path: Path) -> int:
+        """Open a new file for writing, as its descriptor; it must not exist."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        return self.change(os.open, path, flags, 0o666)
+
     def create(self, path: Path) -> Output:
         """Open a new file for writing; it must not exist."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        return Output(self, self.change(os.open, path, flags, 0o666))
+        return Output(self, self.descriptor(path))
 
     def create_blocks(self, path: Path, size: int) -> BlockFile:
         """Open a new file of known size for blocks; it must not exist."""
@@ -89,6 +105,99 @@ class Storage:
     def remove_folder(self, path: Path) -> None:
         """Remove one empty folder."""
         self.change(os.rmdir, path)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a file, or a folder and all that is in it; links are removed, not followed."""
+        if not self.is_folder(path):
+            self.remove(path)
+            return
+        for name in self.names(path):
+            self.remove_tree(path / name)
+        self.remove_folder(path)
+
+    @contextlib.contextmanager
+    def removed_on_failure(self, path: Path) -> Iterator[None]:
+        """Remove a file or folder that the block makes when the block fails."""
+        try:
+            yield
+        except BaseException:
+            # A disk that fails may refuse this as well; the next writer removes what is left.
+            with contextlib.suppress(OSError):
+                self.remove_tree(path)
+            raise
+
+    def publish(self, source: Path, target: Path, *, aside: Path | None = None, replace: bool = True) -> None:
+        """Give what is finished and whose files are durable its name, by one rename; that is durable on return.
+
+        A file of that name is replaced; with `aside`, whatever has the name is renamed to that first. Without `replace`
+        the file stays, and FileExistsError is raised, where the file system has hard links.
+        """
+        if self.is_folder(source):
+            self.sync_tree(source)
+        if aside is not None:
+            self.rename(target, aside)
+        if replace or not self.link(source, target):
+            self.rename(source, target)
+        else:
+            self.remove(source)
+        self.sync_folder(target.parent)
+
+    @contextlib.contextmanager
+    def published(self, target: Path, *, replace: bool = True) -> Iterator[Path]:
+        """Lend a hidden name beside the target; what the block makes there, durably, is then published as the target.
+
+        When anything fails it is removed. What a killed process leaves in a model's folder, `recover` removes.
+        """
+        part = target.with_name(f".stage-{secrets.token_hex(8)}")
+        with self.removed_on_failure(part):
+            yield part
+            self.publish(part, target, replace=replace)
+
+    @contextlib.contextmanager
+    def workplace(self, folder: Path, busy: Callable[[], object]) -> Iterator[None]:
+        """Lend one process an empty folder, to publish it or something in it; what is left is removed at the end.
+
+        What a killed process left there is removed first. `busy` is called when a living one is at work there: unless
+        it raises, that one is waited for.
+        """
+        with self._lock(folder, busy):
+            for name in self.names(folder):
+                self.remove_tree(folder / name)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # published; or a disk that fails, and the next process removes it
+                    self.remove_tree(folder)
+
+    def _lock(self, folder: Path, busy: Callable[[], object]) -> contextlib.ExitStack:
+        """Make a folder and lock it until the stack is closed; a dead process holds no lock."""
+        while True:
+            self.make_folders(folder)
+            with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as held:
+                if fcntl is None:  # two processes are then told apart by the rename alone
+                    return held
+                fd = os.open(folder, os.O_RDONLY)
+                held.callback(os.close, fd)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    busy()
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+                # The other process has published or removed what we waited for: the name is a new folder, or none.
+                if os.path.samestat(os.fstat(fd), folder.stat()):
+                    return held.pop_all()
+
+    def sync(self, file: BinaryIO) -> None:
+        """Make durable what was written to an open file."""
+        file.flush()
+        self.change(os.fsync, file.fileno())
+
+    def sync_tree(self, path: Path) -> None:
+        """Make durable which names a folder holds, and the folders in it."""
+        for name in self.names(path):
+            if self.is_folder(path / name):
+                self.sync_tree(path / name)
+        self.sync_folder(path)
 
     def sync_folder(self, path: Path) -> None:
         """Make durable which names a folder holds."""
@@ -210,8 +319,7 @@ class BlockFile:
     def __init__(self, storage: Storage, path: Path, size: int) -> None:
         self._storage = storage
         self._size = size
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        self._fd = storage.change(os.open, path, flags, 0o666)
+        self._fd = storage.descriptor(path)
         self._end = 0
         try:
             # Asked of the open file: an open with O_DIRECT that is refused may leave the file behind.

@@ -11,7 +11,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from ..bundle.commit import new_id
+from ..bundle.folder import new_id
 from ..bundle.lock import hold_if_model
 from ..bundle.storage import DISK, Output, Storage
 from ..console.words import size_text
@@ -114,9 +114,7 @@ class Made(contextlib.ExitStack):
         """Make a file of this name in the folder, or with "" in its place."""
         if len(self.recorded) % _MOST_OPEN == _MOST_OPEN - 1:  # a model may have thousands
             self.close()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        fd = DISK.change(os.open, self.place / name, flags, 0o666)
-        output = Through(DISK, fd, is_summed, self._begin)
+        output = Through(DISK, DISK.descriptor(self.place / name), is_summed, self._begin)
         self.enter_context(output)
         yield output
         output.flush()
@@ -156,9 +154,9 @@ def convert(
     """
     plan.check()
     refuse_target(plan, overwrite)
-    stage: Path | None = None
+    stage = plan.target.with_name(f".convert-{plan.target.name}")
     try:
-        with hold_if_model(plan.target), _staged(plan.target) as stage:
+        with hold_if_model(plan.target), DISK.workplace(stage, lambda: _refuse_second(plan.target)):
             place = stage / "made"
             if plan.is_folder:
                 DISK.make_folder(place)
@@ -166,8 +164,6 @@ def convert(
                 _write(plan, made, progress)
                 if verify:
                     prove(plan, place, progress)
-            if plan.is_folder:
-                DISK.sync_folder(place)
             return _commit(plan, place, overwrite)
     except OSError as error:
         raise SaveFailed(
@@ -258,63 +254,21 @@ def elements(gatherer: Gatherer, target: Target, progress: Progress) -> Iterator
         progress(len(made))
 
 
-@contextlib.contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A hidden folder beside the target, locked while it is used; those that dead conversions left are removed.
-
-    Raises: CheckpointLocked when another conversion writes the same target.
-    """
-    parent, before = target.parent, f".convert-{target.name}-"
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    for folder in reversed(missing):
-        DISK.make_folder(folder)
-    for name in DISK.names(parent):
-        if name.startswith(before) and len(name) == len(before) + 16:
-            with _locked(parent / name, target):
-                remove_tree(parent / name)
-    stage = parent / f"{before}{new_id()}"
-    DISK.make_folder(stage)
-    try:
-        with _locked(stage, target):
-            yield stage
-    finally:
-        with contextlib.suppress(OSError):  # a disk that fails may refuse this as well; the next run removes it
-            remove_tree(stage)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, target: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two conversions of one target are the caller's business
-        yield
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointLocked(
-                f"{target}: another conversion writes it now. Wait for it, or name another place."
-            ) from error
-        yield
-    finally:
-        os.close(fd)
+def _refuse_second(target: Path) -> None:
+    raise CheckpointLocked(f"{target}: another conversion writes it now. Wait for it, or name another place.")
 
 
 def _commit(plan: Plan, place: Path, overwrite: bool) -> list[str]:
     """Make what was written visible under its name."""
-    said = []
+    said, aside = [], None
     if os.path.lexists(plan.target):
         if not overwrite:
             raise CheckpointMismatch(f"{plan.target}: appeared while it was written. Nothing was overwritten.")
         aside = plan.target.parent / f"aside_{plan.target.name}_{new_id()}"
-        DISK.rename(plan.target, aside)
         said.append(f"{plan.target}: what was there is now {aside.name}")
     for name, source in plan.beside.items():
         said += _copy_beside(plan.target.parent / name, source, place.parent / f"{place.name}.{name}")
-    DISK.rename(place, plan.target)
-    DISK.sync_folder(plan.target.parent)
+    DISK.publish(place, plan.target, aside=aside)
     return said
 
 
@@ -327,16 +281,6 @@ def _copy_beside(path: Path, source: Path, stage: Path) -> list[str]:
     DISK.write(stage, data)
     DISK.rename(stage, path)
     return []
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a folder and all that is in it; links are removed, not followed."""
-    if not DISK.is_folder(path):
-        DISK.remove(path)
-        return
-    for name in DISK.names(path):
-        remove_tree(path / name)
-    DISK.remove_folder(path)
 
 
 def work(plan: Plan, verify: bool) -> int:

@@ -13,6 +13,7 @@ import threading
 import urllib.request
 from pathlib import Path
 
+from ..bundle.storage import DISK
 from ..bundle.tokenizer_state import GPT2_FINGERPRINT as FINGERPRINT
 from ..errors import InputError
 
@@ -152,6 +153,5 @@ def _keep(path: Path, data: bytes) -> None:
     # A cache that cannot be written costs the next run a download, not this run its tokens.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        staged.write_bytes(data)
-        staged.replace(path)
+        with DISK.published(path) as staged:
+            DISK.write(staged, data)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..bundle.storage import DISK
 from ..errors import InputError, SaveFailed
 from .text import CHUNK
 from .token_shards import MANIFEST, is_dataset, open_dataset
@@ -181,17 +180,11 @@ def _write_default(path: Path) -> None:
         raise InputError(
             f"this Python {version} does not carry the default text (pydoc_data.topics): pass --input_file FILE."
         ) from error
-    staged = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("wb") as file:
-            file.write("\n\n".join(topics[name].strip() for name in sorted(topics)).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
+        with DISK.published(path) as staged:
+            DISK.write(staged, "\n\n".join(topics[name].strip() for name in sorted(topics)).encode() + b"\n")
     except OSError as error:
-        with suppress(OSError):
-            staged.unlink()
         raise SaveFailed(
             f"{path}: {error.strerror}, so the default text has no place. Pass --input_file FILE."
         ) from error

@@ -10,24 +10,17 @@ all little-endian. A dataset is a folder of them; ours has a dataset.json, writt
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..bundle.storage import DISK
 from ..containers.pickles.reader import read_pickle
 from ..errors import InputError, SaveFailed
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two writers of one folder are then told apart by the rename alone
-    fcntl = None  # type: ignore[assignment]
 
 HEADER_INTS = 256
 LAYOUTS: dict[tuple[int, int], np.dtype] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
@@ -118,66 +111,27 @@ def write_dataset(
 
     Raises: InputError when the folder holds something already, SaveFailed when it cannot be written.
     """
+    partial = folder.with_name(folder.name + ".partial")
+    wait = f"{partial}: another process is writing this dataset; waiting for it."
     try:
-        with _staging(folder) as staging:
-            if staging is None:
+        with DISK.workplace(partial, lambda: print(wait, file=sys.stderr)):
+            if (folder / MANIFEST).exists():
                 return
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise InputError(
+                    f"{folder}: is there already and holds no {MANIFEST}. Name a new folder; nothing was changed."
+                )
             entries = {}
             for split, tokens in splits.items():
-                with _Writer(staging, split, dtype, shard_tokens) as writer:
+                with _Writer(partial, split, dtype, shard_tokens) as writer:
                     for piece in tokens:
                         writer.append(piece)
                 entries[split] = writer.entries
             manifest = {"format_version": VERSION, **about, **entries}
-            with (staging / MANIFEST).open("w", encoding="utf-8") as file:
-                file.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            _sync(staging)
-            staging.rename(folder)
-            _sync(folder.parent)
+            DISK.write(partial / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+            DISK.publish(partial, folder)
     except OSError as error:
         raise SaveFailed(f"{folder}: {error.strerror}. No dataset was written; the text is untouched.") from error
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path | None]:
-    """Lend the empty folder `<folder>.partial` to one process; what a killed one left there is removed first."""
-    staging = folder.with_name(folder.name + ".partial")
-    lock = _lock(staging)
-    try:
-        if (folder / MANIFEST).exists():
-            yield None
-            return
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
-                f"{folder}: is there already and holds no {MANIFEST}. Name a new folder; nothing was changed."
-            )
-        for path in staging.iterdir():
-            path.unlink()
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(staging: Path) -> int | None:
-    """Make a folder and lock it; wait for another process that has it. A dead process holds no lock."""
-    while True:
-        staging.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            return None
-        descriptor = os.open(staging, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{staging}: another process is writing this dataset; waiting for it.", file=sys.stderr)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # The other process has renamed or removed what we waited for: then the name is a new folder, or none.
-        if staging.exists() and os.path.samestat(os.fstat(descriptor), staging.stat()):
-            return descriptor
-        os.close(descriptor)
 
 
 class _Writer:
@@ -213,8 +167,7 @@ class _Writer:
         header[:3] = magic, version, self.entries[-1]["tokens"]
         self._file.seek(0)
         self._file.write(header.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        DISK.sync(self._file)
         self._file.close()
         self._file = None
 
@@ -228,16 +181,6 @@ class _Writer:
         finally:
             if self._file is not None:
                 self._file.close()
-
-
-def _sync(path: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _ours(folder: Path) -> Dataset:

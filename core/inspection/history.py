@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bundle.bundle import Bundle, Kept, history, open_bundle
+from ..bundle.bundle import Bundle, KeptStep, history, open_bundle
 from ..bundle.folder import CONFIG, MODEL, FolderReader
 from ..bundle.lineage import order
 from ..bundle.retention import Retention
@@ -78,8 +78,8 @@ class Past:
         return [entry for entry in kept if entry.path in {step.path for step in going}]
 
 
-def _kept(entry: Entry) -> Kept:
-    return Kept(entry.step, entry.path, entry.state)
+def _kept(entry: Entry) -> KeptStep:
+    return KeptStep(entry.step, entry.path, entry.state)
 
 
 def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], object] = lambda size: None) -> Past:

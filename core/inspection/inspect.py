@@ -19,7 +19,7 @@ from ..families import megatron_iteration
 from ..families.identify import Identity, identify, weights_key
 
 if TYPE_CHECKING:
-    from ..bundle.bundle import Bundle, Kept
+    from ..bundle.bundle import Bundle, KeptStep
     from ..bundle.parts import Part
 
 # what reads our own bundles is imported when there is one: it takes as long as opening a file of another program
@@ -45,7 +45,7 @@ class Inspected:
     optimizer: Any = None  # its inert content
     step: int | None = None
     bundle: Bundle | None = None
-    history: list[Kept] = field(default_factory=list)
+    history: list[KeptStep] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)  # files of a bundle that cannot be read, each in a sentence
     chosen: list[str] = field(default_factory=list)  # which of several checkpoints this is, and why
 

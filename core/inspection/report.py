@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..bundle.bundle import Kept, open_bundle
+from ..bundle.bundle import KeptStep, open_bundle
 from ..bundle.choice import LEGACY_FILES, choose
 from ..bundle.contradictions import contradictions
 from ..bundle.evolution import notes
@@ -181,7 +181,7 @@ def _unread(found: Inspected) -> bool:
     return bundle is not None and any(line.startswith(str(bundle.weights.source.path)) for line in found.damage)
 
 
-def _kept_facts(kept: Kept) -> Facts:
+def _kept_facts(kept: KeptStep) -> Facts:
     return {
         "step": kept.step,
         "val_loss": kept.state.get("val_loss"),

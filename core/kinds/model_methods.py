@@ -10,7 +10,6 @@ import torch
 from ..bundle.bundle import ALL_PARTS, Bundle, open_bundle
 from ..bundle.choice import holds_bundle
 from ..bundle.commit import MODEL, ModelFolder
-from ..bundle.folder import new_id
 from ..bundle.intact import open_chosen, open_verified, say_on_stderr
 from ..bundle.storage import DISK
 from ..bundle.writing import explained, writing
@@ -71,15 +70,12 @@ def save(model: GPT, checkpoint_dir: str | Path) -> None:
     if holds_bundle(place):
         save_checkpoint_bundle(model, checkpoint_dir)
         return
-    path, part = place.path / MODEL, place.path / f".stage-{new_id()}"
+    path = place.path / MODEL
     with writing(place):
         try:
-            with DISK.create(part) as output:
+            with DISK.published(path) as part, DISK.create(part) as output:
                 write_torch_zip(output, export_state_dict(model))
-            DISK.rename(part, path)
-            DISK.sync_folder(path.parent)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise SaveFailed(f"{path}: {error.strerror}. A file that was there before is unchanged.") from error
 
 

@@ -45,7 +45,7 @@ def consolidate(place: ModelFolder) -> Bundle | None:
             **descent(bundle.state, ()),
         }
         place.recover()
-        with place.discarded_on_failure(stage := place.stage()):
+        with place.storage.removed_on_failure(stage := place.stage()):
             write_bundle(place, stage, state, files)
             place.commit(stage)
         place.roll_forward()

@@ -162,7 +162,7 @@ class StepSave:
         try:
             if self.place.storage.free(self.place.path) < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with self.place.discarded_on_failure(stage := self.place.stage()):
+            with self.place.storage.removed_on_failure(stage := self.place.stage()):
                 write_bundle(self.place, stage, state, files)
                 self.snapshot.finish()
                 if self._before_commit is not None:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..bundle.storage import DISK
 from ..errors import SaveFailed
 
 
@@ -51,8 +52,7 @@ class Metrics:
             with self.path.open("ab") as file:
                 end = file.tell()
                 file.write("".join(lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
+                DISK.sync(file)
         except OSError as error:
             if end is not None:
                 # Else half a line would stay in the middle, and a resume would drop what follows it.

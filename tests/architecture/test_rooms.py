@@ -154,6 +154,31 @@ def test_one_file_reads_the_variables_of_ranks():
     assert found == ["distributed.py"]
 
 
+def disk_calls(source: str) -> list[str]:
+    """What renames, links, makes durable or removes a tree without a Storage."""
+    modules = {"os": {"rename", "renames", "replace", "link", "fsync", "fdatasync"}, "shutil": {"rmtree", "move"}}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module in modules:
+            found += [a.name for a in node.names if a.name in modules[node.module]]
+        elif isinstance(node, ast.Attribute):
+            of = ast.unparse(node.value)
+            is_method = node.attr in {"rename", "hardlink_to"} and not of.endswith(("DISK", "storage"))
+            found += [f"{of}.{node.attr}"] if node.attr in modules.get(of, ()) or is_method else []
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "replace":
+            found += [ast.unparse(node)] if len(node.args) == 1 and not node.keywords else []  # of a Path, not a str
+    return found
+
+
+def test_one_file_renames_and_syncs():
+    found = {str(p.relative_to(CORE)): calls for p in FILES if (calls := disk_calls(p.read_text()))}
+    assert list(found) == ["bundle/storage.py"] and len(found["bundle/storage.py"]) >= 5
+    for line in ("part.rename(path)", "part.replace(path)", "call(os.fsync, fd)", "shutil.rmtree(part)"):
+        assert len(disk_calls(line)) == 1, line
+    assert disk_calls("from os import fsync, link") == ["fsync", "link"]
+    assert disk_calls("self.storage.rename(a, b); name.replace('a', 'b'); replace(a, b=1)") == []
+
+
 def test_every_method_that_is_bound_by_name_is_there():
     found = 0
     for module, path in MODULES.items():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.bundle.bundle import Kept, history
+from core.bundle.bundle import KeptStep, history
 from core.bundle.retention import Retention, best_of
 from core.bundle.training_state import seal, unseal
 from core.errors import CheckpointDamaged
@@ -16,7 +16,7 @@ from tests.makers.models import kept, manager, started, state_of, train_and_save
 
 
 def steps(*numbers, **losses):
-    return [Kept(n, Path(f"step_{n:08d}"), {"step": n, **losses.get(f"s{n}", {})}) for n in numbers]
+    return [KeptStep(n, Path(f"step_{n:08d}"), {"step": n, **losses.get(f"s{n}", {})}) for n in numbers]
 
 
 def test_each_kept_step_is_told_by_which_rules_it_stays():

@@ -132,7 +132,7 @@ def test_a_failing_disk_is_one_sentence_and_leaves_nothing(source, tmp_path, mon
 
 
 def test_two_conversions_of_one_target_do_not_meet(source, tmp_path):
-    with engine._staged(tmp_path / "out.pt"):
+    with DISK.workplace(tmp_path / ".convert-out.pt", lambda: None):
         with pytest.raises(CheckpointLocked) as caught:
             converted(source, tmp_path / "out.pt", "pt")
         assert str(caught.value) == (

@@ -18,7 +18,7 @@ from unittest import mock
 
 from core.bundle import commit
 from core.bundle import folder as names_of_folders
-from core.bundle.commit import CONFIG, MODEL, ModelFolder, Opened
+from core.bundle.commit import CONFIG, MODEL, ModelFolder, OpenStep
 from core.bundle.training_state import STATE, seal, unseal
 from core.errors import CheckpointDamaged
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
@@ -261,7 +261,7 @@ class Explorer:
         real = folder._state_bytes
         with mock.patch.object(folder, "_state_bytes", lambda: states.append(real()) or states[-1]):
             try:
-                opened: Opened = folder.open_newest()
+                opened: OpenStep = folder.open_newest()
             except CheckpointDamaged:
                 return DAMAGED
         files = {name: file.read() for name, file in opened.files.items()}

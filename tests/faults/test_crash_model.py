@@ -76,7 +76,7 @@ class MovesIntoFolderNotFsynced(ModelFolder):
 class PruneInPlace(ModelFolder):
     def prune(self, steps):
         for step in steps:
-            self._remove_tree(self.kept_steps()[step])
+            self.storage.remove_tree(self.kept_steps()[step])
 
 
 class UnlinkBeforeTrashIsDurable(ModelFolder):
@@ -92,9 +92,9 @@ class StageNotFsynced(ModelFolder):
         self.storage.sync_folder(self.path)
 
 
-class ShardsNotFsynced(ModelFolder):
-    def _sync_stage(self, stage):
-        self.storage.sync_folder(stage)
+class ShardsNotFsynced(MemoryStorage):
+    def sync_tree(self, path):
+        self.sync_folder(path)
 
 
 class CommitNotFsynced(ModelFolder):
@@ -144,7 +144,7 @@ class RecoveryDoesNotFsyncFirst(ModelFolder):
 class RestartsHistory(ModelFolder):
     def _build_history(self, names):
         if self.storage.exists(self.path / ".hist"):
-            self._remove_tree(self.path / ".hist")
+            self.storage.remove_tree(self.path / ".hist")
         super()._build_history(names)
 
 

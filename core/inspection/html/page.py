@@ -9,13 +9,11 @@ import importlib
 import json
 import math
 import re
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...bundle.storage import Storage
+from ...bundle.storage import DISK
 from ...console.words import printable, size_text
 from ...containers.pickles.inert import as_text
 from ...containers.spec import TensorSpec
@@ -51,17 +49,10 @@ def write_page(
     library = _plotly()
     _refuse(file, overwrite)
     data = page(found, facts, library, progress).encode()
-    part, disk = file.with_name(f".page-{secrets.token_hex(8)}"), Storage()
     try:
-        try:
-            disk.write(part, data)
-            if overwrite or not disk.link(part, file):
-                _refuse(file, overwrite)
-                disk.rename(part, file)
-            disk.sync_folder(file.parent)
-        finally:
-            with suppress(FileNotFoundError):  # renamed, or never made
-                disk.remove(part)
+        with DISK.published(file, replace=overwrite) as part:
+            DISK.write(part, data)
+            _refuse(file, overwrite)  # again: it may have come meanwhile
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror}). Nothing was changed.") from error
 
