@@ -7,10 +7,11 @@ import itertools
 import os
 import zlib
 
-from .threads import Workers
-
 POLYNOMIAL = 0xEDB88320
 """CRC-32 of zip and gzip, bits reflected: the highest bit stands for x^0."""
+
+THREADS = min(os.cpu_count() or 1, 4)
+"""How many read or copy at a time: more would wait for memory and disk, not for a processor."""
 
 CHUNK = 256 * 1024
 """Bytes read at a time: what stays in a core's L2 cache between the read and the sum."""
@@ -84,14 +85,11 @@ def crc32_file(fd: int, size: int) -> int:
     spans = list(itertools.pairwise(edges))
     if workers == 1:
         return crc32_range(fd, 0, size)
-    parts = [0] * workers
+    from concurrent.futures import ThreadPoolExecutor  # takes as long to import as a small file to read
 
-    def sum_part(i: int) -> None:
-        parts[i] = crc32_range(fd, *spans[i])
-
-    with Workers([functools.partial(sum_part, i) for i in range(workers)], workers) as summing:
-        summing.wait()
     whole = 0
-    for crc, (start, end) in zip(parts, spans, strict=True):
-        whole = combine(whole, crc, end - start)
+    with ThreadPoolExecutor(workers) as pool:
+        parts = pool.map(lambda span: crc32_range(fd, *span), spans)
+        for crc, (start, end) in zip(parts, spans, strict=True):
+            whole = combine(whole, crc, end - start)
     return whole

@@ -10,17 +10,17 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from ..containers.checksum import crc32_range
+from ..containers.checksum import THREADS, crc32_range
 from ..containers.container import Check, Container
 from ..containers.open import open_container
 from ..containers.spec import ITEM_SIZES
 from ..containers.tensors.reading import FLOATS, PIECE, Gatherer, cast, same_bytes
 from ..containers.tensors.views import Block, View, cut, is_in_order, stored
-from ..containers.threads import MOST, Job, Workers
 from ..errors import CheckpointDamaged, CheckpointMismatch
 from ..families.rules import apply
 from .plan import Plan, Target, WeightFile
@@ -126,7 +126,7 @@ def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> 
         _run(found[0], found[1].file, found[1].offset, found[1].size): found
         for found in checks_of(target.view for target in plan.targets)
     }
-    share = max((one[2].nbytes for one in comparisons), default=0) // MOST
+    share = max((one[2].nbytes for one in comparisons), default=0) // THREADS
     easy: list[Comparison] = []
     large: list[Comparison] = []
     compared: set[Run] = set()
@@ -135,11 +135,14 @@ def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> 
         is_easy = all(is_in_order(view) or view.nbytes <= share for view in one[1:])
         (easy if is_easy else large).append(one)
     with Readers(sums, 1) as readers:
-        jobs: list[Job] = [partial(compare_checksum, *found) for run, found in sums.items() if run not in compared]
+        jobs: list[Callable[[], None]] = [
+            partial(compare_checksum, *found) for run, found in sums.items() if run not in compared
+        ]
         jobs += [partial(_compare, plan, one, readers, progress) for one in easy]
-        with Workers(jobs) as workers:
-            workers.wait()
-    with Readers(sums, MOST) as readers:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(lambda job: job(), jobs):  # which raises the error of any, and begins no other then
+                pass
+    with Readers(sums, THREADS) as readers:
         for one in large:
             _compare(plan, one, readers, progress)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..containers.container import Container
 from ..containers.spec import ITEM_SIZES, TensorSpec
 from ..containers.tensors.dtypes import decode
-from ..containers.tensors.elements import inflated, pieces
+from ..containers.tensors.reading import inflated, pieces
+from ..containers.tensors.views import View, stored
 
 if TYPE_CHECKING:
     import numpy as np  # a tenth of a second that looking into a file need not pay
@@ -109,7 +110,7 @@ def _stat(container: Container, spec: TensorSpec, progress: Progress) -> Stat:
     """The statistics of one tensor."""
     import numpy as np
 
-    if faults := [fault for part, _ in _parts(spec) if (fault := inflated(container, part))]:
+    if faults := [fault for part, _ in _parts(container, spec) if (fault := inflated(part))]:
         return Stat(spec.name, spec.numel, note=faults[0])
     sums = _Sums()
     with np.errstate(over="ignore", invalid="ignore"):  # of signaling NaNs
@@ -123,12 +124,10 @@ def _values(
 ) -> Iterator[tuple[Array, int]]:
     """The elements as numbers in blocks, in any order, and how often each block counts."""
     block = _BLOCK * ITEM_SIZES[spec.dtype]
-    for part, copies in _parts(spec):
-        for piece in pieces(container, part):
-            view = memoryview(piece)
-            for start in range(0, len(view), block):
-                yield _real(decode(view[start : start + block], spec.dtype)), copies
-            progress(len(view))
+    for part, copies in _parts(container, spec):
+        for piece in pieces(part, block):
+            yield _real(decode(piece, spec.dtype)), copies
+            progress(len(piece))
 
 
 def _real(values: Array) -> Array:
@@ -140,19 +139,14 @@ def _real(values: Array) -> Array:
     return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
-def _parts(spec: TensorSpec) -> Iterator[tuple[TensorSpec, int]]:
+def _parts(container: Container, spec: TensorSpec) -> Iterator[tuple[View, int]]:
     """The blocks of a tensor as tensors in the order of their bytes, without dimensions that repeat; and how often."""
-    whole = [(spec.file, spec.offset, spec.shape, spec.strides)]
-    for file, offset, shape, strides in [(c.file, c.offset, c.shape, c.strides) for c in spec.chunks] or whole:
-        if 0 in shape:
-            continue
-        dims = sorted(zip(strides, shape, strict=True), reverse=True)
-        kept = [(stride, size) for stride, size in dims if stride]
-        copies = math.prod(size for stride, size in dims if not stride)
-        sizes = tuple(size for _, size in kept)
-        nbytes = math.prod(sizes) * ITEM_SIZES[spec.dtype]
-        steps = tuple(stride for stride, _ in kept)
-        yield TensorSpec(spec.name, spec.dtype, sizes, steps, offset, nbytes, spec.storage, file), copies
+    for block in stored(container, spec).blocks:
+        dims = sorted(zip(block.strides, block.shape, strict=True), reverse=True)
+        strides = tuple(stride for stride, _ in dims if stride)
+        shape = tuple(size for stride, size in dims if stride)
+        part = replace(block, begin=(0,) * len(shape), shape=shape, strides=strides)
+        yield View(spec.dtype, shape, (part,)), math.prod(size for stride, size in dims if not stride)
 
 
 class _Sums:

@@ -35,8 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..containers.checksum import CHUNK
-from ..containers.threads import MOST
+from ..containers.checksum import CHUNK, THREADS
 from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Sealed
 from ..errors import SaveFailed
 from .torch_file import bytes_of, records_of
@@ -205,7 +204,7 @@ class Snapshot:
         self._blocks = memory.blocks(max(1, len(starts)), pinned=self._device is not None)
         for index in range(self._blocks.count):
             self._free.put(index)
-        several = max(1, min(MOST, len(starts) // FEW))
+        several = max(1, min(THREADS, len(starts) // FEW))
         with self._lock:  # none may take itself for the last one before all are counted
             if self._device is not None:
                 self._summing = self._start_threads("snapshot: sum", self._sum_arrived, several)

@@ -5,18 +5,17 @@ Which records there are, and how they lie in the zip, is told in core/containers
 
 from __future__ import annotations
 
-import functools
 import io
 import pickle
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..containers.checksum import CHUNK
-from ..containers.threads import Workers
+from ..containers.checksum import CHUNK, THREADS
 from ..containers.torch_files.image import Image
 from ..containers.torch_files.layout import Sink, ZipLayout
 
@@ -54,15 +53,9 @@ def digest_of(content: Any) -> str:
 
     It is the CRC32 of the CRC32s of their storages, little-endian; a saved step records it of each file.
     """
-    storages = _pickle(content)[1]
-    sums = [0] * len(storages)
-
-    def sum_one(i: int) -> None:
-        sums[i] = _crc32(bytes_of(storages[i].cpu()).numpy())
-
-    with Workers(functools.partial(sum_one, i) for i in range(len(storages))) as summing:
-        summing.wait()
-    return _digest(sums)
+    with ThreadPoolExecutor(THREADS) as pool:
+        sums = pool.map(lambda storage: _crc32(bytes_of(storage.cpu()).numpy()), _pickle(content)[1])
+        return _digest(list(sums))
 
 
 def _crc32(data: np.ndarray) -> int:

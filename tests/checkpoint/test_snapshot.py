@@ -230,7 +230,7 @@ def test_where_no_thread_is_to_be_had_the_save_fails_and_training_goes_on(tmp_pa
 
 
 def test_one_thread_copies_where_there_are_no_more(tmp_path, monkeypatch, small_blocks):
-    monkeypatch.setattr(snapshot, "MOST", 3)
+    monkeypatch.setattr(snapshot, "THREADS", 3)
     started_threads, start = [], threading.Thread.start
 
     def refuse(thread):
@@ -250,7 +250,7 @@ def test_one_thread_copies_where_there_are_no_more(tmp_path, monkeypatch, small_
 
 @pytest.mark.parametrize("limit", [None, 0], ids=["all staged", "ring"])
 def test_an_error_of_one_copying_thread_ends_all_and_fails_the_save(tmp_path, monkeypatch, small_blocks, limit):
-    monkeypatch.setattr(snapshot, "MOST", 3)
+    monkeypatch.setattr(snapshot, "THREADS", 3)
     made, model, optimizer = started(tmp_path, stage_memory=limit)
     update(model, optimizer)
     calls, copy = [], snapshot._copy_bytes

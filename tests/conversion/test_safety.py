@@ -289,7 +289,7 @@ def test_fills_are_proven_too(shared, tmp_path, monkeypatch):
 def test_damage_of_any_record_is_found_and_a_whole_record_is_read_once_for_it(shared, tmp_path, monkeypatch, to, large):
     """Damaged bytes are copied as they are and equal their copy: only the source's own checksum knows better."""
     if large:  # as of a tensor that is compared when the others are
-        monkeypatch.setattr(proof, "MOST", 1 << 40)
+        monkeypatch.setattr(proof, "THREADS", 1 << 40)
         monkeypatch.setattr(proof, "Readers", lambda sums, threads, real=proof.Readers: real(sums, 2))
     summed = []
     real = proof.compare_checksum

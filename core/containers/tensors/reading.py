@@ -1,10 +1,23 @@
-"""Gather: the elements of a view as bytes, in pieces, in memory of at most one tensor; and casts of such pieces.
+"""The elements of a tensor as bytes in row-major order, in pieces, wherever and however they lie; and casts of them.
 
-Bytes that lie in order already are read and handed on, without numpy; others are put in place, tensor by tensor.
+Bytes that lie in order already are read and handed on, without numpy. Others are put in place, a slab of the file at a
+time. Of a tensor that is transposed, with the file's rows across the page:
+
+    in the file                    in memory
+    a0 a1 a2 a3 a4 | a slab:       a0 b0 | c0 d0 | e0    A disk and a cache give runs of bytes, so the file is read
+    b0 b1 b2 b3 b4 | one read      a1 b1 | c1 d1 | e1    from its front to its end, in runs of 2 MiB at most. In the
+    c0 c1 c2 c3 c4 | the next      a2 b2 | c2 d2 | e2    order of memory, each of a0 b0 c0 would be a read of its own.
+    d0 d1 d2 d3 d4 |               a3 b3 | c3 d3 | e3    A slab stays in a core's cache while its elements are copied
+    e0 e1 e2 e3 e4 | the last      a4 b4 | c4 d4 | e4    to their places; several threads can have one each.
+
+What lies between wanted elements is read and dropped while it is little (`SMALL`, `_MOST_SPARSE`); where it is much,
+a slab is cut along its longest stride until it is not. Memory is that of the tensor, or `room` bytes: then it is cut
+into bands that follow one another, and the file is passed over once for each.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -16,10 +29,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError
 from .. import checksum
+from ..pickles.inert import as_text
 from ..spec import ITEM_SIZES
-from ..threads import MOST, Job, Workers
 from .dtypes import decode
-from .views import Block, View, is_in_order
+from .views import Block, View, cut, is_in_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +42,9 @@ PIECE = 512 * 1024
 
 SLAB = 2 << 20
 """Bytes read at a time of a tensor whose elements have to be put in place; they too stay in a core's cache."""
+
+ROOM = 16 << 20
+"""Bytes of memory for what has to be put in place, where a tensor may be of any size."""
 
 SMALL, _MOST_SPARSE = 16384, 4
 """Elements that are read for nothing rather than skipped, and how many there may be for each that is wanted."""
@@ -42,11 +58,48 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 """Dtypes that a cast makes one another of."""
 
 
-class Gatherer:
-    """Reads views of any containers, holding their files open; large tensors are put in place by so many threads."""
+_LARGEST_VIEW = 1 << 20
+"""Bytes that a tensor may have beyond those of all files: a view can repeat what it looks at without end."""
 
-    def __init__(self, threads: int = MOST) -> None:
+Job = Callable[[], None]
+
+
+def pieces(view: View, size: int = PIECE) -> Iterator[memoryview]:
+    """Read the elements in row-major order, `size` bytes at a time, in memory that the next piece overwrites.
+
+    Memory is bounded, whatever the tensor's size, strides and blocks are; a piece has one element at least.
+
+    Raises: CheckpointNotFound when a file is gone, CheckpointDamaged when it cannot be read or ends too early,
+        CheckpointError for a view that claims far more bytes than the files have.
+    """
+    if fault := inflated(view):
+        source = next(block.source for block in view.blocks if block.source is not None)
+        raise CheckpointError(f"{source.path}: {as_text(view.names[0], 80)[1:-1]} {fault}.")
+    item = ITEM_SIZES[view.dtype]
+    with Gatherer(1, ROOM) as gatherer:
+        yield from gatherer.pieces(view, max(size // item, 1) * item)
+
+
+def inflated(view: View) -> str:
+    """Say that a view repeats its elements beyond what is read; "" for any other tensor."""
+    if view.nbytes <= _LARGEST_VIEW:
+        return ""
+    sources = {id(block.source): block.source for block in view.blocks if block.source is not None}
+    size = sum(sum(source.files.values()) for source in sources.values())
+    if view.nbytes <= size:
+        return ""
+    return f"has {view.nbytes} bytes, all files together {size}: a view that repeats its elements, not read"
+
+
+class Gatherer:
+    """Reads views of any containers, holding their files open; large tensors are put in place by so many threads.
+
+    With `room`, so many bytes at a time are put in place, else a whole tensor.
+    """
+
+    def __init__(self, threads: int = checksum.THREADS, room: int | None = None) -> None:
         self._threads = threads
+        self._room = room
         self._held = ExitStack()
         self._files: dict[tuple[int, str], BinaryIO] = {}
         self._piece = bytearray()
@@ -67,14 +120,9 @@ class Gatherer:
         Raises: CheckpointDamaged when a file cannot be read or ends too early.
         """
         if not is_in_order(view):
-            whole = self._placed(view)
-            for start in range(0, len(whole), size):
-                yield whole[start : start + size]
+            yield from self._placed_pieces(view, size)
             return
-        if len(self._piece) != size:
-            self._piece = bytearray(size)
-        room = memoryview(self._piece)
-        filled = 0
+        room, filled = self._room_for_piece(size), 0
         for block in sorted(view.blocks, key=lambda b: b.begin):
             left, offset = math.prod(block.shape) * ITEM_SIZES[view.dtype], block.offset
             while left:
@@ -90,6 +138,30 @@ class Gatherer:
                     filled = 0
         if filled:
             yield room[:filled]
+
+    def _placed_pieces(self, view: View, size: int) -> Iterator[memoryview]:
+        if self._room is None or view.nbytes <= self._room:
+            whole = self._placed(view)
+            for start in range(0, len(whole), size):
+                yield whole[start : start + size]
+            return
+        room, filled = self._room_for_piece(size), 0
+        for band in _bands(view, self._room):
+            whole, start = self._placed(band), 0
+            while start < len(whole):
+                part = whole[start : start + size - filled]
+                room[filled : filled + len(part)] = part
+                start, filled = start + len(part), filled + len(part)
+                if filled == size:
+                    yield room
+                    filled = 0
+        if filled:
+            yield room[:filled]
+
+    def _room_for_piece(self, size: int) -> memoryview:
+        if len(self._piece) != size:
+            self._piece = bytearray(size)
+        return memoryview(self._piece)
 
     def read_on(self, block: Block, offset: int, left: int, into: memoryview) -> None:
         """Read the next bytes of a block that lies in order, of which so many are left; for those who watch them."""
@@ -134,13 +206,20 @@ class Gatherer:
             self._tensor = b""
             self._tensor = mmap.mmap(-1, view.nbytes)  # which is given back at once when it is let go of
         dense = memoryview(self._tensor)[: view.nbytes]
-        fills = self._fills(view, np.frombuffer(dense, kind).reshape(view.shape))
+        out = np.frombuffer(dense, kind).reshape(view.shape)
         if self._threads == 1 or view.nbytes < _LARGE or not self._can_share(view):
-            for fill in fills:
+            for fill in self._fills(view, out):
                 fill()
-        else:
-            with Workers(fills, self._threads) as workers:
-                workers.wait()
+            return dense
+        from concurrent.futures import ThreadPoolExecutor  # takes as long to import as a small file to read
+
+        def fill_share(number: int) -> None:  # each makes its own jobs as it goes: a tensor may have millions
+            for fill in itertools.islice(self._fills(view, out), number, None, self._threads):
+                fill()
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            for _ in pool.map(fill_share, range(self._threads)):  # which raises the error of any
+                pass
         return dense
 
     def _can_share(self, view: View) -> bool:
@@ -161,7 +240,7 @@ class Gatherer:
         for block in view.blocks:
             box = out[tuple(slice(b, b + n) for b, n in zip(block.begin, block.shape, strict=True))]
             if block.source is None:
-                box[...] = np.frombuffer(_constant(view.dtype, block.value), out.dtype)[0]
+                yield partial(box.__setitem__, ..., np.frombuffer(_constant(view.dtype, block.value), out.dtype)[0])
             else:
                 order = sorted(range(box.ndim), key=lambda d: -block.strides[d])
                 strides = tuple(block.strides[d] for d in order)
@@ -178,7 +257,7 @@ class Gatherer:
         if rows >= box.shape[0] or rows < 2 or strides[0] > _MOST_SPARSE * inner + SMALL:
             rows = 0  # what lies between would be read for nothing
         for k in range(0, box.shape[0], rows or 1):
-            part, at = (box[k : k + rows], strides) if rows else (box[k], strides[1:])
+            part, at = (box[k : k + rows], strides) if rows else (box[k, ...], strides[1:])
             yield from self._slabs(block, part, at, offset + k * strides[0] * item)
 
     def _fill(self, block: Block, box: np.ndarray, strides: tuple[int, ...], offset: int) -> None:
@@ -197,11 +276,20 @@ class Gatherer:
         self._idle.append(slab)
 
 
+def _bands(view: View, most: int) -> Iterator[View]:
+    """Cut a view into some of at most so many bytes, and one element at least, that follow one another."""
+    axis = next((d for d, size in enumerate(view.shape) if size > 1), None)
+    if axis is None or view.nbytes <= most:
+        yield view
+        return
+    rows = max(most * view.shape[axis] // view.nbytes, 1)
+    for start in range(0, view.shape[axis], rows):
+        yield from _bands(cut(view, axis, start, min(start + rows, view.shape[axis])), most)
+
+
 def same_bytes(a: memoryview, b: memoryview) -> bool:
     """Whether both have the same bytes: Python compares two views one by one, a bytearray at the speed of memory."""
-    if isinstance(a.obj, bytearray) and len(a.obj) == len(a):
-        return a.obj == b
-    return a == b.obj if isinstance(b.obj, bytearray) and len(b.obj) == len(b) else a.tobytes() == b
+    return (a.obj if isinstance(a.obj, bytearray) and len(a.obj) == len(a) else bytearray(a)) == b
 
 
 def same_elements(a: View, b: View, progress: Callable[[int], object] = lambda size: None) -> bool:

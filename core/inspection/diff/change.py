@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ...containers.container import Container
-from ...containers.spec import ITEM_SIZES, TensorSpec
+from ...containers.spec import ITEM_SIZES
 from ...containers.tensors.dtypes import INTEGERS, decode
-from ...containers.tensors.elements import pieces
-from ...errors import CheckpointDamaged
+from ...containers.tensors.reading import pieces, same_bytes
+from ...containers.tensors.views import View, permute
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,63 +39,7 @@ class Change:
         self.relative = max(self.relative, other.relative)
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor as it lies in a checkpoint: whole, transposed, or in parts that follow one another along its rows."""
-
-    container: Container
-    names: tuple[str, ...]
-    parts: tuple[TensorSpec, ...]
-    transposed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape as the model has it."""
-        first = self.parts[0].shape
-        shape = (first[0] * len(self.parts), *first[1:]) if len(self.parts) > 1 else first
-        return shape[::-1] if self.transposed else shape
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of its parts."""
-        return self.parts[0].dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its elements."""
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def fault(self) -> str:
-        """Why its parts make no tensor; "" where they do."""
-        first = self.parts[0]
-        for name, part in zip(self.names[1:], self.parts[1:], strict=True):
-            if (part.dtype, part.shape) != (first.dtype, first.shape) or not part.shape:
-                return f"{name} is {part.dtype} {part.shape}, but {self.names[0]} is {first.dtype} {first.shape}"
-        return ""
-
-    @property
-    def place(self) -> tuple[Any, ...]:
-        """Where it lies: two tensors of one place are the same bytes."""
-        parts = ((p.file, p.storage, p.offset, p.shape, p.strides, p.dtype) for p in self.parts)
-        return (str(self.container.path), self.transposed, *parts)
-
-    def pieces(self) -> Iterator[bytes]:
-        """Its elements in row-major order, some MiB at a time."""
-        specs = map(_turned, self.parts) if self.transposed else iter(self.parts)
-        return chain.from_iterable(pieces(self.container, spec) for spec in specs)
-
-
-def _turned(spec: TensorSpec) -> TensorSpec:
-    """The transpose of a tensor, from the same bytes."""
-    chunks = tuple(
-        replace(chunk, begin=chunk.begin[::-1], shape=chunk.shape[::-1], strides=chunk.strides[::-1])
-        for chunk in spec.chunks
-    )
-    return replace(spec, shape=spec.shape[::-1], strides=spec.strides[::-1], chunks=chunks)
-
-
-def change_between(a: Stored, b: Stored, progress: Progress = lambda size: None) -> Change:
+def change_between(a: View, b: View, progress: Progress = lambda size: None) -> Change:
     """Compare two tensors of one shape, element by element.
 
     Bytes of one dtype that are equal are not decoded. Elements of one dtype are the same when their bits are; elements
@@ -105,48 +47,31 @@ def change_between(a: Stored, b: Stored, progress: Progress = lambda size: None)
 
     Raises: CheckpointNotFound, CheckpointDamaged as `pieces`.
     """
-    if a.transposed and b.transposed:  # the same elements in the order of the files
-        a, b = replace(a, transposed=False), replace(b, transposed=False)
+    a, b = _in_order_of_file(a, b)
     total = Change()
     sizes = ITEM_SIZES[a.dtype], ITEM_SIZES[b.dtype]
-    for x, y in _together(a, b):
+    for x, y in zip(pieces(a, BLOCK * sizes[0]), pieces(b, BLOCK * sizes[1]), strict=True):
         progress(len(x) + len(y))
-        count = len(x) // sizes[0]
-        total.elements += count
-        if a.dtype == b.dtype and x == y:
-            continue
-        for start in range(0, count, BLOCK):
-            one, other = (data[start * n : (start + BLOCK) * n] for data, n in zip((x, y), sizes, strict=True))
-            if a.dtype != b.dtype or one != other:
-                total.add(_measure(one, a.dtype, other, b.dtype))
+        total.elements += len(x) // sizes[0]
+        if a.dtype != b.dtype or not same_bytes(x, y):
+            total.add(_measure(x, a.dtype, y, b.dtype))
     return total
 
 
-def is_zero(tensor: Stored) -> bool:
+def _in_order_of_file(a: View, b: View) -> tuple[View, View]:
+    """Both with their axes as the first has them in its file, where its elements then mostly follow one another."""
+    if not a.blocks:
+        return a, b
+    axes = sorted(range(len(a.shape)), key=lambda axis: -a.blocks[0].strides[axis])
+    return permute(a, axes), permute(b, axes)
+
+
+def is_zero(tensor: View) -> bool:
     """Whether every element is zero, by its bits."""
-    return all(data == bytes(len(data)) for data in tensor.pieces())
+    return all(bytes(piece).count(0) == len(piece) for piece in pieces(tensor))
 
 
-def _together(a: Stored, b: Stored) -> Iterator[tuple[bytes, bytes]]:
-    """The same elements of both, as many at a time as both have read."""
-    sources, sizes = (a.pieces(), b.pieces()), (ITEM_SIZES[a.dtype], ITEM_SIZES[b.dtype])
-    data, at = [b"", b""], [0, 0]
-    while True:
-        for i in (0, 1):
-            if at[i] == len(data[i]):
-                data[i], at[i] = next(sources[i], b""), 0
-        count = min((len(data[i]) - at[i]) // sizes[i] for i in (0, 1))
-        if not count:
-            break
-        ends = [at[i] + count * sizes[i] for i in (0, 1)]
-        yield data[0][at[0] : ends[0]], data[1][at[1] : ends[1]]
-        at = ends
-    if data != [b"", b""]:
-        short = a if not data[0] else b
-        raise CheckpointDamaged(f"{short.container.path}: {short.names[0]} ended early, expected {short.nbytes} bytes.")
-
-
-def _measure(x: bytes, dtype_x: str, y: bytes, dtype_y: str) -> Change:
+def _measure(x: bytes | memoryview, dtype_x: str, y: bytes | memoryview, dtype_y: str) -> Change:
     import numpy as np
 
     a, b = decode(x, dtype_x), decode(y, dtype_y)

@@ -7,10 +7,11 @@ from typing import Any
 
 from ...containers.pickles.inert import as_text
 from ...containers.plain import plain
+from ...containers.tensors.views import View
 from ...errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from ...families.common_names import common_fields, naming
 from ...families.family import plain_names
-from .change import Change, Progress, Stored, change_between, is_zero
+from .change import Change, Progress, change_between, is_zero
 from .side import Facts, Side
 
 
@@ -36,8 +37,8 @@ class Pair:
     """One tensor as both have it; no change where its elements cannot be compared."""
 
     name: str
-    a: Stored
-    b: Stored
+    a: View
+    b: View
     change: Change | None = None
 
     @property
@@ -65,8 +66,8 @@ class Tensors:
 
     compared: int = 0
     different: list[Pair] = field(default_factory=list)  # other shapes, then the largest change first
-    only_a: dict[str, Stored] = field(default_factory=dict)
-    only_b: dict[str, Stored] = field(default_factory=dict)
+    only_a: dict[str, View] = field(default_factory=dict)
+    only_b: dict[str, View] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)  # why some could not be compared
     notes: list[str] = field(default_factory=list)  # what is stored in another way, and means the same
 
@@ -205,7 +206,7 @@ def _compare_weights(a: Side, b: Side, progress: Progress) -> Tensors:
             notes.append(f"{head} is not stored in {who}, which uses its token table for it: that is compared")
     both = a.masks.keys() & b.masks.keys()
     for who, side in (("A", a), ("B", b)):
-        surplus = [side.buffers[stored.names[0]] for name, stored in side.masks.items() if name not in both]
+        surplus = [side.buffers[original] for name, original in side.mask_names.items() if name not in both]
         if surplus:
             what = ", ".join(dict.fromkeys(surplus))
             notes.append(f"only {who} has {len(surplus)} buffers, which count for nothing ({what})")
@@ -219,17 +220,18 @@ def _compare_weights(a: Side, b: Side, progress: Progress) -> Tensors:
                 del lone[name]
             if zeros:
                 notes.append(f"only {who} has {len(zeros)} biases that are all zero, which is the same as none")
-    found.notes = notes + _layouts(mine, theirs)
+    found.notes = notes + _layouts(a, b, mine, theirs)
     return found
 
 
-def _layouts(a: dict[str, Stored], b: dict[str, Stored]) -> list[str]:
+def _layouts(a: Side, b: Side, mine: dict[str, View], theirs: dict[str, View]) -> list[str]:
     """Say which tensors one of them stores in another layout than the other."""
     said = []
-    for who, one, other in (("A", a, b), ("B", b, a)):
-        pairs = [(stored, other[name]) for name, stored in one.items() if name in other]
-        joined = [len(x.parts) for x, y in pairs if len(x.parts) > len(y.parts)]
-        turned = sum(x.transposed > y.transposed for x, y in pairs)
+    both = [name for name in mine if name in theirs]
+    for who, one, other in (("A", (a, mine), (b, theirs)), ("B", (b, theirs), (a, mine))):
+        pairs = [(len(one[1][name].names), len(other[1][name].names)) for name in both]
+        joined = [x for x, y in pairs if x > y]
+        turned = sum(one[0].is_transposed(name) > other[0].is_transposed(name) for name in both)
         said += [f"{len(joined)} tensors are made of {sum(joined)} in {who}"] if joined else []
         said += [f"{turned} tensors are transposed in {who}"] if turned else []
     return said
@@ -245,7 +247,7 @@ def _compare_moments(a: Side, b: Side, progress: Progress) -> Tensors:
     return found
 
 
-def _compare_tensors(a: dict[str, Stored], b: dict[str, Stored], progress: Progress) -> Tensors:
+def _compare_tensors(a: dict[str, View], b: dict[str, View], progress: Progress) -> Tensors:
     found = Tensors(
         only_a={name: stored for name, stored in a.items() if name not in b},
         only_b={name: stored for name, stored in b.items() if name not in a},

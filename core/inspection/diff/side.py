@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,20 @@ from ...containers.pickles.inert import as_text
 from ...containers.plain import plain
 from ...containers.spec import TensorSpec
 from ...containers.tensors.dtypes import decode
-from ...containers.tensors.elements import pieces
+from ...containers.tensors.reading import pieces
+from ...containers.tensors.views import View, join, permute, stored
 from ...errors import CheckpointMismatch
 from ...families.common_names import GPT2, Place, common_fields, head_and_table, naming, places
 from ...families.family import plain_names
 from ...families.fused import FUSED, LECTURE, recognise
 from ...families.identify import UNKNOWN
 from ..inspect import Facts
-from .change import Stored
 
 if TYPE_CHECKING:
     from ..inspect import Inspected
+
+Parts = Sequence[tuple[str, TensorSpec]]
+"""What a tensor is made of, each with the name that a person knows it by."""
 
 _FEW = 16  # elements of a tensor that is compared as a value
 
@@ -86,10 +89,10 @@ class Side:
             return {plain: Place((name,)) for plain, name in _plain(names).items()}
 
     @functools.cached_property
-    def tensors(self) -> dict[str, Stored]:
+    def tensors(self) -> dict[str, View]:
         """The tensors of the model by their common names, without those that are broken."""
         return {
-            name: self._stored(*place.parts, transposed=place.transposed)
+            name: self._whole([(part, self.weights[part]) for part in place.parts], place.transposed)
             for name, place in self.places.items()
             if name not in self.broken
         }
@@ -100,24 +103,35 @@ class Side:
         found = {}
         for name, place in self.places.items():
             lost = next((part for part in place.parts if part not in self.weights), None)
-            if fault := f"{lost} is missing" if lost else self._stored(*place.parts).fault:
+            if fault := f"{lost} is missing" if lost else _fault([(part, self.weights[part]) for part in place.parts]):
                 found[name] = fault
         return found
 
-    def parts_of(self, name: str) -> dict[str, Stored]:
+    def is_transposed(self, name: str) -> bool:
+        """Whether a tensor of the model lies transposed in its file."""
+        return name in self.places and name not in self.broken and self.places[name].transposed
+
+    def parts_of(self, name: str) -> dict[str, View]:
         """The parts of a tensor of the model, by their names without what wrappers add."""
         place = self.places.get(name, Place(()))
         parts = _plain(part for part in place.parts if part in self.weights)
-        return {plain: self._stored(part) for plain, part in parts.items()}
+        return {plain: self._whole([(part, self.weights[part])]) for plain, part in parts.items()}
 
-    def _stored(self, *names: str, transposed: bool = False) -> Stored:
-        return Stored(self.container, names, tuple(self.weights[name] for name in names), transposed)
+    def _whole(self, parts: Parts, transposed: bool = False) -> View:
+        """A tensor of parts that follow one another along its rows."""
+        views = [stored(self.container, replace(spec, name=name)) for name, spec in parts]
+        whole = join(views) if len(views) > 1 else views[0]
+        return permute(whole, range(len(whole.shape))[::-1]) if transposed else whole
 
     @property
-    def masks(self) -> dict[str, Stored]:
+    def masks(self) -> dict[str, View]:
         """Its buffers, by their names without what wrappers add."""
-        names = _plain(name for name in self.buffers if name in self.weights)
-        return {plain: self._stored(name) for plain, name in names.items()}
+        return {plain: self._whole([(name, self.weights[name])]) for plain, name in self.mask_names.items()}
+
+    @property
+    def mask_names(self) -> dict[str, str]:
+        """The names of its buffers in the file, by those without what wrappers add."""
+        return _plain(name for name in self.buffers if name in self.weights)
 
     @property
     def tied(self) -> tuple[str, str] | None:
@@ -188,26 +202,25 @@ class Side:
             for index, group in enumerate(groups_of(self.optimizer))
         }
 
-    def moments(self) -> tuple[dict[str, Stored], Facts]:
+    def moments(self) -> tuple[dict[str, View], Facts]:
         """The state of the optimizer by tensor, "lm_head.weight: exp_avg": tensors as they lie, and plain values.
 
         Raises: CheckpointMismatch when it is not known whose they are.
         """
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, View] = {}
         values: Facts = {}
         for name, parts in self.numbers.items():
             entries = [self.optimizer["state"].get(number, {}) for number in parts.values()]
             for key in dict.fromkeys(key for entry in entries for key in entry):
                 found = [entry.get(key) for entry in entries]
                 title = f"{name}: {_text(key)}"
-                names = tuple(f"{part}: {_text(key)}" for part in parts)
+                names = [f"{part}: {_text(key)}" for part in parts]
                 if all(isinstance(value, TensorSpec) and value.shape for value in found):
-                    whole = Stored(self.container, names, tuple(found), self.places[name].transposed)
-                    if whole.fault:
-                        each_alone = zip(names, found, strict=True)
-                        tensors |= {part: Stored(self.container, (part,), (spec,)) for part, spec in each_alone}
+                    specs = list(zip(names, found, strict=True))
+                    if _fault(specs):
+                        tensors |= {part: self._whole([(part, spec)]) for part, spec in specs}
                     else:
-                        tensors[title] = whole
+                        tensors[title] = self._whole(specs, self.places[name].transposed)
                 else:
                     each = [self._value(value) for value in found]
                     values[title] = each[0] if all(value == each[0] for value in each) else each
@@ -220,10 +233,19 @@ class Side:
         if not isinstance(value, TensorSpec):
             return plain(value)
         if value.numel > _FEW or value.dtype.startswith("complex"):
-            crc = functools.reduce(lambda crc, data: zlib.crc32(data, crc), pieces(self.container, value), 0)
+            crc = functools.reduce(lambda crc, data: zlib.crc32(data, crc), pieces(stored(self.container, value)), 0)
             return f"{value}, CRC32 {crc:08x}"
-        numbers = plain(decode(b"".join(pieces(self.container, value)), value.dtype).tolist())
+        numbers = plain(decode(b"".join(map(bytes, pieces(stored(self.container, value)))), value.dtype).tolist())
         return numbers if value.shape else numbers[0]
+
+
+def _fault(parts: Parts) -> str:
+    """Why parts make no tensor; "" where they do."""
+    (first_name, first), *others = parts
+    for name, part in others:
+        if (part.dtype, part.shape) != (first.dtype, first.shape) or not part.shape:
+            return f"{name} is {part.dtype} {part.shape}, but {first_name} is {first.dtype} {first.shape}"
+    return ""
 
 
 def _plain(names: Iterable[str]) -> dict[str, str]:

@@ -8,8 +8,8 @@ from typing import Any
 from ...console.words import columns, printable
 from ...containers.pickles.inert import as_text
 from ...containers.plain import plain
+from ...containers.tensors.views import View
 from ..tensor_table import grouped
-from .change import Stored
 from .comparison import Comparison, Pair, Tensors, Values
 from .side import Facts, Side
 
@@ -69,8 +69,8 @@ def _pair_facts(pair: Pair) -> Facts:
     change = pair.change
     facts: Facts = {
         "name": pair.title,
-        "a": {"names": pair.a.names, "dtype": pair.a.dtype, "shape": pair.a.shape},
-        "b": {"names": pair.b.names, "dtype": pair.b.dtype, "shape": pair.b.shape},
+        "a": _view_facts(pair.a, pair.name),
+        "b": _view_facts(pair.b, pair.name),
     }
     if change is None:
         return {**facts, "change": None}
@@ -86,9 +86,13 @@ def _pair_facts(pair: Pair) -> Facts:
     }
 
 
-def _stored_facts(name: str, stored: Stored) -> Facts:
-    title = stored.names[0] if len(stored.names) == 1 else name
-    return {"name": title, "names": stored.names, "dtype": stored.dtype, "shape": stored.shape}
+def _stored_facts(name: str, stored: View) -> Facts:
+    return {"name": stored.names[0] if len(stored.names) == 1 else name, **_view_facts(stored, name)}
+
+
+def _view_facts(view: View, name: str) -> Facts:
+    names = view.names or (name,)  # an empty tensor is made of nothing
+    return {"names": names, "dtype": view.dtype, "shape": view.shape}
 
 
 def comparison_lines(found: Comparison) -> Iterable[str]:
@@ -148,7 +152,7 @@ def _tensors_lines(title: str, tensors: Tensors) -> Iterable[str]:
         yield from _limited([("    name", "max |B-A|", "max relative", "changed"), *map(_row, changed)])
 
 
-def _rows(lone: Mapping[str, Stored]) -> Iterable[Facts]:
+def _rows(lone: Mapping[str, View]) -> Iterable[Facts]:
     return (_stored_facts(name, stored) for name, stored in lone.items())
 
 
