@@ -22,10 +22,10 @@ from ..containers.spec import TensorSpec
 from ..containers.torch_files.zip import TorchZip
 from ..data.tokenizer import tokenizer_from_state
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from ..families.family import plain_name
 from ..families.fused import Plan
 from ..model import GPT
 from ..networks.device import resolve_device
-from ..networks.state_dict import plain_name
 from .optimizer import load_optimizer_state
 from .shards import read_shards
 
