@@ -14,11 +14,9 @@ MASK: Sides = ("block_size", "block_size")
 
 def _lecture(feed_forward: str) -> dict[str, Sides]:
     other = {"ffwd": ".fwd.", "fwd": ".ffwd."}[feed_forward]
+    rows = {name: gpt.TENSORS[each(ours)[0]] for theirs, ours, _ in lecture.LECTURE for name in each(theirs)}
     return {
-        name: HEAD_SIDES[: len(gpt.TENSORS[ours])] if "{j}" in name else gpt.TENSORS[ours]
-        for theirs, ours, _ in lecture.LECTURE
-        for name in each(theirs)
-        if other not in name
+        name: HEAD_SIDES[: len(sides)] if "{j}" in name else sides for name, sides in rows.items() if other not in name
     }
 
 
