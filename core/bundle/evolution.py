@@ -12,7 +12,7 @@ from typing import Any
 from ..config.gpt import ACTIVATIONS, GPTConfig
 from ..errors import CheckpointMismatch
 from ..families.family import Shape
-from ..families.fused import LECTURE, Plan
+from ..families.fused import LECTURE, Fusing
 
 Values = dict[str, Any]
 QKV = ".sa.qkv.weight"
@@ -22,7 +22,7 @@ QKV = ".sa.qkv.weight"
 class Evidence:
     """What the header of the weights shows beside a config."""
 
-    plan: Plan
+    plan: Fusing
     shapes: dict[str, Shape]  # under our names
 
     def has(self, name: str) -> bool:

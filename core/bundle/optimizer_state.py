@@ -13,7 +13,7 @@ from typing import Any
 from ..console.words import listed
 from ..errors import CheckpointMismatch
 from ..families.family import Shape, plain_names
-from ..families.fused import Plan
+from ..families.fused import Fusing
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -82,7 +82,7 @@ def names_in_order(groups: Sequence[Mapping[str, Any]], order: Mapping[str, Shap
 
 
 def rearrange(
-    state: State, plan: Plan, order: Mapping[str, Shape], ours: Sequence[str], join: Callable[[list[Any]], Any]
+    state: State, plan: Fusing, order: Mapping[str, Shape], ours: Sequence[str], join: Callable[[list[Any]], Any]
 ) -> State:
     """Give a state the parameters of the model: fused by the plan of the weights, named, in the order of `ours`.
 

@@ -10,56 +10,32 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import gpt, hf_gpt2, lecture
+from . import lecture
 from .claims import ACTIVATIONS, NAMES, TIED
 from .family import plain_names
-from .fused import FUSED, LECTURE, make_plan
+from .fused import FUSED, LECTURE, SAME, fuse
+from .hf_gpt2 import HF_GPT2
 from .identify import FAMILIES
-
-NANOGPT: dict[str, str] = {
-    "transformer.wte.weight": "token_embedding_table.weight",
-    "transformer.wpe.weight": "position_embedding_table.weight",
-    "transformer.h.{i}.ln_1.weight": "blocks.{i}.ln1.weight",
-    "transformer.h.{i}.ln_1.bias": "blocks.{i}.ln1.bias",
-    "transformer.h.{i}.attn.c_attn.weight": "blocks.{i}.sa.qkv.weight",
-    "transformer.h.{i}.attn.c_attn.bias": "blocks.{i}.sa.qkv.bias",
-    "transformer.h.{i}.attn.c_proj.weight": "blocks.{i}.sa.proj.weight",
-    "transformer.h.{i}.attn.c_proj.bias": "blocks.{i}.sa.proj.bias",
-    "transformer.h.{i}.ln_2.weight": "blocks.{i}.ln2.weight",
-    "transformer.h.{i}.ln_2.bias": "blocks.{i}.ln2.bias",
-    "transformer.h.{i}.mlp.c_fc.weight": "blocks.{i}.fwd.net.0.weight",
-    "transformer.h.{i}.mlp.c_fc.bias": "blocks.{i}.fwd.net.0.bias",
-    "transformer.h.{i}.mlp.c_proj.weight": "blocks.{i}.fwd.net.2.weight",
-    "transformer.h.{i}.mlp.c_proj.bias": "blocks.{i}.fwd.net.2.bias",
-    "transformer.ln_f.weight": "ln_f.weight",
-    "transformer.ln_f.bias": "ln_f.bias",
-    "lm_head.weight": "lm_head.weight",
-}
-"""nanoGPT's name: ours. The rows of `c_attn` are q | k | v, as those of our `qkv`."""
-
-HF_GPT2: dict[str, str] = {**NANOGPT, **{name.removeprefix("transformer."): ours for name, ours in NANOGPT.items()}}
-"""The names of Hugging Face are those of nanoGPT; without `transformer.` where GPT2Model was saved by itself."""
-
-MEGATRON: dict[str, str] = {
-    "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.{i}.input_layernorm.weight",
-    "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_bias": "decoder.layers.{i}.input_layernorm.bias",
-    "decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight": "decoder.layers.{i}.pre_mlp_layernorm.weight",
-    "decoder.layers.{i}.mlp.linear_fc1.layer_norm_bias": "decoder.layers.{i}.pre_mlp_layernorm.bias",
-}
-"""The name of Transformer Engine: that of the local layers; all others are the same."""
+from .megatron_tables import TRANSFORMER_ENGINE
+from .nanogpt import NANOGPT
+from .rules import TRANSPOSE, Table, each
 
 GPT2 = "gpt2"
-TABLES: dict[str, tuple[str, Mapping[str, str]]] = {
-    FUSED: (GPT2, {name: name for name in gpt.TENSORS}),
-    LECTURE: (GPT2, lecture.TENSORS),
+
+
+def _with_bare(table: Table, base: str) -> Table:
+    """A table that also knows the names of a body that was saved by itself, which lack the base."""
+    return (*table, *((name.removeprefix(base), ours, rule) for names, ours, rule in table for name in each(names)))
+
+
+TABLES: dict[str, tuple[str, Table]] = {
+    FUSED: (GPT2, SAME),
+    LECTURE: (GPT2, lecture.LECTURE),
     "nanogpt": (GPT2, NANOGPT),
-    "hf_gpt2": (GPT2, HF_GPT2),
-    "megatron": ("megatron", MEGATRON),
+    "hf_gpt2": (GPT2, _with_bare(HF_GPT2, "transformer.")),
+    "megatron": ("megatron", TRANSFORMER_ENGINE),
 }
 """Family: whose names its table leads to, and the table."""
-
-TRANSPOSED = {HF_GPT2[name] for name in hf_gpt2.TRANSPOSED}
-"""The common names of what Hugging Face GPT-2 stores as [in, out]."""
 
 _OF_STYLE = {name: family for family in FAMILIES for name in (family.name, *(style.name for style in family.styles))}
 
@@ -86,8 +62,9 @@ def places(family: str, names: Iterable[str]) -> dict[str, Place]:
     table = _table(family)
     if table not in TABLES:
         return {plain: Place((name,)) for plain, name in plain_names(names).items()}
-    turned = TRANSPOSED if family == "hf_gpt2" else set()
-    sources = make_plan(family, TABLES[table][1], {}, names).sources
+    rows = TABLES[table][1]
+    turned = {ours for _, ours, rule in rows if rule == TRANSPOSE}
+    sources = fuse(family, rows, {}, names).sources
     return {common: Place(parts, _row(common) in turned) for common, parts in sources.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -59,7 +59,7 @@ class Family:
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Side:
+class Length:
     """One side of a shape: times x symbol / over (+ 2 more), or at least that."""
 
     times: int
@@ -78,22 +78,29 @@ class Side:
 
 
 @lru_cache(maxsize=256)
-def parse(side: str) -> Side:
+def parse(side: str) -> Length:
     """Read one side of a table."""
     words = side.split()
     times = int(words.pop(0)) if words[0].isdigit() else 1
     if not words:
-        return Side(times, "")
+        return Length(times, "")
     match words[1:]:
         case []:
-            return Side(times, words[0])
+            return Length(times, words[0])
         case ["/", over]:
-            return Side(times, words[0], over=int(over))
+            return Length(times, words[0], over=int(over))
         case ["+", "2", more]:
-            return Side(times, words[0], more=more)
+            return Length(times, words[0], more=more)
         case ["+"]:
-            return Side(times, words[0], least=True)
+            return Length(times, words[0], least=True)
     raise ValueError(side)
+
+
+def plain_name(name: str, wrappers: Collection[str] = ()) -> str:
+    """Take from a name what torch.compile puts in it, and the `wrappers` at its beginning."""
+    words = [word for word in name.split(".") if word != "_orig_mod"]  # compiled submodules have it in the middle
+    wrapped = next((i for i, word in enumerate(words[:-1]) if word not in wrappers), len(words) - 1)
+    return ".".join(words[max(wrapped, 0) :]) or name
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
@@ -103,9 +110,7 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name in names:
-        words = [word for word in name.split(".") if word != "_orig_mod"]  # compiled submodules have it in the middle
-        wrapped = next((i for i, word in enumerate(words[:-1]) if word not in WRAPPERS), len(words) - 1)
-        plain = ".".join(words[max(wrapped, 0) :]) or name
+        plain = plain_name(name, WRAPPERS)
         if plain in found:
             raise CheckpointMismatch(f"{found[plain]} and {name} are the same tensor without their prefixes")
         found[plain] = name

@@ -13,7 +13,7 @@ from ..console.words import listed
 from ..errors import CheckpointMismatch
 from . import hf_gpt2, hf_llama, litgpt, megatron, modded, nanochat, nanogpt, ours
 from .architecture import Architecture, describe
-from .family import Family, Shape, plain_names
+from .family import Family, Shape, plain_name, plain_names
 from .match import Match, index, match, skeleton
 
 MODULES = (ours, nanogpt, hf_gpt2, hf_llama, modded, megatron, litgpt, nanochat)
@@ -105,7 +105,7 @@ def _depth(shape: str) -> int | None:
     """How many words stand before a name that only a model has."""
     words = shape.split(".")
     for depth in range(min(len(words), _DEEP)):
-        if ".".join(word for word in words[depth:] if word != "_orig_mod") in _decisive():
+        if plain_name(".".join(words[depth:])) in _decisive():
             return depth
     return None
 

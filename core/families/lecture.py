@@ -6,53 +6,40 @@ whose feed-forward part is called `ffwd`, and `fwd` in some later files.
 
 from __future__ import annotations
 
-from .rules import RENAME, Concat, Row, Table
-
-TENSORS: dict[str, str] = {
-    "token_embedding_table.weight": "token_embedding_table.weight",
-    "position_embedding_table.weight": "position_embedding_table.weight",
-    "blocks.{i}.sa.heads.{j}.query.weight": "blocks.{i}.sa.qkv.weight",
-    "blocks.{i}.sa.heads.{j}.key.weight": "blocks.{i}.sa.qkv.weight",
-    "blocks.{i}.sa.heads.{j}.value.weight": "blocks.{i}.sa.qkv.weight",
-    "blocks.{i}.sa.heads.{j}.query.bias": "blocks.{i}.sa.qkv.bias",
-    "blocks.{i}.sa.heads.{j}.key.bias": "blocks.{i}.sa.qkv.bias",
-    "blocks.{i}.sa.heads.{j}.value.bias": "blocks.{i}.sa.qkv.bias",
-    "blocks.{i}.sa.proj.weight": "blocks.{i}.sa.proj.weight",
-    "blocks.{i}.sa.proj.bias": "blocks.{i}.sa.proj.bias",
-    "blocks.{i}.ffwd.net.0.weight": "blocks.{i}.fwd.net.0.weight",
-    "blocks.{i}.ffwd.net.0.bias": "blocks.{i}.fwd.net.0.bias",
-    "blocks.{i}.ffwd.net.2.weight": "blocks.{i}.fwd.net.2.weight",
-    "blocks.{i}.ffwd.net.2.bias": "blocks.{i}.fwd.net.2.bias",
-    "blocks.{i}.fwd.net.0.weight": "blocks.{i}.fwd.net.0.weight",
-    "blocks.{i}.fwd.net.0.bias": "blocks.{i}.fwd.net.0.bias",
-    "blocks.{i}.fwd.net.2.weight": "blocks.{i}.fwd.net.2.weight",
-    "blocks.{i}.fwd.net.2.bias": "blocks.{i}.fwd.net.2.bias",
-    "blocks.{i}.ln1.weight": "blocks.{i}.ln1.weight",
-    "blocks.{i}.ln1.bias": "blocks.{i}.ln1.bias",
-    "blocks.{i}.ln2.weight": "blocks.{i}.ln2.weight",
-    "blocks.{i}.ln2.bias": "blocks.{i}.ln2.bias",
-    "ln_f.weight": "ln_f.weight",
-    "ln_f.bias": "ln_f.bias",
-    "lm_head.weight": "lm_head.weight",
-    "lm_head.bias": "lm_head.bias",
-}
-"""Their name: ours. The rows of `qkv` are q | k | v, each of them head by head."""
-
-DROPPED: dict[str, str] = {
-    "blocks.{i}.sa.heads.{j}.tril": "the causal mask, which our attention has in its kernel",
-}
-"""Buffers that are in the file and that our model computes."""
+from .rules import RENAME, Concat, Table
 
 
 def _heads(part: str) -> tuple[str, ...]:
     return tuple(f"blocks.{{i}}.sa.heads.{{j}}.{word}.{part}" for word in ("query", "key", "value"))
 
 
-_PLAIN: tuple[Row, ...] = tuple((theirs, ours, RENAME) for theirs, ours in TENSORS.items() if "{j}" not in theirs)
-
 LECTURE: Table = (
+    ("token_embedding_table.weight", "token_embedding_table.weight", RENAME),
+    ("position_embedding_table.weight", "position_embedding_table.weight", RENAME),
     (_heads("weight"), "blocks.{i}.sa.qkv.weight", Concat(0)),
     (_heads("bias"), "blocks.{i}.sa.qkv.bias", Concat(0)),
-    *_PLAIN,
+    ("blocks.{i}.sa.proj.weight", "blocks.{i}.sa.proj.weight", RENAME),
+    ("blocks.{i}.sa.proj.bias", "blocks.{i}.sa.proj.bias", RENAME),
+    ("blocks.{i}.ffwd.net.0.weight", "blocks.{i}.fwd.net.0.weight", RENAME),
+    ("blocks.{i}.ffwd.net.0.bias", "blocks.{i}.fwd.net.0.bias", RENAME),
+    ("blocks.{i}.ffwd.net.2.weight", "blocks.{i}.fwd.net.2.weight", RENAME),
+    ("blocks.{i}.ffwd.net.2.bias", "blocks.{i}.fwd.net.2.bias", RENAME),
+    ("blocks.{i}.fwd.net.0.weight", "blocks.{i}.fwd.net.0.weight", RENAME),
+    ("blocks.{i}.fwd.net.0.bias", "blocks.{i}.fwd.net.0.bias", RENAME),
+    ("blocks.{i}.fwd.net.2.weight", "blocks.{i}.fwd.net.2.weight", RENAME),
+    ("blocks.{i}.fwd.net.2.bias", "blocks.{i}.fwd.net.2.bias", RENAME),
+    ("blocks.{i}.ln1.weight", "blocks.{i}.ln1.weight", RENAME),
+    ("blocks.{i}.ln1.bias", "blocks.{i}.ln1.bias", RENAME),
+    ("blocks.{i}.ln2.weight", "blocks.{i}.ln2.weight", RENAME),
+    ("blocks.{i}.ln2.bias", "blocks.{i}.ln2.bias", RENAME),
+    ("ln_f.weight", "ln_f.weight", RENAME),
+    ("ln_f.bias", "ln_f.bias", RENAME),
+    ("lm_head.weight", "lm_head.weight", RENAME),
+    ("lm_head.bias", "lm_head.bias", RENAME),
 )
-"""Lecture style: the rows of qkv are q | k | v, each of them head by head; the feed-forward part is `ffwd` or `fwd`."""
+"""The rows of qkv are q | k | v, each of them head by head; the feed-forward part is `ffwd` or `fwd`."""
+
+DROPPED: dict[str, str] = {
+    "blocks.{i}.sa.heads.{j}.tril": "the causal mask, which our attention has in its kernel",
+}
+"""Buffers that are in the file and that our model computes."""

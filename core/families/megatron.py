@@ -36,13 +36,15 @@ LOCAL: dict[str, Sides] = {
     "decoder.layers.{i}.pre_mlp_layernorm.bias": ("n_embd",),
 }
 
-TRANSFORMER_ENGINE: dict[str, Sides] = {
-    **COMMON,
-    "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight": ("n_embd",),
-    "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_bias": ("n_embd",),
-    "decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight": ("n_embd",),
-    "decoder.layers.{i}.mlp.linear_fc1.layer_norm_bias": ("n_embd",),
+FUSED_NORMS = {
+    "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.{i}.input_layernorm.weight",
+    "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_bias": "decoder.layers.{i}.input_layernorm.bias",
+    "decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight": "decoder.layers.{i}.pre_mlp_layernorm.weight",
+    "decoder.layers.{i}.mlp.linear_fc1.layer_norm_bias": "decoder.layers.{i}.pre_mlp_layernorm.bias",
 }
+"""Transformer Engine has the norm in the layer that follows it: its name and the local one; others are the same."""
+
+TRANSFORMER_ENGINE: dict[str, Sides] = {**COMMON, **{name: LOCAL[local] for name, local in FUSED_NORMS.items()}}
 
 NORM_BIASES = (
     "decoder.layers.{i}.input_layernorm.bias",

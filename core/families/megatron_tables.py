@@ -8,21 +8,7 @@ from __future__ import annotations
 from . import megatron
 from .rules import RENAME, TRANSPOSE, Chain, Concat, Interleave, Inverse, Row, Stack, Table
 
-TRANSFORMER_ENGINE: Table = (
-    (
-        "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight",
-        "decoder.layers.{i}.input_layernorm.weight",
-        RENAME,
-    ),
-    (
-        "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_bias",
-        "decoder.layers.{i}.input_layernorm.bias",
-        RENAME,
-    ),
-    ("decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight", "decoder.layers.{i}.pre_mlp_layernorm.weight", RENAME),
-    ("decoder.layers.{i}.mlp.linear_fc1.layer_norm_bias", "decoder.layers.{i}.pre_mlp_layernorm.bias", RENAME),
-)
-"""Transformer Engine has the norm in the layer that follows it; all other names are the same."""
+TRANSFORMER_ENGINE: Table = tuple((name, local, RENAME) for name, local in megatron.FUSED_NORMS.items())
 
 
 def unstacked(n_layer: int) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import gpt, lecture
 from .family import Family, Sides
 from .fused import FUSED, LECTURE
+from .rules import each
 
 FUSED_SWITCHES = {"qkv_bias" if switch == "bias" else switch: names for switch, names in gpt.SWITCHES.items()}
 HEAD_SIDES: Sides = ("head_size", "n_embd")
@@ -13,10 +14,9 @@ MASK: Sides = ("block_size", "block_size")
 
 def _lecture(feed_forward: str) -> dict[str, Sides]:
     other = {"ffwd": ".fwd.", "fwd": ".ffwd."}[feed_forward]
+    rows = {name: gpt.TENSORS[each(ours)[0]] for theirs, ours, _ in lecture.LECTURE for name in each(theirs)}
     return {
-        theirs: HEAD_SIDES[: len(gpt.TENSORS[ours])] if "{j}" in theirs else gpt.TENSORS[ours]
-        for theirs, ours in lecture.TENSORS.items()
-        if other not in theirs
+        name: HEAD_SIDES[: len(sides)] if "{j}" in name else sides for name, sides in rows.items() if other not in name
     }
 
 

@@ -235,7 +235,7 @@ def apply(table: Iterable[Row], tensors: Mapping[str, View], sizes: Sizes, back:
         theirs, ours, rule = row
         given, wanted = (ours, theirs) if back else (theirs, ours)
         for i in _layers(given, tensors):
-            parts, targets = _expanded(given, i, sizes), _expanded(wanted, i, sizes)
+            parts, targets = expanded(given, i, sizes), expanded(wanted, i, sizes)
             there = [name for name in parts if name in tensors]
             if not there:
                 continue
@@ -271,26 +271,32 @@ def _make(
 
 def _layers(given: Names, tensors: Mapping[str, View]) -> list[str]:
     """The numbers that `{i}` stands for among the names that are there; [""] where the row has none."""
-    names = (given,) if isinstance(given, str) else given
+    names = each(given)
     if not any("{i}" in name for name in names):
         return [""]
-    patterns = [_pattern(name) for name in names]
-    found = {match["i"] for pattern in patterns for name in tensors if (match := pattern.fullmatch(name))}
+    patterns = [pattern(name) for name in names]
+    found = {match["i"] for one in patterns for name in tensors if (match := one.fullmatch(name))}
     return sorted(found, key=int)
 
 
 @cache
-def _pattern(name: str) -> re.Pattern[str]:
+def pattern(name: str) -> re.Pattern[str]:
+    """Compile a name of a table; its groups `i` and `j` are the numbers of a layer and a head."""
     first, *others = re.escape(name).split(r"\{i\}")
     return re.compile(
-        (first + r"(?P<i>\d{1,6})" + r"(?P=i)".join(others) if others else first).replace(r"\{j\}", r"\d+")
+        (first + r"(?P<i>\d{1,6})" + r"(?P=i)".join(others) if others else first).replace(r"\{j\}", r"(?P<j>\d{1,4})")
     )
 
 
-def _expanded(names: Names, i: str, sizes: Sizes) -> list[str]:
-    """The names of one layer; one with a `{j}` stands for that of every head, with an `{l}` of every layer."""
+def each(names: Names) -> tuple[str, ...]:
+    """Give the names of one side of a row, however many they are."""
+    return (names,) if isinstance(names, str) else names
+
+
+def expanded(names: Names, i: str, sizes: Sizes) -> list[str]:
+    """List the names of one layer; one with a `{j}` stands for that of every head, with an `{l}` of every layer."""
     made = []
-    for name in (names,) if isinstance(names, str) else names:
+    for name in each(names):
         name = name.replace("{i}", i)
         letter = next((letter for letter in COUNTED if letter in name), None)
         made += [name.replace(letter, str(k)) for k in range(sizes[COUNTED[letter]])] if letter else [name]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..bundle.optimizer_state import OTHER_MODEL, groups_of, names_in_order
+from ..bundle.optimizer_state import OTHER_MODEL, groups_of, names_in_order, recorded_names
 from ..console.words import counted, listed
 from ..errors import CheckpointMismatch
-from ..networks.state_dict import plain_name
+from ..families.family import plain_name
 
 if TYPE_CHECKING:
     from ..model import GPT
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 BETAS = (0.9, 0.95)
 CONTINUED = {"betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "fused", "decoupled_weight_decay"}
 """What a saved group decides; the learning rate is the run's."""
+
+DDP = ("module",)
+"""What DistributedDataParallel puts before the names of parameters."""
 
 ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 FUSED_DEVICES = ("cpu", "cuda")
@@ -46,7 +49,7 @@ def configure_optimizer(
 
     Raises: CheckpointMismatch when the given state is another model's.
     """
-    everything = {_plain(name): p for name, p in model.named_parameters()}
+    everything = {plain_name(name, DDP): p for name, p in model.named_parameters()}
     named = {name: p for name, p in everything.items() if p.requires_grad}
     fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in named.values())
     if optimizer_state is None:
@@ -57,7 +60,7 @@ def configure_optimizer(
         ]
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=BETAS, fused=fused)
     saved = groups_of(optimizer_state)
-    names = [_plain(n) for n in names_in_order(saved, {name: tuple(p.shape) for name, p in named.items()})]
+    names = [plain_name(n, DDP) for n in names_in_order(saved, {name: tuple(p.shape) for name, p in named.items()})]
     _refuse([f"{name} is not in this model" for name in names if name not in everything])
     made = _like(saved, names, named, learning_rate, weight_decay, fused)
     for line in load_optimizer_state(made, optimizer_state, names, known=everything):
@@ -131,12 +134,12 @@ def load_optimizer_state(
     here_names = _names(optimizer.param_groups)
     lines, new = list[str](), list[str]()
     if model is not None:
-        found_names = {id(p): _plain(name) for name, p in model.named_parameters()}
+        found_names = {id(p): plain_name(name, DDP) for name, p in model.named_parameters()}
         known = known or found_names.values()
         if here_names is None and all(id(p) in found_names for p, _ in here):
             here_names = [found_names[id(p)] for p, _ in here]
     there_ids = [i for group in groups for i in group["params"]]
-    there_names = _names(groups) or ([_plain(n) for n in names] if names is not None else None)
+    there_names = _names(groups) or ([plain_name(n, DDP) for n in names] if names is not None else None)
     if there_names is not None and len(there_names) != len(there_ids):
         raise CheckpointMismatch(
             f"optimizer state: found {len(there_ids)} parameters for {len(there_names)} names. {OTHER_MODEL}"
@@ -179,14 +182,8 @@ def load_optimizer_state(
 
 def _names(groups: list[dict[str, Any]]) -> list[str] | None:
     """Plain names in order, or None when a group has none."""
-    if any(group.get("param_names") is None for group in groups if group["params"]):
-        return None
-    return [_plain(name) for group in groups if group["params"] for name in group["param_names"]]
-
-
-def _plain(name: str) -> str:
-    """The name of a parameter without what torch.compile and DDP add."""
-    return plain_name(name).removeprefix("module.")
+    names = recorded_names(groups)
+    return [plain_name(name, DDP) for name in names] if names is not None else None
 
 
 def _fault(label: str, p: Tensor, entry: dict[str, Any], settings: dict[str, Any], adam: bool) -> str | None:

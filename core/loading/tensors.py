@@ -22,10 +22,10 @@ from ..containers.spec import TensorSpec
 from ..containers.torch_files.zip import TorchZip
 from ..data.tokenizer import tokenizer_from_state
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
-from ..families.fused import Plan
+from ..families.family import plain_name
+from ..families.fused import Fusing
 from ..model import GPT
 from ..networks.device import resolve_device
-from ..networks.state_dict import plain_name
 from .optimizer import load_optimizer_state
 from .shards import read_shards
 
@@ -165,7 +165,7 @@ def join_rows(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def planned(plan: Plan, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def planned(plan: Fusing, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Make the tensors of a model from those of a file; what is only renamed is not copied."""
     return {
         name: tensors[parts[0]] if len(parts) == 1 else join_rows([tensors[part] for part in parts])

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..families.family import plain_name
+
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside torch.compile, DistributedDataParallel and DataParallel, in any order."""
@@ -24,11 +26,6 @@ def unwrap(module: nn.Module) -> nn.Module:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that is in the memory of this rank: all of it, unless it is spread over several."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def plain_name(name: str) -> str:
-    """Take the name of a compiled submodule's tensor back to what the uncompiled one has."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def export_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ..containers.dcp.writer import Placed, item_header
 from ..containers.torch_files.image import Image
 from ..containers.torch_files.layout import pickled
-from ..networks.state_dict import plain_name
+from ..families.family import plain_name
 from .torch_file import bytes_of
 
 Shape = tuple[int, ...]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..console.words import differences, listed
 from ..errors import CheckpointMismatch, InputError
-from ..networks.state_dict import local, plain_name, unwrap
+from ..families.family import plain_name
+from ..networks.state_dict import local, unwrap
 
 
 class Ema:

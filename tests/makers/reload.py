@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from core.checkpoint import CheckpointManager
+from core.families.family import plain_name
 from core.networks.distributed import open_world, whole
-from core.networks.state_dict import plain_name
 from core.training.ranks import RanksOf
 
 
