@@ -21,7 +21,7 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
     """
     kept = {older.step: older for older in history(place.path)}
     top = top_state(place)
-    if top.get("step") == step:
+    if top.step == step:
         return
     if step not in kept:
         aside = next((path for path in place.asides() if path.name.startswith(f"aside_{step:08d}_")), None)
@@ -31,14 +31,14 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
         )
     intact.open_verified(place.path, say, step=step, check=check).close()
     later = [older.path for older in kept.values() if older.order > kept[step].order]
-    ids = [older.state.get("commit_id") for older in kept.values()]
+    ids = [older.state.commit_id for older in kept.values()]
     # A single file with a higher step, which this step has not seen, would be chosen instead of it.
-    legacy = seen_files(place.path, top.get("legacy", []))
+    legacy = seen_files(place.path, top.legacy or [])
     gone = place.go_back(
         kept[step].path,
         "abandoned",
         later,
-        top_stays=top.get("commit_id", "") in ids,
+        top_stays=top.commit_id is not None and top.commit_id in ids,
         facts={"legacy": legacy} if legacy else None,
     )
     say(
