@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from .bundle import intact, rewind
-from .bundle.bundle import TOKENIZER, Bundle, history
+from .bundle.bundle import Bundle, newest_tokenizer
 from .bundle.choice import LEGACY_FILES, holds_bundle
 from .bundle.commit import MODEL, ModelFolder
 from .bundle.find import file_in, model_folder
+from .bundle.folder import top_state
 from .bundle.lock import hold
 from .bundle.retention import Retention, best_step
 from .bundle.training_state import TrainingState
 from .bundle.writing import explained, writing
 from .config.gpt import GPTConfig
 from .console.words import size_text
-from .containers.json_files import parse_json
 from .data.tokenizer import Tokenizer
 from .errors import CheckpointDamaged, InputError
 from .kinds import gpt_kind
@@ -102,11 +102,9 @@ class CheckpointManager:
     def of_folder(cls, checkpoint_dir: str | Path, **settings: Any) -> CheckpointManager:
         """Manage the model whose folder this is."""
         folder = Path(checkpoint_dir)
-        return cls(
-            folder.name if folder.name not in ("", "..") else folder.resolve().name,
-            folder.parent if folder.name not in ("", "..") else folder.resolve().parent,
-            **settings,
-        )
+        if folder.name in ("", ".."):
+            folder = folder.resolve()
+        return cls(folder.name, folder.parent, **settings)
 
     # What is there
 
@@ -196,10 +194,7 @@ class CheckpointManager:
         if not self.ranks.world.is_first:
             return 0
         with self.writing(), self._explained():
-            newest, kept = self._top_state(), history(self.checkpoint_dir)
-            asked = keep is not None or keep_every is not None
-            going = Retention.of(newest).given(keep, keep_every).going(newest, kept) if asked else []
-            return rewind.prune(self._folder, going, self.say)
+            return rewind.prune(self._folder, self.say, keep, keep_every)
 
     def go_back(self, step: int) -> None:
         """Make a kept step the newest one again: training goes on from it, and what came after it is kept aside.
@@ -379,18 +374,12 @@ class CheckpointManager:
 
         Where there is none, that of another model below the same root, if one is named.
         """
-        for name in [self.model_name, *([or_of] if or_of else [])]:
-            folder = model_folder(self.checkpoint_dir.parent, name)
-            with contextlib.suppress(FileNotFoundError):
-                return parse_json(ModelFolder(folder).read(TOKENIZER), str(folder / TOKENIZER))
-        return None
+        other = model_folder(self.checkpoint_dir.parent, or_of) if or_of else None
+        return newest_tokenizer(self.checkpoint_dir) or (newest_tokenizer(other) if other else None)
 
     def saved_step(self) -> int | None:
         """The newest committed step; None where nothing is saved."""
-        return self._top_state().step
-
-    def _top_state(self) -> TrainingState:
-        return rewind.top_state(self._folder)
+        return top_state(self._folder).step
 
     # Load
 

@@ -200,6 +200,13 @@ def _read_json(opened: Opened, name: str) -> dict[str, Any]:
     return parse_json(file.read(), str(opened.folder / name))
 
 
+def newest_tokenizer(folder: Path) -> dict[str, Any] | None:
+    """Read the tokenizer.json of a model's newest step, or one that waits beside a config.json alone."""
+    with contextlib.suppress(FileNotFoundError):
+        return parse_json(ModelFolder(folder).read(TOKENIZER), str(folder / TOKENIZER))
+    return None
+
+
 def history(folder: Path, storage: Storage = DISK) -> list[Kept]:
     """List the kept steps of a model, in the order they were committed in."""
     kept = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 
 from ..console.words import size_text
 from ..errors import CheckpointNotFound, NoneIntact
@@ -12,6 +11,7 @@ from .bundle import EMA, Bundle, Kept, history
 from .choice import LEGACY_FILES, seen_files
 from .commit import ModelFolder
 from .folder import LOG, aside_folder, top_state
+from .retention import Retention
 
 
 def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = True) -> None:
@@ -69,11 +69,16 @@ def clear(place: ModelFolder, say: intact.Say) -> None:
     say(f"WARNING: {place.path}: starting anew (--allow_fresh)." + (f" What was here is in {where}." if aside else ""))
 
 
-def prune(place: ModelFolder, going: Iterable[Kept], say: intact.Say) -> int:
-    """Remove what lies aside and some kept steps, naming each, and return the bytes freed. The caller has the lock.
+def prune(place: ModelFolder, say: intact.Say, keep: int | None = None, keep_every: int | None = None) -> int:
+    """Remove what lies aside, naming it, and return the bytes freed; with a number given, kept steps as well.
 
-    A file that is also under another name, as one of a kept step, frees nothing.
+    Then those go that the rules of the run, with these numbers, do not keep. A file that is also under another name,
+    as one of a kept step, frees nothing. The caller has the lock.
     """
+    going: list[Kept] = []
+    if keep is not None or keep_every is not None:
+        newest = top_state(place)
+        going = Retention.of(newest).given(keep, keep_every).going(newest, history(place.path))
     doomed = [*place.asides(), *(older.path for older in going)]
     inside = [[file.stat() for file in folder.rglob("*") if file.is_file()] for folder in doomed]
     files = [file for listed in inside for file in listed]

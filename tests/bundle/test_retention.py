@@ -14,7 +14,6 @@ from core.bundle.training_state import TrainingState, seal, unseal
 from core.errors import CheckpointDamaged
 from tests.makers.models import kept, manager, started, state_of, train_and_save
 
-
 state = TrainingState.from_dict
 
 

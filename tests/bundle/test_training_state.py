@@ -54,9 +54,9 @@ def test_a_document_comes_back_as_it_was_with_its_order_its_nulls_and_what_is_no
 
 
 def test_a_new_value_takes_the_place_of_the_old_one_and_a_new_field_comes_last():
-    state = TrainingState.from_dict(FOREIGN).committed("abc", self=1, seed=None, step=4)
+    state = TrainingState.from_dict(FOREIGN).committed("abc", seed=None, step=4).having(self=1)
     new = [name for name in state if name not in FOREIGN]
-    assert [*state][: len(FOREIGN)] == [*FOREIGN] and new == ["format_version", "commit_id", "self", "seed"]
+    assert [*state][: len(FOREIGN)] == [*FOREIGN] and new == ["format_version", "commit_id", "seed", "self"]
     assert (state.parent, state.step, state["self"]) == ("abc", 4, 1)
     assert {"step", "seed", "extra"} < FIELDS and not {"val_loss", "names", "others"} & FIELDS
 
