@@ -129,7 +129,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     say_what_runs(manager, model, corpus, start if bundle else None, is_new=not (bundle or origin))
     world.agree("data", source.record())
     manager.record(data=source.record(), training=settings.recorded())
-    if so_far and bundle and "training" not in bundle.state:
+    if so_far and bundle and bundle.state.training is None:
         shown = ", ".join(f"{name} {value}" for name, value in so_far.items())
         say(f"going on as the program that wrote it, unless a flag says otherwise: {shown}")
     for line in settings.changes(so_far):
@@ -163,7 +163,7 @@ def open_data(manager: CheckpointManager, bundle: Bundle | None, args: argparse.
     from core.data.source import find_source
     from core.data.tokenizer import tokenizer_from_state
 
-    so_far = bundle.state.get("data") if bundle else None
+    so_far = bundle.state.data if bundle else None
     source = find_source(args.input_file, args.dataset_dir, so_far, manager.model_name)
     say(source.line())
     if changed := source.changed(so_far):

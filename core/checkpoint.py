@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,27 +12,27 @@ import torch
 from torch import nn
 
 from .bundle import intact, rewind
-from .bundle.bundle import TOKENIZER, Bundle, history
+from .bundle.bundle import Bundle, newest_tokenizer
 from .bundle.choice import LEGACY_FILES, holds_bundle
 from .bundle.commit import MODEL, ModelFolder
-from .bundle.find import model_folder
+from .bundle.find import file_in, model_folder
+from .bundle.folder import top_state
 from .bundle.lock import hold
-from .bundle.retention import Retention, best_of
+from .bundle.retention import Retention, best_step
+from .bundle.training_state import TrainingState
 from .bundle.writing import explained, writing
 from .config.gpt import GPTConfig
 from .console.words import size_text
-from .containers.json_files import parse_json
 from .data.tokenizer import Tokenizer
-from .errors import CheckpointDamaged, CheckpointNotFound, InputError
+from .errors import CheckpointDamaged, InputError
 from .kinds import gpt_kind
-from .kinds.gpt import given_fields, say_without_moments
-from .kinds.kind import ModelKind, Request
+from .kinds.gpt import given_fields
+from .kinds.kind import ModelKind, Request, new_model
 from .loading.inference import load_chosen
-from .loading.modded import fill_modded, refuse_other_shapes
-from .loading.tensors import Pairs, fill, fitting, load_averages, load_moments
+from .loading.live import fill_live
+from .loading.tensors import load_averages
 from .model import GPT, GPTBatched, GPTFlexAttention
 from .networks.device import resolve_dtype
-from .networks.modded import ModdedGPT
 from .networks.state_dict import unwrap
 from .saving.background import BackgroundSaver
 from .saving.consolidate import consolidate
@@ -45,11 +44,9 @@ from .saving.step import StepContent, StepSave, add_metrics
 class CheckpointManager:
     """The checkpoints of one model: a folder whose top is always the newest committed step, whole.
 
-    `keep` older steps stay beside it, and besides them the best by validation loss, every `keep_every`-th, and the
-    one that was resumed from. `facts` go into the training state of every save. A save that is due while another is
-    being written waits for it, or with `save_policy="skip"` is left out. `stage_memory` limits the bytes that hold a
-    step on its way to disk; None is half of what is free when the first step is saved, and 48 MB always are.
-    Without `verify` no checksums are compared on resume: only what cannot be opened counts as damaged.
+    Besides the steps of `keep` and `keep_every`, the best one by validation loss stays, and the one that was resumed
+    from. `stage_memory` limits the bytes that hold a step on its way to disk; None is half of what is free when the
+    first step is saved, and 48 MB always are. All else is what the attributes say.
     """
 
     def __init__(
@@ -73,19 +70,31 @@ class CheckpointManager:
                 f"save_policy is {save_policy!r} and stage_memory {stage_memory}: expected wait or skip, and bytes."
             )
         self.model_name = model_name
-        self.ranks = ranks or Alone()
+        """Name of the model, and of its folder."""
         self.checkpoint_dir = model_folder(base_dir, model_name)
+        """The folder of the model: `base_dir/model_name`."""
         self.keep = keep
+        """How many older steps stay, the newest of them."""
         self.keep_every = keep_every
+        """Every older step that this number divides stays; None for none."""
         self.facts: dict[str, Any] = {}
-        self.resumed: dict[str, Any] = {}
+        """What goes into the training state of every save from now on, by name; `record` adds to it."""
+        self.resumed = TrainingState()
+        """The training state of the step that training goes on from, a mapping too; empty where the run is new."""
         self.averages: dict[str, torch.Tensor] | None = None
+        """The average of the weights at the step that was resumed, by their names; None where it has none."""
+        self.say = say
+        """Is told each line of what was found, saved or removed."""
+        self.save_policy = save_policy
+        """What a save does that is due while another is being written: "wait" for it, or "skip" its own step."""
+        self.verify = verify
+        """Whether checksums are compared on resume; else only what cannot be opened counts as damaged."""
+        self.allow_fresh = allow_fresh
+        """Whether a folder in which no step is intact is moved aside, and training starts anew."""
+        self.ranks = ranks or Alone()
+        """How the processes that train this model share its folder."""
         self._folder = ModelFolder(self.checkpoint_dir)
         self._held = contextlib.ExitStack()
-        self.say = say
-        self.save_policy = save_policy
-        self.verify = verify
-        self.allow_fresh = allow_fresh
         self._saver = BackgroundSaver(stage_memory)
         weakref.finalize(self, self._saver.last_words)
 
@@ -93,11 +102,9 @@ class CheckpointManager:
     def of_folder(cls, checkpoint_dir: str | Path, **settings: Any) -> CheckpointManager:
         """Manage the model whose folder this is."""
         folder = Path(checkpoint_dir)
-        return cls(
-            folder.name if folder.name not in ("", "..") else folder.resolve().name,
-            folder.parent if folder.name not in ("", "..") else folder.resolve().parent,
-            **settings,
-        )
+        if folder.name in ("", ".."):
+            folder = folder.resolve()
+        return cls(folder.name, folder.parent, **settings)
 
     # What is there
 
@@ -106,15 +113,7 @@ class CheckpointManager:
 
         Raises: InputError when the name leads out of the folder.
         """
-        path = self.checkpoint_dir / filename
-        name = Path(os.path.normpath(filename))  # a link in the folder may lead where its owner likes
-        if name == Path():
-            raise InputError(f"{filename!r}: expected the name of a file in {self.checkpoint_dir}.")
-        if name.is_absolute() or name.parts[0] == "..":
-            raise InputError(
-                f"{filename!r} leads out of {self.checkpoint_dir}; a file of the model stays in its folder."
-            )
-        return path
+        return file_in(self.checkpoint_dir, filename)
 
     def exists(self) -> bool:
         """Whether the folder holds a checkpoint of any format."""
@@ -195,10 +194,7 @@ class CheckpointManager:
         if not self.ranks.world.is_first:
             return 0
         with self.writing(), self._explained():
-            newest, kept = self._top_state(), history(self.checkpoint_dir)
-            asked = keep is not None or keep_every is not None
-            going = Retention.of(newest).given(keep, keep_every).going(newest, kept) if asked else []
-            return rewind.prune(self._folder, going, self.say)
+            return rewind.prune(self._folder, self.say, keep, keep_every)
 
     def go_back(self, step: int) -> None:
         """Make a kept step the newest one again: training goes on from it, and what came after it is kept aside.
@@ -268,23 +264,8 @@ class CheckpointManager:
                 optimizer = kind.optimizer(model, request, bundle, self.say)
                 self.went_on_from(bundle, model)
             return model, optimizer, model.step
-        model = self._new(kind, request)
+        model = new_model(kind, request, self.checkpoint_dir, self.say, check=self.verify)
         return model, kind.optimizer(model, request, request.origin, self.say), 0
-
-    def _new(self, kind: ModelKind, request: Request) -> Any:
-        """Make a model of the source that a request names, and say which."""
-        if request.origin is not None and request.init_from_model:
-            raise InputError("--init_from_checkpoint and --init_from_model: a run has one start. Leave one out.")
-        if not request.init_from_model:
-            model = kind.new(request, self.checkpoint_dir, request.origin, self.say)
-            if request.origin is not None:
-                self.say(f"starting from the weights of {request.origin.path}, a new run at step 0")
-            return model
-        other = model_folder(self.checkpoint_dir.parent, request.init_from_model)
-        with intact.open_chosen(other, self.say, check=self.verify) as source:
-            model = kind.new(request, self.checkpoint_dir, source, self.say)
-            self.say(f"starting from the weights of {request.init_from_model}, step {source.step}")
-        return model
 
     def went_on_from(self, bundle: Bundle, model: nn.Module) -> None:
         """Remember the step that training goes on from, and map the average of its weights, spread as the model is."""
@@ -293,7 +274,7 @@ class CheckpointManager:
 
     def keep_as(self, state: Mapping[str, Any], keep: int | None = None, keep_every: int | None = None) -> None:
         """Keep older steps by the rules of the run that wrote a training state, with the numbers that are given."""
-        rules = Retention.of(state).given(keep, keep_every)
+        rules = Retention.of(TrainingState.from_dict(state)).given(keep, keep_every)
         self.keep, self.keep_every = rules.keep, rules.keep_every
 
     def record(self, **facts: Any) -> None:
@@ -393,18 +374,12 @@ class CheckpointManager:
 
         Where there is none, that of another model below the same root, if one is named.
         """
-        for name in [self.model_name, *([or_of] if or_of else [])]:
-            folder = model_folder(self.checkpoint_dir.parent, name)
-            with contextlib.suppress(FileNotFoundError):
-                return parse_json(ModelFolder(folder).read(TOKENIZER), str(folder / TOKENIZER))
-        return None
+        other = model_folder(self.checkpoint_dir.parent, or_of) if or_of else None
+        return newest_tokenizer(self.checkpoint_dir) or (newest_tokenizer(other) if other else None)
 
     def saved_step(self) -> int | None:
         """The newest committed step; None where nothing is saved."""
-        return self._top_state().get("step")
-
-    def _top_state(self) -> dict[str, Any]:
-        return rewind.top_state(self._folder)
+        return top_state(self._folder).step
 
     # Load
 
@@ -421,21 +396,8 @@ class CheckpointManager:
         if bundle is None:
             return 0
         with bundle:
-            module = unwrap(model)
-            pairs, lines = Pairs(), list[str]()
-            if isinstance(module, ModdedGPT):
-                refuse_other_shapes(bundle, module)
-            else:
-                pairs, lines = fitting(bundle, module, strict)
-            for line in lines:
-                self.say(f"{bundle.path(MODEL)}: {line}")
-            if optimizer is not None:
-                state = load_moments(bundle, module, optimizer, self.say, strict)
-                say_without_moments(bundle, state, self.say)
-            if isinstance(module, ModdedGPT):
-                fill_modded(bundle, module)
-            fill(pairs)
-            self.went_on_from(bundle, module)
+            fill_live(bundle, unwrap(model), optimizer, self.say, strict)
+            self.went_on_from(bundle, unwrap(model))
             return bundle.step
 
     @staticmethod
@@ -459,7 +421,7 @@ class CheckpointManager:
         Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
         """
         manager = CheckpointManager(model_name, base_dir)
-        number = manager._best_step() if step == "best" else int(step) if step is not None else None
+        number = best_step(manager.checkpoint_dir) if step == "best" else int(step) if step is not None else None
         single = manager.get_path(legacy_filename).name if legacy_filename is not None else None
         return load_chosen(
             manager.checkpoint_dir,
@@ -471,9 +433,3 @@ class CheckpointManager:
             check=verify,
             ema=ema,
         )
-
-    def _best_step(self) -> int:
-        best = best_of(self._top_state(), history(self.checkpoint_dir))
-        if not best:
-            raise CheckpointNotFound(f"{self.checkpoint_dir}: no step has a validation loss, so none is the best.")
-        return int(best["step"])

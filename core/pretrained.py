@@ -98,5 +98,10 @@ def _from_bundle(
             "prefix": "",
             "scalars_padding": 0,
         }
-        content = {"step": bundle.step, "model": weights, "config": bundle.config_values, "state": bundle.state}
+        content = {
+            "step": bundle.step,
+            "model": weights,
+            "config": bundle.config_values,
+            "state": bundle.state.to_dict(),
+        }
         return batched, info, content

@@ -196,9 +196,9 @@ class FineTuning:
                     f"{str(value)[:60]}. Give the same again, or choose another --model_name."
                 )
             say(f"{name}: {so_far.get(name)} so far, {value} from now on")
-        if found := changes(state.get("environment", {}), here):
+        if found := changes(state.environment or {}, here):
             say(f"the state is exact, but kernels may differ in the last bits: {'; '.join(found.values())}")
-        if self.scaler.is_enabled() and (scale := state.get("extra", {}).get("grad_scaler")):
+        if self.scaler.is_enabled() and (scale := (state.extra or {}).get("grad_scaler")):
             self.scaler.load_state_dict(scale)
         say(f"{folder}: resuming at step {self.step}")
 

@@ -16,10 +16,9 @@ from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.fused import recognise
 from .commit import CONFIG, MODEL, ModelFolder, OpenStep
 from .evolution import Evidence, evolve, old_settings
-from .lineage import order
 from .parts import WEIGHTS_KEYS, Part, ShardedFile, TorchFile, files_of, folder_of
 from .storage import DISK, Storage
-from .training_state import STATE, check_version, unseal
+from .training_state import STATE, TrainingState, check_version, unseal
 
 OPTIMIZER = "optimizer.pt"
 TOKENIZER = "tokenizer.json"
@@ -38,7 +37,7 @@ class Bundle:
     """
 
     folder: Path
-    state: dict[str, Any]
+    state: TrainingState
     config_values: dict[str, Any]
     tokenizer: dict[str, Any] | None
     files: dict[str, BinaryIO]
@@ -73,12 +72,12 @@ class Bundle:
     @property
     def step(self) -> int:
         """Optimizer updates made; 0 where no training state says."""
-        return int(self.state.get("step", 0))
+        return self.state.step or 0
 
     @property
     def settings(self) -> dict[str, Any]:
         """What its run did so far, by the names of flags; of an old program, what its optimizer state shows."""
-        recorded = self.state.get("training")
+        recorded = self.state.training
         if recorded or self.optimizer is None or self.config is None:
             return recorded or {}
         return old_settings(self.optimizer.content)
@@ -96,7 +95,7 @@ class Bundle:
     @property
     def has_optimizer(self) -> bool:
         """Whether an optimizer state belongs to this step."""
-        return self.optimizer is not None and self.state.get("optimizer_file", OPTIMIZER) is not None
+        return self.optimizer is not None and self.state.has_optimizer
 
     def averaged(self) -> Bundle:
         """This step with the average of its weights in their place; its files are the same open ones.
@@ -131,12 +130,12 @@ class KeptStep:
 
     step: int
     path: Path
-    state: dict[str, Any]
+    state: TrainingState
 
     @property
     def order(self) -> int:
         """Its place among the commits of its branch."""
-        return order({"step": self.step, **self.state})
+        return self.state.order if self.state else self.step
 
 
 def open_bundle(folder: Path, step: int | None = None, storage: Storage = DISK) -> Bundle:
@@ -201,11 +200,18 @@ def _read_json(opened: OpenStep, name: str) -> dict[str, Any]:
     return parse_json(file.read(), str(opened.folder / name))
 
 
+def newest_tokenizer(folder: Path) -> dict[str, Any] | None:
+    """Read the tokenizer.json of a model's newest step, or one that waits beside a config.json alone."""
+    with contextlib.suppress(FileNotFoundError):
+        return parse_json(ModelFolder(folder).read(TOKENIZER), str(folder / TOKENIZER))
+    return None
+
+
 def history(folder: Path, storage: Storage = DISK) -> list[KeptStep]:
     """List the kept steps of a model, in the order they were committed in."""
     kept = []
     for step, path in ModelFolder(folder, storage).kept_steps().items():
-        state: dict[str, Any] = {}
+        state = TrainingState()
         with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
             state = unseal(storage.read(path / STATE), str(path / STATE))
         kept.append(KeptStep(step, path, state))

@@ -14,7 +14,7 @@ from .bundle import history
 from .commit import CONFIG, MODEL, ModelFolder
 from .legacy import open_legacy
 from .parts import folder_of
-from .training_state import STATE, unseal
+from .training_state import STATE, TrainingState, unseal
 
 LEGACY_FILES = ("latest.pt", "final.pt")
 """Single-file checkpoints, the one with the optimizer first."""
@@ -85,7 +85,7 @@ def choose(folder: Path) -> Choice:
     state = _bundle_state(folder)
     if state is None:
         return Choice(singles, passed)
-    bundle = Candidate(folder, None, int(state.get("step", 0)), state.get("optimizer_file", True) is not None)
+    bundle = Candidate(folder, None, state.step or 0, state.has_optimizer)
     newer = [c for c in singles if c.step > bundle.step and not is_seen(folder / str(c.single), state)]
     return Choice([*newer, bundle, *(c for c in singles if c not in newer)], passed)
 
@@ -101,7 +101,7 @@ def holds_bundle(place: ModelFolder) -> bool:
     return has_bundle(top | pending) or bool(place.kept_steps())
 
 
-def _bundle_state(folder: Path) -> dict[str, Any] | None:
+def _bundle_state(folder: Path) -> TrainingState | None:
     """The training state of the bundle, empty where it has none; None where there is no bundle."""
     place = ModelFolder(folder)
     names = {*place.storage.names(folder), *place.storage.names(place.committed)}
@@ -111,14 +111,14 @@ def _bundle_state(folder: Path) -> dict[str, Any] | None:
     try:
         return unseal(place.read(STATE), str(folder / STATE))
     except FileNotFoundError:
-        return {}
+        return TrainingState()
     except (CheckpointDamaged, CheckpointMismatch):
-        return kept[-1].state if kept else {}  # where a walk back from the damaged state would end
+        return kept[-1].state if kept else TrainingState()  # where a walk back from the damaged state would end
 
 
-def is_seen(path: Path, state: dict[str, Any]) -> bool:
+def is_seen(path: Path, state: TrainingState) -> bool:
     """Whether a training state lists this very file."""
-    listed = [entry for entry in state.get("legacy", []) if entry["name"] == path.name]
+    listed = [entry for entry in state.legacy or [] if entry["name"] == path.name]
     return any(entry["size"] == path.stat().st_size and entry["crc32"] == _crc32(path) for entry in listed)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.gpt import FORMAT_VERSION, same_architecture
+from ..config.gpt import same_architecture
 from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch
 from .folder import (
@@ -23,17 +23,15 @@ from .folder import (
     MODEL_SHARDS,
     MORE,
     STANDARD,
-    WENT_BACK,
     FolderReader,
     OpenStep,
     aside_folder,
     entries,
     file_names,
-    new_id,
     step_folder,
 )
 from .storage import PIECE
-from .training_state import STATE, seal, unseal
+from .training_state import STATE, TrainingState, new_id, seal, unseal
 
 BUILDING = ".hist"
 
@@ -78,7 +76,7 @@ class ModelFolder(FolderReader):
         """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due."""
         self.storage.publish(stage, self.committed)
 
-    def replace_state(self, state: dict[str, Any]) -> None:
+    def replace_state(self, state: Mapping[str, Any]) -> None:
         """Give the top another training state, durably, of the same step and files; a reader sees one or the other."""
         with self.storage.published(self.path / STATE) as staged:  # in one folder: recovery fsyncs only that
             self.storage.write(staged, seal(state))
@@ -108,11 +106,11 @@ class ModelFolder(FolderReader):
         #   anything else                      the top becomes step_O by way of .hist; another step_O moves aside first
         state, present = self._committed_state(), set(self.storage.names(self.committed))
         if not present.issuperset(entries(file_names(state))):
-            return  # the roll forward begins only after the old top is durable in its new place
-        if WENT_BACK in state:
-            self._move_aside(state[WENT_BACK])
+            return  # the roll forward has begun, and it begins only after the old top is durable in its new place
+        if state.went_back is not None:
+            self._move_aside(state.went_back)
             return
-        parent, names = state.get("parent"), self._top_names()
+        parent, names = state.parent, self._top_names()
         begun = self.storage.exists(self.path / BUILDING)  # without links the model may have moved there already
         if parent is None or not (begun or {MODEL, STATE} & set(names)):
             return
@@ -130,7 +128,7 @@ class ModelFolder(FolderReader):
         state = self._top_state()
         if state is None or not self.storage.exists(self.path / CONFIG):
             return aside_folder(0, "displaced")
-        return step_folder(state.get("step", 0))
+        return step_folder(state.step or 0)
 
     def _build_history(self, names: Iterable[str]) -> None:
         building = self.path / BUILDING
@@ -151,28 +149,28 @@ class ModelFolder(FolderReader):
         self.storage.sync_folder(building)
         self.storage.sync_folder(self.path)
 
-    def _top_state(self) -> dict[str, Any] | None:
+    def _top_state(self) -> TrainingState | None:
         """The training state at the top: empty where there is none, None where it is damaged."""
         try:
             return unseal(self.storage.read(self.path / STATE), f"{self.path / STATE}")
         except FileNotFoundError:
-            return {}
+            return TrainingState()
         except CheckpointDamaged:
             return None
 
     def _top_names(self) -> list[str]:
         """The files of the bundle at the top that are there, whether or not its training state is whole."""
-        listed = {*entries(file_names(self._top_state() or {})), *STANDARD, *MORE}
+        listed = {*entries(file_names(self._top_state() or TrainingState())), *STANDARD, *MORE}
         return [name for name in self.storage.names(self.path) if name in listed]
 
-    def _committed_state(self) -> dict[str, Any]:
+    def _committed_state(self) -> TrainingState:
         # After a power loss the training state may be at the top already, and other files not yet.
         return unseal(self.read(STATE), f"{self.path / STATE}")
 
     def _roll_forward(self) -> None:
         state = self._committed_state()
         names, pending, top = entries(file_names(state)), set(self.storage.names(self.committed)), self._top_names()
-        replaces = state.get("parent") is not None or WENT_BACK in state
+        replaces = state.parent is not None or state.went_back is not None
         stale = [name for name in top if name not in names] if replaces else []
         stale += [name for name in top if name in pending and self.storage.is_folder(self.path / name)]
         for name in stale:
@@ -229,7 +227,7 @@ class ModelFolder(FolderReader):
         names = [*dict.fromkeys((*self._top_names(), *besides))]
         if not names:
             return []
-        aside = self.path / aside_folder((self._top_state() or {}).get("step", 0), "cleared")
+        aside = self.path / aside_folder((self._top_state() or TrainingState()).step or 0, "cleared")
         self.storage.make_folder(aside)
         for name in sorted(names, key=lambda name: name not in (MODEL, MODEL_SHARDS)):
             if name == CONFIG and config_stays:
@@ -262,10 +260,10 @@ class ModelFolder(FolderReader):
         that hold them. With `top_stays` the top is one of the kept steps already, and need not be kept again.
         `facts` replace those of the step's training state.
         """
-        top, files = self._top_state() or {}, {MODEL, STATE} & set(self._top_names())
-        aside = {TOP: aside_folder(top.get("step", 0), why)} if files and not top_stays else {}
+        top, files = self._top_state() or TrainingState(), {MODEL, STATE} & set(self._top_names())
+        aside = {TOP: aside_folder(top.step or 0, why)} if files and not top_stays else {}
         aside |= {path.name: aside_folder(int(path.name.rpartition("_")[2]), why) for path in later}
-        said = {"step": top.get("step"), "commit_id": top.get("commit_id"), "why": why, "aside": aside}
+        said = {"step": top.step, "commit_id": top.commit_id, "why": why, "aside": aside}
         opened = self.open_kept(folder)
         with contextlib.closing(opened), self.storage.removed_on_failure(stage := self.stage()):
             for entry in entries(opened.files):
@@ -276,10 +274,8 @@ class ModelFolder(FolderReader):
                     with self.storage.create(stage / name) as output:
                         while data := file.read(PIECE):
                             output.write(data)
-            state = opened.state
-            if "integrity" not in state:
-                state = self._adopt(opened)
-            self.storage.write(stage / STATE, seal({**state, **(facts or {}), WENT_BACK: said}))
+            state = opened.state if opened.state.integrity is not None else self._adopt(opened)
+            self.storage.write(stage / STATE, seal(state.having(**(facts or {}), went_back=said)))
             self.commit(stage)
         self.roll_forward()
         return [self.path / name for name in aside.values()]
@@ -288,7 +284,7 @@ class ModelFolder(FolderReader):
         """Move what a commit that goes back lists; what is there already was moved before an interruption."""
         listed = said.get("aside") if isinstance(said, dict) else None
         if not isinstance(listed, dict) or not all(_is_aside(*names) for names in listed.items()):
-            raise CheckpointDamaged(f"{self.committed / STATE}: {WENT_BACK} does not list folders to be moved aside.")
+            raise CheckpointDamaged(f"{self.committed / STATE}: went_back does not list folders to be moved aside.")
         for name, aside in listed.items():
             if self.storage.exists(self.path / aside):
                 continue
@@ -301,19 +297,12 @@ class ModelFolder(FolderReader):
                 self.storage.rename(self.path / name, self.path / aside)
         self.storage.sync_folder(self.path)
 
-    def _adopt(self, opened: OpenStep) -> dict[str, Any]:
+    def _adopt(self, opened: OpenStep) -> TrainingState:
         """The training state that a bundle of format version 1 would have had."""
         files = {
             name: {"size": file.seek(0, os.SEEK_END), "crc32": f"{self.storage.crc32(file):08x}"}
             for name, file in opened.files.items()
         }
         optimizer = "optimizer.pt" if "optimizer.pt" in files else None
-        return {
-            "step": opened.state.get("step", 0),
-            "optimizer_file": optimizer,
-            **opened.state,
-            "format_version": FORMAT_VERSION,
-            "commit_id": new_id(),
-            "parent": None,
-            "integrity": {"files": files},
-        }
+        state = TrainingState.from_dict({"step": 0, "optimizer_file": optimizer, **opened.state})
+        return state.committed(None, integrity={"files": files})

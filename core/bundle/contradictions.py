@@ -83,8 +83,8 @@ def _edits(bundle: Bundle, config: GPTConfig) -> list[str]:
 
     Where the weights are others than those that were saved, the config may be theirs.
     """
-    recorded, found = bundle.state.get("architecture"), config.architecture()
-    header, saved = bundle.weights.source.header, bundle.state.get("integrity", {}).get("files", {}).get(MODEL, {})
+    recorded, found = bundle.state.architecture, config.architecture()
+    header, saved = bundle.weights.source.header, bundle.state.files.get(MODEL, {})
     same = not isinstance(header, TorchZip) or saved.get("tensors") == tensors_digest(header)
     if not isinstance(recorded, dict) or not same:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,19 @@ def model_folder(root: str | Path, name: str) -> Path:
     if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
         raise InputError(f"model name {name!r}: expected the name of one folder, without a path.")
     return Path(root) / name
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """Name a file in the folder of a model.
+
+    Raises: InputError when the name leads out of the folder.
+    """
+    plain = Path(os.path.normpath(name))  # a link in the folder may lead where its owner likes
+    if plain == Path():
+        raise InputError(f"{name!r}: expected the name of a file in {folder}.")
+    if plain.is_absolute() or plain.parts[0] == "..":
+        raise InputError(f"{name!r} leads out of {folder}; a file of the model stays in its folder.")
+    return folder / name
 
 
 def is_model(folder: Path) -> bool:

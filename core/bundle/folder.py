@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointNotFound
 from .storage import DISK, Storage
-from .training_state import STATE, unseal
-
-WENT_BACK = "went_back"
-"""In the training state at the top: the folder went back to this step, and what else was there had to go aside."""
+from .training_state import STATE, TrainingState, new_id, unseal
 
 COMMITTED = ".committed"
 CONFIG = "config.json"
@@ -43,18 +39,13 @@ class OpenStep:
     """The files of one committed step, open: a save beside it cannot mix in another step."""
 
     folder: Path
-    state: dict[str, Any]
+    state: TrainingState
     files: dict[str, BinaryIO]
 
     def close(self) -> None:
         """Close the files."""
         for file in self.files.values():
             file.close()
-
-
-def new_id() -> str:
-    """Make a random commit id."""
-    return os.urandom(8).hex()
 
 
 def step_folder(step: int) -> str:
@@ -67,11 +58,11 @@ def aside_folder(step: int, why: str) -> str:
     return f"aside_{step:08d}_{why}_{new_id()}"
 
 
-def file_names(state: dict[str, Any]) -> tuple[str, ...]:
+def file_names(state: TrainingState) -> tuple[str, ...]:
     """Name the files of a bundle, its training state last; one in a folder is called `folder/file`."""
-    if "integrity" not in state:
+    if state.integrity is None:
         return (*(n for n in STANDARD if n != STATE), STATE)
-    return (*state["integrity"]["files"], STATE)
+    return (*state.files, STATE)
 
 
 def entries(names: Iterable[str]) -> tuple[str, ...]:
@@ -116,7 +107,7 @@ class FolderReader:
         """
         for _ in range(READ_ATTEMPTS):
             before = self._state_bytes()
-            state = unseal(before, f"{self.path / STATE}") if before is not None else {}
+            state = unseal(before, f"{self.path / STATE}") if before is not None else TrainingState()
             opened, missing, stale = OpenStep(self.path, state, {}), None, False
             for name in file_names(state)[:-1]:
                 try:
@@ -130,11 +121,11 @@ class FolderReader:
                         opened.close()
                         raise
             if not stale and self._state_bytes() == before:
-                if missing is None or "integrity" not in state:
+                if missing is None or state.integrity is None:
                     return opened
                 opened.close()
                 raise CheckpointDamaged(
-                    f"{shown(self.path / missing)}: missing, but {STATE} of step {state['step']} lists it."
+                    f"{shown(self.path / missing)}: missing, but {STATE} of step {state.step} lists it."
                 )
             opened.close()
         raise CheckpointDamaged(f"{self.path}: another program commits faster than this one can open files.")
@@ -160,13 +151,13 @@ class FolderReader:
         try:
             state = unseal(self.storage.read(folder / STATE), f"{folder / STATE}")
         except FileNotFoundError:
-            state = {}
+            state = TrainingState()
         files: dict[str, BinaryIO] = {}
         for name in file_names(state)[:-1]:
             try:
                 files[name] = self.storage.open(folder / name)
             except FileNotFoundError as error:
-                if "integrity" in state:
+                if state.integrity is not None:
                     OpenStep(folder, state, files).close()
                     raise CheckpointDamaged(f"{shown(folder / name)}: missing, but {STATE} lists it.") from error
         return OpenStep(folder, state, files)
@@ -204,8 +195,8 @@ class FolderReader:
         return found == identity
 
 
-def top_state(place: FolderReader) -> dict[str, Any]:
+def top_state(place: FolderReader) -> TrainingState:
     """The training state at the top; empty where there is none that can be read."""
     with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
         return unseal(place.read(STATE), str(place.path / STATE))
-    return {}
+    return TrainingState()

@@ -13,7 +13,7 @@ from ..errors import CheckpointMismatch, CheckpointNotFound
 from .bundle import Bundle
 from .parts import Part, TorchFile
 from .storage import DISK
-from .training_state import FIELDS
+from .training_state import FIELDS, TrainingState
 
 WEIGHTS, OPTIMIZER_STATE, CONFIG_KEY, TOKENIZER_KEY = "model_state_dict", "optimizer_state_dict", "config", "tokenizer"
 PARTS = (WEIGHTS, OPTIMIZER_STATE, CONFIG_KEY, TOKENIZER_KEY)
@@ -65,7 +65,7 @@ def _bundle(source: TorchFile) -> Bundle:
     others = {name: value for name, value in content.items() if name not in PARTS and name not in FIELDS}
     return Bundle(
         folder=path.parent,
-        state={**plain(others), "step": step},
+        state=TrainingState.from_dict({**plain(others), "step": step}),
         config_values={name: plain(value) for name, value in config.items() if not name.startswith("_")},
         tokenizer=plain(tokenizer) if tokenizer is not None else None,
         files={path.name: source.file},

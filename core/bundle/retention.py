@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from .bundle import KeptStep
-from .lineage import order
+from ..errors import CheckpointNotFound
+from .bundle import KeptStep, history
+from .folder import FolderReader, top_state
+from .training_state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,9 @@ class Retention:
     resumed_from: int | None = None
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Retention:
+    def of(cls, state: TrainingState) -> Retention:
         """The rules in force when a training state was written; the defaults for what it does not say."""
-        recorded = state.get("retention")
-        known = recorded if isinstance(recorded, dict) else {}
+        known = state.retention if isinstance(state.retention, dict) else {}
         least = {"keep": 0, "keep_every": 1, "resumed_from": 0}
         return cls(**{n: known[n] for n, low in least.items() if isinstance(known.get(n), int) and known[n] >= low})
 
@@ -34,13 +36,13 @@ class Retention:
             keep_every=self.keep_every if keep_every is None else keep_every,
         )
 
-    def rules(self, newest: Mapping[str, Any], kept: Sequence[KeptStep]) -> list[list[str]]:
+    def rules(self, newest: TrainingState, kept: Sequence[KeptStep]) -> list[list[str]]:
         """Name the rules by which each kept step stays; one without any is removed after the next save.
 
         `newest` is the training state at the top, and `kept` are the steps beside it, oldest first. A step that was
         committed no sooner than the top (the folder went back to it) is no older one, and no rule is needed for it.
         """
-        older = [step for step in kept if step.order < order(newest)]
+        older = [step for step in kept if step.order < newest.order]
         last = older[-self.keep :] if self.keep else []
         best = best_of(newest, kept)
         found = []
@@ -52,34 +54,45 @@ class Retention:
                 f"every {self.keep_every}": self.keep_every is not None and step.step % self.keep_every == 0,
                 "resumed from": step.step == self.resumed_from,
                 # The file that it was made of may be gone: the step goes only when a person removes it.
-                "migrated": "migrated_from" in step.state,
+                "migrated": step.state.migrated_from is not None,
             }
             found.append([rule for rule, holds in tests.items() if holds])
         return found
 
-    def rules_of_newest(self, newest: Mapping[str, Any], kept: Sequence[KeptStep]) -> list[str]:
+    def rules_of_newest(self, newest: TrainingState, kept: Sequence[KeptStep]) -> list[str]:
         """Name the rules that hold for the step at the top, by which it would stay when it is no longer the newest."""
-        best, step = best_of(newest, kept), newest.get("step", 0)
+        best, step = best_of(newest, kept), newest.step or 0
         every = self.keep_every is not None and step % self.keep_every == 0
         tests = {"newest": True, "best": best is not None and step == best["step"], f"every {self.keep_every}": every}
         return [rule for rule, holds in tests.items() if holds]
 
-    def going(self, newest: Mapping[str, Any], kept: Sequence[KeptStep]) -> list[KeptStep]:
+    def going(self, newest: TrainingState, kept: Sequence[KeptStep]) -> list[KeptStep]:
         """The kept steps that no rule keeps."""
         return [step for step, rules in zip(kept, self.rules(newest, kept), strict=True) if not rules]
 
 
-def best_of(newest: Mapping[str, Any], kept: Sequence[KeptStep]) -> dict[str, Any] | None:
+def best_of(newest: TrainingState, kept: Sequence[KeptStep]) -> dict[str, Any] | None:
     """The step with the least validation loss: the recorded one while it is here, else the best of those that are.
 
     When a folder has gone back to an older step, the best that this one recorded may have been removed since.
     """
     here = [newest, *(step.state for step in kept)]
-    recorded = newest.get("best")
-    if recorded and any(state.get("step") == recorded["step"] for state in here):
+    recorded = newest.best
+    if recorded and any(state.step == recorded["step"] for state in here):
         return dict(recorded)
-    losses = [(state["val_loss"], state["step"]) for state in here if isinstance(state.get("val_loss"), (int, float))]
+    losses = [(state.val_loss, state.step) for state in here if isinstance(state.val_loss, (int, float))]
     return {"step": min(losses)[1], "val_loss": min(losses)[0]} if losses else None
+
+
+def best_step(folder: Path) -> int:
+    """The number of the best step of a model.
+
+    Raises: CheckpointNotFound when none has a validation loss.
+    """
+    best = best_of(top_state(FolderReader(folder)), history(folder))
+    if not best:
+        raise CheckpointNotFound(f"{folder}: no step has a validation loss, so none is the best.")
+    return int(best["step"])
 
 
 def better(best: dict[str, Any] | None, step: int, loss: float | None) -> dict[str, Any] | None:

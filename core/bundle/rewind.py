@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 
 from ..console.words import size_text
 from ..errors import CheckpointNotFound, NoneIntact
@@ -12,6 +11,7 @@ from .bundle import EMA, Bundle, KeptStep, history
 from .choice import LEGACY_FILES, seen_files
 from .commit import ModelFolder
 from .folder import LOG, aside_folder, top_state
+from .retention import Retention
 
 
 def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = True) -> None:
@@ -21,7 +21,7 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
     """
     kept = {older.step: older for older in history(place.path)}
     top = top_state(place)
-    if top.get("step") == step:
+    if top.step == step:
         return
     if step not in kept:
         aside = next((path for path in place.asides() if path.name.startswith(f"aside_{step:08d}_")), None)
@@ -31,14 +31,14 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
         )
     intact.open_verified(place.path, say, step=step, check=check).close()
     later = [older.path for older in kept.values() if older.order > kept[step].order]
-    ids = [older.state.get("commit_id") for older in kept.values()]
+    ids = [older.state.commit_id for older in kept.values()]
     # A single file with a higher step, which this step has not seen, would be chosen instead of it.
-    legacy = seen_files(place.path, top.get("legacy", []))
+    legacy = seen_files(place.path, top.legacy or [])
     gone = place.go_back(
         kept[step].path,
         "abandoned",
         later,
-        top_stays=top.get("commit_id", "") in ids,
+        top_stays=top.commit_id is not None and top.commit_id in ids,
         facts={"legacy": legacy} if legacy else None,
     )
     say(
@@ -69,11 +69,16 @@ def clear(place: ModelFolder, say: intact.Say) -> None:
     say(f"WARNING: {place.path}: starting anew (--allow_fresh)." + (f" What was here is in {where}." if aside else ""))
 
 
-def prune(place: ModelFolder, going: Iterable[KeptStep], say: intact.Say) -> int:
-    """Remove what lies aside and some kept steps, naming each, and return the bytes freed. The caller has the lock.
+def prune(place: ModelFolder, say: intact.Say, keep: int | None = None, keep_every: int | None = None) -> int:
+    """Remove what lies aside, naming it, and return the bytes freed; with a number given, kept steps as well.
 
-    A file that is also under another name, as one of a kept step, frees nothing.
+    Then those go that the rules of the run, with these numbers, do not keep. A file that is also under another name,
+    as one of a kept step, frees nothing. The caller has the lock.
     """
+    going: list[KeptStep] = []
+    if keep is not None or keep_every is not None:
+        newest = top_state(place)
+        going = Retention.of(newest).given(keep, keep_every).going(newest, history(place.path))
     doomed = [*place.asides(), *(older.path for older in going)]
     inside = [[file.stat() for file in folder.rglob("*") if file.is_file()] for folder in doomed]
     files = [file for listed in inside for file in listed]

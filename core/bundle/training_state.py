@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config.gpt import FORMAT_VERSION
@@ -15,24 +18,131 @@ from ..errors import CheckpointDamaged, CheckpointMismatch
 STATE = "training_state.json"
 _LONGEST_NAME = 255  # characters of a file's name
 
-FIELDS = {"step", "optimizer_file", "format_version", "commit_id", "parent", "saved_at", "best", "data", "training"}
-FIELDS |= {"schedule", "seed", "tokens_seen", "elapsed_seconds", "environment", "extra", "legacy", "migrated_from"}
-FIELDS |= {"run", "commit_number", "branch", "went_back", "retention", "integrity"}
-FIELDS |= {"certificate", "scaler", "architecture"}
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingState(Mapping[str, Any]):
+    """What a step says of itself: its fields as attributes, None where it is silent, and as a mapping all it says.
+
+    It is empty where nothing can be read. No field is trusted to have its type but `step`, and in a bundle
+    `commit_number`, `integrity` and `legacy`, which `unseal` checks.
+    """
+
+    # Every save
+    step: int | None = None  # steps of the loop made so far
+    optimizer_file: str | None = None  # name of the file or folder; None where the step has no optimizer state
+    format_version: int | None = None  # absent in version 1
+    commit_id: str | None = None  # random; a change of the metrics keeps it, a folder that goes back as well
+    parent: str | None = None  # commit_id of the step that it replaced at the top, or "crc32:" of a model without one
+    run: str | None = None  # random; made by the first save of a run, and kept over every resume
+    commit_number: int | None = None  # 1 more than the largest among the steps that were there
+    branch: Values | None = None  # id, and step and commit_id where it left; the first save after going back
+    saved_at: str | None = None  # local time with its offset from UTC
+    best: Values | None = None  # step and val_loss (nats a token) of the best step so far
+    retention: Values | None = None  # the rules of this run: keep and resumed_from in steps, keep_every as well
+    architecture: Values | None = None  # fields of a GPT's config that decide its tensors and its mathematics
+    legacy: list[Values] | None = None  # single files that were there: name, size (bytes), mtime_ns, crc32
+    # Other writers of a whole state
+    migrated_from: Values | None = None  # name, size (bytes) and crc32 of the single file; the migration
+    went_back: Values | None = None  # step and commit_id left, why, and what went aside; a folder that goes back
+    # Facts of a run: the training loop, and train.py for the first two
+    data: Values | None = None  # kind, path, bytes, mtime_ns and SHA-256 of the text or tokens
+    training: Values | None = None  # settings, by the names of their flags
+    schedule: Values | None = None  # of the learning rate: its kind and its numbers, in steps
+    seed: int | None = None  # of batches and noise
+    tokens_seen: int | None = None  # tokens trained on, over all resumes
+    elapsed_seconds: float | None = None  # seconds of training, over all resumes
+    environment: Values | None = None  # what bits depend on: torch, device, threads, compile, fused, dtype
+    certificate: Values | None = None  # digests of what the next step sees and draws, and its settings
+    scaler: Values | None = None  # of fp16: the state of the GradScaler
+    # The last ones
+    extra: Values | None = None  # the caller's own
+    integrity: Values | None = None  # files: size (bytes), crc32, digest of tensors of each; self: CRC32 of the state
+    others: Values = field(default_factory=dict)  # metrics by name, and what other programs wrote
+    names: tuple[str, ...] = ()  # what was read or given, in its order; a field that is None and not here is absent
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingState:
+        """Take a document as it is: its order, its nulls and what is not known here come back from `to_dict`."""
+        known = {name: value for name, value in values.items() if name in FIELDS}
+        return cls(**known, others={n: v for n, v in values.items() if n not in FIELDS}, names=tuple(values))
+
+    def to_dict(self) -> Values:
+        """The document as JSON has it, absent fields absent."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name in FIELDS} | self.others
+        new = (name for name, value in said.items() if value is not None)
+        return {name: said[name] for name in (*self.names, *new)}
+
+    def having(self, /, **values: Any) -> TrainingState:
+        """The same state with other values: each in the place of the old one, new ones at the end."""
+        return TrainingState.from_dict({**self, **values})
+
+    def committed(self, parent: str | None, **values: Any) -> TrainingState:
+        """The state of a new commit, which gets an id of its own; `values` follow `parent` where they are new."""
+        return self.having(format_version=FORMAT_VERSION, commit_id=new_id(), parent=parent, **values)
+
+    @property
+    def files(self) -> Values:
+        """What is recorded of each file by name: size in bytes, crc32, and the digest of its tensors if it has any."""
+        found: Values = (self.integrity or {}).get("files", {})
+        return found
+
+    @property
+    def val_loss(self) -> Any:
+        """The validation loss of this step, in nats a token; None where it was not measured."""
+        return self.others.get("val_loss")
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether the step may have an optimizer state: a state that does not say is of an older program."""
+        return self.optimizer_file is not None or "optimizer_file" not in self.names
+
+    @property
+    def order(self) -> int:
+        """The place of a step on its branch: what was committed last is newest, not what has the highest step.
+
+        Steps from before commits were counted have their step for a place.
+        """
+        return int(self.commit_number if self.commit_number is not None else self.step or 0)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.to_dict()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __len__(self) -> int:
+        return len(self.to_dict())
+
+
+FIELDS = {f.name for f in fields(TrainingState)} - {"others", "names"}
 """What these names mean here; an entry of an older program that has one of them means something else."""
 
 
-def seal(state: dict[str, Any]) -> bytes:
+def new_id() -> str:
+    """Make a random commit id."""
+    return os.urandom(8).hex()
+
+
+def time_of(seconds: float | None = None) -> str:
+    """Write a time of day, in seconds since 1970, as `saved_at` has it; now unless given."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+
+
+def seal(state: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> bytes:
     """Write a training state with the CRC32 of its own values as the last entry of `integrity`.
 
-    The CRC covers the values in a canonical form, so that reformatting the file does not break it.
+    `files` is what is recorded of each file, where the state does not say so itself. The CRC covers the values in a
+    canonical form, so that reformatting the file does not break it.
     """
     before = {name: value for name, value in state.items() if name != "integrity"}  # what people read comes first
-    unsealed = {**before, "integrity": {**state["integrity"], "self": None}}
-    return dump_json({**before, "integrity": {**state["integrity"], "self": _own_crc(unsealed)}})
+    integrity = state["integrity"] if files is None else {"files": files}
+    own = _own_crc({**before, "integrity": {**integrity, "self": None}})
+    return dump_json({**before, "integrity": {**integrity, "self": own}})
 
 
-def unseal(data: bytes, where: str) -> dict[str, Any]:
+def unseal(data: bytes, where: str) -> TrainingState:
     """Read a training state; one without an `integrity` entry is of format version 1, and taken as it is.
 
     Raises: CheckpointDamaged when its own CRC32 does not fit, CheckpointMismatch for a format of the future.
@@ -45,7 +155,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         found = f"step is {step!r}" if "step" in state else "no step in it"
         raise CheckpointDamaged(f"{where}: {found}, expected a whole number from 0.")
     if integrity is None and "format_version" not in state:
-        return state
+        return TrainingState.from_dict(state)
     if not isinstance(integrity, dict) or not isinstance(integrity.get("files"), dict):
         raise CheckpointDamaged(f"{where}: no list of files in its integrity entry.")
     number = state.get("commit_number", 0)
@@ -60,7 +170,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(seen, list) or not all(isinstance(entry, dict) and "name" in entry for entry in seen):
         raise CheckpointDamaged(f"{where}: legacy is no list of files.")
     _check_files(((entry["name"], entry) for entry in seen), where)
-    return state
+    return TrainingState.from_dict(state)
 
 
 def _check_files(listed: Iterable[tuple[Any, Any]], where: str, depth: int = 1) -> None:

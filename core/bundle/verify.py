@@ -33,7 +33,7 @@ def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
         unused = bundle.optimizer if OPTIMIZER not in names else None
         verify_records(bundle.files[bundle.single], bundle.path(bundle.single), _storages_alone(unused, bundle.weights))
         return []
-    recorded = bundle.state.get("integrity", {}).get("files", {})
+    recorded = bundle.state.files
     replaced = []
     for name in [file for part in names for file in files_of(part, bundle.files)]:
         if name not in bundle.files:

@@ -32,10 +32,10 @@ Content = Writer | InBlocks | dict[str, Any]
 """What a file of a step is made of; a dict becomes JSON."""
 
 
-def write_bundle(folder: ModelFolder, stage: Path, state: dict[str, Any], files: Mapping[str, Content]) -> None:
+def write_bundle(folder: ModelFolder, stage: Path, state: Mapping[str, Any], files: Mapping[str, Content]) -> None:
     """Write the files of one step into a staged folder, each durable, the training state with their checksums last."""
     recorded = {name: write_file(folder.storage, stage / name, content) for name, content in files.items()}
-    folder.storage.write(stage / STATE, seal({**state, "integrity": {"files": recorded}}))
+    folder.storage.write(stage / STATE, seal(state, recorded))
 
 
 def write_file(storage: Storage, path: Path, content: Content) -> dict[str, Any]:

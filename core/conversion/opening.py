@@ -11,6 +11,7 @@ from typing import Any
 from ..bundle.bundle import Bundle
 from ..bundle.optimizer_state import groups_of, names_in_order
 from ..bundle.parts import once
+from ..bundle.training_state import TrainingState
 from ..console.words import listed
 from ..containers.pickles.inert import Call, as_text
 from ..containers.plain import plain
@@ -140,7 +141,7 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
         sizes=_sizes(identity.architecture),
         tokenizer=found.tokenizer,
         step=found.step,
-        state=dict(bundle.state) if bundle is not None else {},
+        state=bundle.state if bundle is not None else TrainingState(),
         sources=dict(tensors),
         family_of_source=_family_of(identity, config),
         dropped=dropped,
@@ -148,9 +149,9 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
     )
     model.notes += found.chosen
     if bundle is not None:
-        model.state |= _rounded(bundle)
+        model.state = model.state.having(**_rounded(bundle))
     elif identity.family == "nanogpt":
-        model.state |= _best(found)
+        model.state = model.state.having(**_best(found))
     if isinstance(found.optimizer, list) and found.optimizer:
         model.notes.append(f"its {len(found.optimizer)} optimizer states are left out: only one can be taken along")
     elif found.optimizer:

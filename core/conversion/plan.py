@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bundle.training_state import TrainingState
 from ..console.words import listed
 from ..containers.container import Container
 from ..containers.spec import ITEM_SIZES
@@ -57,7 +58,7 @@ class Model:
     sizes: Sizes
     tokenizer: dict[str, Any] | None = None  # as in tokenizer.json of a bundle
     step: int | None = None
-    state: dict[str, Any] = field(default_factory=dict)  # of the training, as in training_state.json
+    state: TrainingState = field(default_factory=TrainingState)
     moments: Moments | None = None
     sources: dict[str, View] = field(default_factory=dict)  # all that has to be used or dropped
     family_of_source: str = ""

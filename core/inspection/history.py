@@ -11,9 +11,8 @@ from typing import Any
 
 from ..bundle.bundle import Bundle, KeptStep, history, open_bundle
 from ..bundle.folder import CONFIG, MODEL, FolderReader
-from ..bundle.lineage import order
 from ..bundle.retention import Retention
-from ..bundle.training_state import STATE, unseal
+from ..bundle.training_state import STATE, TrainingState, unseal
 from ..bundle.verify import verify
 from ..console.words import columns, printable, size_text
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
@@ -32,7 +31,7 @@ class Entry:
     place: str
     path: Path
     step: int
-    state: dict[str, Any]
+    state: TrainingState
     bytes: int = 0
     health: str = WHOLE
     faults: list[str] = field(default_factory=list)
@@ -48,12 +47,12 @@ class Entry:
     @property
     def order(self) -> int:
         """Its place among the commits of its branch."""
-        return order({"step": self.step, **self.state})
+        return self.state.order if self.state else self.step
 
     @property
     def branch(self) -> dict[str, Any]:
         """Where its branch left another; empty for the first one."""
-        found = self.state.get("branch")
+        found = self.state.branch
         return found if isinstance(found, dict) else {}
 
 
@@ -67,9 +66,9 @@ class Past:
     recorded: bool  # whether the training state says which rules are in force
 
     @property
-    def newest(self) -> dict[str, Any]:
+    def newest(self) -> TrainingState:
         """The training state at the top."""
-        return next((entry.state for entry in self.entries if entry.place == TOP), {})
+        return next((entry.state for entry in self.entries if entry.place == TOP), TrainingState())
 
     def going(self, keep: int | None, keep_every: int | None) -> list[Entry]:
         """The kept steps that these numbers would remove."""
@@ -91,8 +90,8 @@ def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], 
     entries = [Entry(KEPT, step.path, step.step, step.state) for step in kept]
     if {MODEL, STATE} & {*place.storage.names(folder), *place.storage.names(place.committed)}:
         state = _state(place.read, folder)
-        entries.append(Entry(TOP, folder, int(state.get("step", 0)), state))
-    newest = entries[-1].state if entries and entries[-1].place == TOP else {}
+        entries.append(Entry(TOP, folder, state.step or 0, state))
+    newest = entries[-1].state if entries and entries[-1].place == TOP else TrainingState()
     retention = Retention.of(newest)
     for entry, rules in zip(entries, retention.rules(newest, kept), strict=False):
         entry.rules = rules
@@ -107,17 +106,17 @@ def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], 
         _look(entry, checksums)
         progress(entry.bytes)
     entries = [entry for entry in entries if entry.path.is_dir()]  # a writer beside this may have removed some
-    return Past(folder, list(_drawn(entries)), retention, "retention" in newest)
+    return Past(folder, list(_drawn(entries)), retention, newest.retention is not None)
 
 
 def _reader(folder: Path) -> Callable[[str], bytes]:
     return lambda name: (folder / name).read_bytes()
 
 
-def _state(read: Callable[[str], bytes], where: Path) -> dict[str, Any]:
+def _state(read: Callable[[str], bytes], where: Path) -> TrainingState:
     with contextlib.suppress(OSError, CheckpointError):
         return unseal(read(STATE), str(where / STATE))
-    return {}
+    return TrainingState()
 
 
 def _look(entry: Entry, checksums: bool) -> None:
@@ -144,7 +143,7 @@ def _other_sizes(bundle: Bundle) -> Iterator[str]:
                 _ = part.source.header
             except CheckpointError as error:
                 raise CheckpointDamaged(str(error)) from error
-    for name, entry in bundle.state.get("integrity", {}).get("files", {}).items():
+    for name, entry in bundle.state.files.items():
         size = bundle.sizes.get(name)
         if size is not None and size != entry["size"] and name != CONFIG:  # which a person may edit
             yield f"{bundle.path(name)}: {size} bytes; recorded {entry['size']}. It was replaced."
@@ -183,16 +182,14 @@ def _drawn(entries: Sequence[Entry]) -> Iterator[Entry]:
 
 def _before(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     """The step after which another came, if it is still here: the one before on its branch, or where that left."""
-    run, branch = entry.state.get("run"), entry.branch.get("id")
+    run, branch = entry.state.run, entry.branch.get("id")
     before = [
-        e
-        for e in entries
-        if e.order < entry.order and (e.state.get("run"), e.branch.get("id")) == (run, branch) and run
+        e for e in entries if e.order < entry.order and (e.state.run, e.branch.get("id")) == (run, branch) and run
     ]
     if before:
         return max(before, key=lambda e: e.order)
     left = entry.branch.get("commit_id")
-    return next((e for e in entries if left and e.state.get("commit_id") == left), None)
+    return next((e for e in entries if left and e.state.commit_id == left), None)
 
 
 def past_facts(past: Past, checksums: bool, keep: int | None, keep_every: int | None) -> Facts:
@@ -200,7 +197,7 @@ def past_facts(past: Past, checksums: bool, keep: int | None, keep_every: int | 
     asked = keep is not None or keep_every is not None
     return {
         "location": str(past.path),
-        "run": past.newest.get("run"),
+        "run": past.newest.run,
         "rules": {
             "keep": past.retention.keep,
             "keep_every": past.retention.keep_every,
@@ -220,19 +217,19 @@ def _entry_facts(entry: Entry) -> Facts:
     state = entry.state
     return {
         "step": entry.step,
-        "val_loss": state.get("val_loss"),
+        "val_loss": state.val_loss,
         "bytes": entry.bytes,
-        "saved_at": state.get("saved_at"),
+        "saved_at": state.saved_at,
         "health": entry.health,
         "faults": entry.faults,
         "place": entry.place,
         "why": entry.why,
         "rules": entry.rules,
         "path": str(entry.path),
-        "commit_id": state.get("commit_id"),
-        "parent": state.get("parent"),
-        "commit_number": state.get("commit_number"),
-        "run": state.get("run"),
+        "commit_id": state.commit_id,
+        "parent": state.parent,
+        "commit_number": state.commit_number,
+        "run": state.run,
         "branch": entry.branch.get("id"),
         "branch_left": entry.branch.get("commit_id"),
         "graph": entry.graph,

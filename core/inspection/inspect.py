@@ -159,7 +159,7 @@ def _of_bundle(bundle: Bundle) -> Inspected:
         config=bundle.config_values,
         tokenizer=bundle.tokenizer,
         optimizer=optimizer,
-        step=bundle.step if "step" in bundle.state else None,
+        step=bundle.state.step,
         bundle=bundle,
         damage=damage,
     )
@@ -196,7 +196,7 @@ def _held(bundle: Bundle) -> tuple[Container, list[str]]:
         except CheckpointError as error:
             damage.append(str(error))
             whole.notes.append(str(error))
-    recorded = bundle.state.get("integrity", {}).get("files", {})
+    recorded = bundle.state.files
     for name, entry in recorded.items():
         if name in bundle.files and name != CONFIG:  # a person may edit the config
             whole.checks.append(Check(name, 0, entry["size"], int(entry["crc32"], 16), (name,)))

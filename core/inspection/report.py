@@ -149,7 +149,7 @@ def facts_of_ours(found: Inspected) -> Facts:
             files[STATE] = (bundle.folder / STATE).stat().st_size
     facts: Facts = {
         "tokenizer": bundle.tokenizer,
-        "training_state": bundle.state,
+        "training_state": bundle.state.to_dict(),
         "files": files,
         "history": [_kept_facts(kept) for kept in found.history],
         "notes": [note for note in found.container.notes if note not in found.damage],
@@ -184,9 +184,9 @@ def _unread(found: Inspected) -> bool:
 def _kept_facts(kept: KeptStep) -> Facts:
     return {
         "step": kept.step,
-        "val_loss": kept.state.get("val_loss"),
+        "val_loss": kept.state.val_loss,
         "bytes": sum(p.stat().st_size for p in kept.path.iterdir() if p.is_file()),
-        "saved_at": kept.state.get("saved_at"),
+        "saved_at": kept.state.saved_at,
         "path": str(kept.path),
     }
 
@@ -198,9 +198,9 @@ def model_facts(folder: Path) -> Facts:
             return {
                 "name": folder.name,
                 "step": bundle.step,
-                "val_loss": bundle.state.get("val_loss"),
+                "val_loss": bundle.state.val_loss,
                 "bytes": sum(bundle.sizes.values()),
-                "saved_at": bundle.state.get("saved_at"),
+                "saved_at": bundle.state.saved_at,
             }
     except CheckpointError as error:
         legacy = [folder / name for name in LEGACY_FILES if (folder / name).is_file()]

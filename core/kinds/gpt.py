@@ -22,7 +22,7 @@ from ..data.dataloader import DataLoader
 from ..data.tokenizer import Tokenizer, make_char, named_tokenizer
 from ..errors import CheckpointMismatch, InputError
 from ..loading.optimizer import configure_optimizer
-from ..loading.tensors import load_model, load_optimizer
+from ..loading.tensors import load_model, load_optimizer, say_without_moments
 from ..model import GPT
 from ..networks.device import resolve_device
 from .kind import Request, Say, Source
@@ -242,10 +242,3 @@ def _refuse_other_size(bundle: Bundle, tokenization: str | Tokenizer) -> None:
             f"{bundle.path(TOKENIZER)}: no tokenizer is recorded; the model has {rows} ids, this run's tokenizer "
             f"{tokenization.vocab_size}. Give the text or the tokenizer it was trained with."
         )
-
-
-def say_without_moments(bundle: Bundle, state: dict[str, Any] | None, say: Say) -> None:
-    """Say that the moments of a step start from zero, where it has none."""
-    if state is None and bundle.step:
-        place = bundle.path(bundle.single) if bundle.single else bundle.folder
-        say(f"{place}: no optimizer state; its moments start from zero at step {bundle.step}")

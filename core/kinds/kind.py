@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import torch
 
 from ..bundle.bundle import Bundle
+from ..bundle.find import model_folder
 from ..bundle.folder import CONFIG
+from ..bundle.intact import open_chosen
 from ..config.modded import ModdedConfig
 from ..data.corpus import Corpus
 from ..data.dataloader import DataLoader
 from ..data.tokenizer import Tokenizer
-from ..errors import CheckpointMismatch
+from ..errors import CheckpointMismatch, InputError
 from ..model import GPTFlexAttention
 
 Say = Callable[[str], None]
@@ -96,6 +98,24 @@ class ModelKind(Protocol):
 
     def loader(self, corpus: Corpus, model: Any, seed: int) -> DataLoader:
         """Make the batches of a model: a function of (seed, step)."""
+
+
+def new_model(kind: ModelKind, request: Request, folder: Path, say: Say, *, check: bool = True) -> Any:
+    """Make a model at step 0 for a folder, of the source that a request names, and say which.
+
+    Raises: InputError when it names two, CheckpointMismatch as `ModelKind.new`.
+    """
+    if request.origin is not None and request.init_from_model:
+        raise InputError("--init_from_checkpoint and --init_from_model: a run has one start. Leave one out.")
+    if not request.init_from_model:
+        model = kind.new(request, folder, request.origin, say)
+        if request.origin is not None:
+            say(f"starting from the weights of {request.origin.path}, a new run at step 0")
+        return model
+    with open_chosen(model_folder(folder.parent, request.init_from_model), say, check=check) as source:
+        model = kind.new(request, folder, source, say)
+        say(f"starting from the weights of {request.init_from_model}, step {source.step}")
+    return model
 
 
 def arch_of(bundle: Bundle | None, arch: str | None) -> str:

@@ -25,7 +25,7 @@ from ..loading.tensors import load_moments
 from ..networks.device import resolve_device
 from ..networks.flex import GPTFlexAttention
 from ..networks.muon import MuonWithAdamW, configure_muon
-from .gpt import refuse_other_tokenizer, say_without_moments
+from .gpt import refuse_other_tokenizer
 from .kind import ANOTHER, MODDED_CLASS, Origin, Request, Say, Source, arch_of
 from .modded_moments import take_over
 from .presets import MEDIUM_ON_CUDA, MODDED, MODDED_ON_CPU, SMALL_ON_CUDA
@@ -88,7 +88,7 @@ class ModdedKind:
             for line in take_over(source.content, model, optimizer):
                 say(line)
         elif source is not None:
-            say_without_moments(source, load_moments(source, model, optimizer, say), say)
+            load_moments(source, model, optimizer, say)
         return optimizer
 
     def loader(self, corpus: Corpus, model: GPTFlexAttention, seed: int) -> DataLoader:

@@ -33,7 +33,7 @@ def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> C
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch when the folder holds something else.
     """
     with open_chosen(Path(folder)) as bundle:
-        extra, settings = bundle.state.get("extra"), bundle.state.get("finetuning")
+        extra, settings = bundle.state.extra, bundle.state.get("finetuning")
         config = extra.get("pretrained_config") if isinstance(extra, dict) else None
         classes = settings.get("classes") if isinstance(settings, dict) else None
         if not isinstance(config, dict) or not isinstance(classes, list) or bundle.tokenizer is None:

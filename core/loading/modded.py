@@ -114,7 +114,7 @@ def refuse_large_tokenizer(tokenizer: Tokenizer, config: ModdedConfig, where: st
 
 
 @dataclass
-class Opened:
+class UpstreamCheckpoint:
     """A checkpoint of the program: its content, mapped, and what it is."""
 
     content: Any
@@ -134,7 +134,7 @@ def load_flex_checkpoint(path: str | Path) -> tuple[GPTFlexAttention, Info, Any]
     return model.eval(), opened.info, opened.content
 
 
-def open_upstream(path: Path, dtype: torch.dtype | None = None, *, verify: bool = True) -> Opened:
+def open_upstream(path: Path, dtype: torch.dtype | None = None, *, verify: bool = True) -> UpstreamCheckpoint:
     """Open a file, check it, and map its tensors, or read them into another dtype one by one."""
     try:
         file = DISK.open(path)
@@ -169,7 +169,7 @@ def open_upstream(path: Path, dtype: torch.dtype | None = None, *, verify: bool 
         "prefix": found.prefix,
         "scalars_padding": padding,
     }
-    return Opened(content, tensors, config, info)
+    return UpstreamCheckpoint(content, tensors, config, info)
 
 
 def facts_of(config: ModdedConfig, path: Path, dtypes: set[str]) -> Info:

@@ -324,14 +324,15 @@ def load_moments(
     optimizer: torch.optim.Optimizer,
     say: Callable[[str], None],
     strict: bool = True,
-) -> dict[str, Any] | None:
-    """Fill the optimizer of a module from a bundle, by name; returns the state, None where the step has none.
+) -> None:
+    """Fill the optimizer of a module from a bundle, by name; say where its moments start from zero.
 
     Raises: CheckpointMismatch when it is another model's; the optimizer is unchanged then.
     """
     state = load_optimizer(bundle) if isinstance(module, GPT) else read_optimizer(bundle)
+    say_without_moments(bundle, state, say)
     if state is None or bundle.optimizer is None:
-        return None
+        return
     try:
         names = names_in_order(groups_of(state), once(bundle.weights.tensors))
         lines = load_optimizer_state(optimizer, state, names, model=module, strict=strict)
@@ -339,4 +340,10 @@ def load_moments(
         raise CheckpointMismatch(f"{bundle.optimizer.source.path}: {error}") from error
     for line in lines:
         say(f"{bundle.optimizer.source.path}: {line}")
-    return state
+
+
+def say_without_moments(bundle: Bundle, state: dict[str, Any] | None, say: Callable[[str], None]) -> None:
+    """Say that the moments of a step start from zero, where it has none."""
+    if state is None and bundle.step:
+        place = bundle.path(bundle.single) if bundle.single else bundle.folder
+        say(f"{place}: no optimizer state; its moments start from zero at step {bundle.step}")

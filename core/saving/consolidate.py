@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..bundle.bundle import ALL_PARTS, EMA, OPTIMIZER, TOKENIZER, Bundle, open_bundle
-from ..bundle.commit import CONFIG, MODEL, ModelFolder, new_id
+from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.lineage import descent
 from ..bundle.parts import Part, ShardedFile
 from ..bundle.storage import Output
@@ -37,13 +37,8 @@ def consolidate(place: ModelFolder) -> Bundle | None:
         files[CONFIG] = bundle.config_values
         if bundle.tokenizer is not None:
             files[TOKENIZER] = bundle.tokenizer
-        state = {
-            **{name: value for name, value in bundle.state.items() if name != "integrity"},
-            "optimizer_file": OPTIMIZER if OPTIMIZER in files else None,
-            "commit_id": new_id(),
-            "parent": place.newest_id(),
-            **descent(bundle.state, ()),
-        }
+        optimizer_file = OPTIMIZER if OPTIMIZER in files else None
+        state = bundle.state.committed(place.newest_id(), optimizer_file=optimizer_file, **descent(bundle.state, ()))
         place.recover()
         with place.storage.removed_on_failure(stage := place.stage()):
             write_bundle(place, stage, state, files)

@@ -134,7 +134,7 @@ class ShardedStepSave(StepSave):
         self.place.prune([older.step for older in self.retention.going(state, history(self.place.path))])
         size, seconds = sum(entry["size"] for entry in files.values()), time.perf_counter() - started
         return (
-            f"saved step {state['step']} to {self.place.path} in shards of {len(reports)} ranks "
+            f"saved step {state.step} to {self.place.path} in shards of {len(reports)} ranks "
             f"({size_text(size)}, {seconds:.2f} s)"
         )
 
@@ -155,11 +155,10 @@ class ShardedStepSave(StepSave):
         if self._before_commit is not None:
             self._before_commit()
         state, top = self._state(), top_state(self.place)
-        held = top.get("integrity", {}).get("files", {})
-        if top.get("step") == state["step"] and {**held, CONFIG: None} == {**recorded, CONFIG: None}:
+        if top.step == state.step and {**top.files, CONFIG: None} == {**recorded, CONFIG: None}:
             self.place.discard(stage)
             return None
-        storage.write(stage / STATE, seal({**state, "integrity": {"files": recorded}}))
+        storage.write(stage / STATE, seal(state, recorded))
         self.place.commit(stage)
         return recorded
 

@@ -18,12 +18,12 @@ from torch import nn
 
 from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
-from ..bundle.commit import CONFIG, MODEL, ModelFolder, new_id
+from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.folder import top_state
 from ..bundle.lineage import descent
 from ..bundle.lock import hold
 from ..bundle.retention import Retention, best_of, better
-from ..bundle.training_state import FIELDS, STATE, unseal
+from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
 from ..bundle.writing import explained
 from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
@@ -128,26 +128,22 @@ class StepSave:
         seconds = time.perf_counter() - started
         say(f"saved step {step} to {self.place.path} ({size_text(size)}, {seconds:.2f} s)")
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> TrainingState:
         """The training state of this step, as it descends from what is in the folder."""
         told, top, kept = self._told, top_state(self.place), history(self.place.path)
-        state = {
-            "step": told["step"],
-            "optimizer_file": told["optimizer_file"],
-            "format_version": FORMAT_VERSION,
-            "commit_id": new_id(),
-            "parent": self.place.newest_id(),
+        state = TrainingState.from_dict({name: told[name] for name in ("step", "optimizer_file")}).committed(
+            self.place.newest_id(),
             **descent(top, (step.state for step in kept)),
-            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "best": better(best_of(top, kept), told["step"], told.get("val_loss")),
-            "retention": dataclasses.asdict(self.retention),
-        }
+            saved_at=time_of(),
+            best=better(best_of(top, kept), told["step"], told.get("val_loss")),
+            retention=dataclasses.asdict(self.retention),
+        )
         config = self._texts[CONFIG]
         if config.get("model_class", "GPT") == "GPT":
-            state["architecture"] = GPTConfig.from_dict(config).architecture()
-        if seen := seen_files(self.place.path, top.get("legacy", [])):
-            state["legacy"] = seen
-        return {**state, **told}
+            state = state.having(architecture=GPTConfig.from_dict(config).architecture())
+        if seen := seen_files(self.place.path, top.legacy or []):
+            state = state.having(legacy=seen)
+        return state.having(**told)
 
     def _with_edits(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config, with what a person edited in the config.json at the top."""
@@ -157,7 +153,7 @@ class StepSave:
                 return {**config, **{name: top[name] for name in EDITABLE if name in top}}
         return config
 
-    def _commit(self, state: dict[str, Any], files: Mapping[str, Content], size: int) -> bool:
+    def _commit(self, state: TrainingState, files: Mapping[str, Content], size: int) -> bool:
         """Stage the files and make them the newest step; False when the newest step has these very bytes."""
         try:
             if self.place.storage.free(self.place.path) < size:
@@ -177,11 +173,13 @@ class StepSave:
 
     def _is_newest(self, stage: Path) -> bool:
         top, staged = top_state(self.place), unseal(self.place.storage.read(stage / STATE), STATE)
-        if any(top.get(key) != staged.get(key) for key in ("step", "optimizer_file")) or "integrity" not in top:
-            return False
-        files = {key: value for key, value in staged["integrity"]["files"].items() if key != CONFIG}
-        return files == {key: value for key, value in top["integrity"]["files"].items() if key != CONFIG} and all(
-            filecmp.cmp(stage / name, self.place.path / name, shallow=False) for name in files
+        same = (top.step, top.optimizer_file) == (staged.step, staged.optimizer_file)
+        files, held = ({n: v for n, v in state.files.items() if n != CONFIG} for state in (staged, top))
+        return (
+            same
+            and top.integrity is not None
+            and files == held
+            and all(filecmp.cmp(stage / name, self.place.path / name, shallow=False) for name in files)
         )
 
     def _failed(self, error: OSError, needed: int) -> SaveFailed:
@@ -193,7 +191,7 @@ class StepSave:
 
     def _refused(self, why: str) -> SaveFailed:
         top = top_state(self.place)
-        stays = f"Step {top['step']} is intact." if "step" in top else "Nothing was saved before."
+        stays = f"Step {top.step} is intact." if top.step is not None else "Nothing was saved before."
         return SaveFailed(f"{self.place.path}: save of step {self.step} failed: {why}. {stays}")
 
 
@@ -203,13 +201,12 @@ def add_metrics(place: ModelFolder, step: int, metrics: Mapping[str, float]) -> 
     Raises: InputError when another step is the newest, or a name is not free.
     """
     top = top_state(place)
-    if top.get("step") != step or "commit_id" not in top:
-        raise InputError(f"{place.path}: the newest step is {top.get('step')}, expected {step}.")
+    if top.step != step or top.commit_id is None:
+        raise InputError(f"{place.path}: the newest step is {top.step}, expected {step}.")
     if clash := FIELDS & metrics.keys():
         raise InputError(f"metrics: {', '.join(sorted(clash))} are no measures.")
-    integrity = {"integrity": top.pop("integrity")}  # stays behind what people read
-    best = {"best": better(best_of(top, history(place.path)), step, metrics.get("val_loss"))}
-    place.replace_state({**top, **best, **metrics, **integrity})
+    best = better(best_of(top, history(place.path)), step, metrics.get("val_loss"))
+    place.replace_state(top.having(best=best, **metrics))
 
 
 def _told(content: StepContent) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..bundle.bundle import EMA, OPTIMIZER
 from ..bundle.commit import MODEL
+from ..bundle.training_state import TrainingState
 from ..data.randomness import mix
 from ..networks.device import changes, seed_generator
 from ..networks.state_dict import export_optimizer_state, export_state_dict
@@ -105,7 +106,7 @@ def state_digests(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema |
     return {name: digest_of(content) for name, content in (contents | ({EMA: ema.tensors()} if ema else {})).items()}
 
 
-def differences(state: Mapping[str, Any], now: Mapping[str, Any], live: Mapping[str, str]) -> dict[str, list[str]]:
+def differences(state: TrainingState, now: Mapping[str, Any], live: Mapping[str, str]) -> dict[str, list[str]]:
     """List what differs from the training state of a step under what follows from it; nothing for an exact resume.
 
     `now` is what the run that goes on would record: `certificate`, `environment`, `data`; `live` are the digests of
@@ -113,20 +114,20 @@ def differences(state: Mapping[str, Any], now: Mapping[str, Any], live: Mapping[
     """
     then = certificate_of(state)
     found = {} if then is None else _compare(state, then, now, live)
-    if kernels := changes(state.get("environment") or {}, now["environment"]):
+    if kernels := changes(state.environment or {}, now["environment"]):
         found[KERNELS] = list(kernels.values())
     return found
 
 
 def _compare(
-    state: Mapping[str, Any], then: Mapping[str, Any], now: Mapping[str, Any], live: Mapping[str, str]
+    state: TrainingState, then: Mapping[str, Any], now: Mapping[str, Any], live: Mapping[str, str]
 ) -> dict[str, list[str]]:
     today, found = now["certificate"], dict[str, list[str]]()
 
     def differs(follows: str, what: str) -> None:
         found.setdefault(follows, []).append(what)
 
-    recorded = _files(state)
+    recorded = state.files
     if _in_shards(recorded):
         live = {}  # blocks of shards have checksums of their own, and were read by them
     for name, follows in ((MODEL, WEIGHTS), (OPTIMIZER, MOMENTS), (EMA, AVERAGE)):
@@ -136,7 +137,7 @@ def _compare(
             differs(follows, f"the tensors of {name} are not those that were saved ({was}, now {live[name]})")
     for name, what in changes(then["settings"], today["settings"]).items():
         differs(_FOLLOWS.get(name, UPDATES), what)
-    texts = [(of.get("data") or {}).get("digest") for of in (state, now)]
+    texts = [(data or {}).get("digest") for data in (state.data, now.get("data"))]
     if None not in texts and texts[0] != texts[1]:
         differs(BATCHES, f"the text or tokens of {now['data'].get('path')} were changed")
     if then["batch"] != today["batch"] and not {BATCHES, DRAWN} & found.keys():
@@ -146,10 +147,10 @@ def _compare(
     return found
 
 
-def certificate_of(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def certificate_of(state: TrainingState) -> Mapping[str, Any] | None:
     """The certificate in a training state; None where there is none, of this step, with the digests of its tensors."""
-    found, files = state.get("certificate"), _files(state)
-    if not isinstance(found, dict) or found.get("step") != state.get("step"):
+    found, files = state.certificate, state.files
+    if not isinstance(found, dict) or found.get("step") != state.step:
         return None
     if not _in_shards(files) and "tensors" not in files.get(MODEL, {}):
         return None
@@ -157,21 +158,17 @@ def certificate_of(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found if whole else None
 
 
-def _files(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    return state.get("integrity", {}).get("files", {})
-
-
 def _in_shards(files: Mapping[str, Any]) -> bool:
     return any("/" in name for name in files)
 
 
-def verdict(state: Mapping[str, Any], found: Mapping[str, list[str]]) -> str:
+def verdict(state: TrainingState, found: Mapping[str, list[str]]) -> str:
     """Say in one line whether the resume of a step is exact, and if not what differs and what follows from it."""
     known = certificate_of(state) is not None
     if known and not found:
         return EXACT
     kept = "" if {WEIGHTS, MOMENTS} & found.keys() else "; its weights and moments are"
-    said = f"{NOT_EXACT}{kept}" if known else UNKNOWN.format(step=state["step"])
+    said = f"{NOT_EXACT}{kept}" if known else UNKNOWN.format(step=state.step)
     return " ".join([f"{said}.", *(f"{follows}: {'; '.join(what)}." for follows, what in found.items())])
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..bundle.folder import LOG
+from ..bundle.training_state import TrainingState
 from ..checkpoint import CheckpointManager
 from ..console.signals import SAVE_BY_CLOCK, SAVING, StopSignal, reason
 from ..data.dataloader import DataLoader
@@ -68,18 +69,22 @@ class Loop:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
         self.metrics = Metrics(manager.get_path(LOG)) if manager and world.is_first else None
-        self.scaler = make_scaler(self.device, dtype, self._recorded().get("scaler"))
+        self.scaler = make_scaler(self.device, dtype, self._recorded().scaler)
         self.ema = self._make_ema(settings.ema)
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
         self._since_evaluation: list[float] = []
         self._started = time.perf_counter()
 
-    def _recorded(self) -> dict[str, Any]:
+    def _recorded(self) -> TrainingState:
         """What was recorded of the step that training goes on from: one that was resumed, or saved by this manager."""
         if not self.manager:
-            return {}
+            return TrainingState()
         resumed, saved = self.manager.resumed, self.manager.facts
-        return saved | resumed if resumed.get("step") == self.model.step else resumed | saved
+        return (
+            TrainingState.from_dict({**saved, **resumed})
+            if resumed.step == self.model.step
+            else resumed.having(**saved)
+        )
 
     def _make_ema(self, decay: float) -> Ema | None:
         saved = self.manager.averages if self.manager else None
@@ -97,7 +102,7 @@ class Loop:
         """Say whether the resume is exact, cut the log back to its step, and show a bar."""
         self.model.train()
         facts = self._recorded()
-        self._tokens, self._seconds = facts.get("tokens_seen", 0), facts.get("elapsed_seconds", 0.0)
+        self._tokens, self._seconds = facts.tokens_seen or 0, facts.elapsed_seconds or 0.0
         self.environment = environment(
             self.device,
             dtype=self.dtype,
@@ -143,7 +148,7 @@ class Loop:
         return stopping
 
     def _compare_resume(self, strict: bool) -> None:
-        if self.manager is None or not self.model.step or self.manager.resumed.get("step") != self.model.step:
+        if self.manager is None or not self.model.step or self.manager.resumed.step != self.model.step:
             return
         state = self.manager.resumed
         live = state_digests(self.model, self.optimizer, self.ema) if certificate_of(state) else {}
@@ -246,9 +251,9 @@ class Loop:
 
     def measure_resumed(self, eval_interval: int, stop: StopSignal) -> str | None:
         """Evaluate the step that is resumed, where the run before was stopped before it had; as `evaluate`."""
-        state = self.manager.resumed if self.manager else {}
-        at = state.get("step") == self.model.step and self.model.step % eval_interval == 0
-        if not self.saves or not at or "commit_id" not in state or "val_loss" in state:
+        state = self.manager.resumed if self.manager else TrainingState()
+        at = state.step == self.model.step and self.model.step % eval_interval == 0
+        if not self.saves or not at or state.commit_id is None or state.val_loss is not None:
             return None
         self.saves.step = self._begun = self.model.step
         stopping = self.evaluate(stop)

@@ -117,7 +117,7 @@ def _identity(bundle: Bundle | None) -> dict[str, Any] | None:
     return {
         "single": bundle.single,
         "step": bundle.step,
-        "commit_id": bundle.state.get("commit_id"),
+        "commit_id": bundle.state.commit_id,
         "config": bundle.config_values,
         "sizes": bundle.sizes,
     }

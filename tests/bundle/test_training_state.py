@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from core.bundle.training_state import seal, unseal
+from core.bundle.training_state import FIELDS, TrainingState, seal, unseal
 from core.containers.json_files import parse_json
 from core.errors import CheckpointDamaged, CheckpointMismatch
 
@@ -40,6 +40,30 @@ def test_every_flipped_bit_of_a_state_is_detected():
         except (CheckpointDamaged, CheckpointMismatch):
             continue
         assert values == json.loads(data), f"bit {position} changed a value in silence"
+
+
+FOREIGN = {"zeta": None, "step": 3, "parent": None, "names": [1], "extra": {"a": 1}, "others": {}, "val_loss": 2.5}
+
+
+def test_a_document_comes_back_as_it_was_with_its_order_its_nulls_and_what_is_not_known():
+    state = TrainingState.from_dict(FOREIGN)
+    assert list(state.to_dict().items()) == list(state.items()) == list(FOREIGN.items())
+    assert (state.step, state.parent, state.extra, state.val_loss) == (3, None, {"a": 1}, 2.5)
+    assert state == FOREIGN and state["zeta"] is None and state.get("seed", 7) == 7 and "seed" not in state
+    assert not TrainingState() and dict(TrainingState()) == {} and TrainingState(step=1).to_dict() == {"step": 1}
+
+
+def test_a_new_value_takes_the_place_of_the_old_one_and_a_new_field_comes_last():
+    state = TrainingState.from_dict(FOREIGN).committed("abc", seed=None, step=4).having(self=1)
+    new = [name for name in state if name not in FOREIGN]
+    assert [*state][: len(FOREIGN)] == [*FOREIGN] and new == ["format_version", "commit_id", "seed", "self"]
+    assert (state.parent, state.step, state["self"]) == ("abc", 4, 1)
+    assert {"step", "seed", "extra"} < FIELDS and not {"val_loss", "names", "others"} & FIELDS
+
+
+def test_a_state_that_does_not_say_may_have_an_optimizer():
+    said = [{}, {"optimizer_file": None}, {"optimizer_file": "optimizer.pt"}]
+    assert [TrainingState.from_dict(values).has_optimizer for values in said] == [True, False, True]
 
 
 def test_a_state_without_integrity_is_version_one_and_taken_as_it_is():

@@ -7,6 +7,7 @@ ways, until no new disk turns up. On each of them a reader must find one of the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unittest import mock
 
-from core.bundle import commit
+from core.bundle import commit, training_state
 from core.bundle import folder as names_of_folders
 from core.bundle.commit import CONFIG, MODEL, ModelFolder, OpenStep
 from core.bundle.training_state import STATE, seal, unseal
@@ -147,7 +148,9 @@ class Explorer:
             number += 1
             return f"{number:04x}"
 
-        with mock.patch.object(commit, "new_id", new_id), mock.patch.object(names_of_folders, "new_id", new_id):
+        with contextlib.ExitStack() as patches:
+            for module in (commit, names_of_folders, training_state):
+                patches.enter_context(mock.patch.object(module, "new_id", new_id))
             act(run)
         note()
         return points, run

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 from ...bundle.bundle import OPTIMIZER, TOKENIZER, Bundle
 from ...bundle.choice import seen_files
-from ...bundle.commit import CONFIG, ModelFolder, new_id
+from ...bundle.commit import CONFIG, ModelFolder
 from ...bundle.legacy import open_legacy
-from ...bundle.training_state import STATE
-from ...config.gpt import FORMAT_VERSION
+from ...bundle.training_state import STATE, TrainingState, time_of
 from ...containers.json_files import dump_json
 from ...errors import CheckpointError, CheckpointMismatch
 from .plan import BUNDLE, Outcome, Steps, extras
@@ -24,21 +22,17 @@ def documents_of(source: Bundle, outcome: Outcome, steps: Steps, has_optimizer: 
     Raises: CheckpointMismatch when the file says what JSON cannot.
     """
     assert source.config is not None
-    is_newest, best = outcome.action == BUNDLE, steps.state.get("best")
-    state = {
-        **extras(source)[0],
-        "step": source.step,
-        "optimizer_file": OPTIMIZER if has_optimizer else None,
-        "format_version": FORMAT_VERSION,
-        "commit_id": new_id(),
-        "parent": ModelFolder(steps.folder).newest_id() if is_newest and steps.has_bundle else None,
-        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(outcome.mtime_ns / 1e9)),
-        "best": best if is_newest and isinstance(best, dict) else None,
-        "legacy": _superseded(outcome, steps),
-        "migrated_from": outcome.fingerprint,
-    }
+    is_newest, best = outcome.action == BUNDLE, steps.state.best
+    said = {**extras(source)[0], "step": source.step, "optimizer_file": OPTIMIZER if has_optimizer else None}
+    state = TrainingState.from_dict(said).committed(
+        ModelFolder(steps.folder).newest_id() if is_newest and steps.has_bundle else None,
+        saved_at=time_of(outcome.mtime_ns / 1e9),
+        best=best if is_newest and isinstance(best, dict) else None,
+        legacy=_superseded(outcome, steps),
+        migrated_from=outcome.fingerprint,
+    )
     tokenizer = {TOKENIZER: source.tokenizer} if source.tokenizer is not None else {}
-    documents = {CONFIG: source.config.to_dict(), **tokenizer, STATE: state}
+    documents = {CONFIG: source.config.to_dict(), **tokenizer, STATE: state.to_dict()}
     for name, values in documents.items():
         try:
             dump_json(values)
@@ -52,7 +46,7 @@ def _superseded(outcome: Outcome, steps: Steps) -> list[dict[str, Any]]:
 
     A newer file that is not brought over (yet) must still be chosen.
     """
-    known = steps.state.get("legacy", [])
+    known = steps.state.legacy or []
     this = {**outcome.fingerprint, "mtime_ns": outcome.mtime_ns}
     return [
         entry

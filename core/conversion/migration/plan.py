@@ -20,7 +20,7 @@ from ...bundle.commit import MODEL, ModelFolder, step_folder
 from ...bundle.contradictions import check_fit
 from ...bundle.evolution import notes
 from ...bundle.legacy import PARTS, TOKENIZER_KEY, open_legacy
-from ...bundle.training_state import FIELDS
+from ...bundle.training_state import FIELDS, TrainingState
 from ...containers.checksum import crc32_file
 from ...containers.pickles.foreign import attributes
 from ...containers.pickles.inert import Call, as_text
@@ -85,9 +85,9 @@ class Outcome:
         stat = self.path.stat()
         return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
 
-    def is_source_of(self, state: dict[str, Any]) -> bool:
+    def is_source_of(self, state: TrainingState) -> bool:
         """Whether a training state says that its step was made from this very file."""
-        record = state.get("migrated_from")
+        record = state.migrated_from
         if not isinstance(record, dict) or (record.get("name"), record.get("size")) != (self.path.name, self.size):
             return False
         return bool(record.get("crc32") == self.fingerprint["crc32"])
@@ -232,10 +232,10 @@ class Steps:
 
     folder: Path
     newest: int | None
-    state: dict[str, Any]  # of the bundle
+    state: TrainingState  # of the bundle
     has_bundle: bool
     places: dict[int, Path]
-    states: dict[Path, dict[str, Any]]
+    states: dict[Path, TrainingState]
 
     @classmethod
     def read(cls, folder: Path) -> Steps:
@@ -247,7 +247,7 @@ class Steps:
         places, states = {k.step: k.path for k in kept}, {k.path: k.state for k in kept}
         place = ModelFolder(folder)
         if not has_bundle({*place.storage.names(folder), *place.storage.names(place.committed)}):
-            return cls(folder, max(places, default=None), {}, False, places, states)
+            return cls(folder, max(places, default=None), TrainingState(), False, places, states)
         with open_bundle(folder) as bundle:
             step, state = bundle.step, bundle.state
         return cls(folder, step, state, True, {**places, step: folder}, {**states, folder: state})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from ...bundle.bundle import OPTIMIZER, TOKENIZER
-from ...bundle.commit import CONFIG, MODEL, new_id
+from ...bundle.commit import CONFIG, MODEL
 from ...bundle.contradictions import MOST_PADDING, fits_characters
-from ...bundle.training_state import seal
+from ...bundle.training_state import STATE, TrainingState, seal, time_of
 from ...config.gpt import FORMAT_VERSION
 from ...containers.json_files import dump_json
 from ...containers.plain import plain
@@ -40,19 +39,15 @@ def plan_bundle(model: Model, options: Options, target: Path) -> Plan:
         texts[TOKENIZER] = dump_json(model.tokenizer)
     rounded = () if options.dtype is None else ("checkpoint_dtype", "model_dtype_at_save")
     kept = {name: value for name, value in model.state.items() if name not in ("integrity", *rounded)}
-    state = {
-        **plain(kept),
-        "step": model.step or 0,
-        "optimizer_file": OPTIMIZER if len(files) > 1 else None,
-        "format_version": FORMAT_VERSION,
-        "commit_id": new_id(),
-        "parent": None,
-        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "legacy": [],
-        "extra": {**plain(kept.get("extra") or {}), "converted_from": str(model.path), "program": model.program},
-    }
+    kept |= {"step": model.step or 0, "optimizer_file": OPTIMIZER if len(files) > 1 else None}
+    state = TrainingState.from_dict(plain(kept)).committed(
+        None,
+        saved_at=time_of(),
+        legacy=[],
+        extra={**plain(kept.get("extra") or {}), "converted_from": str(model.path), "program": model.program},
+    )
 
     def sealed(recorded: dict[str, dict[str, Any]]) -> dict[str, bytes]:
-        return {"training_state.json": seal({**state, "integrity": {"files": recorded}})}
+        return {STATE: seal(state, recorded)}
 
     return Plan(model, target, "bundle", files, texts, seal=sealed)

@@ -10,7 +10,7 @@ from .torch import plan_torch_file
 
 def plan_nanogpt(model: Model, options: Options, target: Path) -> Plan:
     """Plan a ckpt.pt that nanoGPT resumes and samples from."""
-    best = (model.state.get("best") or {}).get("val_loss")
+    best = (model.state.best or {}).get("val_loss")
     more = {
         "model_args": model.config,
         "iter_num": model.step or 0,
