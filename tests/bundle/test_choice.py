@@ -179,27 +179,6 @@ def test_a_damaged_newest_file_gives_way_to_the_bundle_and_not_to_a_kept_step(tm
     assert lines[-1] == "WARNING: trying the bundle (step 6) instead; nothing was deleted"
 
 
-def test_an_unreadable_file_is_passed_over_with_a_warning(tmp_path, old):
-    folder = tmp_path / "dante"
-    single(folder, old, "final.pt", 9)
-    (folder / "latest.pt").write_bytes(b"")
-    lines: list[str] = []
-    made, _, _, step = resume(tmp_path, lines)
-    made.close()
-    assert step == 9
-    assert lines[0].startswith(f"WARNING: {folder / 'latest.pt'}: empty (0 bytes)")
-
-
-def test_when_nothing_is_good_nothing_is_started_over(tmp_path, old):
-    folder = tmp_path / "dante"
-    latest = single(folder, old, "latest.pt", 9)
-    latest.write_bytes(latest.read_bytes()[:-100])
-    before = sorted(p.name for p in folder.iterdir())
-    with pytest.raises(CheckpointError, match=r"latest\.pt: .*To start anew, use another --model_name"):
-        resume(tmp_path)
-    assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == before
-
-
 def test_a_damaged_training_state_does_not_make_an_old_file_the_newest(tmp_path, old, capsys):
     folder = tmp_path / "dante"
     single(folder, old, "latest.pt", 4)

@@ -12,7 +12,7 @@ from core.bundle.commit import ModelFolder
 from core.bundle.storage import Storage
 from core.bundle.training_state import STATE, seal, unseal
 from core.bundle.write import write_bundle
-from core.errors import CheckpointDamaged, CheckpointNotFound
+from core.errors import CheckpointDamaged
 
 
 @pytest.fixture(params=["links", "moves"])
@@ -223,13 +223,6 @@ def test_a_missing_file_is_named_with_the_step_that_lists_it(folder):
     (folder.path / "optimizer.pt").unlink()
     with pytest.raises(CheckpointDamaged, match=r"optimizer\.pt: missing, but training_state\.json of step 7 lists it"):
         folder.open_newest()
-
-
-def test_a_step_that_is_not_kept_is_answered_with_those_that_are(folder):
-    for step, label in enumerate("abc", 1):
-        save(folder, step, label)
-    with pytest.raises(CheckpointNotFound, match=r"step_00000009: this step is not kept\. Kept steps: 1, 2\."):
-        folder.open_step(9)
 
 
 def test_a_file_system_that_refuses_links_gets_moves(tmp_path, monkeypatch):

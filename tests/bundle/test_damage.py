@@ -1,26 +1,22 @@
 from __future__ import annotations
 
-import os
 import re
 import shutil
 
 import pytest
-import torch
 
 from core.bundle.intact import ANEW
 from core.checkpoint import CheckpointManager
-from core.errors import CheckpointDamaged, CheckpointMismatch, NoneIntact, SaveFailed
+from core.errors import CheckpointDamaged, CheckpointMismatch, NoneIntact
 from tests.makers.models import (
     SMALL,
     equal,
     flip,
     kept,
     manager,
-    save_durably,
     started,
     state_of,
     train_and_save,
-    update,
     weights,
 )
 
@@ -106,47 +102,6 @@ def test_when_no_step_is_intact_nothing_changes_and_nothing_starts_anew(tmp_path
         str(caught.value),
     )
     assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
-
-
-def test_a_replaced_model_file_is_used_and_said(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
-    with torch.no_grad():
-        model.ln_f.weight.fill_(3.0)
-    torch.save(model.state_dict(), tmp_path / "dante/model.pt")
-    lines = []
-    again = CheckpointManager("dante", tmp_path, say=lines.append)
-    resumed, _, _ = again.initialize_for_training({}, "char", None, 1e-3)
-    assert torch.equal(resumed.ln_f.weight, torch.full((32,), 3.0))
-    assert re.search(
-        r"model.pt: whole, but not the file that was saved: it was replaced \(\d+ bytes; recorded \d+\)", lines[0]
-    )
-
-
-def test_a_full_disk_keeps_the_last_step_and_says_how_much_is_missing(tmp_path, monkeypatch):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    folder, written = tmp_path / "dante", []
-    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-
-    def full(call, *args):
-        if call in (os.write, os.pwrite):
-            written.append(len(args[1]))
-            if len(written) > 1:
-                raise OSError(28, "No space left on device")
-        return call(*args)
-
-    update(model, optimizer)
-    monkeypatch.setattr(made._folder.storage, "change", full)
-    said = r"save of step 2 failed: No space left on device \([\d.]+ KB needed, [\d.]+ \wB free\)\. Step 1 is intact\."
-    with pytest.raises(SaveFailed, match=said):
-        save_durably(made, model, optimizer, step=2)
-    monkeypatch.undo()
-    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-    assert not list(folder.glob(".stage-*"))
-    save_durably(made, model, optimizer, step=2)
-    assert state_of(folder)["step"] == 2
 
 
 def test_without_hard_links_history_and_walk_back_work_the_same(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import zipfile
@@ -17,7 +16,6 @@ from torch.nn import functional as F
 from core.checkpoint import CheckpointManager
 from core.model import GPT
 from tests.makers.generations import (
-    EXTRA,
     SIZES,
     TOKENIZER,
     FusedGPT,
@@ -30,7 +28,6 @@ from tests.makers.generations import (
     write_old_bundle,
     write_single_file,
 )
-from tests.makers.models import save_durably
 from tests.makers.old_runs import (
     FILES,
     GENERATIONS,
@@ -42,8 +39,6 @@ from tests.makers.old_runs import (
     expected,
     fixture_model,
     logits,
-    manager,
-    resume,
 )
 
 
@@ -153,32 +148,6 @@ def test_old_bundle_gives_the_logits_of_its_program(tmp_path, generation, layout
     theirs = rounded(theirs) if dtype else theirs
     assert_same_logits(ours, theirs)
     assert_same_bits(ours.state_dict(), fuse(theirs.state_dict()))
-
-
-@pytest.mark.parametrize("file", ["config dict", "config object", "config namespace", "stream, config object"])
-def test_config_fields_of_other_programs_are_kept(tmp_path, file):
-    theirs = FusedGPT(**SIZES, dropout=0.1, **EXTRA)
-    path = write_single_file(tmp_path / "dante" / "latest.pt", theirs, step=3, **FILES[file])
-    ours = GPT.load_legacy(path)[0]
-    assert (ours.config.batch_size, ours.config.dropout) == (5, 0.1)
-    assert {name: ours.config.unknown[name] for name in EXTRA} == EXTRA
-    assert_same_logits(ours, theirs)
-    with manager(tmp_path) as made:
-        model, optimizer, _ = resume(made)
-        save_durably(made, model, optimizer, step=4)
-    written = json.loads((tmp_path / "dante" / "config.json").read_text())
-    assert {name: written[name] for name in EXTRA} == EXTRA and (written["batch_size"], written["dropout"]) == (5, 0.1)
-    assert_same_logits(CheckpointManager.load_for_inference("dante", tmp_path), theirs)
-
-
-@pytest.mark.parametrize("file", ["config dict", "config object"])
-@pytest.mark.parametrize(("model", "field"), [(LectureGPT, "bias"), (FusedGPT, "bias"), (LectureGPT, "device")])
-def test_config_from_before_a_field_existed_gives_the_same_logits(tmp_path, model, field, file):
-    theirs = model(**SIZES)
-    del theirs.config[field]
-    assert_same_logits(GPT.load_legacy(write_single_file(tmp_path / "a.pt", theirs, step=3, **FILES[file]))[0], theirs)
-    write_old_bundle(tmp_path / "dante", theirs, step=3)
-    assert_same_logits(CheckpointManager.load_for_inference("dante", tmp_path), theirs)
 
 
 @pytest.mark.parametrize(("model", "activation"), [(LectureGPT, "gelu"), (FusedGPT, "relu")])

@@ -85,12 +85,6 @@ def test_the_files_of_classic_ranks_are_opened_each_and_not_converted(tmp_path):
     assert attributes(container.content["mp_rank_01"]["args"]) == {"num_layers": 2}
 
 
-def test_a_rank_without_its_file_is_named(tmp_path):
-    (tmp_path / "mp_rank_00_001").mkdir()
-    with pytest.raises(CheckpointDamaged, match=r"mp_rank_00_001: model_optim_rng\.pt is missing, found \[\]\."):
-        open_megatron_folder(tmp_path)
-
-
 def test_the_file_of_the_only_rank_is_as_it_would_be_alone(tmp_path):
     (tmp_path / "iter_0000007/mp_rank_00").mkdir(parents=True)
     torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "iter_0000007/mp_rank_00/model_optim_rng.pt")

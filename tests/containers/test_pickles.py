@@ -6,10 +6,8 @@ import argparse
 import collections
 import datetime
 import math
-import os
 import pickle
 import struct
-import sys
 import tracemalloc
 
 import numpy as np
@@ -92,45 +90,6 @@ def test_unknown_classes_become_records_that_can_be_shown(protocol):
     assert as_text(sqrt) == "math.sqrt"
 
 
-class Shell:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def hostile(command: bytes) -> dict[str, bytes]:
-    """Pickles that run a command, by the opcode that does it."""
-    size = struct.pack("<I", len(command))
-    text = b"X" + size + command
-    return {
-        "GLOBAL REDUCE": b"\x80\x02cposix\nsystem\n" + text + b"\x85R.",
-        "STACK_GLOBAL REDUCE": b"\x80\x04\x8c\x05posix\x8c\x06system\x93" + text + b"\x85R.",
-        "INST": b"(" + text + b"iposix\nsystem\n.",
-        "OBJ": b"(cposix\nsystem\n" + text + b"o.",
-        "NEWOBJ": b"\x80\x02cposix\nsystem\n" + text + b"\x85\x81.",
-        "NEWOBJ_EX": b"\x80\x04cposix\nsystem\n" + text + b"\x85}\x92.",
-        "nested": pickle.dumps({"a": [(1, Shell(command.decode()))]}, 4),
-    }
-
-
-@pytest.mark.parametrize("kind", hostile(b""))
-def test_no_opcode_executes_anything(kind, tmp_path):
-    marker = tmp_path / "executed"
-    data = hostile(f"touch {marker}".encode())[kind]
-    before = set(sys.modules)
-    text = as_text(unpickle(data), 1000)
-    assert f'posix.system("touch {marker}")' in text
-    assert set(sys.modules) == before
-    assert not marker.exists()
-    if not kind.startswith("NEWOBJ"):  # pickle asks of these that they name a class
-        pickle.loads(data)
-        assert marker.exists()  # the bait does work on those who bite
-
-
 def test_import_of_a_missing_module_is_only_a_name():
     assert unpickle(b"cno_such_module\nThing\n.") == Global("no_such_module", "Thing")
 
@@ -144,21 +103,12 @@ def doubled(levels: int) -> bytes:
 
 
 TRAPS = {
-    "deep list": (b"]" * 100_000 + b"a" * 99_999 + b".", f"deeper than {DEPTH} levels"),
-    "deep tuple": (b")" + b"\x85" * 100_000 + b".", f"deeper than {DEPTH} levels"),
     "deep calls": (b"ca\nb\n" + b")R" * 100_000 + b".", f"deeper than {DEPTH} levels"),
     "deep through shared parts": (
         b")q\x00" + b"\x85" * 150 + b"q\x01" + b"0h\x01" + b"\x85" * 150 + b"h\x01\x86.",
         f"deeper than {DEPTH} levels",
     ),
-    "list in itself": (b"]q\x00h\x00a.", "contains itself"),
-    "dict in itself": (b"}q\x00K\x01h\x00s.", "contains itself"),
-    "call in its own state": (b"ca\nb\n)Rq\x00h\x00b.", "contains itself"),
-    "doubling": (doubled(60), "unfolds to over"),
-    "doubling tuple as key": (b"}(" + b")" + b"2\x86" * 60 + b"Nu.", "unfolds to over"),
     "one terabyte of text": (b"\x8d" + struct.pack("<Q", 1 << 40) + b"abc.", "1099511627776 bytes are asked for, 4 "),
-    "negative length": (b"\x8b\xff\xff\xff\xffab.", "4294967295 bytes, 1024 are allowed"),
-    "huge number": (b"I" + b"9" * 100_000 + b"\n.", "100000 characters, 1024 are allowed"),
     "memo far away": (b"Nr\xff\xff\xff\xff0Np18446744073709551616\n0h\x07.", "never stored"),
     "copied list": (b"]q\x00(" + b"N" * 900 + b"e0(" + b"cbuiltins\nset\nh\x00\x85R" * 50 + b"l.", "calls copy more"),
     "shared text": (
@@ -166,7 +116,6 @@ TRAPS = {
         "unfolds to over",
     ),
     "empty": (b"", "ends without STOP"),
-    "no stop": (b"N", "ends without STOP"),
     "empty stack": (b".", "takes more from its stack"),
     "call of text": (b"X\x01\x00\x00\x00a)R.", "a call of a str"),
     "list as key": (b"}]Ns.", "a list as a dictionary key"),
@@ -253,27 +202,6 @@ def test_what_may_be_copied_grows_with_the_bytes_of_one_pickle_not_of_all():
     trap, message = TRAPS["copied list"]
     with pytest.raises(CheckpointDamaged, match=message):
         parse_pickle(bytes(100_000) + trap + bytes(100_000), "x.pkl", 100_000)
-
-
-SYSTEM = b"cposix\nsystem\nX\x02\x00\x00\x00ls\x85R"
-HIDDEN = {
-    "popped": SYSTEM + b"0N.",
-    "popped with its mark": b"(" + SYSTEM + b"1N.",
-    "left on the stack": SYSTEM + b"N.",
-    "attribute of a dict": b"}" + SYSTEM + b"b.",
-    "state that is replaced": b"ca\nb\n)R" + SYSTEM + b"bNb.",
-    "value that is replaced": b"}NI1\ns" + b"N" + SYSTEM + b"sNNs.",
-    "second key": b"}" + b"I1\n" + SYSTEM + b"sI1\nNs.",
-    "memo": SYSTEM + b"q\x000N.",
-}
-
-
-@pytest.mark.parametrize("kind", HIDDEN)
-def test_a_call_that_leaves_no_trace_in_the_value_is_reported(kind):
-    data = HIDDEN[kind]
-    parsed = parse_pickle(data, "x.pkl")
-    assert [as_text(call) for call in parsed.unused] == ['posix.system("ls")']
-    assert "system" not in as_text(parsed.value)
 
 
 def test_calls_that_the_value_holds_are_not_called_unused():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from core.containers.step_folder import is_step_folder, open_step_folder
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from tests.makers.containers import assert_same, checksum_fails, tensor, write_ranks
 from tests.makers.dcp_folders import save
+from tests.makers.doors import Shell
 from tests.makers.torch_files import bits, flattened
 
 
@@ -213,24 +213,10 @@ def test_no_files_of_ranks(tmp_path):
         open_rank_files(tmp_path)
 
 
-def test_a_cut_off_file_is_named(copied):
-    os.truncate(copied / "model_rank00003.pt", 9000)
-    with pytest.raises(CheckpointDamaged, match=r"model_rank00003\.pt: cut off after 9000 bytes"):
-        open_rank_files(copied)
-
-
-class Dangerous:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
 def test_what_any_rank_wants_to_call_is_reported_and_not_called(tmp_path):
     folder = tmp_path / "x"
     folder.mkdir()
-    code = Dangerous(tmp_path / "executed")
+    code = Shell(tmp_path / "executed")
     write_ranks(folder, (2,), {"w": (torch.ones(4), (Shard(0),))}, plain=lambda rank: {"x": code} if rank else {})
     file = folder / "model_rank00000.pt"
     data = torch.load(file, weights_only=False)

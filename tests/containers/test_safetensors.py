@@ -23,26 +23,11 @@ from tests.conftest import ROOT
 from tests.makers.containers import assert_same, tensor
 
 CODES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "C64": "complex64",
-}
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
+}  # fmt: skip
 """The codes of the format's README, each with torch's name."""
 
 
@@ -107,12 +92,6 @@ def test_content_is_the_text_for_people_and_no_tensor(tmp_path):
     assert opened(tmp_path, packed({})).content == {}
 
 
-def test_each_tensor_has_a_check_without_checksum(tmp_path):
-    container = opened(tmp_path, safetensors.torch.save({"a": torch.ones(2), "b": torch.ones(3)}))
-    found = {check.names: (check.size, check.crc32, check.file) for check in container.checks}
-    assert found == {("a",): (8, None, "x.safetensors"), ("b",): (12, None, "x.safetensors")}
-
-
 def test_spaces_behind_the_header_belong_to_it(tmp_path):
     container = opened(tmp_path, packed(json.dumps({"x": entry()}).encode() + b"   ", bytes(4)))
     assert container.tensors["x"].shape == (1,)
@@ -157,7 +136,9 @@ BAD_LAYOUT = {
 
 
 @pytest.mark.parametrize("name", BAD_LAYOUT)
-def test_a_header_that_contradicts_itself_or_the_file_is_damage_with_both_numbers(name, tmp_path):
+def test_a_header_that_contradicts_itself_or_the_file_is_damage_with_both_numbers_and_refused_by_the_library(
+    name, tmp_path
+):
     header, length, said = BAD_LAYOUT[name]
     data = packed(header, bytes(length))
     if "{0}" in said:  # numbers from the end of the first tensor
@@ -165,6 +146,10 @@ def test_a_header_that_contradicts_itself_or_the_file_is_damage_with_both_number
         for n in (-4, -2, 0, 4):
             said = said.replace(f"{{{n}}}", str(end + n))
     assert said in damage(tmp_path, data)
+    # Ours is stricter: two readers that disagree on which of two names counts, and numbers out of their range.
+    if name not in {"twice", "space first", "long name", "many dimensions"}:
+        with pytest.raises((safetensors.SafetensorError, RuntimeError)):
+            safetensors.torch.load(data)
 
 
 def test_files_too_short_for_their_header_say_both_lengths(tmp_path):
@@ -173,17 +158,6 @@ def test_files_too_short_for_their_header_say_both_lengths(tmp_path):
     assert damage(tmp_path, (50).to_bytes(8, "little") + b"{}") == "cut off after 10 bytes; its header ends at byte 58."
     said = damage(tmp_path, (1 << 40).to_bytes(8, "little") + b"{}")
     assert said == f"its header claims {1 << 40} bytes, a safetensors file has at most 100000000."
-
-
-@pytest.mark.parametrize("name", BAD_LAYOUT)
-def test_what_the_library_refuses_is_refused_here(name, tmp_path):
-    header, length, _ = BAD_LAYOUT[name]
-    try:
-        safetensors.torch.load(packed(header, bytes(length)))
-    except Exception:
-        damage(tmp_path, packed(header, bytes(length)))
-    else:  # ours is stricter: two readers that disagree on which of two names counts, and numbers out of their range
-        assert name in {"twice", "space first", "long name", "many dimensions"}
 
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4)

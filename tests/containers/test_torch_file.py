@@ -11,8 +11,6 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save
 
 from core.containers.pickles.inert import as_text
@@ -31,6 +29,20 @@ def test_zips_and_streams_are_opened_as_what_they_are(data, kind):
     assert_same_as_torch(data, archive)
 
 
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "stream"])
+def test_optimizer_state_is_read_with_its_plain_values(is_zip):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 7, "args": None}
+    data = saved(content, _use_new_zipfile_serialization=is_zip)
+    archive = opened(data)
+    assert_same_as_torch(data, archive)
+    assert archive.content["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
+    assert archive.content["step"] == 7
+
+
 @pytest.mark.parametrize("data", [ZIP, STREAM], ids=["zip", "stream"])
 def test_opening_imports_neither_torch_nor_pickle(data):
     code = (
@@ -42,10 +54,6 @@ def test_opening_imports_neither_torch_nor_pickle(data):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, input=data)
     assert (done.stdout, done.stderr) == (b"[]\n", b"")
-
-
-def test_one_byte_is_a_file_cut_off():
-    assert "cut off after 1 bytes" in damage(b"P")
 
 
 def npy() -> bytes:
@@ -96,10 +104,3 @@ def test_another_kind_of_file_is_called_by_its_name(kind):
 def test_random_bytes_are_damage_and_named(data):
     message = damage(data)
     assert f"no torch zip file: it begins with {as_text(data[:8])}" in message
-
-
-@given(st.binary(min_size=1, max_size=600), st.sampled_from([b"", b"PK", b"PK\3\4", b"\x80\x02", STREAM[:15]]))
-@settings(max_examples=300, deadline=None)
-def test_no_bytes_raise_anything_but_checkpoint_errors(data, start):
-    with pytest.raises(CheckpointError, match=r"^x\.pt: "):
-        opened(start + data)

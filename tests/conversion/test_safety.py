@@ -303,7 +303,7 @@ def test_damage_of_any_record_is_found_and_a_whole_record_is_read_once_for_it(sh
         path.write_bytes(data)
         if not any(name.startswith("model.") for name in check.names) and to == "safetensors":
             continue
-        with pytest.raises(CheckpointDamaged, match=r"is damaged \(CRC32 [0-9a-f]{8}, recorded"):
+        with pytest.raises(CheckpointDamaged, match=r"is damaged \(CRC32 [0-9a-f]{8}, recorded .*Nothing was written"):
             converted(path, tmp_path / "out", to)
         assert names(tmp_path) == ["ckpt.pt"]
     assert len(checks) > 20 and set(summed) == {"best_val_loss"}, "which becomes a plain number"

@@ -33,6 +33,7 @@ def _set_later(made: bytes, attribute: str) -> bytes:
 
 
 NAMESPACE = name("argparse", "Namespace") + b")R"
+CONFIG = name("model", "GPTConfig") + b")R"
 ORDERED = name("collections", "OrderedDict") + b")R"
 ARGUMENT = text(COMMAND)
 SETSTATE = items(__setstate__=SYSTEM)
@@ -131,6 +132,19 @@ PAYLOADS = {
     "with a frame that lies": Payload(COPY + b"\x95" + bytes(8) + RUN + b".", runs=False),
     "of protocol 200": Payload(b"\x80\xc8" + RUN + b".", "protocol 200", refused=True, runs=False),
     "as a key": Payload(b"}" + RUN + b"K\x01s."),
+    "as the state of a dictionary": Payload(b"}" + RUN + b"b."),
+    "as a state that is replaced": Payload(NAMESPACE + RUN + b"bNb."),
+    # within data
+    "in a list": Payload(b"]" + RUN + b"a."),
+    "in a tuple": Payload(RUN + b"K\x01\x86."),
+    "in a set": Payload(b"\x8f(" + RUN + b"\x90."),
+    "in a key": Payload(b"}" + RUN + b"K\x01\x86K\x01s."),
+    "in a config": Payload(CONFIG + items(k=RUN) + b"b.", runs=False),  # there is no such module
+    "in the slots of a config": Payload(CONFIG + b"N" + items(k=RUN) + b"\x86b.", runs=False),
+    "in a namespace in a config": Payload(CONFIG + items(k=NAMESPACE + items(k=RUN) + b"b") + b"b.", runs=False),
+    "in an ordered dict": Payload(name("collections", "OrderedDict") + b"]]U\x01ka" + RUN + b"aa\x85R."),
+    "in a default dict": Payload(call("collections", "defaultdict", name("builtins", "int")) + text("k") + RUN + b"s."),
+    "as an argument of data": Payload(name("pathlib", "PosixPath") + RUN + b"\x85R."),
     # what no file of ours or of torch has
     "EXT1": Payload(COPY + b"\x82\x01)R.", "unknown opcode 0x82", refused=True, runs=False),
     "EXT2": Payload(COPY + b"\x83\x01\x00)R.", "unknown opcode 0x83", refused=True, runs=False),

@@ -61,13 +61,16 @@ ORDERED = name("collections", "OrderedDict")
 STATE = ORDERED + b")R"
 
 TENSORS = {
-    "a tensor beyond its storage": Case(of_tensor(shape=(2, 3), strides=(3, 1)), refused="ends at byte 24"),
-    "an offset beyond the storage": Case(of_tensor(offset=1), refused="ends at byte 20"),
+    "a tensor beyond its storage": Case(
+        of_tensor(shape=(2, 3), strides=(3, 1)), refused="byte 24 of data/0, which has 16"
+    ),
+    "an offset beyond the storage": Case(of_tensor(offset=1), refused="ends at byte 20 of data/0, which has 16"),
     "an offset of 2**62": Case(of_tensor(offset=1 << 62), refused="ends at byte"),
     "a negative offset": Case(of_tensor(offset=-1), refused="all whole numbers from 0"),
     "a negative shape": Case(of_tensor(shape=(-2, 2)), refused="all whole numbers from 0"),
     "a shape of 2**63": Case(of_tensor(shape=(1 << 63, 1), strides=(0, 0)), refused="all whole numbers from 0"),
     "a shape whose product is 2**64": Case(of_tensor(shape=(1 << 32, 1 << 32), strides=(0, 0)), refused="ends at byte"),
+    "an empty tensor beyond it": Case(of_tensor(shape=(0,), strides=(1,), offset=5), refused="ends at byte 20"),
     "an empty shape of 2**62": Case(of_tensor(shape=(0, 1 << 62), strides=(1 << 62, 1)), reported=""),
     "negative strides": Case(of_tensor(strides=(-2, 1)), refused="all whole numbers from 0"),
     "strides beyond the storage": Case(of_tensor(strides=(1 << 40, 1)), refused="ends at byte"),
@@ -75,7 +78,7 @@ TENSORS = {
     "fewer strides than sizes": Case(of_tensor(strides=(1,)), refused="as many strides as sizes"),
     "65 dimensions": Case(of_tensor(shape=(1,) * 65, strides=(1,) * 65), refused="ends at|expected as many strides"),
     "10,000 dimensions": Case(of_tensor(shape=(1,) * 10_000, strides=(1,) * 10_000), refused="expected as many"),
-    "a storage larger than its record": Case(of_tensor(numel=1 << 40), refused="has 16 bytes, data.pkl says"),
+    "a storage larger than its record": Case(of_tensor(numel=41), refused="data/0 has 16 bytes, data.pkl says 164"),
     "a storage of negative size": Case(of_tensor(numel=-4), refused="malformed reference"),
     "a storage of 2**70 elements": Case(of_tensor(numel=1 << 70), refused="malformed reference"),
     "a storage that is not there": Case(of_tensor(key="1"), refused="data/1 is missing"),

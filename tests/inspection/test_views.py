@@ -94,13 +94,6 @@ def test_several_paths_are_shown_one_after_the_other(tmp_path, model, bundle, ca
     assert [entry["step"] for entry in facts] == [2, 7]
 
 
-def test_a_folder_of_models_lists_them(bundle, model, capsys):
-    write_single_file(bundle.parent / "old" / "latest.pt", model, step=9)
-    code, out, _ = inspect(capsys, bundle.parent)
-    assert code == DONE and out.startswith(f"{bundle.parent} holds 2 models")
-    assert re.search(r"^dante +step 2 .*$\n^old +step 9 +latest\.pt", out, re.MULTILINE)
-
-
 def test_upstream_files_say_what_they_are(shared, capsys):
     fixtures = shared / "fixtures"
     said = {

@@ -3,15 +3,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from core.console.commandline import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_USE
+from core.console.commandline import DONE, FAILED, WRONG_USE
 from tests.conftest import ROOT
 from tests.makers.models import TEXT
 
@@ -102,43 +100,11 @@ def test_a_changed_text_is_said_on_resume(tmp_path, text):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, text, number):
-    run = subprocess.Popen(
-        command(tmp_path, text, max_iters=100_000, eval_interval=50_000), cwd=tmp_path, env=ENVIRONMENT,
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_for_steps(run)
-    run.send_signal(number)
-    _, said = run.communicate(timeout=30)
-    step = state(tmp_path)["step"]
-    assert run.returncode == STOPPED
-    assert f"stopped by {number.name} after step {step}, which is saved. Run the same command to continue." in said
-    lines = (tmp_path / "default/metrics.jsonl").read_text().splitlines()
-    assert len(lines) == step and json.loads(lines[-1])["step"] == step
-
-
 def wait_for_steps(run):
     said = ""
     while "tokens/s" not in said:
         said += run.stderr.read(1)
         assert run.poll() is None, said
-
-
-def test_a_second_interrupt_ends_at_once_without_harm(tmp_path, text):
-    train(tmp_path, text, max_iters=5)
-    run = subprocess.Popen(
-        command(tmp_path, text, max_iters=100_000, eval_interval=7, eval_iters=100_000), cwd=tmp_path, env=ENVIRONMENT,
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_for_steps(run)
-    for _ in range(3):
-        run.send_signal(signal.SIGINT)
-        time.sleep(0.02)
-    run.communicate(timeout=30)
-    assert run.returncode in (INTERRUPTED, STOPPED)
-    assert state(tmp_path)["step"] >= 5
-    assert train(tmp_path, text, max_iters=state(tmp_path)["step"] + 2).returncode == DONE
 
 
 def test_two_trainers_of_one_name_the_second_ends_at_once_and_names_the_first(tmp_path, text):

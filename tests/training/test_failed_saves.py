@@ -12,7 +12,6 @@ import pytest
 from core.console.signals import StopSignal
 from core.errors import SaveFailed
 from core.training.fit import fit
-from core.training.metrics import Metrics
 from tests.makers.models import started
 from tests.scripts.test_train import state
 from tests.scripts.test_train import text as text
@@ -92,15 +91,3 @@ def test_a_save_that_fails_in_an_evaluation_is_made_again_after_it(tmp_path, cap
     assert "save of step 5 failed" in capsys.readouterr().err and not failures
     assert state(tmp_path, "dante")["step"] == 5
     assert state(tmp_path, "dante")["val_loss"] == lines(tmp_path / "dante", "val_loss")[5]
-
-
-def test_log_lines_that_meet_a_full_disk_are_written_once_later(tmp_path, monkeypatch):
-    metrics = Metrics(tmp_path / "metrics.jsonl")
-    metrics.add(step=1, loss=1.0)
-    metrics.flush()
-    metrics.add(step=2, loss=2.0)
-    with monkeypatch.context() as patched, pytest.raises(SaveFailed, match=r"metrics\.jsonl: No space left on device"):
-        patched.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-        metrics.flush()
-    metrics.flush()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n'
