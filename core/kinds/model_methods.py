@@ -11,7 +11,7 @@ from ..bundle.bundle import ALL_PARTS, Bundle, open_bundle
 from ..bundle.choice import holds_bundle
 from ..bundle.commit import MODEL, ModelFolder
 from ..bundle.folder import new_id
-from ..bundle.intact import open_chosen, open_verified, say_on_stderr
+from ..bundle.intact import open_chosen, say_on_stderr
 from ..bundle.storage import DISK
 from ..bundle.writing import explained, writing
 from ..data.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def load_legacy(
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
     path = Path(path)
-    with open_verified(path.parent, single=path.name) as bundle:
+    with open_chosen(path.parent, single=path.name, used=ALL_PARTS) as bundle:
         return _loaded(bundle, map_location, None)
 
 
