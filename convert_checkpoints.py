@@ -14,6 +14,7 @@ from typing import Any
 
 from core.bundle.find import model_names
 from core.console.commandline import DONE, FAILED, Parser, run
+from core.console.progress import byte_bar
 from core.console.words import columns, printable, size_text
 from core.conversion.command import add_flags, convert_one, print_matrix, take_spelling
 from core.conversion.migration.plan import FAILED as NOT_MIGRATED
@@ -152,13 +153,11 @@ def migrations(found: Found) -> list[Outcome]:
     """Migrate every file found, folder by folder, with a progress bar when it takes time."""
     if not found.folders:
         return []
-    from tqdm import tqdm
-
     from core.conversion.migration.migrate import migrate  # a plan does without the writers
 
     outcomes: list[Outcome] = []
     total = sum(work(outcome) for outcome in plans(found))
-    with tqdm(total=total, desc="migrating", unit="B", unit_scale=True, delay=2.0, leave=False) as bar:
+    with byte_bar("migrating", total) as bar:
         for folder, paths in found.folders.items():
             outcomes += migrate(folder, paths, bar.update)
     return outcomes

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import gc
 import io
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
 from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, count, run
+from core.console.progress import byte_bar
 from core.console.words import printable
 from core.containers.plain import Room, plain
 from core.errors import CheckpointError
@@ -137,22 +137,22 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
             if args.verify:
                 from core.inspection.verification import verify_container
 
-                with bar("verifying", found.size) as advance:
-                    verification = verify_container(found.container, advance)
+                with byte_bar("verifying", found.size) as bar:
+                    verification = verify_container(found.container, bar.update)
                 facts["verification"] = verification_facts(verification)
                 faults += verification.damaged
             if args.stats is not None:
                 from core.inspection.statistics import statistics
 
                 names = [name for name in found.container.tensors if fnmatchcase(name, args.stats)]
-                with bar("reading", sum(found.container.tensors[name].nbytes for name in names)) as advance:
-                    facts["stats"] = [stat_facts(stat) for stat in statistics(found.container, names, advance)]
+                with byte_bar("reading", sum(found.container.tensors[name].nbytes for name in names)) as bar:
+                    facts["stats"] = [stat_facts(stat) for stat in statistics(found.container, names, bar.update)]
                 faults += not_finite(facts["stats"])
             if args.html is not None:
                 from core.inspection.html.page import write_page
 
-                with bar("reading", 2 * sum(t.nbytes for t in found.weights.values())) as advance:
-                    write_page(args.html, found, facts, overwrite=args.overwrite, progress=advance)
+                with byte_bar("reading", 2 * sum(t.nbytes for t in found.weights.values())) as bar:
+                    write_page(args.html, found, facts, overwrite=args.overwrite, progress=bar.update)
             return facts, faults
     except OSError as error:
         raise CheckpointError(f"{error.filename or place}: cannot be read ({error.strerror}).") from error
@@ -165,8 +165,8 @@ def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     if not place.is_dir():
         raise CheckpointError(f"{place}: no folder of a model, so there is no history to show.")
     total = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-    with bar("verifying", total) if args.verify else contextlib.nullcontext(lambda size: None) as advance:
-        past = past_of(place, checksums=args.verify, progress=advance)
+    with byte_bar("verifying", total, show=args.verify) as bar:
+        past = past_of(place, checksums=args.verify, progress=bar.update)
     facts = past_facts(past, args.verify, args.keep, args.keep_every)
     return {"past": facts}, past_faults(facts)
 
@@ -182,8 +182,8 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
     try:
         with inspect_path(Path(args.diff[0])) as a, inspect_path(Path(args.diff[1])) as b:
             total = sum(t.nbytes for found in (a, b) for t in found.weights.values())
-            with bar("comparing", total) as advance:
-                found = compare(Side.of(a), Side.of(b), args.moments, advance)
+            with byte_bar("comparing", total) as bar:
+                found = compare(Side.of(a), Side.of(b), args.moments, bar.update)
                 room = Room(a.size + b.size)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -193,15 +193,6 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
     else:
         print("\n".join(comparison_lines(found)))
     return DONE if found.equal else FAILED
-
-
-@contextlib.contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Show progress in bytes when it takes more than two seconds."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2.0, leave=False) as shown:
-        yield shown.update
 
 
 def is_checkpoint(folder: Path) -> bool:

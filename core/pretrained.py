@@ -11,12 +11,12 @@ import torch
 from .bundle.intact import open_chosen
 from .config.modded import CLASSES
 from .errors import CheckpointMismatch
-from .families.modded import merged
 from .loading.classifier import load_classifier
 from .loading.modded import Info, facts_of, load_flex_checkpoint, load_modded, open_upstream
 from .networks.batched import GPTBatched
 from .networks.device import resolve_device, resolve_dtype
 from .networks.flex import GPTFlexAttention
+from .networks.layout import as_medium
 from .networks.modded import ModdedGPT
 
 __all__ = ["inspect_checkpoint", "load_classifier", "load_flex_checkpoint", "load_pretrained_checkpoint"]
@@ -48,7 +48,7 @@ def load_pretrained_checkpoint(
     config = opened.config
     with torch.device("meta"):
         model = GPTBatched.of_config(config)
-    model.load_state_dict(merged(opened.tensors, config.variant, config.n_layer, torch.cat), assign=True)
+    model.load_state_dict(as_medium(opened.tensors, config.variant, config.n_layer), assign=True)
     model.to(device=resolve_device(device))
     model.requires_grad_(True)
     model.step = opened.info["step"] or 0

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..containers.checksum import crc32_file
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
-from .bundle import history
+from .bundle import Bundle, history, open_bundle
 from .commit import CONFIG, MODEL, ModelFolder
 from .legacy import open_legacy
 from .parts import folder_of
 from .training_state import STATE, TrainingState, unseal
+
+Say = Callable[[str], None]
 
 LEGACY_FILES = ("latest.pt", "final.pt")
 """Single-file checkpoints, the one with the optimizer first."""
@@ -88,6 +90,24 @@ def choose(folder: Path) -> Choice:
     bundle = Candidate(folder, None, state.step or 0, state.has_optimizer)
     newer = [c for c in singles if c.step > bundle.step and not is_seen(folder / str(c.single), state)]
     return Choice([*newer, bundle, *(c for c in singles if c not in newer)], passed)
+
+
+def open_choice(folder: Path, say: Say, step: int | None = None, single: str | None = None) -> Bundle | None:
+    """Open the checkpoint of a folder that is to be used: a kept step or a single file by name, else the first choice.
+
+    What is chosen, and why, is said. None where there is nothing to choose.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch, CheckpointError when no file can be read.
+    """
+    if step is None and single is None:
+        choice = choose(folder)
+        choice.refuse_none()
+        for line in choice.lines():
+            say(line)
+        if not choice.candidates:
+            return None
+        single = choice.candidates[0].single
+    return open_legacy(folder / single) if single else open_bundle(folder, step)
 
 
 def has_bundle(names: Collection[str]) -> bool:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
 from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, open_bundle
-from .choice import Candidate, choose
+from .choice import Candidate, Say, choose, open_choice
 from .commit import CONFIG, MODEL, ModelFolder
 from .folder import MODEL_SHARDS
 from .legacy import open_legacy
 from .training_state import STATE
 from .verify import verify
-
-Say = Callable[[str], None]
 
 ANEW = "To start anew, use another --model_name, or --allow_fresh, which moves what is here aside."
 NOTHING_ELSE = f"There is no other checkpoint here, and nothing was changed. {ANEW}"
@@ -29,23 +26,14 @@ def say_on_stderr(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def open_verified(
-    folder: Path,
-    say: Say = say_on_stderr,
-    *,
-    step: int | None = None,
-    single: str | None = None,
-    used: tuple[str, ...] = ALL_PARTS,
-    check: bool = True,
-) -> Bundle:
-    """Open the newest step of a model, a kept one or a single file, and check every byte of the parts that are used.
+def verified(bundle: Bundle, say: Say, used: tuple[str, ...] = ALL_PARTS, check: bool = True) -> Bundle:
+    """Check every byte of the parts of an open bundle that are used; one that is damaged is closed.
 
     What was replaced since it was saved is said. Without `check`, no more is seen than opening sees: that headers are
     whole and fit the lengths of the files.
 
-    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    Raises: CheckpointDamaged, CheckpointMismatch.
     """
-    bundle = open_legacy(folder / single) if single else open_bundle(folder, step)
     try:
         for line in verify(bundle, used) if check else ():
             say(f"WARNING: {line}")
@@ -56,18 +44,20 @@ def open_verified(
 
 
 def open_chosen(
-    folder: Path, say: Say = say_on_stderr, *, used: tuple[str, ...] = FOR_INFERENCE, check: bool = True
+    folder: Path,
+    say: Say = say_on_stderr,
+    *,
+    step: int | None = None,
+    single: str | None = None,
+    used: tuple[str, ...] = FOR_INFERENCE,
+    check: bool = True,
 ) -> Bundle:
-    """Open the checkpoint of a folder that is to be used, bundle or single file, and check the parts that are.
+    """Open the checkpoint of a folder that is to be used, as `open_choice` does, and check the parts that are.
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
-    choice = choose(folder)
-    choice.refuse_none()
-    for line in choice.lines():
-        say(line)
-    single = choice.candidates[0].single if choice.candidates else None  # without any, opening says what is not there
-    return open_verified(folder, say, single=single, used=used, check=check)
+    chosen = open_choice(folder, say, step, single) or open_bundle(folder)  # without any, opening says what is missing
+    return verified(chosen, say, used, check)
 
 
 def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> Bundle | None:
@@ -110,7 +100,8 @@ def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> B
 
 def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say, check: bool) -> Bundle:
     try:
-        bundle = open_verified(candidate.folder, say, single=candidate.single, check=check)
+        single, folder = candidate.single, candidate.folder
+        bundle = verified(open_legacy(folder / single) if single else open_bundle(folder), say, check=check)
     except (CheckpointDamaged, CheckpointNotFound) as damage:
         if candidate.single is not None:
             raise
@@ -138,7 +129,7 @@ def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
         aside = place.go_back(kept.path, "damaged", passed)
         where = f" What is damaged was not deleted: {', '.join(map(str, aside))}." if aside else ""
         say(f"WARNING: {' '.join(faults)} Going on from step {kept.step}, the newest intact one.{where}")
-        return open_verified(place.path, say)
+        return verified(open_bundle(place.path), say)
     raise NoneIntact(
         f"{' '.join(faults)} No intact older step is kept in {place.path}, and nothing was changed. {ANEW}"
     )

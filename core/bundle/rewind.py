@@ -7,7 +7,7 @@ from collections import Counter
 from ..console.words import size_text
 from ..errors import CheckpointNotFound, NoneIntact
 from . import intact
-from .bundle import EMA, Bundle, KeptStep, history
+from .bundle import EMA, Bundle, KeptStep, history, open_bundle
 from .choice import LEGACY_FILES, seen_files
 from .commit import ModelFolder
 from .folder import LOG, aside_folder, top_state
@@ -29,7 +29,7 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
         raise CheckpointNotFound(
             f"{place.path}: step {step} is not kept. {hint}Kept steps: {', '.join(map(str, kept)) or 'none'}."
         )
-    intact.open_verified(place.path, say, step=step, check=check).close()
+    intact.verified(open_bundle(place.path, step), say, check=check).close()
     later = [older.path for older in kept.values() if older.order > kept[step].order]
     ids = [older.state.commit_id for older in kept.values()]
     # A single file with a higher step, which this step has not seen, would be chosen instead of it.

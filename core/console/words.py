@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 
 def columns(rows: list[tuple[str, ...]]) -> Iterable[str]:
@@ -48,3 +49,9 @@ def listed(faults: list[str], limit: int = 10, separator: str = "; ") -> str:
     """Join sentences, at most ten of them "and 37 more"."""
     more = f"{separator}and {len(faults) - limit} more" if len(faults) > limit else ""
     return separator.join(faults[:limit]) + more
+
+
+def listed_names(names: Sequence[Any], limit: int, count: int = 0, show: Callable[[Any], str] = str) -> str:
+    """Join names, at most so many: "a, b, c and 4 more"; `count` is how many there are where not all are given."""
+    more = max(count, len(names)) - limit
+    return ", ".join(map(show, names[:limit])) + (f" and {more} more" if more > 0 else "")

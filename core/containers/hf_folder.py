@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..console.words import listed_names
 from ..errors import CheckpointDamaged, CheckpointNotFound
 from .container import Container, is_plain, listing, member
 from .joined import read_json
@@ -52,7 +53,6 @@ _USUAL = {METADATA: {"format": "pt"}}
 """What every safetensors file says that transformers wrote."""
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-_MOST_NAMED = 3
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -206,9 +206,7 @@ def _without_tensors(content: Any) -> Any:
 
 
 def _some(names: list[str]) -> str:
-    """The first of many names, safe to print, and how many more there are."""
-    more = len(names) - _MOST_NAMED
-    return ", ".join(map(_shown, names[:_MOST_NAMED])) + (f" and {more} more" if more > 0 else "")
+    return listed_names(names, 3, show=_shown)
 
 
 def _shown(name: str) -> str:

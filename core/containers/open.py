@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+from ..console.words import listed_names
 from ..errors import CheckpointError, CheckpointNotFound
 from .container import Container, listing, member, reading
 from .pickles.inert import as_text
@@ -85,14 +86,12 @@ def _open_folder(folder: Path) -> Container:
         return _open_file(member(folder, single[0], str(folder)))
     if single:
         raise CheckpointNotFound(
-            f"{folder}: no one checkpoint here, but {len(single)} files of which each may be one: {_some(single)}. "
-            "Name one of them."
+            f"{folder}: no one checkpoint here, but {len(single)} files of which each may be one: "
+            f"{listed_names(single, 5, show=_shown)}. Name one of them."
         )
-    found = _some(list(names)) if names else "nothing"
+    found = listed_names(list(names), 5, show=_shown) if names else "nothing"
     raise CheckpointNotFound(f"{folder}: no checkpoint here. Looked for {_LOOKED_FOR}; found {found}.")
 
 
-def _some(names: list[str]) -> str:
-    """The first five names, and how many more there are."""
-    shown = ", ".join(as_text(name, 80)[1:-1] for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _shown(name: str) -> str:
+    return as_text(name, 80)[1:-1]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..console.words import listed_names
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from .blocks import blocks_fault, spec_of_blocks
 from .container import Check, Container, listing, member, reading
@@ -168,7 +169,7 @@ class _Ranks:
                 tensors[name] = spec_of_blocks(name, first.local.dtype, shape, chunks, storage)
         notes = self.missing(faults)
         if differing:
-            names = _some(list(differing))
+            names = listed_names(list(differing), _MOST_NAMED)
             notes.append(f"{self.stem}_rank*.pt: {names}: ranks have copies that differ. The first rank's count.")
         content = _change_calls(self.content, "", lambda held, call: tensors.get(held, call))
         kind = f"files of {len(self.files)} rank{'s' * (len(self.files) != 1)}"
@@ -180,7 +181,7 @@ class _Ranks:
         world = max([*meshes, *(rank + 1 for rank in self.files)])
         count = world - len(self.files)
         gone = itertools.islice((rank for rank in range(world) if rank not in self.files), _MOST_NAMED + 1)
-        names = _some([f"{self.stem}_rank{rank:05}.pt" for rank in gone], count)
+        names = listed_names([f"{self.stem}_rank{rank:05}.pt" for rank in gone], _MOST_NAMED, count)
         said = f"{names} missing, {len(self.files)} of {world} ranks are here"
         if faults and count:
             raise CheckpointDamaged(
@@ -216,9 +217,3 @@ def _described(part: _Part) -> str:
     if part.shard is None:
         return f"a plain {part.local.dtype} tensor"
     return f"a part of {part.local.dtype} {part.shard.shape}"
-
-
-def _some(names: list[str], count: int = 0) -> str:
-    """The first of many names, and how many more there are."""
-    more = max(count, len(names)) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

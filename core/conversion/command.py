@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console.commandline import DONE, Parser, count, positive, size
+from ..console.progress import byte_bar
 from ..console.words import printable
 from ..errors import CheckpointMismatch
 from .plan import DTYPES, Options
@@ -95,11 +96,8 @@ def convert_one(parser: Parser, args: argparse.Namespace) -> int:
         if args.dry_run:
             print(json.dumps(plan_facts(plan), indent=2) if args.json else "\n".join(plan_text(plan)))
             return DONE
-        from tqdm import tqdm
-
         verify = not args.no_verify
-        bar = tqdm(total=work(plan, verify), desc="converting", unit="B", unit_scale=True, delay=2.0, leave=False)
-        with bar:
+        with byte_bar("converting", work(plan, verify)) as bar:
             said = convert(plan, overwrite=args.overwrite, verify=verify, progress=bar.update)
     if args.json:
         print(json.dumps({**plan_facts(plan), "verified": verify, "said": said}, indent=2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..console.words import columns, printable, size_text
+from ..console.words import columns, listed_names, printable, size_text
 from .pairs import PAIRS, ways
 from .plan import Plan, folded
 from .targets import FORMATS
@@ -68,7 +68,7 @@ def summary(plan: Plan) -> Iterable[str]:
     yield f"{printable(str(plan.target))}: {plan.format}, {what}, {dtypes}, {size_text(plan.nbytes)}"
     if plan.is_folder:
         shown = [*files, "training_state.json"] if plan.seal is not None else files
-        yield f"files: {', '.join(shown[:8])}" + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+        yield f"files: {listed_names(shown, 8)}"
 
 
 def _sources(names: tuple[str, ...]) -> str:

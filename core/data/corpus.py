@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle.tokenizer_state import describe, same_vocabulary
+from ..console.progress import byte_bar
 from ..errors import CheckpointMismatch, InputError
-from .source import Source, byte_bar, find_source
+from .source import Source, find_source
 from .text import Segment, pieces, split
 from .token_shards import MANIFEST, SHARD_TOKENS, Dataset, open_dataset, read_shard, write_dataset
 from .tokenizer import START, Tokenizer, make_char, named_tokenizer, token_dtype, tokenizer_from_state

@@ -10,9 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..bundle.storage import DISK
+from ..console.progress import byte_bar
 from ..errors import InputError, SaveFailed
 from .text import CHUNK
 from .token_shards import MANIFEST, is_dataset, open_dataset
@@ -154,11 +153,6 @@ def find_source(
     if not default.exists():
         _write_default(default)
     return _text(default, f"the language reference that comes with Python; {own}", recorded)
-
-
-def byte_bar(what: str, total: int, show: bool = True) -> tqdm:
-    """Begin a progress bar in bytes on stderr, which appears when the work takes longer than a second."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1.0, leave=False, disable=not show)
 
 
 def _text(path: Path, why: str, recorded: Mapping[str, Any]) -> Source:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 
+from ..console.words import listed_names
 from .family import WRAPPERS, Family, Shape, Sides, parse, plain_names
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")
@@ -176,7 +177,7 @@ def _count(found: Match, letter: str, numbers: set[int], word: str, plural: str)
         found.measures[word] = Measure(len(numbers), name, ())
     else:
         there = sorted(numbers)
-        shown = ", ".join(map(str, there[:_MANY])) + (f" and {len(there) - _MANY} more" if len(there) > _MANY else "")
+        shown = listed_names(there, _MANY)
         found.conflicts.append(f"{plural} {shown} are there, {max(numbers) + 1 - len(numbers)} in between are not")
 
 

@@ -6,11 +6,13 @@ Block 7 has no attention. The head size is fixed in the program; embedding and h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..config.variants import HEAD_SIZE, WITHOUT_ATTENTION
+from ..containers.tensors.views import View, add_axis, cut, drop_axis, filled, join
 from .family import Family, Sides
+from .rules import RENAME, Row, Sizes, Table
 
 WITHOUT = {WITHOUT_ATTENTION: "blocks.{i}.attn."}
 VALUES = tuple(f"value_embeds.{n}.weight" for n in range(3))
@@ -108,38 +110,80 @@ FAMILIES = (
 LATER = ("qk_bank", "vo_bank", "attn_bank", "mlp_bank")
 """Names of versions after 2025-06, which are another model each."""
 
-MERGED: dict[str, tuple[str, ...]] = {
-    "blocks.{i}.attn.qkvo_w": ("blocks.{i}.attn.qkv_w", "blocks.{i}.attn.c_proj.weight"),
-    "blocks.{i}.mlp.fc_w": ("blocks.{i}.mlp.c_fc.weight",),
-    "blocks.{i}.mlp.proj_w": ("blocks.{i}.mlp.c_proj.weight",),
-    "lm_head_w": ("lm_head.weight",),
+
+@dataclass(frozen=True)
+class Append:
+    """The second of theirs becomes one more of the first's, along the first axis."""
+
+    def __str__(self) -> str:
+        return "append along 0"
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Append."""
+        return [join([views[0], add_axis(views[1], 0)])]
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Take the last one off."""
+        last = views[0].shape[0] - 1
+        return [cut(views[0], 0, 0, last), drop_axis(cut(views[0], 0, last, last + 1), 0)]
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """A skip weight for each layer, then twice two numbers for each layer, one behind the other."""
+
+    def __str__(self) -> str:
+        return "concatenate skip weights, blends and mixes"
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Concatenate."""
+        return [join(views)]
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Cut apart."""
+        half, parts, at = sizes["n_layer"] // 2, [], 0
+        for length in (half, half, *[2] * (2 * sizes["n_layer"])):
+            parts.append(cut(views[0], 0, at, at + length))
+            at += length
+        return parts
+
+
+def _same(names: Iterable[str]) -> tuple[Row, ...]:
+    return tuple((name, name, RENAME) for name in names)
+
+
+_MATRICES: tuple[Row, ...] = (
+    *_same(EMBEDDINGS),
+    (("blocks.{i}.attn.qkv_w", "blocks.{i}.attn.c_proj.weight"), "blocks.{i}.attn.qkvo_w", Append()),
+    ("blocks.{i}.mlp.c_fc.weight", "blocks.{i}.mlp.fc_w", RENAME),
+    ("blocks.{i}.mlp.c_proj.weight", "blocks.{i}.mlp.proj_w", RENAME),
+    ("lm_head.weight", "lm_head_w", RENAME),
+)
+_SKIPS, _UNUSED_SKIPS = "skip_weights", "skip weights of the second half"
+_APART = (_SKIPS, _UNUSED_SKIPS, "blocks.{l}.lambdas", "blocks.{l}.attn.lambdas")
+
+TO_MEDIUM: dict[str, Table] = {
+    "small": (*_MATRICES, *_same(["scalars"])),
+    "small_2025_02": (*_MATRICES, (_APART, "scalars", Scalars())),
+    "medium": _same(MEDIUM),
 }
-"""Tensors in the layout of medium, and those of small that they are made of, one behind the other."""
-
-APART = ("skip_weights", "blocks.{i}.lambdas", "blocks.{i}.attn.lambdas")
-"""What 2025-02 keeps apart and the others in `scalars`: L / 2 skip weights, then 2 numbers a layer, twice."""
+"""From the layout of each variant to that of medium, which our GPTBatched has; what it computes stays the variant's."""
 
 
-def merged(tensors: Mapping[str, Any], variant: str, n_layer: int, join: Callable[[list[Any]], Any]) -> dict[str, Any]:
-    """Give the tensors of a model the layout of medium; what it computes stays that of its variant.
+def completed(tensors: Mapping[str, View], variant: str, n_layer: int) -> dict[str, tuple[View, str]]:
+    """Make what a table of TO_MEDIUM needs and the tensors of a model do not have, each with what it is, in words.
 
-    `join` concatenates along the first axis. A layer without attention gets the scalars that attention starts with,
-    and the half of the skip weights that a U-net does not have gets ones: neither is read. A tail of padded scalars
-    is cut.
+    A tail of padded scalars is cut. The half of the skip weights that a U-net does not have gets ones, and a layer
+    without attention the scalars that attention starts with: neither is read.
     """
-    made = dict(tensors)
-    if variant != "medium":
-        for ours, theirs in MERGED.items():
-            for i in range(n_layer) if "{i}" in ours else (0,):
-                parts = [made.pop(name.format(i=i), None) for name in theirs]
-                if parts[0] is not None:
-                    whole = len(parts) == 1
-                    made[ours.format(i=i)] = parts[0] if whole else join([p if p.ndim == 3 else p[None] for p in parts])
+    made = {}
+    if "scalars" in tensors and (found := tensors["scalars"].shape[0]) > 5 * n_layer:
+        cropped = cut(tensors["scalars"], 0, 0, 5 * n_layer)
+        made["scalars"] = (cropped, f"crop {found} scalars, padded for several ranks, to {5 * n_layer}")
     if variant == "small_2025_02":
-        skips = made.pop(APART[0])
-        blends = [made.pop(APART[1].format(i=i)) for i in range(n_layer)]
-        mixes = [made.pop(APART[2].format(i=i), None) for i in range(n_layer)]
-        mixes = [skips.new_full((2,), 0.5) if mix is None else mix for mix in mixes]
-        made["scalars"] = join([skips, skips.new_ones(n_layer - len(skips)), *blends, *mixes])
-    made["scalars"] = made["scalars"][: 5 * n_layer]
+        dtype = tensors[_SKIPS].dtype
+        made[_UNUSED_SKIPS] = (filled(dtype, (n_layer // 2,), 1.0), "ones, which nothing reads")
+        without = f"blocks.{WITHOUT_ATTENTION}.attn.lambdas"
+        if n_layer > WITHOUT_ATTENTION and without not in tensors:
+            made[without] = (filled(dtype, (2,), 0.5), "halves, which nothing reads")
     return made

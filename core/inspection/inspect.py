@@ -112,19 +112,16 @@ def inspect_path(path: Path, step: int | None = None) -> Inspected:
         raise CheckpointNotFound(f"{path}: nothing here. Give a model folder, a step folder in it, or a file.")
     if step is None and not is_model(path):
         return of_container(path)
-    from ..bundle.bundle import history, open_bundle
-    from ..bundle.choice import choose
-    from ..bundle.legacy import open_legacy
+    from ..bundle.bundle import history
+    from ..bundle.choice import open_choice
 
-    choice = choose(path)
-    if step is not None:
-        return of_bundle(open_bundle(path, step))
-    choice.refuse_none()
-    if not choice.candidates:
+    lines: list[str] = []
+    bundle = open_choice(path, lines.append, step)
+    if bundle is None:
         return of_container(path)
-    single = choice.candidates[0].single
-    found = of_bundle(open_legacy(path / single) if single else open_bundle(path))
-    found.history, found.chosen = history(path), choice.lines()
+    found = of_bundle(bundle)
+    if step is None:
+        found.history, found.chosen = history(path), lines
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from ..console.words import size_text
+from ..console.words import listed_names, size_text
 from ..containers import checksum
 from ..containers.container import Check, Container
 from ..containers.pickles.inert import as_text
@@ -228,7 +228,4 @@ def _tasks(pieces: Iterable[Span]) -> Iterator[list[Span]]:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first of many names, and how many more there are."""
-    shown = [as_text(name, 120)[1:-1] for name in names]
-    more = len(shown) - _MOST_NAMED
-    return ", ".join(shown[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return listed_names(list(names), _MOST_NAMED, show=lambda name: as_text(name, 120)[1:-1])

@@ -10,7 +10,7 @@ import torch
 from ..bundle.bundle import ALL_PARTS, Bundle, open_bundle
 from ..bundle.choice import holds_bundle
 from ..bundle.commit import MODEL, ModelFolder
-from ..bundle.intact import open_chosen, open_verified, say_on_stderr
+from ..bundle.intact import open_chosen, say_on_stderr
 from ..bundle.storage import DISK
 from ..bundle.writing import explained, writing
 from ..data.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def load_legacy(
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
     path = Path(path)
-    with open_verified(path.parent, single=path.name) as bundle:
+    with open_chosen(path.parent, single=path.name, used=ALL_PARTS) as bundle:
         return _loaded(bundle, map_location, None)
 
 

@@ -34,20 +34,15 @@ def load_chosen(
 
     Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
     """
-    if single is None and step is None:
-        choice = choose(folder)
-        choice.refuse_none()
-        for line in choice.lines():
-            say(line)
-        if choice.candidates:
-            single = choice.candidates[0].single
     try:
         used = (EMA, TOKENIZER) if ema else FOR_INFERENCE
-        with intact.open_verified(folder, say, step=step, single=single, used=used, check=check) as opened:
+        with intact.open_chosen(folder, say, step=step, single=single, used=used, check=check) as opened:
             bundle = opened.averaged() if ema else opened
             load = load_modded if bundle.config_values.get("model_class") in CLASSES else load_model
             return load(bundle, device=device, dtype=dtype, bpe_file=bpe_file)
     except CheckpointDamaged as damage:
-        others = [c.name for c in choose(folder).candidates if c.single != single] if step is None else []
+        candidates = choose(folder).candidates if step is None else []
+        chosen = single or next((c.single for c in candidates), None)
+        others = [c.name for c in candidates if c.single != chosen]
         hint = f"Beside it: {', '.join(others)}." if others else intact.newest_intact(folder, step)
         raise CheckpointDamaged(f"{damage} {hint}") from damage

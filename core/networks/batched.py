@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from ..config.modded import ModdedConfig
 from ..config.variants import BLOCK, HEAD_SIZE, WITHOUT_ATTENTION, windows_of
 from ..errors import InputError
-from ..families.modded import merged
 from . import generation
 from .bound import bound
+from .layout import as_medium
 from .modded import IGNORED, SCALE, ModdedGPT
 from .windows import block_mask, compiled_flex, cuts, mask
 
@@ -77,7 +77,7 @@ class GPTBatched(ModdedGPT):
         with torch.device("meta"):
             model = cls.of_config(config)
         tensors = {name: tensor.detach() for name, tensor in flex.state_dict().items()}
-        model.load_state_dict(merged(tensors, config.variant, config.n_layer, torch.cat), assign=True)
+        model.load_state_dict(as_medium(tensors, config.variant, config.n_layer), assign=True)
         model.requires_grad_(True)
         model.tokenizer, model.step = flex.tokenizer, flex.step
         return model.train(flex.training)

@@ -12,8 +12,8 @@ import torch
 from core.console.signals import StopSignal
 from core.training import loop
 from core.training.fit import fit
-from core.training.loop import LOG_INTERVAL
 from core.training.grad_scaler import SMALLEST
+from core.training.loop import LOG_INTERVAL
 from tests.makers.models import started
 from tests.training.test_fp16 import LIVELY
 from tests.training.test_resume import loader, losses

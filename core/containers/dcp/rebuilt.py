@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...console.words import listed_names
 from ...errors import CheckpointDamaged, CheckpointMismatch
 from ..container import Container, listing, member, reading
 from ..open import open_container
@@ -230,8 +231,7 @@ def _entry(spec: TensorSpec, way: Way) -> Entry:
 
 
 def _some(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+    return listed_names(sorted(names), 4)
 
 
 def lost(path: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from typing import Any, BinaryIO
 
+from ...console.words import listed_names
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import read_at
 from ..pickles.inert import Call, as_text
@@ -78,9 +79,8 @@ def _odd(records: dict[str, Record], loader: TensorLoader, loose: int, behind: i
     known = {*_KNOWN, *(f"data/{key}" for key in loader.storages)}
     others = [name for name in records if name not in known]
     if others:
-        shown = ", ".join(as_text(name, 60)[1:-1] for name in others[:5])
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        said.append(f"{len(others)} records that nothing here refers to: {shown}{more}.")
+        shown = listed_names(others, 5, show=lambda name: as_text(name, 60)[1:-1])
+        said.append(f"{len(others)} records that nothing here refers to: {shown}.")
     if loose:
         said.append(f"{loose} bytes of the zip belong to no record.")
     if behind:
