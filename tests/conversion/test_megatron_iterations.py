@@ -19,11 +19,6 @@ from tests.makers.megatron_iterations import STATEFUL, stacked, write_iteration
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def fixtures(shared) -> Path:
-    return shared / "fixtures"
-
-
 @pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
 @pytest.mark.parametrize("common", ["common.pt", "common_state"])
 def test_an_iteration_is_converted_by_the_arguments_of_its_run(fixtures, tmp_path, name, common):

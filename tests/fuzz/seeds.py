@@ -164,20 +164,10 @@ def nested(folder: Path) -> None:
 
 
 MAKERS = {
-    "torch_zip": torch_zip,
-    "torch_zip_values": nested,
-    "torch_stream": torch_stream,
-    "safetensors": one_safetensors,
-    "hf_folder": hf_folder,
-    "hf_shards": hf_shards,
-    "hf_bins": hf_bins,
-    "dcp": dcp_folder,
-    "rank_files": rank_files,
-    "step_folder": step_folder,
-    "megatron_dist": megatron_dist,
-    "megatron_classic": megatron_classic,
-    "bundle": bundle,
-}
+    "torch_zip": torch_zip, "torch_zip_values": nested, "torch_stream": torch_stream, "safetensors": one_safetensors,
+    "hf_folder": hf_folder, "hf_shards": hf_shards, "hf_bins": hf_bins, "dcp": dcp_folder, "rank_files": rank_files,
+    "step_folder": step_folder, "megatron_dist": megatron_dist, "megatron_classic": megatron_classic, "bundle": bundle,
+}  # fmt: skip
 """One small checkpoint of every container by name."""
 
 

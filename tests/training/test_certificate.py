@@ -56,28 +56,44 @@ def test_a_resume_of_the_same_run_is_said_to_be_exact(said):
     assert said() == "resume is exact"
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"data": loader(seed=2)}, "Batches and dropout are drawn otherwise: seed 1 then, 2 now."),
+        ({"data": loader(batch_size=8)}, "The next batches are others: batch_size 4 then, 8 now."),
+        (
+            {"gradient_accumulation_steps": 2},
+            "The next batches are others: gradient_accumulation_steps 1 then, 2 now.",
+        ),
+        ({"config": {**SMALL, "dropout": 0.3}}, "Dropout drops others: dropout 0.1 then, 0.3 now."),
+    ],
+    ids=["seed", "batch size", "accumulation", "dropout"],
+)
+def test_what_differs_is_named_alone_and_not_what_follows_from_it(said, changed, named):
+    assert said(**changed) == KEPT + named
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "begins"),
+    [
+        ("model.pt", lambda c: c["ln_f.weight"], "Training goes on from other weights"),
+        ("optimizer.pt", lambda c: c["state"][0]["exp_avg"], "Training goes on with other moments"),
+    ],
+)
+def test_a_replaced_file_is_named_with_both_digests(said, tmp_path, name, value, begins):
+    content = torch.load(tmp_path / "dante" / name, weights_only=True)
+    was = state_of(tmp_path / "dante")["integrity"]["files"][name]["tensors"]
+    value(content)[0] += 1e-6
+    torch.save(content, tmp_path / "dante" / name)
+    assert said() == (
+        f"resume is not exact. {begins}: the tensors of {name} are not those that were saved "
+        f"(digest {was}, now {digest_of(content)})."
+    )
+
+
 def test_another_text_is_named(said):
     line = said(data=loader(TEXT[9:] * 51))
     assert line.startswith(f"{KEPT}The next batches are others: other tokens in step 4 (digest ")
-
-
-def test_another_seed_is_named_and_not_what_follows_from_it(said):
-    line = said(data=loader(seed=2))
-    assert line == f"{KEPT}Batches and dropout are drawn otherwise: seed 1 then, 2 now."
-
-
-def test_another_batch_size_is_named(said):
-    line = said(data=loader(batch_size=8))
-    assert line == f"{KEPT}The next batches are others: batch_size 4 then, 8 now."
-
-
-def test_another_accumulation_is_named(said):
-    line = said(gradient_accumulation_steps=2)
-    assert line == f"{KEPT}The next batches are others: gradient_accumulation_steps 1 then, 2 now."
-
-
-def test_another_dropout_is_named(said):
-    assert said(config={**SMALL, "dropout": 0.3}) == f"{KEPT}Dropout drops others: dropout 0.1 then, 0.3 now."
 
 
 def test_another_generator_is_named(said, monkeypatch):
@@ -134,30 +150,6 @@ def test_another_machine_is_named(said, tmp_path, then, named):
 def test_another_number_of_threads_is_named(said):
     torch.set_num_threads(2)  # the fixture sets it back
     assert said() == f"{KEPT}Kernels may differ in the last bits: threads 1 then, 2 now."
-
-
-def test_a_replaced_model_is_named_with_both_digests(said, tmp_path):
-    path = tmp_path / "dante/model.pt"
-    content = torch.load(path, weights_only=True)
-    was = state_of(tmp_path / "dante")["integrity"]["files"]["model.pt"]["tensors"]
-    content["ln_f.weight"][3] += 1e-6
-    torch.save(content, path)
-    assert said() == (
-        "resume is not exact. Training goes on from other weights: the "
-        f"tensors of model.pt are not those that were saved (digest {was}, now {digest_of(content)})."
-    )
-
-
-def test_a_replaced_optimizer_is_named_with_both_digests(said, tmp_path):
-    path = tmp_path / "dante/optimizer.pt"
-    content = torch.load(path, weights_only=True)
-    was = state_of(tmp_path / "dante")["integrity"]["files"]["optimizer.pt"]["tensors"]
-    content["state"][0]["exp_avg"][0] += 1e-6
-    torch.save(content, path)
-    assert said() == (
-        "resume is not exact. Training goes on with other moments: the tensors of optimizer.pt are not those that "
-        f"were saved (digest {was}, now {digest_of(content)})."
-    )
 
 
 def test_the_same_tensors_in_another_file_are_exact(said, tmp_path):
