@@ -198,31 +198,6 @@ def test_a_second_fit_in_the_same_process_is_no_resume(tmp_path, capsys, one_thr
     assert "resume" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("part", ["digest_of", "_digest", "settings"])
-def test_a_certificate_of_something_constant_would_not_notice(said, tmp_path, monkeypatch, part):
-    """The tests above notice because of the part they are about: with it made constant they would fail."""
-    if part == "digest_of":
-        go_on(tmp_path, 4)
-        path = tmp_path / "dante/model.pt"
-        content = torch.load(path, weights_only=True)
-        constant = state_of(tmp_path / "dante")["integrity"]["files"]
-        content["ln_f.weight"][3] += 1e-6
-        torch.save(content, path)
-        digests = {name: entry.get("tensors") for name, entry in constant.items()}
-        monkeypatch.setattr("core.training.loop.state_digests", lambda *_: digests)
-        assert said() == "resume is exact"
-    elif part == "_digest":
-        noise_of_step_3 = state_of(tmp_path / "dante")["certificate"]
-        same = iter([noise_of_step_3["batch"], noise_of_step_3["noise"]] * 9)
-        monkeypatch.setattr(certificate, "_digest", lambda tensors: next(same))
-        assert said(data=loader(TEXT[9:] * 51)) == "resume is exact"
-    else:
-        made = certificate.make_certificate
-        settings = state_of(tmp_path / "dante")["certificate"]["settings"]
-        monkeypatch.setattr("core.training.loop.make_certificate", lambda *args: {**made(*args), "settings": settings})
-        assert said(grad_clip=0.5) == "resume is exact"
-
-
 def test_parts_of_a_certificate_change_from_step_to_step(tmp_path, one_thread):
     go_on(tmp_path, 3)
     first = state_of(tmp_path / "dante")
