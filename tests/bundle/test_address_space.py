@@ -27,16 +27,9 @@ GB = 1 << 30
 LIMIT = 5 * GB // 2
 WIDTH = 8192
 CONFIG = {
-    "n_layer": 2,
-    "n_head": 8,
-    "n_embd": WIDTH,
-    "block_size": 64,
-    "vocab_size": 4,
-    "batch_size": 2,
-    "dropout": 0.0,
-    "bias": False,
-    "device": "cpu",
-}
+    "n_layer": 2, "n_head": 8, "n_embd": WIDTH, "block_size": 64, "vocab_size": 4, "batch_size": 2, "dropout": 0.0,
+    "bias": False, "device": "cpu",
+}  # fmt: skip
 TOKENIZER = {"token_kind": "char", "chars": list("abcd")}
 CHILD = """
 import resource, sys

@@ -14,6 +14,7 @@ from tests.makers.models import (
     flip,
     kept,
     manager,
+    save_steps,
     started,
     state_of,
     train_and_save,
@@ -21,31 +22,8 @@ from tests.makers.models import (
 )
 
 
-def test_a_damaged_newest_step_is_named_set_aside_and_resume_walks_back(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    expected = weights(model)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
-    folder = tmp_path / "dante"
-    flip(folder / "model.pt", 4000)
-    said = r"dante/model.pt: \S+ is damaged \(CRC32 \w{8}, recorded \w{8}\)\. Newest intact step: 1 \(step_00000001\)\."
-    with pytest.raises(CheckpointDamaged, match=said):
-        CheckpointManager.load_for_inference("dante", tmp_path)
-    lines = []
-    again = CheckpointManager("dante", tmp_path, say=lines.append)
-    resumed, _, step = again.initialize_for_training({}, "char", None, 1e-3)
-    assert step == 1 and equal(resumed.state_dict(), expected)
-    (aside,) = folder.glob("aside_00000002_*")
-    assert (aside / "model.pt").exists() and (aside / "optimizer.pt").exists() and str(aside) in lines[-1]
-    assert len(lines) == 1 and "Going on from step 1, the newest intact one." in lines[0]
-    assert state_of(folder)["step"] == 1
-
-
 def test_the_step_named_as_the_newest_intact_one_is_checked_first(tmp_path):
-    made, model, optimizer = started(tmp_path, keep=9)
-    train_and_save(made, model, optimizer, 3)
-    made.close()
+    save_steps(tmp_path, 3, keep=9)
     for damaged in ("", "step_00000002"):
         flip(tmp_path / "dante" / damaged / "model.pt", 4000)
     with pytest.raises(CheckpointDamaged, match=r"dante/model\.pt: .* Newest intact step: 1 \(step_00000001\)\.$"):
@@ -56,9 +34,7 @@ def test_the_step_named_as_the_newest_intact_one_is_checked_first(tmp_path):
 
 
 def test_training_after_a_walk_back_commits_on_and_keeps_the_good_step(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 2)
-    made.close()
+    save_steps(tmp_path, 2)
     flip(tmp_path / "dante/optimizer.pt", 4000)
     made, model, optimizer = started(tmp_path)
     assert model.step == 1
@@ -85,9 +61,7 @@ def test_a_step_that_lost_its_training_state_is_not_trained_on_as_step_0(tmp_pat
 
 
 def test_when_no_step_is_intact_nothing_changes_and_nothing_starts_anew(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 2)
-    made.close()
+    save_steps(tmp_path, 2)
     folder = tmp_path / "dante"
     flip(folder / "model.pt", 4000)
     flip(folder / "step_00000001/model.pt", 4000)
@@ -104,24 +78,8 @@ def test_when_no_step_is_intact_nothing_changes_and_nothing_starts_anew(tmp_path
     assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
 
 
-def test_without_hard_links_history_and_walk_back_work_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("core.bundle.storage.DISK.links", False)
-    monkeypatch.setattr("core.bundle.storage.DISK.folder_fsync", False)
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 3)
-    made.close()
-    folder = tmp_path / "dante"
-    assert kept(folder) == ["step_00000002"]
-    assert (folder / "model.pt").stat().st_nlink == 1
-    flip(folder / "model.pt", 4000)
-    with manager(tmp_path).newest_intact() as bundle:
-        assert bundle.step == 2
-
-
 def test_a_slip_in_a_hand_edited_config_is_the_persons_to_mend_and_nothing_is_set_aside(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 2)
-    made.close()
+    save_steps(tmp_path, 2)
     path = tmp_path / "dante/config.json"
     text = path.read_text()
     path.write_text(text.replace(",", "", 1))
@@ -134,9 +92,7 @@ def test_a_slip_in_a_hand_edited_config_is_the_persons_to_mend_and_nothing_is_se
 
 
 def test_a_config_whose_edit_keeps_every_shape_is_refused_with_the_value_that_was_saved(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
+    save_steps(tmp_path, 1)
     path = tmp_path / "dante/config.json"
     saved = path.read_text()
     path.write_text(saved.replace('"n_head": 2', '"n_head": 1'))
@@ -151,9 +107,7 @@ def test_a_config_whose_edit_keeps_every_shape_is_refused_with_the_value_that_wa
 
 def test_weights_that_a_person_put_there_bring_their_own_config(tmp_path):
     for name, heads in (("dante", 2), ("other", 1)):
-        made, model, optimizer = started(tmp_path, name, {**SMALL, "n_head": heads})
-        train_and_save(made, model, optimizer, 1)
-        made.close()
+        save_steps(tmp_path, 1, name, {**SMALL, "n_head": heads})
     for file in ("model.pt", "config.json"):
         shutil.copy(tmp_path / "other" / file, tmp_path / "dante" / file)
     assert CheckpointManager.load_for_inference("dante", tmp_path).config.n_head == 1

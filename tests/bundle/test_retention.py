@@ -12,7 +12,7 @@ from core.bundle.bundle import KeptStep, history
 from core.bundle.retention import Retention, best_of
 from core.bundle.training_state import TrainingState, seal, unseal
 from core.errors import CheckpointDamaged
-from tests.makers.models import kept, manager, started, state_of, train_and_save
+from tests.makers.models import kept, manager, save_steps, started, state_of, train_and_save
 
 state = TrainingState.from_dict
 
@@ -62,35 +62,25 @@ def test_the_rules_that_a_training_state_records_are_read_and_anything_else_is_t
 
 
 def test_a_run_keeps_its_id_over_resumes_and_counts_its_commits(tmp_path):
-    made, model, optimizer = started(tmp_path, keep=2, keep_every=5)
-    train_and_save(made, model, optimizer, 2)
-    made.close()
+    save_steps(tmp_path, 2, keep=2, keep_every=5)
     first = state_of(tmp_path / "dante")
-    made, model, optimizer = started(tmp_path, keep=2)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
+    save_steps(tmp_path, 1, keep=2)
     second = state_of(tmp_path / "dante")
     assert len(first["run"]) == 16 and second["run"] == first["run"]
     assert (first["commit_number"], second["commit_number"]) == (2, 3)
     assert second["parent"] == first["commit_id"] and "branch" not in second
     assert first["retention"] == {"keep": 2, "keep_every": 5, "resumed_from": None}
     assert second["retention"] == {"keep": 2, "keep_every": None, "resumed_from": 2}
-    made, model, optimizer = started(tmp_path, "other")
-    train_and_save(made, model, optimizer, 1)
-    made.close()
+    save_steps(tmp_path, 1, "other")
     assert state_of(tmp_path / "other")["run"] != first["run"]
 
 
 def test_a_bundle_without_a_run_id_gets_one_at_the_next_save_and_is_counted_on_from_its_step(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 3)
-    made.close()
+    save_steps(tmp_path, 3)
     path = tmp_path / "dante/training_state.json"
     old = state_of(tmp_path / "dante")
     path.write_bytes(seal({k: v for k, v in old.items() if k not in ("run", "commit_number", "retention")}))
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
+    save_steps(tmp_path, 1)
     state = state_of(tmp_path / "dante")
     assert len(state["run"]) == 16 and state["run"] != old["run"]
     assert state["commit_number"] == 4

@@ -17,7 +17,7 @@ from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, FAILED
 from core.errors import CheckpointDamaged, CheckpointLocked, CheckpointNotFound, NoneIntact
 from tests.conftest import ROOT
-from tests.makers.models import equal, flip, kept, manager, started, state_of, train_and_save, weights
+from tests.makers.models import equal, flip, kept, manager, save_steps, started, state_of, train_and_save, weights
 
 
 def trained(root, steps, **settings):
@@ -57,15 +57,12 @@ def test_the_branch_that_began_at_an_older_step_is_the_one_resumed_next_time(tmp
 def test_the_new_branch_says_where_it_left_and_what_lies_aside_is_of_the_old_one(tmp_path):
     trained(tmp_path, 4)
     run = state_of(tmp_path / "dante")["run"]
-    made, model, optimizer = started(tmp_path, keep=99)
-    with made:
+    with manager(tmp_path, keep=99) as made:
         made.go_back(2)
     second = state_of(tmp_path / "dante")
     assert second["went_back"]["why"] == "abandoned" and second["went_back"]["step"] == 4
     assert list(second)[-1] == "integrity"
-    made, model, optimizer = started(tmp_path, keep=99)
-    train_and_save(made, model, optimizer, 2)
-    made.close()
+    save_steps(tmp_path, 2, keep=99)
     state = state_of(tmp_path / "dante")
     assert state["run"] == run and state["commit_number"] == 4
     assert (state["branch"]["step"], state["branch"]["commit_id"]) == (2, second["commit_id"])
@@ -109,17 +106,13 @@ def test_the_best_step_after_going_back_is_one_of_the_present_branch(tmp_path):
     trained(tmp_path, 4)
     with manager(tmp_path) as made:
         made.go_back(2)
-    made, model, optimizer = started(tmp_path, keep=99)
-    train_and_save(made, model, optimizer, 1, val_loss=lambda step: 20.0)
-    made.close()
+    save_steps(tmp_path, 1, keep=99, val_loss=lambda step: 20.0)
     assert state_of(tmp_path / "dante")["best"] == {"step": 2, "val_loss": 8.0}
     assert CheckpointManager.load_for_inference("dante", tmp_path, step="best").step == 2
 
 
 def test_a_best_step_that_was_removed_before_gives_way_to_the_best_that_is_left(tmp_path):
-    made, model, optimizer = started(tmp_path, keep=1, keep_every=2)
-    train_and_save(made, model, optimizer, 4, val_loss={1: 1.0, 2: 5.0, 3: 0.5, 4: 0.1}.get)
-    made.close()  # step 2 records 1 as the best, which went when 3 was better
+    save_steps(tmp_path, 4, keep=1, keep_every=2, val_loss={1: 1.0, 2: 5.0, 3: 0.5, 4: 0.1}.get)
     assert kept(tmp_path / "dante") == ["step_00000002", "step_00000003"]
     with manager(tmp_path) as made:
         made.go_back(2)

@@ -15,15 +15,13 @@ from core.bundle.verify import verify
 from core.checkpoint import CheckpointManager
 from core.containers.torch_files.file import open_torch_file
 from core.errors import CheckpointDamaged
-from tests.makers.models import equal, flip, manager, started, state_of, train_and_save, weights
+from tests.makers.models import equal, flip, manager, save_steps, state_of, weights
 
 
 @pytest.fixture
 def saved(tmp_path):
     """Three steps, and the weights of the last."""
-    made, model, optimizer = started(tmp_path, keep=9)
-    train_and_save(made, model, optimizer, 3)
-    made.close()
+    model, _ = save_steps(tmp_path, 3, keep=9)
     return tmp_path / "dante", weights(model)
 
 

@@ -11,7 +11,6 @@ from core.checkpoint import CheckpointManager
 from core.config.gpt import GPTConfig
 from core.data.tokenizer import make_char
 from core.errors import (
-    CheckpointError,
     CheckpointMismatch,
     CheckpointNotFound,
     InputError,
@@ -23,6 +22,7 @@ from tests.makers.models import (
     kept,
     manager,
     save_durably,
+    save_steps,
     started,
     state_of,
     tokenizer,
@@ -47,9 +47,7 @@ def test_a_saved_bundle_is_five_plain_files_that_plain_torch_reads(tmp_path):
 
 
 def test_resume_restores_every_bit_of_weights_and_moments(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 3)
-    made.close()
+    model, optimizer = save_steps(tmp_path, 3)
     again, resumed, moments = started(tmp_path)
     assert (resumed.step, again.resumed["step"]) == (3, 3)
     assert equal(resumed.state_dict(), model.state_dict())
@@ -68,9 +66,7 @@ def test_the_optimizer_file_names_every_parameter(tmp_path):
 
 
 def test_keep_best_every_and_resumed_from_stay_and_the_rest_goes(tmp_path):
-    made, model, optimizer = started(tmp_path, keep=2)
-    train_and_save(made, model, optimizer, 3, val_loss=lambda step: 1.0 if step == 2 else 2.0)
-    made.close()
+    save_steps(tmp_path, 3, keep=2, val_loss=lambda step: 1.0 if step == 2 else 2.0)
     made, model, optimizer = started(tmp_path, keep=2, keep_every=5)
     train_and_save(made, model, optimizer, 9, val_loss=lambda step: 2.0 + step)
     folder = tmp_path / "dante"
@@ -129,9 +125,7 @@ def test_hand_edited_wishes_survive_saves_and_hold_on_resume(tmp_path):
 
 
 def test_a_flag_wins_over_config_json_which_wins_over_the_preset(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
+    save_steps(tmp_path, 1)
     again = manager(tmp_path)
     resumed, _, _ = again.initialize_for_training(
         {"batch_size": 9}, "char", None, 1e-3, preset={"batch_size": 1, "dropout": 0.9, "n_layer": 5}
@@ -140,17 +134,13 @@ def test_a_flag_wins_over_config_json_which_wins_over_the_preset(tmp_path):
 
 
 def test_another_architecture_is_refused_with_both_values(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
+    save_steps(tmp_path, 1)
     with pytest.raises(CheckpointMismatch, match="n_head is 4 here and 2 in the checkpoint; n_layer is 3 here and 2"):
         manager(tmp_path).initialize_for_training({"n_head": 4, "n_layer": 3}, "char", None, 1e-3)
 
 
 def test_another_tokenizer_is_refused_and_both_are_shown(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
+    save_steps(tmp_path, 1)
     with pytest.raises(
         CheckpointMismatch, match=r"trained with char, \d+ characters.*; this run has char, 3 characters"
     ):
@@ -282,9 +272,7 @@ def test_a_missing_model_is_one_sentence(tmp_path):
 
 
 def test_a_bundle_of_version_one_resumes_and_its_files_are_kept(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    made.close()
+    model, optimizer = save_steps(tmp_path, 1)
     folder = tmp_path / "dante"
     (folder / "training_state.json").write_text('{"step": 1, "optimizer_file": "optimizer.pt"}')
     old = (folder / "model.pt").read_bytes()
@@ -324,13 +312,3 @@ def test_a_config_that_stands_alone_is_not_overruled_by_a_flag(tmp_path):
     (tmp_path / "dante/config.json").write_text(json.dumps({**SMALL, "vocab_size": tokenizer().vocab_size}))
     with pytest.raises(CheckpointMismatch, match=r"n_layer is 7 here and 2 in the checkpoint"):
         manager(tmp_path).initialize_for_training({"n_layer": 7}, tokenizer(), None, 1e-3)
-
-
-def test_a_single_file_that_cannot_be_used_is_never_started_over(tmp_path):
-    (tmp_path / "dante").mkdir()
-    torch.save({"model_state_dict": {}}, tmp_path / "dante/latest.pt")
-    words = r"latest\.pt: found the entries model_state_dict, expected the entries model_state_dict and config"
-    with pytest.raises(CheckpointError, match=words + ".*nothing was changed"):
-        started(tmp_path)
-    with pytest.raises(CheckpointError, match=words):
-        CheckpointManager.load_for_inference("dante", tmp_path)

@@ -7,12 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.checkpoint import CheckpointManager
 from core.data.tokenizer import tokenizer_from_state
 from core.model import GPT
 from tests.makers.generations import (
-    SIZES,
-    LectureGPT,
     adamw,
     aged,
     fuse,
@@ -28,7 +25,6 @@ from tests.makers.old_runs import (
     OPTIMIZERS,
     RUNS,
     assert_same_bits,
-    assert_same_logits,
     assert_same_state,
     copied,
     fixture_model,
@@ -169,44 +165,6 @@ def test_weights_that_were_frozen_have_no_moments_and_go_on(tmp_path, generation
     assert ours.get_parameter(frozen) not in our_optimizer.state
     update_both(ours, our_optimizer, theirs, their_optimizer, 0)
     assert_same_bits(dict(ours.named_parameters()), fuse(dict(theirs.named_parameters())))
-
-
-def test_old_file_stays_untouched_and_the_next_resume_takes_the_bundle(tmp_path):
-    theirs = LectureGPT(**SIZES)
-    optimizer = trained(theirs)
-    paths = [
-        write_single_file(tmp_path / "dante" / "latest.pt", theirs, optimizer, step=3),
-        write_single_file(tmp_path / "dante" / "final.pt", theirs, step=2),
-    ]
-    before = [(path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in paths]
-    lines: list[str] = []
-    with manager(tmp_path, lines=lines) as made:
-        ours, our_optimizer, step = resume(made)
-        assert step == 3 and any("latest.pt" in line for line in lines)
-        update_both(ours, our_optimizer, theirs, optimizer, 1)
-        save_durably(made, ours, our_optimizer, step=4)
-    assert [(path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in paths] == before
-    with manager(tmp_path) as again:
-        ours, our_optimizer, step = resume(again)
-    assert step == 4
-    assert_same_state(ours, our_optimizer, theirs, optimizer)
-    assert_same_logits(CheckpointManager.load_for_inference("dante", tmp_path), theirs)
-
-
-@pytest.mark.parametrize("container", ["final.pt", "bundle"])
-@pytest.mark.parametrize(("step", "max_iters"), [(3, 4), (4, 4)])
-def test_step_of_a_final_save_that_is_one_less_than_was_made_is_said_and_used(tmp_path, container, step, max_iters):
-    theirs = LectureGPT(**SIZES)
-    optimizer, training_config = trained(theirs), {"max_iters": max_iters}
-    if container == "bundle":
-        write_old_bundle(tmp_path / "dante", theirs, optimizer, step=step, training_config=training_config)
-    else:
-        path = tmp_path / "dante" / container
-        write_single_file(path, theirs, optimizer, step=step, training_config=training_config)
-    lines: list[str] = []
-    with manager(tmp_path, lines=lines) as made:
-        assert resume(made)[2] == step
-    assert any(f"step {step}" in line and f"max_iters {max_iters}" in line for line in lines) == (step < max_iters)
 
 
 @pytest.mark.parametrize("layout", ["legacy", "bundle"])

@@ -9,7 +9,7 @@ import torch
 from core.checkpoint import CheckpointManager
 from core.errors import CheckpointError, CheckpointNotFound, SaveFailed
 from core.model import GPT
-from tests.makers.models import config, equal, started, tokenizer, train_and_save, update, weights
+from tests.makers.models import config, equal, save_steps, tokenizer, update, weights
 
 
 @pytest.fixture
@@ -41,13 +41,6 @@ def test_a_bundle_without_a_step_is_of_the_models_step(tmp_path, model):
     assert GPT.load(tmp_path / "later")[2] == 12
 
 
-def test_saving_the_same_again_is_a_no_op_and_another_state_keeps_the_first(tmp_path, model):
-    model.save_checkpoint_bundle(tmp_path / "m", step=3)
-    before = (tmp_path / "m/model.pt").stat().st_ino
-    model.save_checkpoint_bundle(tmp_path / "m", step=3)
-    assert (tmp_path / "m/model.pt").stat().st_ino == before and not list((tmp_path / "m").glob("step_*"))
-
-
 def test_save_into_an_empty_folder_writes_only_the_weights(tmp_path, model):
     model.save(tmp_path / "alone")
     assert [p.name for p in (tmp_path / "alone").iterdir() if not p.name.startswith(".")] == ["model.pt"]
@@ -57,9 +50,7 @@ def test_save_into_an_empty_folder_writes_only_the_weights(tmp_path, model):
 
 
 def test_save_into_a_bundle_commits_the_same_config_and_tokenizer_without_an_optimizer(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 2)
-    made.close()
+    save_steps(tmp_path, 2)
     names = {name: (tmp_path / "dante" / name).read_bytes() for name in ("config.json", "tokenizer.json")}
     bare = GPT(config())  # knows no tokenizer
     bare.step = 9

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +26,7 @@ from core.inspection.inspect import inspect_path
 from tests.conftest import ROOT
 from tests.makers.containers import CASES
 from tests.makers.dcp_folders import Writer
-from tests.makers.models import started, train_and_save
+from tests.makers.models import save_steps
 
 
 def dense(tensor: torch.Tensor) -> bytes:
@@ -90,20 +89,6 @@ def test_every_container_gives_the_bytes_that_its_own_library_reads(tmp_path, ca
     assert tensors
     for name, tensor in tensors.items():
         assert_pieces(container, name, tensor, 16)
-
-
-def test_safetensors_gives_dense_bytes_of_each_type(tmp_path):
-    tensors = {
-        "f8": torch.arange(200, dtype=torch.uint8).view(torch.float8_e5m2).reshape(10, 20),
-        "bf16": torch.randn(9, 3).bfloat16(),
-        "c64": torch.randn(3, dtype=torch.complex64),
-        "none": torch.zeros(0),
-        "one": torch.tensor(True),
-    }
-    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    container = open_container(tmp_path / "x.safetensors")
-    for name, tensor in tensors.items():
-        assert_pieces(container, name, tensor, 8)
 
 
 def grid(shape: tuple[int, ...], cuts: tuple[tuple[int, ...], ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -237,9 +222,7 @@ def test_a_file_that_is_gone_since_it_was_opened_is_said(tmp_path):
 
 
 def test_a_bundle_that_was_moved_since_it_was_opened_is_read_all_the_same(tmp_path):
-    made, gpt, optimizer = started(tmp_path)
-    train_and_save(made, gpt, optimizer, 1)
-    made.close()
+    gpt, _ = save_steps(tmp_path, 1)
     expected = {name: dense(tensor) for name, tensor in gpt.state_dict().items()}
     with inspect_path(tmp_path / "dante") as inspected:
         (tmp_path / "dante").rename(tmp_path / "elsewhere")
@@ -249,9 +232,7 @@ def test_a_bundle_that_was_moved_since_it_was_opened_is_read_all_the_same(tmp_pa
 
 
 def test_a_legacy_file_is_read_from_where_it_was_opened(tmp_path):
-    made, gpt, optimizer = started(tmp_path)
-    train_and_save(made, gpt, optimizer, 1)
-    made.close()
+    gpt, _ = save_steps(tmp_path, 1)
     values = json.loads((tmp_path / "dante/config.json").read_text())
     torch.save({"model_state_dict": gpt.state_dict(), "config": values}, tmp_path / "latest.pt")
     with inspect_path(tmp_path / "latest.pt") as inspected:

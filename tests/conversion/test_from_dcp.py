@@ -14,9 +14,8 @@ import torch
 import convert_checkpoints
 from core.containers.dcp.rebuilt import rebuild
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
-from tests.makers.conversions import converted, index_of
+from tests.makers.conversions import converted, same
 from tests.makers.dcp_folders import lost, save, write_ranks
-from tests.makers.torch_files import bits
 
 STEP = "0000002"
 
@@ -37,13 +36,6 @@ def writable(source: Path, target: Path, pattern: str = "*") -> Path:
 @pytest.fixture
 def step(ranks, tmp_path) -> Path:
     return writable(ranks / STEP, tmp_path / STEP)
-
-
-def same(found: dict, expected: dict) -> bool:
-    return found.keys() == expected.keys() and all(
-        found[name].dtype == expected[name].dtype and torch.equal(bits(found[name]), bits(expected[name]))
-        for name in expected
-    )
 
 
 def expected(ranks: Path, part: str = "model") -> dict[str, torch.Tensor]:
@@ -109,19 +101,6 @@ def test_optimizer_tensors_stand_among_the_others_in_safetensors(ranks, tmp_path
         converted(
             ranks / "nested_step-3", tmp_path / "x.safetensors", "safetensors", include_optimizer=True, dtype="bfloat16"
         )
-
-
-def test_shards_have_an_index_of_all(ranks, tmp_path):
-    converted(ranks / STEP, tmp_path / "made", "safetensors", shard_size=30_000)
-    index = index_of(tmp_path / "made")
-    found = {}
-    for name in set(index["weight_map"].values()):
-        held = safetensors.torch.load_file(tmp_path / "made" / name)
-        assert all(index["weight_map"][tensor] == name for tensor in held)
-        found |= held
-    assert len(set(index["weight_map"].values())) > 2
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
-    assert same(found, expected(ranks))
 
 
 def test_every_tensor_is_used_or_dropped_with_a_reason(ranks, tmp_path):

@@ -15,12 +15,6 @@ from core.model import GPT
 from tests.makers.conversions import converted, expected, hf_logits, index_of, our_logits, tensors_of, worst
 from tests.makers.models import config, started, train_and_save
 
-
-@pytest.fixture
-def hf(shared) -> Path:
-    return shared / "fixtures/hf_gpt2"
-
-
 # Hugging Face
 
 

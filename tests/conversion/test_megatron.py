@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,11 +38,6 @@ FIXTURES = {
     QWEN: (QWEN, {"rope_theta": 1e6}),
     GPT2: (GPT2, {}),
 }
-
-
-@pytest.fixture
-def fixtures(shared) -> Path:
-    return shared / "fixtures"
 
 
 @pytest.mark.full
@@ -226,15 +220,10 @@ def test_what_transformers_has_no_model_for_is_refused(fixtures, tmp_path, name,
 
 
 OTHERS = {
-    "rotary_percent": 0.25,
-    "use_rope_scaling": "yes",
-    "rotary_seq_len_interpolation_factor": 4,
-    "rotary_interleaved": True,
-    "position_embedding_type": "none",
-    "window_size": [128, 0],
-    "softmax_scale": 0.5,
+    "rotary_percent": 0.25, "use_rope_scaling": "yes", "rotary_seq_len_interpolation_factor": 4,
+    "rotary_interleaved": True, "position_embedding_type": "none", "window_size": [128, 0], "softmax_scale": 0.5,
     "use_mup": True,
-}
+}  # fmt: skip
 
 
 def test_settings_that_change_what_is_computed_are_refused(fixtures, tmp_path):

@@ -19,11 +19,6 @@ from tests.makers.megatron_iterations import STATEFUL, stacked, write_iteration
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def fixtures(shared) -> Path:
-    return shared / "fixtures"
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
 def test_transformers_computes_the_logits_of_an_iteration(fixtures, tmp_path, name):

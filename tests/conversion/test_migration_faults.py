@@ -16,6 +16,7 @@ from core.bundle.lock import hold
 from core.bundle.storage import DISK
 from core.conversion.migration.plan import BUNDLE, FAILED
 from core.errors import CheckpointMismatch
+from tests.makers.doors import Shell
 from tests.makers.generations import fuse
 from tests.makers.migrations import bits, edit, listing, migrated, plain, write
 from tests.makers.models import flip, state_of
@@ -29,12 +30,8 @@ def misfit(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    class Run:
-        def __reduce__(self):
-            return os.system, ("true",)
-
     content = torch.load(path, weights_only=True)
-    torch.save({**content, "hook": Run()}, path)
+    torch.save({**content, "hook": Shell("executed")}, path)
 
 
 FAULTS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +12,7 @@ from safetensors.torch import load_file
 from core.errors import CheckpointMismatch
 from core.model import GPT
 from tests.makers.conversions import converted, expected, hf_logits, our_logits, tensors_of, worst
-from tests.makers.models import SMALL, config, manager, started, train_and_save
-
-
-@pytest.fixture
-def nanogpt(shared) -> Path:
-    return shared / "fixtures/nanogpt_char_biasFalse"
+from tests.makers.models import SMALL, config, started, train_and_save
 
 
 @pytest.mark.parametrize("file", ["ckpt.pt", "ckpt_orig_mod.pt"])
@@ -59,17 +53,6 @@ def test_nanogpt_brings_its_optimizer_step_best_loss_and_vocabulary(nanogpt, tmp
     for number, entry in source["optimizer"]["state"].items():
         for key, value in entry.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(made["state"][number][key]))
-
-
-def test_training_goes_on_from_nanogpts_moments_as_it_would_have_there(nanogpt, tmp_path):
-    """The next AdamW update of our model is the one that the moments of the file ask for."""
-    converted(nanogpt / "ckpt.pt", tmp_path / "root/b", "bundle", meta=nanogpt / "meta.pkl")
-    made = manager(tmp_path / "root", "b")
-    model, optimizer, step = made.initialize_for_training({"device": "cpu"}, "char", None, 1e-3)
-    assert step == 40
-    source = torch.load(nanogpt / "ckpt.pt", weights_only=True)["optimizer"]["state"][0]
-    (found,) = [optimizer.state[p] for n, p in model.named_parameters() if n == "token_embedding_table.weight"]
-    assert torch.equal(found["exp_avg"], source["exp_avg"]) and float(found["step"]) == float(source["step"])
 
 
 def test_nanogpt_comes_back_from_a_bundle_bit_for_bit_with_its_optimizer(nanogpt, tmp_path):

@@ -28,6 +28,7 @@ from core.conversion.planning import plan_conversion
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from tests.conftest import ROOT
 from tests.makers.conversions import converted, tensors_of
+from tests.makers.doors import Shell
 
 
 @pytest.fixture
@@ -377,12 +378,8 @@ def test_source_and_target_may_not_contain_each_other(shared, tmp_path):
 
 
 def test_a_pickle_that_names_code_is_refused_and_nothing_runs(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "ran"),))
-
-    torch.save({"w": torch.zeros(2), "x": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match=r"its pickle names posix\.mkdir"):
+    torch.save({"w": torch.zeros(2), "x": Shell(tmp_path / "ran")}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match=r"its pickle names posix\.system"):
         converted(tmp_path / "evil.pt", tmp_path / "out.safetensors", "safetensors")
     assert names(tmp_path) == ["evil.pt"]
 

@@ -10,13 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from core.errors import CheckpointMismatch
-from tests.makers.conversions import converted, expected, hf_logits, index_of, tensors_of
-
-
-@pytest.fixture
-def hf(shared) -> Path:
-    return shared / "fixtures/hf_gpt2"
-
+from tests.makers.conversions import converted, expected, hf_logits, index_of, same, tensors_of
 
 # Casts
 
@@ -78,16 +72,10 @@ def test_safetensors_and_torch_files_of_anything_become_each_other(tmp_path):
     assert plan["dropped"] == {"tied": "tied to a.weight, and safetensors has no tied tensors"}
     made = load_file(tmp_path / "y.safetensors")
 
-    def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-        if a.dtype != b.dtype or a.shape != b.shape:
-            return False
-        return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-    assert made.keys() == content.keys() - {"tied"}
-    assert all(same(made[name], content[name].contiguous()) for name in made)
+    assert same(made, {name: tensor for name, tensor in content.items() if name != "tied"})
     converted(tmp_path / "y.safetensors", tmp_path / "z.pt", "pt")
     again = torch.load(tmp_path / "z.pt", weights_only=True, mmap=True)
-    assert all(same(again[name], made[name]) for name in made)
+    assert same(again, made)
     converted(tmp_path / "x.pt", tmp_path / "t.pt", "pt")
     tied = torch.load(tmp_path / "t.pt", weights_only=True)
     assert tied["tied"].data_ptr() == tied["a.weight"].data_ptr() and list(tied) == list(content)

@@ -17,32 +17,13 @@ import torch.distributed.checkpoint as dcp
 from core.containers.dcp.folder import open_dcp
 from core.errors import CheckpointMismatch
 from tests.conftest import ROOT
-from tests.makers.conversions import converted
+from tests.makers.conversions import converted, same
 from tests.makers.dcp_folders import load, save
-from tests.makers.torch_files import bits
 
 DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-    torch.float8_e4m3fn,
-    torch.uint16,
-)
-
-
-def same(found: dict, expected: dict) -> bool:
-    return found.keys() == expected.keys() and all(
-        found[name].dtype == expected[name].dtype
-        and found[name].shape == expected[name].shape
-        and torch.equal(bits(found[name]), bits(expected[name]))
-        for name in expected
-    )
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool,
+    torch.complex64, torch.float8_e4m3fn, torch.uint16,
+)  # fmt: skip
 
 
 def loaded(folder: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -134,13 +115,6 @@ def test_there_and_back_are_the_same_bytes(tmp_path):
     assert same(safetensors.torch.load_file(tmp_path / "b.safetensors"), tensors)
     for name in (".metadata", "__0_0.distcp"):
         assert (tmp_path / "dcp" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
-def test_a_cast_is_a_cast(tmp_path):
-    tensors = {"w": torch.randn(9, 4), "n": torch.arange(3)}
-    torch.save(tensors, tmp_path / "model.pt")
-    converted(tmp_path / "model.pt", tmp_path / "dcp", "dcp", dtype="bfloat16")
-    assert same(load(tmp_path / "dcp"), {"w": tensors["w"].bfloat16(), "n": tensors["n"]})
 
 
 def test_two_entries_of_one_name_are_refused():

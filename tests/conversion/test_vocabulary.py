@@ -13,23 +13,10 @@ import pytest
 from core.errors import CheckpointError
 from core.model import GPT
 from tests.makers.conversions import converted, expected, hf_logits, tensors_of, worst
-
-
-@pytest.fixture
-def nanogpt(shared) -> Path:
-    return shared / "fixtures/nanogpt_char_biasFalse"
-
-
-@pytest.fixture
-def hf(shared) -> Path:
-    return shared / "fixtures/hf_gpt2"
+from tests.makers.doors import Shell
 
 
 def test_a_vocabulary_that_does_not_fit_or_is_no_data_is_refused(nanogpt, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (Path(tmp_path / "ran").touch, ())
-
     def error(content) -> str:
         path = tmp_path / "meta.pkl"
         path.write_bytes(pickle.dumps(content))
@@ -42,7 +29,7 @@ def test_a_vocabulary_that_does_not_fit_or_is_no_data_is_refused(nanogpt, tmp_pa
     assert error(few) == "2 characters, but the model has 34 rows. It is the vocabulary of another model."
     assert "expected a character for each id from 0" in error({"itos": {0: "a", 2: "b"}})
     assert "its stoi is not its itos turned round" in error({**few, "stoi": {"a": 1, "b": 0}})
-    assert "expected vocab_size, itos and stoi by name" in error(Evil())
+    assert "expected vocab_size, itos and stoi by name" in error(Shell(tmp_path / "ran"))
     assert not (tmp_path / "ran").exists()
 
 

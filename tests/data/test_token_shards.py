@@ -15,6 +15,7 @@ from core.data.token_shards import open_dataset, read_shard
 from core.data.tokenizer import Gpt2Tokenizer, make_char
 from core.errors import CheckpointDamaged, CheckpointMismatch, InputError
 from tests.makers.datasets import ids, shard
+from tests.makers.doors import Shell
 
 
 class TestDataset:
@@ -30,18 +31,6 @@ class TestDataset:
         assert opened.tokenizer.decode([0, 1, 4, 33]) == "\n Aï"
         assert opened.notes == ()
 
-    def test_meta_pickle_is_not_run(self, home):
-        class Trap:
-            def __reduce__(self):
-                return (os.mkdir, ("trapped",))
-
-        Path("set").mkdir()
-        np.arange(30, dtype="<u2").tofile("set/train.bin")
-        Path("set/meta.pkl").write_bytes(pickle.dumps({"itos": Trap(), "stoi": {}, "vocab_size": 3}))
-        with pytest.raises(InputError, match=r"meta\.pkl: no table `itos`"):
-            open_corpus(find_source(None, "set", None, "m"))
-        assert not Path("trapped").exists()
-
     @pytest.mark.parametrize(
         ("meta", "error", "expected"),
         [
@@ -49,6 +38,7 @@ class TestDataset:
             ({"itos": {0: "a"}, "vocab_size": 2}, InputError, "vocab_size is 2, but itos has 1"),
             ({"itos": {0: "ab"}}, CheckpointMismatch, r"chars\[0\] is 'ab'"),
             ([1], InputError, "no table `itos`"),
+            ({"itos": Shell("trapped"), "stoi": {}, "vocab_size": 3}, InputError, "no table `itos`"),
             (None, CheckpointDamaged, r"meta\.pkl"),
         ],
     )
@@ -58,6 +48,7 @@ class TestDataset:
         Path("set/meta.pkl").write_bytes(pickle.dumps(meta) if meta is not None else b"\x80\x04]")
         with pytest.raises(error, match=expected):
             open_corpus(find_source(None, "set", None, "m"))
+        assert not Path("trapped").exists()
 
     def test_modded_shards_are_gpt2_and_keep_their_order(self, home):
         Path("set").mkdir()

@@ -9,14 +9,9 @@ from core.families.identify import identify, weights_key
 from tests.makers.family_tables import build, named
 
 SEED_CONFIG = {
-    "num_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_query_groups": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "ffn_hidden_size": 14336,
-}
+    "num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_query_groups": 8, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "ffn_hidden_size": 14336,
+}  # fmt: skip
 
 
 def test_megatron_export_whose_config_does_not_fit_is_shown_as_such():

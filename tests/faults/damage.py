@@ -1,6 +1,6 @@
 """Flip bits of a bundle, cut its files, exchange them between steps: nothing of it is used in silence.
 
-python -m tests.faults.damage FOLDER
+python -m tests.faults damage
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,9 +104,3 @@ def _run(folder: Path, chance: random.Random) -> Tally:
         damage(base, folder / "trial", name, change, tally, f"{name} exchanged with that of {other}")
         tally.counts["exchanges"] += 1
     return tally
-
-
-if __name__ == "__main__":
-    found = run(Path(sys.argv[1]))
-    print("\n".join([str(found), *found.losses]))
-    sys.exit(bool(found.losses))

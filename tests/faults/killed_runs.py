@@ -1,6 +1,6 @@
 """Kill real runs of train.py that save at every step, and compare where they end with a run never killed.
 
-python -m tests.faults.killed_runs FOLDER
+python -m tests.faults killed_runs
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -72,9 +71,3 @@ def run(folder: Path, kills: int = KILLS) -> Tally:
     tally.check(len(losses(whole, NAME)) == STEPS, "steps are missing from the log")
     tally.counts["steps compared bit for bit"] += STEPS
     return tally
-
-
-if __name__ == "__main__":
-    found = run(Path(sys.argv[1]))
-    print("\n".join([str(found), *found.losses]))
-    sys.exit(bool(found.losses))

@@ -31,16 +31,9 @@ LIMIT, SHARE = 6, 3
 """Outcomes of each power loss, and of how many disk states one is built: what takes half a minute."""
 
 CHOSEN = [
-    "first save",
-    "next save",
-    "next save without hard links",
-    "another state of the same step",
-    "migration of two files",
-    "migration to a kept step",
-    "recovery of a commit",
-    "back to an older step",
-    "walk back",
-]
+    "first save", "next save", "next save without hard links", "another state of the same step",
+    "migration of two files", "migration to a kept step", "recovery of a commit", "back to an older step", "walk back",
+]  # fmt: skip
 
 
 class Recorder:

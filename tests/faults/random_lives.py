@@ -1,6 +1,6 @@
 """Random lives of a model's folder: saves, kills, damage, edits, going back, pruning; the promises hold after each.
 
-FAULTS_EXAMPLES=N python -m tests.faults.random_lives
+FAULTS_EXAMPLES=N python -m tests.faults random_lives
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import traceback
 import warnings
@@ -240,10 +239,3 @@ def run(folder: Path, examples: int = EXAMPLES) -> Tally:
             tally.losses.append(f"{type(error).__name__}: {error}\n{notes}\n{traceback.format_exc(limit=-3)}")
     tally.counts = Counter({"lives": examples}) + DONE
     return tally
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        result = run(Path(place))
-    print("\n".join([str(result), *result.losses]))
-    sys.exit(bool(result.losses))

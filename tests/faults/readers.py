@@ -1,6 +1,6 @@
 """Load in a loop beside a process that saves: every load is one whole step.
 
-python -m tests.faults.readers FOLDER
+python -m tests.faults readers
 """
 
 from __future__ import annotations
@@ -87,9 +87,3 @@ def run(folder: Path, saves: int = SAVES) -> Tally:
         (folder / kind).mkdir()
         tally.add(read_beside_saves(folder / kind, kind, saves // 2))
     return tally
-
-
-if __name__ == "__main__":
-    found = run(Path(sys.argv[1]))
-    print("\n".join([str(found), *found.losses]))
-    sys.exit(bool(found.losses))

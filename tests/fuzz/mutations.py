@@ -23,64 +23,18 @@ NUMBERS = [0, 1, 2, 7, 8, 64, 127, 128, 255, 256, 1000, 65535, 65536, 1 << 20, (
 NUMBERS += [1 << 32, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64, -1, -2, -(1 << 31), -(1 << 63)]
 
 WORDS = ["", ".", "..", "/", "/etc/passwd", "../x", "a/../b", "\0", "\n", "\x1b[2J", "\ud800", "é" * 300, "x" * 5000]
-WORDS += [
-    "model",
-    "w",
-    "data/0",
-    "data.pkl",
-    "torch.FloatStorage",
-    "storage",
-    "__metadata__",
-    ".metadata",
-    "F32",
-    "cpu",
-]
+WORDS += ["model", "w", "data/0", "data.pkl", "torch.FloatStorage", "storage", "__metadata__", ".metadata"]
+WORDS += ["F32", "cpu"]
 
 SNIPPETS = [
-    *(b"cposix\nsystem\n", b"cbuiltins\neval\n", b"X\x01\0\0\0x", b"K\x01", b")", b"}", b"]", b"(", b"t", b"R", b"0"),
-    *(
-        b"\x81",
-        b"\x92",
-        b"b",
-        b"s",
-        b"u",
-        b"a",
-        b"e",
-        b"Q",
-        b"o",
-        b"2",
-        b"1",
-        b"N",
-        b"\x88",
-        b"\x94",
-        b"h\x00",
-        b"h\x01",
-    ),
-    *(b"\x85", b"\x86", b"\x87", b"\x8f", b"\x90", b"\x91", b"d", b"l", b".", b"\x82\x01", b"\x97", b"q\x00", b"\x93"),
-    *(
-        b"G\x7f\xf8\0\0\0\0\0\0",
-        b"I-1\n",
-        b"L99999999999999999999L\n",
-        b"F1e999\n",
-        b"S'x'\n",
-        b"Vx\n",
-        b"p0\n",
-        b"g0\n",
-    ),
-    *(
-        b"ctorch\nFloatStorage\n",
-        b"ctorch._utils\n_rebuild_tensor_v2\n",
-        b"ccollections\nOrderedDict\n",
-        b"J\xff\xff\xff\xff",
-    ),
-    *(
-        b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f",
-        b"\x8a\x09\0\0\0\0\0\0\0\0\x01",
-        b"ctorch\nSize\n",
-        b"cx.y\nConfig\n",
-        b"P0\n",
-    ),
-]
+    b"cposix\nsystem\n", b"cbuiltins\neval\n", b"X\x01\0\0\0x", b"K\x01", b")", b"}", b"]", b"(", b"t", b"R", b"0",
+    b"\x81", b"\x92", b"b", b"s", b"u", b"a", b"e", b"Q", b"o", b"2", b"1", b"N", b"\x88", b"\x94", b"h\x00", b"h\x01",
+    b"\x85", b"\x86", b"\x87", b"\x8f", b"\x90", b"\x91", b"d", b"l", b".", b"\x82\x01", b"\x97", b"q\x00", b"\x93",
+    b"G\x7f\xf8\0\0\0\0\0\0", b"I-1\n", b"L99999999999999999999L\n", b"F1e999\n", b"S'x'\n", b"Vx\n", b"p0\n", b"g0\n",
+    b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n",
+    b"J\xff\xff\xff\xff", b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x8a\x09\0\0\0\0\0\0\0\0\x01", b"ctorch\nSize\n",
+    b"cx.y\nConfig\n", b"P0\n",
+]  # fmt: skip
 """Opcodes of pickles to put anywhere."""
 
 

@@ -11,79 +11,18 @@ import json
 import pickle
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from tests.makers.containers import plain_tensors, write_hf, write_safetensors, write_torch
 from tests.makers.dcp_folders import Writer
 from tests.makers.models import save_durably
 
 LARGEST_FIXTURE = 300_000  # bytes
-
-
-def state_dict() -> dict[str, torch.Tensor]:
-    """A little of everything: types, views, tied and empty tensors."""
-    wte = torch.randn(7, 4)
-    return {
-        "transformer.wte.weight": wte,
-        "transformer.h.0.attn.c_attn.weight": torch.randn(12, 4).bfloat16(),
-        "transformer.h.1.mlp.c_fc.weight": torch.zeros(3, 4, dtype=torch.float8_e4m3fn),
-        "scalar": torch.tensor(2.5),
-        "empty": torch.zeros(0, 6),
-        "mask": torch.tensor([True, False]),
-    }
-
-
-def checkpoint() -> dict:
-    model = state_dict()
-    model |= {"lm_head.weight": model["transformer.wte.weight"], "turned": model["transformer.wte.weight"].t()}
-    optimizer = {
-        "state": {0: {"step": torch.tensor(4.0), "exp_avg": torch.randn(7, 4)}},
-        "param_groups": [{"lr": 1e-3}],
-    }
-    return {"model": model, "optimizer": optimizer, "iter_num": 7, "config": {"n_layer": 2}, "note": "größer"}
-
-
-def torch_zip(folder: Path) -> None:
-    torch.save(checkpoint(), folder / "ckpt.pt")
-
-
-def torch_stream(folder: Path) -> None:
-    torch.save(checkpoint(), folder / "ckpt.pt", _use_new_zipfile_serialization=False)
-
-
-def one_safetensors(folder: Path) -> None:
-    safetensors.torch.save_file(state_dict(), folder / "x.safetensors", {"format": "pt", "step": "7"})
-
-
-def hf_folder(folder: Path) -> None:
-    safetensors.torch.save_file(state_dict(), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_head": 2}))
-
-
-def _sharded(folder: Path, stem: str, suffix: str, save: Callable) -> None:
-    tensors = state_dict()
-    names = [f"{stem}-{i:05}-of-00002.{suffix}" for i in (1, 2)]
-    for i, file in enumerate(names):
-        save({name: tensors[name] for name in list(tensors)[i::2]}, folder / file)
-    weight_map = {name: names[i % 2] for i, name in enumerate(tensors)}
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-
-
-def hf_shards(folder: Path) -> None:
-    _sharded(folder, "model", "safetensors", safetensors.torch.save_file)
-
-
-def hf_bins(folder: Path) -> None:
-    _sharded(folder, "pytorch_model", "bin", torch.save)
 
 
 def dcp_folder(folder: Path) -> None:
@@ -134,7 +73,11 @@ def megatron_classic(folder: Path) -> None:
     rank = folder / "iter_0000005" / "mp_rank_00"
     rank.mkdir(parents=True)
     extra = io.BytesIO(b"x")
-    state = {"args": argparse.Namespace(num_layers=2), "model": {**state_dict(), "_extra_state": extra}, "iteration": 5}
+    state = {
+        "args": argparse.Namespace(num_layers=2),
+        "model": {**plain_tensors(), "_extra_state": extra},
+        "iteration": 5,
+    }
     torch.save(state, rank / "model_optim_rng.pt")
 
 
@@ -164,20 +107,11 @@ def nested(folder: Path) -> None:
 
 
 MAKERS = {
-    "torch_zip": torch_zip,
-    "torch_zip_values": nested,
-    "torch_stream": torch_stream,
-    "safetensors": one_safetensors,
-    "hf_folder": hf_folder,
-    "hf_shards": hf_shards,
-    "hf_bins": hf_bins,
-    "dcp": dcp_folder,
-    "rank_files": rank_files,
-    "step_folder": step_folder,
-    "megatron_dist": megatron_dist,
-    "megatron_classic": megatron_classic,
-    "bundle": bundle,
-}
+    "torch_zip": write_torch(True), "torch_zip_values": nested, "torch_stream": write_torch(False),
+    "safetensors": write_safetensors, "hf_folder": write_hf("safetensors", 1), "hf_shards": write_hf("safetensors", 2),
+    "hf_bins": write_hf("bin", 2), "dcp": dcp_folder, "rank_files": rank_files, "step_folder": step_folder,
+    "megatron_dist": megatron_dist, "megatron_classic": megatron_classic, "bundle": bundle,
+}  # fmt: skip
 """One small checkpoint of every container by name."""
 
 

@@ -149,6 +149,9 @@ FOLDERS = {
     "a rank's folder that is a link out of the folder": Case(
         beside(folder_of({}, {"mp_rank_00": "../rank"})), refused="a link that leads out"
     ),
+    "a rank without its file": Case(
+        folder_of({"mp_rank_00_001/x": b""}), refused=r"mp_rank_00_001: model_optim_rng\.pt is missing, found"
+    ),
     "a tracker that names a path": Case(
         folder_of({"latest_checkpointed_iteration.txt": "../../x"}), refused="expected the number of an iteration"
     ),
@@ -164,6 +167,7 @@ FOLDERS = {
 DCP = {
     "a path out of the folder in .metadata": Case(beside(dcp_at("../outside/a.distcp")), refused="within its folder"),
     "an absolute path in .metadata": Case(dcp_at("/etc/passwd"), refused="expected one within its folder"),
+    "a file that is not there": Case(dcp_at("b.distcp"), refused="1 of its 1 files are missing, with 1 items"),
     "an item beyond its file": Case(dcp_at("a.distcp", 10_000), refused="ends at byte"),
     "an item of 2**62 bytes": Case(dcp_at("a.distcp", 0, 1 << 62), refused="ends at byte 4611686018427387904"),
     "an item at 2**62": Case(dcp_at("a.distcp", 1 << 62), refused="ends at byte"),

@@ -17,7 +17,7 @@ import pytest
 import inspect_model
 from core.containers.open import open_container
 from tests.conftest import ROOT
-from tests.makers.models import flip, started, train_and_save
+from tests.makers.models import flip, save_steps, started, train_and_save
 
 PAGE = (ROOT / "docs/inspect.md").read_text(encoding="utf-8")
 TABLES = {
@@ -45,9 +45,7 @@ def there(shared, tmp_path, monkeypatch):
         train_and_save(made, model, optimizer, 4, val_loss=lambda step: 4.0 - step / 2)
     made.go_back(2)
     made.close()
-    made, model, optimizer = started(Path("runs"), keep=2, keep_every=2)
-    train_and_save(made, model, optimizer, 3, val_loss=lambda step: 3.0 - step / 4)
-    made.close()
+    model, _ = save_steps(Path("runs"), 3, keep=2, keep_every=2, val_loss=lambda step: 3.0 - step / 4)
     shutil.copytree(fixtures / "lecture_char/bundle", "checkpoints/lecture")
     Path("checkpoints/old").mkdir()
     Path("llama").mkdir()

@@ -11,7 +11,7 @@ import pytest
 import inspect_model
 from core.inspection import history as past
 from core.inspection.history import past_of
-from tests.makers.models import flip, manager, started, train_and_save
+from tests.makers.models import flip, manager, save_steps, started, train_and_save
 
 
 @pytest.fixture
@@ -23,9 +23,7 @@ def branches(tmp_path):
     for target, steps in ((2, 2), (3, 1)):
         made.go_back(target)
         made.close()
-        made, model, optimizer = started(root, keep=9)
-        train_and_save(made, model, optimizer, steps)
-    made.close()
+        save_steps(root, steps, keep=9)
     return root / "dante"
 
 
@@ -128,9 +126,7 @@ def test_a_damaged_step_aside_is_shown_and_is_no_failure(branches, capsys):
 
 
 def test_a_migrated_step_and_one_of_before_rules_were_recorded_say_so(tmp_path, capsys):
-    made, model, optimizer = started(tmp_path, keep=9)
-    train_and_save(made, model, optimizer, 2)
-    made.close()
+    save_steps(tmp_path, 2, keep=9)
     folder = tmp_path / "dante"
     from core.bundle.training_state import seal
     from tests.makers.models import state_of

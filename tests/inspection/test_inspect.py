@@ -19,6 +19,7 @@ from core.config.gpt import GPTConfig
 from core.inspection.report_text import age
 from core.inspection.tensor_table import grouped
 from core.model import GPT
+from tests.makers.doors import Shell
 from tests.makers.models import flip, started, train_and_save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,11 +153,11 @@ def test_several_models_are_listed_with_step_loss_and_size(tmp_path, capsys):
 
 
 def test_single_file_shows_its_content_and_tensors(tmp_path, capsys):
-    class Shell:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'executed'}",)
-
-    content = {"model": {"h.0.w": torch.ones(2, 3), "h.1.w": torch.ones(2, 3)}, "iter_num": 40, "hook": Shell()}
+    content = {
+        "model": {"h.0.w": torch.ones(2, 3), "h.1.w": torch.ones(2, 3)},
+        "iter_num": 40,
+        "hook": Shell(tmp_path / "executed"),
+    }
     torch.save(content | {"loss": float("nan"), 5: torch.float16}, tmp_path / "ckpt.pt")
     out = inspect(capsys, tmp_path / "ckpt.pt")
     assert out.startswith(f"=== FORMAT ===\nPyTorch zip file\nLocation: {tmp_path / 'ckpt.pt'}\n")

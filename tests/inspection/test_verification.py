@@ -27,7 +27,7 @@ from core.inspection.verification import verify_container
 from tests.conftest import ROOT
 from tests.makers.dcp_folders import Writer
 from tests.makers.limits import processor_seconds
-from tests.makers.models import started, train_and_save
+from tests.makers.models import save_steps
 
 
 def model() -> dict[str, torch.Tensor]:
@@ -45,9 +45,7 @@ def torch_zip(folder: Path) -> Container:
 @pytest.fixture
 def bundle(tmp_path):
     """The container of a bundle, whose files stay open."""
-    made, gpt, optimizer = started(tmp_path)
-    train_and_save(made, gpt, optimizer, 1)
-    made.close()
+    save_steps(tmp_path, 1)
     with inspect_path(tmp_path / "dante") as inspected:
         yield inspected.container
 

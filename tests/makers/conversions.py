@@ -19,6 +19,7 @@ from core.conversion.plan import Options
 from core.conversion.planning import plan_conversion
 from core.conversion.writing import convert
 from core.model import GPT
+from tests.makers.torch_files import bits
 
 
 def converted(source: Path, target: Path, to: str, *, verify: bool = True, overwrite: bool = False, **options) -> dict:
@@ -40,6 +41,14 @@ def tensors_of(path: Path, prefix: str = "") -> dict[str, tuple[str, tuple[int, 
             data = b"".join(piece.tobytes() for piece in gatherer.pieces(stored(container, spec)))
             found[name.removeprefix(prefix)] = (spec.dtype, tuple(spec.shape), data)
     return found
+
+
+def same(found: dict, expected: dict) -> bool:
+    """Whether the tensors of two state dicts have equal names, types, shapes and bits."""
+    return found.keys() == expected.keys() and all(
+        (found[n].dtype, found[n].shape) == (t.dtype, t.shape) and torch.equal(bits(found[n]), bits(t))
+        for n, t in expected.items()
+    )
 
 
 def read(view: View) -> np.ndarray:

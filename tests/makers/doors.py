@@ -129,7 +129,7 @@ def edit(path: Path, **values: Any) -> None:
 class Shell:
     """What runs a command when it is unpickled by Python."""
 
-    def __init__(self, marker: Path) -> None:
+    def __init__(self, marker: Path | str) -> None:
         self.marker = marker
 
     def __reduce__(self):

@@ -6,20 +6,10 @@ from core.families.family import parse
 from core.families.identify import FAMILIES
 
 SIZES = {
-    "n_embd": 256,
-    "vocab_size": 50304,
-    "head_rows": 50432,
-    "block_size": 64,
-    "q_size": 512,
-    "kv_size": 128,
-    "head_size": 64,
-    "n_kv_head": 2,
-    "n_ffn": 704,
-    "fc1_rows": 704,
-    "ve_gate_channels": 12,
-    "smear_channels": 24,
+    "n_embd": 256, "vocab_size": 50304, "head_rows": 50432, "block_size": 64, "q_size": 512, "kv_size": 128,
+    "head_size": 64, "n_kv_head": 2, "n_ffn": 704, "fc1_rows": 704, "ve_gate_channels": 12, "smear_channels": 24,
     "classes": 3,
-}
+}  # fmt: skip
 """Eight heads of 64 in two groups: sizes that no family could take for one another."""
 
 IDS = [f"{family.name}: {family.program}" for family in FAMILIES]

@@ -47,6 +47,14 @@ def train_and_save(made, model, optimizer, steps: int, **metrics) -> None:
         save_durably(made, model, optimizer, step=model.step, metrics={k: v(model.step) for k, v in metrics.items()})
 
 
+def save_steps(root: Path, steps: int, name: str = "dante", config=SMALL, *, val_loss=None, **settings):
+    """Train a model, save after each of so many steps, and close; returns the model and its optimizer."""
+    made, model, optimizer = started(root, name, config, **settings)
+    with made:
+        train_and_save(made, model, optimizer, steps, **({"val_loss": val_loss} if val_loss else {}))
+    return model, optimizer
+
+
 def save_durably(made: CheckpointManager, *what, **values) -> None:
     """Save a step, and wait until it is on disk."""
     made.save(*what, **values)

@@ -159,6 +159,30 @@ def test_settings_come_from_a_file_and_the_command_line_wins(tmp_path, text):
         (["--model_name", "../x"], FAILED, "model name '../x': expected the name of one folder"),
         (["--device", "tpuu"], FAILED, "'tpuu' is no device. Use auto, cpu, cuda or cuda:N"),
         (["--config_file", "none.json"], FAILED, "none.json: No such file or directory"),
+        (
+            ["--stop_after_minutes", "0"],
+            WRONG_USE,
+            "argument --stop_after_minutes: found '0', expected a number above 0",
+        ),
+        (
+            ["--save_every_minutes", "soon"],
+            WRONG_USE,
+            "argument --save_every_minutes: found 'soon', expected a number above 0",
+        ),
+        (
+            ["--max_failed_saves", "0"],
+            WRONG_USE,
+            "argument --max_failed_saves: found '0', expected a whole number of at least 1",
+        ),
+        (
+            ["--stage_memory", "lots"],
+            WRONG_USE,
+            "--stage_memory: found 'lots', expected a size such as 5GB, 500MB or 2GiB",
+        ),
+        (["--save_policy", "hope"], WRONG_USE, "argument --save_policy: invalid choice: 'hope'"),
+        (["--ema", "1"], WRONG_USE, "--ema: found '1', expected a number from 0"),
+        (["--ema", "-0.5"], WRONG_USE, "--ema: found '-0.5', expected a number from 0"),
+        (["--ema", "1.5"], WRONG_USE, "--ema: found '1.5', expected a number from 0"),
         (["--max_iters", "0"], WRONG_USE, "argument --max_iters: found '0', expected a whole number of at least 1"),
         (
             ["--eval_interval", "0"],

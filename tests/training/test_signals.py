@@ -14,7 +14,7 @@ import threading
 import pytest
 
 from core.checkpoint import CheckpointManager
-from core.console.commandline import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_USE
+from core.console.commandline import DONE, FAILED, INTERRUPTED, STOPPED
 from core.console.signals import StopSignal
 from core.training.fit import FitResult, fit
 from tests.conftest import ROOT
@@ -369,24 +369,6 @@ def test_saves_by_the_clock_change_nothing_but_when_they_are_made(tmp_path):
 
 
 # Flags
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--stop_after_minutes", "0"], "argument --stop_after_minutes: found '0', expected a number above 0"),
-        (["--save_every_minutes", "soon"], "argument --save_every_minutes: found 'soon', expected a number above 0"),
-        (["--max_failed_saves", "0"], "argument --max_failed_saves: found '0', expected a whole number of at least 1"),
-        (
-            ["--stage_memory", "lots"],
-            "argument --stage_memory: found 'lots', expected a size such as 5GB, 500MB or 2GiB",
-        ),
-        (["--save_policy", "hope"], "argument --save_policy: invalid choice: 'hope'"),
-    ],
-)
-def test_wrong_values_of_the_flags_are_named(tmp_path, text, words, said):
-    done = train(tmp_path, text, *words, max_iters=5)
-    assert done.returncode == WRONG_USE and said in done.stderr
 
 
 def test_the_flags_of_saving_are_obeyed_and_those_of_a_machine_are_not_remembered(tmp_path, text):
