@@ -61,3 +61,44 @@ def test_a_file_for_which_there_is_no_room_leaves_no_descriptor_open(tmp_path, m
     assert storage.calls == ["open", "posix_fallocate"]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(storage.opened[0])
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_published_replaces_a_file_only_when_that_is_wanted(tmp_path, links):
+    storage, target = Watched(), tmp_path / "a"
+    storage.links = links
+    for text in (b"first", b"second"):
+        with storage.published(target) as part:
+            storage.write(part, text)
+    assert target.read_bytes() == b"second" and storage.calls[-2:] == ["replace", "fsync"]
+    if links:
+        with pytest.raises(FileExistsError), storage.published(target, replace=False) as part:
+            storage.write(part, b"third")
+    with storage.published(tmp_path / "b", replace=False) as part:
+        storage.write(part, b"fourth")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"second", "b": b"fourth"}
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
+def test_what_cannot_be_published_is_removed_and_the_target_stays(tmp_path, failing):
+    (tmp_path / "a").write_bytes(b"before")
+    storage = Watched(failing)
+    with pytest.raises(OSError, match="No space left"), storage.published(tmp_path / "a") as part:
+        storage.make_folder(part)
+        storage.write(part / "x", b"after")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"before"}
+
+
+def test_a_workplace_is_emptied_first_and_removed_last_and_a_file_in_its_place_stays(tmp_path):
+    storage, folder = Storage(), tmp_path / "new/work"
+    (folder / "left/over").mkdir(parents=True)
+    with storage.workplace(folder, pytest.fail):
+        assert list(folder.iterdir()) == []
+        with pytest.raises(ZeroDivisionError), storage.workplace(folder, lambda: 1 / 0):
+            pass
+        storage.write(folder / "x", b"")
+        storage.publish(folder, tmp_path / "made")
+    assert not folder.exists() and [path.name for path in (tmp_path / "made").iterdir()] == ["x"]
+    with pytest.raises(FileExistsError), storage.workplace(tmp_path / "made/x", pytest.fail):
+        pass
+    assert (tmp_path / "made/x").exists()
