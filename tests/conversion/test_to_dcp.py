@@ -162,10 +162,10 @@ def test_flipped_bit_on_the_way_is_found(tmp_path, monkeypatch):
 
 
 def test_two_entries_of_one_name_are_refused():
-    from core.conversion.plan import Model, Plan, WeightFile
+    from core.conversion.plan import Plan, Source, WeightFile
     from core.conversion.targets.dcp import in_dcp
 
-    model = Model(Path("x"), None, "", {}, {}, {})  # type: ignore[arg-type]
+    model = Source(Path("x"), None, "", {}, {}, {})  # type: ignore[arg-type]
     plan = Plan(model, Path("y"), "pt", [WeightFile("y", [], {"a": {"b": 1}, "a.b": 2})])
     with pytest.raises(CheckpointMismatch, match=r"two of its entries would be called a\.b"):
         in_dcp(plan)
