@@ -19,7 +19,7 @@ from ..containers.tensors.views import View, stored
 from ..errors import CheckpointMismatch
 from ..families.rules import RENAME, Chain, Merge, Permute, Row, Rule, apply
 from .opening import open_model
-from .plan import Model, Options, Plan, Target
+from .plan import Options, Plan, Source, Target
 from .sharded import take_parts
 from .targets.safetensors import INDEX, add_files, in_shards
 
@@ -74,7 +74,7 @@ def plan_matched(source: Path, target: Path, to: str, options: Options, held: Ex
     return plan
 
 
-def _refuse_others(model: Model, to: str, target: Path, options: Options, folder: Path) -> None:
+def _refuse_others(model: Source, to: str, target: Path, options: Options, folder: Path) -> None:
     """Refuse what cannot go together with --match_original."""
     if to not in ("safetensors", "hf"):
         raise model.refuse(f"--match_original writes safetensors. Use --to safetensors or --to hf, not --to {to}.")
@@ -112,7 +112,7 @@ def _original(folder: Path) -> Container:
     return container
 
 
-def _reshape(model: Model, wanted: dict[str, View]) -> None:
+def _reshape(model: Source, wanted: dict[str, View]) -> None:
     """Make the convolution over patches linear where the original is; other shapes have to be equal.
 
     Raises: CheckpointMismatch.
@@ -143,14 +143,14 @@ def _linear(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], shape[2] * shape[3] * shape[1])
 
 
-def _target(model: Model, name: str, original: View) -> Target:
+def _target(model: Source, name: str, original: View) -> Target:
     view = model.tensors.get(name, original)
     rule = model.rules.get(name, "copy") if name in model.tensors else "from the original"
     rule += f", cast to {original.dtype}" if view.dtype != original.dtype else ""
     return Target(name, name, "", original.dtype, view, rule)
 
 
-def _laid_out(model: Model, targets: dict[str, Target], original: Container, target: Path, options: Options) -> Plan:
+def _laid_out(model: Source, targets: dict[str, Target], original: Container, target: Path, options: Options) -> Plan:
     """Plan one file, or a folder: in the files of the original, or in others of at most --shard_size."""
     is_folder = target.suffix != ".safetensors"
     if not is_folder and options.shard_size is not None:

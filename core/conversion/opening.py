@@ -24,7 +24,7 @@ from ..families.megatron_iteration import is_iteration
 from ..inspection.inspect import Inspected, identity_of, inspect_path
 from .pairs import megatron_source
 from .pairs.modded import BATCHED
-from .plan import Model, Moments, Options
+from .plan import Moments, Options, Source
 from .sharded import is_sharded, open_sharded
 
 FAMILY = {
@@ -40,7 +40,7 @@ CONFIG_ENTRY = {"nanogpt": "model_args"}
 """The entry of a file that holds the config of the model, where others look like it."""
 
 
-def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, options: Options | None = None) -> Model:
+def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, options: Options | None = None) -> Source:
     """Open what lies at a path; its files stay open until `held` is closed.
 
     Without `needs_family` tensors of any names are taken as they are.
@@ -112,15 +112,15 @@ def _config(found: Inspected) -> dict[str, Any]:
     return dict(found.config or {})
 
 
-def _bare(found: Inspected, path: Path, config: dict[str, Any]) -> Model:
+def _bare(found: Inspected, path: Path, config: dict[str, Any]) -> Source:
     """Tensors as they are, of a model that is not known."""
     tensors = {name: stored(found.container, spec) for name, spec in found.weights.items()}
-    model = Model(path, found.container, UNKNOWN, tensors, config, {}, step=found.step, program="an unknown program")
+    model = Source(path, found.container, UNKNOWN, tensors, config, {}, step=found.step, program="an unknown program")
     model.sources = dict(tensors)
     return model
 
 
-def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, Any]) -> Model:
+def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, Any]) -> Source:
     assert identity.architecture is not None
     tensors = {}
     dropped = {}
@@ -132,7 +132,7 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
         else:  # beside a whole model there is only that
             dropped[spec.name] = "of an optimizer"
     bundle = found.bundle
-    model = Model(
+    model = Source(
         path=path,
         container=found.container,
         family=_family_of(identity, config),
@@ -192,7 +192,7 @@ def _sizes(shape: Architecture) -> dict[str, int]:
     return sizes
 
 
-def _moments(found: Inspected, identity: Identity, model: Model) -> Moments | None:
+def _moments(found: Inspected, identity: Identity, model: Source) -> Moments | None:
     """The optimizer state by names of parameters; None, with a note, where it is of a kind that is not known."""
     order = once({name: spec for name, spec in found.weights.items() if name not in identity.buffers})
     try:
@@ -219,7 +219,7 @@ def _unwrapped(name: str, places: Mapping[str, str]) -> str:
     return next((raw for raw in places if raw.endswith(f".{name}")), name)
 
 
-def _take_entry(made: Moments, model: Model, found: Inspected, name: str, entry: Any) -> None:
+def _take_entry(made: Moments, model: Source, found: Inspected, name: str, entry: Any) -> None:
     shape = model.tensors[name].shape if name in model.tensors else None
     for key, value in entry.items():
         if isinstance(value, TensorSpec):

@@ -47,7 +47,7 @@ class Moments:
 
 
 @dataclass
-class Model:
+class Source:
     """A model on its way from one program to another; what it is made of is still in the source's files."""
 
     path: Path
@@ -104,7 +104,7 @@ class Model:
         return a.same_elements(b) or same_elements(a, b)
 
 
-Translate = Callable[[Model, Options], dict[str, Any]]
+Translate = Callable[[Source, Options], dict[str, Any]]
 """Gives the config in the words of the other family; may drop and fill tensors under the names of the present one.
 
 It refuses, by `raise model.refuse(...)`, what the other family cannot compute.
@@ -121,7 +121,7 @@ class Pair:
     to_ours: Translate | None = None
     to_theirs: Translate | None = None
 
-    def carry(self, model: Model, options: Options, back: bool) -> None:
+    def carry(self, model: Source, options: Options, back: bool) -> None:
         """Take a model over, to `ours` or back to `theirs`.
 
         Raises: CheckpointMismatch for what the other family has no place for.
@@ -201,7 +201,7 @@ Sealed = Callable[[dict[str, dict[str, Any]]], dict[str, bytes]]
 class Plan:
     """Everything that a conversion writes."""
 
-    model: Model
+    model: Source
     target: Path
     format: str
     files: list[WeightFile]
@@ -274,7 +274,7 @@ def _numel(shape: Iterable[int]) -> int:
     return count
 
 
-def target_of(model: Model, name: str, file: str, options: Options, path: str = "") -> Target:
+def target_of(model: Source, name: str, file: str, options: Options, path: str = "") -> Target:
     """Plan one weight of a model."""
     view = model.tensors[name]
     dtype = options.dtype if options.dtype and view.dtype in FLOATS else view.dtype

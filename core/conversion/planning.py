@@ -17,7 +17,7 @@ from .match_original import plan_matched
 from .opening import FAMILY, open_model
 from .pairs import ways
 from .pairs.megatron_settings import FLAGS
-from .plan import TORCH_ENDINGS, Model, Options, Plan
+from .plan import TORCH_ENDINGS, Options, Plan, Source
 from .sharded import take_parts
 from .targets import FORMATS, Format
 from .vocabulary import add_tokenizer, tokens_of
@@ -84,7 +84,7 @@ def _refuse_names(plan: Plan) -> None:
                 raise plan.model.refuse(str(error)) from error
 
 
-def _refuse_flags(model: Model, kind: Format, options: Options) -> None:
+def _refuse_flags(model: Source, kind: Format, options: Options) -> None:
     """Refuse flags that would have no effect."""
     if options.shard_size is not None and kind.name not in ("hf", "safetensors"):
         raise model.refuse(f"--shard_size cuts safetensors, and --to {kind.name} writes none. Leave it out.")
@@ -101,7 +101,7 @@ def _refuse_flags(model: Model, kind: Format, options: Options) -> None:
         )
 
 
-def _carry(model: Model, kind: Format, options: Options) -> None:
+def _carry(model: Source, kind: Format, options: Options) -> None:
     """Take a model to the first family of a format that it can reach."""
     found = ways(model.family)
     way = next((found[family] for family in kind.families if family in found), None)
@@ -128,7 +128,7 @@ def _in_order(tensors: dict[str, View], family: Family) -> dict[str, View]:
     return {name: tensors[name] for name in sorted(tensors, key=key)}
 
 
-def _set_rows(model: Model, rows: int) -> None:
+def _set_rows(model: Source, rows: int) -> None:
     """Crop or pad the vocabulary to so many rows.
 
     Raises: CheckpointMismatch for fewer rows than tokens, where something says how many these are.
@@ -159,7 +159,7 @@ def _set_rows(model: Model, rows: int) -> None:
     model.moments = None
 
 
-def _set_tied(model: Model, options: Options) -> None:
+def _set_tied(model: Source, options: Options) -> None:
     """Make the head the token table, or a tensor of its own, where that is asked for."""
     family = FAMILY.get(model.family)
     if options.tied is None or family is None:

@@ -26,7 +26,7 @@ from ..containers.step_folder import is_step_folder, open_step_folder, step_part
 from ..containers.tensors.views import stored
 from ..errors import CheckpointMismatch
 from ..inspection.inspect import Inspected, identity_of
-from .plan import Model, Options, Ref, Target, WeightFile
+from .plan import Options, Ref, Source, Target, WeightFile
 
 MAIN = ("model", "state_dict", "model_state_dict")
 AVERAGE = ("ema", "ema_model", "model_ema", "ema_state_dict")
@@ -164,7 +164,7 @@ def _step(container: Container) -> int | None:
     return next((value for value in said if type(value) is int), None)
 
 
-def take_parts(model: Model, path: Path, options: Options) -> None:
+def take_parts(model: Source, path: Path, options: Options) -> None:
     """Drop, with reasons, what was not asked for of a sharded checkpoint; keep the optimizer where it was.
 
     Raises: CheckpointMismatch when parts are asked for of a checkpoint that has none.
@@ -196,7 +196,7 @@ def take_parts(model: Model, path: Path, options: Options) -> None:
         model.notes.append(f"not opened: {', '.join(left)} of {path}")
 
 
-def add_optimizer_tensors(model: Model, options: Options) -> None:
+def add_optimizer_tensors(model: Source, options: Options) -> None:
     """Take the tensors of an optimizer along as tensors among the others; its other values have no place there.
 
     Raises: CheckpointMismatch when a cast is asked for, which would round counts and moments too.
@@ -213,7 +213,7 @@ def add_optimizer_tensors(model: Model, options: Options) -> None:
         )
 
 
-def add_optimizer(model: Model, file: WeightFile) -> None:
+def add_optimizer(model: Source, file: WeightFile) -> None:
     """Put a sharded checkpoint's optimizer, laid out as it was, beside the weights of a torch file.
 
     Raises: CheckpointMismatch when it holds more than tensors and plain values.

@@ -10,7 +10,7 @@ from ..containers.json_files import parse_json
 from ..containers.pickles.inert import Call, Global, as_text
 from ..containers.pickles.reader import read_pickle
 from ..errors import CheckpointMismatch
-from .plan import Model, Options
+from .plan import Options, Source
 
 GPT2_ROWS = range(50257, 50305)
 """Rows that a vocabulary of GPT-2's 50257 tokens has: exactly, or padded to a multiple of 64 or 128."""
@@ -25,7 +25,7 @@ _GPT2_TOKENS = {"!": 0, "\u0120t": 256, "\u0120the": 262, "\u0120gazed": 50255, 
 _LARGEST = 64 << 20  # bytes
 
 
-def add_tokenizer(model: Model, options: Options) -> None:
+def add_tokenizer(model: Source, options: Options) -> None:
     """Give a model the tokenizer that belongs to it, where that is known; a note says what is missing.
 
     Raises: CheckpointMismatch when a vocabulary has another size than the model; CheckpointDamaged, CheckpointNotFound.

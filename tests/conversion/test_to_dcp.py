@@ -118,10 +118,10 @@ def test_there_and_back_are_the_same_bytes(tmp_path):
 
 
 def test_two_entries_of_one_name_are_refused():
-    from core.conversion.plan import Model, Plan, WeightFile
+    from core.conversion.plan import Plan, Source, WeightFile
     from core.conversion.targets.dcp import in_dcp
 
-    model = Model(Path("x"), None, "", {}, {}, {})  # type: ignore[arg-type]
+    model = Source(Path("x"), None, "", {}, {}, {})  # type: ignore[arg-type]
     plan = Plan(model, Path("y"), "pt", [WeightFile("y", [], {"a": {"b": 1}, "a.b": 2})])
     with pytest.raises(CheckpointMismatch, match=r"two of its entries would be called a\.b"):
         in_dcp(plan)

@@ -22,7 +22,7 @@ from ...families.fused import FUSED, LECTURE
 from ...families.lecture import LECTURE as LECTURE_TABLE
 from ...families.rules import Concat, Row, apply
 from ...inspection.inspect import of_bundle
-from ..plan import Model, Options, Plan, Ref, Target, WeightFile, target_of
+from ..plan import Options, Plan, Ref, Source, Target, WeightFile, target_of
 
 Progress = Callable[[int], object]
 
@@ -104,7 +104,7 @@ class Content:
         """
         path = self.bundle.path(MODEL)
         dropped = {self.bundle.weights.tensors[raw].name: why for raw, why in self.bundle.evidence.plan.dropped.items()}
-        model = Model(path, self.container, FUSED, self.weights, {}, self.sizes, sources=self.sources, dropped=dropped)
+        model = Source(path, self.container, FUSED, self.weights, {}, self.sizes, sources=self.sources, dropped=dropped)
         model.route = [(self.rows, False)] if self.rows else []
         targets = [target_of(model, name, MODEL, Options()) for name in self.weights]
         files = [WeightFile(MODEL, targets, {target.path: Ref(target.path) for target in targets})]

@@ -11,7 +11,7 @@ from ...config.gpt import GPTConfig
 from ...containers.tensors.views import filled
 from ...families import gpt, hf_gpt2, lecture, nanogpt
 from ...families.fused import FUSED, LECTURE
-from ..plan import Model, Options, Pair
+from ..plan import Options, Pair, Source
 
 TABLE, HEAD, HEAD_BIAS = "token_embedding_table.weight", "lm_head.weight", "lm_head.bias"
 HF_TABLE = "transformer.wte.weight"
@@ -38,24 +38,24 @@ EPSILON = 1e-5
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
-def _biases(model: Model) -> dict[str, bool]:
+def _biases(model: Source) -> dict[str, bool]:
     """Which biases are there, in the fields of our config, from our names."""
     names = {switch: [name.replace("{i}", "0") for name in names] for switch, names in gpt.SWITCHES.items()}
     return {switch: any(name in model.tensors for name in some) for switch, some in names.items()}
 
 
-def _ours(model: Model, **fields: Any) -> dict[str, Any]:
+def _ours(model: Source, **fields: Any) -> dict[str, Any]:
     """Our config of a model in numbers."""
     sizes = {name: model.sizes[name] for name in _SIZES if name in model.sizes}
     return GPTConfig.from_dict({**sizes, **fields}, str(model.path)).to_dict()
 
 
-def lecture_to_ours(model: Model, options: Options) -> dict[str, Any]:
+def lecture_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Keep the config: it is of our GPT already."""
     return model.config
 
 
-def nanogpt_to_ours(model: Model, options: Options) -> dict[str, Any]:
+def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Read model_args; the head is the token table, and has no bias."""
     on = {part: f"transformer.h.0.{name}.bias" in model.tensors for part, name in _NANOGPT_PARTS.items()}
     if HEAD in model.tensors and not model.is_same(HEAD, HF_TABLE):
@@ -81,7 +81,7 @@ def nanogpt_to_ours(model: Model, options: Options) -> dict[str, Any]:
 _NANOGPT_PARTS = {"qkv": "attn.c_attn", "proj": "attn.c_proj", "mlp": "mlp.c_fc", "norm": "ln_1"}
 
 
-def hf_to_ours(model: Model, options: Options) -> dict[str, Any]:
+def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Read config.json, and refuse what our GPT does not compute."""
     config = model.config
     if not config:
@@ -118,7 +118,7 @@ def hf_to_ours(model: Model, options: Options) -> dict[str, Any]:
     )
 
 
-def _drop_head_bias(model: Model, target: str) -> None:
+def _drop_head_bias(model: Source, target: str) -> None:
     if HEAD_BIAS not in model.tensors:
         return
     if not model.is_zero(HEAD_BIAS):
@@ -129,12 +129,12 @@ def _drop_head_bias(model: Model, target: str) -> None:
     model.drop(HEAD_BIAS, f"all zeros; {target} has no bias in its head")
 
 
-def _drop_tied_head(model: Model, target: str) -> None:
+def _drop_tied_head(model: Source, target: str) -> None:
     if HEAD in model.tensors:
         model.drop(HEAD, f"tied to {TABLE}; {target} leaves it out")
 
 
-def _add_zero_biases(model: Model) -> None:
+def _add_zero_biases(model: Source) -> None:
     """Give every part that has no bias one of zeros, which computes the same."""
     sizes = {**model.sizes, "3 n_embd": 3 * model.sizes["n_embd"], "4 n_embd": 4 * model.sizes["n_embd"]}
     dtype = model.tensors["ln_f.weight"].dtype
@@ -147,7 +147,7 @@ def _add_zero_biases(model: Model) -> None:
                 model.replace(name, filled(dtype, tuple(sizes[side] for side in sides)), "zeros")
 
 
-def ours_to_hf(model: Model, options: Options) -> dict[str, Any]:
+def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a bias that is not there becomes zeros, a tied head is left out."""
     config = GPTConfig.from_dict(model.config, str(model.path))
     tied = config.tied_head and options.tied is not False
@@ -184,7 +184,7 @@ def ours_to_hf(model: Model, options: Options) -> dict[str, Any]:
     }
 
 
-def ours_to_nanogpt(model: Model, options: Options) -> dict[str, Any]:
+def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
     """Write model_args; refuse what nanoGPT does not compute: another activation, a head of its own."""
     config = GPTConfig.from_dict(model.config, str(model.path))
     if config.activation != "gelu":

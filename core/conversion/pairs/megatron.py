@@ -7,7 +7,7 @@ from typing import Any
 from ...containers.tensors.computed import Computed, mean, plus_one
 from ...containers.tensors.views import filled
 from ...families import megatron_tables
-from ..plan import Model, Options, Pair
+from ..plan import Options, Pair, Source
 from .megatron_settings import LLAMA3, activation, ids, refuse_other_models, rope_scaling, setting, unknown
 from .megatron_source import localize
 
@@ -23,11 +23,11 @@ FEWER = 0.5
 """Norm weights are near 1 at first; those of a model that stores gamma - 1 average below this."""
 
 
-def _has(model: Model, name: str) -> bool:
+def _has(model: Source, name: str) -> bool:
     return LAYER + name in model.tensors
 
 
-def _numbers(model: Model, *needed: str) -> dict[str, int]:
+def _numbers(model: Source, *needed: str) -> dict[str, int]:
     """Numbers of the model that have to be known."""
     lost = [word for word in needed if word not in model.sizes]
     if lost:
@@ -35,20 +35,20 @@ def _numbers(model: Model, *needed: str) -> dict[str, int]:
     return {word: model.sizes[word] for word in needed}
 
 
-def _ready(model: Model, options: Options) -> None:
+def _ready(model: Source, options: Options) -> None:
     """Give tensors the names of the local layers, and norm weights their values."""
     localize(model)
     refuse_other_models(model, options)
     _norms(model, options)
 
 
-def _refuse_void(model: Model, options: Options, flag: str, why: str) -> None:
+def _refuse_void(model: Source, options: Options, flag: str, why: str) -> None:
     """Refuse a flag that says what the model does not have."""
     if flag in options.more:
         raise model.refuse(f"--{flag} has no effect: {why}. Leave it out.")
 
 
-def _norms(model: Model, options: Options) -> None:
+def _norms(model: Source, options: Options) -> None:
     norms = [name for name in model.tensors if name.endswith("layernorm.weight")]
     if setting(model, options, "layernorm_1p", False, is_said=False):
         into = Computed(f"{model.path.name}, plus 1")
@@ -66,7 +66,7 @@ def _norms(model: Model, options: Options) -> None:
         )
 
 
-def _is_tied(model: Model, options: Options, head: str, table: str, is_said: bool) -> bool:
+def _is_tied(model: Source, options: Options, head: str, table: str, is_said: bool) -> bool:
     """Whether head and token table are one; a head that was written although the program ties it is left out.
 
     Raises: CheckpointMismatch for a head of other values than the table, which the program would not use.
@@ -84,12 +84,12 @@ def _is_tied(model: Model, options: Options, head: str, table: str, is_said: boo
     return False
 
 
-def _is_one(model: Model) -> bool:
+def _is_one(model: Source) -> bool:
     """Whether head and token table of a Megatron model share their bytes."""
     return HEAD in model.tensors and model.tensors[HEAD].same_elements(model.tensors[TABLE])
 
 
-def to_hf(model: Model, options: Options) -> dict[str, Any]:
+def to_hf(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of Llama, Qwen2 or Qwen3; refuse biases that these do not have."""
     style = model.family.removeprefix("megatron_")
     _refuse_void(model, options, "activation", "a gated feed-forward part computes silu")
@@ -141,7 +141,7 @@ def to_hf(model: Model, options: Options) -> dict[str, Any]:
 _BIASES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1")
 
 
-def _say_padding(model: Model) -> None:
+def _say_padding(model: Source) -> None:
     said, rows = model.config.get("vocab_size"), model.sizes["vocab_size"]
     if isinstance(said, int) and 0 < said < rows:
         model.notes.append(
@@ -150,7 +150,7 @@ def _say_padding(model: Model) -> None:
         )
 
 
-def _export_config(model: Model, **more: Any) -> dict[str, Any]:
+def _export_config(model: Source, **more: Any) -> dict[str, Any]:
     """What an export leaves out, under the names of Megatron's arguments; its eight fields are written with it."""
     model.notes.append(
         "model_config also has what an export leaves out, by the names of Megatron's arguments: " + ", ".join(more)
@@ -158,7 +158,7 @@ def _export_config(model: Model, **more: Any) -> dict[str, Any]:
     return more
 
 
-def to_megatron(model: Model, options: Options) -> dict[str, Any]:
+def to_megatron(model: Source, options: Options) -> dict[str, Any]:
     """Write the config of an export from that of Llama, Qwen2 or Qwen3."""
     config, style = model.config, model.family.removeprefix("hf_")
     if not config:
@@ -203,7 +203,7 @@ _HF_BIASES = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj")
 GPT2_TABLE, POSITIONS = "transformer.wte.weight", "embedding.position_embeddings.weight"
 
 
-def to_gpt2(model: Model, options: Options) -> dict[str, Any]:
+def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a bias that is not there becomes zeros."""
     if POSITIONS in model.tensors:
         for flag in ("rope_theta", "rotary_percent", "rope_scaling_factor"):
@@ -258,7 +258,7 @@ def _gpt2_config(size: dict[str, int], positions: int, eps: float) -> dict[str, 
     }
 
 
-def _zero_biases(model: Model) -> None:
+def _zero_biases(model: Source) -> None:
     """Give linear layers without biases those of zeros, which compute the same."""
     weights = [name for name in model.tensors if ".linear_" in name and name.endswith(".weight")]
     for name in weights:
@@ -267,7 +267,7 @@ def _zero_biases(model: Model) -> None:
             model.replace(bias, filled(view.dtype, view.shape[:1]), "zeros")
 
 
-def gpt2_to_megatron(model: Model, options: Options) -> dict[str, Any]:
+def gpt2_to_megatron(model: Source, options: Options) -> dict[str, Any]:
     """Write the config of an export from that of GPT2LMHeadModel."""
     config = model.config
     gelu = config.get("activation_function", "gelu_new")

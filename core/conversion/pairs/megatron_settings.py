@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import CheckpointMismatch
-from ..plan import Model, Options
+from ..plan import Options, Source
 
 NAMES: dict[str, tuple[str, ...]] = {
     "rope_theta": ("rotary_base",),
@@ -60,7 +60,7 @@ FACTOR = 8.0
 """Its factor, before --rope-scaling-factor could say another one."""
 
 
-def setting(model: Model, options: Options, flag: str, default: Any, *, is_said: bool = True) -> Any:
+def setting(model: Source, options: Options, flag: str, default: Any, *, is_said: bool = True) -> Any:
     """Look up a setting; a note says that a default was taken, or that a flag says other than the config."""
     said = next((model.config[name] for name in NAMES[flag] if model.config.get(name) is not None), None)
     asked = options.more.get(flag)
@@ -75,7 +75,7 @@ def setting(model: Model, options: Options, flag: str, default: Any, *, is_said:
     return default
 
 
-def rope_scaling(model: Model, options: Options) -> dict[str, Any]:
+def rope_scaling(model: Source, options: Options) -> dict[str, Any]:
     """How the positions of a model are scaled, in transformers' words; {} where they are not.
 
     Raises: CheckpointMismatch for a factor that is no number from 1.
@@ -90,7 +90,7 @@ def rope_scaling(model: Model, options: Options) -> dict[str, Any]:
     return {**LLAMA3, "factor": float(factor)}
 
 
-def refuse_other_models(model: Model, options: Options) -> None:
+def refuse_other_models(model: Source, options: Options) -> None:
     """Refuse what the tensors do not show, and transformers does not compute.
 
     Raises: CheckpointMismatch.
@@ -108,7 +108,7 @@ def refuse_other_models(model: Model, options: Options) -> None:
         )
 
 
-def unknown(model: Model, words: list[str]) -> CheckpointMismatch:
+def unknown(model: Source, words: list[str]) -> CheckpointMismatch:
     """Make the error that says which numbers of a model nothing shows."""
     help_ = " Add --num_attention_heads N." if model.family.startswith("megatron_") else ""
     return model.refuse(
@@ -116,7 +116,7 @@ def unknown(model: Model, words: list[str]) -> CheckpointMismatch:
     )
 
 
-def activation(model: Model, options: Options) -> str:
+def activation(model: Source, options: Options) -> str:
     """Find out which GELU a model computes, in transformers' words: the bias fused into it has the tanh form."""
     asked = options.more.get("activation")
     said = None

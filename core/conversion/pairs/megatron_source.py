@@ -13,7 +13,7 @@ from ...families.identify import Identity
 from ...families.megatron_iteration import is_extra_state
 from ...families.megatron_tables import TRANSFORMER_ENGINE, unstacked
 from ...families.rules import Table, apply
-from ..plan import Model, Options
+from ..plan import Options, Source
 
 if TYPE_CHECKING:
     from ...inspection.inspect import Inspected
@@ -61,7 +61,7 @@ def conflicts_said(identity: Identity, bare: Identity) -> list[str]:
     return [f"the tensors win where the config says otherwise: {conflict}" for conflict in identity.conflicts]
 
 
-def refuse_mixed(model: Model) -> None:
+def refuse_mixed(model: Source) -> None:
     """Refuse what is neither Llama, nor Qwen, nor GPT-2, and say why.
 
     Raises: CheckpointMismatch.
@@ -87,7 +87,7 @@ def refuse_mixed(model: Model) -> None:
     raise model.refuse(f"{model.program}: {why}. --to safetensors and --to pt keep the tensors.")
 
 
-def drop_extra_states(model: Model, key: str) -> None:
+def drop_extra_states(model: Source, key: str) -> None:
     """List what Transformer Engine keeps beside the tensors as dropped: None, bytes, of a shard of layers anything."""
     node: Any = model.container.content
     for word in key.split(".")[:-1]:
@@ -99,7 +99,7 @@ def drop_extra_states(model: Model, key: str) -> None:
             model.dropped[f"{key}{name}"] = f"what Transformer Engine keeps for FP8, here {kind}"
 
 
-def localize(model: Model) -> None:
+def localize(model: Source) -> None:
     """Give tensors the names of the local layers, one for each layer.
 
     Sources are renamed and cut with them: they are compared layer by layer after writing, in the memory of one.
@@ -111,13 +111,13 @@ def localize(model: Model) -> None:
         model.sources = _renamed(model, table, model.sources)[0]
 
 
-def _stack_table(model: Model) -> Table:
+def _stack_table(model: Source) -> Table:
     if "decoder.layers.self_attention.linear_qkv.weight" not in model.tensors:
         return ()
     return unstacked(model.sizes["n_layer"])
 
 
-def _renamed(model: Model, table: Table, tensors: dict[str, View]) -> tuple[dict[str, View], dict[str, str]]:
+def _renamed(model: Source, table: Table, tensors: dict[str, View]) -> tuple[dict[str, View], dict[str, str]]:
     try:
         made = apply(table, tensors, model.sizes)
     except CheckpointMismatch as error:

@@ -6,13 +6,13 @@ from typing import Any
 
 from ...config.modded import ModdedConfig
 from ...families.modded import TO_MEDIUM, completed
-from ..plan import Model, Options, Pair
+from ..plan import Options, Pair, Source
 
 BATCHED = "batched"
 """Our GPTBatched: its tensors are laid out as medium's, and its config says the variant."""
 
 
-def to_batched(model: Model, options: Options) -> dict[str, Any]:
+def to_batched(model: Source, options: Options) -> dict[str, Any]:
     """Make the config of a GPTBatched; a tail of padded scalars is cut, and what no layer reads is filled in."""
     variant = model.family.removeprefix("modded_")
     for name, (view, rule) in completed(model.tensors, variant, model.sizes["n_layer"]).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...families.fused import FUSED
 from ..pairs.modded import BATCHED
-from ..plan import Model, Options, Plan
+from ..plan import Options, Plan, Source
 from .bundle import plan_bundle
 from .dcp import plan_dcp
 from .hf import plan_hf
@@ -28,7 +28,7 @@ class Format:
     name: str
     what: str
     families: tuple[str, ...]
-    plan: Callable[[Model, Options, Path], Plan]
+    plan: Callable[[Source, Options, Path], Plan]
 
 
 FORMATS = (

@@ -12,13 +12,13 @@ from ...bundle.training_state import STATE, TrainingState, seal, time_of
 from ...config.gpt import FORMAT_VERSION
 from ...containers.json_files import dump_json
 from ...containers.plain import plain
-from ..plan import Model, Options, Plan, Ref, WeightFile, target_of
+from ..plan import Options, Plan, Ref, Source, WeightFile, target_of
 from ..vocabulary import tokens_of
 from .safetensors import ties
 from .torch import optimizer_content, parameters_of
 
 
-def plan_bundle(model: Model, options: Options, target: Path) -> Plan:
+def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
     """Plan a bundle: model.pt, config, tokenizer, training state, and the optimizer where there is one."""
     characters, rows = tokens_of(model.tokenizer), model.sizes.get("vocab_size", 0)
     if (model.tokenizer or {}).get("token_kind") == "char" and not fits_characters(characters, rows):

@@ -11,7 +11,7 @@ from ...containers.dcp import writer as dcp_writer
 from ...containers.dcp.metadata import METADATA
 from ...containers.dcp.writer import Placed
 from ...containers.torch_files.layout import Sink
-from ..plan import Model, Options, Plan, Ref, Target, WeightFile
+from ..plan import Options, Plan, Ref, Source, Target, WeightFile
 from .torch import plan_pt
 
 Keys = tuple[str | int, ...]
@@ -67,6 +67,6 @@ def write_items(file: WeightFile, sink: Sink, elements: Callable[[Target], Itera
     return dcp_writer.metadata(placed)
 
 
-def plan_dcp(model: Model, options: Options, target: Path) -> Plan:
+def plan_dcp(model: Source, options: Options, target: Path) -> Plan:
     """Plan a folder of torch.distributed.checkpoint, nested as the torch file of the same model."""
     return in_dcp(plan_pt(model, options, target))

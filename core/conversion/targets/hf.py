@@ -9,7 +9,7 @@ from typing import Any
 from ...bundle.commit import CONFIG
 from ...containers.hf_folder import BESIDE
 from ...containers.json_files import dump_json
-from ..plan import Model, Options, Plan, folded
+from ..plan import Options, Plan, Source, folded
 from ..vocabulary import definition_of
 from .safetensors import add_weights, beside
 
@@ -50,7 +50,7 @@ def _tokenizer(state: dict[str, object]) -> str:
     return "`tokenizer.json`"
 
 
-def plan_hf(model: Model, options: Options, target: Path) -> Plan:
+def plan_hf(model: Source, options: Options, target: Path) -> Plan:
     """Plan a folder that transformers opens: weights, config.json, generation_config.json, tokenizer, model card."""
     plan = Plan(model, target, "hf", [])
     add_weights(plan, options)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..pairs.megatron_settings import NAMES, ONLY, unknown
 from ..pairs.megatron_source import localize
-from ..plan import TORCH_ENDINGS, Model, Options, Plan, Ref, WeightFile, target_of
+from ..plan import TORCH_ENDINGS, Options, Plan, Ref, Source, WeightFile, target_of
 
 FILE, STATE, SETTINGS = "exported_model.pt", "model_state_dict", "model_config"
 HEAD, UNTIED = "output_layer.weight", "untie_embeddings_and_output_weights"
@@ -21,7 +21,7 @@ KEPT = (
 """Settings that go into model_config where they are known, by the names of Megatron's arguments."""
 
 
-def plan_megatron(model: Model, options: Options, target: Path) -> Plan:
+def plan_megatron(model: Source, options: Options, target: Path) -> Plan:
     """Plan the file of an export, under the names of the local layers; in a folder where the target is no .pt."""
     if options.include_optimizer:
         raise model.refuse("an export of Megatron has no optimizer. Leave out --include_optimizer.")
@@ -34,7 +34,7 @@ def plan_megatron(model: Model, options: Options, target: Path) -> Plan:
     return Plan(model, target, "megatron", [WeightFile(file, targets, content)], is_folder=is_folder)
 
 
-def export_config(model: Model, options: Options) -> dict[str, Any]:
+def export_config(model: Source, options: Options) -> dict[str, Any]:
     """Write the config of an export: the eight fields it always has, as the tensors show them, and what else is known.
 
     Raises: CheckpointMismatch when neither the tensors nor a config say what the heads are.

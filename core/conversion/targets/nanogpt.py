@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..plan import Model, Options, Plan
+from ..plan import Options, Plan, Source
 from .torch import plan_torch_file
 
 
-def plan_nanogpt(model: Model, options: Options, target: Path) -> Plan:
+def plan_nanogpt(model: Source, options: Options, target: Path) -> Plan:
     """Plan a ckpt.pt that nanoGPT resumes and samples from."""
     best = (model.state.best or {}).get("val_loss")
     more = {
@@ -22,7 +22,7 @@ def plan_nanogpt(model: Model, options: Options, target: Path) -> Plan:
     return plan_torch_file(model, options, target, "nanogpt", more)
 
 
-def _decayed_first(model: Model) -> None:
+def _decayed_first(model: Source) -> None:
     """nanoGPT has two groups: what has at least two sides decays, the rest does not.
 
     Raises: CheckpointMismatch for an optimizer of other groups, or with parameters that were filled in.

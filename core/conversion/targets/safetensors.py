@@ -12,13 +12,13 @@ from ...containers import safetensors_writer
 from ...containers.hf_folder import BESIDE
 from ...containers.json_files import dump_json
 from ...families.fused import FUSED
-from ..plan import Model, Options, Plan, Target, WeightFile, target_of
+from ..plan import Options, Plan, Source, Target, WeightFile, target_of
 from ..sharded import add_optimizer_tensors
 
 INDEX = "model.safetensors.index.json"
 
 
-def plan_safetensors(model: Model, options: Options, target: Path) -> Plan:
+def plan_safetensors(model: Source, options: Options, target: Path) -> Plan:
     """Plan a .safetensors file, or a folder of them when the target has no such name."""
     is_folder = target.suffix != ".safetensors"
     if not is_folder and options.shard_size is not None:
@@ -70,7 +70,7 @@ def add_files(
         plan.texts[INDEX] = dump_json(safetensors_writer.index(files, sizes))
 
 
-def ties(model: Model) -> dict[str, str]:
+def ties(model: Source) -> dict[str, str]:
     """Tensors that are another one again, and which."""
     seen: dict[tuple[Any, ...], str] = {}
     found = {}
@@ -80,7 +80,7 @@ def ties(model: Model) -> dict[str, str]:
     return found
 
 
-def beside(model: Model, names: tuple[str, ...]) -> dict[str, Path]:
+def beside(model: Source, names: tuple[str, ...]) -> dict[str, Path]:
     """Find files that lie beside the weights of another program's model and go along; links are not followed."""
     if model.container.path.is_dir() and model.family_of_source not in (FUSED, "lecture"):
         folder = model.container.path

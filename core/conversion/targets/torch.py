@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ...containers.tensors.views import View
-from ..plan import TORCH_ENDINGS, Model, Options, Plan, Ref, Target, WeightFile, target_of
+from ..plan import TORCH_ENDINGS, Options, Plan, Ref, Source, Target, WeightFile, target_of
 from ..sharded import add_optimizer
 from .safetensors import ties
 
 CKPT = "ckpt.pt"
 
 
-def plan_pt(model: Model, options: Options, target: Path) -> Plan:
+def plan_pt(model: Source, options: Options, target: Path) -> Plan:
     """Plan one torch file: a state dict, or with an optimizer `{"model", "optimizer"}`."""
     if options.include_optimizer and not model.along:
         return plan_torch_file(model, options, target, "pt", {})
@@ -25,7 +25,7 @@ def plan_pt(model: Model, options: Options, target: Path) -> Plan:
     return Plan(model, target, "pt", [file], is_folder=False)
 
 
-def plan_torch_file(model: Model, options: Options, target: Path, kind: str, more: dict[str, Any]) -> Plan:
+def plan_torch_file(model: Source, options: Options, target: Path, kind: str, more: dict[str, Any]) -> Plan:
     """Plan a torch file of `model`, `optimizer` where it is asked for, and further entries."""
     file = target.name if target.suffix in TORCH_ENDINGS else CKPT
     targets = [target_of(model, name, file, options, f"model.{name}") for name in model.tensors]
@@ -39,14 +39,14 @@ def plan_torch_file(model: Model, options: Options, target: Path, kind: str, mor
     return Plan(model, target, kind, [WeightFile(file, targets, content)], is_folder=file != target.name)
 
 
-def parameters_of(model: Model) -> list[str]:
+def parameters_of(model: Source) -> list[str]:
     """Name the tensors of a model once each, without the second names of tied ones."""
     aliases = ties(model)
     return [name for name in model.tensors if name not in aliases]
 
 
 def optimizer_content(
-    model: Model, options: Options, order: list[str], file: str, prefix: str, named: bool
+    model: Source, options: Options, order: list[str], file: str, prefix: str, named: bool
 ) -> tuple[dict[str, Any], list[Target]]:
     """Lay out the moments as torch.optim does, in the order of the parameters in each group.
 
@@ -80,7 +80,7 @@ def optimizer_content(
     return {"state": state, "param_groups": groups}, targets
 
 
-def _first_source(model: Model, name: str, group_of: dict[str, int]) -> str:
+def _first_source(model: Source, name: str, group_of: dict[str, int]) -> str:
     """The parameter of the source that one of the target's begins with; "" for one that was filled in."""
     raw = model.tensors[name].names
     for source, view in model.sources.items():
