@@ -156,7 +156,7 @@ def open_bundle(folder: Path, step: int | None = None, storage: Storage = DISK) 
 def _open_step(place: ModelFolder, step: int) -> OpenStep:
     with contextlib.suppress(CheckpointDamaged):
         opened = place.open_newest()
-        if opened.state.get("step") == step:
+        if opened.state.step == step:
             return opened
         opened.close()
     return place.open_step(step)
