@@ -47,6 +47,7 @@ ROOMS = {
     "core/families/rules.py": "families/test_rules conversion/test_llama",
     "core/loading/optimizer.py": "checkpoint/test_optimizer checkpoint/test_legacy_updates",
     "core/loading/tensors.py": "checkpoint/test_tensors checkpoint/test_legacy_models bundle/test_address_space",
+    "core/loading/mapped.py": "checkpoint/test_tensors checkpoint/test_sharded bundle/test_address_space",
     "core/networks/modded.py": "networks/test_modded_reference networks/test_modded_upstream networks/test_batched",
     "core/saving/snapshot.py": "checkpoint/test_snapshot checkpoint/test_checkpoint",
     "core/saving/step.py": "bundle/test_damage checkpoint/test_checkpoint training/test_failed_saves",

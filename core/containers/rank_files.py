@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from .pickles.inert import Call, as_text
 from .spec import Chunk, TensorSpec
 from .torch_files.file import open_torch_file
 from .torch_files.zip import TorchZip
+from .trees import map_paths
 
 _RANK_FILE = re.compile(r"(\w+)_rank(\d{5})\.pt")
 _MOST_NAMED = 5
@@ -113,7 +113,7 @@ class _Ranks:
                 shards[held] = shard
             return call
 
-        _change_calls(archive.content, "", collect)
+        map_paths(collect, archive.content)
         for held in archive.tensors:  # in the order of the file, which is that of the modules
             self.parts.setdefault(_owner(held, shards), [])
         in_record: dict[str, list[str]] = {}
@@ -171,7 +171,9 @@ class _Ranks:
         if differing:
             names = listed_names(list(differing), _MOST_NAMED)
             notes.append(f"{self.stem}_rank*.pt: {names}: ranks have copies that differ. The first rank's count.")
-        content = _change_calls(self.content, "", lambda held, call: tensors.get(held, call))
+        content = map_paths(
+            lambda held, value: tensors.get(held, value) if isinstance(value, Call) else value, self.content
+        )
         kind = f"files of {len(self.files)} rank{'s' * (len(self.files) != 1)}"
         return Container(kind, self.path, tensors, content, self.sizes, self.checks, list(self.foreign), notes)
 
@@ -190,21 +192,6 @@ class _Ranks:
         if faults:
             raise CheckpointDamaged(f"{self.path}: {self.stem}_rank*.pt: {faults[0]}.")
         return [f"{said}; nothing is lost with them."] if count else []
-
-
-def _change_calls(value: Any, path: str, change: Callable[[str, Call], Any]) -> Any:
-    """A copy of a content with another value for each record in it, by its path."""
-    if isinstance(value, Call):
-        return change(path, value)
-    before = f"{path}." if path else ""
-    if isinstance(value, dict):
-        return {
-            key: _change_calls(item, before + (key if isinstance(key, str) else as_text(key)), change)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return type(value)([_change_calls(item, f"{before}{i}", change) for i, item in enumerate(value)])
-    return value
 
 
 def _owner(name: str, shards: dict[str, Shard]) -> str:

@@ -71,6 +71,12 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
+    def blocks(self) -> tuple[Chunk, ...]:
+        """Its chunks; of a tensor that lies in one piece, that piece."""
+        whole = Chunk(self.file, self.offset, self.nbytes, (0,) * len(self.shape), self.shape, self.strides)
+        return self.chunks or (whole,)
+
+    @property
     def contiguous(self) -> bool:
         """Whether the elements lie densely in row-major order: `nbytes` bytes from `offset` are the tensor."""
         return self.strides == dense_strides(self.shape) or _same_order(self.shape, self.strides)

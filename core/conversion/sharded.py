@@ -24,6 +24,7 @@ from ..containers.safetensors import open_safetensors
 from ..containers.spec import TensorSpec
 from ..containers.step_folder import is_step_folder, open_step_folder, step_parts
 from ..containers.tensors.views import stored
+from ..containers.trees import map_paths
 from ..errors import CheckpointMismatch
 from ..inspection.inspect import Inspected, identity_of
 from .plan import Options, Ref, Source, Target, WeightFile
@@ -222,26 +223,20 @@ def add_optimizer(model: Source, file: WeightFile) -> None:
     weights = {f"model.{target.name}": target for target in file.targets}
     names: dict[int, str] = {id(spec): name for name, spec in model.container.tensors.items()}
     file.targets[:] = [Target(t.name, path, t.file, t.dtype, t.view, t.rule) for path, t in weights.items()]
-    paths: dict[str, str] = {}
 
-    def laid(value: Any, path: str) -> Any:
-        if isinstance(value, TensorSpec):
-            name = names.get(id(value), value.name)
-            view = model.along.get(name)
-            if view is None:
-                view = stored(model.container, value)
-            paths[name] = path
-            file.targets.append(Target(name, path, file.name, view.dtype, view, "copy", is_weight=False))
-            return Ref(path)
-        if isinstance(value, Mapping):
-            return {key: laid(item, f"{path}.{key}") for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(laid(item, f"{path}.{k}") for k, item in enumerate(value))
+    def laid(path: str, value: Any) -> Any:
         if isinstance(value, Call):
             raise model.refuse(f"its optimizer holds {as_text(value, 60)}. Leave out --include_optimizer.")
-        return value
+        if not isinstance(value, TensorSpec):
+            return value
+        name = names.get(id(value), value.name)
+        view = model.along.get(name)
+        if view is None:
+            view = stored(model.container, value)
+        file.targets.append(Target(name, path, file.name, view.dtype, view, "copy", is_weight=False))
+        return Ref(path)
 
-    optimizer = laid(content, "optimizer")
+    optimizer = map_paths(laid, content, "optimizer")
     file.content = {"model": {t.name: Ref(path) for path, t in weights.items()}, "optimizer": optimizer}
 
 

@@ -20,7 +20,8 @@ from ..containers.checksum import combine
 from ..containers.dcp.folder import SUFFIX
 from ..containers.dcp.metadata import METADATA
 from ..containers.tensors.reading import PIECE, Gatherer, cast
-from ..containers.torch_files.layout import Stored, ZipLayout, pickled
+from ..containers.torch_files.layout import Stored, pickled, write_torch_file
+from ..containers.trees import map_leaves
 from ..errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from .plan import Plan, Ref, Target, WeightFile
 from .proof import prove
@@ -217,27 +218,8 @@ def write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: 
         if key == len(keys):
             keys.append(target)
         tensors[target.path] = Stored(key, target.dtype, target.view.shape, target.nbytes)
-    data = pickled(_with_tensors(file.content, tensors))
-    layout = ZipLayout(output)
-    layout.record("data.pkl", len(data), [data])
-    layout.record("byteorder", 6, [b"little"])
-    digest = 0  # as tensors_digest() finds it in the file
-    for key, target in enumerate(keys):
-        crc = layout.record(f"data/{key}", target.nbytes, elements(gatherer, target, progress))
-        digest = zlib.crc32(crc.to_bytes(4, "little"), digest)
-    layout.record("version", 2, [b"3\n"])
-    layout.close()
-    return f"{digest:08x}"
-
-
-def _with_tensors(content: Any, tensors: dict[str, Stored]) -> Any:
-    if isinstance(content, Ref):
-        return tensors[content.path]
-    if isinstance(content, dict):
-        return {key: _with_tensors(value, tensors) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return type(content)(_with_tensors(value, tensors) for value in content)
-    return content
+    data_pkl = pickled(map_leaves(lambda leaf: tensors[leaf.path] if isinstance(leaf, Ref) else leaf, file.content))
+    return write_torch_file(output, data_pkl, ((t.nbytes, elements(gatherer, t, progress)) for t in keys))
 
 
 def elements(gatherer: Gatherer, target: Target, progress: Progress) -> Iterator[memoryview]:

@@ -15,6 +15,7 @@ from ..bundle.training_state import STATE
 from ..config.variants import VARIANTS
 from ..containers.pickles.inert import Call
 from ..containers.spec import TensorSpec
+from ..containers.trees import leaves
 from ..errors import CheckpointDamaged, CheckpointError
 from .inspect import Facts, Inspected
 from .tensor_table import tensor_facts
@@ -127,16 +128,11 @@ def _content(content: Any) -> Facts:
 
 def tensors_in(value: Any) -> Iterable[TensorSpec]:
     """The tensors somewhere in a content."""
-    if isinstance(value, TensorSpec):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Call):
-        yield from tensors_in((value.args, value.items, value.state))
+    for leaf in leaves(value):
+        if isinstance(leaf, TensorSpec):
+            yield leaf
+        elif isinstance(leaf, Call):
+            yield from tensors_in((leaf.args, leaf.items, leaf.state))
 
 
 def facts_of_ours(found: Inspected) -> Facts:

@@ -27,7 +27,8 @@ from ..networks.batched import GPTBatched
 from ..networks.device import resolve_device
 from ..networks.flex import GPTFlexAttention
 from ..networks.modded import ModdedGPT
-from .tensors import read_part, read_tensor
+from .mapped import read_tensor
+from .tensors import read_part
 
 Info = dict[str, Any]
 

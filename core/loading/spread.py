@@ -25,7 +25,7 @@ from torch.futures import Future
 
 from ..bundle.parts import ShardedFile
 from ..containers.spec import TensorSpec
-from .shards import chunks_of, read_block
+from .mapped import read_block
 
 
 def block_like(whole: Tensor, like: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class _Reader(dcp.StorageReader):
             assert item.type is LoadItemType.TENSOR
             spec = self.specs[item.storage_index.fqn]
             begin = tuple(item.storage_index.offset or ())
-            block = read_block(self.source, next(c for c in chunks_of(spec) if c.begin == begin), spec.dtype)
+            block = read_block(self.source, next(c for c in spec.blocks if c.begin == begin), spec.dtype)
             ends = zip(item.storage_offsets, item.lengths, strict=True)
             target = planner.resolve_tensor(item)
             target.detach().copy_(block[tuple(slice(b, b + n) for b, n in ends)])
@@ -103,7 +103,7 @@ class _Reader(dcp.StorageReader):
 
 
 def _described(spec: TensorSpec) -> TensorStorageMetadata:
-    boxes = [ChunkStorageMetadata(torch.Size(c.begin), torch.Size(c.shape)) for c in chunks_of(spec)]
+    boxes = [ChunkStorageMetadata(torch.Size(c.begin), torch.Size(c.shape)) for c in spec.blocks]
     return TensorStorageMetadata(TensorProperties(getattr(torch, spec.dtype)), torch.Size(spec.shape), boxes)
 
 

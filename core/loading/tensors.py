@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +16,6 @@ from ..bundle.contradictions import check_fit, rearrange_optimizer
 from ..bundle.optimizer_state import groups_of, names_in_order
 from ..bundle.parts import Part, ShardedFile, TorchFile, once
 from ..console.words import counted, differences, listed
-from ..containers.spec import TensorSpec
 from ..containers.torch_files.zip import TorchZip
 from ..data.tokenizer import tokenizer_from_state
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
@@ -26,8 +23,8 @@ from ..families.family import plain_name
 from ..families.fused import Fusing
 from ..model import GPT
 from ..networks.device import resolve_device
+from .mapped import map_tensors, mapped, read_shards
 from .optimizer import load_optimizer_state
-from .shards import read_shards
 
 DESCRIPTORS = Path("/proc/self/fd")
 """Where Linux names open files by number: how an open file, rather than its name, is mapped."""
@@ -62,21 +59,6 @@ def _torch_load(source: TorchFile) -> Any:
         raise CheckpointDamaged(f"{source.path}: no torch file that can be read ({error}).") from error
 
 
-def mapped(source: TorchFile) -> mmap.mmap:
-    """Map a file, privately: writing to it copies the page.
-
-    Raises: CheckpointError when the system does not give the addresses.
-    """
-    try:
-        return mmap.mmap(source.file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        size = os.fstat(source.file.fileno()).st_size
-        raise CheckpointError(
-            f"{source.path}: its {size} bytes cannot be mapped ({error.strerror}). The file is as it was; raise the "
-            "limit of the process (ulimit -v), or use a machine with more memory."
-        ) from error
-
-
 @contextlib.contextmanager
 def _room_for(bundle: Bundle) -> Iterator[None]:
     """Explain what ends for want of memory."""
@@ -90,74 +72,6 @@ def _room_for(bundle: Bundle) -> Iterator[None]:
             f"{bundle.weights.source.path}: no memory for its {size} bytes of weights. The file is as it was; free "
             "memory, use another device, or a machine with more."
         ) from error
-
-
-def map_tensors(source: TorchFile, content: Any) -> Any:
-    """Put mapped tensors in place of the specs in a header's content; tensors that share a storage share memory."""
-    memory = torch.frombuffer(mapped(source), dtype=torch.uint8)
-    specs = list(_specs(content))
-    ends: dict[str, int] = {}
-    starts: dict[str, int] = {}
-    for spec in specs:
-        starts[spec.storage] = min(spec.offset, starts.get(spec.storage, spec.offset))
-        ends[spec.storage] = max(spec.offset + spec.extent, ends.get(spec.storage, 0))
-    storages = {key: _aligned(memory, starts[key], ends[key]) for key in starts}
-
-    def put(value: Any) -> Any:
-        if isinstance(value, TensorSpec):
-            return _tensor(value, storages[value.storage], value.offset - starts[value.storage])
-        if isinstance(value, dict):
-            return {key: put(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(put, value))
-        return value
-
-    return put(content)
-
-
-def read_tensor(source: TorchFile, spec: TensorSpec) -> torch.Tensor:
-    """Read one tensor into memory of its own, without a map: its pages are gone with it.
-
-    Raises: CheckpointDamaged when the file ends too early.
-    """
-    data = torch.empty(spec.extent, dtype=torch.uint8)
-    view, done = memoryview(data.numpy().data), 0
-    source.file.seek(spec.offset)
-    while done < spec.extent:
-        count = source.file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise CheckpointDamaged(f"{source.path}: {spec.name} ends after {done} of {spec.extent} bytes.")
-        done += count
-    return _tensor(spec, data, 0)
-
-
-def _specs(value: Any) -> Iterator[TensorSpec]:
-    if isinstance(value, TensorSpec):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _specs(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _specs(item)
-
-
-def _aligned(memory: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Bytes as a storage of their own: mapped, or copied where the old stream format left them unaligned."""
-    if end <= start:
-        return torch.empty(0, dtype=torch.uint8)
-    piece = memory[start:end]
-    if start % 64:
-        return piece.clone()
-    return torch.frombuffer(piece.numpy(), dtype=torch.uint8)
-
-
-def _tensor(spec: TensorSpec, storage: torch.Tensor, offset: int) -> torch.Tensor:
-    dtype = getattr(torch, spec.dtype)
-    if not spec.numel:
-        return torch.empty(spec.shape, dtype=dtype)
-    whole = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
-    return whole.as_strided(spec.shape, spec.strides, offset // dtype.itemsize)
 
 
 def join_rows(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..containers.trees import map_paths
 from ..families.family import plain_name
 
 
@@ -77,27 +78,16 @@ def copy_others(content: Any, stable: Container[int] | None, live: dict[str, tor
 
     Tensors that are one stay one; those that were not copied go into `live` by name.
     """
-    return _copy(content, name, stable, live, {})
+    copies: dict[int, torch.Tensor] = {}
 
-
-def _copy(
-    value: Any,
-    name: str,
-    stable: Container[int] | None,
-    live: dict[str, torch.Tensor],
-    copies: dict[int, torch.Tensor],
-) -> Any:
-    # No function inside another one that calls itself: that is a cycle, and would keep the tensors until it is found.
-    if isinstance(value, torch.Tensor):
+    def copy(path: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
         if stable is None or value.untyped_storage()._cdata in stable:
-            live[name] = value
+            live[path] = value
             return value
         if id(value) not in copies:
             copies[id(value)] = value.detach().clone()
         return copies[id(value)]
-    if isinstance(value, dict):
-        return {key: _copy(item, f"{name}.{key}", stable, live, copies) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_copy(item, f"{name}.{i}", stable, live, copies) for i, item in enumerate(value)]
-        return items if isinstance(value, list) else tuple(items)
-    return value
+
+    return map_paths(copy, content, name)

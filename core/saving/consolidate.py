@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +15,8 @@ from ..bundle.write import Content, Writer, write_bundle
 from ..containers.spec import TensorSpec
 from ..containers.tensors.reading import Gatherer
 from ..containers.tensors.views import stored
-from ..containers.torch_files.layout import Stored, ZipLayout, pickled
+from ..containers.torch_files.layout import Stored, pickled, write_torch_file
+from ..containers.trees import map_leaves
 
 
 def consolidate(place: ModelFolder) -> Bundle | None:
@@ -57,17 +56,17 @@ def _writer(name: str, part: Part) -> Writer:
         source.refuse_foreign()
         content = _numbered(part.content) if name == OPTIMIZER else part.content
         specs: list[TensorSpec] = []
-        data_pkl = pickled(_with_stored(content, specs))
-        layout, sums = ZipLayout(output), []
-        layout.record("data.pkl", len(data_pkl), [data_pkl])
-        layout.record("byteorder", 6, [b"little"])
+
+        def put(value: Any) -> Any:
+            if not isinstance(value, TensorSpec):
+                return value
+            specs.append(value)
+            return Stored(len(specs) - 1, value.dtype, value.shape, value.nbytes)
+
+        data_pkl = pickled(map_leaves(put, content))
         with Gatherer() as gatherer:
-            for key, spec in enumerate(specs):
-                pieces = gatherer.pieces(stored(source.header, spec))
-                sums.append(layout.record(f"data/{key}", spec.nbytes, pieces))
-        layout.record("version", 2, [b"3\n"])
-        layout.close()
-        return f"{zlib.crc32(struct.pack(f'<{len(sums)}I', *sums)):08x}"
+            pieces = ((spec.nbytes, gatherer.pieces(stored(source.header, spec))) for spec in specs)
+            return write_torch_file(output, data_pkl, pieces)
 
     return write
 
@@ -79,15 +78,3 @@ def _numbered(content: Mapping[str, Any]) -> dict[str, Any]:
     groups = [{**group, "params": [number[name] for name in group["params"]]} for group in content["param_groups"]]
     state = {number[name]: content["state"][name] for name in names if name in content["state"]}
     return {"state": state, "param_groups": groups}
-
-
-def _with_stored(value: Any, specs: list[TensorSpec]) -> Any:
-    """Put in place of each tensor what the pickle has of it, and list the tensors in that order."""
-    if isinstance(value, TensorSpec):
-        specs.append(value)
-        return Stored(len(specs) - 1, value.dtype, value.shape, value.nbytes)
-    if isinstance(value, Mapping):
-        return {key: _with_stored(item, specs) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_with_stored(item, specs) for item in value)
-    return value

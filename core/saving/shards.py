@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..containers.dcp.writer import Placed, item_header
+from ..containers.dcp.writer import Placed, flattened
 from ..containers.torch_files.image import Image
-from ..containers.torch_files.layout import pickled
+from ..containers.torch_files.layout import Stored, pickled, records
 from ..families.family import plain_name
 from .torch_file import bytes_of
 
@@ -51,7 +51,7 @@ class Shard:
 def weights_of(module: nn.Module, first: bool) -> list[Shard]:
     """List what this rank writes of a module's parameters and buffers; what is not spread is the first rank's."""
     found = module.state_dict(keep_vars=True)
-    return list(_shards({plain_name(name): t.detach() for name, t in found.items()}, (), first))
+    return list(_shards({plain_name(name): t.detach() for name, t in found.items()}, first))
 
 
 def moments_of(optimizer: torch.optim.Optimizer, module: nn.Module, first: bool) -> list[Shard]:
@@ -62,28 +62,22 @@ def moments_of(optimizer: torch.optim.Optimizer, module: nn.Module, first: bool)
         mine = [names[id(p)] for p in group["params"]]
         groups.append({**group, "params": mine, "param_names": mine})
     state = {names[id(p)]: values for p, values in optimizer.state.items()}
-    return list(_shards({"state": state, "param_groups": groups}, (), first))
+    return list(_shards({"state": state, "param_groups": groups}, first))
 
 
 def averages_of(ema: Mapping[str, Tensor], first: bool) -> list[Shard]:
     """List what this rank writes of averaged weights."""
-    return list(_shards(ema, (), first))
+    return list(_shards(ema, first))
 
 
-def _shards(value: Any, path: tuple[str | int, ...], first: bool) -> Iterator[Shard]:
-    """Everything by its path, as torch.distributed.checkpoint flattens a state dict."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _shards(item, (*path, key), first)
-    elif isinstance(value, list) and any(isinstance(item, (Mapping, Tensor)) for item in value):
-        for number, item in enumerate(value):
-            yield from _shards(item, (*path, number), first)
-    elif isinstance(value, DTensor):
-        block = value.to_local()
-        if block.numel():
-            yield Shard(path, block, value)
-    elif first:
-        yield Shard(path, value)
+def _shards(value: Any, first: bool) -> Iterator[Shard]:
+    for path, item in flattened(value, lambda leaf: isinstance(leaf, Tensor)):
+        if isinstance(item, DTensor):
+            block = item.to_local()
+            if block.numel():
+                yield Shard(path, block, item)
+        elif first:
+            yield Shard(path, item)
 
 
 def image_of(shards: Iterable[Shard]) -> Image:
@@ -93,12 +87,12 @@ def image_of(shards: Iterable[Shard]) -> Image:
 
 def _records(value: Any) -> list[tuple[str, Any]]:
     if not isinstance(value, Tensor):
-        return [("data.pkl", pickled(value)), ("byteorder", b"little"), ("version", b"3\n")]
+        return list(records(pickled(value), []))
     value = value.contiguous()
     start = value.storage_offset() * value.element_size()
-    header = item_header(_dtype(value), tuple(value.shape), value.nbytes)
+    header = pickled(Stored(0, _dtype(value), tuple(value.shape), value.nbytes))
     data = bytes_of(value.untyped_storage())[start : start + value.nbytes]  # in place: a shard may be padded
-    return [("data.pkl", header), ("byteorder", b"little"), ("data/0", data), ("version", b"3\n")]
+    return list(records(header, [data]))
 
 
 def placed(shards: Iterable[Shard], image: Image, file: str) -> list[Placed]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 from ..containers.checksum import CHUNK, THREADS
 from ..containers.torch_files.image import Image
-from ..containers.torch_files.layout import Sink, ZipLayout
+from ..containers.torch_files.layout import Sink, records, write_torch_file
 
 
 def write_torch_zip(sink: Sink, content: Any) -> str:
@@ -25,22 +24,14 @@ def write_torch_zip(sink: Sink, content: Any) -> str:
 
     Tensors that share a storage stay shared.
     """
-    layout, sums = ZipLayout(sink), []
-    for name, record in records_of(content):
-        if isinstance(record, bytes):
-            layout.record(name, len(record), [record])
-        else:
-            data = bytes_of(record.cpu()).numpy().data
-            sums.append(layout.record(name, len(data), [data]))
-    layout.close()
-    return _digest(sums)
+    data_pkl, storages = _pickle(content)
+    in_memory = (bytes_of(storage.cpu()).numpy().data for storage in storages)
+    return write_torch_file(sink, data_pkl, ((len(data), [data]) for data in in_memory))
 
 
 def records_of(content: Any) -> list[tuple[str, bytes | torch.UntypedStorage]]:
     """List the records of the torch file that holds an object, in order."""
-    data_pkl, storages = _pickle(content)
-    data = [(f"data/{key}", storage) for key, storage in enumerate(storages)]
-    return [("data.pkl", data_pkl), ("byteorder", b"little"), *data, ("version", b"3\n")]
+    return list(records(*_pickle(content)))
 
 
 def file_size(content: Any) -> int:
@@ -55,7 +46,7 @@ def digest_of(content: Any) -> str:
     """
     with ThreadPoolExecutor(THREADS) as pool:
         sums = pool.map(lambda storage: _crc32(bytes_of(storage.cpu()).numpy()), _pickle(content)[1])
-        return _digest(list(sums))
+        return f"{zlib.crc32(b''.join(crc.to_bytes(4, 'little') for crc in sums)):08x}"
 
 
 def _crc32(data: np.ndarray) -> int:
@@ -66,10 +57,6 @@ def _crc32(data: np.ndarray) -> int:
         np.copyto(piece, data[start : start + CHUNK])
         crc = zlib.crc32(piece.data, crc)
     return crc
-
-
-def _digest(sums: list[int]) -> str:
-    return f"{zlib.crc32(struct.pack(f'<{len(sums)}I', *sums)):08x}"
 
 
 def _pickle(content: Any) -> tuple[bytes, list[torch.UntypedStorage]]:

@@ -247,9 +247,7 @@ def test_a_histogram_of_nothing_finite_is_none(tmp_path):
 def test_a_file_that_is_cut_off_or_gone_is_an_error_with_its_path(tmp_path):
     container = container_of(tmp_path / "x", "float32", bytes(4000))
     (tmp_path / "x").write_bytes(bytes(1000))
-    with pytest.raises(
-        CheckpointDamaged, match=r"x: w ends after 1000 of 4000 bytes of the file\. It was cut off while it was read\."
-    ):
+    with pytest.raises(CheckpointDamaged, match=r"x: w ends after 1000 of 4000 bytes of the file\. It was cut off"):
         list(statistics(container, ["w"]))
     (tmp_path / "x").unlink()
     with pytest.raises(CheckpointNotFound, match="x: cannot be opened"):

@@ -6,11 +6,11 @@ classes by their names, so that no torch is needed; torch's own reader is what t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..torch_files.layout import Made, Named, Sink, Stored, ZipLayout, pickled
+from ..torch_files.layout import Made, Named, Pieces, Sink, Stored, pickled, write_torch_file
 
 
 def file_of(rank: int) -> str:
@@ -28,6 +28,7 @@ _STRIDED = Made(Named("torch.serialization", "_get_layout"), ("torch.strided",))
 _CONTIGUOUS = Made(Named(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
 
 Shape = tuple[int, ...]
+Keys = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Placed:
     """
 
     name: str
-    path: tuple[str | int, ...]
+    path: Keys
     offset: int
     length: int
     dtype: str | None = None
@@ -61,28 +62,39 @@ class _Part:
 
 def write_tensor(sink: Sink, dtype: str, shape: Shape, nbytes: int, pieces: Iterable[bytes | memoryview]) -> int:
     """Append the torch zip of one tensor, whose bytes come in pieces; returns its length."""
-    return _write(sink, Stored(0, dtype, shape, nbytes), lambda layout: layout.record("data/0", nbytes, pieces))
+    return _write(sink, Stored(0, dtype, shape, nbytes), [(nbytes, pieces)])
 
 
 def write_value(sink: Sink, value: Any) -> int:
     """Append the torch zip of a plain value; returns its length."""
-    return _write(sink, value, lambda _: None)
+    return _write(sink, value, [])
 
 
-def _write(sink: Sink, content: Any, put_data: Callable[[ZipLayout], object]) -> int:
-    part, data = _Part(sink), pickled(content)
-    layout = ZipLayout(part)
-    layout.record("data.pkl", len(data), [data])
-    layout.record("byteorder", 6, [b"little"])
-    put_data(layout)
-    layout.record("version", 2, [b"3\n"])
-    layout.close()
+def _write(sink: Sink, content: Any, storages: list[Pieces]) -> int:
+    part = _Part(sink)
+    write_torch_file(part, pickled(content), storages)
     return part.size
 
 
-def item_header(dtype: str, shape: Shape, nbytes: int) -> bytes:
-    """The `data.pkl` of an item that is a tensor, or a block of one."""
-    return pickled(Stored(0, dtype, shape, nbytes))
+def flattened(value: Any, is_tensor: Callable[[Any], bool], path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Give everything by its path, as torch.distributed.checkpoint flattens a state dict.
+
+    A list is an item of its own, unless a dict or a tensor is somewhere in its lists.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flattened(item, is_tensor, (*path, key))
+    elif isinstance(value, list) and not _is_whole(value, is_tensor):
+        for number, item in enumerate(value):
+            yield from flattened(item, is_tensor, (*path, number))
+    else:
+        yield path, value
+
+
+def _is_whole(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
+    if isinstance(value, list):
+        return all(_is_whole(item, is_tensor) for item in value)
+    return not isinstance(value, Mapping) and not is_tensor(value)
 
 
 def metadata(items: Iterable[Placed]) -> bytes:

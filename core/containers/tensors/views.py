@@ -72,11 +72,7 @@ class View:
 
 def stored(container: Container, spec: TensorSpec) -> View:
     """View a tensor of a container as it is."""
-    if not spec.chunks:
-        begin = (0,) * len(spec.shape)
-        block = Block(begin, spec.shape, spec.strides, spec.offset, spec.file, container, spec.name)
-        return View(spec.dtype, spec.shape, (block,) if spec.nbytes else ())
-    blocks = (Block(c.begin, c.shape, c.strides, c.offset, c.file, container, spec.name) for c in spec.chunks)
+    blocks = (Block(c.begin, c.shape, c.strides, c.offset, c.file, container, spec.name) for c in spec.blocks)
     return View(spec.dtype, spec.shape, tuple(block for block in blocks if 0 not in block.shape))
 
 

@@ -15,9 +15,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from ..checksum import combine
-from .layout import Entry, descriptor, directory, local_header
-
-FOLDER = "archive"
+from .layout import FOLDER, Entry, descriptor, directory, local_header
 
 
 class Kind(Enum):

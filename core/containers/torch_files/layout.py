@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ...errors import CheckpointMismatch
 from ..checksum import combine
 from ..spec import dense_strides
+
+FOLDER = "archive"
+"""What the records of a file lie in."""
 
 ALIGNMENT = 64
 ZIP64_FROM = 0xFFFFFFFF
@@ -41,6 +45,9 @@ _STORAGES = {
     "complex128": "ComplexDoubleStorage",
 }
 """Torch's class of a storage; dtypes that have none are rebuilt from bytes (`_rebuild_tensor_v3`)."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -214,14 +221,13 @@ def directory(entries: Sequence[Entry], start: int) -> bytes:
 class ZipLayout:
     """A zip of stored, aligned records, written in one pass; the CRC32 of each follows its bytes."""
 
-    def __init__(self, sink: Sink, folder: str = "archive") -> None:
+    def __init__(self, sink: Sink) -> None:
         self.sink = sink
-        self.folder = folder
         self._entries: list[Entry] = []
 
     def record(self, name: str, size: int, pieces: Iterable[bytes | memoryview]) -> int:
         """Append a record whose bytes come in pieces, `size` in all, and return its CRC32."""
-        path, offset = f"{self.folder}/{name}".encode(), self.sink.size
+        path, offset = f"{FOLDER}/{name}".encode(), self.sink.size
         self.sink.write(local_header(path, size, offset))
         crc = done = 0
         for piece in pieces:
@@ -236,6 +242,37 @@ class ZipLayout:
     def close(self) -> None:
         """Append the directory; nothing may follow."""
         self.sink.write(directory(self._entries, self.sink.size))
+
+
+Pieces = tuple[int, Iterable[bytes | memoryview]]
+"""How many bytes a storage has, and these."""
+
+
+def write_torch_file(sink: Sink, data_pkl: bytes, storages: Iterable[Pieces]) -> str:
+    """Write a torch file from the pickle of its content and the bytes of its storages, by their keys.
+
+    Storages are taken one at a time, when the one before is written. Returns the digest of the tensors, which
+    `tensors_digest()` finds in the file.
+
+    Raises: CheckpointMismatch when a storage has more or fewer bytes than it says.
+    """
+    layout, digest = ZipLayout(sink), 0
+    for name, record in records(data_pkl, storages):
+        size, pieces = (len(record), [record]) if isinstance(record, bytes) else record
+        crc = layout.record(name, size, pieces)
+        if not isinstance(record, bytes):
+            digest = zlib.crc32(crc.to_bytes(4, "little"), digest)
+    layout.close()
+    return f"{digest:08x}"
+
+
+def records(data_pkl: bytes, storages: Iterable[T]) -> Iterator[tuple[str, bytes | T]]:
+    """Name the records of a torch file, in their order."""
+    yield "data.pkl", data_pkl
+    yield "byteorder", b"little"
+    for key, storage in enumerate(storages):
+        yield f"data/{key}", storage
+    yield "version", b"3\n"
 
 
 def _directory_entry(entry: Entry) -> bytes:

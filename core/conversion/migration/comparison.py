@@ -13,10 +13,11 @@ from ...bundle.training_state import STATE
 from ...bundle.verify import verify
 from ...console.words import listed
 from ...containers.spec import TensorSpec
+from ...containers.trees import map_paths
 from ...errors import CheckpointError, CheckpointMismatch
 from ..plan import Plan, Ref
 from ..proof import prove
-from .content import Content, Progress, mapped, same
+from .content import Content, Progress, same
 from .plan import Outcome, extras
 
 
@@ -35,7 +36,7 @@ def check(source: Bundle, plan: Plan, stage: Path, documents: dict[str, Any], pr
             given = {name: value for name, value in source.config_values.items() if name != "format_version"}
             faults += [f"{CONFIG} has another {name}" for name in given if made.config_values.get(name) != given[name]]
             parts = [made.weights, *([made.optimizer] if made.optimizer is not None else [])]
-            contents = {part.source.path.name: mapped(part.content, _ref) for part in parts}
+            contents = {part.source.path.name: map_paths(_ref, part.content) for part in parts}
             planned = {file.name: file.content for file in plan.files}
             faults += [f"{name} has another structure" for name in planned if not same(planned[name], contents[name])]
     except CheckpointError as error:
@@ -48,7 +49,7 @@ def check(source: Bundle, plan: Plan, stage: Path, documents: dict[str, Any], pr
     prove(plan, stage, progress)
 
 
-def _ref(value: Any, path: str) -> Any:
+def _ref(path: str, value: Any) -> Any:
     return Ref(path) if isinstance(value, TensorSpec) else value
 
 

@@ -16,6 +16,7 @@ from ...containers.spec import TensorSpec
 from ...containers.tensors.dtypes import decode
 from ...containers.tensors.reading import Gatherer, same_elements
 from ...containers.tensors.views import View, stored
+from ...containers.trees import map_leaves, map_paths
 from ...errors import CheckpointMismatch
 from ...families.family import plain_names
 from ...families.fused import FUSED, LECTURE
@@ -85,7 +86,7 @@ class Content:
         bundle = self.bundle
         if bundle.optimizer is None or bundle.config is None or not bundle.has_optimizer:
             return None
-        state = mapped(bundle.optimizer.content, lambda value, path: self._viewed(value))
+        state = map_leaves(self._viewed, bundle.optimizer.content)
         try:
             return rearrange_optimizer(bundle, state, _join, bundle.config)
         except CheckpointMismatch as error:
@@ -129,7 +130,7 @@ def _optimizer_file(state: dict[str, Any], path: Path) -> WeightFile:
     names = [name for group in state["param_groups"] for name in group["param_names"]]
     targets: list[Target] = []
 
-    def put(value: Any, where: str) -> Any:
+    def put(where: str, value: Any) -> Any:
         if isinstance(value, View):
             _, number, key = where.split(".", 2)
             name = f"{names[int(number)]}: {key}" if where.startswith("state.") else f"group {number}: {key}"
@@ -139,19 +140,8 @@ def _optimizer_file(state: dict[str, Any], path: Path) -> WeightFile:
             raise CheckpointMismatch(f"{path}: its optimizer state has {as_text(value, 60)} as {where}.")
         return value
 
-    content = mapped(state, put)
+    content = map_paths(put, state)
     return WeightFile(OPTIMIZER, targets, content)
-
-
-def mapped(value: Any, leaf: Callable[[Any, str], Any], path: str = "") -> Any:
-    """Copy the dicts and lists of a content; `leaf` gives what is in them instead, by its value and its path."""
-    before = f"{path}." if path else ""
-    if isinstance(value, dict):
-        keys = {key: key if isinstance(key, str) else as_text(key) for key in value}
-        return {key: mapped(item, leaf, before + keys[key]) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(mapped(item, leaf, f"{before}{i}") for i, item in enumerate(value))
-    return leaf(value, path)
 
 
 def same(a: Any, b: Any, progress: Progress = lambda size: None) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ...containers.dcp import writer as dcp_writer
 from ...containers.dcp.metadata import METADATA
@@ -14,13 +13,11 @@ from ...containers.torch_files.layout import Sink
 from ..plan import Options, Plan, Ref, Source, Target, WeightFile
 from .torch import plan_pt
 
-Keys = tuple[str | int, ...]
-
 
 def in_dcp(plan: Plan) -> Plan:
     """Plan the folder of a torch file's content: an item for each tensor and for each value, as torch flattens it."""
     (file,) = plan.files
-    items = dict(_flat(file.content, ()))
+    items = dict(dcp_writer.flattened(file.content, lambda value: isinstance(value, Ref)))
     names = {value.path: ".".join(map(str, path)) for path, value in items.items() if isinstance(value, Ref)}
     targets = [replace(target, path=names[target.path], file=dcp_writer.FILE) for target in file.targets]
     content = {".".join(map(str, path)): (path, value) for path, value in items.items()}
@@ -30,25 +27,6 @@ def in_dcp(plan: Plan) -> Plan:
     made = WeightFile(dcp_writer.FILE, targets, content)
     texts = {**plan.texts, METADATA: b""}  # written when the places of all items are known
     return replace(plan, format="dcp", files=[made], texts=texts, is_folder=True)
-
-
-def _flat(value: Any, path: Keys) -> Iterator[tuple[Keys, Any]]:
-    """Every tensor and value by its path, as torch.distributed.checkpoint flattens a state dict."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(item, (*path, key))
-    elif isinstance(value, list) and not _is_whole(value):
-        for number, item in enumerate(value):
-            yield from _flat(item, (*path, number))
-    else:
-        yield path, value
-
-
-def _is_whole(value: Any) -> bool:
-    """Whether a value is one item: not a dict, nor a list with a dict or a tensor somewhere in its lists."""
-    if isinstance(value, list):
-        return all(_is_whole(item) and not isinstance(item, Ref) for item in value)
-    return not isinstance(value, Mapping)
 
 
 def write_items(file: WeightFile, sink: Sink, elements: Callable[[Target], Iterable[memoryview]]) -> bytes:

@@ -1,0 +1,43 @@
+"""Walks over nested values: dicts, lists and tuples as a checkpoint holds them; whatever else is in them is a leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from .pickles.inert import as_text
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Give all leaves in their order."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for item in value:
+        yield from leaves(item)
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """Copy the dicts, lists and tuples of a value, with what `function` makes of each leaf in its place."""
+    if isinstance(value, Mapping):
+        return {key: map_leaves(function, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [map_leaves(function, item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return function(value)
+
+
+def map_paths(function: Callable[[str, Any], Any], value: Any, path: str = "") -> Any:
+    """Do what `map_leaves` does, with a function that is also given the path of each leaf, "state.0.exp_avg"."""
+    before = f"{path}." if path else ""
+    if isinstance(value, Mapping):
+        return {
+            key: map_paths(function, item, before + (key if isinstance(key, str) else as_text(key)))
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        items = [map_paths(function, item, f"{before}{i}") for i, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    return function(path, value)

@@ -1,0 +1,108 @@
+"""From bytes in files to tensors in memory: files are mapped where they can be, and nothing is executed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any
+
+import torch
+
+from ..bundle.parts import ShardedFile, TorchFile
+from ..containers.spec import Chunk, TensorSpec
+from ..containers.trees import leaves, map_leaves
+from ..errors import CheckpointDamaged, CheckpointError
+
+
+def mapped(source: TorchFile) -> mmap.mmap:
+    """Map a file, privately: writing to it copies the page.
+
+    Raises: CheckpointError when the system does not give the addresses.
+    """
+    try:
+        return mmap.mmap(source.file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        size = os.fstat(source.file.fileno()).st_size
+        raise CheckpointError(
+            f"{source.path}: its {size} bytes cannot be mapped ({error.strerror}). The file is as it was; raise the "
+            "limit of the process (ulimit -v), or use a machine with more memory."
+        ) from error
+
+
+def map_tensors(source: TorchFile, content: Any) -> Any:
+    """Put mapped tensors in place of the specs in a header's content; tensors that share a storage share memory."""
+    memory = torch.frombuffer(mapped(source), dtype=torch.uint8)
+    specs = [leaf for leaf in leaves(content) if isinstance(leaf, TensorSpec)]
+    ends: dict[str, int] = {}
+    starts: dict[str, int] = {}
+    for spec in specs:
+        starts[spec.storage] = min(spec.offset, starts.get(spec.storage, spec.offset))
+        ends[spec.storage] = max(spec.offset + spec.extent, ends.get(spec.storage, 0))
+    storages = {key: _aligned(memory, starts[key], ends[key]) for key in starts}
+
+    def put(value: Any) -> Any:
+        if not isinstance(value, TensorSpec):
+            return value
+        return _strided(storages[value.storage], value, value.offset - starts[value.storage])
+
+    return map_leaves(put, content)
+
+
+def read_shards(source: ShardedFile) -> Any:
+    """Read all of a folder: its content, each tensor joined from its blocks in memory of its own."""
+
+    def joined(value: Any) -> Any:
+        if not isinstance(value, TensorSpec):
+            return value
+        whole = torch.empty(value.shape, dtype=getattr(torch, value.dtype))
+        for chunk in value.blocks:
+            box = tuple(slice(b, b + n) for b, n in zip(chunk.begin, chunk.shape, strict=True))
+            whole[box] = read_block(source, chunk, value.dtype)
+        return whole
+
+    return map_leaves(joined, source.header.content)
+
+
+def read_block(source: ShardedFile, chunk: Chunk, dtype: str) -> torch.Tensor:
+    """Map a block of a tensor, as it lies in its file."""
+    kind = getattr(torch, dtype)
+    if not chunk.nbytes:
+        return torch.empty(chunk.shape, dtype=kind)
+    data = torch.frombuffer(source.mapped(chunk.file), dtype=torch.uint8, count=chunk.nbytes, offset=chunk.offset)
+    if chunk.offset % kind.itemsize:
+        data = data.clone()
+    return data.view(kind).as_strided(chunk.shape, chunk.strides)
+
+
+def read_tensor(source: TorchFile, spec: TensorSpec) -> torch.Tensor:
+    """Read one tensor into memory of its own, without a map: its pages are gone with it.
+
+    Raises: CheckpointDamaged when the file ends too early.
+    """
+    data = torch.empty(spec.extent, dtype=torch.uint8)
+    view, done = memoryview(data.numpy().data), 0
+    source.file.seek(spec.offset)
+    while done < spec.extent:
+        count = source.file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointDamaged(f"{source.path}: {spec.name} ends after {done} of {spec.extent} bytes.")
+        done += count
+    return _strided(data, spec, 0)
+
+
+def _aligned(memory: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Bytes as a storage of their own: mapped, or copied where the old stream format left them unaligned."""
+    if end <= start:
+        return torch.empty(0, dtype=torch.uint8)
+    piece = memory[start:end]
+    if start % 64:
+        return piece.clone()
+    return torch.frombuffer(piece.numpy(), dtype=torch.uint8)
+
+
+def _strided(storage: torch.Tensor, spec: TensorSpec, offset: int) -> torch.Tensor:
+    dtype = getattr(torch, spec.dtype)
+    if not spec.numel:
+        return torch.empty(spec.shape, dtype=dtype)
+    whole = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
+    return whole.as_strided(spec.shape, spec.strides, offset // dtype.itemsize)
