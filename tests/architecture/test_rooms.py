@@ -40,9 +40,7 @@ TORCH_FREE = {"config", "console", "containers", "families", "bundle", "inspecti
 LONGEST = 75  # lines of a function, its docstring included
 CORE = ROOT / "core"
 FILES = sorted(CORE.rglob("*.py"))
-MODULES = {
-    str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): p for p in FILES
-}
+MODULES = {str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): p for p in FILES}
 SCRIPTS = [ROOT / f"{name}.py" for name in ("train", "generate", "inspect_model", "convert_checkpoints")]
 READ = [*MODULES.values(), *SCRIPTS, *ROOT.glob("data/*.py"), *ROOT.glob("examples/**/*.py")]
 
