@@ -313,11 +313,7 @@ WEIGHTS: dict[str, tuple[str, Callable[[dict], dict], list[str]]] = {
         without("^lm_head.weight"),
         ["tied_head is false, but lm_head.weight is not there. Set tied_head to true if the head was the token table"],
     ),
-    "no matrix of one head": (
-        "lecture",
-        without(VALUE),
-        [f"1 of 44 tensors are missing: {LOST}; {VALUE} is missing"],
-    ),
+    "no matrix of one head": ("lecture", without(VALUE), [f"1 of 44 tensors are missing: {LOST}; {VALUE} is missing"]),
     "no head of one layer": (
         "lecture",
         without(r"^blocks\.1\.sa\.heads\.2\."),

@@ -10,11 +10,7 @@ from torch import nn
 from core.checkpoint import CheckpointManager
 from core.config.gpt import GPTConfig
 from core.data.tokenizer import make_char
-from core.errors import (
-    CheckpointMismatch,
-    CheckpointNotFound,
-    InputError,
-)
+from core.errors import CheckpointMismatch, CheckpointNotFound, InputError
 from tests.makers.models import (
     SMALL,
     TEXT,

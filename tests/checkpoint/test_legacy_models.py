@@ -107,18 +107,6 @@ def test_single_file_gives_the_logits_and_weights_of_its_program(tmp_path, gener
     assert {name for group in state["param_groups"] for name in group["param_names"]} == set(ours.state_dict())
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize(("filename", "asked"), [("latest.pt", None), ("final.pt", None), ("final.pt", "final.pt")])
-def test_folder_with_a_single_file_gives_its_logits(tmp_path, generation, filename, asked):
-    theirs = GENERATIONS[generation](dropout=0.1)
-    trained(theirs)
-    write_single_file(tmp_path / "dante" / filename, theirs, step=3)
-    asked = {} if asked is None else {"legacy_filename": asked}
-    ours = CheckpointManager.load_for_inference("dante", tmp_path, **asked)
-    assert not ours.training and ours.step == 3 and ours.tokenizer.decode([4, 5]) == "ab"
-    assert_same_logits(ours, theirs)
-
-
 def test_asked_final_file_wins_over_the_latest(tmp_path):
     latest, final = LectureGPT(**SIZES), LectureGPT(**SIZES, seed=1)
     write_single_file(tmp_path / "dante" / "latest.pt", latest, step=9)
@@ -135,13 +123,7 @@ def test_old_bundle_gives_the_logits_of_its_program(tmp_path, generation, layout
     optimizer = trained(theirs)
     dtype = "bf16" if layout == "wrapped bf16" else None
     write_old_bundle(
-        tmp_path / "dante",
-        theirs,
-        optimizer,
-        step=3,
-        wrapped=layout != "raw",
-        checkpoint_dtype=dtype,
-        prefix=prefix,
+        tmp_path / "dante", theirs, optimizer, step=3, wrapped=layout != "raw", checkpoint_dtype=dtype, prefix=prefix
     )
     ours = CheckpointManager.load_for_inference("dante", tmp_path)
     assert ours.step == 3 and ours.tokenizer.decode([4, 5]) == "ab"

@@ -9,15 +9,7 @@ import torch
 
 from core.data.tokenizer import tokenizer_from_state
 from core.model import GPT
-from tests.makers.generations import (
-    adamw,
-    aged,
-    fuse,
-    rounded,
-    trained,
-    write_old_bundle,
-    write_single_file,
-)
+from tests.makers.generations import adamw, aged, fuse, rounded, trained, write_old_bundle, write_single_file
 from tests.makers.models import save_durably
 from tests.makers.old_runs import (
     GENERATIONS,
@@ -40,20 +32,6 @@ def fixtures(shared) -> Path:
     return shared / "fixtures" / "lecture_char"
 
 
-@pytest.mark.parametrize(("generation", "optimizer"), RUNS)
-def test_loaded_file_makes_the_updates_of_the_old_program_to_the_bit(tmp_path, generation, optimizer):
-    theirs = GENERATIONS[generation]()
-    their_optimizer = trained(theirs, **OPTIMIZERS[optimizer])
-    path = write_single_file(tmp_path / "latest.pt", theirs, their_optimizer, step=3)
-    ours, _, _, state = GPT.load_legacy(path)
-    our_optimizer = ours.configure_optimizer(LR, optimizer_state=state)
-    assert hyper_parameters(our_optimizer) == hyper_parameters(their_optimizer)
-    assert_same_state(ours, our_optimizer, theirs, their_optimizer)
-    for seed in range(3):
-        update_both(ours, our_optimizer, theirs, their_optimizer, seed)
-        assert_same_state(ours, our_optimizer, theirs, their_optimizer)
-
-
 @pytest.mark.parametrize("container", ["latest.pt", "bundle"])
 @pytest.mark.parametrize(("generation", "optimizer"), RUNS)
 def test_resumed_run_and_its_new_bundle_make_the_updates_of_the_old_program_to_the_bit(
@@ -67,7 +45,8 @@ def test_resumed_run_and_its_new_bundle_make_the_updates_of_the_old_program_to_t
         write_single_file(tmp_path / "dante" / container, theirs, their_optimizer, step=3)
     with manager(tmp_path) as made:
         ours, our_optimizer, step = resume(made)
-        assert step == 3
+        assert step == 3 and hyper_parameters(our_optimizer) == hyper_parameters(their_optimizer)
+        assert_same_state(ours, our_optimizer, theirs, their_optimizer)
         for seed in range(3):
             update_both(ours, our_optimizer, theirs, their_optimizer, seed)
             assert_same_state(ours, our_optimizer, theirs, their_optimizer)

@@ -227,16 +227,14 @@ def test_content_that_stays_inert_is_shown():
 NAMED = {
     b"cbuiltins\neval\n.": ["builtins.eval"],
     b"cbuiltins\neval\nU\x01x\x85R.": ['builtins.eval("x")'],
-    b"cbuiltins\ngetattr\nccollections\nOrderedDict\nU\x01k\x86R.": [
-        'builtins.getattr(collections.OrderedDict, "k")',
-    ],
+    b"cbuiltins\ngetattr\nccollections\nOrderedDict\nU\x01k\x86R.": ['builtins.getattr(collections.OrderedDict, "k")'],
     b"cbuiltins\ngetattr\ncbuiltins\n__import__\nU\x02os\x85RU\x06system\x86RU\x02ls\x85R.": [
         'builtins.getattr(builtins.__import__("os"), "system")("ls")',
         'builtins.getattr(builtins.__import__("os"), "system")',
         'builtins.__import__("os")',
     ],
     b"ccopyreg\n_reconstructor\ncmodel\nTrainer\ncbuiltins\nobject\nN\x87R.": [
-        "copyreg._reconstructor(model.Trainer, builtins.object, None)",
+        "copyreg._reconstructor(model.Trainer, builtins.object, None)"
     ],
     b"ccopyreg\n__newobj__\ncposix\nsystem\nU\x01x\x86R.": ['copyreg.__newobj__(posix.system, "x")'],
     b"ccopyreg\n_reconstructor\n)R.": ["copyreg._reconstructor()"],

@@ -25,9 +25,7 @@ SCALARS = (
 )
 KEYS = st.none() | st.integers(1 - 2**60, 2**60 - 1) | st.text() | st.tuples(st.integers(0, 9), st.text())
 PLAIN = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(KEYS, inner),
-    max_leaves=30,
+    SCALARS, lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(KEYS, inner), max_leaves=30
 )
 
 

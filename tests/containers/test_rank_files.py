@@ -65,8 +65,7 @@ def test_model_and_optimizer_of_one_folder_get_first_names(step):
     model = safetensors.torch.load_file(step.parent / "expected_model.safetensors")
     optimizer = expected_optimizer(step)
     assert_same(
-        container,
-        {f"model.{n}": t for n, t in model.items()} | {f"optimizer.{n}": t for n, t in optimizer.items()},
+        container, {f"model.{n}": t for n, t in model.items()} | {f"optimizer.{n}": t for n, t in optimizer.items()}
     )
     assert container.content["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
     held = container.content["optimizer"]["state"]["embed.weight"]["exp_avg"]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zlib
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,11 +32,6 @@ from tests.makers.doors import Shell
 def source(tmp_path) -> Path:
     torch.save({f"w{k}": torch.full((50, 40), float(k)) for k in range(12)}, tmp_path / "src.pt")
     return tmp_path / "src.pt"
-
-
-def script(*words, cwd: Path) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "convert_checkpoints.py"), *map(str, words)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def names(folder: Path) -> list[str]:
@@ -93,28 +85,6 @@ def test_a_conversion_killed_before_any_change_of_the_disk_leaves_nothing_visibl
         shutil.rmtree(tmp_path / "work")
         limit += 3
     assert limit > 10
-
-
-@pytest.mark.slow
-def test_kill_9_at_random_moments_leaves_no_partial_target_and_a_second_run_succeeds(tmp_path):
-    torch.save({f"w{k}": torch.randn(1000, 1000) for k in range(20)}, tmp_path / "src.pt")
-    good = tensors_of(tmp_path / "src.pt")
-    begun = time.monotonic()
-    assert script("src.pt", "first", "--to", "safetensors", "--shard_size", "20MB", cwd=tmp_path).wait() == 0
-    whole = time.monotonic() - begun
-    chance, killed, tries = random.Random(0), 0, 0
-    while killed < 8 and tries < 100:  # a machine that is quicker than before ends some of them first
-        tries += 1
-        child = script("src.pt", "out", "--to", "safetensors", "--shard_size", "20MB", cwd=tmp_path)
-        time.sleep(chance.uniform(0.1, 0.95) * whole)
-        child.send_signal(signal.SIGKILL)
-        killed += child.wait() == -signal.SIGKILL
-        if (tmp_path / "out").exists():
-            assert tensors_of(tmp_path / "out") == good
-            shutil.rmtree(tmp_path / "out")
-    assert killed == 8
-    assert script("src.pt", "out", "--to", "safetensors", "--shard_size", "20MB", cwd=tmp_path).wait() == 0
-    assert tensors_of(tmp_path / "out") == good and names(tmp_path) == ["first", "out", "src.pt"]
 
 
 def test_a_failing_disk_is_one_sentence_and_leaves_nothing(source, tmp_path, monkeypatch):

@@ -125,7 +125,8 @@ FOLDERS = {
         beside(folder_of({"config.json": "{}"}, {"model.safetensors": OUT})), refused="a link that leads out"
     ),
     "a shard that is a link out of the folder": Case(
-        beside(folder_of(hf_index({"w": "b.safetensors"}), {"b.safetensors": OUT})), refused="a link that leads out"
+        beside(folder_of(hf_index({"w": "b.safetensors"}), {"b.safetensors": OUT})),
+        refused='"b.safetensors" is a link that leads out of the folder, to ',
     ),
     "a link in a circle": Case(
         folder_of(hf_index({"w": "b.safetensors"}), {"b.safetensors": "b.safetensors"}), refused="cannot be opened"
@@ -172,7 +173,7 @@ DCP = {
     "an item of 2**62 bytes": Case(dcp_at("a.distcp", 0, 1 << 62), refused="ends at byte 4611686018427387904"),
     "an item at 2**62": Case(dcp_at("a.distcp", 1 << 62), refused="ends at byte"),
     "an item at a negative offset": Case(dcp_at("a.distcp", -1), refused="all whole numbers from 0"),
-    "an item of no bytes": Case(dcp_at("a.distcp", 0, 0), refused="empty"),
+    "an item of no bytes": Case(dcp_at("a.distcp", 0, 0), refused=r"w: empty \(0 bytes\)"),
     "an item that is cut": Case(dcp_at("a.distcp", 0, len(ITEM) - 1), refused="cut off|ends at"),
     "items that overlap": Case(
         dcp(
@@ -227,10 +228,7 @@ DCP = {
     ),
     "a second pickle behind .metadata": Case(
         folder_of(
-            {
-                ".metadata": metadata(WHOLE, [(AT, place("a.distcp", 0, len(ITEM)))]) + RUN + b".",
-                "a.distcp": ITEM,
-            }
+            {".metadata": metadata(WHOLE, [(AT, place("a.distcp", 0, len(ITEM)))]) + RUN + b".", "a.distcp": ITEM}
         ),
         reported="behind",
     ),

@@ -171,15 +171,6 @@ def test_single_file_shows_its_content_and_tensors(tmp_path, capsys):
     assert not (tmp_path / "executed").exists()
 
 
-def test_upstream_files_are_shown(shared, capsys):
-    paths = sorted((shared / "fixtures").rglob("*.pt"))
-    assert len(paths) >= 20
-    for path in paths:
-        facts = json.loads(inspect(capsys, path, "--json"))
-        assert facts["tensors"]
-        assert "=== TENSORS ===" in inspect(capsys, path)
-
-
 @pytest.mark.parametrize("bundle", ["bundle", "bundle_v2_bf16"])
 def test_upstream_bundles_are_shown(shared, capsys, bundle):
     facts = json.loads(inspect(capsys, shared / "fixtures" / "lecture_char" / bundle, "--json"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import pytest
 import torch
 
 from core.model import GPTBatched, GPTFlexAttention
@@ -16,15 +15,6 @@ VOCAB = 61
 END = 3  # begins a document in the random texts
 
 HIDDEN, LOGITS = 2e-5, 1e-4  # fp32 against float64, largest difference
-
-
-@pytest.fixture
-def one_thread():
-    """Small matrices on one thread: several would wait for each other longer than they compute, on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def flex_of(state, variant, vocab=VOCAB, heads=1, end=END, room=2048, **settings):

@@ -12,7 +12,7 @@ from core.checkpoint import CheckpointManager
 from core.model import GPTBatched, GPTFlexAttention
 from core.pretrained import load_pretrained_checkpoint
 from tests.makers import modded_reference as reference
-from tests.makers.modded_models import VARIANTS, apart, one_thread  # noqa: F401
+from tests.makers.modded_models import VARIANTS, apart
 from tests.makers.modded_upstream import CASES, END, FILES, MEDIUM, SMALL, STEP5, case, saved
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from core.config.gpt import ACTIVATIONS, GPTConfig
@@ -96,42 +95,6 @@ def test_names_are_the_fused_generation():
     top = ["token_embedding_table.weight", "position_embedding_table.weight"]
     top += [f"{part}.{kind}" for part in ("ln_f", "lm_head") for kind in ("weight", "bias")]
     assert names == {f"blocks.{i}.{name}" for i in range(2) for name in layer} | set(top)
-
-
-def test_nanogpt_weights_give_nanogpt_logits(shared):
-    folder = shared / "fixtures" / "nanogpt_char_biasFalse"
-    checkpoint = torch.load(folder / "ckpt.pt", weights_only=False)
-    args = checkpoint["model_args"]
-    off = {"bias": False, "mlp_bias": False, "norm_bias": False, "head_bias": False}
-    model = GPT(GPTConfig(**{**args, **off}, tied_head=True)).eval()
-    renamed = {}
-    for name, tensor in checkpoint["model"].items():
-        for theirs, ours in (
-            ("transformer.wte", "token_embedding_table"), ("transformer.wpe", "position_embedding_table"),
-            ("transformer.h", "blocks"), ("transformer.", ""), ("attn.c_attn", "sa.qkv"), ("attn.c_proj", "sa.proj"),
-            ("mlp.c_fc", "fwd.net.0"), ("mlp.c_proj", "fwd.net.2"), ("ln_1", "ln1"), ("ln_2", "ln2"),
-        ):  # fmt: skip
-            name = name.replace(theirs, ours)
-        renamed[name] = tensor
-    model.load_state_dict(renamed)
-    expected = load_file(folder / "expected.safetensors")
-    torch.testing.assert_close(model(expected["input_ids"])[0], expected["logits_fp32"], atol=1e-5, rtol=0)
-
-
-def test_lecture_weights_fused_by_hand_give_lecture_logits(shared):
-    folder = shared / "fixtures" / "lecture_char"
-    theirs = torch.load(folder / "bundle" / "model.pt", weights_only=True)
-    sizes = {"block_size": 32, "vocab_size": 40, "n_embd": 48, "n_head": 4, "n_layer": 3}
-    model = GPT(GPTConfig(**sizes, activation="relu", bias=False, proj_bias=True, head_bias=True)).eval()
-    fused = {name.replace("ffwd", "fwd"): t for name, t in theirs.items() if ".heads." not in name}
-    for i in range(3):
-        parts = [
-            theirs[f"blocks.{i}.sa.heads.{j}.{part}.weight"] for part in ("query", "key", "value") for j in range(4)
-        ]
-        fused[f"blocks.{i}.sa.qkv.weight"] = torch.cat(parts)
-    model.load_state_dict(fused)
-    expected = load_file(folder / "expected.safetensors")
-    torch.testing.assert_close(model(expected["input_ids"])[0], expected["logits_fp32"], atol=1e-5, rtol=0)
 
 
 def test_loss_is_the_mean_over_targets_that_count():

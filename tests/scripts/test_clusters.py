@@ -15,7 +15,7 @@ import pytest
 from core.console.commandline import DONE, FAILED, STOPPED
 from tests.conftest import ROOT
 from tests.makers.models import TEXT
-from tests.scripts.test_train import ENVIRONMENT, SIZES
+from tests.scripts.test_train import ENVIRONMENT, SIZES, wait_for_steps
 
 LOOP, SLURM = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL)
 
@@ -47,13 +47,6 @@ def hear_interrupts():
 
 def step(tmp_path):
     return json.loads((tmp_path / "models/dante/training_state.json").read_text())["step"]
-
-
-def wait_for_steps(run):
-    said = ""
-    while "tokens/s" not in said:
-        said += run.stderr.read(1)
-        assert run.poll() is None, said
 
 
 def test_the_shell_loop_goes_on_until_the_run_is_done(tmp_path):

@@ -61,10 +61,7 @@ def test_a_resume_of_the_same_run_is_said_to_be_exact(said):
     [
         ({"data": loader(seed=2)}, "Batches and dropout are drawn otherwise: seed 1 then, 2 now."),
         ({"data": loader(batch_size=8)}, "The next batches are others: batch_size 4 then, 8 now."),
-        (
-            {"gradient_accumulation_steps": 2},
-            "The next batches are others: gradient_accumulation_steps 1 then, 2 now.",
-        ),
+        ({"gradient_accumulation_steps": 2}, "The next batches are others: gradient_accumulation_steps 1 then, 2 now."),
         ({"config": {**SMALL, "dropout": 0.3}}, "Dropout drops others: dropout 0.1 then, 0.3 now."),
     ],
     ids=["seed", "batch size", "accumulation", "dropout"],

@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 
-from core.bundle.training_state import seal
 from core.errors import CheckpointMismatch
 from core.loading.optimizer import configure_optimizer
 from core.training.fit import fit
@@ -79,18 +78,6 @@ def test_a_manager_that_went_back_goes_on_with_the_scale_and_the_tokens_of_that_
             again = state_of(tmp_path / "dante")
             for name in ("scaler", "tokens_seen"):
                 assert again[name] == first[name]
-
-
-def test_without_the_saved_scale_a_run_would_end_elsewhere(tmp_path, one_thread):
-    go_on(tmp_path / "once", 16)
-    go_on(tmp_path / "twice", 9)
-    path = tmp_path / "twice/dante/training_state.json"
-    state = json.loads(path.read_text())
-    assert state["scaler"] != LIVELY
-    state["scaler"] = LIVELY
-    path.write_bytes(seal(state))
-    go_on(tmp_path / "twice", 16)
-    assert log(tmp_path / "once") != log(tmp_path / "twice")
 
 
 @pytest.mark.parametrize("loop", [False, True], ids=["fused", "loop"])

@@ -25,7 +25,7 @@ from core.networks.flex import GPTFlexAttention
 from core.networks.muon import configure_muon
 from tests.conftest import ROOT
 from tests.makers.limits import wait_until
-from tests.makers.models import TEXT, equal, save_durably, tokenizer
+from tests.makers.models import TEXT, equal, save_durably, state_of, tokenizer
 
 SMALL, MEDIUM = "modded_small_16e2da07_d128h1_opt", "modded_medium_06743860_d128h1_opt"
 SIZES = {"n_layer": 6, "n_head": 1, "block_size": 128, "eval_iters": 1, "device": "cpu"}
@@ -56,10 +56,6 @@ def bits(folder):
     return torch.load(folder / "model.pt", weights_only=True) | moments
 
 
-def state(folder):
-    return json.loads((folder / "training_state.json").read_text())
-
-
 @pytest.mark.parametrize("arch", ["flex_small", "flex_small_2025_02", "flex_medium"])
 def test_steps_and_a_resume_and_more_steps_are_all_steps(tmp_path, text, arch, capsys):
     flags = {"gradient_accumulation_steps": 2, "weight_decay": 0.1} if arch == "flex_medium" else {}
@@ -85,11 +81,11 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path, text):
     )  # fmt: skip
     folder = tmp_path / "killed"
     wait_until((folder / "training_state.json").exists, run)
-    first = state(folder)["step"]
-    wait_until(lambda: state(folder)["step"] > first, run)  # and in the middle of whatever it does now
+    first = state_of(folder)["step"]
+    wait_until(lambda: state_of(folder)["step"] > first, run)  # and in the middle of whatever it does now
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    reached = state(folder)["step"]
+    reached = state_of(folder)["step"]
     assert train(tmp_path, text, **flags, model_name="killed", max_iters=reached + 3) == DONE
     assert train(tmp_path, text, **flags, model_name="whole", max_iters=reached + 3) == DONE
     assert equal(bits(folder), bits(tmp_path / "whole"))
@@ -98,7 +94,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path, text):
 def test_a_toy_learns_and_writes(tmp_path, text, capsys):
     assert train(tmp_path, text, arch="flex_medium", max_iters=40, eval_interval=20) == DONE
     said = capsys.readouterr()
-    loss = state(tmp_path / "default")["val_loss"]
+    loss = state_of(tmp_path / "default")["val_loss"]
     assert loss < 2.0, "a uniform guess has 3.1"
     assert "no GPU: a small preset" in said.err and 100 < len(said.out) < 400, "the sample, and nothing else"
     lines = [json.loads(line) for line in (tmp_path / "default/metrics.jsonl").read_text().splitlines()]
