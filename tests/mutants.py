@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "core/bundle/bundle.py": "bundle/test_verify_on_load bundle/test_damage bundle/test_commit bundle/test_bad_input",
     "core/bundle/commit.py": "bundle/test_commit bundle/test_damage bundle/test_rewind faults/test_crash_model",
-    "core/bundle/intact.py": "bundle/test_damage bundle/test_choice bundle/test_rewind",
+    "core/bundle/intact.py": "bundle/test_damage bundle/test_choice bundle/test_rewind bundle/test_verify_on_load",
     "core/bundle/lock.py": "bundle/test_lock",
     "core/bundle/optimizer_state.py": "checkpoint/test_optimizer checkpoint/test_legacy_updates",
     "core/bundle/retention.py": "bundle/test_retention bundle/test_rewind",
@@ -40,7 +40,7 @@ ROOMS = {
     "core/bundle/storage.py": "bundle/test_storage bundle/test_commit bundle/test_damage checkpoint/test_torch_file",
     "core/containers/pickles/reader.py": "containers/test_pickles containers/test_foreign hostile/test_pickles",
     "core/containers/tensors/views.py": "families/test_rules containers/test_reading conversion/test_megatron",
-    "core/containers/torch_files/zip.py": "containers/test_torch_zip containers/test_torch_zip_damage",
+    "core/containers/torch_files/zip.py": "containers/test_torch_zip containers/test_torch_zip_damage hostile/test_files",
     "core/conversion/pairs/gpt.py": "conversion/test_nanogpt conversion/test_hf_gpt2 conversion/test_refusals",
     "core/conversion/pairs/megatron.py": "conversion/test_llama conversion/test_megatron",
     "core/conversion/proof.py": "conversion/test_safety conversion/test_tensors conversion/test_hf_gpt2",
