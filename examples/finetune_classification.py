@@ -186,7 +186,9 @@ class FineTuning:
         state, folder = self.manager.resumed, self.manager.checkpoint_dir
         so_far = state.get("finetuning")
         if not isinstance(so_far, dict):
-            raise CheckpointMismatch(f"{folder}: step {self.step} is of another program. Choose another --model_name.")
+            raise CheckpointMismatch(
+                f"{folder}: step {self.step} was saved by another program. Choose another --model_name."
+            )
         for name, value in self.settings.items():
             if so_far.get(name) == value:
                 continue
