@@ -187,7 +187,7 @@ class FineTuning:
         so_far = state.get("finetuning")
         if not isinstance(so_far, dict):
             raise CheckpointMismatch(
-                f"{folder}: step {self.step} was saved by another program. Choose another --model_name."
+                f"{folder}: step {self.step} is another program's. Choose another --model_name."
             )
         for name, value in self.settings.items():
             if so_far.get(name) == value:
