@@ -186,9 +186,7 @@ class FineTuning:
         state, folder = self.manager.resumed, self.manager.checkpoint_dir
         so_far = state.get("finetuning")
         if not isinstance(so_far, dict):
-            raise CheckpointMismatch(
-                f"{folder}: step {self.step} is another program's. Choose another --model_name."
-            )
+            raise CheckpointMismatch(f"{folder}: step {self.step} is another program's. Choose another --model_name.")
         for name, value in self.settings.items():
             if so_far.get(name) == value:
                 continue
