@@ -61,12 +61,12 @@ def fit(
     `world`. Every rank calls this with the same arguments; all of them obey a signal to one, at the end of the
     same step.
 
-    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. Without
-    a `schedule` the learning rate stays as the optimizer has it. SIGINT and SIGTERM finish the step, save and return,
-    SIGUSR1 saves and continues; `stop` may be entered already, and may limit the time. The last step is
-    durable when this returns. A failed save is reported and training continues; after `max_failed_saves` failures in a row the run ends.
-    `ema` is the decay of an average of the weights, kept as `ema.pt`. `torch.float16` scales the loss; a step whose
-    gradients overflow counts as a step, but makes no update. A resume is compared with the certificate of its
+    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. Without a
+    `schedule` the learning rate stays as the optimizer has it. SIGINT and SIGTERM finish the step, save and return,
+    SIGUSR1 saves and continues; `stop` may be entered already, and may limit the time. The last step is durable when
+    this returns. A failed save is reported and training continues; after `max_failed_saves` failures in a row the run
+    ends. `ema` is the decay of an average of the weights, kept as `ema.pt`. `torch.float16` scales the loss; a step
+    whose gradients overflow counts as a step, but makes no update. A resume is compared with the certificate of its
     step: one line reports whether it is exact, and what differs.
 
     Raises: TrainingDiverged when a loss or gradient is no longer finite, SaveFailed for the last of too many failed

@@ -223,7 +223,7 @@ def test_a_model_of_another_program_is_neither_resumed_nor_a_classifier(made, tm
         ({"max_length": 300}, FAILED, "--max_length: found 300, expected at most 256"),
         ({"learning_rate": -1}, FAILED, "learning_rate: found -1.0, expected a number above 0"),
         ({"dropout": 1}, FAILED, "dropout: found 1.0"),
-        ({"device": "tpuu"}, FAILED, "--device: 'tpuu' is no device"),
+        ({"device": "tpuu"}, FAILED, "--device: 'tpuu' is not a device"),
         ({"model_name": "../x"}, FAILED, "model name '../x'"),
     ],
     ids=str,
