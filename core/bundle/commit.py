@@ -124,7 +124,7 @@ class ModelFolder(FolderReader):
         self.storage.sync_folder(self.path)
 
     def _history_name(self) -> str:
-        """Where the old top goes: to the folder of its step, or aside when its step is unknown or it is no bundle."""
+        """Where the old top goes: to the folder of its step, or aside if its step is unknown or it is not a bundle."""
         state = self._top_state()
         if state is None or not self.storage.exists(self.path / CONFIG):
             return aside_folder(0, "displaced")

@@ -58,7 +58,7 @@ def _bias(values: Values, seen: Evidence) -> Any:
 
 
 def _proj_bias(values: Values, seen: Evidence) -> Any:
-    """`bias` spoke of qkv alone in lecture-style models, whose projection always had one."""
+    """`bias` described qkv alone in lecture-style models, whose projection always had one."""
     has = seen.has("blocks.{i}.sa.proj.bias")
     return None if has == values.get("bias", seen.has("blocks.{i}.sa.qkv.bias")) else has
 

@@ -1,4 +1,4 @@
-"""Where a step comes from: its run, its place among the commits of its branch, and where the branch began."""
+"""The origin of a step: its run, its place among the commits of its branch, and where the branch began."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def documents(ids: Tensor, eos_token_id: int) -> Tensor:
 def sees(docs: Tensor | None, window: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
     """Make the rule by which query q sees key k, in the form that flex attention takes.
 
-    `docs` [T] has the document number of each position, None is one document; `window` is in blocks, None is no window.
+    `docs` [T] has the document number of each position, None is one document; `window` is in blocks, None for none.
     """
 
     def rule(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:

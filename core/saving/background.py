@@ -1,4 +1,4 @@
-"""Saves beside training: one at a time, each in a thread of its own."""
+"""Saves during training: one at a time, each in a thread of its own."""
 
 from __future__ import annotations
 

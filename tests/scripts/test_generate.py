@@ -172,7 +172,7 @@ def test_a_model_without_tokenizer_is_said(write, tmp_path):
 
 
 WRONG = [
-    (["--temperature", "-1"], "found '-1', expected 0 or a number above it"),
+    (["--temperature", "-1"], "found '-1', expected 0 or a number above 0"),
     (["--temperature", "hot"], "found 'hot'"),
     (["--temperature", "nan"], "found 'nan'"),
     (["--top_k", "0"], "found '0', expected a whole number of at least 1"),
