@@ -1,4 +1,4 @@
-"""Write text with a trained model: text to stdout as it comes, everything else to stderr."""
+"""Write text with a trained model: text goes to stdout as it is generated, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SEPARATOR = "-" * 40
 
 EPILOG = """examples:
   python generate.py                                            the only model there is, from an empty prompt
-  python generate.py --model_name dante --prompt "The "         go on from a prompt
+  python generate.py --model_name dante --prompt "The "         continue a prompt
   python generate.py --model_name dante --step best             the kept step with the best validation loss
   python generate.py --model_name dante --temperature 0         always the likeliest token: the same text each time
   python generate.py --checkpoint state_step001770.pt --tokenization gpt2
   python generate.py --model_name dante --top_k 20 --seed 1 --num_samples 3 --json > samples.jsonl
 
-The seed is on stderr, so that a text can be had again; sample i of a run uses seed + i.
-With an empty prompt the text starts after a line's end (char) or the end-of-text token (gpt2).
+The seed is printed on stderr, so that a text can be generated again; sample i of a run uses seed + i.
+With an empty prompt the text starts after a line break (char) or the end-of-text token (gpt2).
 When the context is full, its older half is dropped.
 """
 
@@ -40,9 +40,9 @@ def main(argv: list[str]) -> int:
     if args.legacy_checkpoint and args.step is not None:
         parser.error("--legacy_checkpoint and --step name two checkpoints; give one of them")
     if args.checkpoint and (args.legacy_checkpoint or args.step is not None or args.model_name):
-        parser.error("--checkpoint names a file; leave out --model_name, --legacy_checkpoint and --step")
+        parser.error("--checkpoint names a file: leave out --model_name, --legacy_checkpoint and --step")
     if args.ema and (args.checkpoint or args.legacy_checkpoint):
-        parser.error("--ema takes the average that lies beside the model of a folder; a single file has none")
+        parser.error("--ema takes the average in a model's folder; a single file has none")
     if args.seed is None:
         args.seed = secrets.randbelow(2**31)
     replace_what_stdout_lacks()
@@ -73,12 +73,14 @@ def main(argv: list[str]) -> int:
     if model.tokenizer is None and args.tokenization:
         model.tokenizer = named_tokenizer(args.tokenization, args.bpe_file)
     if model.tokenizer is None:
-        raise InputError(f"{single or folder}: no tokenizer with it, so its tokens are no text. Give --tokenization.")
+        raise InputError(
+            f"{single or folder}: no tokenizer with it, expected one to turn tokens into text. Give --tokenization."
+        )
     return write_samples(model.batched() if isinstance(model, GPTFlexAttention) else model, name, args)
 
 
 def load_foreign(args: argparse.Namespace) -> GPTBatched:
-    """Load what --checkpoint names: a file of modded-nanogpt."""
+    """Load the modded-nanogpt file that --checkpoint names."""
     from core.data.tokenizer import named_tokenizer
     from core.errors import InputError
     from core.loading.modded import refuse_large_tokenizer
@@ -100,7 +102,7 @@ def load_foreign(args: argparse.Namespace) -> GPTBatched:
 
 
 def write_samples(model: GPT | GPTBatched, name: str, args: argparse.Namespace) -> int:
-    """Print all samples, and on stderr what wrote them and how fast."""
+    """Print all samples, and on stderr the model that wrote them and its speed."""
     assert model.tokenizer is not None
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{name}: step {model.step}, {parameters / 1e6:.2f} M parameters, {model.device}, seed {args.seed}")
@@ -115,7 +117,7 @@ def write_samples(model: GPT | GPTBatched, name: str, args: argparse.Namespace) 
 
 
 def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], nth: int, args: argparse.Namespace) -> None:
-    """Print one sample: as it comes, at its end, or as one line of JSON."""
+    """Print one sample: token by token, as a whole, or as one line of JSON."""
     from core.networks.generation import start_ids, stream, text_after
 
     assert model.tokenizer is not None
@@ -153,7 +155,7 @@ def say(line: str) -> None:
 
 
 def replace_what_stdout_lacks() -> None:
-    """Let stdout replace characters that its encoding lacks: a model may draw any of its vocabulary."""
+    """Let stdout replace characters that its encoding lacks: a model may draw any character of its vocabulary."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
@@ -165,9 +167,9 @@ def step_or_best(word: str) -> int | str:
     raise argparse.ArgumentTypeError(f"found {word!r}, expected a step number or best")
 
 
-COUNT = number(int, 0, 2**31, "a whole number from 0")
-POSITIVE = number(int, 1, 2**31, "a whole number from 1")
-SHARE = number(float, sys.float_info.min, 1, "a number above 0 up to 1")
+COUNT = number(int, 0, 2**31, "a whole number of at least 0")
+POSITIVE = number(int, 1, 2**31, "a whole number of at least 1")
+SHARE = number(float, sys.float_info.min, 1, "a number above 0 and at most 1")
 
 
 def make_parser() -> Parser:
@@ -177,46 +179,60 @@ def make_parser() -> Parser:
     loading.add_argument(
         "--step", type=step_or_best, metavar="N|best", help="a kept step, or the best one (default: the newest)"
     )
-    loading.add_argument("--ema", action="store_true", help="the average of the weights, of a run with --ema")
+    loading.add_argument("--ema", action="store_true", help="use the average of the weights, from a run with --ema")
     add_legacy_flag(loading)
     loading.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="a state_step*.pt of modded-nanogpt, or a bundle of one"
     )
     loading.add_argument(
-        "--tokenization", metavar="NAME", help="gpt2, or a Hugging Face tokenizers JSON file, where none is saved"
+        "--tokenization", metavar="NAME", help="gpt2, or a Hugging Face tokenizers JSON file, if none is saved"
     )
-    loading.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: what config.json says)")
-    loading.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as saved)")
-    loading.add_argument("--bpe_file", type=Path, metavar="FILE", help="the GPT-2 ranks, for a machine without network")
+    loading.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: as in config.json)")
+    loading.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the weights (default: as saved)")
+    loading.add_argument(
+        "--bpe_file", type=Path, metavar="FILE", help="the file of GPT-2 ranks, for a machine without network access"
+    )
     loading.add_argument(
         "--no_verify", action="store_false", dest="verify", help="do not compare the checksums of what is loaded"
     )
     text = parser.add_argument_group("text")
-    text.add_argument("--prompt", default="", metavar="TEXT", help="what the text begins with (default: nothing)")
+    text.add_argument("--prompt", default="", metavar="TEXT", help="the beginning of the text (default: empty)")
     text.add_argument(
-        "--unknown", choices=("error", "skip"), default="error", help="what an unknown character in the prompt does"
+        "--unknown",
+        choices=("error", "skip"),
+        default="error",
+        help="a character outside the vocabulary is an error, or skipped (default: error)",
     )
     text.add_argument("--max_new_tokens", type=COUNT, default=200, metavar="N", help="tokens to add (default: 200)")
     text.add_argument("--num_samples", type=POSITIVE, default=1, metavar="N", help="texts to write (default: 1)")
-    drawing = parser.add_argument_group("drawing of a token")
+    drawing = parser.add_argument_group("sampling")
     drawing.add_argument(
         "--temperature",
         type=above_or_zero,
         default=0.8,
         metavar="T",
-        help="lower is safer, 0 always the likeliest (default: 0.8)",
-    )
-    drawing.add_argument("--top_k", type=POSITIVE, metavar="K", help="only the K likeliest tokens (default: all)")
-    drawing.add_argument(
-        "--top_p", type=SHARE, metavar="P", help="only the likeliest that reach P together (default: all)"
+        help="lower is safer; 0 always takes the likeliest token (default: 0.8)",
     )
     drawing.add_argument(
-        "--seed", type=seed_number, metavar="N", help="the same seed, the same text (default: a new one)"
+        "--top_k", type=POSITIVE, metavar="K", help="sample from the K likeliest tokens (default: all)"
+    )
+    drawing.add_argument(
+        "--top_p",
+        type=SHARE,
+        metavar="P",
+        help="sample from the likeliest tokens whose probabilities reach P (default: all)",
+    )
+    drawing.add_argument(
+        "--seed", type=seed_number, metavar="N", help="the same seed gives the same text (default: a new seed)"
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--stream", action="store_true", default=True, help="each token as it comes (the default)")
-    output.add_argument("--no_stream", action="store_false", dest="stream", help="each text when it is whole")
-    output.add_argument("--json", action="store_true", help="one JSON object per text: model, step, seed, prompt, text")
+    output.add_argument(
+        "--stream", action="store_true", default=True, help="print each token as it is generated (the default)"
+    )
+    output.add_argument("--no_stream", action="store_false", dest="stream", help="print each text when it is complete")
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object per text: model, step, seed, prompt, text"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Train a GPT on text, and continue where it stopped: the same command starts, resumes and continues."""
+"""Train a GPT on text: the same command starts a run, resumes it and continues it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def main(argv: list[str]) -> int:
     parser = make_parser()
     args = parser.parse(argv)
     if args.prune and args.resume_from is not None:
-        parser.error("--prune trains nothing, and goes back to nothing: leave out --resume_from or --prune")
+        parser.error("--prune only removes folders: leave out --resume_from or --prune")
     with StopSignal(args.stop_after_minutes, owns_process=True) as stop:
         return prune_or_train(args, stop)
 
 
 def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
-    """Do what the flags ask for, as the only writer of the model."""
+    """Do what the flags request, as the only writer of the model."""
     from core.checkpoint import CheckpointManager
     from core.errors import CheckpointNotFound
     from core.networks.distributed import open_world
@@ -63,7 +63,7 @@ def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
 
 
 def prune(manager: CheckpointManager, args: argparse.Namespace) -> int:
-    """Remove what lies aside, and kept steps that no rule keeps where --keep or --keep_every is given."""
+    """Remove what was set aside and, where --keep or --keep_every is given, kept steps that no rule keeps."""
     from core.console.words import size_text
 
     freed = manager.prune(args.keep, args.keep_every)
@@ -72,7 +72,7 @@ def prune(manager: CheckpointManager, args: argparse.Namespace) -> int:
 
 
 def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Namespace, stop: StopSignal) -> int:
-    """Train on from an open step, or anew."""
+    """Train from an open step, or from scratch."""
     from core.kinds import kind_of
     from core.kinds.kind import Request
     from core.kinds.modded import open_origin
@@ -83,7 +83,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     flags = {name: value for name, value in vars(args).items() if value is not None}
     world = manager.ranks.world
 
-    # 1. What is trained: the kind of the checkpoint, or of --arch; and where.
+    # 1. The model and its device: the kind of the checkpoint, or of --arch.
     manager.keep_as(bundle.state if bundle else {}, args.keep, args.keep_every)
     given = {name: flags[name] for name in CONFIG_FLAGS if name in flags}
     fresh_file = args.init_from_checkpoint if bundle is None else None
@@ -91,7 +91,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     kind = kind_of(bundle, origin.arch if origin else args.arch, world)
     device, given = choose_device(bundle, given, world)
 
-    # 2. How: a flag wins over what the run did so far, which wins over the preset.
+    # 2. The settings: a flag wins over the run so far, which wins over the preset.
     so_far, preset = bundle.settings if bundle else {}, kind.preset(device.type == "cpu")
     settings = Settings.resolve(flags, so_far, preset)
     world.refuse_fp16_shards(settings.dtype)
@@ -99,11 +99,11 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
         kind.refuse_contradictions(bundle, given)
         say(
             f"{manager.checkpoint_dir}: step {bundle.step}, and max_iters is {settings.max_iters}: nothing to do. "
-            f"Train on with --max_iters {bundle.step + settings.max_iters}."
+            f"Continue with --max_iters {bundle.step + settings.max_iters}."
         )
         return DONE
 
-    # 3. On what: text or tokens, and the tokenizer that a checkpoint or another model has.
+    # 3. The data: text or tokens, and the tokenizer that a checkpoint or another model has.
     source, corpus = open_data(manager, bundle, args)
     schedule = settings.schedule()
 
@@ -122,7 +122,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     )
     model, optimizer, start = manager.start(kind, request, bundle)
 
-    # 5. Its batches: a function of (seed, step).
+    # 5. The batches: a function of (seed, step).
     loader = kind.loader(corpus, model, settings.seed)
 
     # 6. The loop.
@@ -131,18 +131,18 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     manager.record(data=source.record(), training=settings.recorded())
     if so_far and bundle and bundle.state.training is None:
         shown = ", ".join(f"{name} {value}" for name, value in so_far.items())
-        say(f"going on as the program that wrote it, unless a flag says otherwise: {shown}")
+        say(f"continuing with the settings of the program that wrote it, unless a flag overrides them: {shown}")
     for line in settings.changes(so_far):
         say(line)
     dtype = DTYPES[settings.dtype if kind.autocasts else "fp32"]
     result = fit_with(settings, model, loader, optimizer, manager, schedule, dtype, stop=stop, world=world)
 
-    # 7. How it ended.
+    # 7. The report.
     return report(manager, model, corpus, result, args)
 
 
 def choose_device(bundle: Bundle | None, given: dict[str, Any], world: World) -> tuple[Any, dict[str, Any]]:
-    """Where the model trains, and the given fields; each of several ranks is given the device that is its own."""
+    """The device, and the given fields; with several ranks, each is given its own device."""
     from core.bundle.folder import CONFIG
     from core.networks.device import resolve_device
 
@@ -158,7 +158,7 @@ def choose_device(bundle: Bundle | None, given: dict[str, Any], world: World) ->
 
 
 def open_data(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Namespace) -> tuple[Source, Corpus]:
-    """Find the text or tokens of a run, and read them with the tokenizer that its model has or will have."""
+    """Find the text or tokens of a run, and read them with the tokenizer of its model."""
     from core.data.corpus import open_corpus
     from core.data.source import find_source
     from core.data.tokenizer import tokenizer_from_state
@@ -179,14 +179,14 @@ def open_data(manager: CheckpointManager, bundle: Bundle | None, args: argparse.
 
 
 def say(line: str) -> None:
-    """Print to stderr, where everything but the result goes."""
+    """Print to stderr, where everything except the result goes."""
     print(line, file=sys.stderr)
 
 
 def say_what_runs(
     manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Corpus, resumed: int | None, is_new: bool
 ) -> None:
-    """Say in two or three lines what is trained."""
+    """Report the model, the data and the device in two or three lines."""
     from core.bundle.tokenizer_state import describe
 
     device = next(model.parameters()).device
@@ -210,7 +210,7 @@ def report(
     result: FitResult,
     args: argparse.Namespace,
 ) -> int:
-    """Say how a run ended, and return the exit code."""
+    """Report how a run ended, and return the exit code."""
     if result.stopped_by:
         command = "the same command" if args.resume_from is None else "the same command without --resume_from"
         say(f"stopped by {result.stopped_by} after step {result.step}, which is saved. Run {command} to continue.")
@@ -230,7 +230,7 @@ def finish(
     val_loss: float | None,
     samples: bool,
 ) -> None:
-    """Show what was learned, and what to do with it."""
+    """Print the loss, a sample, and the commands to continue with."""
     from core.errors import CheckpointError
 
     uniform = math.log(corpus.tokenizer.vocab_size)
@@ -241,7 +241,7 @@ def finish(
             sample = model.generate("", max_new_tokens=200, temperature=0.8, top_k=200, seed=1)
             say("a sample:")
             print(sample.strip("\n"), flush=True)
-    except CheckpointError as error:  # a dataset of GPT-2 tokens trains without the ranks that turn them into text
+    except CheckpointError as error:  # a dataset of GPT-2 tokens trains without the file of ranks that decoding needs
         say(f"no sample: {error}")
     where = (
         ""

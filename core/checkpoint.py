@@ -1,4 +1,4 @@
-"""CheckpointManager: which step is resumed, what is saved with it, and what is kept."""
+"""CheckpointManager: which step is resumed, what is saved with a step, and which steps are kept."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from .saving.step import StepContent, StepSave, add_metrics
 class CheckpointManager:
     """The checkpoints of one model: a folder whose top is always the newest committed step, whole.
 
-    Besides the steps of `keep` and `keep_every`, the best one by validation loss stays, and the one that was resumed
+    Besides the steps of `keep` and `keep_every`, the best one by validation loss is kept, and the one that was resumed
     from. `stage_memory` limits the bytes that hold a step on its way to disk; None is half of what is free when the
-    first step is saved, and 48 MB always are. All else is what the attributes say.
+    first step is saved, and 48 MB are always allowed. The attributes describe all other arguments.
     """
 
     def __init__(
@@ -74,23 +74,23 @@ class CheckpointManager:
         self.checkpoint_dir = model_folder(base_dir, model_name)
         """The folder of the model: `base_dir/model_name`."""
         self.keep = keep
-        """How many older steps stay, the newest of them."""
+        """How many of the newest older steps are kept."""
         self.keep_every = keep_every
-        """Every older step that this number divides stays; None for none."""
+        """Every older step that this number divides is kept; None for none."""
         self.facts: dict[str, Any] = {}
-        """What goes into the training state of every save from now on, by name; `record` adds to it."""
+        """Entries of the training state of every later save, by name; `record` adds to them."""
         self.resumed = TrainingState()
-        """The training state of the step that training goes on from, a mapping too; empty where the run is new."""
+        """The training state, also a mapping, of the step that training continues from; empty for a new run."""
         self.averages: dict[str, torch.Tensor] | None = None
-        """The average of the weights at the step that was resumed, by their names; None where it has none."""
+        """The average of the weights at the resumed step, by their names; None where it has none."""
         self.say = say
-        """Is told each line of what was found, saved or removed."""
+        """Called with each line that reports what was found, saved or removed."""
         self.save_policy = save_policy
-        """What a save does that is due while another is being written: "wait" for it, or "skip" its own step."""
+        """When a save is due while another is being written: "wait" for it, or "skip" this one."""
         self.verify = verify
-        """Whether checksums are compared on resume; else only what cannot be opened counts as damaged."""
+        """Whether checksums are compared on resume; if not, only what cannot be opened counts as damaged."""
         self.allow_fresh = allow_fresh
-        """Whether a folder in which no step is intact is moved aside, and training starts anew."""
+        """Whether, when no step is intact, everything in the folder is set aside and training starts from scratch."""
         self.ranks = ranks or Alone()
         """How the processes that train this model share its folder."""
         self._folder = ModelFolder(self.checkpoint_dir)
@@ -100,7 +100,7 @@ class CheckpointManager:
 
     @classmethod
     def of_folder(cls, checkpoint_dir: str | Path, **settings: Any) -> CheckpointManager:
-        """Manage the model whose folder this is."""
+        """Manage the checkpoints of `model_name` below `base_dir`."""
         folder = Path(checkpoint_dir)
         if folder.name in ("", ".."):
             folder = folder.resolve()
@@ -137,7 +137,7 @@ class CheckpointManager:
         self.close()
 
     def acquire(self) -> None:
-        """Become the only writer of this model, until `close`, and finish what an interrupted save left.
+        """Become the only writer of this model, until `close`, and finish an interrupted save.
 
         Raises: CheckpointLocked when another process writes here.
         """
@@ -157,7 +157,7 @@ class CheckpointManager:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the only writer while the block runs; what an interrupted save left is finished first."""
+        """Be the only writer while the block runs; an interrupted save is finished first."""
         if self.ranks.world.is_first:
             self._saver.join()
         with writing(self._folder) if self.ranks.world.is_first else contextlib.nullcontext():
@@ -171,15 +171,15 @@ class CheckpointManager:
     def newest_intact(self) -> Bundle | None:
         """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
 
-        A damaged newest step is renamed aside, the newest intact one takes its place, and both are said. Where there
-        are steps and none is intact, `allow_fresh` moves all of it aside and gives None. Every rank calls it.
+        A damaged newest step is renamed aside and replaced by the newest intact one; both are reported. Where there are
+        steps and none is intact, `allow_fresh` sets all of them aside and returns None. Every rank calls it.
 
         Raises: NoneIntact when there are steps and none is intact; nothing is changed then.
         """
         return self.ranks.newest_intact(self._folder, self._reopen, self.verify)
 
     def _reopen(self, check: bool, damage: str | None) -> Bundle | None:
-        """Open the newest intact step as the only writer; `damage` is what is known of the newest one."""
+        """Open the newest intact step as the only writer; `damage` is the known damage of the newest one."""
         with self.writing(), self._explained():
             if damage and not self.allow_fresh:
                 return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say)
@@ -187,9 +187,9 @@ class CheckpointManager:
             return open_to_train(self._folder, self.say, check=check)
 
     def prune(self, keep: int | None = None, keep_every: int | None = None) -> int:
-        """Remove what was set aside, name it, and return the bytes freed; with a number given, kept steps as well.
+        """Remove and report what was set aside, and return the bytes freed; with a number given, kept steps as well.
 
-        Then those go that the rules of the run, with these numbers, do not keep.
+        Those are removed that the rules of the run, with these numbers, do not keep.
         """
         if not self.ranks.world.is_first:
             return 0
@@ -197,7 +197,7 @@ class CheckpointManager:
             return rewind.prune(self._folder, self.say, keep, keep_every)
 
     def go_back(self, step: int) -> None:
-        """Make a kept step the newest one again: training goes on from it, and what came after it is kept aside.
+        """Make a kept step the newest one again: training continues from it, and later steps are set aside.
 
         Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged; nothing is changed then.
         """
@@ -206,7 +206,7 @@ class CheckpointManager:
                 rewind.go_back(self._folder, step, self.say, check=self.verify)
 
     def consolidate(self) -> None:
-        """Make plain files of the newest step, where it lies in shards; after the last save."""
+        """Make plain files of the newest step, where it is in shards; after the last save."""
         if not self.ranks.world.is_first:
             return
         with self.writing(), self._explained():
@@ -230,9 +230,9 @@ class CheckpointManager:
     ) -> tuple[GPT, torch.optim.AdamW, int]:
         """Resume this model, or start it from another model's weights, or fresh; return model, optimizer and step.
 
-        A field given in `config` (of a GPTConfig: one that is not the default) wins over config.json of the
-        checkpoint, which wins over `preset`. The manager holds the writer's lock from here on. A `bundle` is what
-        `newest_intact` has opened before, so that nothing is verified twice; it is closed.
+        A field given in `config` (of a GPTConfig: one that differs from the default) wins over config.json of the
+        checkpoint, which wins over `preset`. The manager holds the writer's lock from here on. A `bundle` is one
+        that `newest_intact` has opened, so that nothing is verified twice; it is closed.
 
         Raises: CheckpointMismatch when the architecture or the tokenizer contradicts the checkpoint; both are shown.
         """
@@ -249,9 +249,9 @@ class CheckpointManager:
         return self.start(gpt_kind(self.ranks.world), request, bundle)
 
     def start(self, kind: ModelKind, request: Request, bundle: Bundle | None = None) -> tuple[Any, Any, int]:
-        """Resume this model, or start it; return it where it trains, its optimizer and its step. Every rank calls it.
+        """Resume this model, or start it; return it where it trains, with its optimizer and step. Every rank calls it.
 
-        The manager holds the writer's lock from here on. A `bundle` is what `newest_intact` has opened before, so that
+        The manager holds the writer's lock from here on. A `bundle` is one that `newest_intact` has opened, so that
         nothing is verified twice; it is closed.
 
         Raises: CheckpointMismatch when the architecture or the tokenizer contradicts the checkpoint; both are shown.
@@ -268,7 +268,7 @@ class CheckpointManager:
         return model, kind.optimizer(model, request, request.origin, self.say), 0
 
     def went_on_from(self, bundle: Bundle, model: nn.Module) -> None:
-        """Remember the step that training goes on from, and map the average of its weights, spread as the model is."""
+        """Remember the step that training continues from, and map its averaged weights, sharded like the model."""
         self.resumed = bundle.state
         self.averages = load_averages(bundle, model)
 
@@ -278,7 +278,7 @@ class CheckpointManager:
         self.keep, self.keep_every = rules.keep, rules.keep_every
 
     def record(self, **facts: Any) -> None:
-        """Put facts into the training state of every save from now on, by name; JSON must be able to hold them."""
+        """Add facts to the training state of every later save, by name; JSON must be able to hold them."""
         self.facts = {**self.facts, **facts}
 
     # Save
@@ -295,16 +295,16 @@ class CheckpointManager:
         ema: Mapping[str, torch.Tensor] | None = None,
         before_commit: Callable[[], None] | None = None,
     ) -> bool:
-        """Begin to commit a step of any module; it is durable, and older steps are pruned, after `wait`.
+        """Begin to commit a step of any module; after `wait` it is durable and older steps are pruned.
 
-        Training may go on at once: the next step of the optimizer waits where the copy of weights and state is not
-        done. What else may change, like buffers, is copied here; without an optimizer that is everything. `ema` are
-        averages that change after the optimizer's step only. False when another save is being written and the policy
-        is to skip.
+        Training may continue at once: the next step of the optimizer waits until weights and state are copied.
+        Anything else that may change, like buffers, is copied here; without an optimizer that is everything. `ema`
+        are averages that change only after the optimizer's step. Returns False when another save is being written
+        and the policy is to skip.
 
         Compiled and wrapped modules are saved under their plain names, tied weights once, views without the rest
-        of their storage. The same state at the same step again changes nothing. `metrics` with a `val_loss` decide
-        which step is the best; `extra` is kept in the training state for the caller. `ema` is an average of the
+        of their storage. Saving the same state at the same step again changes nothing. The `val_loss` in `metrics`
+        decides which step is the best; `extra` is kept in the training state for the caller. `ema` is an average of the
         weights under the same names. `before_commit` is called when the files are written, in the writer's thread.
 
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
@@ -329,7 +329,7 @@ class CheckpointManager:
         return True
 
     def _write(self, save: StepSave, optimizer: Any) -> None:
-        """Begin to write a step; what may change before its copy is done waits for it."""
+        """Begin to write a step; the optimizer's step waits until its copy is done."""
         held = save.lock()
 
         def write(memory: Memory) -> None:
@@ -345,7 +345,7 @@ class CheckpointManager:
             save.snapshot.wait_copied()
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record what was measured of the newest step after it was saved; durable when this returns.
+        """Record metrics of the newest step after it was saved; durable when this returns.
 
         Raises: SaveFailed when it could not be recorded (the step is intact), InputError when another is the newest.
         """
@@ -357,22 +357,22 @@ class CheckpointManager:
     def wait(self) -> None:
         """Wait until the last save is durable.
 
-        Raises: SaveFailed when it, or one before it that nobody has asked for, could not be committed.
+        Raises: SaveFailed when it, or an earlier save that was not asked about, could not be committed.
         """
         self._saver.join()
         self.raise_failed()
 
     def raise_failed(self) -> None:
-        """Raise the SaveFailed of a save that ended since this was asked last; at the edge of a step it costs nothing.
+        """Raise the SaveFailed of a save that ended since the last call; at the edge of a step it costs nothing.
 
-        The last committed step is intact, and training may go on.
+        The last committed step is intact, and training may continue.
         """
         self._saver.raise_failure()
 
     def tokenizer_state(self, or_of: str | None = None) -> dict[str, Any] | None:
-        """The tokenizer.json of the newest step, or one that waits beside a config.json alone; None without one.
+        """The tokenizer.json of the newest step, or one beside a config.json without weights; None without one.
 
-        Where there is none, that of another model below the same root, if one is named.
+        Where there is none, that of another model below the same root, if one is specified.
         """
         other = model_folder(self.checkpoint_dir.parent, or_of) if or_of else None
         return newest_tokenizer(self.checkpoint_dir) or (newest_tokenizer(other) if other else None)
@@ -386,9 +386,9 @@ class CheckpointManager:
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, strict: bool = True) -> int:
         """Fill a live module, and its optimizer, from the newest intact step, and return that step; 0 for none.
 
-        Moments follow the names of their parameters, whatever the order or the groups. Those of parameters that were
-        not trained before start from zero, those of frozen ones are dropped; both are said. `strict=False` is for a
-        module that was changed, like one with a new head: tensors that only one side has are left alone, and said.
+        Moments follow the names of their parameters, in any order and any groups. Those of parameters that were not
+        trained before start from zero, those of frozen ones are dropped; both are reported. `strict=False` is for a
+        module that was changed, like one with a new head: tensors that only one side has are left alone and reported.
 
         Raises: CheckpointMismatch when names or shapes do not fit; module and optimizer are unchanged then.
         """
@@ -412,11 +412,11 @@ class CheckpointManager:
         verify: bool = True,
         ema: bool = False,
     ) -> GPT | GPTBatched | GPTFlexAttention:
-        """Load a model to write text with: the newest step, a kept step, or the best one (`step="best"`).
+        """Load a model for inference: the newest step, a kept step, or the best one (`step="best"`).
 
-        It is of the class that config.json names. `legacy_filename` takes a single-file checkpoint in the folder,
-        whatever else is there. The checksums of what is read are compared, unless `verify` is off.
-        With `ema` the average of the weights computes in their place.
+        It is of the class that config.json names. `legacy_filename` names a single-file checkpoint in the
+        folder, which wins over everything else in it. Checksums of what is read are compared, unless `verify` is off.
+        With `ema` the average of the weights is used in their place.
 
         Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
         """

@@ -1,12 +1,12 @@
 """Every error a caller can act on.
 
 CheckpointError
-├── CheckpointNotFound     nothing there: train a new one, or look elsewhere
-├── CheckpointDamaged      bytes are not what was written: walk back to an older step
-│   └── NoneIntact         checkpoints are here and none can be used: mend one, or begin anew on purpose
+├── CheckpointNotFound     nothing is there: train a new model, or look elsewhere
+├── CheckpointDamaged      bytes differ from what was written: walk back to an older step
+│   └── NoneIntact         there are checkpoints, and none can be used: restore one, or start from scratch on purpose
 ├── CheckpointMismatch     two things contradict each other: change the named field or flag
 ├── CheckpointLocked       another process writes here: wait for it, or use another name
-├── SaveFailed             nothing new is on disk, nothing old is lost: free what is missing, save again
+├── SaveFailed             nothing new is on disk, nothing old is lost: remove the cause, save again
 └── InputError             a text, tokenizer or setting that cannot be used: correct it
 
 A message reads *where: found, expected. What to do, or what stays true.*
@@ -20,15 +20,15 @@ class CheckpointError(Exception):
 
 
 class CheckpointNotFound(CheckpointError):
-    """No checkpoint at the place that was named."""
+    """There is no checkpoint at the specified place."""
 
 
 class CheckpointDamaged(CheckpointError):
-    """A file fails its own check, or ends too early."""
+    """A file fails its own check, or is cut off."""
 
 
 class NoneIntact(CheckpointDamaged):
-    """Checkpoints, or what is left of them, are here, and none can be trained on."""
+    """There are checkpoints, or remains of some, and none can be trained on."""
 
 
 class CheckpointMismatch(CheckpointError):
@@ -48,4 +48,4 @@ class InputError(CheckpointError):
 
 
 class TrainingDiverged(CheckpointError):
-    """The loss or the gradient is no longer a number; the last committed step is from before."""
+    """The loss or the gradient is no longer a finite number; the last committed step was saved before that."""

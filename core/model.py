@@ -1,4 +1,4 @@
-"""The models: GPT here, and GPTFlexAttention and GPTBatched of modded-nanogpt; mathematics, and nothing about files.
+"""The models: GPT here, GPTFlexAttention and GPTBatched from modded-nanogpt; mathematics, nothing about files.
 
 Shapes: B batch, T positions, C n_embd, H heads, D = C / H head size, V vocabulary.
 """
@@ -40,7 +40,7 @@ _ONEDNN = torch.ops.mkldnn._linear_pointwise if hasattr(torch.ops.mkldnn, "_line
 
 
 class Linear(nn.Linear):
-    """nn.Linear that leaves initialisation to GPT and is quick for the few rows of a generation step."""
+    """nn.Linear that leaves initialisation to GPT and is fast for the few rows of a generation step."""
 
     def reset_parameters(self) -> None:
         """Do nothing: GPT initialises all weights at once, or takes them from a file."""
@@ -127,9 +127,9 @@ def _drop(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 class GPT(nn.Module):
-    """A GPT whose config says every choice that weights of its family may need.
+    """A GPT whose config has every choice that weights of its family may need.
 
-    Under `torch.device("meta")` nothing is allocated or initialised; the weights then come by
+    Under `torch.device("meta")` nothing is allocated or initialised; the weights are then set by
     `load_state_dict(..., assign=True)` and `retie()`.
     """
 
@@ -148,7 +148,7 @@ class GPT(nn.Module):
             self._initialise()
 
     def retie(self) -> None:
-        """Make the head's weight the token embedding again where the config ties them; assignment parts them."""
+        """Make the head's weight the token embedding again where the config ties them; assignment separates them."""
         if self.config.tied_head:
             self.lm_head.weight = self.token_embedding_table.weight
 
@@ -166,11 +166,11 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def features(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Compute what the head reads: ids idx [B, T] to [B, T, C], after the final norm.
+        """Compute the input of the head: ids idx [B, T] to [B, T, C], after the final norm.
 
         A cache holds earlier positions: idx follows them, and is one position long unless the cache is empty.
 
-        Raises: InputError when the positions are more than block_size.
+        Raises: InputError when there are more positions than block_size.
         """
         start = 0 if cache is None else cache.length
         stop = start + idx.size(1)
@@ -189,7 +189,7 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.token_embedding_table.weight.device
 
     def make_cache(self, batch: int, room: int) -> Cache:
@@ -203,7 +203,7 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict the next ids: idx [B, T] to logits [B, T, V], with or without targets, and the mean loss with them.
 
-        Targets [B, T] that are -1 do not count.
+        Targets [B, T] that are -1 are ignored.
 
         Raises: InputError when T is more than block_size.
         """
@@ -212,7 +212,7 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
-    # Methods of the public API that are no mathematics live elsewhere and are bound here.
+    # Methods of the public API that are not mathematics live elsewhere and are bound here.
     generate = generation.generate
     configure_optimizer = bound(".loading.optimizer", "configure_optimizer", __package__)
     load = staticmethod(bound(".kinds.model_methods", "load", __package__))

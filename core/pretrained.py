@@ -1,4 +1,4 @@
-"""One-call loading of modded-nanogpt checkpoints: what a file holds is told from its tensors, and computed exactly."""
+"""One-call loading of modded-nanogpt checkpoints: the tensors of a file show its variant, which is computed exactly."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def load_pretrained_checkpoint(
     say: Callable[[str], None] = print,
     verify: bool = True,
 ) -> tuple[GPTBatched, Info, Any]:
-    """Load a modded-nanogpt checkpoint, or a bundle of ours, as a GPTBatched; also what it is, and its whole content.
+    """Load a modded-nanogpt checkpoint, or a bundle, as a GPTBatched; return it, its info and its whole content.
 
-    Which variant it is, its sizes, padded rows and padded scalars are told from the tensors. Weights keep their dtype
+    The tensors show the variant, its sizes, padded rows and padded scalars. Weights keep their dtype
     unless one is given, and stay mapped where only their names change; every record is compared with its checksum
     first (unless `verify` is off), and nothing in the file is executed. The info has: format ("small" or "medium"),
     variant, program, vocab_size (rows of the embedding), head_rows, num_layers, num_heads, model_dim, max_seq_len,
     step, dtype, parameters, prefix, scalars_padding, path.
 
-    Raises: CheckpointNotFound, CheckpointDamaged (naming the tensor), CheckpointMismatch (naming what has no place).
+    Raises: CheckpointNotFound, CheckpointDamaged (naming the tensor), CheckpointMismatch (naming unknown tensors).
     """
     path = Path(path)
     if path.is_dir():
@@ -56,7 +56,7 @@ def load_pretrained_checkpoint(
 
 
 def inspect_checkpoint(path: str | Path, *, say: Callable[[str], None] = print) -> tuple[Info, Any]:
-    """Say which modded-nanogpt checkpoint a file is; returns the info and the content of `load_pretrained_checkpoint`.
+    """Identify a modded-nanogpt checkpoint; return the info and the content of `load_pretrained_checkpoint`.
 
     Raises: as `load_pretrained_checkpoint`.
     """

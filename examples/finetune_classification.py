@@ -1,4 +1,4 @@
-"""Fine-tune a modded-nanogpt checkpoint to put texts into classes: the same command starts and resumes."""
+"""Fine-tune a modded-nanogpt checkpoint to classify texts: the same command starts and resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# A script of this folder finds the packages beside it from wherever it is started.
+# A script of this folder finds the packages beside it no matter where it is started.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -50,7 +50,7 @@ DROPOUT = 0x6472
 """Mixed into the seed, so that dropout is a stream of its own."""
 
 FIXED = ("variant", "data", "classes", "text_columns", "tokenizer", "max_length", "batch_size", "seed")
-"""Settings that a run cannot change: what its steps have seen is a function of them."""
+"""Settings that a run cannot change: the data of its steps is a function of them."""
 
 EPILOG = """examples:
   python examples/finetune_classification.py --dataset xnli_hi --pretrained_ckpt_path state_step001770.pt
@@ -58,13 +58,13 @@ EPILOG = """examples:
   ... --device cuda --dtype bfloat16 --batch_size 32 --num_epochs 3 --model_name xnli_hi
 
 A dataset is a .csv, .tsv or .jsonl file, or a folder with train.*, validation.* and test.*; a tenth of the training
-rows validates where no file does. Ctrl-C finishes the step and saves (exit code 75); the same command continues.
+rows is used for validation where no file is. Ctrl-C finishes the step and saves (exit code 75); run again to continue.
 """
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a model did on some rows: the mean loss, and who was taken for whom."""
+    """A model's results on some rows: the mean loss and the confusion matrix."""
 
     loss: float
     counts: Tensor  # int64 [K, K], rows are true classes
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
 
 
 def load_pretrained(args: argparse.Namespace, device: torch.device) -> GPTBatched:
-    """Load the checkpoint, its weights in fp32, which AdamW needs; sizes that were given must be the checkpoint's.
+    """Load the checkpoint with weights in fp32, which AdamW needs; sizes that are given must be the checkpoint's.
 
     Raises: CheckpointMismatch naming each size with both numbers.
     """
@@ -123,7 +123,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> GPTBatche
     model, info, _ = load_pretrained_checkpoint(path, device, torch.float32, say=say)
     sizes = {"n_layer": info["num_layers"], "n_head": info["num_heads"], "n_embd": info["model_dim"]}
     given = {name: value for name in sizes if (value := getattr(args, name)) is not None}
-    if wrong := [f"--{n} is {v}, and the checkpoint has {sizes[n]}" for n, v in given.items() if v != sizes[n]]:
+    if wrong := [f"--{n} is {v}, but the checkpoint has {sizes[n]}" for n, v in given.items() if v != sizes[n]]:
         raise CheckpointMismatch(f"{path}: {'; '.join(wrong)}. Leave the flags out: the checkpoint knows its sizes.")
     if args.vocab_size is not None:
         say(f"--vocab_size {args.vocab_size} is not needed: the checkpoint has {info['vocab_size']} rows")
@@ -135,9 +135,9 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> GPTBatche
 
 
 def choose_tokenizer(args: argparse.Namespace, model: GPTBatched) -> Tokenizer:
-    """Take the tokenizer that was named, else the one in the checkpoint, else GPT-2's.
+    """Take the specified tokenizer, else the one in the checkpoint, else GPT-2's.
 
-    Raises: InputError when there is none of that name; CheckpointMismatch when it has more ids than the model.
+    Raises: InputError when there is no tokenizer of that name; CheckpointMismatch when it has more ids than the model.
     """
     name = args.tokenizer_name
     if name not in (None, "gpt2") and not Path(name).is_file():
@@ -179,21 +179,21 @@ class FineTuning:
         manager.facts = {"finetuning": settings, "seed": self.seed, "environment": here}
         if self.step:
             self._resume(here)
-        self.metrics.cut(self.step)  # lines of steps that were made and never committed
+        self.metrics.cut(self.step)  # drops lines of steps that were made but never committed
 
     def _resume(self, here: dict[str, Any]) -> None:
-        """Check that this is the run that was saved, and take up what it keeps besides weights and moments."""
+        """Check that this is the run that was saved, and restore its state besides weights and moments."""
         state, folder = self.manager.resumed, self.manager.checkpoint_dir
         so_far = state.get("finetuning")
         if not isinstance(so_far, dict):
-            raise CheckpointMismatch(f"{folder}: step {self.step} is of another program. Choose another --model_name.")
+            raise CheckpointMismatch(f"{folder}: step {self.step} is another program's. Choose another --model_name.")
         for name, value in self.settings.items():
             if so_far.get(name) == value:
                 continue
             if name in FIXED:
                 raise CheckpointMismatch(
-                    f"{folder}: {name} is {str(so_far.get(name))[:60]} in the run that is resumed, and now "
-                    f"{str(value)[:60]}. Give the same again, or choose another --model_name."
+                    f"{folder}: {name} is {str(so_far.get(name))[:60]} in the resumed run, and now "
+                    f"{str(value)[:60]}. Use the same value, or choose another --model_name."
                 )
             say(f"{name}: {so_far.get(name)} so far, {value} from now on")
         if found := changes(state.environment or {}, here):
@@ -294,7 +294,7 @@ class FineTuning:
 
 
 def report_of(score: Score, split: str, step: int, classes: list[str]) -> dict[str, Any]:
-    """Collect what is printed at the end, as JSON has it."""
+    """Collect the final report, as plain values for JSON."""
     by_class = dict(zip(classes, map(asdict, class_scores(score.counts)), strict=True))
     return {
         "split": split,
@@ -308,7 +308,7 @@ def report_of(score: Score, split: str, step: int, classes: list[str]) -> dict[s
 
 
 def table(report: dict[str, Any]) -> str:
-    """Lay a report out for a person."""
+    """Format a report for people."""
     names = {name: printable(name) for name in report["classes"]}
     width = max(len("accuracy"), *map(len, names.values()))
     lines = [
@@ -325,7 +325,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def say(line: str) -> None:
-    """Print to stderr, above a bar that may be there; the result alone goes to stdout."""
+    """Print to stderr, above a progress bar; only the result goes to stdout."""
     tqdm.write(line, file=sys.stderr)
 
 
@@ -335,28 +335,43 @@ def parse(argv: list[str]) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", metavar="PATH", help="a .csv, .tsv or .jsonl file, or a folder of train, test, ...")
     data.add_argument("--text_columns", metavar="A,B", help="one or more (premise,hypothesis, or text)")
-    data.add_argument("--label_column", metavar="NAME", default="label", help="the class (label)")
-    data.add_argument("--max_length", type=count, metavar="N", default=128, help="tokens of a row at most (128)")
+    data.add_argument("--label_column", metavar="NAME", default="label", help="the column of the class (label)")
     data.add_argument(
-        "--unknown", choices=("error", "skip"), default="error", help="characters without a place (error)"
+        "--max_length", type=count, metavar="N", default=128, help="maximum number of tokens of a row (128)"
+    )
+    data.add_argument(
+        "--unknown",
+        choices=("error", "skip"),
+        default="error",
+        help="a character outside the vocabulary is an error, or skipped (default: error)",
     )
     start = parser.add_argument_group("pretrained model")
-    start.add_argument("--pretrained_ckpt_path", metavar="PATH", help="a .pt of modded-nanogpt, or a folder of ours")
+    start.add_argument(
+        "--pretrained_ckpt_path", metavar="PATH", help="a .pt file of modded-nanogpt, or a model's folder"
+    )
     start.add_argument("--tokenizer_name", metavar="NAME", help="gpt2, or a Hugging Face tokenizers JSON file")
-    start.add_argument("--bpe_file", metavar="PATH", help="the GPT-2 ranks, for a machine without network")
+    start.add_argument(
+        "--bpe_file", metavar="PATH", help="the file of GPT-2 ranks, for a machine without network access"
+    )
     for name, text in (("n_layer", "layers"), ("n_head", "attention heads"), ("n_embd", "width")):
         start.add_argument(f"--{name}", type=count, metavar="N", help=f"{text}; compared with the checkpoint")
     start.add_argument("--vocab_size", type=count, metavar="N", help="not needed: the checkpoint has it")
     how = parser.add_argument_group("training")
-    how.add_argument("--num_epochs", type=count, metavar="N", default=3, help="times through the training rows (3)")
+    how.add_argument("--num_epochs", type=count, metavar="N", default=3, help="passes over the training rows (3)")
     how.add_argument("--batch_size", type=count, metavar="N", default=16, help="rows per step (16)")
-    how.add_argument("--learning_rate", type=float, metavar="X", default=5e-5, help="of AdamW, after warm-up (5e-5)")
-    how.add_argument("--dropout", type=float, metavar="X", default=0.1, help="of the head (0.1)")
-    how.add_argument("--class_weights", choices=("none", "balanced"), default="none", help="in the loss (none)")
+    how.add_argument(
+        "--learning_rate", type=float, metavar="X", default=5e-5, help="learning rate of AdamW after warm-up (5e-5)"
+    )
+    how.add_argument("--dropout", type=float, metavar="X", default=0.1, help="dropout of the head (0.1)")
+    how.add_argument(
+        "--class_weights", choices=("none", "balanced"), default="none", help="weights of classes in the loss (none)"
+    )
     how.add_argument("--save_interval", type=count, metavar="N", default=200, help="steps between saves (200)")
-    how.add_argument("--seed", type=int, metavar="N", default=1337, help="of order, dropout and the head (1337)")
+    how.add_argument("--seed", type=int, metavar="N", default=1337, help="seed of order, dropout and the head (1337)")
     how.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N")
-    how.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the arithmetic; weights are float32")
+    how.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="float32", help="dtype of the arithmetic; weights are float32"
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     args = parser.parse(argv)
     for name in ("dataset", "pretrained_ckpt_path"):
@@ -365,7 +380,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.text_columns is not None:
         args.text_columns = [name.strip() for name in args.text_columns.split(",")]
         if not all(args.text_columns):
-            parser.error("--text_columns takes names with commas between them")
+            parser.error("--text_columns takes names separated by commas")
     return args
 
 

@@ -1,4 +1,4 @@
-"""One bundle: open it whole, check it, write its files. What is newest and what is kept is the folder's business."""
+"""One bundle: open it whole, check it, write its files. Which step is newest and which are kept is up to the folder."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ EMA = "ema.pt"
 
 ALL_PARTS = (MODEL, TOKENIZER, OPTIMIZER, EMA)
 FOR_INFERENCE = (MODEL, TOKENIZER)
-"""The files that a load verifies: those it reads, and no others."""
+"""The files that a load verifies: only those that it reads."""
 
 
 @dataclass
 class Bundle:
     """One step on disk, its files open: nothing that happens to the folder later changes what is read.
 
-    A single-file checkpoint is a bundle too, of which every part lies in that one file, the `single`.
+    A single-file checkpoint is a bundle too: all of its parts lie in that one file, the `single`.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Bundle:
 
     @functools.cached_property
     def evidence(self) -> Evidence:
-        """What the header of the weights shows: their family, and their shapes under our names.
+        """What the header of the weights shows: their family, and their shapes under this project's names.
 
         Raises: CheckpointDamaged when it cannot be read, CheckpointMismatch when its tensors do not fit together.
         """
@@ -61,7 +61,7 @@ class Bundle:
 
     @functools.cached_property
     def config(self) -> GPTConfig | None:
-        """The config, what it lacks filled in from the weights; None for a module that is no GPT.
+        """The config, with missing fields filled in from the weights; None for a module that is not a GPT.
 
         Raises: CheckpointMismatch for a wrong type or an impossible value, and as `evidence`.
         """
@@ -71,12 +71,12 @@ class Bundle:
 
     @property
     def step(self) -> int:
-        """Optimizer updates made; 0 where no training state says."""
+        """Optimizer updates made; 0 where no training state records them."""
         return self.state.step or 0
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its run did so far, by the names of flags; of an old program, what its optimizer state shows."""
+        """The settings of its run, by the names of flags; for an old program, those that its optimizer state shows."""
         recorded = self.state.training
         if recorded or self.optimizer is None or self.config is None:
             return recorded or {}
@@ -98,7 +98,7 @@ class Bundle:
         return self.optimizer is not None and self.state.has_optimizer
 
     def averaged(self) -> Bundle:
-        """This step with the average of its weights in their place; its files are the same open ones.
+        """This step with its averaged weights in place of the plain ones; it shares the open files.
 
         Raises: CheckpointNotFound when none was kept.
         """
@@ -109,7 +109,7 @@ class Bundle:
         return replace(self, weights=self.ema)
 
     def path(self, name: str) -> Path:
-        """Where a file of this bundle is found by name, for messages."""
+        """The path of a file of this bundle, for messages."""
         return self.folder / (self.single or name)
 
     def close(self) -> None:
@@ -177,8 +177,8 @@ def _bundle(opened: OpenStep, folder: Path) -> Bundle:
     try:
         values = _read_json(opened, CONFIG)
     except CheckpointDamaged as error:
-        # People edit this file: a slip of theirs is theirs to mend, not damage to walk back from.
-        raise CheckpointMismatch(f"{error} Mend it, or copy the one of a kept step.") from error
+        # People edit this file: a mistake in it is for them to correct, not damage to walk back from.
+        raise CheckpointMismatch(f"{error} Correct it, or copy that of a kept step.") from error
     check_version(values, where)
     tokenizer = _read_json(opened, TOKENIZER) if TOKENIZER in opened.files else None
     ema = _part(opened, EMA)
@@ -201,14 +201,14 @@ def _read_json(opened: OpenStep, name: str) -> dict[str, Any]:
 
 
 def newest_tokenizer(folder: Path) -> dict[str, Any] | None:
-    """Read the tokenizer.json of a model's newest step, or one that waits beside a config.json alone."""
+    """Read the tokenizer.json of a model's newest step, or one that lies beside a config.json without weights."""
     with contextlib.suppress(FileNotFoundError):
         return parse_json(ModelFolder(folder).read(TOKENIZER), str(folder / TOKENIZER))
     return None
 
 
 def history(folder: Path, storage: Storage = DISK) -> list[KeptStep]:
-    """List the kept steps of a model, in the order they were committed in."""
+    """List the kept steps of a model, in the order in which they were committed."""
     kept = []
     for step, path in ModelFolder(folder, storage).kept_steps().items():
         state = TrainingState()

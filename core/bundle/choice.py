@@ -33,7 +33,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """What it is called in a sentence."""
+        """Its name in a sentence."""
         return f"{self.single or 'the bundle'} (step {self.step})"
 
 
@@ -50,7 +50,7 @@ class Choice:
             raise CheckpointError(self.passed[0])
 
     def lines(self) -> list[str]:
-        """Say what is passed over, and what is used and why; nothing where there is nothing to choose from."""
+        """Report what is passed over, what is used and why; empty where there is only one candidate."""
         reason = self._reason() if self.candidates else None
         return [*(f"WARNING: {line}" for line in self.passed), *([reason] if reason else [])]
 
@@ -70,8 +70,9 @@ class Choice:
 def choose(folder: Path) -> Choice:
     """Order the checkpoints of a folder: the bundle, unless a single file has a higher step and is new to it.
 
-    A single file is new when the training state of the bundle does not list it, by name, size and checksum, as there
-    when the bundle was written. Of two single files the one with the higher step is first, at equal steps `latest.pt`.
+    A single file is new when the training state of the bundle does not list it, by name, size and checksum, among
+    the files that were there when the bundle was written. Of two single files the one with the higher step comes
+    first; at equal steps, `latest.pt` does.
     No file is changed, and no tensor is read.
     """
     passed: list[str] = []
@@ -95,7 +96,7 @@ def choose(folder: Path) -> Choice:
 def open_choice(folder: Path, say: Say, step: int | None = None, single: str | None = None) -> Bundle | None:
     """Open the checkpoint of a folder that is to be used: a kept step or a single file by name, else the first choice.
 
-    What is chosen, and why, is said. None where there is nothing to choose.
+    The choice and its reason are reported. None where there is nothing to choose from.
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch, CheckpointError when no file can be read.
     """

@@ -1,4 +1,4 @@
-"""How a step becomes visible in the folder of a model, and how the folder goes back: stage, commit, preserve, roll on.
+"""How a step becomes visible in the folder of a model, and how the folder goes back: stage, commit, preserve, advance.
 
 docs/commit_protocol.md says what is on disk after every call, and what a crash there leaves. Whoever changes the
 folder holds the lock of core/bundle/lock.py.
@@ -37,21 +37,21 @@ BUILDING = ".hist"
 
 
 TOP = "."
-"""What the top is called in the list of what goes aside."""
+"""The name of the top in the list of what is moved aside."""
 
 
 def _is_aside(name: Any, aside: Any) -> bool:
-    """Whether a training state, which is not trusted, names a step or the top and a folder aside of this model."""
+    """Whether an entry of a training state, which is not trusted, names a step or the top, and a folder set aside."""
     known = name == TOP or re.fullmatch(r"step_\d{8,}", str(name))
     return bool(known and re.fullmatch(r"aside_\d{8,}_[a-z]+_[0-9a-f]+", str(aside)))
 
 
 class ModelFolder(FolderReader):
-    """The folder of a model, to be changed."""
+    """The folder of a model, open for changes."""
 
     def recover(self) -> None:
         """Finish a commit that was interrupted, then delete what saves that never committed left behind."""
-        # What a killed writer renamed last may not be durable, and what follows rests on it.
+        # The last rename of a killed writer may not be durable, and what follows depends on it.
         self.storage.sync_folder(self.path)
         if self.storage.exists(self.committed):
             if self.storage.names(self.committed):
@@ -77,7 +77,7 @@ class ModelFolder(FolderReader):
         self.storage.publish(stage, self.committed)
 
     def replace_state(self, state: Mapping[str, Any]) -> None:
-        """Give the top another training state, durably, of the same step and files; a reader sees one or the other."""
+        """Replace the training state at the top, durably, for the same step and files; readers see old or new."""
         with self.storage.published(self.path / STATE) as staged:  # in one folder: recovery fsyncs only that
             self.storage.write(staged, seal(state))
 
@@ -96,7 +96,7 @@ class ModelFolder(FolderReader):
         self._close_commit()
 
     def _preserve_top(self) -> None:
-        """Keep the old top before the committed step takes its place; may be cut at any call and started again."""
+        """Keep the old top before the committed step takes its place; a crash at any call is safe, it starts again."""
         # The five cases in the order of the returns below; step_O is the folder for the step of the old top.
         #   .committed lacks a listed entry    nothing is due: the old top is in its place, the roll forward has begun
         #   it goes back to a kept step        the top and the later steps move aside, to the names that it lists
@@ -124,7 +124,7 @@ class ModelFolder(FolderReader):
         self.storage.sync_folder(self.path)
 
     def _history_name(self) -> str:
-        """Where the old top goes: under its step, or aside when it does not say which step it is, or is no bundle."""
+        """Where the old top goes: to the folder of its step, or aside if its step is unknown or it is not a bundle."""
         state = self._top_state()
         if state is None or not self.storage.exists(self.path / CONFIG):
             return aside_folder(0, "displaced")
@@ -159,7 +159,7 @@ class ModelFolder(FolderReader):
             return None
 
     def _top_names(self) -> list[str]:
-        """The files of the bundle at the top that are there, whether or not its training state is whole."""
+        """The files of the bundle that are at the top, whether or not its training state is whole."""
         listed = {*entries(file_names(self._top_state() or TrainingState())), *STANDARD, *MORE}
         return [name for name in self.storage.names(self.path) if name in listed]
 
@@ -209,7 +209,7 @@ class ModelFolder(FolderReader):
         self.remove([kept[step] for step in steps])
 
     def remove(self, folders: Sequence[Path]) -> None:
-        """Remove folders; each leaves under another name first, so that a crash leaves no half of one."""
+        """Remove folders; each is renamed first, so that a crash never leaves half of one under its name."""
         doomed = [self.path / f".trash-{folder.name}-{new_id()}" for folder in folders]
         for folder, trash in zip(folders, doomed, strict=True):
             self.storage.rename(folder, trash)
@@ -219,10 +219,10 @@ class ModelFolder(FolderReader):
             self.storage.remove_tree(trash)
 
     def clear_top(self, besides: Iterable[str] = (), *, config_stays: bool = False) -> list[Path]:
-        """Move what is at the top, and other files by name, to a folder aside; returns it, or nothing for nothing.
+        """Move what is at the top, and other files by name, to a folder aside; return it in a list, or [].
 
         The weights move first, durably: without its training state the rest must not pass for a bundle of version 1.
-        Of a config.json that stays, which a person may have edited, a copy goes.
+        A config.json that stays, since a person may have edited it, is copied.
         """
         names = [*dict.fromkeys((*self._top_names(), *besides))]
         if not names:
@@ -240,7 +240,7 @@ class ModelFolder(FolderReader):
         return [aside]
 
     def _sync_asides(self) -> None:
-        # All of them: one that was begun and interrupted holds files that must not come back to the top.
+        # All of them: an interrupted move holds files that must not come back to the top.
         for folder in self.asides():
             self.storage.sync_folder(folder)
         self.storage.sync_folder(self.path)
@@ -256,8 +256,8 @@ class ModelFolder(FolderReader):
     ) -> list[Path]:
         """Make a kept step the newest one again, under the commit id it has; the top and `later` steps go aside.
 
-        It is one commit: what goes aside is listed in it, and done before it is rolled forward. Returns the folders
-        that hold them. With `top_stays` the top is one of the kept steps already, and need not be kept again.
+        It is one commit: it lists what goes aside, and those moves are made before it is rolled forward. Returns the
+        folders that were moved aside. With `top_stays` the top is already one of the kept steps, and is not kept again.
         `facts` replace those of the step's training state.
         """
         top, files = self._top_state() or TrainingState(), {MODEL, STATE} & set(self._top_names())
@@ -281,7 +281,7 @@ class ModelFolder(FolderReader):
         return [self.path / name for name in aside.values()]
 
     def _move_aside(self, said: Any) -> None:
-        """Move what a commit that goes back lists; what is there already was moved before an interruption."""
+        """Move what a commit that goes back lists; targets that exist were moved before an interruption."""
         listed = said.get("aside") if isinstance(said, dict) else None
         if not isinstance(listed, dict) or not all(_is_aside(*names) for names in listed.items()):
             raise CheckpointDamaged(f"{self.committed / STATE}: went_back does not list folders to be moved aside.")
@@ -289,7 +289,7 @@ class ModelFolder(FolderReader):
             if self.storage.exists(self.path / aside):
                 continue
             if name == TOP:
-                # The log is cut back to the step that training goes on from, and would lose what it has of this one.
+                # The log is cut back to the step that training continues from, which removes the lines of this one.
                 log = [name for name in self.storage.names(self.path) if name == LOG]
                 self._build_history([*self._top_names(), *log])
                 self.storage.rename(self.path / BUILDING, self.path / aside)
@@ -298,7 +298,7 @@ class ModelFolder(FolderReader):
         self.storage.sync_folder(self.path)
 
     def _adopt(self, opened: OpenStep) -> TrainingState:
-        """The training state that a bundle of format version 1 would have had."""
+        """The training state that a bundle of format version 1 would have."""
         files = {
             name: {"size": file.seek(0, os.SEEK_END), "crc32": f"{self.storage.crc32(file):08x}"}
             for name, file in opened.files.items()

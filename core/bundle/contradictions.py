@@ -1,4 +1,4 @@
-"""Whether config, tokenizer, weights and optimizer state are of one model: told from headers, before any memory."""
+"""Whether config, tokenizer, weights and optimizer state belong to one model: decided from headers alone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .parts import once
 from .verify import tensors_digest
 
 MOST_PADDING = 128
-"""Vocabularies are padded to a multiple of this at most."""
+"""The largest number to whose multiples vocabularies are padded."""
 
 GPT2_IDS = 50257
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-"""What weights may be."""
+"""The dtypes that weights may have."""
 
 
 def check_fit(bundle: Bundle, with_optimizer: bool = True) -> GPTConfig:
@@ -39,7 +39,7 @@ def check_fit(bundle: Bundle, with_optimizer: bool = True) -> GPTConfig:
     if bundle.optimizer is not None and with_optimizer:
         try:
             bundle.optimizer.source.refuse_foreign()
-        except CheckpointDamaged:  # who loads it will say so; a model computes without it
+        except CheckpointDamaged:  # reported when it is loaded; a model computes without it
             with_optimizer = False
     if bundle.config is None:
         model_class, how = bundle.config_values["model_class"], "Build that model yourself and fill it with "
@@ -54,7 +54,7 @@ def check_fit(bundle: Bundle, with_optimizer: bool = True) -> GPTConfig:
 
 
 def contradictions(bundle: Bundle, with_optimizer: bool = True) -> list[str]:
-    """Say where the parts of a GPT's checkpoint do not fit each other, each sentence with the file it is about."""
+    """List where the parts of a GPT's checkpoint contradict each other, each sentence with the file it is about."""
     config = bundle.config
     assert config is not None
     shapes = bundle.evidence.shapes
@@ -79,9 +79,9 @@ def contradictions(bundle: Bundle, with_optimizer: bool = True) -> list[str]:
 
 
 def _edits(bundle: Bundle, config: GPTConfig) -> list[str]:
-    """What decides the mathematics and is not as it was saved: tensors of equal shapes would compute something else.
+    """Fields that decide the mathematics and differ from what was saved: equal shapes would compute something else.
 
-    Where the weights are others than those that were saved, the config may be theirs.
+    Where the weights were replaced since, the config may belong to the new ones.
     """
     recorded, found = bundle.state.architecture, config.architecture()
     header, saved = bundle.weights.source.header, bundle.state.files.get(MODEL, {})
@@ -96,7 +96,7 @@ def _edits(bundle: Bundle, config: GPTConfig) -> list[str]:
 
 
 def _other_heads(bundle: Bundle, config: GPTConfig) -> list[str]:
-    """Heads that have tensors of their own are counted; another number would compute something else from the same."""
+    """Compare n_head with the heads that have tensors of their own; another number would compute something else."""
     heads = bundle.evidence.heads
     if heads in (None, config.n_head):
         return []
@@ -106,7 +106,7 @@ def _other_heads(bundle: Bundle, config: GPTConfig) -> list[str]:
 
 
 def _other_types(bundle: Bundle) -> list[str]:
-    """Weights of a type in which nothing is computed: whole numbers, or 8 bits that need a scale."""
+    """Weights of a dtype that the model cannot compute in: integers, or 8 bits that need a scale."""
     used = {part for parts in bundle.evidence.plan.sources.values() for part in parts}
     wrong = {name: t.dtype for name, t in bundle.weights.tensors.items() if name in used and t.dtype not in DTYPES}
     return [f"{name} is {dtype}, expected {', '.join(DTYPES)}" for name, dtype in wrong.items()]
@@ -122,12 +122,12 @@ def _tokenizer_fault(tokenizer: Mapping[str, Any], vocab_size: int) -> str | Non
 
 
 def fits_characters(characters: int, vocab_size: int) -> bool:
-    """Whether a vocabulary has a row for each character and no more, but for padding to a multiple of 8 to 128."""
+    """Whether a vocabulary has one row for each character, apart from padding to a multiple of 8 to 128."""
     return characters == vocab_size or (vocab_size % 8 == 0 and 0 < vocab_size - characters < MOST_PADDING)
 
 
 def _shown_by(evidence: Evidence) -> GPTConfig | None:
-    """The model that the tensors show without their config; None when they are no whole model."""
+    """The model that the tensors show without their config; None when they are not a complete model."""
     with contextlib.suppress(CheckpointMismatch):
         config = evolve({"n_head": 1}, evidence, "")
         return None if gpt.contradictions(config, evidence.shapes) else config

@@ -1,6 +1,6 @@
-"""What a config field was before it existed, and what an old program did before it wrote its settings down.
+"""The value of a config field before the field existed, and the settings of old programs that recorded none.
 
-Each repair is one small function with its reason; it is asked only for a field that a file does not have.
+Each repair is one small function with its reason; it is called only for a field that a file lacks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QKV = ".sa.qkv.weight"
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the header of the weights shows beside a config."""
+    """What the header of the weights shows about a config."""
 
     plan: Fusing
     shapes: dict[str, Shape]  # under our names
@@ -40,13 +40,13 @@ class Evidence:
         return max((len(parts) // 3 for name, parts in self.plan.sources.items() if name.endswith(QKV)), default=None)
 
     def side(self, name: str, axis: int) -> int | None:
-        """One side of a matrix; None where it is not there."""
+        """One dimension of a matrix; None where the matrix is missing."""
         shape = self.shapes.get(name, ())
         return shape[axis] if len(shape) == 2 else None
 
 
 def _activation(values: Values, seen: Evidence) -> Any:
-    """Lecture-style models computed ReLU, fused ones the exact GELU, before `mlp_type` and `activation` said so."""
+    """Lecture-style models computed ReLU, fused ones the exact GELU, before `mlp_type` and `activation` existed."""
     if values.get("mlp_type") in ACTIVATIONS:
         return values["mlp_type"]
     return "relu" if seen.plan.family == LECTURE else "gelu"
@@ -58,13 +58,13 @@ def _bias(values: Values, seen: Evidence) -> Any:
 
 
 def _proj_bias(values: Values, seen: Evidence) -> Any:
-    """`bias` spoke of qkv alone in lecture-style models, whose projection always had one."""
+    """`bias` described qkv alone in lecture-style models, whose projection always had one."""
     has = seen.has("blocks.{i}.sa.proj.bias")
     return None if has == values.get("bias", seen.has("blocks.{i}.sa.qkv.bias")) else has
 
 
 def _mlp_bias(values: Values, seen: Evidence) -> Any:
-    """Biases that no field spoke of are those that are there."""
+    """Biases that no field describes are those that the weights have."""
     return seen.has("blocks.{i}.fwd.net.0.bias") or seen.has("blocks.{i}.fwd.net.2.bias")
 
 
@@ -79,12 +79,12 @@ def _head_bias(values: Values, seen: Evidence) -> Any:
 
 
 def _tied_head(values: Values, seen: Evidence) -> Any:
-    """Heads had weights of their own: one that a file leaves out was lost."""
+    """The head had weights of its own: one that a file lacks was lost."""
     return False
 
 
 def _vocab_size(values: Values, seen: Evidence) -> Any:
-    """Sizes that a file does not say are those of its tensors."""
+    """Sizes that a config lacks are those of the tensors."""
     return seen.side("token_embedding_table.weight", 0)
 
 
@@ -126,9 +126,9 @@ REPAIRS: dict[str, Callable[[Values, Evidence], Any]] = {
 
 
 def evolve(values: Values, seen: Evidence, where: str) -> GPTConfig:
-    """Read a config of any age: its own fields, and for those it lacks what they were before they existed.
+    """Read a config of any age: its own fields, and for those it lacks their values before they existed.
 
-    Raises: CheckpointMismatch for a wrong type, an impossible value, or heads that nothing counts.
+    Raises: CheckpointMismatch for a wrong type, an impossible value, or a number of heads that nothing shows.
     """
     missing = {name: repair(values, seen) for name, repair in REPAIRS.items() if name not in values}
     if missing.get("n_head", 1) is None and seen.shapes:
@@ -140,7 +140,7 @@ def evolve(values: Values, seen: Evidence, where: str) -> GPTConfig:
 
 
 def old_settings(optimizer: Any) -> dict[str, Any]:
-    """The settings of a program that wrote none down, from its optimizer state; none where there is no state.
+    """The settings of a program that recorded none, from its optimizer state; empty where there is no state.
 
     It had a constant learning rate, no warm-up and no clipping, was not compiled and computed in fp32.
     """
@@ -153,7 +153,7 @@ def old_settings(optimizer: Any) -> dict[str, Any]:
 
 
 def notes(bundle_path: str, config: GPTConfig | None, state: Mapping[str, Any]) -> list[str]:
-    """What a person should know of an old checkpoint before it is trained on."""
+    """What a person should know about an old checkpoint before training on it."""
     found = []
     if config is not None and config.unknown:
         found.append(f"{bundle_path}: kept as they are, and not used here: {', '.join(map(str, config.unknown))}")
@@ -162,7 +162,7 @@ def notes(bundle_path: str, config: GPTConfig | None, state: Mapping[str, Any]) 
 
 
 def one_step_less(state: Mapping[str, Any]) -> str | None:
-    """Say when a final save recorded one step less than was made, as old programs did; it is used as recorded."""
+    """Report a final save that recorded one step fewer than was made, as in old programs; it is used as recorded."""
     training = state.get("training_config")
     last = training.get("max_iters") if isinstance(training, Mapping) else None
     if not isinstance(last, int) or state.get("step") != last - 1:

@@ -1,4 +1,4 @@
-"""Which folders are models of ours, by the names of the files in them."""
+"""Find the folders of models, by the names of the files in them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..console.commandline import Parser
 from ..errors import CheckpointNotFound, InputError
 
 MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
-"""A folder with one of these is a model."""
+"""A folder that has one of these is a model's folder."""
 
 _STEP = "step_"
-"""How the names of kept steps begin."""
+"""The prefix of the names of kept steps."""
 
 
 def model_folder(root: str | Path, name: str) -> Path:
-    """Where a model of this name lies below a checkpoint root.
+    """The folder of a model of this name below a checkpoint root.
 
     Raises: InputError when the name is a path.
     """
@@ -41,7 +41,7 @@ def file_in(folder: Path, name: str) -> Path:
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder may be a model of ours; of one that cannot be listed, whoever opens it says so."""
+    """Whether a folder may be a model's folder; one that cannot be listed counts, and fails when it is opened."""
     try:
         return any(path.name in MODEL_FILES or path.name.startswith(_STEP) for path in folder.iterdir())
     except OSError:

@@ -1,4 +1,4 @@
-"""The folder of one model, as it is read: what its files are called, and which of them are the newest step.
+"""The folder of one model, for reading: the names of its files, and which of them are the newest step.
 
 docs/commit_protocol.md says what is on disk at each moment. Readers take no lock and change nothing.
 """
@@ -24,14 +24,14 @@ MODEL = "model.pt"
 MODEL_SHARDS = "model_sharded"
 LOG = "metrics.jsonl"
 STANDARD = (MODEL, CONFIG, "tokenizer.json", STATE, "optimizer.pt")
-"""The files of a bundle whose training state does not list them."""
+"""The files of a bundle whose training state lists none."""
 MORE = ("ema.pt",)
-"""Files that a bundle may have besides."""
+"""Files that a bundle may have in addition."""
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 
 READ_ATTEMPTS = 1000
-"""Commits that may happen while a reader opens one bundle, before it gives up."""
+"""How many commits may happen while a reader opens one bundle before it gives up."""
 
 
 @dataclass
@@ -66,12 +66,12 @@ def file_names(state: TrainingState) -> tuple[str, ...]:
 
 
 def entries(names: Iterable[str]) -> tuple[str, ...]:
-    """Name what changes its place when a step is committed: files, and in place of files in a folder the folder."""
+    """Name what moves when a step is committed: files, and folders in place of the files in them."""
     return tuple(dict.fromkeys(name.partition("/")[0] for name in names))
 
 
 def shown(path: Path) -> str:
-    """A file's path for messages; of a shard it says which rank wrote it."""
+    """A file's path for messages; for a shard, with the rank that wrote it."""
     shard = re.fullmatch(r"__(\d+)_\d+\.distcp", path.name)
     return f"{path} (the shard of rank {shard[1]})" if shard else str(path)
 
@@ -85,7 +85,7 @@ class FolderReader:
         self.committed = path / COMMITTED
 
     def read(self, name: str) -> bytes:
-        """Read one file of the newest step: what is committed and not yet rolled forward comes first.
+        """Read one file of the newest step; a committed step that is not yet rolled forward comes first.
 
         Raises: FileNotFoundError when there is none.
         """
@@ -168,7 +168,7 @@ class FolderReader:
         return dict(sorted((int(m[1]), self.path / m[0]) for m in found if m))
 
     def asides(self) -> list[Path]:
-        """List the folders of what was set aside, and is never read as a checkpoint."""
+        """List the folders that were set aside, which are never read as checkpoints."""
         return [self.path / name for name in self.storage.names(self.path) if name.startswith("aside_")]
 
     def newest_id(self) -> str | None:
@@ -196,7 +196,7 @@ class FolderReader:
 
 
 def top_state(place: FolderReader) -> TrainingState:
-    """The training state at the top; empty where there is none that can be read."""
+    """The training state at the top; empty where none can be read."""
     with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
         return unseal(place.read(STATE), str(place.path / STATE))
     return TrainingState()

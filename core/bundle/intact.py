@@ -1,4 +1,4 @@
-"""Find the newest step whose every byte is what was written."""
+"""Find the newest step of which every byte is as it was written."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .legacy import open_legacy
 from .training_state import STATE
 from .verify import verify
 
-ANEW = "To start anew, use another --model_name, or --allow_fresh, which moves what is here aside."
+ANEW = "To start from scratch, use another --model_name, or --allow_fresh, which moves everything here aside."
 NOTHING_ELSE = f"There is no other checkpoint here, and nothing was changed. {ANEW}"
 
 
 def say_on_stderr(line: str) -> None:
-    """Print a line where a progress bar may be, and leave the bar whole."""
+    """Print a line without disturbing a progress bar."""
     tqdm.write(line, file=sys.stderr)
 
 
 def verified(bundle: Bundle, say: Say, used: tuple[str, ...] = ALL_PARTS, check: bool = True) -> Bundle:
-    """Check every byte of the parts of an open bundle that are used; one that is damaged is closed.
+    """Check every byte of the parts of an open bundle that are used; a damaged bundle is closed.
 
-    What was replaced since it was saved is said. Without `check`, no more is seen than opening sees: that headers are
-    whole and fit the lengths of the files.
+    Files that were replaced since the save are reported. Without `check`, only what opening checks is checked: that
+    headers are whole and fit the lengths of the files.
 
     Raises: CheckpointDamaged, CheckpointMismatch.
     """
@@ -52,11 +52,11 @@ def open_chosen(
     used: tuple[str, ...] = FOR_INFERENCE,
     check: bool = True,
 ) -> Bundle:
-    """Open the checkpoint of a folder that is to be used, as `open_choice` does, and check the parts that are.
+    """Open the checkpoint of a folder that is to be used, as `open_choice` does, and check the parts that are used.
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
-    chosen = open_choice(folder, say, step, single) or open_bundle(folder)  # without any, opening says what is missing
+    chosen = open_choice(folder, say, step, single) or open_bundle(folder)  # without one, this reports what is missing
     return verified(chosen, say, used, check)
 
 
@@ -89,11 +89,11 @@ def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> B
             f"{place.path / left[0]}: is here without {gone}, so this is what is left of a checkpoint. Put {gone} "
             f"back; nothing was changed. {ANEW}"
         )
-    asides = [path for path in place.asides() if "_cleared_" not in path.name]  # those a new start was permitted over
+    asides = [path for path in place.asides() if "_cleared_" not in path.name]  # not those of a fresh start
     if asides:
         raise NoneIntact(
-            f"{place.path}: no checkpoint here but what was set aside: {', '.join(path.name for path in asides)}. "
-            f"To go on from one, rename it to step_NNNNNNNN, as it says. {ANEW}"
+            f"{place.path}: no checkpoint here except what was set aside: {', '.join(path.name for path in asides)}. "
+            f"To continue from one, rename it to step_NNNNNNNN, with the number in its name. {ANEW}"
         )
     return None
 
@@ -107,13 +107,13 @@ def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say, check
             raise
         return walk_back(place, damage, say)
     if candidate.single is None and not bundle.state and any(kept.state for kept in history(place.path)):
-        bundle.close()  # as step 0 it would begin anew, with weights and moments of nobody knows which step
+        bundle.close()  # it would train as step 0, with weights and moments of an unknown step
         return walk_back(place, CheckpointDamaged(f"{place.path / STATE}: missing, and kept steps have one."), say)
     return bundle
 
 
 def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
-    """Make the newest intact kept step the top again, with what is damaged renamed aside, say so, and open it.
+    """Make the newest intact kept step the top again, rename what is damaged aside, report it, and open the step.
 
     Raises: NoneIntact when no kept step is intact; nothing is changed then.
     """
@@ -128,7 +128,7 @@ def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
             continue
         aside = place.go_back(kept.path, "damaged", passed)
         where = f" What is damaged was not deleted: {', '.join(map(str, aside))}." if aside else ""
-        say(f"WARNING: {' '.join(faults)} Going on from step {kept.step}, the newest intact one.{where}")
+        say(f"WARNING: {' '.join(faults)} Continuing from step {kept.step}, the newest intact one.{where}")
         return verified(open_bundle(place.path), say)
     raise NoneIntact(
         f"{' '.join(faults)} No intact older step is kept in {place.path}, and nothing was changed. {ANEW}"
@@ -136,7 +136,7 @@ def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
 
 
 def newest_intact(folder: Path, besides: int | None) -> str:
-    """Say which kept step is the newest intact one, besides one that is known to be damaged."""
+    """Report the newest intact kept step, other than one that is known to be damaged."""
     for kept in reversed(history(folder)):
         if kept.step == besides:
             continue

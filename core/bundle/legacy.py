@@ -1,4 +1,4 @@
-"""Single-file checkpoints of our own past: weights, config, tokenizer, step and optimizer state in one `.pt`."""
+"""Single-file checkpoints of earlier versions: weights, config, tokenizer, step and optimizer state in one `.pt`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _bundle(source: TorchFile) -> Bundle:
     if not isinstance(content, dict) or not {WEIGHTS, CONFIG_KEY} <= content.keys():
         raise CheckpointMismatch(
             f"{path}: found {entries(content)}, expected the entries {WEIGHTS} and {CONFIG_KEY} of a single-file "
-            "checkpoint. It is of another program; inspect_model.py shows what it holds."
+            "checkpoint. It was written by another program; inspect_model.py shows its contents."
         )
     for name, optional in ((WEIGHTS, False), (OPTIMIZER_STATE, True), (TOKENIZER_KEY, True)):
         value = content.get(name)
@@ -60,7 +60,7 @@ def _bundle(source: TorchFile) -> Bundle:
     tokenizer = content.get(TOKENIZER_KEY)
     step = content.get("step", 0)
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise CheckpointMismatch(f"{path}: its step is {as_text(step, 40)}, expected a whole number from 0.")
+        raise CheckpointMismatch(f"{path}: its step is {as_text(step, 40)}, expected a whole number of at least 0.")
     moments = Part(source, (OPTIMIZER_STATE,)) if content.get(OPTIMIZER_STATE) is not None else None
     others = {name: value for name, value in content.items() if name not in PARTS and name not in FIELDS}
     return Bundle(
@@ -84,5 +84,5 @@ def entries(content: Any) -> str:
 
 
 def is_legacy(content: Any) -> bool:
-    """Whether the content of a file is that of a single-file checkpoint of ours."""
+    """Whether the content of a file is that of a single-file checkpoint of this project."""
     return isinstance(content, dict) and isinstance(content.get(WEIGHTS), dict) and CONFIG_KEY in content

@@ -1,4 +1,4 @@
-"""Where a step comes from: the run it belongs to, its place among the commits of its branch, where the branch left."""
+"""The origin of a step: its run, its place among the commits of its branch, and where the branch began."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .training_state import TrainingState, new_id
 
 
 def descent(newest: TrainingState, kept: Iterable[TrainingState]) -> dict[str, Any]:
-    """What the training state of the next commit says of its descent, from the states at the top and of kept steps."""
+    """The fields by which the next commit records its descent, from the states at the top and of kept steps."""
     said: dict[str, Any] = {
         "run": newest.run or new_id(),
         "commit_number": 1 + max(state.order for state in (newest, *kept)),

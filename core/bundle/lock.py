@@ -20,13 +20,13 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 KERNEL_LOCKS = fcntl is not None
-"""Off (Windows, file systems without flock, tests): a file with the owner's process number is the lock."""
+"""False (Windows, file systems without flock, tests): a file with the owner's process number is the lock."""
 
 LOCK, OWNER = ".lock", ".lock-owner"
-"""Files in a model's folder: what the kernel locks, and what is the lock itself where it does not."""
+"""Files in a model's folder: the one that the kernel locks; where it cannot, the one that is itself the lock."""
 
 _held: dict[Path, tuple[int, contextlib.ExitStack]] = {}
-"""How often this process holds each folder: a trainer's own saves take the lock it already has."""
+"""How often this process holds each folder: a trainer's own saves take the lock that it already has."""
 
 _open: set[int] = set()
 """File descriptors that are kernel locks."""
@@ -37,7 +37,7 @@ _holding = threading.RLock()
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Be the only writer of a model folder while the block runs; within one process it may be nested.
+    """Make this process the only writer of a model folder while the block runs; blocks may be nested.
 
     A dead owner's lock is taken over: the kernel drops a flock with its process, and an owner file is checked.
 
@@ -59,18 +59,18 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def hold_if_model(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Be the only writer of what lies at a path where it is a model's folder, which has a lock; nothing otherwise.
+    """Hold the lock of what lies at a path when that is a model's folder; do nothing otherwise.
 
-    For who moves the folder: its trainer would go on in whatever has the name then. Raises: as `hold`.
+    For moving a folder: its trainer would otherwise continue in the folder that takes the name. Raises: as `hold`.
     """
     is_model = any((path / name).exists() for name in (LOCK, OWNER))
     return hold(path) if is_model else contextlib.nullcontext()
 
 
 def _forget() -> None:
-    """In a forked process: hold nothing, and keep no copy of a lock that would outlive the one who has it."""
+    """In a forked process: hold nothing, and close the copy of a lock that would outlive its owner."""
     global _holding
-    _holding = threading.RLock()  # another thread may have had it
+    _holding = threading.RLock()  # another thread may have held it
     for _, release in _held.values():
         release.pop_all()  # an owner's file stays
     _held.clear()
@@ -136,7 +136,7 @@ def _read_owner(path: Path) -> dict[str, object]:
 
 
 def _bury(path: Path, seen: dict[str, object]) -> None:
-    """Remove a dead owner's file; one that another process has made in the meantime goes back."""
+    """Remove a dead owner's file; one that another process made in the meantime is put back."""
     grave = path.with_name(f"{path.name}-{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
         DISK.rename(path, grave)
@@ -161,7 +161,7 @@ def _is_dead(owner: dict[str, object]) -> bool:
 
 def _locked(folder: Path, path: Path) -> CheckpointLocked:
     owner = _read_owner(path)
-    for _ in range(100):  # one that has just taken the lock has yet to write its name
+    for _ in range(100):  # a process that has just taken the lock may not have written its name yet
         if owner and not _is_dead(owner):
             break
         time.sleep(0.01)

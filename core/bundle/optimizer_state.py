@@ -1,6 +1,6 @@
-"""A saved optimizer state: whose parameters its entries are, and the same state for the model a plan makes.
+"""A saved optimizer state: which parameters its entries belong to, and the same state for the model of a plan.
 
-torch.optim numbers parameters in the order in which it got them and saves no names. The order of an old program is
+torch.optim numbers parameters in the order in which it received them and saves no names. An old program's order is
 that of its state dict, without buffers and without the second name of tied weights; two groups without names are the
 matrices and the rest, as nanoGPT makes them. Works on headers (tensor specs) as well as on tensors.
 """
@@ -17,13 +17,13 @@ from ..families.fused import Fusing
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-OTHER_MODEL = "It is of another model or optimizer; --init_from_model starts a new model from the weights alone."
+OTHER_MODEL = "It belongs to another model or optimizer; --init_from_model starts a new model from the weights alone."
 
 
 def groups_of(state: Any) -> list[dict[str, Any]]:
-    """The parameter groups of a state dict, after a look at its structure.
+    """The parameter groups of a state dict, after a check of its structure.
 
-    Raises: CheckpointMismatch when it is no state of an optimizer.
+    Raises: CheckpointMismatch when it is not the state of an optimizer.
     """
     groups = state.get("param_groups") if isinstance(state, dict) else None
     whole = isinstance(groups, list) and isinstance(state.get("state"), dict)
@@ -62,7 +62,7 @@ def recorded_names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
 def names_in_order(groups: Sequence[Mapping[str, Any]], order: Mapping[str, Shape]) -> list[str]:
     """Name the parameters of all groups in turn: as recorded, else by the order of the program's parameters.
 
-    Raises: CheckpointMismatch when their number is another.
+    Raises: CheckpointMismatch when their number differs.
     """
     names, sizes = recorded_names(groups), [len(group["params"]) for group in groups]
     if names is None:
@@ -86,11 +86,11 @@ def rearrange(
 ) -> State:
     """Give a state the parameters of the model: fused by the plan of the weights, named, in the order of `ours`.
 
-    `order` has the parameters of the program that saved it, as they stand in its weights file; `join` concatenates
+    `order` lists the parameters of the program that saved it, in the order of its weights file; `join` concatenates
     tensors along their rows. Hyper-parameters stay those of the groups. A state that names its parameters may lack
     some of the model's: those were not trained.
 
-    Raises: CheckpointMismatch naming what is missing, too many, of another shape, or does not fit together.
+    Raises: CheckpointMismatch naming what is missing, unexpected, of another shape, or contradictory.
     """
     groups = groups_of(state)
     ids = [i for group in groups for i in group["params"]]
@@ -133,7 +133,7 @@ def _group(group: Mapping[str, Any], number: int, made: list[tuple[str, int, dic
 
 
 def _faults(entries: Mapping[Any, Any], found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[str]:
-    """Moments must be tensors of the shape of their parameter; a count is a number."""
+    """List the faults of an entry: moments must have the shape of their parameter, and a count must be a number."""
     faults = []
     for name, number in found.items():
         for key, value in entries.get(number, {}).items() if name in shapes else ():
@@ -147,7 +147,7 @@ def _faults(entries: Mapping[Any, Any], found: Mapping[str, Any], shapes: Mappin
 
 
 def _join(name: str, entries: list[dict[str, Any]], join: Callable[[list[Any]], Any]) -> dict[str, Any]:
-    """Make one entry of those of its parts: moments are joined, what is no tensor of rows must be equal."""
+    """Join the entries of a parameter's parts: moments are concatenated, anything without rows must be equal."""
     first = entries[0]
     if len(entries) == 1:
         return first
@@ -166,5 +166,5 @@ def _join(name: str, entries: list[dict[str, Any]], join: Callable[[list[Any]], 
 
 
 def _number(value: Any) -> Any:
-    """The count in a 0-d tensor; a tensor spec, whose bytes are not read, counts as equal to another."""
+    """The count in a 0-d tensor; tensor specs, whose bytes are not read, count as equal."""
     return value.item() if hasattr(value, "item") else 0 if hasattr(value, "shape") else value

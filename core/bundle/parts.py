@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from ..families.family import Shape
 
 WEIGHTS_KEYS = ("model_state_dict", "state_dict")
-"""Where files that hold more than a state dict have it."""
+"""The keys under which files that hold more than a state dict have it."""
 
 
 class TorchFile:
@@ -33,15 +33,15 @@ class TorchFile:
 
     @functools.cached_property
     def header(self) -> TorchZip | TorchStream:
-        """What the file says of itself: its structure, with a spec for each tensor.
+        """What the file describes: its structure, with a spec for each tensor.
 
-        Raises: CheckpointError when it is no torch file, or is damaged.
+        Raises: CheckpointError when it is not a torch file, or is damaged.
         """
         return open_torch_file(self.file, str(self.path))
 
     @property
     def foreign(self) -> list[str]:
-        """What the pickle of the file names besides data, as text: in its content, and computed and thrown away."""
+        """What the pickle of the file names besides data, as text: in its content, or computed and discarded."""
         return foreign_calls([self.header.content, self.header.unused])
 
     def refuse_foreign(self) -> None:
@@ -70,12 +70,12 @@ class Part:
         )
 
     def of(self, content: Any) -> Any:
-        """What of a file's content is this part."""
+        """The part within the content of a file."""
         return content if self.key is None else content[self.key]
 
     @property
     def content(self) -> Any:
-        """The part as the header has it: plain values, and a spec for each tensor."""
+        """The part as the header shows it: plain values, and a spec for each tensor."""
         return self.of(self.source.header.content)
 
     @functools.cached_property
@@ -137,7 +137,7 @@ class ShardedFile(TorchFile):
         return self._mapped[file]
 
     def damaged(self, file: str) -> list[str]:
-        """Name the tensors in a file whose bytes are not those that were written.
+        """Name the tensors in a file whose bytes are not what was written.
 
         Raises: CheckpointDamaged when the file cannot be read at all.
         """

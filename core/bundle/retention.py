@@ -1,4 +1,4 @@
-"""Which older steps stay, and by which rule; removing the others is the manager's business."""
+"""Which older steps are kept, and by which rule; the manager removes the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .training_state import TrainingState
 
 @dataclass(frozen=True)
 class Retention:
-    """The rules of a run; `resumed_from` is the step it went on from, which stays for as long as it runs."""
+    """The rules of a run; `resumed_from` is the step it continued from, which is kept for as long as it runs."""
 
     keep: int = 1
     keep_every: int | None = None
@@ -23,13 +23,13 @@ class Retention:
 
     @classmethod
     def of(cls, state: TrainingState) -> Retention:
-        """The rules in force when a training state was written; the defaults for what it does not say."""
+        """The rules in force when a training state was written; defaults for those that it does not record."""
         known = state.retention if isinstance(state.retention, dict) else {}
         least = {"keep": 0, "keep_every": 1, "resumed_from": 0}
         return cls(**{n: known[n] for n, low in least.items() if isinstance(known.get(n), int) and known[n] >= low})
 
     def given(self, keep: int | None, keep_every: int | None) -> Retention:
-        """The same rules with numbers that were given, where they were."""
+        """The same rules, with the numbers that are given in place of the old ones."""
         return replace(
             self,
             keep=self.keep if keep is None else keep,
@@ -37,10 +37,10 @@ class Retention:
         )
 
     def rules(self, newest: TrainingState, kept: Sequence[KeptStep]) -> list[list[str]]:
-        """Name the rules by which each kept step stays; one without any is removed after the next save.
+        """Name the rules that keep each older step; a step without any is removed after the next save.
 
         `newest` is the training state at the top, and `kept` are the steps beside it, oldest first. A step that was
-        committed no sooner than the top (the folder went back to it) is no older one, and no rule is needed for it.
+        not committed before the top (the folder went back to it) is not an older one, and needs no rule.
         """
         older = [step for step in kept if step.order < newest.order]
         last = older[-self.keep :] if self.keep else []
@@ -53,14 +53,14 @@ class Retention:
                 "best": best is not None and step.step == best["step"],
                 f"every {self.keep_every}": self.keep_every is not None and step.step % self.keep_every == 0,
                 "resumed from": step.step == self.resumed_from,
-                # The file that it was made of may be gone: the step goes only when a person removes it.
+                # The file that it was made from may be gone: only a person removes the step.
                 "migrated": step.state.migrated_from is not None,
             }
             found.append([rule for rule, holds in tests.items() if holds])
         return found
 
     def rules_of_newest(self, newest: TrainingState, kept: Sequence[KeptStep]) -> list[str]:
-        """Name the rules that hold for the step at the top, by which it would stay when it is no longer the newest."""
+        """Name the rules that hold for the step at the top, including those that will keep it as an older step."""
         best, step = best_of(newest, kept), newest.step or 0
         every = self.keep_every is not None and step % self.keep_every == 0
         tests = {"newest": True, "best": best is not None and step == best["step"], f"every {self.keep_every}": every}
@@ -72,7 +72,7 @@ class Retention:
 
 
 def best_of(newest: TrainingState, kept: Sequence[KeptStep]) -> dict[str, Any] | None:
-    """The step with the least validation loss: the recorded one while it is here, else the best of those that are.
+    """The step with the lowest validation loss: the recorded one while it is here, else the best of those that are.
 
     When a folder has gone back to an older step, the best that this one recorded may have been removed since.
     """
@@ -96,7 +96,7 @@ def best_step(folder: Path) -> int:
 
 
 def better(best: dict[str, Any] | None, step: int, loss: float | None) -> dict[str, Any] | None:
-    """The better of the best step so far and another, where that has a loss."""
+    """The better one of the best step so far and another, if that has a loss."""
     if loss is not None and (best is None or loss < best["val_loss"]):
         return {"step": step, "val_loss": loss}
     return best

@@ -1,4 +1,4 @@
-"""What changes the past of a model, by a person's wish alone: go back to a step, begin anew, remove what lies aside."""
+"""Changes to a model's past, on request only: go back to a step, start from scratch, remove what was set aside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .retention import Retention
 
 
 def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = True) -> None:
-    """Make a kept step the newest one again, by one commit; what came after it goes aside. The caller has the lock.
+    """Make a kept step the newest one again, by one commit; later steps are set aside. The caller holds the lock.
 
     Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged when it is damaged; nothing is changed then.
     """
@@ -32,7 +32,7 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
     intact.verified(open_bundle(place.path, step), say, check=check).close()
     later = [older.path for older in kept.values() if older.order > kept[step].order]
     ids = [older.state.commit_id for older in kept.values()]
-    # A single file with a higher step, which this step has not seen, would be chosen instead of it.
+    # A single file with a higher step that this step does not list would be chosen instead of it.
     legacy = seen_files(place.path, top.legacy or [])
     gone = place.go_back(
         kept[step].path,
@@ -42,13 +42,13 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
         facts={"legacy": legacy} if legacy else None,
     )
     say(
-        f"{place.path}: back to step {step}, which training goes on from. What came after it is kept aside until "
+        f"{place.path}: back to step {step}, from which training continues. Later steps are set aside until "
         f"--prune: {', '.join(path.name for path in gone)}"
     )
 
 
 def open_or_clear(place: ModelFolder, say: intact.Say, *, check: bool = True) -> Bundle | None:
-    """Open the checkpoint to train on; where there are some and none is intact, move all aside and give None."""
+    """Open the checkpoint to train on; where there are some and none is intact, set all of them aside, return None."""
     try:
         return intact.open_newest_intact(place, say, check=check)
     except NoneIntact as error:
@@ -58,7 +58,7 @@ def open_or_clear(place: ModelFolder, say: intact.Say, *, check: bool = True) ->
 
 
 def clear(place: ModelFolder, say: intact.Say) -> None:
-    """Move every checkpoint of a folder, none of which can be used, aside, and say where. The caller has the lock."""
+    """Set aside every checkpoint of a folder in which none can be used; report where. The caller holds the lock."""
     aside = []
     for older in history(place.path):
         aside.append(place.path / aside_folder(older.step, "cleared"))
@@ -66,14 +66,15 @@ def clear(place: ModelFolder, say: intact.Say) -> None:
     names = place.storage.names(place.path)
     aside += place.clear_top([name for name in (*LEGACY_FILES, EMA, LOG) if name in names])
     where = ", ".join(path.name for path in aside)
-    say(f"WARNING: {place.path}: starting anew (--allow_fresh)." + (f" What was here is in {where}." if aside else ""))
+    found = f" What was here is in {where}." if aside else ""
+    say(f"WARNING: {place.path}: starting from scratch (--allow_fresh).{found}")
 
 
 def prune(place: ModelFolder, say: intact.Say, keep: int | None = None, keep_every: int | None = None) -> int:
-    """Remove what lies aside, naming it, and return the bytes freed; with a number given, kept steps as well.
+    """Remove and report what was set aside, and return the bytes freed; with a number given, kept steps as well.
 
-    Then those go that the rules of the run, with these numbers, do not keep. A file that is also under another name,
-    as one of a kept step, frees nothing. The caller has the lock.
+    Those are removed that the rules of the run, with these numbers, do not keep. A file that also has another name,
+    such as one of a kept step, frees nothing. The caller holds the lock.
     """
     going: list[KeptStep] = []
     if keep is not None or keep_every is not None:

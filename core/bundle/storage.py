@@ -1,7 +1,7 @@
 """The file system, as few calls as a commit needs; every change of the disk passes through one method.
 
-What a system may lack has a switch that turns itself off at the first refusal, and then the other way is taken:
-hard links, fsync of a folder, writes past the page cache, room reserved beforehand.
+A feature that a system may lack has a switch that turns itself off at the first refusal; a fallback then replaces it:
+hard links, fsync of a folder, writes past the page cache, space reserved in advance.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PIECE = 8 * 1024 * 1024
 """Bytes handed to one write call."""
 
 SECTOR = 4096
-"""What offsets, lengths and addresses of unbuffered writes are multiples of."""
+"""Offsets, lengths and addresses of unbuffered writes are multiples of this many bytes."""
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.EACCES}
 _NO_PREALLOCATION = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENODEV, errno.EBADF}
@@ -37,7 +37,7 @@ _NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, e
 
 
 class Storage:
-    """A file system that can be watched: tests count, fail or kill at `change`."""
+    """A file system that tests can observe: they count, fail or kill calls of `change`."""
 
     def __init__(self) -> None:
         self.links = hasattr(os, "link")
@@ -54,7 +54,7 @@ class Storage:
         self.change(os.mkdir, path)
 
     def make_folders(self, path: Path) -> None:
-        """Make a folder and those it lies in, where they do not exist."""
+        """Make a folder and its parents, where they do not exist."""
         try:
             self.make_folder(path)
         except FileNotFoundError:
@@ -127,10 +127,10 @@ class Storage:
             raise
 
     def publish(self, source: Path, target: Path, *, aside: Path | None = None, replace: bool = True) -> None:
-        """Give what is finished and whose files are durable its name, by one rename; that is durable on return.
+        """Publish what is finished, its files durable, under its name by one rename, which is durable on return.
 
-        A file of that name is replaced; with `aside`, whatever has the name is renamed to that first. Without `replace`
-        the file stays, and FileExistsError is raised, where the file system has hard links.
+        A file of that name is replaced; with `aside`, anything that has the name is renamed to that first. Without
+        `replace` the file stays, and FileExistsError is raised, where the file system has hard links.
         """
         if self.is_folder(source):
             self.sync_tree(source)
@@ -146,7 +146,7 @@ class Storage:
     def published(self, target: Path, *, replace: bool = True) -> Iterator[Path]:
         """Lend a hidden name beside the target; what the block makes there, durably, is then published as the target.
 
-        When anything fails it is removed. What a killed process leaves in a model's folder, `recover` removes.
+        It is removed when anything fails. `recover` removes what a killed process leaves in a model's folder.
         """
         part = target.with_name(f".stage-{secrets.token_hex(8)}")
         with self.removed_on_failure(part):
@@ -155,10 +155,10 @@ class Storage:
 
     @contextlib.contextmanager
     def workplace(self, folder: Path, busy: Callable[[], object]) -> Iterator[None]:
-        """Lend one process an empty folder, to publish it or something in it; what is left is removed at the end.
+        """Lend one process an empty folder, to publish it or something in it; the rest is removed at the end.
 
-        What a killed process left there is removed first. `busy` is called when a living one is at work there: unless
-        it raises, that one is waited for.
+        What a killed process left there is removed first. `busy` is called when another process is at work there:
+        unless it raises, this one waits.
         """
         with self._lock(folder, busy):
             for name in self.names(folder):
@@ -183,7 +183,7 @@ class Storage:
                 except BlockingIOError:
                     busy()
                     fcntl.flock(fd, fcntl.LOCK_EX)
-                # The other process has published or removed what we waited for: the name is a new folder, or none.
+                # The other process has published or removed the folder: the name is now a new folder, or free.
                 if os.path.samestat(os.fstat(fd), folder.stat()):
                     return held.pop_all()
 
@@ -193,14 +193,14 @@ class Storage:
         self.change(os.fsync, file.fileno())
 
     def sync_tree(self, path: Path) -> None:
-        """Make durable which names a folder holds, and the folders in it."""
+        """Make the names in a folder, and in the folders in it, durable."""
         for name in self.names(path):
             if self.is_folder(path / name):
                 self.sync_tree(path / name)
         self.sync_folder(path)
 
     def sync_folder(self, path: Path) -> None:
-        """Make durable which names a folder holds."""
+        """Make the names in a folder durable."""
         if not self.folder_fsync:
             return
         fd = os.open(path, os.O_RDONLY)
@@ -218,7 +218,7 @@ class Storage:
 
         Raises: CheckpointDamaged for a pipe, whose writer would be waited for, or a device.
         """
-        with contextlib.suppress(OSError):  # what is wrong with the name, opening it says
+        with contextlib.suppress(OSError):  # opening reports what is wrong with the name
             kind = path.stat().st_mode
             if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
                 raise CheckpointDamaged(f"{path}: a device or a pipe, expected a file.")
@@ -245,14 +245,14 @@ class Storage:
         return path.is_dir() and not path.is_symlink()
 
     def is_same(self, a: Path, b: Path) -> bool:
-        """Whether two names are of one file; one that is not there is the same as none."""
+        """Whether two names belong to one file; a missing one is not the same as any."""
         try:
             return a.samefile(b)
         except FileNotFoundError:
             return False
 
     def free(self, path: Path) -> int:
-        """Bytes that may still be written where a folder lies."""
+        """Free bytes on the file system of a folder."""
         return shutil.disk_usage(path).free
 
     def crc32(self, file: BinaryIO) -> int:
@@ -341,7 +341,7 @@ class BlockFile:
         return wanted
 
     def _reserve(self) -> None:
-        # Where blocks have a place, writing them changes no metadata, and a full disk is known before the first one.
+        # With the space reserved, writes change no metadata, and a full disk shows before the first one.
         try:
             self._storage.change(os.posix_fallocate, self._fd, 0, self._size)
         except OSError as error:

@@ -21,7 +21,7 @@ def same_vocabulary(a: State, b: State) -> bool:
 
 
 def describe(state: State) -> str:
-    """Say in a few words which tokenizer a tokenizer.json holds: `char, 65 characters, fingerprint ab12cd34ef56`."""
+    """Describe the tokenizer that a tokenizer.json holds: `char, 65 characters, fingerprint ab12cd34ef56`."""
     kind = state.get("token_kind")
     if kind == "char" and isinstance(state.get("chars"), list):
         chars = checked_chars(state["chars"], "tokenizer.json")
@@ -32,7 +32,7 @@ def describe(state: State) -> str:
 
 
 def proves_itself(state: State | None) -> bool:
-    """Whether a tokenizer.json carries the fingerprint of the vocabulary that is in it."""
+    """Whether the fingerprint in a tokenizer.json is that of its vocabulary."""
     if state is None or "fingerprint" not in state:
         return False
     kind, definition = state.get("token_kind"), state.get("definition")
@@ -68,7 +68,7 @@ def _vocabulary(state: State) -> tuple[Any, Any]:
 def checked_chars(chars: Any, where: str) -> list[str]:
     """The characters of a tokenizer.json, each once.
 
-    Raises: CheckpointMismatch naming the entry that is none, or is there twice.
+    Raises: CheckpointMismatch naming the entry that is not a character, or is repeated.
     """
     if not isinstance(chars, list) or not chars:
         raise CheckpointMismatch(f"{where}: chars is {str(chars)[:40]!r}, expected a list of characters.")

@@ -1,4 +1,4 @@
-"""training_state.json: what a committed step says of itself, with a checksum of its own."""
+"""training_state.json: what a committed step records about itself, with a checksum of its own."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class TrainingState(Mapping[str, Any]):
-    """What a step says of itself: its fields as attributes, None where it is silent, and as a mapping all it says.
+    """What a step records about itself: its fields as attributes, None where absent, and everything as a mapping.
 
     It is empty where nothing can be read. No field is trusted to have its type but `step`, and in a bundle
     `commit_number`, `integrity` and `legacy`, which `unseal` checks.
     """
 
-    # Every save
+    # Written by every save
     step: int | None = None  # steps of the loop made so far
     optimizer_file: str | None = None  # name of the file or folder; None where the step has no optimizer state
     format_version: int | None = None  # absent in version 1
-    commit_id: str | None = None  # random; a change of the metrics keeps it, a folder that goes back as well
+    commit_id: str | None = None  # random; stays when the metrics change or the folder goes back
     parent: str | None = None  # commit_id of the step that it replaced at the top, or "crc32:" of a model without one
     run: str | None = None  # random; made by the first save of a run, and kept over every resume
     commit_number: int | None = None  # 1 more than the largest among the steps that were there
     branch: Values | None = None  # id, and step and commit_id where it left; the first save after going back
     saved_at: str | None = None  # local time with its offset from UTC
     best: Values | None = None  # step and val_loss (nats a token) of the best step so far
-    retention: Values | None = None  # the rules of this run: keep and resumed_from in steps, keep_every as well
+    retention: Values | None = None  # the rules of this run: keep, keep_every and resumed_from, all in steps
     architecture: Values | None = None  # fields of a GPT's config that decide its tensors and its mathematics
     legacy: list[Values] | None = None  # single files that were there: name, size (bytes), mtime_ns, crc32
     # Other writers of a whole state
@@ -56,7 +56,7 @@ class TrainingState(Mapping[str, Any]):
     environment: Values | None = None  # what bits depend on: torch, device, threads, compile, fused, dtype
     certificate: Values | None = None  # digests of what the next step sees and draws, and its settings
     scaler: Values | None = None  # of fp16: the state of the GradScaler
-    # The last ones
+    # At the end
     extra: Values | None = None  # the caller's own
     integrity: Values | None = None  # files: size (bytes), crc32, digest of tensors of each; self: CRC32 of the state
     others: Values = field(default_factory=dict)  # metrics by name, and what other programs wrote
@@ -64,12 +64,12 @@ class TrainingState(Mapping[str, Any]):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingState:
-        """Take a document as it is: its order, its nulls and what is not known here come back from `to_dict`."""
+        """Take a document as it is: its order, its nulls and unknown entries come back from `to_dict`."""
         known = {name: value for name, value in values.items() if name in FIELDS}
         return cls(**known, others={n: v for n, v in values.items() if n not in FIELDS}, names=tuple(values))
 
     def to_dict(self) -> Values:
-        """The document as JSON has it, absent fields absent."""
+        """The document for JSON, without absent fields."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if f.name in FIELDS} | self.others
         new = (name for name, value in said.items() if value is not None)
         return {name: said[name] for name in (*self.names, *new)}
@@ -95,14 +95,14 @@ class TrainingState(Mapping[str, Any]):
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether the step may have an optimizer state: a state that does not say is of an older program."""
+        """Whether the step may have an optimizer state: a training state without the entry is of an older program."""
         return self.optimizer_file is not None or "optimizer_file" not in self.names
 
     @property
     def order(self) -> int:
-        """The place of a step on its branch: what was committed last is newest, not what has the highest step.
+        """The place of a step on its branch: the newest is what was committed last, not what has the highest step.
 
-        Steps from before commits were counted have their step for a place.
+        Steps from before commits were counted are placed by their step.
         """
         return int(self.commit_number if self.commit_number is not None else self.step or 0)
 
@@ -117,7 +117,7 @@ class TrainingState(Mapping[str, Any]):
 
 
 FIELDS = {f.name for f in fields(TrainingState)} - {"others", "names"}
-"""What these names mean here; an entry of an older program that has one of them means something else."""
+"""Names with a meaning here; an older program's entry under one of them means something else."""
 
 
 def new_id() -> str:
@@ -126,17 +126,17 @@ def new_id() -> str:
 
 
 def time_of(seconds: float | None = None) -> str:
-    """Write a time of day, in seconds since 1970, as `saved_at` has it; now unless given."""
+    """Format a time, in seconds since 1970, as in `saved_at`; now unless given."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
 
 
 def seal(state: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> bytes:
     """Write a training state with the CRC32 of its own values as the last entry of `integrity`.
 
-    `files` is what is recorded of each file, where the state does not say so itself. The CRC covers the values in a
+    `files` is the record of each file, for a state that has none itself. The CRC covers the values in a
     canonical form, so that reformatting the file does not break it.
     """
-    before = {name: value for name, value in state.items() if name != "integrity"}  # what people read comes first
+    before = {name: value for name, value in state.items() if name != "integrity"}  # what people read stands first
     integrity = state["integrity"] if files is None else {"files": files}
     own = _own_crc({**before, "integrity": {**integrity, "self": None}})
     return dump_json({**before, "integrity": {**integrity, "self": own}})
@@ -145,7 +145,7 @@ def seal(state: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> by
 def unseal(data: bytes, where: str) -> TrainingState:
     """Read a training state; one without an `integrity` entry is of format version 1, and taken as it is.
 
-    Raises: CheckpointDamaged when its own CRC32 does not fit, CheckpointMismatch for a format of the future.
+    Raises: CheckpointDamaged when its own CRC32 does not fit, CheckpointMismatch for a newer format.
     """
     state = parse_json(data, where)
     check_version(state, where)
@@ -153,14 +153,14 @@ def unseal(data: bytes, where: str) -> TrainingState:
     step = state.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         found = f"step is {step!r}" if "step" in state else "no step in it"
-        raise CheckpointDamaged(f"{where}: {found}, expected a whole number from 0.")
+        raise CheckpointDamaged(f"{where}: {found}, expected a whole number of at least 0.")
     if integrity is None and "format_version" not in state:
         return TrainingState.from_dict(state)
     if not isinstance(integrity, dict) or not isinstance(integrity.get("files"), dict):
         raise CheckpointDamaged(f"{where}: no list of files in its integrity entry.")
     number = state.get("commit_number", 0)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise CheckpointDamaged(f"{where}: commit_number is {number!r}, expected a whole number from 0.")
+        raise CheckpointDamaged(f"{where}: commit_number is {number!r}, expected a whole number of at least 0.")
     recorded = integrity.get("self")
     found = _own_crc({**state, "integrity": {**integrity, "self": None}})
     if recorded != found:
@@ -168,15 +168,15 @@ def unseal(data: bytes, where: str) -> TrainingState:
     _check_files(integrity["files"].items(), where, depth=2)
     seen = state.get("legacy", [])
     if not isinstance(seen, list) or not all(isinstance(entry, dict) and "name" in entry for entry in seen):
-        raise CheckpointDamaged(f"{where}: legacy is no list of files.")
+        raise CheckpointDamaged(f"{where}: legacy is not a list of files.")
     _check_files(((entry["name"], entry) for entry in seen), where)
     return TrainingState.from_dict(state)
 
 
 def _check_files(listed: Iterable[tuple[Any, Any]], where: str, depth: int = 1) -> None:
-    """A training state is not trusted: what it lists has to lie in its own folder, with a size and a checksum.
+    """Check the files that a training state lists: each must lie in its own folder and have a size and a checksum.
 
-    With a `depth` of 2, a file may lie in a folder there.
+    With a `depth` of 2, a file may lie in a folder of that folder.
     """
     for name, entry in listed:
         parts = name.split("/") if isinstance(name, str) else []
@@ -198,7 +198,7 @@ def check_version(values: dict[str, Any], where: str) -> None:
     """Raise CheckpointMismatch when a file is of a newer format than this program knows."""
     version = values.get("format_version", 1)
     if not isinstance(version, int) or version < 1:
-        raise CheckpointDamaged(f"{where}: format_version is {version!r}, expected a whole number from 1.")
+        raise CheckpointDamaged(f"{where}: format_version is {version!r}, expected a whole number of at least 1.")
     if version > FORMAT_VERSION:
         raise CheckpointMismatch(
             f"{where}: format_version {version}, this program reads up to {FORMAT_VERSION}. Update the program."

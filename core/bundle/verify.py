@@ -1,4 +1,4 @@
-"""Compare the files of a step with their checksums, and name the tensor that is damaged."""
+"""Compare the files of a step with their checksums, and name the damaged tensor."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from .tokenizer_state import proves_itself
 def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
     """Check files of a bundle against their checksums, and return a sentence for each that was replaced since.
 
-    A replaced file is whole by its own checksums but not the recorded one. Files of old bundles, which recorded
-    nothing, are checked by the CRC32 that each zip record carries. Of a single file the parts that go by these names
-    are checked.
+    A replaced file is whole by its own checksums, but not the recorded one. Files of old bundles, which recorded
+    nothing, are checked by the CRC32 of each zip record. Of a single file, the parts of these names are checked.
 
     Raises: CheckpointDamaged naming the tensor, with both checksums.
     """
@@ -65,18 +64,18 @@ def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
 
 
 def _what_differs(crc: str | None, same: bool, expected: Mapping[str, Any]) -> str:
-    """Say what a file is that is whole, but not the recorded one; without a CRC32 it has another size."""
+    """Describe a file that is whole, but not the recorded one; without a CRC32 it has another size."""
     if same and crc is not None:
         return "every tensor is bit for bit what was saved, but a byte in its headers or its padding is not"
     if same:
-        return "written anew since it was saved, with every tensor bit for bit the same"
+        return "written again since it was saved, with every tensor bit for bit the same"
     if crc is not None and "tensors" not in expected and "size" in expected:
         return "whole, but not the file that was saved: it was replaced, or a bit flipped between its tensors"
     return "whole, but not the file that was saved: it was replaced"
 
 
 def _storages_alone(unused: Part | None, used: Part) -> set[str]:
-    """The storages of a part that another part of the same file does not share."""
+    """The storages of a part that no other part of the same file shares."""
     return (
         {t.storage for t in unused.tensors.values()} - {t.storage for t in used.tensors.values()} if unused else set()
     )
@@ -87,14 +86,14 @@ def _damaged_shard(bundle: Bundle, name: str, found: str) -> CheckpointDamaged:
     names: list[str] = []
     for part in (bundle.weights, bundle.optimizer):
         if part is not None and isinstance(part.source, ShardedFile) and part.source.path.name == folder:
-            with contextlib.suppress(CheckpointError):  # it is too damaged to say where
+            with contextlib.suppress(CheckpointError):  # it is too damaged to name the place
                 names = part.source.damaged(file)
     what = f"{', '.join(names[:3])} is damaged" if names else "damaged"
     return CheckpointDamaged(f"{shown(bundle.path(name))}: {what} ({found}).")
 
 
 def verify_records(file: BinaryIO, path: Path, unused: Container[str] = ()) -> TorchZip | TorchStream:
-    """Check every record of a torch file against the CRC32 in its directory, but for storages that are not used.
+    """Check every record of a torch file against the CRC32 in its directory, except storages that are not used.
 
     The old stream format recorded none. Returns the header.
 

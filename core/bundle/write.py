@@ -18,18 +18,18 @@ class InBlocks(Protocol):
     size: int
 
     def blocks(self) -> Iterator[tuple[memoryview, int, int]]:
-        """Give the blocks in order, each for the duration of a turn."""
+        """Yield the blocks in order, each valid until the next."""
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What the training state says of the file, once it is written."""
+        """What the training state records of the file, once it is written."""
 
 
 Writer = Callable[[Output], str | None]
 """Writes a file, and returns the digest of its tensors where it has any."""
 
 Content = Writer | InBlocks | dict[str, Any]
-"""What a file of a step is made of; a dict becomes JSON."""
+"""The source of a step's file; a dict becomes JSON."""
 
 
 def write_bundle(folder: ModelFolder, stage: Path, state: Mapping[str, Any], files: Mapping[str, Content]) -> None:
@@ -39,7 +39,7 @@ def write_bundle(folder: ModelFolder, stage: Path, state: Mapping[str, Any], fil
 
 
 def write_file(storage: Storage, path: Path, content: Content) -> dict[str, Any]:
-    """Write a new file, durably, and return what the training state says of it."""
+    """Write a new file, durably, and return what the training state records of it."""
     if not isinstance(content, dict) and not callable(content):
         with storage.create_blocks(path, content.size) as file:
             for block, start, length in content.blocks():

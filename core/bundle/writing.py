@@ -1,4 +1,4 @@
-"""Be the only writer of a model's folder, and say of the file system's refusals what stays true."""
+"""Write to a model's folder as its only writer, and report what stays true when the file system refuses."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .lock import hold
 
 @contextlib.contextmanager
 def writing(place: ModelFolder) -> Iterator[None]:
-    """Hold the writer's lock while the block runs; what an interrupted save left is finished first.
+    """Hold the writer's lock while the block runs; an interrupted save is finished first.
 
-    Raises: CheckpointLocked when another process writes here; SaveFailed when the folder cannot be made or mended.
+    Raises: CheckpointLocked when another process writes here; SaveFailed when the folder cannot be made or recovered.
     """
     with contextlib.ExitStack() as held:
         with explained(place.path):
@@ -27,7 +27,7 @@ def writing(place: ModelFolder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turn a refusal of the file system into a SaveFailed that names the place."""
+    """Turn an error of the file system into a SaveFailed that names the place."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The kinds of model that train.py trains, by what --arch calls them."""
+"""The kinds of model that train.py trains, by their names for --arch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .modded import ModdedKind
 _ALL: tuple[ModelKind, ...] = (GptKind(), *map(ModdedKind, VARIANTS))
 
 KINDS = {kind.arch: kind for kind in _ALL}
-"""Every kind by its name."""
+"""All kinds, by name."""
 
 
 def kind_of(bundle: Bundle | None, arch: str | None, world: World = ALONE) -> ModelKind:
-    """The kind that a run trains: that of its checkpoint, with which --arch may only agree.
+    """The kind that a run trains: that of its checkpoint, which --arch must not contradict.
 
     Raises: CheckpointMismatch naming both; InputError for a kind that cannot be sharded over the ranks of a world.
     """

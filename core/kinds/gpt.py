@@ -1,4 +1,4 @@
-"""The GPT of this project as a kind of model: how it starts, resumes, learns and reads its data."""
+"""This project's GPT as a kind of model: how it starts, resumes, learns and reads its data."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ ANOTHER = "Leave --tokenization out, or train under another --model_name."
 
 SAME = {
     "gpt2": "add --tokenization gpt2.",
-    "hf": "add --tokenization FILE.json, the tokenizer that it was trained with.",
+    "hf": "add --tokenization FILE.json, the tokenizer it was trained with.",
     "char": "its characters are those of its text. Train on that text, or leave --init_from_model out.",
 }
-"""How a run comes to the tokenizer of another model, by its kind."""
+"""How a run gets the tokenizer of another model, by the tokenizer's kind."""
 
 
 class GptKind:
-    """A GPT on one device, or a copy of it on each rank."""
+    """A GPT on one device, or a copy on each rank."""
 
     arch = "gpt"
     autocasts = True
@@ -67,7 +67,7 @@ class GptKind:
         return self._placed(model)
 
     def _placed(self, model: GPT) -> GPT:
-        """Put a new model where it trains."""
+        """Move a new model to where it trains."""
         return model
 
     def load(self, bundle: Bundle, request: Request, say: Say) -> GPT:
@@ -101,7 +101,7 @@ class GptKind:
         return load_optimizer(bundle)
 
     def _fill(self, bundle: Bundle, model: GPT, optimizer: torch.optim.AdamW) -> None:
-        """Fill in what `_state` has left out."""
+        """Fill in what `_state` leaves out."""
 
     def loader(self, corpus: Corpus, model: GPT, seed: int) -> DataLoader:
         """Make batches of [batch_size, block_size]."""
@@ -112,7 +112,7 @@ class GptKind:
 
 
 def given_fields(config: GPTConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The fields a caller asked for: all of a mapping, and of a GPTConfig those that are not the default."""
+    """The fields that a caller specified: all of a mapping; of a GPTConfig, those that differ from the default."""
     if not isinstance(config, GPTConfig):
         return dict(config)
     default = GPTConfig().to_dict()
@@ -136,7 +136,7 @@ def model_vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def _prepare(bundle: Bundle, request: Request, advice: str = ANOTHER) -> None:
-    """Check what a run is given against a bundle, and let batch_size, dropout and device be what it wishes.
+    """Check a run's request against a bundle, and apply its batch_size, dropout and device.
 
     Raises: CheckpointMismatch for another architecture or tokenizer.
     """
@@ -148,7 +148,7 @@ def _prepare(bundle: Bundle, request: Request, advice: str = ANOTHER) -> None:
 
 
 def fresh(fields: dict[str, Any], tokenizer: Tokenizer, seed: int) -> GPT:
-    """Initialise a new model, the same for the same seed, without touching the caller's random state."""
+    """Initialise a new model, the same for the same seed, and leave the caller's random state alone."""
     known = {name: value for name, value in fields.items() if name in GPTConfig.__dataclass_fields__}
     config = GPTConfig.from_dict({"vocab_size": model_vocab_size(tokenizer), **known}, "config of the new model")
     few = config.vocab_size < tokenizer.vocab_size
@@ -188,19 +188,19 @@ def config_alone(
 
 
 def refuse_stray_config(bundle: Bundle) -> None:
-    """Raise CheckpointMismatch when the next save would replace a config.json that does not belong to a single file."""
+    """Raise CheckpointMismatch when the next save would replace a config.json that is not the single file's."""
     path = bundle.folder / CONFIG
     if bundle.single is None or bundle.config is None or (bundle.folder / MODEL).exists() or not path.exists():
         return
     if not same_architecture(parse_json(path.read_bytes(), str(path)), bundle.config.to_dict()):
         raise CheckpointMismatch(
-            f"{path}: is not the config of {bundle.single}, which is used, and has no weights of its own. The next "
+            f"{path}: not the config of {bundle.single}, which is used, and without weights of its own. The next "
             "save would replace it; move it away, or train under another --model_name."
         )
 
 
 def refuse_other_architecture(bundle: Bundle, given: Mapping[str, Any]) -> None:
-    """Raise CheckpointMismatch when a given field is not the checkpoint's."""
+    """Raise CheckpointMismatch when a given field differs from the checkpoint's."""
     if bundle.config is not None:
         _refuse_other_fields(bundle.path(CONFIG), bundle.config, given)
 
@@ -217,7 +217,7 @@ def _refuse_other_fields(where: Path, config: GPTConfig, given: Mapping[str, Any
 
 
 def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer, advice: str = ANOTHER) -> None:
-    """Raise CheckpointMismatch when a tokenizer is not the checkpoint's, or cannot be."""
+    """Raise CheckpointMismatch when a tokenizer is not, or cannot be, the checkpoint's."""
     if bundle.tokenizer is None:
         _refuse_other_size(bundle, tokenization)
         return
@@ -233,7 +233,7 @@ def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer, advice
 
 
 def _refuse_other_size(bundle: Bundle, tokenization: str | Tokenizer) -> None:
-    """Nothing says which tokenizer it was; one of another size it was not."""
+    """Raise CheckpointMismatch for a tokenizer of another size, where the checkpoint recorded none."""
     if isinstance(tokenization, str) or bundle.config is None:
         return
     rows = bundle.config.vocab_size

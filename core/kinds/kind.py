@@ -1,4 +1,4 @@
-"""ModelKind: what the manager and train.py ask of a kind of model, so that neither knows which kind it is."""
+"""ModelKind: the interface between a kind of model and the manager and train.py, which know no kind themselves."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What a run asks of its model."""
+    """What a run specifies for its model."""
 
-    given: Mapping[str, Any]  # fields of the config that a person named; they win, or are refused
-    tokenizer: Tokenizer | str  # a tokenizer, or what --tokenization says
-    learning_rate: float  # per update; of Muon where that trains
+    given: Mapping[str, Any]  # fields of the config that a person specified; they win, or are refused
+    tokenizer: Tokenizer | str  # a tokenizer, or the value of --tokenization
+    learning_rate: float  # per update; Muon's where that trains
     weight_decay: float | None = None  # None: as the checkpoint has it, or the kind's own
-    preset: Mapping[str, Any] = field(default_factory=dict)  # fields of a new model that nobody named
+    preset: Mapping[str, Any] = field(default_factory=dict)  # fields of a new model that are not specified
     text: str | None = None  # the characters of a new char tokenizer
     seed: int = 1337
-    dtype: torch.dtype | None = None  # of embeddings that activations follow; None: as they are
+    dtype: torch.dtype | None = None  # of embeddings, which activations follow; None: unchanged
     init_from_model: str | None = None  # another model below the same root
     origin: Origin | None = None
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A file of upstream's that a new run starts from."""
+    """An upstream file that a new run starts from."""
 
     model: GPTFlexAttention
     content: Any
@@ -49,7 +49,7 @@ class Origin:
 
     @property
     def arch(self) -> str:
-        """What --arch calls the kind of its model."""
+        """The name of its kind of model for --arch."""
         return f"flex_{self.model.config.variant}"
 
 
@@ -59,7 +59,7 @@ MODDED_CLASS = "GPTFlexAttention"
 ANOTHER = "Leave it out, or train under another --model_name."
 
 Source = Bundle | Origin | None
-"""Where the weights of a model come from: a step, an upstream file, or nowhere."""
+"""The source of a model's weights: a step, an upstream file, or None."""
 
 
 class ModelKind(Protocol):
@@ -67,17 +67,17 @@ class ModelKind(Protocol):
 
     @property
     def arch(self) -> str:
-        """What --arch calls it."""
+        """Its name for --arch."""
 
     @property
     def autocasts(self) -> bool:
         """Whether --dtype is the arithmetic of its forward pass; else its embeddings have that dtype."""
 
     def preset(self, on_cpu: bool) -> dict[str, Any]:
-        """Fields of the config and settings of a run that nobody named."""
+        """Default fields of the config and default settings of a run."""
 
     def refuse_contradictions(self, bundle: Bundle, given: Mapping[str, Any]) -> None:
-        """Raise CheckpointMismatch when given fields are not those of a step; only headers are read."""
+        """Raise CheckpointMismatch when given fields differ from a step's; only headers are read."""
 
     def new(self, request: Request, folder: Path, source: Source, say: Say) -> Any:
         """Make a model at step 0 where it trains: initialised, or with the weights of a source.
@@ -101,7 +101,7 @@ class ModelKind(Protocol):
 
 
 def new_model(kind: ModelKind, request: Request, folder: Path, say: Say, *, check: bool = True) -> Any:
-    """Make a model at step 0 for a folder, of the source that a request names, and say which.
+    """Make a model at step 0 for a folder from the source that a request names, and report the source.
 
     Raises: InputError when it names two, CheckpointMismatch as `ModelKind.new`.
     """
@@ -119,7 +119,7 @@ def new_model(kind: ModelKind, request: Request, folder: Path, say: Say, *, chec
 
 
 def arch_of(bundle: Bundle | None, arch: str | None) -> str:
-    """Which kind a run trains, as --arch calls it. A checkpoint decides, and --arch may only agree.
+    """The kind that a run trains, by its name for --arch. A checkpoint decides; --arch must not contradict it.
 
     Raises: CheckpointMismatch naming both.
     """

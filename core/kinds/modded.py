@@ -31,7 +31,7 @@ from .modded_moments import take_over
 from .presets import MEDIUM_ON_CUDA, MODDED, MODDED_ON_CPU, SMALL_ON_CUDA
 
 WISHES = ("block_size", "batch_size", "device")
-"""Fields that a run may change: no tensor depends on them, since positions are angles."""
+"""Fields that a run may change: positions are angles, so no tensor depends on them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ModdedKind:
 
     @property
     def arch(self) -> str:
-        """What --arch calls it."""
+        """Its name for --arch."""
         return f"flex_{self.variant}"
 
     def preset(self, on_cpu: bool) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class ModdedKind:
         return {**MODDED, **sized, "lr_decay_iters": sized["max_iters"], "learning_rate": rate}
 
     def refuse_contradictions(self, bundle: Bundle, given: Mapping[str, Any]) -> None:
-        """Raise CheckpointMismatch when given fields are not those of a step; only headers are read."""
+        """Raise CheckpointMismatch when given fields differ from a step's; only headers are read."""
         refuse_other_sizes(str(bundle.path(CONFIG)), bundle.config_values, sizes(given))
 
     def new(self, request: Request, folder: Path, source: Source, say: Say) -> GPTFlexAttention:
@@ -98,7 +98,7 @@ class ModdedKind:
 
 def _refuse_fp16(request: Request) -> None:
     if request.dtype == torch.float16:
-        raise InputError("--dtype is fp16: these models have no loss scale. Take bf16 or fp32.")
+        raise InputError("--dtype is fp16: these models have no loss scale. Use bf16 or fp32.")
 
 
 def _from_origin(
@@ -112,7 +112,7 @@ def _from_origin(
 
 
 def _made(request: Request) -> Tokenizer:
-    """The tokenizer of a request, which train.py has made of its data."""
+    """The tokenizer of a request, which train.py has made from its data."""
     assert not isinstance(request.tokenizer, str)
     return request.tokenizer
 
@@ -133,15 +133,15 @@ def open_origin(path: Path, arch: str | None) -> Origin:
 
 
 def sizes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the fields that a person named: heads and width follow each other, and there is one sequence.
+    """Complete the specified fields: heads and width determine each other, and there is one sequence.
 
-    Raises: InputError for what these models do not have.
+    Raises: InputError for fields that these models do not have.
     """
     made = dict(given)
     if made.get("batch_size", 1) != 1:
         raise InputError(
             f"--batch_size is {made['batch_size']}: these models train on one packed sequence at a time, expected 1. "
-            "Make it longer with --block_size, or take several for a step with --gradient_accumulation_steps."
+            "Make it longer with --block_size, or use several in a step with --gradient_accumulation_steps."
         )
     if made.pop("dropout", 0.0):
         raise InputError(f"--dropout is {given['dropout']}: these models have none. Leave it out.")
@@ -153,7 +153,7 @@ def sizes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fresh(variant: str, values: Mapping[str, Any], request: Request) -> GPTFlexAttention:
-    """Initialise a new model, the same for the same seed, without touching the caller's random state."""
+    """Initialise a new model, the same for the same seed, and leave the caller's random state alone."""
     known = {f.name for f in fields(ModdedConfig)} - {"unknown"}
     tokenizer = _made(request)
     rows = _rows(tokenizer, variant)
@@ -175,13 +175,13 @@ def fresh(variant: str, values: Mapping[str, Any], request: Request) -> GPTFlexA
 
 
 def _rows(tokenizer: Tokenizer, variant: str) -> int:
-    """Rows of the embeddings as upstream has them: train_gpt.py of 2025-06 pads them like those of the head."""
+    """Rows of the embeddings, as upstream has them: train_gpt.py of 2025-06 pads them like those of the head."""
     ids = tokenizer.vocab_size
     return math.ceil(ids / BLOCK) * BLOCK if tokenizer.kind != "char" and variant == "small" else ids
 
 
 def _end_of_text(tokenizer: Tokenizer, rows: int) -> int:
-    """The id that begins a document; where the tokenizer has none, one that never occurs: all is one document."""
+    """The id that begins a document; without one, an id that never occurs, so that all text is one document."""
     found = getattr(tokenizer, "end_of_text", None)
     return rows if found is None else int(found)
 
@@ -202,7 +202,7 @@ def _wish(
     where: str,
     say: Say | None,
 ) -> None:
-    """Give a loaded model what a run may choose, and refuse what its tensors decide."""
+    """Apply the fields that a run may change to a loaded model, and refuse those that its tensors decide."""
     values = model.config.to_dict(MODDED_CLASS)
     refuse_other_sizes(where, values, given)
     wishes = {name: value for name, value in {**preset, **given}.items() if name in WISHES}
@@ -212,7 +212,7 @@ def _wish(
 
 
 def refuse_other_sizes(where: str, values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise CheckpointMismatch when a given field is not the checkpoint's and its tensors decide it."""
+    """Raise CheckpointMismatch when a given field differs from the checkpoint's and its tensors decide it."""
     faults = [
         f"{name} is {given[name]} here and {values[name]} in the checkpoint"
         for name in given
@@ -223,7 +223,7 @@ def refuse_other_sizes(where: str, values: Mapping[str, Any], given: Mapping[str
 
 
 def _trainable(model: GPTFlexAttention, request: Request) -> GPTFlexAttention:
-    """Put a model where it trains: its matrices, head and scalars in fp32, its embeddings as the run wants them."""
+    """Move a model to where it trains: matrices, head and scalars in fp32, embeddings in the dtype of the run."""
     model.to(resolve_device(model.config.device, "config"))
     for name, p in model.named_parameters():
         dtype = (request.dtype or p.dtype) if "embed" in name else torch.float32
@@ -248,7 +248,7 @@ def _config_alone(folder: Path, kind: ModdedKind, given: Mapping[str, Any], say:
         if values.get(key, given[key]) != given[key]
     ]
     if (name, found) != (MODDED_CLASS, kind.variant):
-        faults.insert(0, f"it is of a {name}{f' ({found})' if found else ''}, this run has --arch {kind.arch}")
+        faults.insert(0, f"it describes a {name}{f' ({found})' if found else ''}, this run has --arch {kind.arch}")
     if faults:
         raise CheckpointMismatch(f"{path}: {'; '.join(faults)}. Remove the file, or train under another --model_name.")
     say(f"{path}: no weights beside it; training a new model of this architecture")

@@ -1,4 +1,4 @@
-"""The optimizer state inside a modded-nanogpt file: whose its entries are, and whether a run can go on with them.
+"""The optimizer state in a modded-nanogpt file: which parameters its entries belong to, and whether a run can use them.
 
 torch.optim numbers parameters and saves no names, so the order in which each program made its optimizers is here.
 With several ranks, train_gpt.py saves rank 0's slices alone, and train_gpt_medium.py those matrices that rank 0 owned.
@@ -27,9 +27,9 @@ _LENGTH = re.compile(r"^\s*(?:train_)?seq_len\s*=\s*(\d+(?:\s*\*\s*\d+)*)", re.M
 
 
 def take_over(content: Any, model: ModdedGPT, optimizer: MuonWithAdamW) -> list[str]:
-    """Fill matrices from their mantissas, and the optimizer from the state in an upstream file, as far as it is whole.
+    """Fill matrices from their mantissas, and the optimizer from the complete entries of an upstream file's state.
 
-    Returns a line for each of what was used and what could not be, with the reason.
+    Returns a line for each part that was used, and for each that was not, with the reason.
     """
     saved = content.get("optimizers") if isinstance(content, Mapping) else None
     if not isinstance(saved, list) or len(saved) != 2:
@@ -47,10 +47,10 @@ def take_over(content: Any, model: ModdedGPT, optimizer: MuonWithAdamW) -> list[
     taken: Entries = {}
     for name, entries, keys in (("AdamW", adamw, ADAMW), ("Muon", muon, MUON)):
         if why := _incomplete(entries, keys, model):
-            lines.append(f"optimizer state: that of {name} is not used, {why}; its moments start from zero")
+            lines.append(f"optimizer state of {name}: not used, {why}; its moments start from zero")
             continue
         taken |= {parameter: _scaled(entry, keys, scale) for parameter, entry in entries.items()}
-        lines.append(f"optimizer state: that of {name} is used, for {len(entries)} parameters{note}")
+        lines.append(f"optimizer state of {name}: used, for {len(entries)} parameters{note}")
     names = list(taken)
     groups = [{"params": list(range(len(names))), "param_names": names}]
     missing = [name for name, _ in model.named_parameters() if name not in taken]
@@ -89,7 +89,7 @@ def _in_order(saved: Any, groups: list[list[str]]) -> Entries:
 
 
 def _by_shape(saved: Any, names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Entries:
-    """Name the entries of a state with one group for each shape, in the order that a set of shapes happened to have."""
+    """Name the entries of a state with one group for each shape, in the arbitrary order of a set of shapes."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for name in names:
         groups.setdefault(shapes[name], []).append(name)
@@ -110,7 +110,7 @@ def _by_shape(saved: Any, names: list[str], shapes: Mapping[str, tuple[int, ...]
 
 
 def _incomplete(entries: Entries, keys: tuple[str, ...], model: ModdedGPT) -> str | None:
-    """Why a run cannot go on with these entries; None when all are there."""
+    """Why a run cannot continue with these entries; None when they are complete."""
     parameters = dict(model.named_parameters())
     absent = [name for name, entry in entries.items() if not entry]
     if absent:
@@ -123,22 +123,22 @@ def _incomplete(entries: Entries, keys: tuple[str, ...], model: ModdedGPT) -> st
                 return f"{name}: {key} is {there}, expected numbers of shape {shape}"
         count = entry.get("step", 0)
         if (isinstance(count, Tensor) and count.dim()) or not isinstance(count, (Tensor, int, float)):
-            return f"{name}: step is no number"
+            return f"{name}: step is not a number"
         if keys == ADAMW and "step" not in entry:
             return f"{name} has no step"
     return None
 
 
 def _scaled(entry: dict[str, Any], keys: tuple[str, ...], scale: float) -> dict[str, Any]:
-    """The values a run needs, of gradients that are `scale` times as large."""
+    """The values that a run needs, for gradients that are `scale` times as large."""
     kept: dict[str, Any] = {key: entry[key].float() * scale ** (2 if key == "exp_avg_sq" else 1) for key in keys}
     return kept | ({"step": entry["step"]} if keys == ADAMW else {})
 
 
 def _per_token(content: Mapping[str, Any], model: ModdedGPT) -> tuple[float, str]:
-    """What turns the gradients of train_gpt.py, of the sum over a sequence, into ours, of the mean; and a sentence.
+    """The factor from train_gpt.py's gradients, of the sum over a sequence, to ours, of the mean; and a note about it.
 
-    How long its sequences were stands in the text of the program, which its files carry.
+    The length of its sequences is in the source of the program, which its files contain.
     """
     code = content.get("code")
     found = _LENGTH.search(code) if isinstance(code, str) else None
@@ -146,11 +146,11 @@ def _per_token(content: Mapping[str, Any], model: ModdedGPT) -> tuple[float, str
     if length:
         return 1 / length, f" (as means over the {length} tokens of its sequences)"
     length = model.config.block_size
-    return 1 / length, f" (as means; the file does not say over how many tokens, taken is block_size {length})"
+    return 1 / length, f" (as means over block_size {length}; the file does not record the length of its sequences)"
 
 
 def _take_mantissas(model: ModdedGPT, muon: Entries) -> int:
-    """Give matrices the lower halves of their fp32 numbers, of which bf16 is the upper; returns how many had one."""
+    """Give matrices the lower halves of their fp32 numbers, of which bf16 is the upper; return how many had one."""
     found = 0
     parameters = dict(model.named_parameters())
     for name, entry in muon.items():
@@ -158,7 +158,7 @@ def _take_mantissas(model: ModdedGPT, muon: Entries) -> int:
         if not isinstance(lower, Tensor) or lower.dtype != torch.uint16 or lower.shape != p.shape:
             continue
         with torch.no_grad():
-            upper = p.float().view(torch.int32)  # of a bf16 number, the lower half of the fp32 one is zero
+            upper = p.float().view(torch.int32)  # the lower half is zero in a bf16 number
             p.copy_((upper | lower.to(device=p.device, dtype=torch.int32)).view(torch.float32))
         found += 1
     return found

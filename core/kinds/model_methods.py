@@ -60,7 +60,7 @@ def _loaded(
 
 
 def save(model: GPT, checkpoint_dir: str | Path) -> None:
-    """Write the weights as `model.pt`, durable when this returns and never half there.
+    """Write the weights as `model.pt`, durable when this returns and never partly visible.
 
     Inside an existing bundle this commits a new one, with the same config and tokenizer and no optimizer.
 

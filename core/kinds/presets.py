@@ -1,4 +1,4 @@
-"""What each kind of model is, and how it is trained, unless a flag, its config or its training state says otherwise."""
+"""The default sizes and settings of each kind of model, which a flag, its config or its training state overrides."""
 
 from __future__ import annotations
 

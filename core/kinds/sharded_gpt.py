@@ -1,4 +1,4 @@
-"""The GPT of this project in shards, one for each rank (FSDP)."""
+"""This project's GPT in shards, one for each rank (FSDP)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .gpt import GptKind
 
 
 class ShardedGptKind(GptKind):
-    """A GPT of which each rank of a world has a shard; each reads what it keeps and no more."""
+    """A GPT of which each rank of a world has a shard; each rank reads only the part that it keeps."""
 
     def __init__(self, world: World) -> None:
         self.world = world

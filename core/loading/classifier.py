@@ -19,7 +19,7 @@ from .tensors import read_part
 
 @dataclass(frozen=True)
 class Classifier:
-    """A fine-tuned model as it was saved, with what its answers mean."""
+    """A fine-tuned model as it was saved, with the names of its classes."""
 
     model: GPTClassification
     classes: list[str]
@@ -38,8 +38,8 @@ def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> C
         classes = settings.get("classes") if isinstance(settings, dict) else None
         if not isinstance(config, dict) or not isinstance(classes, list) or bundle.tokenizer is None:
             raise CheckpointMismatch(
-                f"{folder}: step {bundle.step} is no classifier; its training state has no pretrained_config, classes "
-                "or tokenizer. examples/finetune_classification.py makes one."
+                f"{folder}: step {bundle.step} is not a classifier; its training state has no pretrained_config, "
+                "classes or tokenizer. examples/finetune_classification.py makes one."
             )
         with torch.device("meta"):
             pretrained = GPTBatched.of_config(ModdedConfig.from_dict(config, f"{folder}: pretrained_config"))
@@ -47,6 +47,6 @@ def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> C
         tensors = read_part(bundle.weights)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if faults := differences(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
-            raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.")
+            raise CheckpointMismatch(f"{bundle.weights.source.path} belongs to another model: {listed(faults)}.")
         model.load_state_dict(tensors, assign=True)
         return Classifier(model.to(device).eval(), classes, tokenizer_from_state(bundle.tokenizer), bundle.step)

@@ -1,4 +1,4 @@
-"""A model spread over ranks (FSDP): filled from a step of any kind, plain or in any number of shards."""
+"""A model sharded over ranks (FSDP): filled from a step of any kind, plain or in any number of shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tensors import load_optimizer, load_weights, recorded_dtype
 
 
 def build_spread(bundle: Bundle, world: World) -> GPT:
-    """Build the model of a bundle and spread it over the ranks, each of which reads what it keeps and no more.
+    """Build the model of a bundle and shard it over the ranks, each of which reads only the part that it keeps.
 
     Raises: CheckpointMismatch as `load_model`.
     """
@@ -49,7 +49,7 @@ def build_spread(bundle: Bundle, world: World) -> GPT:
 
 
 def optimizer_state(bundle: Bundle) -> dict[str, Any] | None:
-    """The optimizer state of a bundle; of one in shards without its moments, which `fill_moments` brings."""
+    """The optimizer state of a bundle; if it is in shards, without its moments, which `fill_moments` reads."""
     if not bundle.has_optimizer or bundle.optimizer is None:
         return None
     if not isinstance(bundle.optimizer.source, ShardedFile):
@@ -61,7 +61,7 @@ def optimizer_state(bundle: Bundle) -> dict[str, Any] | None:
 
 
 def fill_moments(bundle: Bundle, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
-    """Fill an optimizer that was made for the state of `optimizer_state` with the moments in the shards."""
+    """Fill an optimizer that was made from the result of `optimizer_state` with the moments in the shards."""
     if bundle.optimizer is None or not isinstance(bundle.optimizer.source, ShardedFile) or not bundle.has_optimizer:
         return
     targets: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Load a model to compute with, from whatever the folder of a model holds."""
+"""Load a model for inference from a model's folder, whichever checkpoints it holds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load_chosen(
     ema: bool = False,
     say: intact.Say = intact.say_on_stderr,
 ) -> GPT | GPTBatched | GPTFlexAttention:
-    """Load a model in eval mode: a kept step, a single file by name, or what is newest in the folder.
+    """Load a model in eval mode: a kept step, a single file by name, or the newest checkpoint of the folder.
 
     What is read is checked before use, unless `check` is off; the optimizer state is not read.
 

@@ -1,4 +1,4 @@
-"""Fill a module that is there already, and its optimizer, from a step."""
+"""Fill an existing module, and its optimizer, from a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fill_live(
     say: Callable[[str], None],
     strict: bool = True,
 ) -> None:
-    """Copy the weights of a step into a module, and its moments into an optimizer, and say what was left alone.
+    """Copy the weights of a step into a module and its moments into an optimizer; report what was left alone.
 
     Raises: CheckpointMismatch when names or shapes do not fit; module and optimizer are unchanged then.
     """

@@ -1,4 +1,4 @@
-"""From bytes in files to tensors in memory: files are mapped where they can be, and nothing is executed."""
+"""From bytes in files to tensors in memory: files are mapped where possible, and nothing is executed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import CheckpointDamaged, CheckpointError
 def mapped(source: TorchFile) -> mmap.mmap:
     """Map a file, privately: writing to it copies the page.
 
-    Raises: CheckpointError when the system does not give the addresses.
+    Raises: CheckpointError when the system refuses the address space.
     """
     try:
         return mmap.mmap(source.file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -49,7 +49,7 @@ def map_tensors(source: TorchFile, content: Any) -> Any:
 
 
 def read_shards(source: ShardedFile) -> Any:
-    """Read all of a folder: its content, each tensor joined from its blocks in memory of its own."""
+    """Read a whole folder: its content, each tensor joined from its blocks in memory of its own."""
 
     def joined(value: Any) -> Any:
         if not isinstance(value, TensorSpec):
@@ -75,7 +75,7 @@ def read_block(source: ShardedFile, chunk: Chunk, dtype: str) -> torch.Tensor:
 
 
 def read_tensor(source: TorchFile, spec: TensorSpec) -> torch.Tensor:
-    """Read one tensor into memory of its own, without a map: its pages are gone with it.
+    """Read one tensor into memory of its own, without a map: its pages are freed with it.
 
     Raises: CheckpointDamaged when the file ends too early.
     """

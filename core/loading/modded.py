@@ -49,9 +49,9 @@ def load_modded(
     writable: bool = False,
     bpe_file: Path | None = None,
 ) -> GPTFlexAttention | GPTBatched:
-    """Build the model of a bundle, its tokenizer and step set, in eval mode.
+    """Build the model of a bundle in eval mode, with its tokenizer and step.
 
-    The mapped tensors take the place of its own; `writable` copies them out of the file, as training needs.
+    The mapped tensors replace its own; `writable` copies them out of the file, as training needs.
 
     Raises: CheckpointMismatch when config, tokenizer and weights contradict each other, before anything is allocated.
     """
@@ -110,22 +110,22 @@ def refuse_large_tokenizer(tokenizer: Tokenizer, config: ModdedConfig, where: st
     rows: Any = min(config.vocab_size, config.head_rows)
     if tokenizer.vocab_size > rows:
         raise CheckpointMismatch(
-            f"{where}: {describe(tokenizer.state())}, but the model has {rows} rows. It is of another model."
+            f"{where}: {describe(tokenizer.state())}, but the model has {rows} rows. It belongs to another model."
         )
 
 
 @dataclass
 class UpstreamCheckpoint:
-    """A checkpoint of the program: its content, mapped, and what it is."""
+    """A checkpoint of the program: its content, mapped, and its description."""
 
     content: Any
-    tensors: dict[str, torch.Tensor]  # by upstream's names
+    tensors: dict[str, torch.Tensor]  # under upstream's names
     config: ModdedConfig
     info: Info
 
 
 def load_flex_checkpoint(path: str | Path) -> tuple[GPTFlexAttention, Info, Any]:
-    """Load a modded-nanogpt checkpoint as the program had it, a GPTFlexAttention; see `load_pretrained_checkpoint`."""
+    """Load a modded-nanogpt checkpoint as the program's own GPTFlexAttention; see `load_pretrained_checkpoint`."""
     opened = open_upstream(Path(path))
     with torch.device("meta"):
         model = GPTFlexAttention.of_config(opened.config)
@@ -174,7 +174,7 @@ def open_upstream(path: Path, dtype: torch.dtype | None = None, *, verify: bool 
 
 
 def facts_of(config: ModdedConfig, path: Path, dtypes: set[str]) -> Info:
-    """Tell what a checkpoint is, as the info of `load_pretrained_checkpoint`."""
+    """Describe a checkpoint, as the info of `load_pretrained_checkpoint`."""
     return {
         "format": config.variant.partition("_")[0],
         "variant": config.variant,
@@ -191,9 +191,9 @@ def facts_of(config: ModdedConfig, path: Path, dtypes: set[str]) -> Info:
 
 
 def _config(path: Path, found: Identity, names: list[str]) -> ModdedConfig:
-    """Read the sizes off what was recognised.
+    """Read the sizes from the recognised tensors.
 
-    Raises: CheckpointMismatch when it is another program's, or a version without a place for all of its tensors.
+    Raises: CheckpointMismatch when another program wrote it, or when a version lacks a place for some of its tensors.
     """
     size = found.architecture
     if found.family not in NAMES or size is None:
@@ -201,7 +201,7 @@ def _config(path: Path, found: Identity, names: list[str]) -> ModdedConfig:
         what = f"it is of {found.program}" if found.program else found.reason
         listing = f" Without a place: {listed(strange)}." if strange else ""
         raise CheckpointMismatch(
-            f"{path}: no modded-nanogpt checkpoint of a version that is computed here: {what}.{listing} "
+            f"{path}: not a modded-nanogpt checkpoint of a version that this project computes: {what}.{listing} "
             "inspect_model.py shows what it holds."
         )
     faults = [f"{name} is missing" for name in found.missing]
@@ -220,6 +220,6 @@ def _config(path: Path, found: Identity, names: list[str]) -> ModdedConfig:
 
 
 def _without_place(names: list[str]) -> list[str]:
-    """Which names no version of the program has that is known here."""
+    """The names that no known version of the program has."""
     known = {skeleton(re.sub(r"\{[ijn]\}", "0", row)) for family in FAMILIES for row in family.tensors}
     return [name for plain, name in plain_names(names).items() if skeleton(plain) not in known]

@@ -1,4 +1,4 @@
-"""AdamW for a model: which weights decay, and how a saved state finds its parameters again."""
+"""AdamW for a model: which weights decay, and how a saved state is matched with the parameters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 BETAS = (0.9, 0.95)
 CONTINUED = {"betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "fused", "decoupled_weight_decay"}
-"""What a saved group decides; the learning rate is the run's."""
+"""The settings that a saved group decides; the learning rate is the run's."""
 
 DDP = ("module",)
-"""What DistributedDataParallel puts before the names of parameters."""
+"""The prefix that DistributedDataParallel adds to the names of parameters."""
 
 ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 FUSED_DEVICES = ("cpu", "cuda")
@@ -41,9 +41,9 @@ def configure_optimizer(
 ) -> torch.optim.AdamW:
     """Make AdamW over the named parameters of a model; matrices and embeddings decay (by 0.1), biases and norms do not.
 
-    Fused, which on two CPU cores takes a fifth of the time of the loop or less. With a state it goes on as the
-    optimizer that was saved: its groups, betas, weight decay and kernel, since the kernels differ in the last bits;
-    only the learning rate is new, and the weight decay where one is given. A state is loaded by name, as
+    Fused, which on two CPU cores takes a fifth of the time of the loop or less. With a state it continues as the
+    optimizer that was saved, with its groups, betas, weight decay and kernel, as kernels differ in the last bits; only
+    the learning rate is new, and the weight decay if one is given. A state is loaded by name, as
     `load_optimizer_state` does: parameters that it lacks start from zero, in the group of those like them. One without
     names and with a single group is taken to be in the order of the model's parameters.
 
@@ -91,18 +91,18 @@ def _like(
         (alike or groups)[-1]["params"].append((name, named[name]))
     _refuse([fault for number, group in enumerate(groups) for fault in _impossible(number, group)])
     groups = [group for group in groups if group["params"]]
-    # Said to the constructor as well: only then does GradScaler leave it to the kernel to skip an update.
+    # Passed to the constructor as well: only then does GradScaler leave it to the kernel to skip an update.
     return torch.optim.AdamW(groups, lr=learning_rate, fused=all(group["fused"] for group in groups) or None)
 
 
 def _impossible(number: int, group: dict[str, Any]) -> list[str]:
-    """Settings of a group with which no update can be made; torch would find out at the first one."""
+    """List the settings of a group with which no update can be made; torch would fail only at the first one."""
     betas = group.get("betas", BETAS)
     whole = isinstance(betas, (tuple, list)) and len(betas) == 2
     numbers = {f"betas[{i}]": beta for i, beta in enumerate(betas)} if whole else {"betas": betas}
     numbers |= {name: group[name] for name in ("eps", "weight_decay") if name in group}
     return [
-        f"group {number}: {name} is {value!r}, expected a number from 0"
+        f"group {number}: {name} is {value!r}, expected a number of at least 0"
         for name, value in numbers.items()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
     ]
@@ -117,17 +117,17 @@ def load_optimizer_state(
     known: Collection[str] = (),
     strict: bool = True,
 ) -> list[str]:
-    """Copy the moments of a saved state into an optimizer, and say which ones start from zero or are dropped.
+    """Copy the moments of a saved state into an optimizer, and report which ones start from zero or are dropped.
 
     Hyper-parameters stay those of this run. Matches by name where the state carries names, or where `names` gives them
     in the state's order; else by order. The optimizer's own names are those of its groups, or of the `model`. Then
     order and groups do not matter; a parameter that the state lacks starts from zero; the moments of one that is
     `known` (by default: in the model) but not in the optimizer, since it is frozen, are dropped. Not `strict`, so are
     those of parameters that the model does not have. All is checked before anything changes.
-    (`Optimizer.load_state_dict` goes by position, checks no shape, keeps the tensors it is given and takes
+    (`Optimizer.load_state_dict` matches by position, checks no shape, keeps the tensors it is given and takes
     hyper-parameters from the file.)
 
-    Raises: CheckpointMismatch naming what is missing, too many, or of another shape.
+    Raises: CheckpointMismatch naming what is missing, unexpected, or of another shape.
     """
     groups = groups_of(state)
     here = [(p, group) for group in optimizer.param_groups for p in group["params"]]
@@ -156,7 +156,7 @@ def load_optimizer_state(
         new = [name for name in labels if name not in found]
         gone = [name for name in found if name not in set(labels)]
         foreign = [name for name in gone if name not in set(known)]
-        strangers = len(new) == len(labels) > 0 and len(found) > 0  # nothing in common: it is another model's
+        strangers = len(new) == len(labels) > 0 and len(found) > 0  # nothing in common: it belongs to another model
         _refuse(
             [f"{name} is missing" for name in new if strangers]
             + [f"{name} is not in this model" for name in foreign if strict or strangers]
@@ -187,7 +187,7 @@ def _names(groups: list[dict[str, Any]]) -> list[str] | None:
 
 
 def _fault(label: str, p: Tensor, entry: dict[str, Any], settings: dict[str, Any], adam: bool) -> str | None:
-    """What is wrong with the saved entry of parameter p; an empty entry is one that was never updated."""
+    """The fault of the saved entry of parameter p, if any; an empty entry was never updated."""
     if adam and entry and not entry.keys() >= ADAM_KEYS:
         return f"{label} has {', '.join(sorted(map(str, entry)))}, expected {', '.join(sorted(ADAM_KEYS))}"
     if entry and settings.get("amsgrad") and "max_exp_avg_sq" not in entry:
@@ -206,7 +206,7 @@ def _refuse(faults: list[str]) -> None:
 
 
 def _copy(key: str, value: Any, p: Tensor, group: dict[str, Any]) -> Any:
-    """Copy one value of a saved entry to where the optimizer wants it: counts on the CPU unless a kernel reads them."""
+    """Copy one value of a saved entry to where the optimizer needs it: counts on the CPU unless a kernel reads them."""
     if key == "step":
         on_device = group.get("fused") or group.get("capturable")
         return torch.as_tensor(value, dtype=torch.float32, device="cpu").to(p.device if on_device else "cpu", copy=True)

@@ -1,7 +1,7 @@
-"""Tensors spread over ranks, filled from a step of any kind, plain or in any number of shards.
+"""Tensors sharded over ranks, filled from a step of any kind, plain or in any number of shards.
 
-Reading is the planner of torch.distributed.checkpoint, which finds out what a rank needs of which block; the bytes come
-through our own reader of its format, which executes nothing.
+The planner of torch.distributed.checkpoint decides which part of which block a rank needs; this project's own reader
+of its format, which executes nothing, provides the bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .mapped import read_block
 
 
 def block_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Copy out of a whole tensor what this rank holds of a tensor like it; the whole where that is not spread."""
+    """Copy this rank's part out of a whole tensor, sharded like another; all of it where that is not sharded."""
     if not isinstance(like, DTensor):
         return whole
     shape, begin = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
@@ -38,7 +38,7 @@ def block_like(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def empty_like(like: Tensor) -> Tensor:
-    """Allocate a tensor that is spread as another one is."""
+    """Allocate a tensor that is sharded like another one."""
     if not isinstance(like, DTensor):
         return torch.empty_like(like)
     return _as_shard(torch.empty_like(like.to_local()), like)
@@ -50,9 +50,9 @@ def _as_shard(block: Tensor, like: DTensor) -> DTensor:
 
 
 def fill_shards(source: ShardedFile, targets: Mapping[str, Tensor], alone: bool) -> None:
-    """Fill tensors, spread over ranks or not, from the shards of a step by name; all ranks do it, or one `alone`.
+    """Fill tensors, sharded or not, from the shards of a step by name; every rank calls it, or one `alone`.
 
-    Names and shapes were compared before.
+    Names and shapes have been compared already.
     """
     with torch.no_grad():
         state = {name: target.detach() for name, target in targets.items()}
@@ -74,11 +74,11 @@ class _Reader(dcp.StorageReader):
         """Begin to read; there is one folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the folder holds, in torch's words."""
+        """The content of the folder, in torch's terms."""
         return Metadata({name: _described(spec) for name, spec in self.specs.items()})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the files are open."""
+        """Do nothing: the files are open."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -87,7 +87,7 @@ class _Reader(dcp.StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copy what the plan wants out of the mapped files."""
+        """Copy the parts that the plan needs out of the mapped files."""
         for item in plan.items:
             assert item.type is LoadItemType.TENSOR
             spec = self.specs[item.storage_index.fqn]
@@ -108,7 +108,7 @@ def _described(spec: TensorSpec) -> TensorStorageMetadata:
 
 
 def filled_like(source: ShardedFile, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read from shards what this rank holds of tensors like these, by name; every rank calls it."""
+    """Read this rank's parts of tensors like these from shards, by name; every rank calls it."""
     made = {name: empty_like(tensor).detach() for name, tensor in like.items()}
     alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
     fill_shards(source, made, alone)

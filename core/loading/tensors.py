@@ -1,4 +1,4 @@
-"""From an open bundle to a live model: check what it holds, map the file, join what the plan joins, assign."""
+"""From an open bundle to a live model: check its content, map the file, join what the plan joins, assign."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .mapped import map_tensors, mapped, read_shards
 from .optimizer import load_optimizer_state
 
 DESCRIPTORS = Path("/proc/self/fd")
-"""Where Linux names open files by number: how an open file, rather than its name, is mapped."""
+"""Where Linux lists open files by number, so that an open file, rather than its name, is mapped."""
 
 
 def read_part(part: Part) -> Any:
@@ -41,7 +41,7 @@ def read_part(part: Part) -> Any:
     if isinstance(part.source, ShardedFile):
         return part.of(read_shards(part.source))
     if isinstance(part.source.header, TorchZip):
-        # What torch refuses here is plain data that it does not know, like the object of a config: our own reader does.
+        # torch refuses plain data that it does not know, like the object of a config, which our own reader reads.
         with contextlib.suppress(pickle.UnpicklingError):
             return part.of(_torch_load(part.source))
     return map_tensors(part.source, part.content)
@@ -51,17 +51,17 @@ def _torch_load(source: TorchFile) -> Any:
     name = DESCRIPTORS / str(source.file.fileno())
     try:
         if name.exists():
-            mapped(source).close()  # whose error says what torch's would hide
+            mapped(source).close()  # whose error shows what torch's would hide
             return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
         source.file.seek(0)
         return torch.load(source.file, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise CheckpointDamaged(f"{source.path}: no torch file that can be read ({error}).") from error
+        raise CheckpointDamaged(f"{source.path}: not a readable torch file ({error}).") from error
 
 
 @contextlib.contextmanager
 def _room_for(bundle: Bundle) -> Iterator[None]:
-    """Explain what ends for want of memory."""
+    """Explain a failure for lack of memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -80,7 +80,7 @@ def join_rows(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def planned(plan: Fusing, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Make the tensors of a model from those of a file; what is only renamed is not copied."""
+    """Make the tensors of a model from those of a file; tensors that are only renamed are not copied."""
     return {
         name: tensors[parts[0]] if len(parts) == 1 else join_rows([tensors[part] for part in parts])
         for name, parts in plan.sources.items()
@@ -88,7 +88,7 @@ def planned(plan: Fusing, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def load_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
-    """Load the tensors of a GPT under our names.
+    """Load the tensors of a GPT under this project's names.
 
     Raises: CheckpointDamaged, CheckpointMismatch.
     """
@@ -106,9 +106,9 @@ def load_model(
     with_optimizer: bool = True,
     bpe_file: Path | None = None,
 ) -> GPT:
-    """Build the model of a bundle, its tokenizer and step set, in eval mode.
+    """Build the model of a bundle in eval mode, with its tokenizer and step.
 
-    The model is built without memory and the mapped tensors take the place of its own. `writable` copies them out
+    The model is built without memory, and the mapped tensors replace its own. `writable` copies them out
     of the file, as training needs. Weights that were rounded for the file get the dtype back that the model had.
 
     Raises: CheckpointMismatch when config, tokenizer, weights and optimizer state contradict each other, before
@@ -140,14 +140,13 @@ def load_model(
 
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
-"""Live tensors, each with the one that is to be copied into it."""
+"""Live tensors, each with the tensor to copy into it."""
 
 
 def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> tuple[Pairs, list[str]]:
-    """Pair the tensors of a live module with the weights of a bundle, and say what has no counterpart.
+    """Pair the tensors of a live module with the weights of a bundle, and report those without a counterpart.
 
-    Where not `strict`, tensors that only one side has are left alone; otherwise they are an error, as are other shapes
-    in either case.
+    Unless `strict`, tensors that only one side has are left alone; else they are an error. Different shapes always are.
 
     Raises: CheckpointMismatch when names or shapes do not fit.
     """
@@ -159,7 +158,7 @@ def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> tuple[Pai
     expected, found = ({n: t.shape for n, t in side.items() if n in compared} for side in (live, tensors))
     if faults := differences(expected, found):
         hint = " What fits is loaded with strict=False." if common and strict and (new or left) else ""
-        raise CheckpointMismatch(f"{bundle.weights.source.path} is of another model: {listed(faults)}.{hint}")
+        raise CheckpointMismatch(f"{bundle.weights.source.path} belongs to another model: {listed(faults)}.{hint}")
     lines = [f"new: {counted('tensor', new)}, not in the checkpoint; they stay as they are"] if new else []
     lines += [f"left out: {counted('tensor', left)}, not in the module"] if left else []
     return [(live[name], tensors[name]) for name in common], lines
@@ -184,7 +183,7 @@ def recorded_dtype(bundle: Bundle) -> torch.dtype | None:
 
 
 def _tie(bundle: Bundle, tensors: dict[str, torch.Tensor]) -> None:
-    """Make the head the table itself; it has the same values, or the file is another model's."""
+    """Tie the head to the table; a head with other values means that the file is another model's."""
     table = tensors["token_embedding_table.weight"]
     head = tensors.get("lm_head.weight", table)
     if head.data_ptr() != table.data_ptr() and not torch.equal(head, table):
@@ -218,7 +217,7 @@ def read_optimizer(bundle: Bundle) -> dict[str, Any] | None:
 
 
 def load_averages(bundle: Bundle, module: nn.Module) -> dict[str, torch.Tensor] | None:
-    """Map the average of the weights of a step, spread as its model is; None where the step has none."""
+    """Map the average of a step's weights, sharded like its model; None where the step has none."""
     if bundle.ema is None:
         return None
     parameters = dict(module.named_parameters())
@@ -239,7 +238,7 @@ def load_moments(
     say: Callable[[str], None],
     strict: bool = True,
 ) -> None:
-    """Fill the optimizer of a module from a bundle, by name; say where its moments start from zero.
+    """Fill the optimizer of a module from a bundle, by name; report where its moments start from zero.
 
     Raises: CheckpointMismatch when it is another model's; the optimizer is unchanged then.
     """
@@ -257,7 +256,7 @@ def load_moments(
 
 
 def say_without_moments(bundle: Bundle, state: dict[str, Any] | None, say: Callable[[str], None]) -> None:
-    """Say that the moments of a step start from zero, where it has none."""
+    """Report that the moments of a step start from zero, where it has none."""
     if state is None and bundle.step:
         place = bundle.path(bundle.single) if bundle.single else bundle.folder
         say(f"{place}: no optimizer state; its moments start from zero at step {bundle.step}")

@@ -1,9 +1,9 @@
-"""GPTBatched: the weights of a modded-nanogpt model over a batch of texts, for fine-tuning and generation.
+"""GPTBatched: a modded-nanogpt model over a batch of texts, for fine-tuning and generation.
 
-Shapes: B texts, T positions, C n_embd, H heads, D head size, S positions a cache has room for, V rows of the head.
+Shapes: B texts, T positions, C n_embd, H heads, D head size, S room of a cache in positions, V rows of the head.
 
-Every row is one document of its own. Inside, padding goes to the end of its row, where causal attention never sees it:
-so left padding, right padding and none compute the same, and attention needs no mask but the windows'.
+Every row is a document of its own. Internally, padding moves to the end of its row, where causal attention never sees
+it: left padding, right padding and none compute the same, and attention needs no mask except that of the windows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BatchedCache:
         config, weight = model.config, model.embed.weight
         shape = (2, batch, config.n_head, room, HEAD_SIZE)
         self.layers = [
-            # Zeros: of rows that are shorter than the longest, masked slots are read, and NaN times 0 is NaN.
+            # Zeros: in rows that are shorter than the longest, masked slots are read, and NaN times 0 is NaN.
             torch.zeros(shape if i != WITHOUT_ATTENTION else 0, dtype=weight.dtype, device=weight.device)
             for i in range(config.n_layer)
         ]
@@ -42,16 +42,16 @@ class BatchedCache:
         self.length = 0  # of the longest row
 
     def clear(self) -> None:
-        """Forget every position; the memory stays."""
+        """Forget every position, but keep the memory."""
         self.lengths.zero_()
         self.length = 0
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Take in the keys and values [B, H, T, D] of the first positions of all rows."""
+        """Store the keys and values [B, H, T, D] of the first positions of all rows."""
         self.layers[layer][:, :, :, : k.size(2)] = torch.stack([k, v])
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in k and v [B, H, 1, D], each row at its own end; return those of all positions so far."""
+        """Append k and v [B, H, 1, D] to each row at its own end; return those of all positions so far."""
         rows = torch.arange(len(k), device=k.device)
         self.layers[layer][:, rows, :, self.lengths] = torch.stack([k, v])[:, :, :, 0].transpose(0, 1)
         keys, values = self.layers[layer][:, :, :, : self.length + 1]
@@ -59,7 +59,7 @@ class BatchedCache:
 
 
 class GPTBatched(ModdedGPT):
-    """A modded-nanogpt model over tokens [B, T]; names follow the layout of medium, the config says the variant.
+    """A modded-nanogpt model over tokens [B, T]; names follow the layout of medium, the config has the variant.
 
     `window` is "exact" (the variant's last windows), "full" (plain causal attention) or the long window in blocks.
     """
@@ -68,9 +68,9 @@ class GPTBatched(ModdedGPT):
 
     @classmethod
     def from_pretrained_gpt(cls, flex: GPTFlexAttention, window: int | str | None = None) -> GPTBatched:
-        """Build the model that computes what a GPTFlexAttention does, from its weights in their dtype.
+        """Build the model that computes what a GPTFlexAttention computes, from its weights in their dtype.
 
-        The window is the other model's unless given. Weights that have the same layout are shared, not copied.
+        The window is that of the other model unless given. Weights that have the same layout are shared, not copied.
         """
         wish = flex.config.window if window is None else window
         config = ModdedConfig.from_dict({**flex.config.to_dict(cls.__name__), "window": wish}, "config")
@@ -89,15 +89,15 @@ class GPTBatched(ModdedGPT):
 
     @window.setter
     def window(self, wish: int | str) -> None:
-        """Choose another window; the weights stay."""
+        """Choose another window; the weights stay the same."""
         self.config = ModdedConfig.from_dict({**self.config.to_dict(type(self).__name__), "window": wish}, "window")
 
     def forward_features(
         self, tokens: Tensor, attention_mask: Tensor | None = None, cache: BatchedCache | None = None
     ) -> Tensor:
-        """Compute what the head reads: tokens [B, T] to [B, T, C], after the final norm; zeros at padding.
+        """Compute the input of the head: tokens [B, T] to [B, T, C], after the final norm; zeros at padding.
 
-        `attention_mask` [B, T] is true (or 1) at real tokens, wherever in their row they are. A cache holds earlier
+        `attention_mask` [B, T] is true (or 1) at real tokens, anywhere in their row. A cache holds earlier
         positions: tokens then follow them, one per row, unless it is empty.
 
         Raises: InputError for other shapes, or more than max_seq_len positions.
@@ -125,7 +125,7 @@ class GPTBatched(ModdedGPT):
     ) -> tuple[Tensor, Tensor | None]:
         """Predict the next tokens: [B, T] to fp32 logits [B, T, V], and the mean loss for targets [B, T].
 
-        Targets that are -1 or where the mask is 0 do not count.
+        Targets that are -1 or where the mask is 0 are ignored.
         """
         logits = self.logits(self.forward_features(tokens, attention_mask))
         if targets is None:
@@ -139,10 +139,10 @@ class GPTBatched(ModdedGPT):
         return BatchedCache(self, batch, room)
 
     def _all(self, tokens: Tensor, cache: BatchedCache | None, lengths: Tensor | None) -> Tensor:
-        """All positions of rows whose padding, if any, is at their end."""
+        """Compute all positions of rows whose padding, if any, is at their end."""
         T = tokens.size(1)
         windows = dict(zip((True, False), windows_of(self.variant, self.config.window), strict=True))
-        # Without a window that cuts, SDPA has the fastest kernel there is; flex attention skips blocks where one does.
+        # Without a window that hides anything, SDPA has the fastest kernel; with one, flex attention skips blocks.
         flex = tokens.is_cuda and any(cuts(T, window) for window in windows.values())
         if flex:
             tokens = F.pad(tokens, (0, -T % BLOCK))
@@ -164,9 +164,9 @@ class GPTBatched(ModdedGPT):
         return features
 
     def _next(self, tokens: Tensor, cache: BatchedCache) -> Tensor:
-        """One more position of each row, after those in the cache."""
+        """Compute one more position of each row, after those in the cache."""
         if tokens.size(1) != 1:
-            raise InputError(f"tokens: found {tokens.size(1)} positions behind a filled cache, expected 1.")
+            raise InputError(f"tokens: found {tokens.size(1)} positions after a filled cache, expected 1.")
         at, keys = cache.lengths[:, None], torch.arange(cache.length + 1, device=tokens.device)
         masks = []
         for window in windows_of(self.variant, self.config.window):
@@ -191,5 +191,5 @@ class GPTBatched(ModdedGPT):
 
 
 def batched(flex: GPTFlexAttention) -> GPTBatched:
-    """The same model for batches and for writing text: `GPTBatched.from_pretrained_gpt(flex)`."""
+    """The same model for batches and for generation: `GPTBatched.from_pretrained_gpt(flex)`."""
     return GPTBatched.from_pretrained_gpt(flex)

@@ -1,4 +1,4 @@
-"""Methods whose code lives elsewhere: mathematics imports nothing that touches files."""
+"""Methods whose code lives elsewhere, so that mathematics imports nothing that touches files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def bound(module: str, name: str, package: str | None) -> Callable[..., Any]:
-    """Make a method of a function whose module is imported at the first call.
+    """Make a method from a function whose module is imported at the first call.
 
     `module` is relative (`..kinds.model_methods`) to `package`, the `__package__` of the module that binds it.
     """

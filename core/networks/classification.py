@@ -1,4 +1,4 @@
-"""GPTClassification: a head over GPTBatched that puts texts into classes, and how its answers are scored.
+"""GPTClassification: a head over GPTBatched that classifies texts, and the scores of its predictions.
 
 Shapes: B texts, T positions, C n_embd, K classes.
 """
@@ -18,7 +18,7 @@ from .batched import GPTBatched
 class GPTClassification(nn.Module):
     """A pretrained model and a head on the last real token of each text: Dropout, Linear, ReLU, Dropout, Linear.
 
-    `pretrained_model` may be set to another one of the same width. `class_weights` [K] weigh the classes in the loss.
+    `pretrained_model` may be replaced by another one of the same width. `class_weights` [K] apply to the loss.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class GPTClassification(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(self.width // 2, num_classes),
         )
-        # Not persistent: they are a wish of the training run, and a classifier answers without them.
+        # Not persistent: they are a setting of the training run, and a classifier predicts without them.
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
 
@@ -56,15 +56,15 @@ class GPTClassification(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Classify texts: tokens and mask [B, T] to fp32 logits [B, K], and the mean loss for labels [B].
 
-        `attention_mask` is true (or 1) at real tokens; padding may be left or right, and any id.
+        `attention_mask` is true (or 1) at real tokens; padding may be left or right, with any id.
 
         Raises: CheckpointMismatch when `pretrained_model` was set to one of another width.
         """
         features = self.pretrained_model.forward_features(tokens, attention_mask)
         if features.size(-1) != self.width:
             raise CheckpointMismatch(
-                f"pretrained_model: found width {features.size(-1)}, and the head was made for {self.width}. "
-                "Make a new GPTClassification of that model."
+                f"pretrained_model: found width {features.size(-1)}, expected {self.width}, that of the head. "
+                "Make a new GPTClassification from that model."
             )
         pooled = last_real(features, attention_mask)
         logits = self.head(pooled.to(next(self.head.parameters()).dtype)).float()
@@ -82,27 +82,27 @@ def last_real(features: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count answers: predicted and true classes [N] to int64 [K, K], rows are true classes."""
+    """Count predictions: predicted and true classes [N] to int64 [K, K]; rows are true classes."""
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How one class was found: of those that were called so, and of those that are so, the share that is right."""
+    """Scores of one class: the right fraction of the texts predicted as it, and of the texts that belong to it."""
 
     precision: float
     recall: float
     f_score: float
-    support: int  # texts that are of the class
+    support: int  # texts of the class
 
 
 def accuracy(counts: Tensor) -> float:
-    """The share of right answers in a confusion matrix [K, K]; 0 for none."""
+    """The fraction of correct predictions in a confusion matrix [K, K]; 0 when it is empty."""
     return _share(int(counts.trace()), int(counts.sum()))
 
 
 def class_scores(counts: Tensor) -> list[ClassScore]:
-    """Precision, recall and F-score of each class of a confusion matrix [K, K]; a share of nothing is 0."""
+    """Precision, recall and F-score of each class of a confusion matrix [K, K]; a fraction of nothing is 0."""
     scores = []
     for k in range(len(counts)):
         right, called, there = int(counts[k, k]), int(counts[:, k].sum()), int(counts[k].sum())
@@ -112,14 +112,14 @@ def class_scores(counts: Tensor) -> list[ClassScore]:
 
 
 def macro_f(counts: Tensor) -> float:
-    """The mean F-score over the classes that occur, as truth or as answer, in a confusion matrix [K, K]."""
+    """The mean F-score over the classes that occur, as truth or as prediction, in a confusion matrix [K, K]."""
     occur = (counts.sum(0) + counts.sum(1)) > 0
     scores = [score.f_score for score, occurs in zip(class_scores(counts), occur.tolist(), strict=True) if occurs]
     return sum(scores) / len(scores) if scores else 0.0
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """Weights [K] that make all classes count alike in the loss: N / (K * texts of the class); 0 for an empty class."""
+    """Weights [K] that make all classes count equally:  N / (K * texts of the class); 0 for an empty class."""
     counts = torch.bincount(labels, minlength=num_classes)
     return torch.where(counts > 0, len(labels) / (num_classes * counts.clamp(min=1)), 0.0)
 

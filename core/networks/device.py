@@ -14,16 +14,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(wish: str | torch.device | None, where: str = "device") -> torch.device:
-    """Turn a wish into a device: "auto" is CUDA where there is one; an absent CUDA becomes the CPU, with a line.
+    """Resolve a device name: "auto" is CUDA if there is one; a missing CUDA device becomes the CPU, and is reported.
 
-    Raises: InputError for a name that is no device.
+    Raises: InputError for a name that is not a device.
     """
     if wish is None or wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wish)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"{where}: {wish!r} is no device. Use auto, cpu, cuda or cuda:N.") from error
+        raise InputError(f"{where}: {wish!r} is not a device. Use auto, cpu, cuda or cuda:N.") from error
     if device.type == "meta":
         raise InputError(f"{where}: meta holds no numbers. Use auto, cpu, cuda or cuda:N.")
     if not _is_here(device):
@@ -37,7 +37,7 @@ def _is_here(device: torch.device) -> bool:
         return (device.index or 0) < torch.cuda.device_count()
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError):  # each backend says it in its own way
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError):  # each backend reports it in its own way
         return False
     return True
 
@@ -57,7 +57,7 @@ def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 def environment(
     device: torch.device, *, dtype: torch.dtype, compile: bool, fused: bool, ranks: int = 1
 ) -> dict[str, Any]:
-    """What the bits of a training step depend on besides the data, the settings and the seed."""
+    """The facts on which the bits of a training step depend besides the data, the settings and the seed."""
     facts: dict[str, Any] = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         facts["device_name"] = torch.cuda.get_device_name(device)
@@ -68,12 +68,12 @@ def environment(
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Say which entries are others now, by name; what was not recorded then is not compared."""
+    """Describe the entries that differ now, by name; entries that were not recorded are not compared."""
     return {name: f"{name} {old} then, {now.get(name)} now" for name, old in then.items() if old != now.get(name)}
 
 
 def seed_generator(seed: int, device: torch.device) -> None:
-    """Seed what dropout on this device draws from."""
+    """Seed the generator from which dropout on this device draws."""
     # The generators themselves: torch.manual_seed would seed every device, at a hundred times the cost.
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)

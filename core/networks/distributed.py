@@ -1,8 +1,8 @@
 """Ranks: the processes that train one model together, as torchrun starts them.
 
-The only file that reads RANK and WORLD_SIZE. The ranks of a step share its global batch, batch_size times
-gradient_accumulation_steps sequences: its micro-steps are divided among the ranks, and, where there are more ranks than
-micro-steps, the rows of each.
+Only this file reads RANK and WORLD_SIZE. The ranks of a step share its global batch, batch_size times
+gradient_accumulation_steps sequences: its micro-steps are divided among the ranks and, with more ranks than
+micro-steps, so are the rows of each.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from torch import nn
 
 PARALLEL = ("ddp", "fsdp")
-"""What --parallel takes: a copy of the model on each rank, or a shard of it."""
+"""The values of --parallel: a copy of the model on each rank, or a shard of it."""
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for one that lives and says nothing; of one that is gone it hears at once."""
+"""How long a rank waits for one that is alive but silent; it learns at once of one that is gone."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank computes of a global batch: some of its micro-steps, and of each of these some rows."""
+    """One rank's part of a global batch: some of its micro-steps, and some rows of each."""
 
     micro_steps: range
     rows: slice
 
 
 class World:
-    """The ranks of this run, and which one this is; of one process unless torchrun started several."""
+    """The ranks of this run, and the number of this one; one process unless torchrun started several."""
 
     def __init__(
         self, rank: int = 0, size: int = 1, local_rank: int = 0, parallel: str | None = None, group: Any = None
@@ -58,7 +58,7 @@ class World:
 
     @property
     def noise(self) -> tuple[int, ...]:
-        """What this rank adds to the seed of its dropout; the first one nothing, as a process alone."""
+        """The number that this rank adds to the seed of its dropout; 0 on the first one, as in a single process."""
         return (self.rank,) if self.rank else ()
 
     def share(self, batch_size: int, accumulation: int) -> Share:
@@ -79,7 +79,7 @@ class World:
         return Share(range(column * steps, (column + 1) * steps), slice(part * rows, (part + 1) * rows))
 
     def device_of(self, wish: str) -> str:
-        """The device that a wish means on this rank: of several GPUs of a machine, each rank has its own."""
+        """The device of this rank for a requested one: where a machine has several GPUs, each rank has its own."""
         if self.size > 1 and wish.startswith("cuda:"):
             return "cuda"
         return wish
@@ -95,7 +95,7 @@ class World:
         return self.parallel == "fsdp"
 
     def beside(self) -> World:
-        """Give a thread its own way to the other ranks, so that what it says is not taken for the training loop's."""
+        """Give a thread its own process group, so that its messages do not mix with those of the training loop."""
         if self.size == 1:
             return self
         from torch import distributed
@@ -104,14 +104,14 @@ class World:
         return World(self.rank, self.size, self.local_rank, self.parallel, group)
 
     def spread(self, model: Any, device: str) -> None:
-        """Leave on each rank a shard of every parameter of a model (FSDP2), gathered block by block as it computes.
+        """Shard every parameter of a model over the ranks (FSDP2); they are gathered block by block during computation.
 
         Every rank must call it.
         """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        # Of the logits, which are a view, and which nobody changes in place.
+        # It is about the logits, which are a view that is never changed in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(device, (self.size,))
         for block in model.blocks:
@@ -119,7 +119,7 @@ class World:
         fully_shard(model, mesh=mesh)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Make a model whose backward pass averages gradients over the ranks; of a sharded one that is so already."""
+        """Return a model whose backward pass averages gradients over the ranks, as a sharded one does already."""
         if self.size == 1 or self.parallel != "ddp":
             return model
         from torch.nn.parallel import DistributedDataParallel
@@ -128,7 +128,7 @@ class World:
 
     @contextlib.contextmanager
     def without_sync(self, forward: nn.Module, last: bool) -> Iterator[None]:
-        """Leave gradients on this rank while the block runs, unless it is the last micro-step."""
+        """Keep gradients local to this rank while the block runs, unless it is the last micro-step."""
         wrapped: Any = getattr(forward, "_orig_mod", forward)
         with wrapped.no_sync() if hasattr(wrapped, "no_sync") and not last else contextlib.nullcontext():
             yield
@@ -150,7 +150,7 @@ class World:
         return bool(self.sum(torch.tensor(float(flag))).item())
 
     def wishes(self, mine: set[str]) -> set[str]:
-        """The wishes (see console/signals.py) of all ranks together. Every rank must call it."""
+        """The requests (see console/signals.py) of all ranks together. Every rank must call it."""
         if self.size == 1:
             return mine
         import torch
@@ -158,10 +158,10 @@ class World:
         return self.at_edge(torch.zeros(()), mine)
 
     def at_edge(self, loss: torch.Tensor, mine: set[str]) -> set[str]:
-        """Average the loss of a step [] over the ranks, in place, and return the wishes of all of them; one collective.
+        """Average the loss of a step [] over the ranks, in place, and return the requests of all; one collective.
 
-        Every rank must call it at the same step. A GPU is not waited for: what it adds up is read at the next edge, on
-        all ranks alike.
+        Every rank must call it at the same step. It does not wait for a GPU, whose sum is read at
+        the next edge, on all ranks alike.
         """
         if self.size == 1:
             return mine
@@ -178,7 +178,7 @@ class World:
         return {name for name, count in zip(WISHES, counts, strict=False) if count}
 
     def from_first(self, value: Any = None) -> Any:
-        """Give every rank the plain value of the first, whatever the others hand in. Every rank must call it."""
+        """Give every rank the plain value of the first; the others' values are ignored. Every rank must call it."""
         if self.size == 1:
             return value
         from torch import distributed
@@ -210,7 +210,7 @@ class World:
     def agree(self, what: str, value: Any) -> None:
         """Check that all ranks have the same value. Every rank must call it.
 
-        Raises: CheckpointError naming the first rank that has another.
+        Raises: CheckpointError naming the first rank whose value differs.
         """
         values = self.everyone(value)
         for rank, other in enumerate(values):
@@ -222,11 +222,11 @@ class World:
 
 
 ALONE = World()
-"""One process."""
+"""The world of a single process."""
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Give every rank the whole of a tensor that may be spread over them; of such a tensor every rank must call it."""
+    """Gather a tensor that may be sharded on every rank; for a sharded tensor every rank must call it."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -234,12 +234,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def open_world(parallel: str | None) -> Iterator[World]:
-    """Join the ranks that torchrun started while the block runs; without torchrun, be alone.
+    """Join the ranks that torchrun started while the block runs; without torchrun, yield a world of one process.
 
-    Only the first rank's output is seen. An error on any rank ends all: the first one to fail says why, the others end
-    without a word, each with exit code 1, waiting for nothing that another rank would have to answer.
+    Only the first rank's output is shown. An error on any rank ends all: the first one to fail reports why, the others
+    end silently, each with exit code 1, without waiting for an answer of another rank.
 
-    Raises: InputError when --parallel is given and torchrun is not there.
+    Raises: InputError when --parallel is given without torchrun.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         if parallel:
@@ -253,7 +253,7 @@ def open_world(parallel: str | None) -> Iterator[World]:
     from torch import distributed
 
     shared, rank, size = next(iter(distributed.rendezvous("env://", timeout=TIMEOUT)))
-    # torchrun keeps one store over its restarts: the addresses in it may be those of processes that are gone.
+    # torchrun keeps one store over its restarts, which may have addresses of processes that are gone.
     store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), parallel or "ddp")
     backend = "gloo"
@@ -265,7 +265,7 @@ def open_world(parallel: str | None) -> Iterator[World]:
         with _silent(not world.is_first):
             yield world
     except Exception as error:
-        # Taking the groups down waits for what is under way, which the other ranks may never answer; and where DDP was
+        # Destroying the groups waits for pending collectives, which the other ranks may never answer; and where DDP was
         # the last to use a group it does so with the GIL, which the thread that ends a collective needs.
         atexit.register(_leave)
         if not _claim(store, rank):
@@ -282,7 +282,7 @@ def open_world(parallel: str | None) -> Iterator[World]:
 
 
 def _leave() -> NoReturn:
-    """End this process with exit code 1, before the interpreter would take anything down."""
+    """End this process with exit code 1, before the interpreter can tear anything down."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -300,10 +300,10 @@ def _silent(quiet: bool) -> Iterator[None]:
 
 
 def _claim(store: Any, rank: int) -> bool:
-    """Be the one rank that says why the run ends."""
+    """Claim to be the one rank that reports why the run ends."""
     try:
         return store.compare_set("failed", "", str(rank)) == str(rank).encode()
-    except RuntimeError:  # the store went with the process that kept it
+    except RuntimeError:  # the store is gone with the process that kept it
         return True
 
 

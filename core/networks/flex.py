@@ -18,28 +18,28 @@ from .modded import SCALE, Attend, ModdedGPT
 from .windows import block_mask, compiled_flex, documents, mask
 
 KERNELS = ("auto", "flex", "sdpa")
-"""What computes the attention of GPTFlexAttention: auto is flex on CUDA, and SDPA elsewhere."""
+"""The kernels for the attention of GPTFlexAttention: auto is flex on CUDA, and SDPA elsewhere."""
 
 
 class GPTFlexAttention(ModdedGPT):
     """A modded-nanogpt model over one packed sequence, in which the end-of-text token begins each document.
 
-    On CUDA attention is compiled flex attention, elsewhere (and for gradients there) the same mask for SDPA; `kernel`
-    chooses, one of KERNELS.
+    On CUDA attention is compiled flex attention, elsewhere (and for gradients there) the same mask for SDPA; `kernel`,
+    one of KERNELS, chooses.
     """
 
     kernel = "auto"
 
     def forward_features(self, ids: Tensor, window: int | str | None = None) -> Tensor:
-        """Compute what the head reads: packed ids [T] to [T, C], after the final norm.
+        """Compute the input of the head: packed ids [T] to [T, C], after the final norm.
 
         `window` is the long layers' in blocks of 128 (the others have half of it), "full" is causal within each
-        document, None is what the config says: the variant's last windows.
+        document, None is the config's: the variant's last windows.
 
         Raises: InputError for ids of another shape, or more than max_seq_len.
         """
         if ids.dim() != 1 or not len(ids):
-            raise InputError(f"ids: found shape {tuple(ids.shape)}, expected one packed sequence [T] with T from 1.")
+            raise InputError(f"ids: found shape {tuple(ids.shape)}, expected one packed sequence [T], T at least 1.")
         T = len(ids)
         if self.config.block_size < T:
             raise InputError(f"ids: found {T} positions, expected at most max_seq_len {self.config.block_size}.")
@@ -54,7 +54,7 @@ class GPTFlexAttention(ModdedGPT):
     ) -> tuple[Tensor, Tensor | None]:
         """Predict the next ids: packed ids [T] to fp32 logits [T, V], and the mean loss for targets [T].
 
-        Targets that are -1 do not count; `window` as in `forward_features`.
+        Targets that are -1 are ignored; `window` as in `forward_features`.
         """
         logits = self.logits(self.forward_features(ids, window))
         return logits, None if targets is None else self.loss(logits, targets)

@@ -1,9 +1,9 @@
-"""Writing text with a model: sampling, the cache of keys and values, and the window.
+"""Text generation: sampling, the cache of keys and values, and the window.
 
-Shapes: B sequences, T positions, L layers, H heads, D head size, S positions the cache has room for, V vocabulary.
+Shapes: B sequences, T positions, L layers, H heads, D head size, S room of the cache in positions, V vocabulary.
 
-Positions are learned, so a full window cannot slide: the older half of it is dropped and the rest computed again at
-positions from 0, which costs one long pass per block_size / 2 tokens. With and without a cache the rule is the same.
+Positions are learned, so a full window cannot slide: its older half is dropped and the rest computed again at
+positions from 0, which costs one long pass per block_size / 2 tokens. The rule is the same with and without a cache.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ Prompt = TypeVar("Prompt", str, Tensor, list[int])
 
 
 class Writer(Protocol):
-    """A model that can write: what `generate` needs of GPT and GPTBatched."""
+    """A model that can generate text: what `generate` needs of GPT and GPTBatched."""
 
-    config: Any  # with block_size and vocab_size
+    config: Any  # has block_size and vocab_size
     tokenizer: Tokenizer | None
     training: bool
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
 
     def make_cache(self, batch: int, room: int) -> Any:
         """Allocate a cache for `room` positions of `batch` sequences; it has `clear()`."""
 
     def features(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute what the head reads: ids [B, T] to [B, T, C], with a `cache` behind the positions it holds."""
+        """Compute the input of the head: ids [B, T] to [B, T, C]; with a `cache`, after the positions in it."""
 
     def logits(self, features: Tensor) -> Tensor:
         """Compute logits [B, V] from features [B, C]."""
@@ -55,7 +55,7 @@ class LayerCache:
         self.keys, self.values, self.length = keys, values, 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in k and v [B, H, T, D]; return those of all positions so far."""
+        """Append k and v [B, H, T, D]; return those of all positions so far."""
         start, self.length = self.length, self.length + k.size(2)
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
@@ -71,7 +71,7 @@ class Cache:
         self.length = 0
 
     def clear(self) -> None:
-        """Forget every position; the memory stays."""
+        """Forget every position, but keep the memory."""
         self.length = 0
         for layer in self.layers:
             layer.length = 0
@@ -90,13 +90,13 @@ def generate(
     use_cache: bool = True,
     attention_mask: Tensor | None = None,
 ) -> Prompt:
-    """Continue a prompt by `max_new_tokens` tokens; the result begins with the prompt and is of its kind.
+    """Continue a prompt by `max_new_tokens` tokens; the result begins with the prompt and has its type.
 
-    A text needs `model.tokenizer`; an empty one starts where a text may start (see `start_ids`). A tensor holds ids,
+    A text needs `model.tokenizer`; an empty one starts like a new text (see `start_ids`). A tensor holds ids,
     [T] or [B, T]; a list holds ids. Temperature 0 takes the likeliest id. Ids that the tokenizer lacks (padding rows of
     the vocabulary) are never drawn. Randomness comes from `generator`, else from `seed`, else from the system, and
     never from torch's global generator. `attention_mask` [B, T] is true at the real ids of prompts of several lengths;
-    only GPTBatched takes one, and what is new stands behind the padding too.
+    only GPTBatched takes one, and new ids also come after the padding.
 
     Raises: InputError for an empty prompt of ids, an id outside the vocabulary, or a setting out of range.
     """
@@ -127,7 +127,7 @@ def stream(
 ) -> Iterator[int]:
     """Yield each new id as soon as it is drawn; the arguments are those of `generate`, for one sequence.
 
-    The model is in eval mode while the iterator is alive, and as it was before when it ends or is closed.
+    The model is in eval mode while the iterator is alive; its mode is restored when the iterator ends or is closed.
 
     Raises: InputError at the first id, as `generate`, or when the prompt holds several sequences.
     """
@@ -139,17 +139,17 @@ def stream(
 
 
 def start_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids to start from where there is no prompt: GPT-2's end of text, which parts documents, else a line's end."""
+    """Ids to start from without a prompt: GPT-2's end of text, which separates documents, else a line break."""
     if tokenizer.kind == "gpt2":
         return [tokenizer.vocab_size - 1]
     try:
         return [int(i) for i in tokenizer.encode("\n")] or [0]
     except InputError:
-        return [0]  # a vocabulary without line ends: its first character
+        return [0]  # a vocabulary without line breaks: its first character
 
 
 def text_after(tokenizer: Tokenizer, ids: Sequence[int]) -> Stream:
-    """Begin to decode what follows ids; some tokenizers write a token differently at the start of a text."""
+    """Begin to decode what follows ids; some tokenizers decode a token differently at the start of a text."""
     text = tokenizer.stream()
     for i in ids:
         text.push(i)
@@ -166,13 +166,13 @@ def sample(
 ) -> Tensor:
     """Draw one id per row of logits [B, V]: int64 [B].
 
-    First the `top_k` likeliest ids are kept, then of these the fewest whose probabilities reach `top_p`. One uniform
-    number per row decides, drawn on the CPU, so that a seed means the same on every device.
+    First the `top_k` likeliest ids are kept, then the fewest of these whose probabilities reach `top_p`. One uniform
+    number per row, drawn on the CPU, decides, so that a seed draws the same on every device.
     """
     if temperature == 0:
         return logits.argmax(-1)
     ids = None
-    # The largest logit becomes 0 first: divided by a tiny temperature, no other number stays finite.
+    # The largest logit becomes 0 first: divided by a tiny temperature, no other number would stay finite.
     logits = (logits.float() - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None:
         logits, ids = logits.topk(min(top_k, logits.size(-1)))
@@ -220,7 +220,7 @@ def _tokens(
     was_training = model.training
     model.train(False)
     try:
-        unseen = window  # positions that the cache does not hold yet
+        unseen = window  # positions that are not in the cache yet
         for _ in range(max_new_tokens):
             if window.size(1) > block_size:
                 window = unseen = window[:, -max(1, block_size // 2) :]
@@ -239,7 +239,7 @@ def _tokens(
 
 
 def _padded_left(ids: Tensor, real: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """Move the real ids of each row to its end, so that what is new follows all of them in one column.
+    """Move the real ids of each row to its end, so that new ids follow all of them in one column.
 
     Raises: InputError for a mask of another shape, a row without ids, or one that is too long.
     """
@@ -250,25 +250,25 @@ def _padded_left(ids: Tensor, real: Tensor, room: int) -> tuple[Tensor, Tensor]:
         )
     if ids.size(1) > room:
         raise InputError(
-            f"prompt: found {ids.size(1)} positions, expected at most {room} beside what is to be written."
+            f"prompt: found {ids.size(1)} positions, expected at most {room}, with room for the new tokens."
         )
     order = real.to(torch.uint8).argsort(dim=1, stable=True)
     return ids.gather(1, order), real.gather(1, order)
 
 
 def check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Check what a person may set.
+    """Check the settings of a generation.
 
     Raises: InputError naming the setting, its value and what is allowed.
     """
     if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens: found {max_new_tokens}, expected 0 or more.")
+        raise InputError(f"max_new_tokens: found {max_new_tokens}, expected at least 0.")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature: found {temperature}, expected 0 (the likeliest token) or a number above it.")
     if top_k is not None and top_k < 1:
-        raise InputError(f"top_k: found {top_k}, expected 1 or more; leave it out to draw from all tokens.")
+        raise InputError(f"top_k: found {top_k}, expected at least 1; leave it out to draw from all tokens.")
     if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p: found {top_p}, expected a number above 0 up to 1.")
+        raise InputError(f"top_p: found {top_p}, expected a number above 0 and at most 1.")
 
 
 def _tokenizer(model: Writer) -> Tokenizer:
@@ -287,7 +287,7 @@ def _prompt_ids(model: Writer, prompt: str | Tensor | Sequence[int]) -> Tensor:
         ids = ids[None]
     vocab_size = model.config.vocab_size
     if ids.dim() != 2 or ids.numel() == 0:
-        raise InputError(f"prompt: found ids of shape {tuple(ids.shape)}, expected [T] or [B, T] with T from 1.")
+        raise InputError(f"prompt: found ids of shape {tuple(ids.shape)}, expected [T] or [B, T] with T at least 1.")
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = ids[(ids < 0) | (ids >= vocab_size)][0].item()
         raise InputError(f"prompt: found id {wrong}, expected ids from 0 to {vocab_size - 1}. Is this its tokenizer?")

@@ -15,13 +15,13 @@ from ..families.rules import apply
 
 _MEMORY = Container("memory", Path(), {}, {}, {})
 _ELEMENT = "uint8"
-"""What views call every dtype: tensors have their own, and offsets of items of one byte count elements."""
+"""The dtype of every view: tensors have their own, and offsets of items of one byte count elements."""
 
 
 def as_medium(tensors: Mapping[str, Tensor], variant: str, n_layer: int) -> dict[str, Tensor]:
-    """Give the tensors of a modded-nanogpt model the layout of medium; what it computes stays that of its variant.
+    """Give the tensors of a modded-nanogpt model the layout of medium; it still computes what its variant computes.
 
-    Tensors that only change their names or lose their ends share the memory of what they were.
+    Tensors that are only renamed or cut at the end share the memory of the originals.
     """
     views = {name: _view(name, tensor) for name, tensor in tensors.items()}
     views |= {name: view for name, (view, _) in completed(views, variant, n_layer).items()}

@@ -19,13 +19,13 @@ from ..config.variants import BLOCK, HEAD_SIZE, VALUE_TABLES, WITHOUT_ATTENTION,
 from ..families.family import plain_names
 
 SCALE = 0.12
-"""Of the attention scores, in place of 1 / sqrt(D)."""
+"""The scale of attention scores, in place of 1 / sqrt(D)."""
 
 IGNORED = -1
-"""Target that does not count in the loss."""
+"""A target that the loss ignores."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Mix positions of one layer: its number, and q, k, v [B, H, T, D] to [B, H, T, D]."""
+"""Mixes the positions of one layer: its number, and q, k, v [B, H, T, D] to [B, H, T, D]."""
 
 Turn = tuple[Tensor, Tensor]
 
@@ -47,7 +47,7 @@ def turn_of(positions: Tensor) -> Turn:
 
 
 def rotate(x: Tensor, turn: Turn) -> Tensor:
-    """Turn q or k [B, T, H, D] by their positions, in fp32; the sign is the opposite of Hugging Face's."""
+    """Rotate q or k [B, T, H, D] by their positions, in fp32; the sign is the opposite of Hugging Face's."""
     cos, sin = turn
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1).type_as(x)
@@ -66,14 +66,14 @@ class CastedLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        """Fill the weight; the model sets those to zero that start there."""
+        """Fill the weight; the model itself zeroes those that start at zero."""
         if not self.weight.is_meta:
             with torch.no_grad():
                 uniform(self.weight)
 
 
 class Attention(nn.Module):
-    """Attention of one layer, whatever the layout of its weights: `qkv` [3h, C] and `out` [C, h]."""
+    """Attention of one layer, for any layout of its weights: `qkv` [3h, C] and `out` [C, h]."""
 
     qkv: Tensor
     out: Tensor
@@ -147,7 +147,7 @@ class TrainingScriptAttention(Attention):
 
 
 class MLP(nn.Module):
-    """Feed-forward of one layer, whatever the layout of its weights: `fc` [4C, C] and `proj` [C, 4C]."""
+    """Feed-forward of one layer, for any layout of its weights: `fc` [4C, C] and `proj` [C, 4C]."""
 
     fc: Tensor
     proj: Tensor
@@ -244,7 +244,7 @@ class TrainingScriptBlock(Block):
 
 
 class ModdedGPT(nn.Module):
-    """What GPTFlexAttention and GPTBatched share: the stream through the layers, and the head.
+    """The common part of GPTFlexAttention and GPTBatched: the stream through the layers, and the head.
 
     `window` is "exact" (the variant's last windows), "full" (plain causal attention) or the long window in blocks of
     128. The head has `vocab_size` rows rounded up to 128, unless `head_rows` says otherwise. Under
@@ -255,7 +255,7 @@ class ModdedGPT(nn.Module):
     """
 
     merged_always = False
-    """Whether weights have the layout of medium whatever the variant computes."""
+    """Whether weights have the layout of medium regardless of what the variant computes."""
 
     def __init__(
         self,
@@ -314,7 +314,7 @@ class ModdedGPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.embed.weight.device
 
     def _weights_of_layers(self) -> tuple[Any, list[Any], list[Any]]:
@@ -367,7 +367,7 @@ class ModdedGPT(nn.Module):
         return is_long(self.variant, self.config.n_layer, i)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Compute the mean loss of logits [..., V] for targets [...]; those that are -1 do not count."""
+        """Compute the mean loss of logits [..., V] for targets [...]; those that are -1 are ignored."""
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
 
 
@@ -378,7 +378,7 @@ def start_scalars(n_layer: int) -> Tensor:
 
 def _take_apart(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Give the entries of a state dict their plain names, and cut the tail of padded scalars."""
-    if not prefix:  # at the top: within another module the names are its business
+    if not prefix:  # only at the top: within another module, the names belong to that module
         for plain, name in plain_names(list(state)).items():
             state[plain] = state.pop(name)
     scalars = state.get(f"{prefix}scalars")
@@ -390,7 +390,7 @@ def _take_apart(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> Non
 
 
 def _put_together(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put the tail of padded scalars back, so that the program that wrote it reads it again."""
+    """Put the tail of padded scalars back, so that the program that wrote it can read the state."""
     if module.scalars_tail is not None:
         name = f"{prefix}scalars"
         state[name] = torch.cat([state[name], module.scalars_tail.to(state[name])])

@@ -17,13 +17,13 @@ Named = list[tuple[str, nn.Parameter]]
 Coefficients = Sequence[tuple[float, float, float]]
 
 MOMENTUM = (0.85, 0.95)
-"""Of Muon, at the start and after the warm-up."""
+"""Muon's momentum at the start and after the warm-up."""
 
 MOMENTUM_WARMUP = 300
 """Steps over which the momentum grows."""
 
 BETAS, EPS = (0.8, 0.95), 1e-10
-"""Of AdamW."""
+"""Settings of AdamW."""
 
 TINY = 1e-7
 """Added to a norm before dividing by it."""
@@ -74,13 +74,13 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 update = orthogonal(p.grad.lerp(buffer, momentum), group["coefficients"])
-                # A tall matrix has longer rows to fill: its update is as large per row as that of a square one.
+                # The update of a tall matrix is scaled to be as large per row as that of a square one.
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """One optimizer over the groups of AdamW and, behind them, of Muon: one state, one list of groups, one file.
+    """One optimizer over the groups of AdamW, followed by those of Muon: one state, one list of groups, one file.
 
     `factor` of a group times the rate of the run is its learning rate; groups of Muon have a `momentum`.
     """
@@ -102,7 +102,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for part, is_muon in ((self._adamw, False), (self._muon, True)):
-            # Taken anew each time: load_state_dict replaces both.
+            # Looked up each time: load_state_dict replaces both.
             part.state = self.state
             part.param_groups = [group for group in self.param_groups if ("momentum" in group) == is_muon]
             part.step()
@@ -112,7 +112,7 @@ def configure_muon(model: ModdedGPT, learning_rate: float, weight_decay: float |
     """Make the optimizer of a modded-nanogpt model: Muon for the matrices of its layers, AdamW for the rest.
 
     `learning_rate` is Muon's; head, embeddings and scalars keep the variant's ratio to it. Matrices decay by the
-    variant's weight decay unless one is given, those of feed-forwards in medium by twice of it.
+    variant's weight decay unless one is given, those of feed-forwards in medium by twice as much.
     """
     variant = model.variant
     decay = variant.weight_decay if weight_decay is None else weight_decay
@@ -132,7 +132,7 @@ def configure_muon(model: ModdedGPT, learning_rate: float, weight_decay: float |
 
 
 def parameters_by_kind(model: ModdedGPT) -> tuple[Named, dict[str, Named]]:
-    """Tell the matrices of the layers from the rest, which is head, embed and scalar; each in the model's order."""
+    """Separate the matrices of the layers from the rest: head, embed and scalar, each in the model's order."""
     matrices: Named = []
     rest: dict[str, Named] = {"head": [], "embed": [], "scalar": []}
     for name, p in model.named_parameters():

@@ -25,7 +25,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that is in the memory of this rank: all of it, unless it is spread over several."""
+    """The part of a tensor in the memory of this rank: all of it, unless it is sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -40,7 +40,7 @@ def export_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def compact(tensor: torch.Tensor, seen: dict[tuple[Any, ...], torch.Tensor]) -> torch.Tensor:
-    """Return a tensor that owns a storage of just its size; equal views (tied weights) give the same tensor."""
+    """Return a tensor whose storage has just its size; equal views (tied weights) give the same tensor."""
     tensor = tensor.detach()
     key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
     if key not in seen:
@@ -74,9 +74,9 @@ def changed_by_step(optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 def copy_others(content: Any, stable: Container[int] | None, live: dict[str, torch.Tensor], name: str) -> Any:
-    """Copy the containers of a content, and its tensors but those whose storage is `stable` (None: all are).
+    """Copy the containers of a content, and its tensors except those whose storage is `stable` (None: all are).
 
-    Tensors that are one stay one; those that were not copied go into `live` by name.
+    Identical tensors stay identical; those that are not copied go into `live` by name.
     """
     copies: dict[int, torch.Tensor] = {}
 

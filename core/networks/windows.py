@@ -1,7 +1,7 @@
-"""Who sees whom: attention within a document, causal, and through windows of whole blocks.
+"""Which position sees which: causal attention within a document, through windows of whole blocks.
 
-Shapes: T positions, N = T / 128 blocks. The windows of modded-nanogpt take, of the blocks that a block of queries may
-see, the nearest ones; since documents are runs of neighbouring positions, that is the same as "fewer than W blocks
+Shapes: T positions, N = T / 128 blocks. The windows of modded-nanogpt take the nearest of the blocks that a block of
+queries may see; since documents are runs of neighbouring positions, that is the same as "fewer than W blocks
 back", which a test holds against the block lists of the original.
 """
 
@@ -25,7 +25,7 @@ def documents(ids: Tensor, eos_token_id: int) -> Tensor:
 def sees(docs: Tensor | None, window: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
     """Make the rule by which query q sees key k, in the form that flex attention takes.
 
-    `docs` [T] numbers the document of each position, None is one document; `window` is in blocks, None is no window.
+    `docs` [T] has the document number of each position, None is one document; `window` is in blocks, None for none.
     """
 
     def rule(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def sees(docs: Tensor | None, window: int | None) -> Callable[[Any, Any, Tensor,
         if docs is not None:
             seen = seen & (docs[q] == docs[k])
         if window is not None:
-            seen = seen & (k // BLOCK + window > q // BLOCK)  # so that expanded, only booleans are [T, T]
+            seen = seen & (k // BLOCK + window > q // BLOCK)  # expanded, only booleans are [T, T]
         return seen
 
     return rule
@@ -57,7 +57,7 @@ def mask(T: int, docs: Tensor | None, window: int | None, device: torch.device) 
 
 
 def block_mask(T: int, docs: Tensor | None, window: int | None, device: torch.device) -> Any:
-    """Build the BlockMask of flex attention, which skips the blocks that nobody sees; T is a multiple of 128.
+    """Build the BlockMask of flex attention, which skips blocks that no query sees; T is a multiple of 128.
 
     Its block lists come from the first and last document of each block: [N, N] numbers, never [T, T].
     """
@@ -78,7 +78,7 @@ def block_mask(T: int, docs: Tensor | None, window: int | None, device: torch.de
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn bool [N, N] into the number of blocks per row [1, 1, N] and their list [1, 1, N, N], those first."""
+    """Turn bool [N, N] into the number of blocks per row [1, 1, N] and a list [1, 1, N, N] that begins with them."""
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None].contiguous()
 

@@ -1,4 +1,4 @@
-"""Saves beside training: one at a time, each in a thread of its own."""
+"""Saves during training: one at a time, each in a thread of its own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .snapshot import Memory, Snapshot
 
 
 class BackgroundSaver:
-    """Writes the saves of a manager. The program does not end before the last one has.
+    """Writes the saves of a manager. The program does not end before the last save has ended.
 
-    What ended a save is kept until somebody asks for it.
+    The error of a failed save is kept until it is asked for.
     """
 
     def __init__(self, stage_memory: int | None) -> None:
@@ -28,7 +28,7 @@ class BackgroundSaver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed, and nobody has asked for it yet."""
+        """Whether a save has failed and its error has not been asked for."""
         return self._failure is not None
 
     @property
@@ -37,12 +37,12 @@ class BackgroundSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, name: str, write: Callable[[Memory], None], snapshot: Snapshot, optimizer: Any) -> None:
-        """Start to write; the save before has ended.
+        """Start to write; the previous save has ended.
 
-        The next step of an optimizer waits until the snapshot is copied. Of anything else nobody knows when it
-        changes: then the caller has to wait.
+        The next step of an optimizer waits until the snapshot is copied. When anything else
+        changes is unknown: then the caller has to wait.
 
-        Raises: RuntimeError when there is no thread to be had; nothing has begun then.
+        Raises: RuntimeError when no thread can be started; nothing has begun then.
         """
         if isinstance(optimizer, torch.optim.Optimizer) and optimizer not in self._watched:
             copied = weakref.WeakMethod(self.wait_copied)  # an optimizer may outlive the manager and its memory
@@ -60,29 +60,29 @@ class BackgroundSaver:
             go.set()
 
     def wait_copied(self) -> None:
-        """Wait until what is being saved may change."""
+        """Wait until the tensors that are being saved may change."""
         if self._snapshot is not None:
             self._snapshot.wait_copied()
 
     def _run(self, write: Callable[[Memory], None], go: threading.Event) -> None:
-        go.wait()  # else the interpreter would stay with this thread, and `begin` return milliseconds later
+        go.wait()  # else the interpreter would stay in this thread, and `begin` would return milliseconds later
         try:
             write(self.memory)
         except BaseException as error:
             self._failure = error
 
     def join(self) -> None:
-        """Wait until the save that is being written has ended, however it did."""
+        """Wait until the save that is being written has ended, successfully or not."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def raise_failure(self) -> None:
-        """Raise what ended a save, once."""
+        """Raise the error of a failed save, once."""
         if (failure := self._failure) is not None:
             self._failure = None
             raise failure
 
     def last_words(self) -> None:
-        """Print a failure that nobody asked for."""
+        """Print an error that was never asked for."""
         if self._failure is not None:
             print(f"WARNING: {self._failure}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Make the plain files of a step that lies in shards: tensor by tensor, so that no memory has to hold the model."""
+"""Make plain files of a step in shards: tensor by tensor, so that the model never has to fit in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..containers.trees import map_leaves
 
 
 def consolidate(place: ModelFolder) -> Bundle | None:
-    """Make the newest step, which lies in shards, a plain one of the same number; the caller holds the lock.
+    """Replace the newest step, which is in shards, by the same step in plain files; the caller holds the lock.
 
     One commit replaces the shards, which are removed when it is durable. Returns the new bundle, open; None where the
     newest step is plain already.
@@ -48,7 +48,7 @@ def consolidate(place: ModelFolder) -> Bundle | None:
 
 
 def _writer(name: str, part: Part) -> Writer:
-    """Write the torch file that stands for a part in shards."""
+    """Write the torch file of a part in shards."""
 
     def write(output: Output) -> str:
         source = part.source

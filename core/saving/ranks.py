@@ -1,4 +1,4 @@
-"""Ranks: what saving and resuming have to know of the other processes that train the same model."""
+"""Ranks: what saving and resuming need to know about the other processes that train the same model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Ranks(Protocol):
 
     @property
     def world(self) -> World:
-        """The ranks, and which one this is; the first holds the lock and commits."""
+        """The ranks, including this one; the first holds the lock and commits."""
 
     def newest_intact(self, place: ModelFolder, reopen: Reopen, check: bool) -> Bundle | None:
         """Open the newest intact step, the same on every rank."""
@@ -33,7 +33,7 @@ class Ranks(Protocol):
         """
 
     def step_save(self, place: ModelFolder, content: StepContent) -> StepSave | None:
-        """Take what this rank writes of a step; None where it writes nothing."""
+        """Capture the part of a step that this rank writes; None where it writes nothing."""
 
 
 class Alone:
@@ -58,5 +58,5 @@ class Alone:
         return True
 
     def step_save(self, place: ModelFolder, content: StepContent) -> StepSave | None:
-        """Take all of a step."""
+        """Capture a whole step."""
         return StepSave(place, content)

@@ -32,7 +32,7 @@ from .step import StepContent, StepSave
 
 
 class ShardedStepSave(StepSave):
-    """A step on every rank. `world` is a way to the other ranks for the thread that writes."""
+    """A step on every rank. `world` is the writing thread's own communication with the other ranks."""
 
     def __init__(self, world: World, place: ModelFolder, content: StepContent) -> None:
         self.world = world
@@ -63,17 +63,17 @@ class ShardedStepSave(StepSave):
         return contents, live
 
     def lock(self) -> contextlib.ExitStack:
-        """Take nothing: the first rank's thread takes the lock, and tells the others what became of it."""
+        """Take no lock here: the first rank's thread takes it, and reports the outcome to the others."""
         return contextlib.ExitStack()
 
     def not_begun(self, error: RuntimeError) -> CheckpointError:
-        """What to raise where there is no thread: no SaveFailed, since the other ranks have begun and cannot go on."""
+        """The error without a thread: not a SaveFailed, since the other ranks have begun and cannot continue."""
         return CheckpointError(str(super().not_begun(error)))
 
     def write(self, memory: Memory, say: Callable[[str], None]) -> None:
-        """Write the shards of this rank; on the first one commit the step when all ranks have. Returns when it is.
+        """Write this rank's shards; the first rank commits the step when all have. Returns when it is committed.
 
-        The first rank takes the lock. What fails on one rank is told to all, so that none waits for another.
+        The first rank takes the lock. A failure on one rank is reported to all, so that none waits for another.
 
         Raises: SaveFailed, on all ranks, naming the one that failed.
         """
@@ -98,7 +98,7 @@ class ShardedStepSave(StepSave):
         say(said)
 
     def _start_copy(self, memory: Memory) -> tuple[dict[str, Any], dict[str, list[Placed]]]:
-        """Lay out the files of this rank, say where its shards lie in them, and begin to copy."""
+        """Lay out the files of this rank, return where its shards lie in them, and begin to copy."""
         files, name = self.snapshot.plan(), file_of(self.world.rank)
         self.snapshot.start(memory)
         return dict(files), {file: placed(shards, files[file].image, name) for file, shards in self._shards.items()}
@@ -120,7 +120,7 @@ class ShardedStepSave(StepSave):
         return recorded
 
     def _commit_all(self, staged: str | None, reports: list[Any], started: float) -> str:
-        """Commit what all ranks have written, or throw it away; returns what is to be said."""
+        """Commit what all ranks have written, or discard it; returns the line to report."""
         faults = [f"rank {rank}: {fault}" for rank, (_, _, fault) in enumerate(reports) if fault]
         if staged is None:
             raise SaveFailed(faults[0])
@@ -171,7 +171,7 @@ def _writer(data: bytes) -> Callable[[Output], None]:
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Do something, and say what failed in place of raising it: the other ranks have to hear of it."""
+    """Call a function, and return its failure instead of raising it: the other ranks have to hear of it."""
     try:
         return work(), None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What one rank holds of a sharded model: the blocks of tensors that it writes."""
+"""The part of a sharded model on one rank: the blocks of tensors that it writes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Shard:
-    """A block of a tensor that this rank writes, or a plain value; and where it is in the nested state."""
+    """A block of a tensor that this rank writes, or a plain value, and its place in the nested state."""
 
     path: tuple[str | int, ...]
     value: Any
-    whole: DTensor | None = None  # of which it is a block
+    whole: DTensor | None = None  # the tensor of which it is a block
 
     @property
     def shape(self) -> Shape:
@@ -44,18 +44,18 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """What it is called in the folder."""
+        """Its name in the folder."""
         return ".".join(map(str, self.path))
 
 
 def weights_of(module: nn.Module, first: bool) -> list[Shard]:
-    """List what this rank writes of a module's parameters and buffers; what is not spread is the first rank's."""
+    """List what this rank writes of a module's parameters and buffers; the first rank writes what is not sharded."""
     found = module.state_dict(keep_vars=True)
     return list(_shards({plain_name(name): t.detach() for name, t in found.items()}, first))
 
 
 def moments_of(optimizer: torch.optim.Optimizer, module: nn.Module, first: bool) -> list[Shard]:
-    """List what this rank writes of an optimizer's state, by the names of parameters; plain values are the first's."""
+    """List what this rank writes of an optimizer's state, by parameter names; the first rank writes plain values."""
     names = {id(p): plain_name(name) for name, p in module.named_parameters()}
     groups = []
     for group in optimizer.param_groups:
@@ -96,7 +96,7 @@ def _records(value: Any) -> list[tuple[str, Any]]:
 
 
 def placed(shards: Iterable[Shard], image: Image, file: str) -> list[Placed]:
-    """Say where each shard is in the file that an image became."""
+    """Describe where each shard is in the file written from an image."""
     return [
         Placed(shard.name, shard.path, begin, length, _dtype(shard.value), shard.shape, file, shard.begin, block)
         if (block := tuple(shard.value.shape) if isinstance(shard.value, Tensor) else None) is not None

@@ -44,10 +44,10 @@ BLOCK = 4 * 1024 * 1024
 """Bytes of a block: large enough for the disk, small enough to be filled while another is written."""
 
 RING = 12
-"""Blocks when there is no memory for more: 48 MB."""
+"""The number of blocks when memory allows no more: 48 MB."""
 
 FEW = 8
-"""Blocks for which starting another thread does not pay."""
+"""The number of blocks below which another thread does not pay off."""
 
 SHARE = 0.5
 """Fraction of the free memory that a snapshot may take."""
@@ -79,7 +79,7 @@ class Memory:
         self._blocks: Blocks | None = None
 
     def blocks(self, wanted: int, pinned: bool) -> Blocks:
-        """Get up to `wanted` blocks, the same as last time where these are enough, and at least a ring of them."""
+        """Get up to `wanted` blocks, and at least a ring of them; those of the last save where they suffice."""
         if self._blocks is not None and self._blocks.pinned == pinned and self._blocks.count >= wanted:
             return self._blocks
         held = self._blocks.count * BLOCK if self._blocks is not None else 0
@@ -92,19 +92,19 @@ class Memory:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its control group; 0 where nothing says."""
+    """Bytes that this process may still allocate, on the machine or in its control group; 0 where unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         line = next(s for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable:"))
         found.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+    with contextlib.suppress(OSError, ValueError):  # "max" is not a number
         group = Path("/sys/fs/cgroup")
         found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return max(0, min(found, default=0))
 
 
 class SnapshotFile:
-    """One file of a snapshot, as its writer sees it."""
+    """One file of a snapshot, for its writer."""
 
     def __init__(self, snapshot: Snapshot, content: Any) -> None:
         self._snapshot = snapshot
@@ -113,11 +113,11 @@ class SnapshotFile:
         self.size = self.image.size
 
     def blocks(self) -> Iterator[tuple[memoryview, int, int]]:
-        """Give the blocks in order: memory, where its bytes begin in the file, how many they are.
+        """Yield the blocks in order: memory, where its bytes begin in the file, and how many they are.
 
-        A block is given for the duration of a turn, and the files of a snapshot are taken in their order.
+        A block is valid until the next one is taken, and the files of a snapshot are taken in their order.
 
-        Raises: what ended the copy.
+        Raises: the error that ended the copy.
         """
         return self._snapshot.blocks_of(self)
 
@@ -128,7 +128,7 @@ class SnapshotFile:
 
 
 class _Span(NamedTuple):
-    """A block of the files to be: the `number`-th one, `length` bytes from `start` on of a file."""
+    """A block of the future files: the `number`-th one, `length` bytes of a file from `start` on."""
 
     number: int
     file: SnapshotFile
@@ -147,14 +147,14 @@ class _Block:
     sums: list[int] = field(default_factory=list)
     """The CRC32 of each piece."""
     arrived: Any = None
-    """From a GPU: the event after which its bytes are there."""
+    """From a GPU: the event after which its bytes have arrived."""
 
 
 class Snapshot:
     """The state of one save: files by name, their blocks in order, copied from live tensors since `start`.
 
-    A file is an object of tensors, or what makes its image. `live` are the tensors that are copied later than `start`,
-    by name: nothing may change them before `wait_copied`.
+    A file is an object of tensors, or a function that makes its image. `live` are the tensors that are copied after
+    `start`, by name: nothing may change them before `wait_copied`.
     """
 
     def __init__(self, contents: Mapping[str, Any], live: Mapping[str, torch.Tensor]) -> None:
@@ -196,7 +196,7 @@ class Snapshot:
     def start(self, memory: Memory) -> None:
         """Begin to copy.
 
-        Raises: SaveFailed when there is no thread to be had.
+        Raises: SaveFailed when no thread can be started.
         """
         starts = [(file, start) for file in self._files.values() for start in range(0, file.size, BLOCK)]
         for number, (file, start) in enumerate(starts):
@@ -205,7 +205,7 @@ class Snapshot:
         for index in range(self._blocks.count):
             self._free.put(index)
         several = max(1, min(THREADS, len(starts) // FEW))
-        with self._lock:  # none may take itself for the last one before all are counted
+        with self._lock:  # no thread may count itself as the last one before all are counted
             if self._device is not None:
                 self._summing = self._start_threads("snapshot: sum", self._sum_arrived, several)
             self._copying = self._start_threads("snapshot: copy", self._copy, 1 if self._summing else several)
@@ -217,7 +217,7 @@ class Snapshot:
                 thread.start()
             except RuntimeError as error:
                 if i:
-                    return i  # fewer will do
+                    return i  # fewer are enough
                 raise SaveFailed(f"{name}: {error}.") from error
             self._threads.append(thread)
         return count
@@ -263,10 +263,10 @@ class Snapshot:
             thread.join()
         self._copied.set()
         if self._stream is not None:
-            self._stream.synchronize()  # into a block that was begun and not handed on, a copy may still be under way
+            self._stream.synchronize()  # a copy into a block that was not handed on may still be running
         self._contents, self._files, self._versions = {}, {}, []
         self._early.clear()
-        self._error = None  # it knows the frames that hold tensors
+        self._error = None  # its traceback holds frames that hold tensors
 
     # The copying threads
 
@@ -292,7 +292,7 @@ class Snapshot:
 
     def _claim(self) -> tuple[_Span, int] | None:
         """The next span and the memory for it; None when there is nothing more to copy."""
-        with self._lock:  # spans get memory in their order: else that of a ring might all be with later ones
+        with self._lock:  # in order: else later spans might hold all memory of a ring
             if not self._left:
                 return None
             index = self._free.get()
@@ -369,7 +369,7 @@ def _image_of(content: Any) -> Image:
 
 
 def _sum(piece: Piece, memory: torch.Tensor, copy: bool) -> int:
-    """CRC32 of a piece in memory; with `copy`, it is put there first, part by part while it is in the core's cache."""
+    """CRC32 of a piece in memory; with `copy`, it is copied there first, part by part while in the core's cache."""
     if piece.segment.kind not in RECORDS:
         return 0
     crc, size = 0, piece.high - piece.low
@@ -383,9 +383,9 @@ def _sum(piece: Piece, memory: torch.Tensor, copy: bool) -> int:
 
 
 def _copy_bytes(source: torch.Tensor, target: torch.Tensor, beside: bool) -> None:
-    """Copy; from the GPU whose stream and events this snapshot has, `beside`, without waiting for it."""
+    """Copy; with `beside`, from the GPU in this snapshot's stream, without waiting for it."""
     if source.device.type == "cpu":
-        # Not torch's copy: it would take a team of threads away from the computation.
+        # Not torch's copy: it would take threads away from the computation.
         np.copyto(target.numpy(), source.numpy())
     else:
         target.copy_(source, non_blocking=beside)

@@ -1,4 +1,4 @@
-"""One step on its way into a model's folder: taken as it is now, written beside training, committed."""
+"""One step on its way into a model's folder: captured as it is now, written during training, committed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .snapshot import Memory, Snapshot
 
 @dataclasses.dataclass(frozen=True)
 class StepContent:
-    """What a caller gives to be saved as a step."""
+    """What a caller passes to be saved as a step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | Mapping[str, Any] | None
@@ -47,15 +47,15 @@ class StepContent:
     metrics: Mapping[str, float] | None = None
     extra: Mapping[str, Any] | None = None
     ema: Mapping[str, torch.Tensor] | None = None  # averages under the names of the weights
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what the training state tells besides
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the training state
     retention: Retention = dataclasses.field(default_factory=Retention)
     before_commit: Callable[[], None] | None = None  # called when the files are written, in the writer's thread
 
 
 class StepSave:
-    """A step of any module. Made in the loop, where it copies all but what the optimizer's step changes; then written.
+    """A step of any module. Made in the loop, where it copies all except what the optimizer's step changes.
 
-    `snapshot` is what that step has to wait for; without an optimizer, the caller has to.
+    The optimizer's step has to wait for `snapshot`; without an optimizer, the caller has to.
 
     Raises: InputError when metrics or extra cannot be written.
     """
@@ -72,7 +72,7 @@ class StepSave:
         self.snapshot = Snapshot(*self._take(module, content.optimizer, content.ema))
 
     def lock(self) -> contextlib.ExitStack:
-        """Take the writer's lock, in the loop; what is returned is closed when the step is written.
+        """Take the writer's lock, in the loop; the result is closed when the step is written.
 
         Raises: CheckpointLocked, SaveFailed.
         """
@@ -83,7 +83,7 @@ class StepSave:
         return held
 
     def not_begun(self, error: RuntimeError) -> CheckpointError:
-        """What to raise where there is no thread to write this step."""
+        """The error when no thread can be started to write this step."""
         return SaveFailed(f"{self.place.path}: save of step {self.step} failed: {error}.")
 
     def _take(
@@ -92,7 +92,7 @@ class StepSave:
         optimizer: torch.optim.Optimizer | Mapping[str, Any] | None,
         ema: Mapping[str, torch.Tensor] | None,
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """What each file will hold, and the tensors in it that are copied later."""
+        """The content of each file, and the tensors in it that are copied later."""
         contents: dict[str, Any] = {MODEL: export_state_dict(module)}
         if optimizer is not None:
             contents[OPTIMIZER] = optimizer
@@ -129,7 +129,7 @@ class StepSave:
         say(f"saved step {step} to {self.place.path} ({size_text(size)}, {seconds:.2f} s)")
 
     def _state(self) -> TrainingState:
-        """The training state of this step, as it descends from what is in the folder."""
+        """The training state of this step, with its descent from the steps in the folder."""
         told, top, kept = self._told, top_state(self.place), history(self.place.path)
         state = TrainingState.from_dict({name: told[name] for name in ("step", "optimizer_file")}).committed(
             self.place.newest_id(),
@@ -146,7 +146,7 @@ class StepSave:
         return state.having(**told)
 
     def _with_edits(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The config, with what a person edited in the config.json at the top."""
+        """The config, with the edits of a person in the config.json at the top."""
         with contextlib.suppress(FileNotFoundError, CheckpointDamaged):
             top = parse_json(self.place.read(CONFIG), CONFIG)
             if same_architecture(top, config):
@@ -196,7 +196,7 @@ class StepSave:
 
 
 def add_metrics(place: ModelFolder, step: int, metrics: Mapping[str, float]) -> None:
-    """Record what was measured of the newest step after it was saved, durably; the caller holds the lock.
+    """Record metrics of the newest step after it was saved, durably; the caller holds the lock.
 
     Raises: InputError when another step is the newest, or a name is not free.
     """
@@ -204,17 +204,18 @@ def add_metrics(place: ModelFolder, step: int, metrics: Mapping[str, float]) -> 
     if top.step != step or top.commit_id is None:
         raise InputError(f"{place.path}: the newest step is {top.step}, expected {step}.")
     if clash := FIELDS & metrics.keys():
-        raise InputError(f"metrics: {', '.join(sorted(clash))} are no measures.")
+        raise InputError(f"metrics: {', '.join(sorted(clash))} cannot be names of metrics.")
     best = better(best_of(top, history(place.path)), step, metrics.get("val_loss"))
     place.replace_state(top.having(best=best, **metrics))
 
 
 def _told(content: StepContent) -> dict[str, Any]:
-    """What the caller says of a step, as it is now."""
+    """The caller's metrics and extra of a step, as they are now."""
     step, metrics, extra = content.step, content.metrics, content.extra
     told = {"step": step, "optimizer_file": None if content.optimizer is None else OPTIMIZER, **content.facts}
     if clash := (FIELDS | told.keys()) & (metrics or {}).keys():
-        raise InputError(f"metrics: {', '.join(sorted(clash))} is what the training state calls something else.")
+        names = ", ".join(sorted(clash))
+        raise InputError(f"metrics: {names} means something else in the training state. Use another name.")
     told |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
     try:
         return json.loads(dump_json(told))

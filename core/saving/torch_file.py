@@ -1,6 +1,6 @@
 """Write live tensors as a `.pt` file that plain `torch.load(weights_only=True, mmap=True)` reads, in one pass.
 
-Which records there are, and how they lie in the zip, is told in core/containers/torch_files/layout.py.
+core/containers/torch_files/layout.py describes the records and their layout in the zip.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def file_size(content: Any) -> int:
 def digest_of(content: Any) -> str:
     """Digest of the tensors of an object as they are now, in the order of its torch file: 8 hex digits.
 
-    It is the CRC32 of the CRC32s of their storages, little-endian; a saved step records it of each file.
+    It is the CRC32 of the CRC32s of their storages, little-endian; a saved step records it for each file.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         sums = pool.map(lambda storage: _crc32(bytes_of(storage.cpu()).numpy()), _pickle(content)[1])
@@ -89,5 +89,5 @@ class _Pickler(pickle.Pickler):
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """View a storage as bytes, where it is."""
+    """View a storage as bytes, in place."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

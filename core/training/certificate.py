@@ -1,7 +1,7 @@
-"""The resume certificate: what the next step will see, draw and start from, recorded at a save, compared at a resume.
+"""The resume certificate: what the next step sees, draws and starts from, recorded at a save, compared at a resume.
 
-Batches, dropout and learning rate are functions of (seed, step), so a resumed run needs nothing of this. It is the
-proof that the functions and the state are still the same: each part is computed anew from the live objects.
+Batches, dropout and learning rate are functions of (seed, step), so a resumed run needs none of this. It is the
+proof that the functions and the state are still the same: each part is computed again from the live objects.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 EXACT = "resume is exact"
 NOT_EXACT = "resume is not exact"
-UNKNOWN = "whether the resume is exact cannot be told: step {step} was saved without a certificate"
+UNKNOWN = "cannot tell whether the resume is exact: step {step} was saved without a certificate"
 
 _DRAWS = 4096
 _NOT_SETTINGS = {"params", "param_names", "lr", "initial_lr", "momentum", "fused", "foreach", "capturable"}
-"""Entries of a parameter group that the loop sets anew for each step, or that the environment tells."""
+"""Entries of a parameter group that the loop sets at each step, or that the environment records."""
 
-BATCHES, NOISE = "The next batches are others", "Dropout drops others"
-DRAWN = "Batches and dropout are drawn otherwise"
-UPDATES, KERNELS = "Updates are computed otherwise", "Kernels may differ in the last bits"
-WEIGHTS, MOMENTS = "Training goes on from other weights", "Training goes on with other moments"
-AVERAGE = "The average of the weights (EMA) is another"
-"""What follows from a difference."""
+BATCHES, NOISE = "The next batches differ", "Dropout differs"
+DRAWN = "Batches and dropout are drawn differently"
+UPDATES, KERNELS = "Updates are computed differently", "Kernels may differ in the last bits"
+WEIGHTS, MOMENTS = "Training continues from other weights", "Training continues with other moments"
+AVERAGE = "The average of the weights (EMA) differs"
+"""The consequence of a difference."""
 
 _FOLLOWS = {
     "seed": DRAWN,
@@ -59,7 +59,7 @@ def make_certificate(
 ) -> dict[str, Any]:
     """Describe the step that follows `step` updates: digests of its tokens and of its dropout, and the settings.
 
-    Draws from the generator that the loop seeds anew for each batch.
+    Draws from the generator, which the loop seeds again for each batch.
     """
     rate = getattr(getattr(model, "config", None), "dropout", 0.0)
     device = next(model.parameters()).device
@@ -77,14 +77,14 @@ def make_certificate(
         "step": step,
         "batch": _digest(tensor for pair in batches for tensor in pair),
         "noise": _digest([noise]),
-        "settings": json.loads(json.dumps({**here, **settings})),  # as it will be read: tuples become lists
+        "settings": json.loads(json.dumps({**here, **settings})),  # as JSON returns it: tuples become lists
     }
 
 
 def settings_of(
     optimizer: torch.optim.Optimizer, schedule: Schedule | None, grad_clip: float, ema: Ema | None
 ) -> dict[str, Any]:
-    """Name what decides an update besides its batch: clipping, the curve of the rate, and each group's settings."""
+    """Collect what decides an update besides its batch: clipping, the schedule, and each group's settings."""
     curve = {f"schedule.{name}": value for name, value in schedule.to_dict().items()} if schedule else {}
     found: dict[str, Any] = {"grad_clip": grad_clip, "ema": ema.decay if ema else 0.0, **curve}
     if not schedule:
@@ -98,7 +98,7 @@ def settings_of(
 def state_digests(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> dict[str, str]:
     """Digests of the live weights, moments and average as a save would write them; one pass over their bytes.
 
-    None of a model that is spread over ranks: no rank could compute them.
+    Empty for a model that is sharded over ranks: no rank could compute them.
     """
     if any(hasattr(p, "device_mesh") for p in model.parameters()):
         return {}
@@ -107,10 +107,10 @@ def state_digests(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema |
 
 
 def differences(state: TrainingState, now: Mapping[str, Any], live: Mapping[str, str]) -> dict[str, list[str]]:
-    """List what differs from the training state of a step under what follows from it; nothing for an exact resume.
+    """List the differences from the training state of a step, by their consequence; empty for an exact resume.
 
-    `now` is what the run that goes on would record: `certificate`, `environment`, `data`; `live` are the digests of
-    its state. Of a step without a certificate only the environment is compared.
+    `now` is what the continued run would record: `certificate`, `environment`, `data`; `live` are the digests of its
+    state. For a step without a certificate, only the environment is compared.
     """
     then = certificate_of(state)
     found = {} if then is None else _compare(state, then, now, live)
@@ -129,12 +129,12 @@ def _compare(
 
     recorded = state.files
     if _in_shards(recorded):
-        live = {}  # blocks of shards have checksums of their own, and were read by them
+        live = {}  # blocks of shards have checksums of their own, which were compared when they were read
     for name, follows in ((MODEL, WEIGHTS), (OPTIMIZER, MOMENTS), (EMA, AVERAGE)):
         digest = recorded.get(name, {}).get("tensors")
         if name in live and digest != live[name] and (name != EMA or then["settings"].get("ema")):
             was = f"digest {digest}" if digest else "nothing recorded"
-            differs(follows, f"the tensors of {name} are not those that were saved ({was}, now {live[name]})")
+            differs(follows, f"the tensors of {name} differ from those that were saved ({was}, now {live[name]})")
     for name, what in changes(then["settings"], today["settings"]).items():
         differs(_FOLLOWS.get(name, UPDATES), what)
     texts = [(data or {}).get("digest") for data in (state.data, now.get("data"))]
@@ -148,7 +148,7 @@ def _compare(
 
 
 def certificate_of(state: TrainingState) -> Mapping[str, Any] | None:
-    """The certificate in a training state; None where there is none, of this step, with the digests of its tensors."""
+    """The certificate in a training state; None unless it is this step's and has the digests of its tensors."""
     found, files = state.certificate, state.files
     if not isinstance(found, dict) or found.get("step") != state.step:
         return None
@@ -163,7 +163,7 @@ def _in_shards(files: Mapping[str, Any]) -> bool:
 
 
 def verdict(state: TrainingState, found: Mapping[str, list[str]]) -> str:
-    """Say in one line whether the resume of a step is exact, and if not what differs and what follows from it."""
+    """Report in one line whether the resume of a step is exact, and if not, what differs and the consequence."""
     known = certificate_of(state) is not None
     if known and not found:
         return EXACT

@@ -16,12 +16,12 @@ from ..networks.state_dict import local, unwrap
 
 
 class Ema:
-    """The average of a model: `average += (1 - decay) * (weights - average)`, from the weights on, or from a saved one.
+    """A model's average: `average += (1 - decay) * (weights - average)`, starting at the weights or a saved average.
 
-    It has the names of the model's state dict; tied weights have one average. What is no floating number is as in the
-    model.
+    It has the names of the model's state dict; tied weights have one average. Tensors that are not floating-point
+    equal the model's.
 
-    Raises: InputError for a decay that averages nothing, CheckpointMismatch when a saved average is another model's.
+    Raises: InputError for a decay of 0, CheckpointMismatch when a saved average belongs to another model.
     """
 
     def __init__(self, model: nn.Module, decay: float, saved: Mapping[str, Tensor] | None = None) -> None:
@@ -37,7 +37,7 @@ class Ema:
         if saved is not None:
             shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (live, saved)]
             if faults := differences(shapes[0], shapes[1]):
-                raise CheckpointMismatch(f"the average is of another model: {listed(faults)}.")
+                raise CheckpointMismatch(f"the average belongs to another model: {listed(faults)}.")
         averages: dict[int, Tensor] = {}
         self._tensors: dict[str, Tensor] = {}
         for name, tensor in live.items():
@@ -67,7 +67,7 @@ class Ema:
     @contextmanager
     def following(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Update after each step that the optimizer makes while the block runs."""
-        # A hook, so that a step which GradScaler leaves out is none here either, and no save is still copying.
+        # A hook, so that a step that GradScaler skips is skipped here too, and no save is still copying.
         hook: Callable[..., Any] = lambda *_: self.update()  # noqa: E731
         handle = optimizer.register_step_post_hook(hook)
         try:

@@ -53,24 +53,24 @@ def fit(
     stop: StopSignal | None = None,
     world: World = ALONE,
 ) -> FitResult:
-    """Train from the model's step up to `max_iters` updates, evaluating and saving on the way and at the end.
+    """Train from the model's step up to `max_iters` updates, with evaluations and saves on the way and at the end.
 
     Batches, dropout and learning rate are functions of (seed, step): N steps, a resume and M steps equal N + M steps.
     Intervals are counted in optimizer steps, `eval_iters` in batches of batch_size sequences, `save_every_minutes` in
     minutes of the wall clock; a step sees `gradient_accumulation_steps` such batches, shared among the ranks of a
-    `world`. Every rank calls this with the same arguments; a signal to one of them is obeyed by all at the end of the
+    `world`. Every rank calls this with the same arguments; all of them obey a signal to one, at the end of the
     same step.
 
-    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. A learning
-    rate without a `schedule` stays what the optimizer has. SIGINT and SIGTERM finish the step, save and return, SIGUSR1
-    saves and goes on; `stop` may have been entered before, and may limit the time. The last step is durable when this
-    returns. A failed save is reported and training continues; after `max_failed_saves` failures in a row the run ends.
-    `ema` is the decay of an average of the weights, kept as `ema.pt`. `torch.float16` scales the loss; a step whose
-    gradients overflow is a step of the loop that makes no update. A resume is compared with the certificate of its
+    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. Without a
+    `schedule` the learning rate stays as the optimizer has it. SIGINT and SIGTERM finish the step, save and return,
+    SIGUSR1 saves and continues; `stop` may be entered already, and may limit the time. The last step is durable when
+    this returns. A failed save is reported and training continues; after `max_failed_saves` failures in a row the run
+    ends. `ema` is the decay of an average of the weights, kept as `ema.pt`. `torch.float16` scales the loss; a step
+    whose gradients overflow counts as a step, but makes no update. A resume is compared with the certificate of its
     step: one line reports whether it is exact, and what differs.
 
-    Raises: TrainingDiverged when a loss or gradient is no longer a number, SaveFailed for the last of too many failed
-    saves or for that of the last step, InputError; CheckpointMismatch when `strict_resume` is asked for and the resume
+    Raises: TrainingDiverged when a loss or gradient is no longer finite, SaveFailed for the last of too many failed
+    saves or for the save of the last step, InputError; CheckpointMismatch when `strict_resume` is set and the resume
     is not exact, before anything is changed.
     """
     settings = Settings(
@@ -103,7 +103,7 @@ def fit_with(
     stop: StopSignal | None = None,
     world: World = ALONE,
 ) -> FitResult:
-    """Train as `fit` does, by settings that are made; `dtype` is the arithmetic of the forward pass."""
+    """Train as `fit` does, with complete settings; `dtype` is the arithmetic of the forward pass."""
     settings.check()
     check_decay(settings.ema)
     loop = Loop(model, loader, optimizer, manager, schedule, settings, dtype, world)
@@ -124,7 +124,7 @@ def fit_with(
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    # Compiled for several threads, the gradient of an embedding is added up by atomics, in whatever order they come.
+    # Compiled for several threads, the gradient of an embedding is added up by atomics, in no fixed order.
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

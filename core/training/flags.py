@@ -14,7 +14,7 @@ from ..networks.distributed import PARALLEL
 from .settings import Settings
 
 ARCHS = ("gpt", *(f"flex_{name}" for name in VARIANTS))
-"""What --arch takes: our GPT, and the variants of modded-nanogpt."""
+"""The values of --arch: this project's GPT, and the variants of modded-nanogpt."""
 
 CONFIG_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "dropout", "device")
 """Flags that are fields of config.json."""
@@ -28,11 +28,11 @@ METAVARS: dict[Any, str] = {
     above_or_zero: "X",
     below_one: "X",
 }
-"""What stands for a value in --help, by its type."""
+"""The placeholder of a value in --help, by its type."""
 
 EPILOG = """examples:
   python train.py --model_name dante                          start, or resume: the same command
-  python train.py --model_name dante --max_iters 4000         go on for longer
+  python train.py --model_name dante --max_iters 4000         train for longer
   python train.py --model_name mine --input_file my_book.txt  your own text
   python train.py --model_name big --compile --lr_schedule cosine --lr_decay_iters 5000 --warmup_iters 0.02
   python train.py --model_name fast --arch flex_small         a modded-nanogpt model: packed documents, Muon
@@ -52,7 +52,7 @@ def _add(group: argparse._ArgumentGroup, name: str, kind: Callable[[str], Any], 
 
 
 def _add_settings(group: argparse._ArgumentGroup, *names: str) -> None:
-    """Add the flags of fields of Settings; without a default, so that only what a person typed is taken for a flag."""
+    """Add flags for fields of Settings; without defaults, so that only flags that a person typed are set."""
     for name in names:
         kind, text = _SETTINGS[name]["kind"], _SETTINGS[name]["help"]
         if isinstance(kind, tuple):
@@ -68,7 +68,7 @@ def make_parser() -> Parser:
     parser = Parser("train.py", "Train a GPT on text. The same command starts, resumes and continues.", EPILOG)
     parser.usage = "train.py [--FLAG VALUE ...]"  # the groups below show each flag, once
     _add_data(parser.add_argument_group("data"))
-    _add_model(parser.add_argument_group("model (a checkpoint knows its own; these start a new one)"))
+    _add_model(parser.add_argument_group("model (for a new one; a checkpoint keeps its own)"))
     group = parser.add_argument_group("optimization")
     _add_settings(group, "max_iters")
     _add(group, "batch_size", count, "sequences per step and accumulation")
@@ -89,7 +89,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "a folder of data/prepare.py, nanoGPT (train.bin) or modded-nanogpt (*.bin shards)",
     )
     _add(group, "tokenization", str, "char (default), gpt2, or a Hugging Face tokenizers JSON file")
-    _add(group, "bpe_file", Path, "the GPT-2 ranks, for a machine without a network")
+    _add(group, "bpe_file", Path, "the file of GPT-2 ranks, for a machine without network access")
     group.add_argument(
         "--unknown",
         choices=("error", "skip"),
@@ -134,7 +134,7 @@ def _add_saving(group: argparse._ArgumentGroup) -> None:
 
 def _add_history(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--resume_from", type=whole, metavar="STEP", help="go back to a kept step; what came after it is set aside"
+        "--resume_from", type=whole, metavar="STEP", help="go back to a kept step; later steps are set aside"
     )
     group.add_argument(
         "--prune",
@@ -142,7 +142,7 @@ def _add_history(group: argparse._ArgumentGroup) -> None:
         help="remove what was set aside (with --keep, older steps too), and train nothing",
     )
     group.add_argument(
-        "--allow_fresh", action="store_true", help="when no checkpoint is intact, set all of them aside and start anew"
+        "--allow_fresh", action="store_true", help="when no checkpoint is intact, set all aside and start from scratch"
     )
     group.add_argument(
         "--no_verify", action="store_false", dest="verify", help="do not compare checksums when resuming"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 SMALLEST = 2.0**-16
-"""A scale that is lower, and still too high, is no matter of range: the run has diverged."""
+"""When a scale below this is still too high, range is not the cause: the run has diverged."""
 
 
 def make_scaler(device: torch.device, dtype: torch.dtype, saved: Any) -> torch.amp.GradScaler:
-    """Make the scaler of a run: one that scales for fp16, going on from a saved state, and a no-op for other dtypes."""
+    """Make the scaler of a run: for fp16 one that continues from a saved state, for other dtypes a no-op."""
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if scaler.is_enabled() and isinstance(saved, Mapping):
         known = scaler.state_dict()
@@ -22,7 +22,7 @@ def make_scaler(device: torch.device, dtype: torch.dtype, saved: Any) -> torch.a
 
 
 def scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Any] | None:
-    """The state as JSON has it, exact: the scale and the steps since it last grew; None for a no-op."""
+    """The exact state as plain values for JSON: the scale and the steps since it last grew; None for a no-op."""
     return dict(scaler.state_dict()) if scaler.is_enabled() else None
 
 

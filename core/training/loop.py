@@ -1,4 +1,4 @@
-"""One run of the training loop: what it has between two steps, and what it does at each."""
+"""One run of the training loop: its state between two steps, and its work at each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .schedule import Schedule
 from .settings import Settings
 
 LOG_INTERVAL = 10
-"""Steps between two looks at the loss: each look waits for the device."""
+"""Steps between two reads of the loss: each read waits for the device."""
 
 
 class Loop:
@@ -76,7 +76,7 @@ class Loop:
         self._started = time.perf_counter()
 
     def _recorded(self) -> TrainingState:
-        """What was recorded of the step that training goes on from: one that was resumed, or saved by this manager."""
+        """The training state of the step that training continues from: resumed, or saved by this manager."""
         if not self.manager:
             return TrainingState()
         resumed, saved = self.manager.resumed, self.manager.facts
@@ -99,7 +99,7 @@ class Loop:
 
     @contextlib.contextmanager
     def open(self, progress: bool) -> Iterator[None]:
-        """Say whether the resume is exact, cut the log back to its step, and show a bar."""
+        """Report whether the resume is exact, cut the log back to its step, and show a bar."""
         self.model.train()
         facts = self._recorded()
         self._tokens, self._seconds = facts.tokens_seen or 0, facts.elapsed_seconds or 0.0
@@ -126,11 +126,11 @@ class Loop:
             yield
 
     def run(self, stop: StopSignal) -> str | None:
-        """Train to the last step, or until something asks to stop, which is returned."""
+        """Train to the last step, or until something requests a stop; return what requested it."""
         settings, model = self.settings, self.model
         save_interval = settings.save_interval or settings.eval_interval
         stopping = self.measure_resumed(settings.eval_interval, stop)
-        # Compiling is not waited for: until it is done there is nothing to lose.
+        # A stop need not wait for compilation: until it is done there is nothing to lose.
         stop.work_to_save = not settings.compile
         while model.step < settings.max_iters and not stopping:
             self.update()
@@ -161,7 +161,7 @@ class Loop:
         tqdm.write(line, file=sys.stderr)
 
     def _facts(self) -> dict[str, Any]:
-        """What a training state records of this run for the one that goes on."""
+        """The facts of this run in a training state, for the run that continues it."""
         settings = settings_of(self.optimizer, self.schedule, self.settings.grad_clip, self.ema)
         return {
             "environment": self.environment,
@@ -183,8 +183,8 @@ class Loop:
         mine = self.share.micro_steps
         for micro in mine:
             x, y = self._to_device(self.loader.batch(step, micro, self.share.rows))  # ids and their successors, [B, T]
-            # Dropout is seeded anew for each micro-step: its noise is then a function of (seed, step, micro-step,
-            # rank), and a resume needs no generator state, whatever an evaluation or a sample has drawn in between.
+            # Dropout is seeded again for each micro-step: its noise is then a function of (seed, step, micro-step,
+            # rank), and a resume needs no generator state, even if an evaluation or a sample has drawn in between.
             seed_generator(mix(self.loader.seed, step, micro, *self.world.noise), self.device)
             with self.world.without_sync(self.forward, last=micro == mine[-1]):
                 with self.autocast:
@@ -194,7 +194,7 @@ class Loop:
             self._tokens += x.numel() * self.world.size
         self.scaler.unscale_(self.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip or math.inf))
-        self.scaler.step(self.optimizer)  # not where gradients overflowed
+        self.scaler.step(self.optimizer)  # skipped where gradients overflowed
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         model.step = step + 1
@@ -202,7 +202,7 @@ class Loop:
         self._bar.update()
 
     def edge(self, stop: StopSignal) -> set[str]:
-        """Average the loss of this step over the ranks, and say what is asked of any of them."""
+        """Average the loss of this step over the ranks, and return what is requested of any of them."""
         wishes = stop.take()
         if self.saves:
             self.saves.check()
@@ -216,7 +216,7 @@ class Loop:
         return batch
 
     def look(self) -> None:
-        """Read the losses of the last steps, log them, and stop at the first that is no number."""
+        """Read the losses of the last steps, log them, and stop at the first that is not finite."""
         for step, rate, loss_tensor, norm_tensor in self._unseen:
             loss, norm = loss_tensor.item(), norm_tensor.item()
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -250,7 +250,7 @@ class Loop:
         raise TrainingDiverged(f"step {step}: {what}. {kept} Try a lower --learning_rate.")
 
     def measure_resumed(self, eval_interval: int, stop: StopSignal) -> str | None:
-        """Evaluate the step that is resumed, where the run before was stopped before it had; as `evaluate`."""
+        """Evaluate the resumed step, if the previous run was stopped before its evaluation; as `evaluate`."""
         state = self.manager.resumed if self.manager else TrainingState()
         at = state.step == self.model.step and self.model.step % eval_interval == 0
         if not self.saves or not at or state.commit_id is None or state.val_loss is not None:
@@ -262,9 +262,9 @@ class Loop:
         return stopping
 
     def evaluate(self, stop: StopSignal) -> str | None:
-        """Measure the loss on fixed batches of the validation split, a rank every size-th.
+        """Measure the loss on fixed batches of the validation split; each rank takes every size-th batch.
 
-        A save that is asked for in between begins there. What asks to stop ends it at once, and is returned.
+        A save that is requested in between begins there. A request to stop ends it at once, and is returned.
         """
         self.model.eval()
         total, stopping = torch.zeros((), dtype=torch.float64), None
@@ -279,7 +279,7 @@ class Loop:
             except Exception:
                 if self.world.size > 1 or not stop.requested:
                     raise
-                # A Ctrl-C in a terminal has reached the compilers that torch.compile started.
+                # A Ctrl-C in a terminal also reaches the compilers that torch.compile started.
                 stopping = stop.requested
                 break
         self.model.train()
@@ -311,7 +311,7 @@ class Loop:
         return self._measured[1] if self._measured and self._measured[0] == self.model.step else None
 
     def save(self, now: bool = False, last: bool = False) -> None:
-        """Begin to commit this step, its log lines first; to a step that is saved, add what was measured since."""
+        """Begin to commit this step, its log lines first; if it is saved already, add the metrics measured since."""
         if not self.saves:
             return
         self.look()

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per step and per evaluation, never ahead of what is committed after a resume."""
+"""metrics.jsonl: one line per step and per evaluation; after a resume, never ahead of the committed step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Metrics:
         self._lines: list[str] = []
 
     def cut(self, step: int) -> None:
-        """Drop what was logged after a step, and a line that a crash cut short: the run goes on from there."""
+        """Drop what was logged after a step, and a line that a crash cut short: the run continues from there."""
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -40,7 +40,7 @@ class Metrics:
     def flush(self) -> None:
         """Append what was logged and make it durable: done before a commit, so that no committed step lacks lines.
 
-        Another thread may log meanwhile. After a failure the lines are kept for the next time.
+        Another thread may log meanwhile. After a failure the lines are kept for the next attempt.
 
         Raises: SaveFailed.
         """
@@ -55,7 +55,7 @@ class Metrics:
                 DISK.sync(file)
         except OSError as error:
             if end is not None:
-                # Else half a line would stay in the middle, and a resume would drop what follows it.
+                # Otherwise half a line would remain in the middle, and a resume would drop everything after it.
                 with contextlib.suppress(OSError):
                     os.truncate(self.path, end)
             raise SaveFailed(f"{self.path}: {error.strerror}. The last saved step is intact.") from error

@@ -32,22 +32,22 @@ class RanksOf:
         self._beside = world.beside() if world.is_sharded else world
 
     def newest_intact(self, place: ModelFolder, reopen: Reopen, check: bool) -> Bundle | None:
-        """Open the newest intact step on every rank: the first one chooses it, the others check that they see the same.
+        """Open the newest intact step on every rank: the first chooses it, the others check that they see the same.
 
         Raises: CheckpointDamaged as for one process, CheckpointMismatch when a rank finds something else.
         """
         damage = self._verify_together(place) if check else None
         if self.world.is_first:
-            bundle = reopen(check and damage != "", damage)  # what all ranks have compared is not compared again
+            bundle = reopen(check and damage != "", damage)  # the ranks have compared checksums already
             self.world.from_first(_identity(bundle))
             return bundle
         chosen = self.world.from_first()
         return None if chosen is None else _open_chosen(place, chosen)
 
     def _verify_together(self, place: ModelFolder) -> str | None:
-        """Verify the shards of the newest step, each rank some files: what is damaged, "" for nothing.
+        """Verify the shards of the newest step, some files on each rank; return what is damaged, "" for nothing.
 
-        None where there are no shards, or they cannot be opened: then the first rank looks by itself.
+        None where there are no shards, or they cannot be opened: then the first rank checks alone.
         """
         said = None
         if self.world.is_first:
@@ -72,9 +72,9 @@ class RanksOf:
         return ""
 
     def may_begin(self, saver: BackgroundSaver, skips: bool, step: int, say: Say) -> bool:
-        """As for one process, and the same on all ranks: one that knows of a failure does not begin without the others.
+        """As for one process, with the same answer on all ranks: one that knows of a failure does not begin alone.
 
-        Raises: SaveFailed, on all ranks that have not heard of it, when the save before this one was not committed.
+        Raises: SaveFailed, on all ranks that have not raised it, when the save before this one was not committed.
         """
         if not self.world.is_sharded:
             return not self.world.is_first or Alone().may_begin(saver, skips, step, say)
@@ -89,7 +89,7 @@ class RanksOf:
         return True
 
     def step_save(self, place: ModelFolder, content: StepContent) -> StepSave | None:
-        """Take this rank's shards, or on the first rank all of a step."""
+        """Capture this rank's shards, or, on the first rank, a whole step."""
         if self.world.is_sharded:
             return ShardedStepSave(self._beside, place, content)
         return StepSave(place, content) if self.world.is_first else None
@@ -111,7 +111,7 @@ def _open_chosen(place: ModelFolder, chosen: dict[str, Any]) -> Bundle:
 
 
 def _identity(bundle: Bundle | None) -> dict[str, Any] | None:
-    """What makes two openings of a checkpoint the same one."""
+    """What must be equal when two ranks open the same checkpoint."""
     if bundle is None:
         return None
     return {

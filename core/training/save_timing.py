@@ -1,4 +1,4 @@
-"""The saves of a training run: when the clock asks for the next, and how many have failed in a row."""
+"""The saves of a training run: when the next is due by the clock, and how many have failed in a row."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..errors import SaveFailed
 
 
 class RunSaves:
-    """One save after another; a failed one is said, and `max_failed` in a row are raised."""
+    """One save after another; a failed save is reported, and `max_failed` in a row raise an error."""
 
     def __init__(self, manager: CheckpointManager, every_minutes: float | None, max_failed: int) -> None:
         self.step: int | None = None
-        """The step that was saved last, as far as is known by now; None after a save that failed."""
+        """The last saved step, as far as is known; None after a failed save."""
         self._manager = manager
         self._seconds = None if every_minutes is None else 60 * every_minutes
         self._max_failed = max_failed
@@ -27,11 +27,11 @@ class RunSaves:
 
     @property
     def due(self) -> bool:
-        """Whether the last save was long enough ago."""
+        """Whether a save is due by the clock."""
         return self._seconds is not None and time.monotonic() - self._last >= self._seconds
 
     def begin(self, step: int, save: Callable[[], bool], *, now: bool = False, last: bool = False) -> None:
-        """Begin to save a step; a save in flight is waited for where the policy says so, or this one must be `now`.
+        """Begin to save a step; wait for a save in flight if that is the policy, or if this one must be `now`.
 
         Raises: SaveFailed when it cannot begin and is the `last`, or too many have failed in a row.
         """
@@ -39,12 +39,12 @@ class RunSaves:
         self.check(wait=now or last or self._manager.save_policy == "wait")
         with self._counted(last):
             if save():
-                if self.step is not None:  # the one before has ended, and nothing was heard of it
+                if self.step is not None:  # the previous save has ended without an error
                     self._failed = 0
                 self.step = step
 
     def check(self, wait: bool = False) -> None:
-        """Say what became of a save that failed since this was asked last.
+        """Report a save that failed since the last call.
 
         Raises: SaveFailed when too many have failed in a row.
         """
@@ -66,6 +66,6 @@ class RunSaves:
             if self._failed >= self._max_failed:
                 raise SaveFailed(f"{error} That makes {self._failed} failed saves in a row; the run ends.") from error
             tqdm.write(
-                f"WARNING: {error} Training goes on (failed saves in a row: {self._failed} of {self._max_failed}).",
+                f"WARNING: {error} Training continues (failed saves in a row: {self._failed} of {self._max_failed}).",
                 file=sys.stderr,
             )

@@ -1,4 +1,4 @@
-"""The learning rate of each step: a function of the step alone, so that a resumed run follows the same curve."""
+"""The learning rate of each step: a function of the step alone, so that a resumed run follows the same schedule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("constant", "cosine")
 class Schedule:
     """Linear warm-up, then a constant rate, or a cosine down to `min_learning_rate` at step `decay_iters`.
 
-    The length of the run is no part of it: N steps and then M more follow the curve of N + M.
+    The length of the run does not matter: N steps and then M more follow the schedule of N + M.
     """
 
     kind: str = "constant"
@@ -30,18 +30,18 @@ class Schedule:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InputError(f"learning_rate: found {self.learning_rate}, expected a number above 0.")
         if self.warmup_iters < 0:
-            raise InputError(f"warmup_iters: found {self.warmup_iters}, expected 0 or more.")
+            raise InputError(f"warmup_iters: found {self.warmup_iters}, expected a number of at least 0.")
         if self.kind != "cosine":
             return
         if self.decay_iters is None:
-            raise InputError("lr_schedule: cosine needs to know where it ends. Give --lr_decay_iters.")
+            raise InputError("lr_schedule: cosine needs the step at which it ends. Give --lr_decay_iters.")
         if self.decay_iters <= self.warmup_iters:
             raise InputError(
                 f"lr_decay_iters: found {self.decay_iters}, expected more than warmup_iters {self.warmup_iters}."
             )
         if not 0 <= self.lowest <= self.learning_rate:
             raise InputError(
-                f"min_learning_rate: found {self.lowest}, expected 0 up to learning_rate {self.learning_rate}."
+                f"min_learning_rate: found {self.lowest}, expected 0 to learning_rate {self.learning_rate}."
             )
 
     @property
@@ -59,12 +59,12 @@ class Schedule:
         return self.lowest + (self.learning_rate - self.lowest) * (1 + math.cos(math.pi * progress)) / 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for training_state.json."""
+        """The schedule as plain values for training_state.json."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Schedule:
-        """Read what to_dict wrote; fields of a later program are left out.
+        """Read what to_dict wrote; fields of a later program are ignored.
 
         Raises: InputError when a value is impossible.
         """

@@ -1,4 +1,4 @@
-"""Settings: what a run does, by the names of its flags; the one place that says whose word counts."""
+"""Settings: what a run does, by the names of its flags; the one place that decides which source wins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .schedule import KINDS, Schedule
 
 
 def _setting(default: Any, kind: Callable[[str], Any] | tuple[str, ...] | None, text: str) -> Any:
-    """A field with the type (or the choices) of its flag and its line in --help; None for a flag made by hand."""
+    """A field with its flag's type (or choices) and its line in --help; None for a flag that is written by hand."""
     return field(default=default, metadata={"kind": kind, "help": text})
 
 
@@ -30,15 +30,15 @@ class Settings:
     )  # L2 norm of all gradients
     gradient_accumulation_steps: int = _setting(1, count, "batches per optimizer step")  # micro-steps
     ema: float = _setting(
-        0.0, below_one, "decay of an average of the weights that is saved besides, such as 0.999; 0 for none"
+        0.0, below_one, "decay of an average of the weights that is saved with them, such as 0.999; 0 for none"
     )
     eval_interval: int = _setting(250, count, "steps between evaluations (default: 250)")  # steps
     eval_iters: int = _setting(20, count, "batches per evaluation (default: 20)")  # batches
     save_interval: int | None = _setting(None, count, "steps between saves (default: --eval_interval)")  # steps
     save_every_minutes: float | None = _setting(
-        None, positive, "also save when the last save is this long ago"
+        None, positive, "also save when the last save was this many minutes ago"
     )  # minutes
-    seed: int = _setting(1337, seed_number, "of data order, dropout and initialization (default: 1337)")
+    seed: int = _setting(1337, seed_number, "seed of data order, dropout and initialization (default: 1337)")
     max_iters: int = _setting(1500, count, "optimizer steps in all")  # steps
     learning_rate: float = _setting(
         1e-3, positive, "peak learning rate of AdamW; for flex_* of Muon, the others in proportion"
@@ -61,7 +61,7 @@ class Settings:
     def resolve(
         cls, flags: Mapping[str, Any], recorded: Mapping[str, Any], preset: Mapping[str, Any] | None = None
     ) -> Settings:
-        """Settle what a run does: a flag wins over what the run did so far, which wins over the preset of its kind."""
+        """Resolve the settings: a flag wins over the run so far, which wins over the preset of its kind."""
         told = {**(preset or {}), **recorded, **flags}
         return cls(**{f.name: told[f.name] for f in fields(cls) if f.name in told})
 
@@ -74,12 +74,12 @@ class Settings:
                 raise InputError(f"{name} is {value}, expected at least 1.")
 
     def recorded(self) -> dict[str, Any]:
-        """What a training state keeps for the run that goes on; arithmetic and the patience with the disk are not."""
+        """The settings that a training state keeps for the continued run; those of the machine are left out."""
         here = ("dtype", "compile", "max_failed_saves", "strict_resume")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in here}
 
     def changes(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Say what a run does from now on that it did otherwise so far."""
+        """Report the settings that differ from the run so far."""
         known = {f.name for f in fields(self)} - {"max_iters"}
         return [
             f"{name}: {old} so far, {getattr(self, name)} from now on"
@@ -98,5 +98,5 @@ class Settings:
                 raise InputError(f"--warmup_iters {warmup} is a fraction of --lr_decay_iters, which is not given.")
             warmup = warmup * decay
         if self.lr_schedule == "cosine" and decay is None:
-            raise InputError("--lr_schedule cosine needs --lr_decay_iters: the step at which the rate is lowest.")
+            raise InputError("--lr_schedule cosine needs --lr_decay_iters, the step at which the rate is lowest.")
         return Schedule(self.lr_schedule, self.learning_rate, round(warmup), decay)

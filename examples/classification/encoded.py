@@ -1,4 +1,4 @@
-"""Encoded texts: labelled rows as token ids, and which of them a step of a training run sees.
+"""Encoded texts: labelled rows as token ids, and the rows that each step of a training run sees.
 
 Shapes: B rows of a batch, T positions of the longest of them.
 """
@@ -20,7 +20,7 @@ from core.errors import InputError
 from examples.classification.labelled import LabelledTexts
 
 ORDER = 0x6F72
-"""Mixed into the seed, so that the order of rows is a stream of its own."""
+"""Mixed into the seed, so that the order of rows has a random stream of its own."""
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -55,7 +55,7 @@ class EncodedTexts:
         return self.batch(order[number * batch_size : (number + 1) * batch_size], device)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all ids and labels, to see on resume whether the data is the same."""
+        """SHA-256 of all ids and labels, by which a resume checks whether the data is the same."""
         digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
         for row in self.ids:
             digest.update(len(row).to_bytes(8, "little") + row.astype("<i8").tobytes())
@@ -70,9 +70,9 @@ def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
 def encode(
     rows: LabelledTexts, classes: Sequence[str], tokenizer: Tokenizer, max_length: int, unknown: str = "error"
 ) -> EncodedTexts:
-    """Turn rows into ids: the end-of-text token, which begins documents in pretraining, then the texts, divided by it.
+    """Turn rows into ids: the end-of-text token, which begins documents, then the texts, separated by it.
 
-    A vocabulary without that token has a new line (or a space) between texts instead, and nothing in front. Of a row
+    If a vocabulary lacks that token, a line break (or a space) separates the texts and nothing comes first. In a row
     with more than `max_length` ids, the ends of the longest texts are dropped.
 
     Raises: InputError naming the row whose class or character is unknown, or that has no tokens.
@@ -99,7 +99,7 @@ def encode(
 
 
 def shares(lengths: Sequence[int], room: int) -> list[int]:
-    """Divide room among texts: short ones keep all of theirs, long ones are cut to the same length, give or take 1."""
+    """Divide room among texts: short ones stay whole, long ones are cut to the same length, give or take 1."""
     kept = [0] * len(lengths)
     for done, i in enumerate(sorted(range(len(lengths)), key=lambda i: lengths[i])):
         kept[i] = min(lengths[i], room // (len(lengths) - done))
@@ -108,7 +108,7 @@ def shares(lengths: Sequence[int], room: int) -> list[int]:
 
 
 def _mark(tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of a new line, or of a space where the vocabulary has none, or nothing."""
+    """The ids of a line break, of a space where the vocabulary lacks that, or none."""
     for mark in "\n ":
         if len(ids := tokenizer.encode(mark, unknown="skip")):
             return ids.astype(np.int64)

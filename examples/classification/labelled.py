@@ -17,13 +17,13 @@ from core.errors import InputError
 
 FORMATS = (".csv", ".tsv", ".jsonl")
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-"""What the files of a folder may be called, without their endings."""
+"""The names that files of a folder may have, without their extensions."""
 
 USUAL_TEXTS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
-"""Text columns that are taken when none are named: the first of these that a file has."""
+"""Default text columns: the first of these that a file has."""
 
 HELD_OUT = 0.1
-"""Share of the training rows that validates where no file does."""
+"""Fraction of the training rows used for validation where no file is."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,23 @@ class LabelledTexts:
         return LabelledTexts(self.path, self.columns, texts, labels, [self.lines[i] for i in numbers])
 
     def classes(self) -> list[str]:
-        """The names of all classes: by number where all are numbers, else by letter."""
+        """The names of all classes: sorted as numbers if all are numbers, else as text."""
         names = set(self.labels)
         if all(name.removeprefix("-").isdecimal() for name in names):
             return sorted(names, key=lambda name: (int(name), name))
         return sorted(names)
 
     def class_numbers(self, classes: Sequence[str]) -> np.ndarray:
-        """The place of each row's class in a list of classes, int64 [N].
+        """The index of each row's class in a list of classes, int64 [N].
 
-        Raises: InputError naming the first row whose class is not there.
+        Raises: InputError naming the first row whose class is not in the list.
         """
         places = {name: i for i, name in enumerate(classes)}
         for label, line in zip(self.labels, self.lines, strict=True):
             if label not in places:
                 raise InputError(
                     f"{self.path}, line {line}: class {label!r}, expected one of the training rows: "
-                    f"{', '.join(classes)}. Remove the row, or train on some of its class."
+                    f"{', '.join(classes)}. Remove the row, or add rows of its class to the training rows."
                 )
         return np.array([places[label] for label in self.labels], dtype=np.int64)
 
@@ -71,14 +71,16 @@ def read_splits(
 ) -> dict[str, LabelledTexts]:
     """Read a file, or a folder with a train, a validation and a test file: rows by "train", "validation" and "test".
 
-    Where no file validates, a tenth of the training rows does, drawn by seed; a test file may be missing.
+    Without a validation file, a tenth of the training rows is used, drawn by seed; a test file may be missing.
 
-    Raises: InputError when nothing is there, or a file is not as expected.
+    Raises: InputError when there is nothing to read, or a file is not as expected.
     """
     if path.is_dir():
         files = {split: found for split, names in SPLITS.items() if (found := _find(path, names))}
         if "train" not in files:
-            raise InputError(f"{path}: no train.csv, train.tsv or train.jsonl in it. Name the training rows so.")
+            raise InputError(
+                f"{path}: found no train.csv, train.tsv or train.jsonl. Give the training rows one of these names."
+            )
     else:
         files = {"train": path}
     splits = {split: read_labelled(file, text_columns, label_column) for split, file in files.items()}
@@ -94,20 +96,20 @@ def read_splits(
 
 
 def read_labelled(path: Path, text_columns: Sequence[str] | None = None, label_column: str = "label") -> LabelledTexts:
-    """Read the rows of a .csv, .tsv or .jsonl file; without names, the text columns are the usual ones it has.
+    """Read the rows of a .csv, .tsv or .jsonl file; without names, its text columns are the default ones.
 
     A TSV has no quotes, as in XNLI and GLUE: a quotation mark is text.
 
-    Raises: InputError with the place, for another format, a missing column, or a value that is no text.
+    Raises: InputError with the place, for another format, a missing column, or a value that is not a text.
     """
     if path.suffix.lower() not in FORMATS:
-        raise InputError(f"{path}: expected a file that ends in {', '.join(FORMATS)}, or a folder of such.")
+        raise InputError(f"{path}: expected a file that ends in {', '.join(FORMATS)}, or a folder of such files.")
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. --dataset takes a file, or a folder with a train file.") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is no UTF-8. Save the file as UTF-8.") from error
+        raise InputError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
     read = _json_lines if path.suffix.lower() == ".jsonl" else _table
     columns: tuple[str, ...] = tuple(text_columns or ())
     texts, labels, lines = [], [], []
@@ -122,7 +124,7 @@ def read_labelled(path: Path, text_columns: Sequence[str] | None = None, label_c
         labels.append(_label(path, line, label_column, row[label_column]))
         lines.append(line)
     if not texts:
-        raise InputError(f"{path}: no rows, expected a text and its class in each.")
+        raise InputError(f"{path}: found no rows, expected some with a text and its class.")
     return LabelledTexts(path, columns, texts, labels, lines)
 
 
@@ -135,7 +137,7 @@ def _find(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _table(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a CSV or TSV with names in its first line; a row begins at the line that is said."""
+    """Yield the rows of a CSV or TSV with names in its first line, each with the line at which it begins."""
     csv.field_size_limit(2**31 - 1)  # a field may be a whole document
     if path.suffix.lower() == ".tsv":
         reader = csv.reader(io.StringIO(content, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -144,18 +146,18 @@ def _table(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise InputError(f"{path}: two columns of one name among {', '.join(header)}. Rename one.")
+            raise InputError(f"{path}: two columns have the same name among {', '.join(header)}. Rename one.")
         line = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
                 raise InputError(
-                    f"{path}, line {line}: {len(row)} fields, and the first line names {len(header)}. Correct the row."
+                    f"{path}, line {line}: found {len(row)} fields, expected {len(header)} as in line 1. Correct it."
                 )
             if row:
                 yield line, dict(zip(header, row, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: no valid CSV ({error}). Correct the file.") from error
+        raise InputError(f"{path}, line {reader.line_num}: not valid CSV ({error}). Correct the file.") from error
 
 
 def _json_lines(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -165,7 +167,7 @@ def _json_lines(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {line}: no valid JSON ({error}). Correct the line.") from error
+            raise InputError(f"{path}, line {line}: not valid JSON ({error}). Correct the line.") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {line}: a JSON {type(row).__name__}, expected an object of columns.")
         yield line, row
@@ -176,7 +178,7 @@ def _usual(path: Path, row: dict[str, Any]) -> tuple[str, ...]:
         if all(name in row for name in columns):
             return columns
     raise InputError(
-        f"{path}: columns {', '.join(row)}, none of which is a usual name of a text. Name them with --text_columns."
+        f"{path}: columns {', '.join(row)}, none of which is a default text column. Name them with --text_columns."
     )
 
 
@@ -187,7 +189,7 @@ def _text(path: Path, line: int, column: str, value: Any) -> str:
 
 
 def _label(path: Path, line: int, column: str, value: Any) -> str:
-    """The name of a class: a text, or a number as a CSV would have it."""
+    """The name of a class: a text, or a number as in a CSV."""
     if not isinstance(value, (str, int)) or isinstance(value, bool) or not str(value).strip():
         raise InputError(
             f"{path}, line {line}: {column} is {str(value)[:40]!r}, expected the name or number of a class. "

@@ -151,9 +151,9 @@ def test_json_that_cannot_be_read_is_named_with_the_place(old, folder, name, kin
     write_old_bundle(folder, old.fused, old.moments, step=3)
     (folder / name).write_bytes(data)
     remedies = {
-        train: "Mend it, or copy the one of a kept step." if name == "config.json" else "nothing was changed",
-        generate: "Mend it, or copy" if name == "config.json" else "No intact older step is kept",
-        load: "Mend it, or copy" if name == "config.json" else said,
+        train: "Correct it, or copy that of a kept step." if name == "config.json" else "nothing was changed",
+        generate: "Correct it, or copy" if name == "config.json" else "No intact older step is kept",
+        load: "Correct it, or copy" if name == "config.json" else said,
     }
     for door, remedy in remedies.items():
         refused(door, folder, f"{folder / name}: ", said, remedy)
@@ -187,12 +187,12 @@ ENTRIES = {
     "config number": ({"config": 3}, "its config is 3, expected fields by name"),
     "config list": ({"config": [1]}, "its config is [1], expected fields by name"),
     "config with a number as a field": ({"config": {1: 2}}, "its config has a field 1, expected names"),
-    "step text": ({"step": "3"}, 'its step is "3", expected a whole number from 0'),
-    "step negative": ({"step": -1}, "its step is -1, expected a whole number from 0"),
-    "step bool": ({"step": True}, "its step is True, expected a whole number from 0"),
-    "step float": ({"step": 3.0}, "its step is 3.0, expected a whole number from 0"),
-    "step tensor": ({"step": torch.tensor(3)}, "its step is tensor int64 (), expected a whole number from 0"),
-    "step None": ({"step": None}, "its step is None, expected a whole number from 0"),
+    "step text": ({"step": "3"}, 'its step is "3", expected a whole number of at least 0'),
+    "step negative": ({"step": -1}, "its step is -1, expected a whole number of at least 0"),
+    "step bool": ({"step": True}, "its step is True, expected a whole number of at least 0"),
+    "step float": ({"step": 3.0}, "its step is 3.0, expected a whole number of at least 0"),
+    "step tensor": ({"step": torch.tensor(3)}, "its step is tensor int64 (), expected a whole number of at least 0"),
+    "step None": ({"step": None}, "its step is None, expected a whole number of at least 0"),
     "tokenizer list": ({"tokenizer": [1]}, "its tokenizer is [1], expected a dict"),
     "optimizer list": ({"optimizer_state_dict": []}, "its optimizer_state_dict is [], expected a dict"),
     "optimizer number": ({"optimizer_state_dict": 3}, "its optimizer_state_dict is 3, expected a dict"),

@@ -158,7 +158,7 @@ def test_characters_far_fewer_than_rows_are_of_another_model(folder):
 
 # Optimizers
 
-OTHER = "It is of another model or optimizer; --init_from_model starts a new model from the weights alone."
+OTHER = "It belongs to another model or optimizer; --init_from_model starts a new model from the weights alone."
 
 
 def without_last(state: dict[str, Any]) -> None:
@@ -372,7 +372,7 @@ def test_checkpoint_of_nanogpt_in_the_place_of_ours_is_told_by_its_entries(share
     data = (shared / "fixtures" / "nanogpt_char_biasFalse" / "ckpt.pt").read_bytes()
     (folder / "latest.pt").write_bytes(data)
     found = "found the entries model, optimizer, model_args, iter_num, best_val_loss, config"
-    remedy = "It is of another program; inspect_model.py shows what it holds."
+    remedy = "It was written by another program; inspect_model.py shows its contents."
     for door in OF_A_FILE:
         refused(
             door, folder, f"{folder / 'latest.pt'}: {found}, expected the entries model_state_dict and config", remedy

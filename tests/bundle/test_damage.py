@@ -55,7 +55,7 @@ def test_a_step_that_lost_its_training_state_is_not_trained_on_as_step_0(tmp_pat
     with CheckpointManager("dante", tmp_path, say=lines.append) as again:
         resumed, _, step = again.initialize_for_training({}, "char", None, 1e-3)
     assert step == 1 and equal(resumed.state_dict(), expected)
-    assert "dante/training_state.json: missing, and kept steps have one. Going on from step 1" in lines[0]
+    assert "dante/training_state.json: missing, and kept steps have one. Continuing from step 1" in lines[0]
     (aside,) = (tmp_path / "dante").glob("aside_*_damaged_*")
     assert (aside / "model.pt").read_bytes() == newest
 
@@ -84,7 +84,9 @@ def test_a_slip_in_a_hand_edited_config_is_the_persons_to_mend_and_nothing_is_se
     text = path.read_text()
     path.write_text(text.replace(",", "", 1))
     before = sorted(p.name for p in (tmp_path / "dante").iterdir())
-    with pytest.raises(CheckpointMismatch, match=r"config.json: \d+ bytes that are no valid JSON .* Mend it, or copy"):
+    with pytest.raises(
+        CheckpointMismatch, match=r"config.json: \d+ bytes that are no valid JSON .* Correct it, or copy"
+    ):
         started(tmp_path)
     assert sorted(p.name for p in (tmp_path / "dante").iterdir()) == before
     path.write_text(text)

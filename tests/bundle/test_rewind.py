@@ -330,7 +330,7 @@ def test_what_is_left_and_cannot_be_used_never_starts_anew_in_silence(tmp_path, 
     before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
     with (
         manager(tmp_path) as made,
-        pytest.raises(NoneIntact, match=r"dante.*To start anew, use another .*--allow_fresh"),
+        pytest.raises(NoneIntact, match=r"dante.*To start from scratch, use another .*--allow_fresh"),
     ):
         made.newest_intact()
     after = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
@@ -342,7 +342,7 @@ def test_what_is_left_and_cannot_be_used_never_starts_anew_in_silence(tmp_path, 
     moved = {p.read_bytes() for p in folder.rglob("aside_*/*")}
     assert set(before.values()) <= moved
     said = "\n".join(lines)
-    assert "starting anew (--allow_fresh)" in said
+    assert "starting from scratch (--allow_fresh)" in said
     assert all(path.name in said for path in folder.glob("aside_*_cleared_*"))
 
 

@@ -78,7 +78,7 @@ def test_the_same_tensors_in_a_file_of_another_program_are_said_to_be_the_same(s
     torch.save(content, folder / "model.pt")
     (line,) = said(folder)
     assert re.search(
-        r"model\.pt: written anew since it was saved, with every tensor bit for bit the same \(\d+ bytes; recorded",
+        r"model\.pt: written again since it was saved, with every tensor bit for bit the same \(\d+ bytes; recorded",
         line,
     )
     assert equal(CheckpointManager.load_for_inference("dante", folder.parent).state_dict(), expected)
@@ -198,7 +198,7 @@ def test_a_walk_back_is_one_paragraph(saved):
     assert paragraph == (
         f"WARNING: {folder}/model.pt: lm_head.weight is damaged (CRC32 {crcs[0][0]}, recorded {crcs[0][1]}). "
         f"{folder}/step_00000002/optimizer.pt: {moment} is damaged (CRC32 {crcs[1][0]}, recorded {crcs[1][1]}). "
-        "Going on from step 1, the newest intact one. "
+        "Continuing from step 1, the newest intact one. "
         f"What is damaged was not deleted: {third}, {second}."
     )
     assert state_of(third)["step"] == 3 and state_of(second)["step"] == 2

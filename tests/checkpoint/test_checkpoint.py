@@ -256,7 +256,7 @@ def test_loading_into_another_shape_is_refused_and_changes_nothing(tmp_path):
     module = nn.Linear(3, 4)
     before = weights(module)
     with pytest.raises(
-        CheckpointMismatch, match=r"tied/model.pt is of another model: weight is \(3, 3\), expected \(4, 3\)"
+        CheckpointMismatch, match=r"tied/model.pt belongs to another model: weight is \(3, 3\), expected \(4, 3\)"
     ):
         manager(tmp_path, "tied").load(module)
     assert equal(before, weights(module))
@@ -298,7 +298,7 @@ def test_metrics_and_extra_that_are_no_json_are_refused_before_anything_is_writt
         save_durably(made, model, optimizer, step=1, metrics={"loss": float("nan")})
     with pytest.raises(InputError, match=r"metrics or extra of step 1: .*not JSON serializable"):
         save_durably(made, model, optimizer, step=1, extra={"model": model})
-    with pytest.raises(InputError, match=r"metrics: step is what the training state calls something else"):
+    with pytest.raises(InputError, match=r"metrics: step means something else in the training state"):
         save_durably(made, model, optimizer, step=1, metrics={"step": 2.0})
     assert not (tmp_path / "dante/model.pt").exists()
 

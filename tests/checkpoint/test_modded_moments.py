@@ -37,8 +37,8 @@ def test_the_state_of_medium_is_whole_and_used(shared):
     model, optimizer, content, lines = taken(shared, MEDIUM)
     assert lines == [
         "weights: 47 of 47 matrices in fp32, with the mantissas of the file",
-        "optimizer state: that of AdamW is used, for 6 parameters",
-        "optimizer state: that of Muon is used, for 47 parameters",
+        "optimizer state of AdamW: used, for 6 parameters",
+        "optimizer state of Muon: used, for 47 parameters",
     ]
     adamw, muon = (saved["state"] for saved in content["optimizers"])
     for number, name in ((0, "lm_head_w"), (1, "embed.weight"), (4, "value_embeds.2.weight"), (5, "scalars")):
@@ -71,12 +71,12 @@ def test_mantissas_are_the_lower_halves_of_the_weights(shared):
             49152,
             "49152 tokens of its sequences",
         ),
-        ("# left out", 65536, "does not say over how many tokens, taken is block_size 65536"),
+        ("# left out", 65536, "as means over block_size 65536; the file does not record the length"),
     ],
 )
 def test_the_state_of_small_is_used_as_that_of_mean_losses(shared, code, length, said):
     model, optimizer, content, lines = taken(shared, SMALL, lambda content: content.update(code=code))
-    assert len(lines) == 2 and all(said in line and "is used" in line for line in lines)
+    assert len(lines) == 2 and all(said in line and ": used, for" in line for line in lines)
     adamw, muon = (saved["state"] for saved in content["optimizers"])
     for number, name in ((0, "lm_head.weight"), (1, "embed.weight"), (4, "value_embeds.2.weight"), (5, "scalars")):
         entry, there = state(model, optimizer, name), adamw[number]
@@ -124,8 +124,8 @@ def keep_rank_0(content):
 def test_of_several_ranks_medium_gives_adamw_and_some_mantissas(shared):
     model, optimizer, _, lines = taken(shared, MEDIUM, keep_rank_0)
     assert lines[0] == "weights: 6 of 47 matrices in fp32, with the mantissas of the file"
-    assert "AdamW is used, for 6 parameters" in lines[1]
-    assert "Muon is not used, 6 of 47 parameters have one: those of rank 0 of several" in lines[2]
+    assert "AdamW: used, for 6 parameters" in lines[1]
+    assert "Muon: not used, 6 of 47 parameters have one: those of rank 0 of several" in lines[2]
     assert set(optimizer.state) == {p for name, p in model.named_parameters() if not name.startswith("blocks.")}
 
 

@@ -122,7 +122,7 @@ def test_an_incomplete_file_is_refused_with_what_is_missing(tmp_path):
 
 def test_a_file_of_another_program_is_named(shared):
     path = shared / "fixtures/nanogpt_char_biasFalse/ckpt.pt"
-    with pytest.raises(CheckpointMismatch, match=r"ckpt\.pt: no modded-nanogpt checkpoint .*it is of nanoGPT"):
+    with pytest.raises(CheckpointMismatch, match=r"ckpt\.pt: not a modded-nanogpt checkpoint .*it is of nanoGPT"):
         quiet(path)
 
 

@@ -133,7 +133,7 @@ def test_a_damaged_shard_names_its_tensors_and_the_rank_that_wrote_it(run, tmp_p
     done = train(tmp_path, run / "text.txt", 2, "--parallel=fsdp", max_iters=12, eval_interval=20, **BATCH)
     assert done.returncode == 0, done.stderr
     assert "__2_0.distcp (the shard of rank 2): blocks.0.sa.qkv.weight is damaged" in done.stderr
-    assert "Going on from step 10" in done.stderr and "resuming at step 10" in done.stderr
+    assert "Continuing from step 10" in done.stderr and "resuming at step 10" in done.stderr
     assert "resume is not exact" in done.stderr and "ranks 4 then, 2 now" in done.stderr
     assert list(tmp_path.glob("dante/aside_00000020_damaged_*/model_sharded/__2_0.distcp"))
 

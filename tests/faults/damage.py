@@ -45,7 +45,7 @@ def damage(base: Path, trial: Path, name: str, change: Callable[[Path], object],
             tally.check(any(SAID in line for line in lines), f"{where}: loaded in silence")
     lines = []
     with CheckpointManager(NAME, trial, say=lines.append) as made, made.newest_intact() as bundle:
-        if bundle.step == 2 and any("Going on from step 2, the newest intact one" in line for line in lines):
+        if bundle.step == 2 and any("Continuing from step 2, the newest intact one" in line for line in lines):
             kept = base / NAME / "step_00000002" / MODEL
             tally.check((folder / MODEL).read_bytes() == kept.read_bytes(), f"{where}: walked back to something else")
             tally.counts["walked back from"] += 1

@@ -125,7 +125,7 @@ def test_another_pretrained_model_can_be_set():
     fresh.head.load_state_dict(model.head.state_dict())
     assert torch.equal(model(*batch)[0], fresh(*batch)[0])
     model.pretrained_model = GPTBatched(VOCAB, 6, 2, 256, 64)
-    with pytest.raises(CheckpointMismatch, match="found width 256, and the head was made for 128"):
+    with pytest.raises(CheckpointMismatch, match="found width 256, expected 128, that of the head"):
         model(*batch)
 
 

@@ -215,7 +215,7 @@ WRONG = [
     ({"temperature": -1.0}, r"temperature: found -1\.0"),
     ({"temperature": float("nan")}, r"temperature: found nan"),
     ({"temperature": float("inf")}, r"temperature: found inf"),
-    ({"top_k": 0}, r"top_k: found 0, expected 1 or more"),
+    ({"top_k": 0}, r"top_k: found 0, expected at least 1"),
     ({"top_p": 0.0}, r"top_p: found 0\.0"),
     ({"top_p": 1.5}, r"top_p: found 1\.5"),
     ({"max_new_tokens": -2}, r"max_new_tokens: found -2"),

@@ -184,7 +184,7 @@ def test_a_run_cannot_change_what_its_steps_are_a_function_of(made, tmp_path, ca
     assert main(words(made, tmp_path)) == DONE
     before = (tmp_path / "nli/model.pt").read_bytes()
     for change in ({"batch_size": 4}, {"seed": 2}, {"max_length": 9}, {"dataset": made / "nli"}):
-        with pytest.raises(CheckpointError, match=r"in the run that is resumed, and now .* another --model_name"):
+        with pytest.raises(CheckpointError, match=r"in the resumed run, and now .* another --model_name"):
             main(words(made, tmp_path, **{"num_epochs": 2, **change}))
     assert (tmp_path / "nli/model.pt").read_bytes() == before
     capsys.readouterr()
@@ -196,9 +196,9 @@ def test_a_run_cannot_change_what_its_steps_are_a_function_of(made, tmp_path, ca
 def test_a_model_of_another_program_is_neither_resumed_nor_a_classifier(made, tmp_path):
     model = torch.nn.Linear(2, 2)
     save_durably(CheckpointManager("nli", tmp_path, say=lambda line: None), model, step=1)
-    with pytest.raises(CheckpointError, match="is of another model"):
+    with pytest.raises(CheckpointError, match="belongs to another model"):
         main(words(made, tmp_path))
-    with pytest.raises(CheckpointError, match="step 1 is no classifier"):
+    with pytest.raises(CheckpointError, match="step 1 is not a classifier"):
         load_classifier(tmp_path / "nli")
 
 
@@ -209,10 +209,10 @@ def test_a_model_of_another_program_is_neither_resumed_nor_a_classifier(made, tm
         ({"pretrained_ckpt_path": None}, WRONG_USE, "--pretrained_ckpt_path is needed"),
         ({"dtype": "float8"}, WRONG_USE, "float8"),
         ({"batch_size": 0}, WRONG_USE, "found '0', expected a whole number of at least 1"),
-        ({"text_columns": "premise,"}, WRONG_USE, "--text_columns takes names with commas between them"),
+        ({"text_columns": "premise,"}, WRONG_USE, "--text_columns takes names separated by commas"),
         ({"text_colums": "premise"}, WRONG_USE, "unknown flag --text_colums; did you mean --text_columns?"),
-        ({"n_layer": 12, "n_embd": 768}, FAILED, "--n_layer is 12, and the checkpoint has 6; --n_embd is 768, and"),
-        ({"n_head": 6}, FAILED, "--n_head is 6, and the checkpoint has 1. Leave the flags out"),
+        ({"n_layer": 12, "n_embd": 768}, FAILED, "--n_layer is 12, but the checkpoint has 6; --n_embd is 768, but"),
+        ({"n_head": 6}, FAILED, "--n_head is 6, but the checkpoint has 1. Leave the flags out"),
         ({"dataset": "nowhere.csv"}, FAILED, "nowhere.csv: No such file or directory"),
         ({"pretrained_ckpt_path": "nowhere.pt"}, FAILED, "nowhere.pt: cannot be opened"),
         ({"tokenizer_name": "nowhere.json"}, FAILED, "--tokenizer_name: found no file nowhere.json, expected gpt2"),
@@ -223,7 +223,7 @@ def test_a_model_of_another_program_is_neither_resumed_nor_a_classifier(made, tm
         ({"max_length": 300}, FAILED, "--max_length: found 300, expected at most 256"),
         ({"learning_rate": -1}, FAILED, "learning_rate: found -1.0, expected a number above 0"),
         ({"dropout": 1}, FAILED, "dropout: found 1.0"),
-        ({"device": "tpuu"}, FAILED, "--device: 'tpuu' is no device"),
+        ({"device": "tpuu"}, FAILED, "--device: 'tpuu' is not a device"),
         ({"model_name": "../x"}, FAILED, "model name '../x'"),
     ],
     ids=str,
@@ -252,11 +252,11 @@ BAD = {
     "header.csv": (b"text,label\n", "no rows"),
     "one_class.csv": (b"text,label\nfog,a\nsea,a\n", "one class (a) in the training rows"),
     "one_row.csv": (b"text,label\nfog,a\n", "found 1 row, expected at least 2"),
-    "short.csv": (b"text,label\nfog,a\nfog\n", "line 3: 1 fields, and the first line names 2"),
-    "twice.csv": (b"text,text,label\na,b,c\n", "two columns of one name"),
-    "quote.csv": (b'text,label\n"fog,a\n', "no valid CSV"),
-    "latin.csv": (b"text,label\nf\xf6g,a\n", "byte 12 is no UTF-8"),
-    "no_text.csv": (b"body,label\nfog,a\n", "none of which is a usual name of a text"),
+    "short.csv": (b"text,label\nfog,a\nfog\n", "line 3: found 1 fields, expected 2 as in line 1"),
+    "twice.csv": (b"text,text,label\na,b,c\n", "two columns have the same name"),
+    "quote.csv": (b'text,label\n"fog,a\n', "not valid CSV"),
+    "latin.csv": (b"text,label\nf\xf6g,a\n", "byte 12 is not UTF-8"),
+    "no_text.csv": (b"body,label\nfog,a\n", "none of which is a default text column"),
     "blank.csv": (b"text,label\n,a\nfog,b\nsea,a\n", "no tokens in text"),
     "no_class.csv": (b"text,label\nfog, \n", "expected the name or number of a class"),
     "list.jsonl": (b"[1]\n", "line 1: a JSON list, expected an object"),

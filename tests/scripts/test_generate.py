@@ -172,13 +172,13 @@ def test_a_model_without_tokenizer_is_said(write, tmp_path):
 
 
 WRONG = [
-    (["--temperature", "-1"], "found '-1', expected 0 or a number above it"),
+    (["--temperature", "-1"], "found '-1', expected 0 or a number above 0"),
     (["--temperature", "hot"], "found 'hot'"),
     (["--temperature", "nan"], "found 'nan'"),
-    (["--top_k", "0"], "found '0', expected a whole number from 1"),
-    (["--top_p", "0"], "found '0', expected a number above 0 up to 1"),
+    (["--top_k", "0"], "found '0', expected a whole number of at least 1"),
+    (["--top_p", "0"], "found '0', expected a number above 0 and at most 1"),
     (["--top_p", "1.1"], "found '1.1'"),
-    (["--max_new_tokens", "-3"], "found '-3', expected a whole number from 0"),
+    (["--max_new_tokens", "-3"], "found '-3', expected a whole number of at least 0"),
     (["--num_samples", "1.5"], "found '1.5'"),
     (["--seed", "-1"], "found '-1'"),
     (["--step", "last"], "found 'last', expected a step number or best"),

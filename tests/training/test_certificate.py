@@ -59,10 +59,13 @@ def test_a_resume_of_the_same_run_is_said_to_be_exact(said):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"data": loader(seed=2)}, "Batches and dropout are drawn otherwise: seed 1 then, 2 now."),
-        ({"data": loader(batch_size=8)}, "The next batches are others: batch_size 4 then, 8 now."),
-        ({"gradient_accumulation_steps": 2}, "The next batches are others: gradient_accumulation_steps 1 then, 2 now."),
-        ({"config": {**SMALL, "dropout": 0.3}}, "Dropout drops others: dropout 0.1 then, 0.3 now."),
+        ({"data": loader(seed=2)}, "Batches and dropout are drawn differently: seed 1 then, 2 now."),
+        ({"data": loader(batch_size=8)}, "The next batches differ: batch_size 4 then, 8 now."),
+        (
+            {"gradient_accumulation_steps": 2},
+            "The next batches differ: gradient_accumulation_steps 1 then, 2 now.",
+        ),
+        ({"config": {**SMALL, "dropout": 0.3}}, "Dropout differs: dropout 0.1 then, 0.3 now."),
     ],
     ids=["seed", "batch size", "accumulation", "dropout"],
 )
@@ -73,8 +76,8 @@ def test_what_differs_is_named_alone_and_not_what_follows_from_it(said, changed,
 @pytest.mark.parametrize(
     ("name", "value", "begins"),
     [
-        ("model.pt", lambda c: c["ln_f.weight"], "Training goes on from other weights"),
-        ("optimizer.pt", lambda c: c["state"][0]["exp_avg"], "Training goes on with other moments"),
+        ("model.pt", lambda c: c["ln_f.weight"], "Training continues from other weights"),
+        ("optimizer.pt", lambda c: c["state"][0]["exp_avg"], "Training continues with other moments"),
     ],
 )
 def test_a_replaced_file_is_named_with_both_digests(said, tmp_path, name, value, begins):
@@ -83,19 +86,19 @@ def test_a_replaced_file_is_named_with_both_digests(said, tmp_path, name, value,
     value(content)[0] += 1e-6
     torch.save(content, tmp_path / "dante" / name)
     assert said() == (
-        f"resume is not exact. {begins}: the tensors of {name} are not those that were saved "
+        f"resume is not exact. {begins}: the tensors of {name} differ from those that were saved "
         f"(digest {was}, now {digest_of(content)})."
     )
 
 
 def test_another_text_is_named(said):
     line = said(data=loader(TEXT[9:] * 51))
-    assert line.startswith(f"{KEPT}The next batches are others: other tokens in step 4 (digest ")
+    assert line.startswith(f"{KEPT}The next batches differ: other tokens in step 4 (digest ")
 
 
 def test_another_generator_is_named(said, monkeypatch):
     monkeypatch.setattr(certificate.F, "dropout", lambda x, rate: x * 2)
-    assert said().startswith(f"{KEPT}Dropout drops others: the generator draws other numbers (digest ")
+    assert said().startswith(f"{KEPT}Dropout differs: the generator draws other numbers (digest ")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_another_generator_is_named(said, monkeypatch):
     ids=["clip", "rate", "curve"],
 )
 def test_what_updates_are_computed_with_is_named(said, settings, named):
-    assert said(**settings).startswith(f"{KEPT}Updates are computed otherwise: {named}")
+    assert said(**settings).startswith(f"{KEPT}Updates are computed differently: {named}")
 
 
 def test_another_weight_decay_is_named_with_that_of_each_group(tmp_path, capsys, one_thread):
@@ -119,7 +122,7 @@ def test_another_weight_decay_is_named_with_that_of_each_group(tmp_path, capsys,
     with made:
         curve = Schedule("constant", 1e-2, 3)
         fit(model, data_loader=loader(), optimizer=optimizer, manager=made, max_iters=4, schedule=curve, progress=False)
-    said = "Updates are computed otherwise: weight_decay [0.1, 0.0] then, [0.2, 0.0] now."
+    said = "Updates are computed differently: weight_decay [0.1, 0.0] then, [0.2, 0.0] now."
     assert f"{KEPT}{said}\n" in capsys.readouterr().err
 
 
@@ -169,7 +172,7 @@ def test_a_step_without_a_certificate_is_said_to_have_none(said, tmp_path):
     path.write_bytes(seal(state))
     rewrite(tmp_path / "dante", torch="1.0")
     assert said() == (
-        "whether the resume is exact cannot be told: step 3 was saved without a certificate. Kernels may differ in "
+        "cannot tell whether the resume is exact: step 3 was saved without a certificate. Kernels may differ in "
         f"the last bits: torch 1.0 then, {torch.__version__} now."
     )
 
@@ -255,7 +258,7 @@ def test_the_script_says_exact_after_a_kill_and_strict_resume_fails_for_an_edite
     before = {p: p.read_bytes() for p in (tmp_path / "default").rglob("*.*") if p.is_file() and p.name != ".lock"}
     refused = train(tmp_path, text, "--strict_resume", max_iters=step + 9)
     assert refused.returncode == FAILED
-    assert "The next batches are others: the text or tokens of text.txt were changed" in refused.stderr, refused.stderr
+    assert "The next batches differ: the text or tokens of text.txt were changed" in refused.stderr, refused.stderr
     assert before == {p: p.read_bytes() for p in before}
     resumed = train(tmp_path, text, max_iters=step + 9)
     assert resumed.returncode == DONE and "resume is not exact; its weights and moments are. " in resumed.stderr

@@ -93,7 +93,7 @@ def test_a_decay_that_averages_nothing_is_refused_with_its_value(decay):
 
 
 def test_a_saved_average_of_another_model_is_refused():
-    with pytest.raises(CheckpointMismatch, match=r"average is of another model: weight is \(2, 2\), expected \(2, 3\)"):
+    with pytest.raises(CheckpointMismatch, match=r"belongs to another model: weight is \(2, 2\), expected \(2, 3\)"):
         Ema(nn.Linear(3, 2, bias=False), 0.9, {"weight": torch.zeros(2, 2)})
 
 
@@ -131,7 +131,7 @@ def test_turned_on_in_mid_run_it_begins_with_the_weights_and_says_so(tmp_path, o
     go_on(tmp_path, 4, ema=0.8)
     said = capsys.readouterr().err
     assert "ema: the average begins at step 3, with its weights\n" in said
-    assert "The average of the weights (EMA) is another: ema 0.0 then, 0.8 now." in said
+    assert "The average of the weights (EMA) differs: ema 0.0 then, 0.8 now." in said
     at_3 = torch.load(tmp_path / "dante/step_00000003/model.pt", weights_only=True)
     at_4 = bits(tmp_path / "dante")[0]
     for name, value in average(tmp_path).items():
@@ -156,7 +156,7 @@ def test_a_replaced_average_is_named_by_the_certificate(tmp_path, one_thread, ca
     torch.save(content, tmp_path / "dante/ema.pt")
     capsys.readouterr()
     go_on(tmp_path, 4)
-    said = r"The average of the weights (EMA) is another: the tensors of ema.pt are not those that were saved"
+    said = r"The average of the weights (EMA) differs: the tensors of ema.pt differ from those that were saved"
     assert said in capsys.readouterr().err
 
 

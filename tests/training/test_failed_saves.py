@@ -47,7 +47,7 @@ def test_a_failed_save_is_said_and_training_goes_on(tmp_path, capsys):
     for step, intact, count in ((2, 1, 1), (3, 1, 2), (5, 4, 1), (6, 4, 2)):
         assert re.search(
             rf"WARNING: .*dante: save of step {step} failed: No space left on device \(.*\)\. "
-            rf"Step {intact} is intact\. Training goes on \(failed saves in a row: {count} of 3\)\.",
+            rf"Step {intact} is intact\. Training continues \(failed saves in a row: {count} of 3\)\.",
             said,
         ), said
     assert lines(tmp_path / "dante").keys() == set(range(1, 9)) and state(tmp_path, "dante")["step"] == 8

@@ -162,8 +162,8 @@ def test_a_run_starts_from_an_upstream_file_with_its_optimizer(tmp_path, text, s
     flags = {"arch": arch, "init_from_checkpoint": path, "block_size": 128, "eval_iters": 1, "device": "cpu"}
     assert script.main(words(tmp_path, text, **flags, max_iters=1)) == DONE
     said = capsys.readouterr().err
-    assert f"starting from the weights of {path}" in said and "that of Muon is used, for 4" in said
-    assert "that of AdamW is used, for 6 parameters" in said and "0 so far" not in said
+    assert f"starting from the weights of {path}" in said and "state of Muon: used, for 4" in said
+    assert "state of AdamW: used, for 6 parameters" in said and "0 so far" not in said
     assert ("47 of 47 matrices in fp32" in said) == (folder == MEDIUM)
     entries = torch.load(tmp_path / "default/optimizer.pt", weights_only=True)["state"]
     assert {float(entry["step"]) for entry in entries.values() if "step" in entry} == {3.0}, "two were in the file"
@@ -284,7 +284,7 @@ def test_a_config_that_stands_alone_is_the_architecture_of_a_new_model(tmp_path,
     with pytest.raises(CheckpointMismatch, match="n_layer is 6 here and 8 there"):
         train(tmp_path, text, arch="flex_small", max_iters=1)
     with pytest.raises(
-        CheckpointMismatch, match=r"it is of a GPTFlexAttention \(small\), this run has --arch flex_medium"
+        CheckpointMismatch, match=r"it describes a GPTFlexAttention \(small\), this run has --arch flex_medium"
     ):
         train(tmp_path, text, arch="flex_medium", max_iters=1, n_layer=None)
     assert train(tmp_path, text, arch="flex_small", max_iters=1, n_layer=None) == DONE
