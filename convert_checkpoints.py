@@ -18,7 +18,7 @@ from core.console.progress import byte_bar
 from core.console.words import columns, printable, size_text
 from core.conversion.command import add_flags, convert_one, print_matrix, take_spelling
 from core.conversion.migration.plan import FAILED as NOT_MIGRATED
-from core.conversion.migration.plan import Found, Outcome, find, plan, work
+from core.conversion.migration.plan import Candidates, Outcome, find, plan, work
 from core.errors import CheckpointError, CheckpointNotFound
 
 EPILOG = """examples:
@@ -144,12 +144,12 @@ def _places(paths: list[str], name: str | None, root: Path) -> list[Path]:
     return [root / name]
 
 
-def plans(found: Found) -> list[Outcome]:
+def plans(found: Candidates) -> list[Outcome]:
     """Say what is to become of every file found."""
     return [outcome for folder, paths in found.folders.items() for outcome in plan(folder, paths)]
 
 
-def migrations(found: Found) -> list[Outcome]:
+def migrations(found: Candidates) -> list[Outcome]:
     """Migrate every file found, folder by folder, with a progress bar when it takes time."""
     if not found.folders:
         return []

@@ -194,7 +194,7 @@ class WeightFile:
         return not self.name.endswith(".safetensors")
 
 
-Sealed = Callable[[dict[str, dict[str, Any]]], dict[str, bytes]]
+SealTexts = Callable[[dict[str, dict[str, Any]]], dict[str, bytes]]
 
 
 @dataclass
@@ -208,7 +208,7 @@ class Plan:
     texts: dict[str, bytes] = field(default_factory=dict)  # further files, by name
     copies: dict[str, Path] = field(default_factory=dict)  # files copied along, by name
     beside: dict[str, Path] = field(default_factory=dict)  # files copied to where the target is one file
-    seal: Sealed | None = None  # texts made of the size and CRC32 of each file
+    seal: SealTexts | None = None  # texts made of the size and CRC32 of each file
     is_folder: bool = True
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..console.words import listed
 from ..containers import safetensors_writer
-from ..containers.tensors.views import View, cut, filled, join
+from ..containers.tensors.views import View, concatenate, filled, slice_axis
 from ..errors import CheckpointMismatch
 from ..families.family import Family
 from ..families.identify import UNKNOWN, identify
@@ -148,10 +148,10 @@ def _set_rows(model: Source, rows: int) -> None:
         if view is None or view.shape[0] == rows:
             continue
         if view.shape[0] > rows:
-            made, rule = cut(view, 0, 0, rows), f"crop {view.shape[0]} rows to {rows}"
+            made, rule = slice_axis(view, 0, 0, rows), f"crop {view.shape[0]} rows to {rows}"
         else:
             more = filled(view.dtype, (rows - view.shape[0], *view.shape[1:]))
-            made, rule = join([view, more]), f"pad {view.shape[0]} rows with zeros to {rows}"
+            made, rule = concatenate([view, more]), f"pad {view.shape[0]} rows with zeros to {rows}"
         model.replace(name, made, rule)
     words = [word for word in ("vocab_size", "head_rows") if word in model.sizes]
     model.sizes = {**model.sizes, **dict.fromkeys(words, rows)}

@@ -20,7 +20,7 @@ from ..containers.container import Check, Container
 from ..containers.open import open_container
 from ..containers.spec import ITEM_SIZES
 from ..containers.tensors.reading import FLOATS, PIECE, Gatherer, cast, same_bytes
-from ..containers.tensors.views import Block, View, cut, is_in_order, stored
+from ..containers.tensors.views import Block, View, is_in_order, slice_axis, stored
 from ..errors import CheckpointDamaged, CheckpointMismatch
 from ..families.rules import apply
 from .plan import Plan, Target, WeightFile
@@ -152,7 +152,7 @@ def _common(source: View, made: View) -> tuple[View, View]:
     if source.shape == made.shape or not source.shape or source.shape[1:] != made.shape[1:]:
         return source, made
     rows = min(source.shape[0], made.shape[0])
-    return cut(source, 0, 0, rows), cut(made, 0, 0, rows)
+    return slice_axis(source, 0, 0, rows), slice_axis(made, 0, 0, rows)
 
 
 def _opened(path: Path, file: WeightFile, plan: Plan) -> Container:

@@ -62,7 +62,7 @@ def writing_back() -> Iterator[Begin]:
         thread.join()
 
 
-class Through(Output):
+class DirectOutput(Output):
     """An output whose large pieces go straight to the file, summed where a checksum of the file is recorded.
 
     The disk writes while the conversion goes on; what is left then is waited for when the output is closed.
@@ -101,7 +101,7 @@ class Through(Output):
             self._begun = self._written
 
 
-class Made(contextlib.ExitStack):
+class OutputFiles(contextlib.ExitStack):
     """The files that a conversion makes, open until they are all made durable, which leaving it does."""
 
     def __init__(self, place: Path, begin: Begin) -> None:
@@ -111,11 +111,11 @@ class Made(contextlib.ExitStack):
         self.recorded: dict[str, dict[str, Any]] = {}  # by name: size and CRC32
 
     @contextlib.contextmanager
-    def file(self, name: str, is_summed: bool = True) -> Iterator[Through]:
+    def file(self, name: str, is_summed: bool = True) -> Iterator[DirectOutput]:
         """Make a file of this name in the folder, or with "" in its place."""
         if len(self.recorded) % _MOST_OPEN == _MOST_OPEN - 1:  # a model may have thousands
             self.close()
-        output = Through(DISK, DISK.descriptor(self.place / name), is_summed, self._begin)
+        output = DirectOutput(DISK, DISK.descriptor(self.place / name), is_summed, self._begin)
         self.enter_context(output)
         yield output
         output.flush()
@@ -161,7 +161,7 @@ def convert(
             place = stage / "made"
             if plan.is_folder:
                 DISK.make_folder(place)
-            with writing_back() as begin, Made(place, begin) as made:
+            with writing_back() as begin, OutputFiles(place, begin) as made:
                 _write(plan, made, progress)
                 if verify:
                     prove(plan, place, progress)
@@ -173,7 +173,7 @@ def convert(
         ) from error
 
 
-def _write(plan: Plan, made: Made, progress: Progress) -> None:
+def _write(plan: Plan, made: OutputFiles, progress: Progress) -> None:
     metadata: bytes | None = None  # of a DCP folder, which says where its items came to be
     with Gatherer() as gatherer:
         for file in plan.files:

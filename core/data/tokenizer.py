@@ -289,7 +289,7 @@ def tokenizer_from_file(path: Path, bpe_file: Path | None = None) -> Tokenizer:
             f"{path}: {error.strerror}. --tokenization takes char, gpt2 or a tokenizer's JSON file."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no valid JSON ({error}), expected a Hugging Face tokenizer.") from error
+        raise InputError(f"{path}: not valid JSON ({error}), expected a Hugging Face tokenizer.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a JSON {type(values).__name__}, expected a Hugging Face tokenizer (an object).")
     return (

@@ -107,7 +107,7 @@ def read_labelled(path: Path, text_columns: Sequence[str] | None = None, label_c
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. --dataset takes a file, or a folder with a train file.") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is no UTF-8. Save the file as UTF-8.") from error
+        raise InputError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
     read = _json_lines if path.suffix.lower() == ".jsonl" else _table
     columns: tuple[str, ...] = tuple(text_columns or ())
     texts, labels, lines = [], [], []
@@ -165,7 +165,7 @@ def _json_lines(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {line}: no valid JSON ({error}). Correct the line.") from error
+            raise InputError(f"{path}, line {line}: not valid JSON ({error}). Correct the line.") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {line}: a JSON {type(row).__name__}, expected an object of columns.")
         yield line, row

@@ -66,7 +66,7 @@ def test_names_that_safetensors_cannot_hold(tmp_path):
     for name in ("__metadata__", "\ud800x"):
         torch.save({name: torch.zeros(2)}, tmp_path / "odd.pt")
         said = error(tmp_path / "odd.pt", tmp_path / "x.safetensors", "safetensors")
-        assert said == f"{name!r} is no name that safetensors can hold. Use --to pt."
+        assert said == f"{name!r} cannot be a name in a safetensors file. Use --to pt."
         converted(tmp_path / "odd.pt", tmp_path / "kept.pt", "pt", overwrite=True)
         assert list(torch.load(tmp_path / "kept.pt")) == [name]
 

@@ -94,19 +94,19 @@ class Outcome:
 
 
 @dataclass
-class Found:
+class Candidates:
     """Single-file checkpoints by folder, and what could not be looked into, each in a sentence."""
 
     folders: dict[Path, list[Path]] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
 
 
-def find(places: Iterable[Path]) -> Found:
+def find(places: Iterable[Path]) -> Candidates:
     """Find the single-file checkpoints among files, in folders and in all folders below these; none is changed.
 
     Raises: CheckpointNotFound when a place is not there.
     """
-    found = Found()
+    found = Candidates()
     for place in places:
         if place.is_file():
             _add(found, place)
@@ -122,7 +122,7 @@ def find(places: Iterable[Path]) -> Found:
     return found
 
 
-def _add(found: Found, path: Path) -> None:
+def _add(found: Candidates, path: Path) -> None:
     paths = found.folders.setdefault(path.parent, [])
     if path not in paths:
         paths.append(path)

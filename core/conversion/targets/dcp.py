@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...containers.dcp import writer as dcp_writer
 from ...containers.dcp.metadata import METADATA
-from ...containers.dcp.writer import Placed
+from ...containers.dcp.writer import WrittenItem
 from ...containers.torch_files.layout import Sink
 from ..plan import Options, Plan, Ref, Source, Target, WeightFile
 from .torch import plan_pt
@@ -39,9 +39,9 @@ def write_items(file: WeightFile, sink: Sink, elements: Callable[[Target], Itera
             target = targets[name]
             shape = tuple(target.view.shape)
             length = dcp_writer.write_tensor(sink, target.dtype, shape, target.nbytes, elements(target))
-            placed.append(Placed(name, path, begin, length, target.dtype, shape))
+            placed.append(WrittenItem(name, path, begin, length, target.dtype, shape))
         else:
-            placed.append(Placed(name, path, begin, dcp_writer.write_value(sink, value)))
+            placed.append(WrittenItem(name, path, begin, dcp_writer.write_value(sink, value)))
     return dcp_writer.metadata(placed)
 
 

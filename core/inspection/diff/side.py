@@ -18,7 +18,7 @@ from ...containers.plain import plain
 from ...containers.spec import TensorSpec
 from ...containers.tensors.dtypes import decode
 from ...containers.tensors.reading import pieces
-from ...containers.tensors.views import View, join, permute, stored
+from ...containers.tensors.views import View, concatenate, permute, stored
 from ...errors import CheckpointMismatch
 from ...families.common_names import GPT2, Place, common_fields, head_and_table, naming, places
 from ...families.family import plain_names
@@ -120,7 +120,7 @@ class Side:
     def _whole(self, parts: Parts, transposed: bool = False) -> View:
         """A tensor of parts that follow one another along its rows."""
         views = [stored(self.container, replace(spec, name=name)) for name, spec in parts]
-        whole = join(views) if len(views) > 1 else views[0]
+        whole = concatenate(views) if len(views) > 1 else views[0]
         return permute(whole, range(len(whole.shape))[::-1]) if transposed else whole
 
     @property
