@@ -137,7 +137,7 @@ def test_two_conversions_of_one_target_do_not_meet(source, tmp_path):
         with pytest.raises(CheckpointLocked) as caught:
             converted(source, tmp_path / "out.pt", "pt")
         assert str(caught.value) == (
-            f"{tmp_path}/out.pt: another conversion writes it now. Wait for it, or name another place."
+            f"{tmp_path}/out.pt: another conversion is writing it. Wait for it, or name another place."
         )
     converted(source, tmp_path / "out.pt", "pt")
 

@@ -30,7 +30,7 @@ def in_dcp(plan: Plan) -> Plan:
 
 
 def write_items(file: WeightFile, sink: Sink, elements: Callable[[Target], Iterable[memoryview]]) -> bytes:
-    """Write every item of a file, one behind the other; returns the `.metadata` that says where they are."""
+    """Write all items of a file one after another; returns the `.metadata` with their positions."""
     targets = {target.path: target for target in file.targets}
     placed = []
     for name, (path, value) in file.content.items():
