@@ -1,6 +1,6 @@
-"""Convert a checkpoint of one program into that of another: convert_checkpoints.py SRC DST --to FORMAT.
+"""Convert a checkpoint of one program to the format of another: convert_checkpoints.py SRC DST --to FORMAT.
 
-Without --to: bring single-file checkpoints (latest.pt, final.pt) over to bundles. Sources stay as they are.
+Without --to: migrate single-file checkpoints (latest.pt, final.pt) to bundles. Sources are never changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from core.console.progress import byte_bar
 from core.console.words import columns, printable, size_text
 from core.conversion.command import add_flags, convert_one, print_matrix, take_spelling
 from core.conversion.migration.plan import FAILED as NOT_MIGRATED
-from core.conversion.migration.plan import Found, Outcome, find, plan, work
+from core.conversion.migration.plan import Candidates, Outcome, find, plan, work
 from core.errors import CheckpointError, CheckpointNotFound
 
 EPILOG = """examples:
@@ -30,33 +30,34 @@ EPILOG = """examples:
   python convert_checkpoints.py ckpt.pt x --to hf --dry_run             every tensor: source, rule, target, shape, bytes
   python convert_checkpoints.py 0000002/ ema.safetensors --to safetensors --match_original BAGEL/ --save_ema
   python convert_checkpoints.py model.safetensors sharded/ --to dcp     torch.distributed.checkpoint loads the folder
-  python convert_checkpoints.py --list                                  what becomes what
+  python convert_checkpoints.py --list                                  the possible conversions
 
   python convert_checkpoints.py --model_name dante --consolidate        plain files of a step in shards
   python convert_checkpoints.py                         migrate every latest.pt and final.pt below checkpoints/
   python convert_checkpoints.py --model_name dante      those of one model
   python convert_checkpoints.py old_runs old/final.pt   those in folders and files anywhere
 
-A conversion is planned from headers and checked whole before the first byte is written; it streams tensor by tensor, in
-memory of one tensor. It is written beside DST under a hidden name, read back, turned back by the inverse rules and
-compared with SRC bit for bit (--no_verify leaves that out), and then appears under its name at once. SRC is only read.
+A conversion is planned from headers, and the plan is checked completely before the first byte is written. It streams
+tensor by tensor, in the memory of one tensor. The result is written beside DST under a hidden name, read back,
+converted back by the inverse rules, compared with SRC bit for bit (--no_verify skips this), and then published by one
+rename. SRC is only read.
 
-A migration makes of the file with the highest step in a folder its bundle, of the others kept steps. No file is changed
-or deleted; a second run finds what is done. Exit code 1 when something could not be converted or migrated.
+A migration turns the file with the highest step of a folder into its bundle, and the others into kept steps. No file is
+changed or deleted; a second run skips what is done. Exit code 1 when something could not be converted or migrated.
 """
 
 MIGRATION = {"paths", "dry_run", "json", "list", "to", "model_name", "checkpoint_root", "config_file"}
-"""What may be said without --to."""
+"""Flags that are allowed without --to."""
 
 
 def main(argv: list[str]) -> int:
-    """Migrate what the command line names, and print what became of it; returns the exit code."""
+    """Migrate the places that the command line names, and print the outcome; returns the exit code."""
     parser = Parser(prog="convert_checkpoints.py", description=__doc__ or "", epilog=EPILOG)
-    words = "SRC DST with --to; else what to migrate: a model folder, a folder of models, or a .pt file"
+    words = "SRC DST with --to; otherwise the places to migrate: a model folder, a folder of models, or a .pt file"
     parser.add_argument("paths", metavar="PATH", nargs="*", help=words)
-    parser.add_argument("--dry_run", action="store_true", help="print the plan, and change nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and change nothing")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
-    whole = "make plain files of the newest step of PATH, or of --model_name, which lies in the shards of several ranks"
+    whole = "rewrite the sharded newest step of PATH, or of --model_name, as plain files"
     parser.add_argument("--consolidate", action="store_true", help=whole)
     add_flags(parser)
     args = parser.parse(argv)
@@ -69,13 +70,13 @@ def main(argv: list[str]) -> int:
         return convert_one(parser, args)
     set_ = (name for name, value in vars(args).items() if value != parser.get_default(name))
     if asked := [f"--{name}" for name in set_ if name not in MIGRATION]:
-        parser.error(f"{', '.join(asked)}: of a conversion, and this is a migration. Add --to (--list shows to what)")
+        parser.error(f"{', '.join(asked)}: only for a conversion, not a migration. Add --to (--list shows the formats)")
     if args.paths and args.model_name:
-        parser.error("PATH and --model_name both say what to migrate; give one of them")
+        parser.error("PATH and --model_name both name models to migrate; give only one of them")
     places = _places(args.paths, args.model_name, Path(args.checkpoint_root))
     found = find(places)
     for line in found.passed:
-        print(f"WARNING: {printable(line)} Passed over.", file=sys.stderr)
+        print(f"WARNING: {printable(line)} It was skipped.", file=sys.stderr)
     outcomes = plans(found) if args.dry_run else migrations(found)
     where = ", ".join(map(str, places))
     if args.json:
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 
 def consolidate_all(places: list[Path]) -> int:
-    """Make plain files of the newest step of each model, and say so."""
+    """Rewrite the newest step of each model as plain files, and report it."""
     from core.bundle.commit import ModelFolder
     from core.bundle.lock import hold
     from core.saving.consolidate import consolidate
@@ -100,7 +101,7 @@ def consolidate_all(places: list[Path]) -> int:
         with hold(place):
             made = consolidate(folder)
         if made is None:
-            print(f"{place}: its newest step is in plain files already")
+            print(f"{place}: its newest step is already in plain files")
             continue
         with made:
             print(f"{place}: step {made.step} is in plain files now ({size_text(sum(made.sizes.values()))})")
@@ -110,9 +111,9 @@ def consolidate_all(places: list[Path]) -> int:
 def convert_checkpoint(
     model_name: str, legacy_file: str = "latest.pt", checkpoint_root: str | Path = "checkpoints"
 ) -> None:
-    """Migrate one file of a model, and say what became of it; a file that is not there is no failure.
+    """Migrate one file of a model, and report the outcome; a missing file is not an error.
 
-    Raises: CheckpointError when it cannot be migrated; nothing is changed then.
+    Raises: CheckpointError when it cannot be migrated; in that case nothing is changed.
     """
     path = Path(checkpoint_root) / model_name / legacy_file
     if not path.is_file():
@@ -128,9 +129,9 @@ def convert_checkpoint(
 
 
 def _places(paths: list[str], name: str | None, root: Path) -> list[Path]:
-    """Where to look: the paths, one model, or the checkpoint root.
+    """The places to search: the paths, one model, or the checkpoint root.
 
-    Raises: CheckpointNotFound when the root or the model is not there.
+    Raises: CheckpointNotFound when the root or the model does not exist.
     """
     if paths:
         return [Path(path) for path in paths]
@@ -144,16 +145,16 @@ def _places(paths: list[str], name: str | None, root: Path) -> list[Path]:
     return [root / name]
 
 
-def plans(found: Found) -> list[Outcome]:
-    """Say what is to become of every file found."""
+def plans(found: Candidates) -> list[Outcome]:
+    """Plan the outcome of every file found."""
     return [outcome for folder, paths in found.folders.items() for outcome in plan(folder, paths)]
 
 
-def migrations(found: Found) -> list[Outcome]:
+def migrations(found: Candidates) -> list[Outcome]:
     """Migrate every file found, folder by folder, with a progress bar when it takes time."""
     if not found.folders:
         return []
-    from core.conversion.migration.migrate import migrate  # a plan does without the writers
+    from core.conversion.migration.migrate import migrate  # a plan does not need the writers
 
     outcomes: list[Outcome] = []
     total = sum(work(outcome) for outcome in plans(found))
@@ -164,7 +165,7 @@ def migrations(found: Found) -> list[Outcome]:
 
 
 def facts(outcome: Outcome) -> dict[str, Any]:
-    """One file's line of the JSON document."""
+    """One file's entry of the JSON document."""
     return {
         "file": str(outcome.path),
         "generation": outcome.generation,
@@ -181,7 +182,7 @@ def facts(outcome: Outcome) -> dict[str, Any]:
 
 
 def text_of(outcomes: list[Outcome], dry_run: bool) -> Iterable[str]:
-    """Write what became, or is to become, of files for people, line by line."""
+    """Write the actual or planned outcome of files for people, line by line."""
     yield from columns([_heading(dry_run), *(_row(outcome, dry_run) for outcome in outcomes)])
     for note in dict.fromkeys(note for outcome in outcomes for note in outcome.notes):
         yield f"note: {printable(note)}"
@@ -191,7 +192,7 @@ def text_of(outcomes: list[Outcome], dry_run: bool) -> Iterable[str]:
     if free:
         yield ""
         size = size_text(sum(outcome.size for outcome in free))
-        yield f"You may delete these now ({size}); what they hold is in the bundles, compared bit for bit:"
+        yield f"You may delete these now ({size}); their content is in the bundles, compared bit for bit:"
         yield from (f"  {printable(str(outcome.path))}" for outcome in free)
 
 
@@ -213,5 +214,5 @@ def _row(outcome: Outcome, dry_run: bool) -> tuple[str, ...]:
 
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")  # print names that the terminal's encoding lacks
     run(main)

@@ -1,4 +1,4 @@
-"""Look inside any checkpoint without loading it: what it is, what it holds, whether it is whole, what changed."""
+"""Inspect any checkpoint without loading it: its format, its contents, its integrity, and what changed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from core.inspection.report_text import models_text, not_finite, stat_facts, tex
 EPILOG = """examples:
   python inspect_model.py                                 every model below checkpoints/, or the only one
   python inspect_model.py --model_name dante              one model
-  python inspect_model.py --model_name dante --history    its past: every step, its branch, why it is kept
+  python inspect_model.py --model_name dante --history    its history: every step, its branch, why it is kept
   python inspect_model.py old.pt                          a file of any program: .pt, .safetensors, .bin
   python inspect_model.py runs/llama --tensors '*norm*'   a folder of any program; some of its tensors, one by one
   python inspect_model.py dante/model.pt --verify         compare every record with its checksum
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     if args.diff:
         return diff(parser, args)
     if not args.history and (args.keep is not None or args.keep_every is not None):
-        parser.error("--keep and --keep_every show what they would remove, with --history")
+        parser.error("--keep and --keep_every need --history; they show what they would remove")
     if args.history and args.step is not None:
         parser.error("--history shows every step; leave out --step")
     if args.keep is not None and args.keep < 0:
@@ -71,10 +71,10 @@ def make_parser() -> Parser:
     add_legacy_flag(parser)
     views = parser.add_argument_group("views")
     views.add_argument(
-        "--tensors", metavar="GLOB", nargs="?", const="*", help="list tensors one by one, those that a pattern fits"
+        "--tensors", metavar="GLOB", nargs="?", const="*", help="list the tensors that match a pattern, one by one"
     )
     views.add_argument(
-        "--history", action="store_true", help="every step, kept and aside: why it is there, is it whole"
+        "--history", action="store_true", help="every step, kept and aside, with its health and the reason it is kept"
     )
     views.add_argument("--keep", type=int, metavar="N", help="with --history: what this would remove")
     views.add_argument("--keep_every", type=count, metavar="N", help="with --history: the same")
@@ -85,19 +85,19 @@ def make_parser() -> Parser:
     views.add_argument("--diff", metavar=("A", "B"), nargs=2, help="compare two checkpoints of any formats")
     views.add_argument("--moments", action="store_true", help="with --diff: the tensors of the optimizers as well")
     views.add_argument("--html", metavar="FILE", type=Path, help="write a page to look at, in one file")
-    views.add_argument("--overwrite", action="store_true", help="with --html: replace a file that is there")
+    views.add_argument("--overwrite", action="store_true", help="with --html: replace an existing file")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text (docs/inspect.md)")
     return parser
 
 
 def find_places(parser: Parser, args: argparse.Namespace) -> list[Path] | None:
-    """Find what the command line names; None (after saying so) when it could be several."""
+    """Find the checkpoint that the command line names; None (after a message) when there are several."""
     named = [flag for flag in ("model_name", "legacy_checkpoint") if getattr(args, flag)]
     for flag in ("tensors", "stats"):
         if Path(getattr(args, flag) or "*").exists():
-            parser.error(f"--{flag} {getattr(args, flag)}: is a path, and would be taken for a pattern; write it first")
+            parser.error(f"--{flag} {getattr(args, flag)}: is a path, and would be taken as a pattern; put it first")
     if args.paths and named:
-        parser.error(f"PATH and --{named[0]} name two checkpoints; give one of them")
+        parser.error(f"PATH and --{named[0]} name two checkpoints; give only one of them")
     root = Path(args.checkpoint_root)
     single = legacy_path(parser, args)
     if single is not None:
@@ -118,7 +118,7 @@ def find_places(parser: Parser, args: argparse.Namespace) -> list[Path] | None:
 
 
 def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
-    """Collect the facts of one checkpoint, or of all models in a folder of them, and what is wrong with it.
+    """Collect the facts of one checkpoint, or of all models in a folder of them, and its faults.
 
     Raises: CheckpointError when nothing there can be read.
     """
@@ -159,11 +159,11 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
 
 
 def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
-    """Collect the past of one model, and what of it is damaged."""
+    """Collect the history of one model, and its damage."""
     from core.inspection.history import past_facts, past_faults, past_of
 
     if not place.is_dir():
-        raise CheckpointError(f"{place}: no folder of a model, so there is no history to show.")
+        raise CheckpointError(f"{place}: not a model folder, so there is no history to show.")
     total = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     with byte_bar("verifying", total, show=args.verify) as bar:
         past = past_of(place, checksums=args.verify, progress=bar.update)
@@ -174,7 +174,7 @@ def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
 def diff(parser: Parser, args: argparse.Namespace) -> int:
     """Compare two checkpoints; returns 0 when they are equal, 1 when not, 2 when they cannot be compared."""
     if args.paths or args.model_name or args.legacy_checkpoint or args.step is not None:
-        parser.error("--diff A B names both checkpoints; leave the others out")
+        parser.error("--diff A B names both checkpoints; leave out PATH")
     from core.inspection.diff.comparison import compare
     from core.inspection.diff.side import Side
     from core.inspection.diff.text import comparison_facts, comparison_lines
@@ -196,18 +196,18 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a model of its own, rather than one of models."""
+    """Whether a folder is a model itself, rather than a folder of models."""
     return folder.name in model_names(folder.absolute().parent)
 
 
 def say_chosen(found: Inspected) -> None:
-    """Say which of several checkpoints is shown, and why."""
+    """Report which of several checkpoints is shown, and why."""
     for line in found.chosen:
         print(line, file=sys.stderr)
 
 
 def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int:
-    """Print facts, and what is wrong on stderr; returns the exit code."""
+    """Print facts, and faults on stderr; returns the exit code."""
     if args.json:
         shown = [facts.get("past", facts) for facts in shown]
         documents = [plain(facts, room=Room(facts["bytes"]) if "bytes" in facts else None) for facts in shown]
@@ -233,8 +233,8 @@ def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    gc.disable()  # all that is read is shown at the end; looking for cycles among it took a tenth of the time,
-    atexit.register(gc.freeze)  # and as much again at the end of the process
+    gc.disable()  # everything is kept until the end; searching it for cycles took a tenth of the time,
+    atexit.register(gc.freeze)  # and as much again at exit
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")  # print names that the terminal's encoding lacks
     run(main)

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-# A script of this folder finds the packages beside it from wherever it is started.
+# A script in this folder finds the packages beside it when started from anywhere.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.bundle.tokenizer_state import describe
@@ -69,21 +69,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help=f"tokens per file (default: {SHARD_TOKENS:,})",
     )
     parser.add_argument(
-        "--unknown", choices=("error", "skip"), default="error", help="what to do with characters a vocabulary lacks"
+        "--unknown",
+        choices=("error", "skip"),
+        default="error",
+        help="a character outside the vocabulary is an error, or skipped (default: error)",
     )
     return parser.parse(argv)
 
 
 def _fraction(word: str) -> float:
     if not 0 <= float(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not from 0 up to, not including, 1")
+        raise argparse.ArgumentTypeError(f"found {word}, expected a number of at least 0 and below 1")
     return float(word)
 
 
 def _count(word: str) -> int:
     # The header of a shard counts in 32 bits.
     if not 0 < int(word) < 2**31:
-        raise argparse.ArgumentTypeError(f"{word} is not from 1 to {2**31 - 1}")
+        raise argparse.ArgumentTypeError(f"found {word}, expected a whole number from 1 to {2**31 - 1}")
     return int(word)
 
 

@@ -40,7 +40,8 @@ ROOMS = {
     "core/bundle/storage.py": "bundle/test_storage bundle/test_commit bundle/test_damage checkpoint/test_torch_file",
     "core/containers/pickles/reader.py": "containers/test_pickles containers/test_foreign hostile/test_pickles",
     "core/containers/tensors/views.py": "families/test_rules containers/test_reading conversion/test_megatron",
-    "core/containers/torch_files/zip.py": "containers/test_torch_zip containers/test_torch_zip_damage hostile/test_files",
+    "core/containers/torch_files/zip.py": "containers/test_torch_zip "
+    "containers/test_torch_zip_damage hostile/test_files",
     "core/conversion/pairs/gpt.py": "conversion/test_nanogpt conversion/test_hf_gpt2 conversion/test_refusals",
     "core/conversion/pairs/megatron.py": "conversion/test_llama conversion/test_megatron",
     "core/conversion/proof.py": "conversion/test_safety conversion/test_tensors conversion/test_hf_gpt2",

@@ -1,4 +1,4 @@
-"""GPTConfig: what a model is, and how its config.json is read and checked."""
+"""GPTConfig: the architecture of a model; its config.json is read and checked here."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ EDITABLE = ("batch_size", "dropout", "device")
 
 @dataclass
 class GPTConfig:
-    """Architecture of a GPT, and the three wishes of the run that made it.
+    """Architecture of a GPT, and three preferences of the run that made it.
 
-    A field that old files lack has the neutral value: what every model did before the field existed.
+    A field that old files lack has the neutral value: the behaviour of every model before the field existed.
     """
 
     batch_size: int = 32
@@ -29,8 +29,8 @@ class GPTConfig:
     n_head: int = 6
     n_layer: int = 6
     dropout: float = 0.2
-    bias: bool = False  # of qkv, and of proj unless proj_bias says otherwise
-    device: str = "auto"  # a wish: "auto" is CUDA where there is one
+    bias: bool = False  # of qkv, and of proj unless proj_bias is set
+    device: str = "auto"  # a preference: "auto" is CUDA if available
     activation: str = "gelu"
     tied_head: bool = False
     head_bias: bool = True
@@ -49,7 +49,7 @@ class GPTConfig:
         """
         faults = [fault for name, rule in _RULES.items() if (fault := rule(name, getattr(self, name)))]
         faults += [
-            f"{name} is {self.unknown[name]!r}, which this model does not compute; allowed is {', '.join(computed)}"
+            f"{name} is {self.unknown[name]!r}, which this model does not compute, expected {', '.join(computed)}"
             for name, computed in _COMPUTED.items()
             if self.unknown.get(name) not in (None, *computed)
         ]
@@ -80,7 +80,7 @@ class GPTConfig:
         return {**known, "format_version": FORMAT_VERSION, **self.unknown}
 
     def architecture(self) -> dict[str, Any]:
-        """The fields that decide tensors and mathematics: everything a person may not edit."""
+        """The fields that determine tensors and mathematics: everything that must not be edited."""
         known = {f.name: getattr(self, f.name) for f in fields(self)}
         values = {k: v for k, v in known.items() if k not in EDITABLE and k != "unknown"}
         return {**values, "proj_bias": self.has_proj_bias}
@@ -109,17 +109,17 @@ def same_architecture(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def _positive_int(name: str, value: Any) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31:
         return None
-    return f"{name} is {value!r}; allowed is a whole number from 1"
+    return f"{name} is {value!r}, expected a whole number of at least 1"
 
 
 def _fraction(name: str, value: Any) -> str | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1:
         return None
-    return f"{name} is {value!r}; allowed is a number from 0 up to, not including, 1"
+    return f"{name} is {value!r}, expected a number of at least 0 and below 1"
 
 
 def _boolean(name: str, value: Any) -> str | None:
-    return None if isinstance(value, bool) else f"{name} is {value!r}; allowed is true or false"
+    return None if isinstance(value, bool) else f"{name} is {value!r}, expected true or false"
 
 
 def _optional_boolean(name: str, value: Any) -> str | None:
@@ -129,11 +129,11 @@ def _optional_boolean(name: str, value: Any) -> str | None:
 def _device(name: str, value: Any) -> str | None:
     if isinstance(value, str) and value:
         return None
-    return f"{name} is {value!r}; allowed is auto, cpu, cuda or cuda:N"
+    return f"{name} is {value!r}, expected auto, cpu, cuda or cuda:N"
 
 
 def _activation(name: str, value: Any) -> str | None:
-    return None if value in ACTIVATIONS else f"{name} is {value!r}; allowed is {', '.join(ACTIVATIONS)}"
+    return None if value in ACTIVATIONS else f"{name} is {value!r}, expected {', '.join(ACTIVATIONS)}"
 
 
 _COMPUTED = {
@@ -141,7 +141,7 @@ _COMPUTED = {
     "norm_type": ("layernorm",),
     "mlp_type": ("mlp", *ACTIVATIONS),
 }
-"""Fields of other programs that change what is computed from the same tensors, and what is computed here."""
+"""Fields of other programs that change the computation with the same tensors, and the values computed here."""
 
 _RULES = {
     "batch_size": _positive_int,

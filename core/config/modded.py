@@ -1,4 +1,4 @@
-"""ModdedConfig: the size and variant of a modded-nanogpt model, and how its config.json is read and checked."""
+"""ModdedConfig: the size and variant of a modded-nanogpt model; its config.json is read and checked here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .gpt import FORMAT_VERSION
 from .variants import BLOCK, HEAD_SIZE, VALUE_TABLES, VARIANTS, Variant
 
 CLASSES = ("GPTFlexAttention", "GPTBatched")
-"""What `model_class` of a config.json may be for this config to be its content."""
+"""Values of `model_class` in a config.json that has this config."""
 
 GPT2_END = 50256
 """GPT-2's end of text, with which modded-nanogpt begins each document."""
@@ -20,7 +20,7 @@ WINDOWS = ("exact", "full")
 
 @dataclass
 class ModdedConfig:
-    """Size and variant of a model, and the wishes of the run that made it.
+    """Size and variant of a model, and the preferences of the run that made it.
 
     `vocab_size` is the rows of the embedding, `head_rows` those of the head: programs pad either, or both.
     """
@@ -35,7 +35,7 @@ class ModdedConfig:
     eos_token_id: int = GPT2_END
     window: int | str = "exact"
     batch_size: int = 1
-    device: str = "auto"  # a wish: "auto" is CUDA where there is one
+    device: str = "auto"  # a preference: "auto" is CUDA if available
     unknown: dict[str, Any] = field(default_factory=dict)  # fields of other programs, kept as they are
 
     def __post_init__(self) -> None:
@@ -47,31 +47,31 @@ class ModdedConfig:
         Raises: CheckpointMismatch naming each field, its value and what is allowed.
         """
         faults = [
-            f"{name} is {value!r}; allowed is a whole number from 1"
+            f"{name} is {value!r}, expected a whole number of at least 1"
             for name in ("vocab_size", "head_rows", "n_layer", "n_head", "n_embd", "block_size", "batch_size")
             if not _whole(value := getattr(self, name), 1)
         ]
         if not isinstance(self.variant, str) or self.variant not in VARIANTS:
-            faults.append(f"variant is {self.variant!r}; allowed is {', '.join(VARIANTS)}")
+            faults.append(f"variant is {self.variant!r}, expected {', '.join(VARIANTS)}")
         if not _whole(self.eos_token_id, 0):
-            faults.append(f"eos_token_id is {self.eos_token_id!r}; allowed is a whole number from 0")
+            faults.append(f"eos_token_id is {self.eos_token_id!r}, expected a whole number of at least 0")
         if self.window not in WINDOWS and not _whole(self.window, 1):
-            faults.append(f"window is {self.window!r}; allowed is exact, full or a number of blocks of {BLOCK}")
+            faults.append(f"window is {self.window!r}, expected exact, full or a number of blocks of {BLOCK}")
         if not isinstance(self.device, str) or not self.device:
-            faults.append(f"device is {self.device!r}; allowed is auto, cpu, cuda or cuda:N")
+            faults.append(f"device is {self.device!r}, expected auto, cpu, cuda or cuda:N")
         if not faults and self.n_embd != self.n_head * HEAD_SIZE:
             faults.append(
                 f"n_embd is {self.n_embd}, and {self.n_head} heads of {HEAD_SIZE} make {self.n_head * HEAD_SIZE}; the "
                 "value embeddings need them equal"
             )
         if not faults and (self.n_layer % 2 or self.n_layer < 2 * VALUE_TABLES):
-            faults.append(f"n_layer is {self.n_layer}; allowed is an even number from {2 * VALUE_TABLES}")
+            faults.append(f"n_layer is {self.n_layer}, expected an even number of at least {2 * VALUE_TABLES}")
         if faults:
             raise CheckpointMismatch(f"{where}: {'; '.join(faults)}.")
 
     @property
     def kind(self) -> Variant:
-        """What the variant computes."""
+        """The computation of the variant."""
         return VARIANTS[self.variant]
 
     @classmethod

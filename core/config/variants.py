@@ -1,6 +1,6 @@
-"""Variant: what the three versions of modded-nanogpt compute differently, as data. Nothing here needs torch.
+"""Variant: the differences in computation between three versions of modded-nanogpt, as data, without torch.
 
-Read off KellerJordan/modded-nanogpt: train_gpt.py of 2025-06 (commit 16e2da07) and of 2025-02 (587b45fb), and
+Taken from KellerJordan/modded-nanogpt: train_gpt.py of 2025-06 (commit 16e2da07) and of 2025-02 (587b45fb), and
 train_gpt_medium.py (06743860).
 """
 
@@ -24,10 +24,10 @@ VALUE_TABLES = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """One version of the program, as far as the same weights would compute something else in another."""
+    """One version of the program: everything in which the same weights compute something else in another version."""
 
     name: str
-    program: str  # what `Format:` says of it
+    program: str  # its name in the line `Format:`
     normed_input: bool  # whether attention reads the normed stream, or the stream as it is
     normed_values: bool  # whether values are normed like queries and keys
     skips: Mapping[int, int] | None  # layer: the layer whose output it adds; None is a U-net

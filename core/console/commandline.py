@@ -21,21 +21,21 @@ DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def _near(word: str, words: Iterable[str], n: int, cutoff: float) -> list[str]:
-    """The likeliest of some words; its library is imported only when a flag is wrong."""
+    """The closest of some words; the library for this is imported only when a flag is wrong."""
     from difflib import get_close_matches
 
     return get_close_matches(word, words, n, cutoff)
 
 
 def _wide(prog: str) -> argparse.HelpFormatter:
-    """A page on which the longest flag has its help beside it."""
+    """A help page on which even the longest flag has its help beside it."""
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=118)
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser with the flags every script has; an unknown flag names the nearest known one.
 
-    A script that works on no model takes `model=False`.
+    A script that does not work on a model passes `model=False`.
     """
 
     def __init__(self, prog: str, description: str, epilog: str = "", model: bool = True) -> None:
@@ -186,13 +186,13 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has what it wanted; Python would complain once more while closing stdout.
+        # The reader (head, less) has closed the pipe; Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     except OSError as error:
         print(f"error: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
         code = FAILED
-    import signal  # a millisecond that no start has to wait for
+    import signal  # costs a millisecond, so not at the start
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is over: an impatient Ctrl-C must not change the exit code
     sys.exit(code)

@@ -10,6 +10,6 @@ if TYPE_CHECKING:
 
 def byte_bar(what: str, total: int, show: bool = True) -> tqdm:
     """Begin a progress bar in bytes, which appears when the work takes longer than two seconds, and leaves no trace."""
-    from tqdm import tqdm  # what ends at once does without
+    from tqdm import tqdm  # not needed by work that ends at once
 
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2.0, leave=False, disable=not show)

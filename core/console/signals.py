@@ -19,21 +19,21 @@ STOPPING = ("SIGINT", "SIGTERM", "SIGBREAK")
 TIME_LIMIT = "stop_after_minutes"
 
 SAVING = "SIGUSR1"
-"""The signal that asks to save and go on; Windows has none."""
+"""The signal that requests a save without stopping; Windows has none."""
 
 SAVE_BY_CLOCK = "save_every_minutes"
 
 WISHES = (*STOPPING, TIME_LIMIT, SAVING, SAVE_BY_CLOCK)
-"""What may be asked of a run at the end of a step."""
+"""Requests to a run at the end of a step."""
 
 
 def reason(wishes: set[str]) -> str | None:
-    """Which of some wishes is to stop; None when none is."""
+    """The first of some requests that stops the run; None if none does."""
     return next((name for name in (*STOPPING, TIME_LIMIT) if name in wishes), None)
 
 
 class StopSignal:
-    """While the block runs, SIGINT and SIGTERM ask to save and stop, SIGUSR1 to save and go on.
+    """While the block runs, SIGINT and SIGTERM request to save and stop, SIGUSR1 to save and continue.
 
     A second SIGINT ends at once; a second SIGTERM changes nothing. `after_minutes` from now on it asks to stop by
     itself. With `owns_process` (a script, not a notebook) "at once" is at once: no thread that writes a save is waited
@@ -52,12 +52,12 @@ class StopSignal:
 
     @property
     def requested(self) -> str | None:
-        """What asks to stop: the name of a signal, or of the time limit once a step was made; None to go on."""
+        """The request to stop: the name of a signal, or of the time limit after at least one step; None to continue."""
         over = self.work_to_save and time.monotonic() >= self._ends
         return self.signal or (TIME_LIMIT if over else None)
 
     def take(self) -> set[str]:
-        """What is asked for now; a save is asked for once."""
+        """The pending requests; a request to save is returned once."""
         save, self._save = self._save, False
         return ({self.requested} if self.requested else set()) | ({SAVING} if save else set())
 
@@ -76,7 +76,7 @@ class StopSignal:
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
         self._save = True
-        _tell(f"{signal.Signals(number).name}: saving as soon as this step is done, and going on")
+        _tell(f"{signal.Signals(number).name}: saving after this step, then continuing")
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -85,7 +85,7 @@ class StopSignal:
             if self._owns_process:
                 _tell("interrupted; what was saved is intact")
                 os._exit(INTERRUPTED)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third would only break the way out
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third would only interrupt the exit
             raise KeyboardInterrupt
         if self._owns_process and not self.work_to_save:
             _tell(f"{name}: nothing new to save. Run the same command to continue.")

@@ -1,4 +1,4 @@
-"""What scripts print for people: aligned columns, sizes, and text that cannot change the terminal."""
+"""Output for people: aligned columns, sizes, and text that cannot change the terminal."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def size_text(size: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace what would move the cursor or change the terminal by its escape."""
+    """Replace characters that would move the cursor or change the terminal by their escapes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Say which tensors are missing, have no place, or have another shape."""
+    """List tensors that are missing, have no place, or have another shape."""
     missing = [f"{name} is missing" for name in expected if name not in found]
     surplus = [f"{name} has no place in this model" for name in found if name not in expected]
     wrong = [

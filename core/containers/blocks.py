@@ -1,4 +1,4 @@
-"""Tensors that lie in blocks: whether the blocks make up the tensor, and its spec."""
+"""Tensors stored in blocks: check that the blocks cover the tensor exactly once, and make its spec."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from ..errors import CheckpointDamaged
 from .spec import ITEM_SIZES, Chunk, TensorSpec, dense_strides
 
 _MOST_CUTS = 5
-"""Dimensions along which one tensor may be cut: meshes have three, and the work doubles with each."""
+"""Most dimensions along which a tensor may be cut: meshes have three, and each one doubles the work."""
 
 
 def naturals(values: Any) -> TypeGuard[tuple[int, ...]]:
-    """Whether a value from a file is a tuple of whole numbers from 0, as shapes and offsets are."""
+    """Whether a value from a file is a tuple of whole numbers of at least 0, as shapes and offsets are."""
     if not isinstance(values, tuple):
         return False
-    for value in values:  # noqa: SIM110 (three times as fast as all(), and asked for every tensor)
+    for value in values:  # noqa: SIM110 (three times as fast as all(), and called for every tensor)
         if type(value) is not int or not 0 <= value < 1 << 63:
             return False
     return True
 
 
 def blocks_fault(shape: tuple[int, ...], blocks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
-    """Say what is wrong with blocks (begin, shape) of a tensor; "" when each element is in exactly one of them.
+    """Describe what is wrong with the blocks (begin, shape) of a tensor; "" when each element is in exactly one.
 
-    By corners, in linear time: give each block +1 and -1 at its corners in turn; blocks fill a tensor exactly when
-    these add up to the same at the tensor's own corners and to 0 elsewhere.
+    It counts corners, in linear time: each block contributes +1 and -1 at alternate corners. The blocks fill the tensor
+    exactly when the sums equal the tensor's own contributions at its corners and are 0 everywhere else.
     """
     if len(blocks) == 1 and blocks[0][1] == shape and not any(blocks[0][0]) and len(blocks[0][0]) == len(shape):
         return ""
     for begin, size in blocks:
         if len(begin) != len(shape) or len(size) != len(shape):
-            return f"a block of shape {size} from {begin} is no part of a tensor of shape {shape}"
+            return f"a block of shape {size} from {begin} does not belong to a tensor of shape {shape}"
         if any(b + s > whole for b, s, whole in zip(begin, size, shape, strict=True)):
             return f"a block of shape {size} from {begin} reaches beyond the shape {shape}"
     blocks = [block for block in blocks if 0 not in block[1]]
     have, need = sum(math.prod(size) for _, size in blocks), math.prod(shape)
     if have != need:
-        fault = "some are missing" if have < need else "some are there twice"
+        fault = "some are missing" if have < need else "some occur twice"
         return f"its blocks have {have} elements, its shape {shape} {need}: {fault}"
     cuts = [d for d in range(len(shape)) if any(size[d] != shape[d] for _, size in blocks)]
     if len(cuts) > _MOST_CUTS:
@@ -56,7 +56,7 @@ def blocks_fault(shape: tuple[int, ...], blocks: Sequence[tuple[tuple[int, ...],
 
 
 def spec_of_blocks(name: str, dtype: str, shape: tuple[int, ...], chunks: Sequence[Chunk], storage: str) -> TensorSpec:
-    """The spec of a tensor that these chunks fill; chunks without elements are left out, one alone is the tensor."""
+    """Make the spec of a tensor from its chunks; empty chunks are left out, and a single chunk is the whole tensor."""
     chunks = [chunk for chunk in chunks if chunk.nbytes] or list(chunks[:1])
     nbytes = math.prod(shape) * ITEM_SIZES[dtype]
     if len(chunks) == 1 and chunks[0].nbytes == nbytes:
@@ -69,7 +69,7 @@ def spec_of_blocks(name: str, dtype: str, shape: tuple[int, ...], chunks: Sequen
 def read_at(file: BinaryIO, offset: int, size: int, where: str) -> bytes:
     """Read `size` bytes from `offset`.
 
-    Raises: CheckpointDamaged when the file ends sooner.
+    Raises: CheckpointDamaged when the file ends too early.
     """
     file.seek(offset)
     data = file.read(size)

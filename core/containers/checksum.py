@@ -1,4 +1,4 @@
-"""CRC32 of files, and the CRC of joined pieces without reading them again."""
+"""CRC32 of files, and of concatenated pieces without reading them again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ POLYNOMIAL = 0xEDB88320
 """CRC-32 of zip and gzip, bits reflected: the highest bit stands for x^0."""
 
 THREADS = min(os.cpu_count() or 1, 4)
-"""How many read or copy at a time: more would wait for memory and disk, not for a processor."""
+"""Most threads that read or copy: more would wait for memory and disk, not for a processor."""
 
 CHUNK = 256 * 1024
-"""Bytes read at a time: what stays in a core's L2 cache between the read and the sum."""
+"""Bytes read at a time: small enough to stay in a core's L2 cache between the read and the checksum."""
 
 POSITIONED_READS = hasattr(os, "preadv")
 """Off (Windows, tests): one thread that seeks and reads."""
@@ -48,7 +48,7 @@ def _shift(length: int) -> int:
 
 
 def combine(first: int, second: int, second_length: int) -> int:
-    """CRC32 of two pieces joined, from the CRC32 of each and the length of the second in bytes.
+    """CRC32 of two concatenated pieces, from the CRC32 of each and the length of the second in bytes.
 
     The method is Mark Adler's crc32_combine in zlib's crc32.c.
     """
@@ -56,7 +56,7 @@ def combine(first: int, second: int, second_length: int) -> int:
 
 
 def read_into(fd: int, buffer: memoryview, position: int) -> int:
-    """Read from a position of an open file into a buffer, as far as it goes; returns the bytes read, 0 at the end."""
+    """Read from a position of an open file into a buffer; returns the number of bytes read, 0 at its end."""
     if POSITIONED_READS:
         return os.preadv(fd, [buffer], position)
     os.lseek(fd, position, os.SEEK_SET)
@@ -66,7 +66,7 @@ def read_into(fd: int, buffer: memoryview, position: int) -> int:
 
 
 def crc32_range(fd: int, start: int, end: int) -> int:
-    """CRC32 of the bytes from `start` up to `end` of an open file; a file that ends sooner is summed to its end."""
+    """CRC32 of the bytes from `start` up to `end` of an open file, or up to the end of a shorter file."""
     buffer = memoryview(bytearray(min(CHUNK, max(end - start, 1))))
     crc, position = 0, start
     while position < end:

@@ -1,4 +1,4 @@
-"""Container: what every way of storing tensors on disk gives to those who look into it, and how files are opened."""
+"""Container: the common view of every storage format for tensors, and how its files are opened."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class Check:
     offset: int
     size: int
     crc32: int | None
-    names: tuple[str, ...]  # the tensors in it, or what else it holds
+    names: tuple[str, ...]  # the tensors in these bytes, or a description of other content
 
 
 @dataclass
 class Container:
     """An opened file or folder: its tensors by name, everything else as inert content, and what can be checked.
 
-    Nothing was loaded and nothing executed.
+    Nothing is loaded and nothing is executed.
     """
 
-    kind: str  # as a person would call it: "torch zip", "safetensors, 2 files", "DCP folder"
+    kind: str  # in words: "torch zip", "safetensors, 2 files", "DCP folder"
     path: Path
     tensors: dict[str, TensorSpec]
-    content: Any  # what is no tensor; in that of a pickle a spec stands in the place of each tensor
-    files: dict[str, int]  # every file that belongs to it and its bytes; by name within the folder
+    content: Any  # everything but tensors; a pickle's content has a spec in place of each tensor
+    files: dict[str, int]  # every file that belongs to it, by name within the folder, and its size in bytes
     checks: list[Check] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)  # what its pickles name besides data, as text
-    notes: list[str] = field(default_factory=list)  # what a person should know: what is missing, odd or left out
+    foreign: list[str] = field(default_factory=list)  # calls and names in its pickles beyond plain data
+    notes: list[str] = field(default_factory=list)  # sentences for people: what is missing, unusual or left out
 
     def open(self, name: str) -> BinaryIO:
         """Open one of its files for reading.
@@ -49,14 +49,14 @@ class Container:
         return open_file(self.path / name if self.path.is_dir() else self.path)
 
     def proves_itself(self, name: str) -> bool:
-        """Whether one of its files shows by what it holds that it is whole, whatever was recorded of it."""
+        """Whether the content of one of its files proves that the file is complete, without a recorded checksum."""
         return False
 
 
 def open_file(path: Path) -> BinaryIO:
     """Open a file for reading, unbuffered.
 
-    Raises: CheckpointNotFound when that cannot be done, or it is no file: opening a pipe would wait for its writer.
+    Raises: CheckpointNotFound when it cannot be opened, or is not a regular file: a pipe would wait for its writer.
     """
     try:
         if path.exists() and not path.is_file():
@@ -70,9 +70,9 @@ def open_file(path: Path) -> BinaryIO:
 
 @contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
-    """Hold a file open while its header is read.
+    """Keep a file open while its header is read.
 
-    Raises: CheckpointNotFound as `open_file`, CheckpointDamaged when the disk cannot read what it holds.
+    Raises: CheckpointNotFound as `open_file`, CheckpointDamaged when the disk cannot read it.
     """
     with open_file(path) as file:
         try:
@@ -82,7 +82,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def listing(folder: Path) -> dict[str, int | None]:
-    """What is in a folder by name, sorted: the bytes of each file, None for a folder and a link to nowhere.
+    """List a folder, sorted by name: the size of each file in bytes, None for a folder and for a broken link.
 
     Raises: CheckpointNotFound when it cannot be listed.
     """
@@ -97,22 +97,22 @@ def listing(folder: Path) -> dict[str, int | None]:
 def _size(entry: os.DirEntry[str]) -> int | None:
     try:
         return entry.stat().st_size if entry.is_file() else None
-    except OSError:  # a link that leads round in a circle, or out of reach
+    except OSError:  # a link that forms a loop, or whose target is out of reach
         return None
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is that of a file within a folder, written the one way there is."""
+    """Whether a name is the normalized relative path of a file within a folder."""
     path = PurePosixPath(name)
     return name.isprintable() and str(path) == name != "." and ".." not in path.parts and not path.is_absolute()
 
 
 def member(folder: Path, name: str, where: str) -> Path:
-    """The path of a file that a checkpoint names, which has to lie in the checkpoint's folder; it may be missing.
+    """The path of a file that a checkpoint refers to; it must be inside the checkpoint's folder, and may be missing.
 
-    A link may end in the folder, or among the `blobs` of the Hugging Face cache that the folder is in.
+    A link may lead to a file in the folder, or to one of the `blobs` of the Hugging Face cache that holds the folder.
 
-    Raises: CheckpointDamaged when the name leads elsewhere; `where` is who names it.
+    Raises: CheckpointDamaged when the name leads elsewhere; `where` is the file that refers to it.
     """
     if not is_plain(name):
         raise CheckpointDamaged(f"{where}: names the file {as_text(name, 80)}, expected one within its folder.")
@@ -121,7 +121,7 @@ def member(folder: Path, name: str, where: str) -> Path:
     blobs = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
     if not any(real.is_relative_to(place) for place in [root, *blobs]):
         raise CheckpointDamaged(
-            f"{where}: {as_text(name, 80)} is a link that leads out of the folder, to {as_text(str(real))}. "
+            f"{where}: {as_text(name, 80)} is a link that leads outside the folder, to {as_text(str(real))}. "
             "Put the file itself there, or name it directly."
         )
     return folder / name

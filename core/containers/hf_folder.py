@@ -1,6 +1,6 @@
-"""Open a Hugging Face folder: weights in one file or in shards that an index lists, with the config beside them.
+"""Open a Hugging Face folder: weights in one file, or in shards listed by an index, with the config beside them.
 
-Which files there are is told in the docs of transformers (Loading models, Sharded checkpoints).
+The files are described in the documentation of transformers (Loading models, Sharded checkpoints).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""The names a model goes by; of several that are there the first is taken, as transformers does."""
+"""File names of a model's weights; when several exist the first is used, as in transformers."""
 
 INDEX = ".index.json"
-"""How the name of an index ends."""
+"""Suffix of the name of an index."""
 
 CONFIG = "config.json"
 
@@ -47,10 +47,10 @@ BESIDE = (
     "chat_template.jinja",
     "preprocessor_config.json",
 )
-"""What else belongs to a model: not read, and copied with it as it is."""
+"""Other files of a model: not read, and copied unchanged with it."""
 
 _USUAL = {METADATA: {"format": "pt"}}
-"""What every safetensors file says that transformers wrote."""
+"""The metadata of every safetensors file written by transformers."""
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -64,11 +64,11 @@ def is_hf_folder(folder: Path) -> bool:
 def open_hf_folder(path: Path) -> Container:
     """Open a Hugging Face folder, or the index of one; only headers are read.
 
-    Its content is the `config` of config.json, the `metadata` of the index, and under the name of each file what that
-    holds besides tensors.
+    Its content has the `config` of config.json, the `metadata` of the index, and, under the name of each file, whatever
+    that file holds besides tensors.
 
-    Raises: CheckpointNotFound when there are no weights; CheckpointDamaged when a shard is missing or damaged, or the
-        index promises what no shard has, or names a file out of the folder.
+    Raises: CheckpointNotFound when there are no weights; CheckpointDamaged when a shard is missing or damaged, when the
+        index lists a tensor that no shard has, or when it refers to a file outside the folder.
     """
     folder = path.parent if path.name.endswith(INDEX) else path
     names = listing(folder)
@@ -85,10 +85,10 @@ def open_hf_folder(path: Path) -> Container:
         content |= {"metadata": index["metadata"]} if "metadata" in index else {}
     parts = sorted(set(weight_map.values())) or ([main] if main else _numbered(names))
     if not parts:
-        raise CheckpointNotFound(f"{path}: no weights of Hugging Face here, expected one of {', '.join(WEIGHTS)}.")
+        raise CheckpointNotFound(f"{path}: no Hugging Face weights here, expected one of {', '.join(WEIGHTS)}.")
     shards = _open_shards(folder, parts, where, names)
     tensors = _merge(shards, where)
-    notes = [] if main else ["no index beside the shards: whether all of their tensors are there cannot be told"]
+    notes = [] if main else ["no index beside the shards: whether all tensors are present is unknown"]
     if weight_map:
         notes += _compare(weight_map, tensors, where) + _total_size(content.get("metadata"), tensors)
     for name, shard in shards.items():
@@ -111,7 +111,7 @@ def open_hf_folder(path: Path) -> Container:
 
 
 def _numbered(names: Iterable[str]) -> list[str]:
-    """The files of a model that was cut into shards, as their own names count them."""
+    """The names of all shards of a model, as counted by the names themselves."""
     found = sorted((match for name in names if (match := _SHARD.fullmatch(name))), key=lambda m: (m[3], m[1]))
     if not found:
         return []
@@ -120,7 +120,7 @@ def _numbered(names: Iterable[str]) -> list[str]:
 
 
 def _beside(names: dict[str, int | None], files: dict[str, int]) -> list[str]:
-    """Note what else is in the folder; what belongs to the model is added to its files."""
+    """Note the other files of the folder; those that belong to the model are added to its files."""
     known = {name: size for name in BESIDE if (size := names.get(name)) is not None}
     files |= known
     surplus = [name for name in names if name.endswith(_WEIGHT_SUFFIXES) and name not in files]
@@ -140,7 +140,7 @@ def _weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
 
 
 def _open_shards(folder: Path, names: list[str], where: str, there: Iterable[str]) -> dict[str, Container]:
-    """Open the files that hold the tensors, of those that are there."""
+    """Open the existing files that hold tensors."""
     listed = set(there)
     missing = [name for name in names if is_plain(name) and name not in listed]
     if missing:
@@ -160,7 +160,7 @@ def _open_shard(path: Path) -> Container:
 
 
 def _merge(shards: dict[str, Container], where: str) -> dict[str, TensorSpec]:
-    """The tensors of all files, each with the file that it lies in."""
+    """The tensors of all files, each with its file."""
     tensors: dict[str, TensorSpec] = {}
     for file, shard in shards.items():
         for name, spec in shard.tensors.items():
@@ -172,7 +172,7 @@ def _merge(shards: dict[str, Container], where: str) -> dict[str, TensorSpec]:
 
 
 def _compare(weight_map: dict[str, str], tensors: dict[str, TensorSpec], where: str) -> list[str]:
-    """Refuse an index that promises what the files do not hold; what it does not list is only noted."""
+    """Refuse an index that lists tensors the files do not hold; tensors that it does not list are only noted."""
     lost = [name for name in weight_map if name not in tensors]
     if lost:
         raise CheckpointDamaged(
@@ -189,7 +189,7 @@ def _compare(weight_map: dict[str, str], tensors: dict[str, TensorSpec], where: 
 
 
 def _total_size(metadata: Any, tensors: dict[str, TensorSpec]) -> list[str]:
-    """Note that the index gives another size than the tensors have, with tied ones counted once or each time."""
+    """Note when the index's total size is not that of the tensors, with tied ones counted once or each time."""
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     each = sum(spec.nbytes for spec in tensors.values())
     once = sum(nbytes for _, _, nbytes in {(spec.storage, spec.offset, spec.nbytes) for spec in tensors.values()})
@@ -199,7 +199,7 @@ def _total_size(metadata: Any, tensors: dict[str, TensorSpec]) -> list[str]:
 
 
 def _without_tensors(content: Any) -> Any:
-    """The content of a file, of a plain state dict only what is no tensor."""
+    """The content of a file; of a plain state dict, only the entries that are not tensors."""
     if not isinstance(content, dict):
         return content
     return {name: value for name, value in content.items() if not isinstance(value, TensorSpec)}

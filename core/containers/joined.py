@@ -1,4 +1,4 @@
-"""Several containers in one folder as one."""
+"""Several containers in one folder, presented as one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LARGEST_JSON = 100_000_000  # bytes; an index of 100,000 tensors has 10 million
 
 
 def join(whole: Container, part: Container, name: str = "") -> None:
-    """Add what a part holds, whose path is in the folder of the whole; its tensors get this first name, if any.
+    """Add the content of a part, which lies in the whole's folder; its tensors are prefixed with `name`, if given.
 
-    Its content goes by the name, or without one is left to the caller. The part is used up: its specs are changed.
+    Its content is stored under `name`; without one it is left to the caller. The part's specs are modified in place.
 
-    Raises: CheckpointDamaged when two tensors would have one name.
+    Raises: CheckpointDamaged when two tensors would have the same name.
     """
     single = part.path.is_file()
     folder = part.path.parent if single else part.path
@@ -45,9 +45,9 @@ def join(whole: Container, part: Container, name: str = "") -> None:
 
 
 def put(whole: Container, name: str, content: Any) -> None:
-    """Add to the content of the whole.
+    """Add an entry to the content of the whole.
 
-    Raises: CheckpointDamaged when it has something of this name.
+    Raises: CheckpointDamaged when the name is taken.
     """
     if name in whole.content:
         raise CheckpointDamaged(f"{whole.path}: two parts of it are called {as_text(name, 80)}.")
@@ -57,7 +57,7 @@ def put(whole: Container, name: str, content: Any) -> None:
 def read_json(folder: Path, name: str, files: dict[str, int]) -> dict[str, Any]:
     """Read a JSON object in a folder, and add its size to `files`.
 
-    Raises: CheckpointNotFound, CheckpointDamaged when it is no JSON object, or not in the folder.
+    Raises: CheckpointNotFound, CheckpointDamaged when it is not a JSON object, or not in the folder.
     """
     from .json_files import parse_json  # most folders that are joined have no JSON
 

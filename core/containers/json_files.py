@@ -1,4 +1,4 @@
-"""JSON objects on disk: read with every key once, written as people like to read them."""
+"""JSON objects on disk: read with duplicate keys refused, written indented for people."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..errors import CheckpointDamaged
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; a key that occurs twice is refused, since readers disagree on which one counts.
+    """Parse a JSON object; a duplicate key is refused, because readers disagree on which one counts.
 
-    Raises: CheckpointDamaged with the place where reading stopped.
+    Raises: CheckpointDamaged with the position where parsing failed.
     """
     try:
         values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointDamaged(f"{where}: {len(data)} bytes that are no valid JSON ({error}).") from error
+        raise CheckpointDamaged(f"{where}: {len(data)} bytes that are not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise CheckpointDamaged(f"{where}: found a JSON {type(values).__name__}, expected an object.")
     return values
@@ -32,5 +32,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def dump_json(values: dict[str, Any]) -> bytes:
-    """Write a JSON object as people like to read it."""
+    """Format a JSON object for people: indented, one entry a line."""
     return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Open what Megatron saves: a folder for each iteration, in one of two formats.
+"""Open a Megatron checkpoint: a folder for each iteration, in one of two formats.
 
     latest_checkpointed_iteration.txt   "100", or "release"
     iter_0000100/                       torch_dist: a DCP folder with metadata.json, and the arguments of the run in
@@ -28,18 +28,18 @@ _MOST_RANKS, _MOST_NAMED = 4096, 20
 _JSON = "metadata.json"
 _DCP = ".metadata"
 
-# readers are imported when they are needed: every folder is asked whether it is one of these
+# readers are imported on demand: every folder is tested for being one of these
 
 
 def is_megatron_folder(path: Path) -> bool:
-    """Whether a folder is one of Megatron: of one iteration, or of the run."""
+    """Whether a folder was written by Megatron: that of one iteration, or of a run."""
     names = listing(path)
     run = LATEST in names or any(map(_ITERATION.fullmatch, names))
     return run or any(map(_RANK.fullmatch, names)) or names.keys() >= {_COMMON, _DCP} or _is_torch_dist(path, names)
 
 
 def _is_torch_dist(path: Path, names: dict[str, int | None]) -> bool:
-    """Whether the file that Megatron writes last says that a DCP folder is one of its iterations."""
+    """Whether the file that Megatron writes last marks a DCP folder as one of its iterations."""
     if not names.keys() >= {_JSON, _DCP}:
         return False
     with reading(member(path, _JSON, str(path))) as file:
@@ -47,16 +47,16 @@ def _is_torch_dist(path: Path, names: dict[str, int | None]) -> bool:
 
 
 def open_megatron_folder(path: Path) -> Container:
-    """Read one iteration: of a folder that holds several, the one that Megatron itself would load.
+    """Read one iteration; in a folder of several, the one that Megatron itself would load.
 
-    Its content has the arguments of the run under `common`, or that of each rank under the name of its folder.
+    Its content has the arguments of the run under `common`, or the content of each rank under the name of its folder.
 
     Raises: CheckpointNotFound when there is none, CheckpointDamaged, CheckpointError as the readers of its files.
     """
     names = listing(path)
     if not is_megatron_folder(path):
         raise CheckpointNotFound(
-            f"{path}: no folder of Megatron here, expected iter_0000100 and the like, {_DCP} with {_COMMON} or with "
+            f"{path}: not a Megatron folder, expected iter_0000100 and the like, {_DCP} with {_COMMON} or with "
             f"a {_JSON} that says torch_dist, or mp_rank_00/{_CLASSIC}."
         )
     iterations = [name for name, size in names.items() if size is None and _ITERATION.fullmatch(name)]
@@ -90,7 +90,7 @@ def _open_iteration(path: Path, names: dict[str, int | None]) -> Container:
         return _open_torch_dist(path, names)
     ranks = [name for name, size in names.items() if size is None and _RANK.fullmatch(name)]
     if not ranks:
-        raise CheckpointDamaged(f"{path}: empty of what Megatron saves: neither {_DCP} nor mp_rank_00/{_CLASSIC}.")
+        raise CheckpointDamaged(f"{path}: holds no Megatron checkpoint: neither {_DCP} nor mp_rank_00/{_CLASSIC}.")
     return _open_classic(path, ranks)
 
 
@@ -117,7 +117,7 @@ def _open_torch_dist(path: Path, names: dict[str, int | None]) -> Container:
 
 
 def _open_classic(path: Path, ranks: list[str]) -> Container:
-    """The file of each rank; of several, tensors go by the folder of their rank."""
+    """Read the file of each rank; with several ranks, tensor names start with the folder of their rank."""
     from .joined import join
     from .torch_files.container import open_torch_single
 
@@ -148,7 +148,7 @@ def _open_classic(path: Path, ranks: list[str]) -> Container:
 
 
 def _sizes(content: Any, ranks: list[str]) -> list[int]:
-    """How many tensor-parallel and pipeline ranks the arguments of the run name; 1 each where they name none."""
+    """The numbers of tensor-parallel and pipeline ranks in the arguments of the run; 1 each by default."""
     from .pickles.foreign import attributes
 
     part = content.get(ranks[0], content) if isinstance(content, dict) else {}
@@ -158,7 +158,7 @@ def _sizes(content: Any, ranks: list[str]) -> list[int]:
 
 
 def _missing(ranks: list[str], sizes: list[int]) -> list[str]:
-    """Name the folders of ranks that are not there: below the sizes of the run, or between those that are there."""
+    """Name the missing folders of ranks: below the sizes of the run, or between those that exist."""
     numbers = [tuple(map(int, name.split("_")[2:4])) for name in ranks]
     tensor = max(sizes[0], *(one[0] + 1 for one in numbers))
     pipeline = max(sizes[1], *(one[1] + 1 if len(one) > 1 else 1 for one in numbers))

@@ -1,4 +1,4 @@
-"""Open a checkpoint of whatever kind: by the first bytes of a file, by what a folder holds."""
+"""Open a checkpoint of any kind, recognized by the first bytes of a file or the contents of a folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FOLDERS = (
     ("dcp.folder", "is_dcp", "open_dcp"),
     ("rank_files", "rank_files", "open_rank_files"),
 )
-"""Modules that read folders, how each knows its own, and opens it; the first that knows a folder has it."""
+"""Modules that read folders, with their tests and openers; the first whose test succeeds opens the folder."""
 
 _SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-"""How the names of files end that hold a whole checkpoint each."""
+"""Suffixes of files that each hold a whole checkpoint."""
 
 _LOOKED_FOR = (
     "config.json + model.pt (bundle), latest.pt or final.pt (single file), model.safetensors or pytorch_model.bin or "
@@ -34,20 +34,20 @@ _LOOKED_FOR = (
 def open_container(path: Path) -> Container:
     """Open a checkpoint file or folder of any known kind; only headers are read, nothing is executed.
 
-    Raises: CheckpointNotFound when there is none, saying what was looked for and what was found; CheckpointDamaged when
+    Raises: CheckpointNotFound when there is none, with what was looked for and what was found; CheckpointDamaged when
         it is cut off or contradicts itself; CheckpointError when it is of another kind.
     """
     try:
         return _open_folder(path) if path.is_dir() else _open_file(path)
-    except OSError as error:  # of a path that leads through something that may not be entered
+    except OSError as error:  # the path leads through a folder without permission
         raise CheckpointNotFound(f"{path}: cannot be opened ({error.strerror}).") from error
 
 
-# each reader is imported when it is needed: the pickles of torch cost a reader of safetensors time and memory
+# readers are imported on demand: those of torch's pickles would cost a reader of safetensors time and memory
 
 
 def _open_file(path: Path) -> Container:
-    """Open a file as what its first bytes say it is."""
+    """Open a file of the kind that its first bytes show."""
     with reading(path) as file:
         head = file.read(_HEAD)
     from .safetensors import is_safetensors, open_safetensors
@@ -64,18 +64,18 @@ def _open_file(path: Path) -> Container:
 
 
 def _open_json(path: Path) -> Container:
-    """Open an index of shards; other JSON is no checkpoint."""
+    """Open an index of shards; any other JSON is not a checkpoint."""
     from .hf_folder import INDEX, open_hf_folder
 
     if not path.name.endswith(INDEX):
         raise CheckpointError(
-            f"{path}: a JSON text, no checkpoint. Name the folder that it is in, or an index (*{INDEX})."
+            f"{path}: a JSON text, not a checkpoint. Name the folder that holds it, or an index (*{INDEX})."
         )
     return open_hf_folder(path)
 
 
 def _open_folder(folder: Path) -> Container:
-    """Open a folder as what it holds."""
+    """Open a folder by its contents."""
     names = listing(folder)
     for name, knows, opens in _FOLDERS:
         module = import_module(f".{name}", __package__)
@@ -86,7 +86,7 @@ def _open_folder(folder: Path) -> Container:
         return _open_file(member(folder, single[0], str(folder)))
     if single:
         raise CheckpointNotFound(
-            f"{folder}: no one checkpoint here, but {len(single)} files of which each may be one: "
+            f"{folder}: not a single checkpoint, but {len(single)} files that may each be one: "
             f"{listed_names(single, 5, show=_shown)}. Name one of them."
         )
     found = listed_names(list(names), 5, show=_shown) if names else "nothing"

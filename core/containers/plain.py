@@ -1,4 +1,4 @@
-"""Content of a checkpoint as values that JSON has."""
+"""Convert the content of a checkpoint to JSON values."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .pickles.inert import DEPTH, Call, Global, as_text
 from .spec import TensorSpec
 
 ROOM = 2_000_000
-"""Characters of JSON that a checkpoint may take, beyond 16 for each byte of its files."""
+"""Characters of JSON that a checkpoint may take, in addition to 16 for each byte of its files."""
 
 
 class Room:
-    """How many characters of JSON may still be written: parts that a pickle shares are written at each use."""
+    """A budget of JSON characters: parts that a pickle shares are written at each use, and could grow without bound."""
 
     def __init__(self, size: int) -> None:
         self.left = ROOM + 16 * size  # bytes of the files
@@ -24,10 +24,10 @@ class Room:
 
 
 def plain(value: Any, depth: int = 0, room: Room | None = None) -> Any:
-    """Turn content into what JSON can say; tensors, records and numbers that JSON lacks become text.
+    """Convert content to JSON values; tensors, records and numbers that JSON lacks become text.
 
-    So does what lies deeper than any checkpoint of a program: whoever reads the JSON has to follow it. Where `room`
-    ends, a last entry of each list and object that is cut says how many it lacks; the outermost one has all fields.
+    So do values nested deeper than in any real checkpoint, since readers of the JSON have to follow them. When `room`
+    runs out, the last entry of each shortened list or object tells how many are missing; the outermost has all fields.
     """
     if depth <= DEPTH and isinstance(value, dict):
         found: dict[str, Any] = {}

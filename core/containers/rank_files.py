@@ -1,6 +1,6 @@
 """Open a folder in which each rank saved its part: model_rank00000.pt, model_rank00001.pt, ... with DTensors in them.
 
-A DTensor says which part of the whole its rank has. What is no DTensor is there once for each rank; the first counts.
+A DTensor records which part of the whole its rank has. Any other value exists once for each rank; the first is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_NAMED = 5
 
 
 def rank_files(folder: Path) -> dict[str, dict[int, str]]:
-    """The names of the files that ranks saved into a folder, by what they hold ("model", "optimizer") and rank."""
+    """The files that ranks saved into a folder, by their content ("model", "optimizer") and rank."""
     found: dict[str, dict[int, str]] = {}
     for name, size in listing(folder).items():
         if size is not None and (match := _RANK_FILE.fullmatch(name)):
@@ -38,16 +38,16 @@ def rank_files(folder: Path) -> dict[str, dict[int, str]]:
 
 
 def open_rank_files(path: Path) -> Container:
-    """Read the files of all ranks: each tensor whole, in blocks; everything else as the first rank has it.
+    """Read the files of all ranks: each tensor complete, in blocks; everything else from the first rank.
 
-    Tensors go by their names, after `model.` and `optimizer.` when there are several kinds of files.
+    Tensors keep their names, with the prefix `model.` or `optimizer.` when there are several kinds of files.
 
-    Raises: CheckpointNotFound when there are none, CheckpointDamaged when ranks are missing whose parts are needed, or
-        contradict each other, CheckpointError for parts that cannot be put together here.
+    Raises: CheckpointNotFound when there are none, CheckpointDamaged when the files of needed ranks are missing or
+        contradict each other, CheckpointError for parts that cannot be assembled here.
     """
     found = rank_files(path)
     if not found:
-        raise CheckpointNotFound(f"{path}: no files of ranks here, expected model_rank00000.pt and the like.")
+        raise CheckpointNotFound(f"{path}: no rank files here, expected model_rank00000.pt and the like.")
     parts = {stem: open_ranks(path, stem, names) for stem, names in found.items()}
     if len(parts) == 1:
         return next(iter(parts.values()))
@@ -68,7 +68,7 @@ def open_ranks(path: Path, stem: str, names: dict[int, str]) -> Container:
 
 @dataclass
 class _Part:
-    """What one rank has of a tensor: a shard, or all of it."""
+    """One rank's part of a tensor: a shard, or the whole tensor."""
 
     file: str
     shard: Shard | None
@@ -77,7 +77,7 @@ class _Part:
 
     @property
     def place(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What ranks with copies have in common; an empty shard may begin where a full one does."""
+        """A key that copies on several ranks share; an empty shard may begin where a full one does."""
         return (self.shard.begin, self.local.shape) if self.shard else ((), ())
 
     def chunk(self) -> Chunk:
@@ -146,7 +146,7 @@ class _Ranks:
             )
 
     def joined(self) -> Container:
-        """Put the parts of each tensor together."""
+        """Assemble each tensor from its parts."""
         tensors: dict[str, TensorSpec] = {}
         faults: list[str] = []
         differing: dict[str, None] = {}
@@ -178,7 +178,7 @@ class _Ranks:
         return Container(kind, self.path, tensors, content, self.sizes, self.checks, list(self.foreign), notes)
 
     def missing(self, faults: list[str]) -> list[str]:
-        """Note the ranks whose files are not there, or refuse when their parts are needed."""
+        """Note the ranks whose files are missing, or refuse when their parts are needed."""
         meshes = [part.shard.ranks for parts in self.parts.values() for part in parts if part.shard]
         world = max([*meshes, *(rank + 1 for rank in self.files)])
         count = world - len(self.files)
@@ -195,7 +195,7 @@ class _Ranks:
 
 
 def _owner(name: str, shards: dict[str, Shard]) -> str:
-    """The DTensor in whose record a tensor is, or the tensor itself."""
+    """The DTensor whose record holds a tensor, or the tensor itself."""
     starts = (name[: match.start()] for match in re.finditer(r"\.args\.", name))
     return next((start for start in starts if start in shards), name)
 

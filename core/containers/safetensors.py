@@ -1,7 +1,7 @@
-"""Read what a .safetensors file holds from its header alone: no torch, no weights.
+"""Read the contents of a .safetensors file from its header alone: no torch, no weights.
 
-The format is told in the README of huggingface/safetensors: the length of the header in 8 bytes, a JSON object that
-gives each tensor's dtype, shape and place, then the bytes of the tensors, dense and without a gap. It has no checksums.
+The format is described in the README of huggingface/safetensors: the length of the header in 8 bytes, a JSON object
+with each tensor's dtype, shape and offsets, then the bytes of the tensors, dense and without gaps. It has no checksums.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .spec import ITEM_SIZES, TensorSpec, dense_strides
 
 METADATA = "__metadata__"
 
-_LENGTH = 8  # bytes that say how long the header is
+_LENGTH = 8  # bytes of the header's length
 _LONGEST_HEADER = 100_000_000
 _MOST_DIMENSIONS = 64
 _LONGEST_NAME = 1000
@@ -47,7 +47,7 @@ _DTYPES = {
     "F4": "float4_e2m1fn_x2",
     "C64": "complex64",
 }
-"""Torch's names of the dtypes; F4 counts single numbers, of which torch's element holds two."""
+"""Torch's names of the dtypes; F4 counts single numbers, and an element of torch holds two of them."""
 
 _UNKNOWN_TO_TORCH = ("F6_E2M3", "F6_E3M2")
 
@@ -55,7 +55,7 @@ _UNKNOWN_TO_TORCH = ("F6_E2M3", "F6_E3M2")
 def open_safetensors(path: Path) -> Container:
     """Open a .safetensors file; only its header is read.
 
-    Its content is the text that the header holds for people, under `__metadata__`, where there is any.
+    Its content is the header's free text, under `__metadata__`, if there is any.
 
     Raises: CheckpointNotFound, CheckpointDamaged when it is cut off or contradicts itself, CheckpointError for a dtype
         that torch does not have.
@@ -80,12 +80,12 @@ def open_safetensors(path: Path) -> Container:
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Whether a file that begins with these bytes is meant as safetensors: no text has zeros before its first brace."""
+    """Whether a file that begins with these bytes is meant as safetensors: text has no zeros before its first brace."""
     return head[_LENGTH : _LENGTH + 1] == b"{" and b"\0" in head[:_LENGTH]
 
 
 def _read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], int]:
-    """Read the header; returns it with where the bytes of the tensors begin."""
+    """Read the header; returns it and the offset at which the bytes of the tensors begin."""
     if size < _LENGTH:
         raise CheckpointDamaged(f"{where}: {size} bytes, expected a safetensors file, which begins with {_LENGTH}.")
     length = int.from_bytes(read_at(file, 0, _LENGTH, where), "little")
@@ -100,22 +100,22 @@ def _read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any],
 
 
 def _spec(name: str, entry: Any, begin: int, size: int, where: str) -> TensorSpec:
-    """One tensor of the header, checked by itself; `begin` is where the bytes of all tensors begin."""
+    """Check one tensor of the header by itself; `begin` is the offset of the bytes of all tensors."""
     shown = as_text(name, 80)[1:-1]
     if len(name) > _LONGEST_NAME or not _is_text(name):
-        raise CheckpointDamaged(f"{where}: a tensor is called {as_text(name, 80)}, which is no name.")
+        raise CheckpointDamaged(f"{where}: a tensor is called {as_text(name, 80)}, which is not a valid name.")
     if not isinstance(entry, dict):
         raise CheckpointDamaged(f"{where}: {shown} is {as_text(entry, 80)}, expected dtype, shape and data_offsets.")
     code, sizes, offsets = entry.get("dtype"), _naturals(entry.get("shape")), _naturals(entry.get("data_offsets"))
     if sizes is None or len(sizes) > _MOST_DIMENSIONS:
         raise CheckpointDamaged(
             f"{where}: {shown} has the shape {as_text(entry.get('shape'), 80)}, expected at most {_MOST_DIMENSIONS} "
-            "whole numbers from 0."
+            "whole numbers of at least 0."
         )
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointDamaged(
             f"{where}: {shown} has the data_offsets {as_text(entry.get('data_offsets'), 80)}, expected two whole "
-            "numbers from 0, the smaller one first."
+            "numbers of at least 0, the smaller one first."
         )
     dtype, shape = _torch_type(code, sizes, f"{where}: {shown}")
     first, end = offsets
@@ -131,7 +131,7 @@ def _spec(name: str, entry: Any, begin: int, size: int, where: str) -> TensorSpe
 
 
 def _torch_type(code: Any, shape: tuple[int, ...], what: str) -> tuple[str, tuple[int, ...]]:
-    """The dtype and shape as torch has them."""
+    """The dtype and shape in torch's terms."""
     odd = code == "F4" and (not shape or shape[-1] % 2)
     if odd or code in _UNKNOWN_TO_TORCH:
         raise CheckpointError(
@@ -160,13 +160,13 @@ def _check_layout(specs: list[TensorSpec], begin: int, size: int, where: str) ->
 
 
 def _naturals(values: Any) -> tuple[int, ...] | None:
-    """A list of whole numbers from 0, None for anything else."""
+    """A tuple of whole numbers of at least 0; None for anything else."""
     natural = isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
     return tuple(values) if natural else None
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is a text that can be written out, or a dict of such texts."""
+    """Whether a value is a string that can be encoded, or a dict of such strings."""
     if isinstance(value, dict):
         return all(_is_text(text) for item in value.items() for text in item)
     try:

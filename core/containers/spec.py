@@ -1,4 +1,4 @@
-"""TensorSpec: what a container's header says about one tensor, and where its bytes are."""
+"""TensorSpec: a container's description of one tensor, with the location of its bytes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ITEM_SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A block of a tensor that lies in a file by itself."""
+    """A block of a tensor that is stored separately."""
 
     file: str  # within the container's folder
     offset: int  # of its first element's first byte, in that file
@@ -48,8 +48,8 @@ class Chunk:
 class TensorSpec:
     """One tensor as its container describes it; tensors of one `storage` share bytes (tied weights, views).
 
-    A container of several files says which `file` it lies in; of a tensor in several blocks the `chunks` say where they
-    are, in place of `offset` and `strides`.
+    In a container of several files, `file` names the one that holds it. For a tensor in several blocks, `chunks`
+    replaces `offset` and `strides`.
     """
 
     name: str
@@ -57,9 +57,9 @@ class TensorSpec:
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements
     offset: int  # of the first element's first byte, in the file
-    nbytes: int  # of the elements laid out densely, whatever the strides are
+    nbytes: int  # of the elements laid out densely, regardless of the strides
     storage: str
-    file: str = ""  # within the container's folder; "" where the container is one file
+    file: str = ""  # within the container's folder; "" when the container is one file
     chunks: tuple[Chunk, ...] = ()
 
     def __str__(self) -> str:
@@ -72,18 +72,18 @@ class TensorSpec:
 
     @property
     def blocks(self) -> tuple[Chunk, ...]:
-        """Its chunks; of a tensor that lies in one piece, that piece."""
+        """Its chunks; for a tensor in one piece, a single chunk."""
         whole = Chunk(self.file, self.offset, self.nbytes, (0,) * len(self.shape), self.shape, self.strides)
         return self.chunks or (whole,)
 
     @property
     def contiguous(self) -> bool:
-        """Whether the elements lie densely in row-major order: `nbytes` bytes from `offset` are the tensor."""
+        """Whether the elements are dense and in row-major order: the `nbytes` bytes at `offset` are the tensor."""
         return self.strides == dense_strides(self.shape) or _same_order(self.shape, self.strides)
 
     @property
     def extent(self) -> int:
-        """Bytes from `offset` to the end of the last element: 0 when there are none, below `nbytes` when expanded."""
+        """Bytes from `offset` to the end of the last element: 0 when empty, below `nbytes` when expanded."""
         return reach(self.shape, self.strides) * ITEM_SIZES[self.dtype]
 
 
@@ -97,14 +97,14 @@ def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Number of storage elements from the first to the last one of a tensor, both counted."""
+    """Number of storage elements from the first to the last element of a tensor, inclusive."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _same_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether strides differ from the dense ones only where they are never used: in dimensions of size 1."""
+    """Whether strides are dense, apart from those of dimensions of size 1, which are never used."""
     return 0 in shape or all(
         size == 1 or stride == dense for size, stride, dense in zip(shape, strides, dense_strides(shape), strict=True)
     )

@@ -1,10 +1,10 @@
-"""Open the folder of one step that holds model, average (EMA) and optimizer apart, each sharded in its own way.
+"""Open the folder of one step that holds model, average (EMA) and optimizer separately, each sharded in its own way.
 
     0000002/metadata.json       train_steps, world_size, checkpoint_type, has_ema, ...
             model_sharded/      a DCP folder; also ema_sharded/; unsharded: model.safetensors, ema.safetensors
             optimizer_rank00000.pt ...
 
-This is the layout of BAGEL and programs after it.
+This is the layout of BAGEL and of programs derived from it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _SHARDED = "_sharded"
 _WHOLE = ".safetensors"
 
 
-# readers are imported when they are needed: every folder is asked whether it is one of these
+# readers are imported on demand: every folder is tested for being one of these
 
 
 def is_step_folder(path: Path) -> bool:
-    """Whether a folder holds the parts of one step, each by its name."""
+    """Whether a folder holds the parts of one step under their usual names."""
     names = listing(path)
     if any(size is None and name in ("model_sharded", "ema_sharded") for name, size in names.items()):
         return True
@@ -36,7 +36,7 @@ def is_step_folder(path: Path) -> bool:
 
 
 def step_parts(path: Path) -> list[str]:
-    """Name the parts of a step that are there: model, ema, optimizer, ..."""
+    """Name the parts of a step that exist: model, ema, optimizer, ..."""
     from .rank_files import rank_files
 
     names = listing(path)
@@ -49,8 +49,8 @@ def open_step_folder(
 ) -> Container:
     """Read the parts of a step: tensors are called `model.…`, `ema.…`, `optimizer.…`; the content has `metadata`.
 
-    What is there twice, sharded and in files of ranks, is read once. `only` names the parts to be read, where it is not
-    all of them; `open_part` opens a sharded folder or safetensors file, where that is to be done in another way.
+    A part that is both sharded and in files of ranks is read once. `only` names the parts to read (default: all);
+    `open_part` replaces the function that opens a sharded folder or safetensors file.
 
     Raises: CheckpointNotFound when there are no parts, CheckpointDamaged, CheckpointError as the readers of the parts.
     """
@@ -59,7 +59,7 @@ def open_step_folder(
 
     if not is_step_folder(path):
         raise CheckpointNotFound(
-            f"{path}: no folder of a step here, expected model_sharded/, ema.safetensors beside model.safetensors, or "
+            f"{path}: not a step folder, expected model_sharded/, ema.safetensors beside model.safetensors, or "
             f"{_METADATA} with model_rank00000.pt."
         )
     names = listing(path)

@@ -1,4 +1,4 @@
-"""Walks over nested values: dicts, lists and tuples as a checkpoint holds them; whatever else is in them is a leaf."""
+"""Walks over nested dicts, lists and tuples, as in a checkpoint; every other value is a leaf."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .pickles.inert import as_text
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Give all leaves in their order."""
+    """Yield all leaves in order."""
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
@@ -20,7 +20,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Copy the dicts, lists and tuples of a value, with what `function` makes of each leaf in its place."""
+    """Copy the dicts, lists and tuples of a value, replacing each leaf by the result of `function`."""
     if isinstance(value, Mapping):
         return {key: map_leaves(function, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -30,7 +30,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def map_paths(function: Callable[[str, Any], Any], value: Any, path: str = "") -> Any:
-    """Do what `map_leaves` does, with a function that is also given the path of each leaf, "state.0.exp_avg"."""
+    """Like `map_leaves`, with a function that also takes the path of each leaf, such as "state.0.exp_avg"."""
     before = f"{path}." if path else ""
     if isinstance(value, Mapping):
         return {

@@ -21,8 +21,8 @@ TO = ("bundle", "nanogpt", "hf", "megatron", "safetensors", "pt", "dcp")
 def add_flags(parser: Parser) -> None:
     """Add the flags of a conversion."""
     group = parser.add_argument_group("conversion")
-    group.add_argument("--to", choices=TO, metavar="FORMAT", help=f"what DST is to be: {', '.join(TO)}")
-    group.add_argument("--list", action="store_true", help="print what can become what")
+    group.add_argument("--to", choices=TO, metavar="FORMAT", help=f"the format of DST: {', '.join(TO)}")
+    group.add_argument("--list", action="store_true", help="list the possible conversions")
     dtypes = "cast floating-point tensors, rounding to nearest even (default: keep)"
     group.add_argument("--dtype", choices=[*DTYPES, "keep"], default="keep", help=dtypes)
     group.add_argument(
@@ -33,22 +33,22 @@ def add_flags(parser: Parser) -> None:
     tied.add_argument("--untied", action="store_true", help="write the head as a tensor of its own")
     rows = "rows of the vocabulary: crop padding, or pad with zeros (default: as they are)"
     group.add_argument("--vocab_size", metavar="N", type=count, help=rows)
-    optimizer = "take the optimizer state along (--to bundle always does)"
+    optimizer = "include the optimizer state (--to bundle always does)"
     group.add_argument("--include_optimizer", action="store_true", help=optimizer)
     group.add_argument("--meta", metavar="FILE", type=Path, help="nanoGPT's meta.pkl: the characters of a vocabulary")
     _add_megatron_flags(parser)
     add_sharded_flags(parser)
-    group.add_argument("--overwrite", action="store_true", help="move what is at DST aside")
-    group.add_argument("--no_verify", action="store_true", help="do not read back and compare what was written")
+    group.add_argument("--overwrite", action="store_true", help="move an existing DST aside")
+    group.add_argument("--no_verify", action="store_true", help="do not read the result back and compare it")
 
 
 def _add_megatron_flags(parser: Parser) -> None:
-    """Add what a file of Megatron does not say; defaults that are taken are printed."""
-    group = parser.add_argument_group("of a Megatron model, where nothing beside its tensors says it")
-    heads = "heads, where no config says it: the tensors show only their groups and width together"
+    """Add flags for the settings that a Megatron file lacks; defaults that are used are printed."""
+    group = parser.add_argument_group("Megatron models, for settings that no config beside the tensors has")
+    heads = "number of heads, if no config has it: the tensors show only their groups and total width"
     group.add_argument("--num_attention_heads", metavar="N", type=count, help=heads)
     group.add_argument("--rope_theta", metavar="X", type=positive, help="base of the rotary embedding (10000)")
-    scaling = "its frequencies are scaled as Llama 3's, by so much (off; 8 in a run with --use-rope-scaling)"
+    scaling = "factor of Llama 3's scaling of the frequencies (off; 8 in a run with --use-rope-scaling)"
     group.add_argument("--rope_scaling_factor", metavar="X", type=positive, help=scaling)
     group.add_argument("--norm_eps", metavar="X", type=positive, help="epsilon of the norms (1e-5; Qwen 1e-6)")
     group.add_argument("--rotary_percent", metavar="X", type=positive, help="part of a head that is rotated (1)")
@@ -62,7 +62,7 @@ def _add_megatron_flags(parser: Parser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """What the flags ask for."""
+    """Make the options from the flags."""
     from .pairs.megatron_settings import FLAGS
 
     return Options(
@@ -77,9 +77,9 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def convert_one(parser: Parser, args: argparse.Namespace) -> int:
-    """Convert SRC into DST as the flags say, with a progress bar when it takes time; returns the exit code."""
+    """Convert SRC to DST as the flags specify, with a progress bar when it takes time; returns the exit code."""
     if args.model_name:
-        parser.error("--model_name says what to migrate; with --to name SRC and DST as paths")
+        parser.error("--model_name selects a model to migrate; with --to name SRC and DST as paths")
     if len(args.paths) != 2:
         parser.error(f"--to takes two paths, SRC and DST; found {len(args.paths)}")
     from .planning import plan_conversion
@@ -109,7 +109,7 @@ def convert_one(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def print_matrix(as_json: bool) -> int:
-    """Print what can become what; returns the exit code."""
+    """Print which programs' models can be converted to which formats; returns the exit code."""
     from .text import matrix, matrix_text
 
     print(json.dumps(matrix(), indent=2) if as_json else "\n".join(matrix_text()))
@@ -117,12 +117,12 @@ def print_matrix(as_json: bool) -> int:
 
 
 def add_sharded_flags(parser: Parser) -> None:
-    """Add the flags that sharded checkpoints need."""
+    """Add the flags for sharded checkpoints."""
     group = parser.add_argument_group("sharded checkpoints")
-    group.add_argument("--save_ema", action="store_true", help="take the EMA weights instead of the main ones")
-    match = "write the names, shapes and dtypes of this model's safetensors, and take from it what SRC lacks"
+    group.add_argument("--save_ema", action="store_true", help="convert the EMA weights instead of the main ones")
+    match = "write the names, shapes and dtypes of this model's safetensors, and take tensors that SRC lacks from it"
     group.add_argument("--match_original", metavar="DIR", nargs="?", const="", help=match)
-    like = "rebuild a lost .metadata after this folder (default: the one beside it), or a torch file of the model"
+    like = "rebuild a lost .metadata from this folder (default: the one beside it), or from a torch file of the model"
     group.add_argument("--metadata_from", metavar="PATH", type=Path, help=like)
     group.add_argument("--checkpoint_dir", metavar="SRC", help="another spelling of SRC, with --output_path")
     group.add_argument("--output_path", metavar="DST", help="another spelling of DST; --to safetensors is understood")
@@ -139,16 +139,16 @@ def take_spelling(parser: Parser, args: argparse.Namespace) -> None:
         args.paths = [args.checkpoint_dir, args.output_path]
         args.to = args.to or "safetensors"
     if args.model_path is not None and args.match_original is None:
-        parser.error("--model_path is for --match_original, which is not there")
+        parser.error("--model_path is for --match_original, which is missing")
     if args.match_original == "":
         if args.model_path is None:
-            parser.error("--match_original needs the folder of the model, behind it or as --model_path")
+            parser.error("--match_original needs the folder of the model, as its value or as --model_path")
         args.match_original = args.model_path
     elif args.model_path not in (None, args.match_original):
         parser.error("--match_original and --model_path name two models; give one")
 
 
 def more_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What these flags ask for, as `Options.more`."""
+    """Make `Options.more` from these flags."""
     original = Path(args.match_original) if args.match_original else None
     return {"save_ema": args.save_ema, "match_original": original, "metadata_from": args.metadata_from}

@@ -1,6 +1,6 @@
-"""--match_original: write a checkpoint as its original model is: the same names, shapes, dtypes and files.
+"""--match_original: write a checkpoint in the form of its original model: the same names, shapes, dtypes and files.
 
-What training did not keep is taken from the original and listed; what the original does not have is refused.
+Tensors that training did not keep are taken from the original and listed; those that the original lacks are refused.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .sharded import take_parts
 from .targets.safetensors import INDEX, add_files, in_shards
 
 ALONG = ("config.json", "llm_config.json", "vit_config.json", *BESIDE)
-"""Files of the original that go along as they are."""
+"""Files of the original that are copied unchanged."""
 
 PATCHES = "patch_embedding.weight"
-"""How the name of a convolution over patches ends, which programs also have as a linear layer over pixels."""
+"""Suffix of the name of a convolution over patches, which some programs have as a linear layer over pixels."""
 
 LINEAR = Chain((Permute((0, 2, 3, 1)), Merge(2, "channels"), Merge(1, "patch_row")))
-"""[E, C, p, p] to [E, p * p * C]: the pixels of a patch one after the other, each with its channels."""
+"""[E, C, p, p] to [E, p * p * C]: the pixels of a patch one after another, each with its channels."""
 
 
 def plan_matched(source: Path, target: Path, to: str, options: Options, held: ExitStack) -> Plan:
@@ -48,7 +48,7 @@ def plan_matched(source: Path, target: Path, to: str, options: Options, held: Ex
     if surplus := [name for name in model.tensors if name not in wanted]:
         raise model.refuse(
             f"{len(surplus)} of its {len(model.tensors)} tensors are not among the {len(wanted)} of {folder}: "
-            f"{listed(surplus, 5)}. Nothing is left out in silence: name the model that it was trained from."
+            f"{listed(surplus, 5)}. No tensor is left out silently: name the model that it was trained from."
         )
     taken = [name for name in wanted if name not in model.tensors]
     if len(taken) == len(wanted):
@@ -75,7 +75,7 @@ def plan_matched(source: Path, target: Path, to: str, options: Options, held: Ex
 
 
 def _refuse_others(model: Source, to: str, target: Path, options: Options, folder: Path) -> None:
-    """Refuse what cannot go together with --match_original."""
+    """Refuse options that cannot be combined with --match_original."""
     if to not in ("safetensors", "hf"):
         raise model.refuse(f"--match_original writes safetensors. Use --to safetensors or --to hf, not --to {to}.")
     if to == "hf" and target.suffix == ".safetensors":
@@ -88,13 +88,13 @@ def _refuse_others(model: Source, to: str, target: Path, options: Options, folde
         "--meta": options.meta,
     }
     if wrong := [flag for flag, value in asked.items() if value is not None]:
-        raise model.refuse(f"--match_original says all of what is written. Leave out {', '.join(wrong)}.")
+        raise model.refuse(f"--match_original determines everything that is written. Leave out {', '.join(wrong)}.")
     if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(_home(folder))):
         raise CheckpointMismatch(f"{target}: lies in the original {folder}, which is only read. Name another place.")
 
 
 def _home(original: Path) -> Path:
-    """The folder of a model that is named by its folder, by an index, or by its one file."""
+    """The folder of a model, given by its folder, by an index, or by its only file."""
     return original if original.is_dir() else original.parent
 
 
@@ -113,7 +113,7 @@ def _original(folder: Path) -> Container:
 
 
 def _reshape(model: Source, wanted: dict[str, View]) -> None:
-    """Make the convolution over patches linear where the original is; other shapes have to be equal.
+    """Make the convolution over patches linear if the original is; all other shapes must be equal.
 
     Raises: CheckpointMismatch.
     """

@@ -1,4 +1,4 @@
-"""Open a checkpoint of any program to be converted: its tensors as views, its config, and what lies beside it."""
+"""Open a checkpoint of any program for conversion: its tensors as views, its config, and the files beside it."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from .sharded import is_sharded, open_sharded
 FAMILY = {
     name: family for family in reversed(FAMILIES) for name in (family.name, *(style.name for style in family.styles))
 }
-"""By the names of families and of their styles; of several of one name the first, which is what is written."""
+"""Families by name, and by the names of their styles; of several with one name the first, which conversions write."""
 FAMILY[BATCHED] = FAMILY["modded_medium"]
 
 _NO_LOSS = 1e9
 """nanoGPT's best loss before the first evaluation."""
 
 CONFIG_ENTRY = {"nanogpt": "model_args"}
-"""The entry of a file that holds the config of the model, where others look like it."""
+"""The entry of a file that holds the model's config, even if other entries look like one."""
 
 
 def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, options: Options | None = None) -> Source:
-    """Open what lies at a path; its files stay open until `held` is closed.
+    """Open the checkpoint at a path; its files stay open until `held` is closed.
 
-    Without `needs_family` tensors of any names are taken as they are.
+    Without `needs_family`, tensors of any names are accepted unchanged.
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointError when it cannot be read or names more than data;
-        CheckpointMismatch when its tensors are no whole model of a known program.
+        CheckpointMismatch when its tensors are not a complete model of a known program.
     """
     sharded = options is not None and is_sharded(path)
     found = held.enter_context(open_sharded(path, options) if sharded and options else inspect_path(path))
@@ -81,7 +81,7 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
 
 
 def _take_average(found: Inspected, bundle: Bundle) -> None:
-    """Put the average of a bundle in the place of its weights; its moments are those of the weights, and stay behind.
+    """Replace the weights of a bundle by their average; the moments belong to the weights, and are left out.
 
     Raises: CheckpointNotFound when it has none.
     """
@@ -101,7 +101,7 @@ def _unfit(path: Path, identity: Identity) -> CheckpointMismatch:
 
 
 def _config(found: Inspected) -> dict[str, Any]:
-    """The config of the model, as its program wrote it."""
+    """The config of the model as its program wrote it."""
     if found.bundle is not None:
         made = found.bundle.config
         return found.bundle.config_values if made is None else made.to_dict()
@@ -113,7 +113,7 @@ def _config(found: Inspected) -> dict[str, Any]:
 
 
 def _bare(found: Inspected, path: Path, config: dict[str, Any]) -> Source:
-    """Tensors as they are, of a model that is not known."""
+    """Make a source of an unknown model, with its tensors unchanged."""
     tensors = {name: stored(found.container, spec) for name, spec in found.weights.items()}
     model = Source(path, found.container, UNKNOWN, tensors, config, {}, step=found.step, program="an unknown program")
     model.sources = dict(tensors)
@@ -153,19 +153,19 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
     elif identity.family == "nanogpt":
         model.state = model.state.having(**_best(found))
     if isinstance(found.optimizer, list) and found.optimizer:
-        model.notes.append(f"its {len(found.optimizer)} optimizer states are left out: only one can be taken along")
+        model.notes.append(f"its {len(found.optimizer)} optimizer states are left out: only one can be included")
     elif found.optimizer:
         model.moments = _moments(found, identity, model)
     return model
 
 
 def _family_of(identity: Identity, config: Mapping[str, Any]) -> str:
-    """The family, which of a GPTBatched the config tells: its tensors are laid out as medium's."""
+    """The family; for a GPTBatched it follows from the config, because its tensors have medium's layout."""
     return BATCHED if config.get("model_class") == "GPTBatched" else identity.family
 
 
 def _rounded(bundle: Bundle) -> dict[str, Any]:
-    """What old writers said, beside the weights, of the dtype that these were rounded to for the file."""
+    """The dtype to which old writers rounded the weights for the file, as recorded beside them."""
     content = bundle.weights.source.header.content
     beside = content if isinstance(content, dict) and bundle.weights.key else {}
     said = {"checkpoint_dtype": beside.get("checkpoint_dtype"), "model_dtype_at_save": beside.get("model_dtype")}
@@ -173,7 +173,7 @@ def _rounded(bundle: Bundle) -> dict[str, Any]:
 
 
 def _best(found: Inspected) -> dict[str, Any]:
-    """nanoGPT's best loss, under the step of the file; when it was measured is not recorded."""
+    """nanoGPT's best loss, recorded under the step of the file, since the step of its measurement is unknown."""
     value = found.container.content.get("best_val_loss")
     if isinstance(value, TensorSpec) and value.numel == 1:
         value = number(stored(found.container, value))
@@ -183,7 +183,7 @@ def _best(found: Inspected) -> dict[str, Any]:
 
 
 def _sizes(shape: Architecture) -> dict[str, int]:
-    """Numbers of a model by the words of the tables."""
+    """The sizes of a model by the words of the tables."""
     words = ("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size", "head_rows", "block_size")
     sizes = {word: value for word in words if (value := getattr(shape, word)) is not None}
     if {"n_head", "n_kv_head", "head_size"} <= sizes.keys():
@@ -193,7 +193,7 @@ def _sizes(shape: Architecture) -> dict[str, int]:
 
 
 def _moments(found: Inspected, identity: Identity, model: Source) -> Moments | None:
-    """The optimizer state by names of parameters; None, with a note, where it is of a kind that is not known."""
+    """The optimizer state by names of parameters; None, with a note, if it is of an unknown kind."""
     order = once({name: spec for name, spec in found.weights.items() if name not in identity.buffers})
     try:
         groups = groups_of(found.optimizer)
@@ -215,7 +215,7 @@ def _moments(found: Inspected, identity: Identity, model: Source) -> Moments | N
 
 
 def _unwrapped(name: str, places: Mapping[str, str]) -> str:
-    """The name in the file whose ending is a recorded name."""
+    """The name in the file that ends with a recorded name."""
     return next((raw for raw in places if raw.endswith(f".{name}")), name)
 
 
@@ -235,7 +235,7 @@ def _take_entry(made: Moments, model: Source, found: Inspected, name: str, entry
 
 
 def number(view: View) -> float:
-    """Read the one number of a tensor, and compare its checksum: it is no tensor of the target, whose proof would.
+    """Read the only number of a tensor, and compare its checksum here: the proof covers only tensors of the target.
 
     Raises: CheckpointDamaged.
     """

@@ -1,4 +1,4 @@
-"""A conversion as data: the model on its way, and the plan of every file, checked before the first byte is written."""
+"""A conversion as data: the model in progress, and the plan of every file, checked before the first byte is written."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..families.rules import Row, Sizes, Table, apply
 from ..inspection.tensor_table import grouped
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""What --dtype calls them."""
+"""Torch's dtypes by their names for --dtype."""
 
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
-"""How the names of torch files end; a target of another name is a folder, where there is a choice."""
+"""Suffixes of torch files; a target with another suffix is a folder, when the format allows either."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for; `more` is for what only some families know."""
+    """The options of a conversion; `more` has those that apply only to some families."""
 
     dtype: str | None = None  # torch's name; None keeps each tensor's
     shard_size: int | None = None
@@ -39,16 +39,16 @@ class Options:
 
 @dataclass
 class Moments:
-    """An optimizer state by names of parameters: what has a parameter's shape as views, everything else as it was."""
+    """An optimizer state by names of parameters: values of a parameter's shape as views, everything else unchanged."""
 
-    groups: list[dict[str, Any]]  # hyper-parameters, and `names` in the place of params
+    groups: list[dict[str, Any]]  # hyper-parameters, with `names` in place of params
     views: dict[str, dict[str, View]]  # exp_avg, exp_avg_sq, ...: by parameter
     others: dict[str, dict[str, Any]]  # of each parameter: step, as a number or a view
 
 
 @dataclass
 class Source:
-    """A model on its way from one program to another; what it is made of is still in the source's files."""
+    """A model on its way from one program to another; its data is still in the source's files."""
 
     path: Path
     container: Container
@@ -60,11 +60,11 @@ class Source:
     step: int | None = None
     state: TrainingState = field(default_factory=TrainingState)
     moments: Moments | None = None
-    sources: dict[str, View] = field(default_factory=dict)  # all that has to be used or dropped
+    sources: dict[str, View] = field(default_factory=dict)  # every tensor that has to be used or dropped
     family_of_source: str = ""
     dropped: dict[str, str] = field(default_factory=dict)  # name in the source: why
-    rules: dict[str, str] = field(default_factory=dict)  # of tensors by their present names, what was done, in words
-    route: list[tuple[tuple[Row, ...], bool]] = field(default_factory=list)  # tables gone through; True: backwards
+    rules: dict[str, str] = field(default_factory=dict)  # by the tensors' present names: the changes so far, in words
+    route: list[tuple[tuple[Row, ...], bool]] = field(default_factory=list)  # tables applied so far; True: backwards
     notes: list[str] = field(default_factory=list)
     program: str = ""  # what wrote it, for people
     along: dict[str, View] = field(default_factory=dict)  # an optimizer's tensors that keep their names and layout
@@ -78,13 +78,13 @@ class Source:
                 views.pop(name, None)
 
     def tie(self, name: str, other: str) -> None:
-        """Let a tensor be another one again, of which it had the values."""
+        """Drop a tensor that repeats the values of another one."""
         if self.tensors[name].names != self.tensors[other].names:
             self.drop(name, f"the values of {other}, written once for both")
         self.tensors[name] = self.tensors[other]
 
     def replace(self, name: str, view: View, rule: str) -> None:
-        """Put another view in the place of a tensor, or of none, and say how it was made."""
+        """Set or replace the view of a tensor, and record how it was made."""
         self.tensors[name] = view
         before = self.rules.get(name, "")
         self.rules[name] = f"{before}, {rule}" if before else rule
@@ -94,7 +94,7 @@ class Source:
         return CheckpointMismatch(f"{self.path}: {reason}")
 
     def is_zero(self, name: str) -> bool:
-        """Whether all bytes of a tensor are those of 0 (a minus zero is not)."""
+        """Whether all bytes of a tensor are zero (those of a minus zero are not)."""
         with Gatherer() as gatherer:
             return all(not any(piece) for piece in gatherer.pieces(self.tensors[name]))
 
@@ -105,15 +105,15 @@ class Source:
 
 
 Translate = Callable[[Source, Options], dict[str, Any]]
-"""Gives the config in the words of the other family; may drop and fill tensors under the names of the present one.
+"""Returns the config in the other family's terms; may drop and fill tensors, under the present family's names.
 
-It refuses, by `raise model.refuse(...)`, what the other family cannot compute.
+It refuses, by `raise model.refuse(...)`, a model that the other family cannot compute.
 """
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two families, a table between them, and what becomes of the config either way; None: not that way."""
+    """Two families, a table between them, and the conversion of the config in each direction; None: not possible."""
 
     theirs: str
     ours: str
@@ -122,9 +122,9 @@ class Pair:
     to_theirs: Translate | None = None
 
     def carry(self, model: Source, options: Options, back: bool) -> None:
-        """Take a model over, to `ours` or back to `theirs`.
+        """Convert a model to `ours`, or back to `theirs`.
 
-        Raises: CheckpointMismatch for what the other family has no place for.
+        Raises: CheckpointMismatch for tensors that do not exist in the other family.
         """
         translate = self.to_theirs if back else self.to_ours
         assert translate is not None
@@ -136,7 +136,7 @@ class Pair:
         if made.unused:
             target = self.theirs if back else self.ours
             faults = [f"{name} has no place in {target}" for name in made.unused]
-            raise model.refuse(f"{listed(faults, 5)}. Nothing is left out in silence.")
+            raise model.refuse(f"{listed(faults, 5)}. No tensor is left out silently.")
         rows = tuple(made.rows.values())
         before = {old.names: model.rules[name] for name, old in reversed(model.tensors.items()) if name in model.rules}
         model.rules = {name: _said(before.get(v.names), made.rules[name]) for name, v in made.tensors.items()}
@@ -155,10 +155,10 @@ def _said(before: str | None, rule: str) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to be written."""
+    """A tensor to write."""
 
     name: str  # the family's name for it
-    path: str  # its name within the file; other than `name` where the file holds more than a state dict
+    path: str  # its name within the file; differs from `name` if the file holds more than a state dict
     file: str
     dtype: str
     view: View
@@ -167,26 +167,26 @@ class Target:
 
     @property
     def nbytes(self) -> int:
-        """Bytes to be written."""
+        """Number of bytes to write."""
         return self.view.numel * ITEM_SIZES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Ref:
-    """Stands in the content of a torch file where a tensor is, by its path."""
+    """A placeholder, by path, for a tensor in the content of a torch file."""
 
     path: str
 
 
 @dataclass
 class WeightFile:
-    """A file of tensors to be written: safetensors, or a torch file of some content."""
+    """A file of tensors to write: safetensors, or a torch file with some content."""
 
     name: str
     targets: list[Target]
     content: Any = None  # of a torch file: plain values, and a Ref for each tensor
     metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors file
-    ties: bool = True  # in a torch file, tensors of the same bytes share one storage
+    ties: bool = True  # in a torch file, tensors with the same bytes share one storage
 
     @property
     def is_torch(self) -> bool:
@@ -194,7 +194,7 @@ class WeightFile:
         return not self.name.endswith(".safetensors")
 
 
-Sealed = Callable[[dict[str, dict[str, Any]]], dict[str, bytes]]
+SealTexts = Callable[[dict[str, dict[str, Any]]], dict[str, bytes]]
 
 
 @dataclass
@@ -207,23 +207,23 @@ class Plan:
     files: list[WeightFile]
     texts: dict[str, bytes] = field(default_factory=dict)  # further files, by name
     copies: dict[str, Path] = field(default_factory=dict)  # files copied along, by name
-    beside: dict[str, Path] = field(default_factory=dict)  # files copied to where the target is one file
-    seal: Sealed | None = None  # texts made of the size and CRC32 of each file
+    beside: dict[str, Path] = field(default_factory=dict)  # files copied beside a target that is one file
+    seal: SealTexts | None = None  # makes texts from the size and CRC32 of each file
     is_folder: bool = True
 
     @property
     def targets(self) -> list[Target]:
-        """Every tensor to be written."""
+        """Every tensor to write."""
         return [target for file in self.files for target in file.targets]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Total number of bytes of all tensors."""
         return sum(target.nbytes for target in self.targets)
 
     @property
     def filled(self) -> dict[str, str]:
-        """Tensors, or parts of them, that are not of the source, and what they are instead."""
+        """Tensors, or parts of them, that do not come from the source, and their origin."""
         found = {}
         for target in self.targets:
             foreign = [b for b in target.view.blocks if b.source is not self.model.container]
@@ -234,7 +234,7 @@ class Plan:
         return found
 
     def check(self) -> None:
-        """Check that every target is made once, and every source is used or dropped for a reason.
+        """Check that every target is made exactly once, and that every source is used, or dropped for a reason.
 
         Raises: CheckpointMismatch.
         """
@@ -247,7 +247,7 @@ class Plan:
             if sum(_numel(b.shape) for b in target.view.blocks) != target.view.numel:
                 faults.append(f"{target.path} has {target.view.shape}, which its parts do not fill")
             if target.dtype != target.view.dtype and target.view.dtype not in FLOATS:
-                faults.append(f"{target.path} is {target.view.dtype}, which no cast makes {target.dtype}")
+                faults.append(f"{target.path} is {target.view.dtype}, which cannot be cast to {target.dtype}")
         used = {name for target in self.targets for name in target.view.names}
         for view in self.model.sources.values():
             faults += [
@@ -262,7 +262,7 @@ class Plan:
 
 
 def folded(said: Mapping[str, str]) -> dict[str, str]:
-    """Names that differ only in their numbers, and of which the same is said, in one: `blocks.{0..5}.ln1.bias`."""
+    """Merge names that differ only in their numbers and have equal values: `blocks.{0..5}.ln1.bias`."""
     facts = [{"name": name, "shape": (), "dtype": text} for name, text in said.items()]
     return {name: text for name, _, text in grouped(facts)}
 

@@ -1,4 +1,4 @@
-"""From a path to a plan: open the source, take the model to a family that the format holds, lay out the files."""
+"""From a path to a plan: open the source, convert the model to a family that the format holds, lay out the files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..console.words import listed
 from ..containers import safetensors_writer
-from ..containers.tensors.views import View, cut, filled, join
+from ..containers.tensors.views import View, concatenate, filled, slice_axis
 from ..errors import CheckpointMismatch
 from ..families.family import Family
 from ..families.identify import UNKNOWN, identify
@@ -26,13 +26,13 @@ BY_NAME = {one.name: one for one in FORMATS}
 
 
 def plan_conversion(source: Path, target: Path, to: str, options: Options, held: ExitStack) -> Plan:
-    """Plan a conversion from headers; what is opened stays open until `held` is closed.
+    """Plan a conversion from headers; opened files stay open until `held` is closed.
 
-    Raises: CheckpointError saying what cannot be read, or cannot be converted and why.
+    Raises: CheckpointError for what cannot be read, or cannot be converted, with the reason.
     """
     plan = _planned(source, target, to, options, held)
     if not plan.targets:
-        raise plan.model.refuse("there is no tensor in it, and nothing to convert.")
+        raise plan.model.refuse("it has no tensors, so there is nothing to convert.")
     _refuse_target(plan)
     _refuse_names(plan)
     plan.check()
@@ -62,7 +62,7 @@ def _planned(source: Path, target: Path, to: str, options: Options, held: ExitSt
 
 
 def _refuse_target(plan: Plan) -> None:
-    """Refuse a target that is called, or is, what the plan does not write; a device is not even moved aside."""
+    """Refuse a target whose name or type does not fit the plan; a device is not even moved aside."""
     target, safetensors = plan.target, (".safetensors",)
     wrong = (*safetensors, *TORCH_ENDINGS) if plan.is_folder else safetensors if plan.format == "pt" else ()
     if target.suffix in wrong:
@@ -75,7 +75,7 @@ def _refuse_target(plan: Plan) -> None:
 
 
 def _refuse_names(plan: Plan) -> None:
-    """Refuse names and dtypes that safetensors does not have: its headers can be made before anything is written."""
+    """Refuse names and dtypes that safetensors does not support, by making all headers before anything is written."""
     for file in plan.files:
         if not file.is_torch:
             try:
@@ -92,17 +92,17 @@ def _refuse_flags(model: Source, kind: Format, options: Options) -> None:
         raise model.refuse("--include_optimizer: a folder of transformers has no optimizer state. Leave it out.")
     if options.tied and model.family not in FAMILY:
         raise model.refuse("--tied needs to know which tensor is the head, and the program is not known. Leave it out.")
-    # what a Megatron file leaves out, the config of another program says
+    # another program's config has the settings that a Megatron file lacks
     asked = [f"--{name}" for name in FLAGS if name in options.more]
     if asked and not (model.family.startswith("megatron_") and kind.families):
         raise model.refuse(
-            f"{', '.join(asked)}: what a Megatron file does not say, and this is {model.program} "
+            f"{', '.join(asked)}: for settings that a Megatron file lacks, but this is {model.program} "
             f"with --to {kind.name}. Leave it out."
         )
 
 
 def _carry(model: Source, kind: Format, options: Options) -> None:
-    """Take a model to the first family of a format that it can reach."""
+    """Convert a model to the first family of a format that it can reach."""
     found = ways(model.family)
     way = next((found[family] for family in kind.families if family in found), None)
     if way is None:
@@ -115,7 +115,7 @@ def _carry(model: Source, kind: Format, options: Options) -> None:
 
 
 def _in_order(tensors: dict[str, View], family: Family) -> dict[str, View]:
-    """Tensors as the modules of the program have them: what stands before the layers, each layer, what follows."""
+    """Sort tensors as in the program's modules: those before the layers, those of each layer, those after."""
     rows = [(skeleton(row.replace("{i}", "0").replace("{j}", "0")), "{i}" in row) for row in family.tensors]
     first = next((k for k, (_, is_layer) in enumerate(rows) if is_layer), len(rows))
     place = {row: (1 if is_layer else 0 if k < first else 2, k) for k, (row, is_layer) in enumerate(rows)}
@@ -129,9 +129,9 @@ def _in_order(tensors: dict[str, View], family: Family) -> dict[str, View]:
 
 
 def _set_rows(model: Source, rows: int) -> None:
-    """Crop or pad the vocabulary to so many rows.
+    """Crop or pad the vocabulary to `rows` rows.
 
-    Raises: CheckpointMismatch for fewer rows than tokens, where something says how many these are.
+    Raises: CheckpointMismatch for fewer rows than tokens, if their number is known.
     """
     family = FAMILY.get(model.family)
     if family is None:
@@ -148,10 +148,10 @@ def _set_rows(model: Source, rows: int) -> None:
         if view is None or view.shape[0] == rows:
             continue
         if view.shape[0] > rows:
-            made, rule = cut(view, 0, 0, rows), f"crop {view.shape[0]} rows to {rows}"
+            made, rule = slice_axis(view, 0, 0, rows), f"crop {view.shape[0]} rows to {rows}"
         else:
             more = filled(view.dtype, (rows - view.shape[0], *view.shape[1:]))
-            made, rule = join([view, more]), f"pad {view.shape[0]} rows with zeros to {rows}"
+            made, rule = concatenate([view, more]), f"pad {view.shape[0]} rows with zeros to {rows}"
         model.replace(name, made, rule)
     words = [word for word in ("vocab_size", "head_rows") if word in model.sizes]
     model.sizes = {**model.sizes, **dict.fromkeys(words, rows)}
@@ -160,7 +160,7 @@ def _set_rows(model: Source, rows: int) -> None:
 
 
 def _set_tied(model: Source, options: Options) -> None:
-    """Make the head the token table, or a tensor of its own, where that is asked for."""
+    """Tie the head to the token table, or make it a tensor of its own, if an option asks for that."""
     family = FAMILY.get(model.family)
     if options.tied is None or family is None:
         return
@@ -177,7 +177,7 @@ def _set_tied(model: Source, options: Options) -> None:
 
 
 def _check_family(plan: Plan) -> None:
-    """Lay the table of the target's family over the plan: names, shapes and config have to fit."""
+    """Match the plan with the table of the target's family: names, shapes and config have to fit."""
     model = plan.model
     shapes = {target.name: target.view.shape for target in plan.targets if target.is_weight}
     found = identify(shapes, model.config)
@@ -188,4 +188,4 @@ def _check_family(plan: Plan) -> None:
         faults.append(f"it would be taken for {found.program}")
     faults += found.conflicts
     if faults:
-        raise CheckpointMismatch(f"{model.path}: what would be written is no {model.family}: {listed(faults, 5)}.")
+        raise CheckpointMismatch(f"{model.path}: the result would not be a valid {model.family}: {listed(faults, 5)}.")

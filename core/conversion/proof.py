@@ -1,7 +1,6 @@
-"""Proof: read back what was written, undo the plan's rules on it, and compare with the source, bit for bit.
+"""Proof: read the result back, undo the plan's rules, and compare it with the source, bit for bit.
 
-A cast is compared with the same cast of the source. Whatever came from elsewhere (fills, moments) is compared with what
-the plan says.
+A cast is compared with the same cast of the source. Data from elsewhere (fills, moments) is compared with the plan.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ..containers.container import Check, Container
 from ..containers.open import open_container
 from ..containers.spec import ITEM_SIZES
 from ..containers.tensors.reading import FLOATS, PIECE, Gatherer, cast, same_bytes
-from ..containers.tensors.views import Block, View, cut, is_in_order, stored
+from ..containers.tensors.views import Block, View, is_in_order, slice_axis, stored
 from ..errors import CheckpointDamaged, CheckpointMismatch
 from ..families.rules import apply
 from .plan import Plan, Target, WeightFile
@@ -28,9 +27,9 @@ from .plan import Plan, Target, WeightFile
 Progress = Callable[[int], object]
 Comparison = tuple[str, View, View]
 Run = tuple[int, str, int, int]
-"""Some bytes of a file: of which container, its name there, where from, how many."""
+"""A range of bytes in a file: container, name of the file in it, offset, length."""
 Sums = Mapping[Run, tuple[Container, Check, str]]
-"""What the source recorded of such bytes, with the name of a tensor in them."""
+"""The source's checksum of such a range, with the name of a tensor in it."""
 
 
 def _run(container: Container, file: str, offset: int, size: int) -> Run:
@@ -38,7 +37,7 @@ def _run(container: Container, file: str, offset: int, size: int) -> Run:
 
 
 def _runs(view: View) -> Iterator[Run]:
-    """The runs of a file that are read from end to end when a tensor is."""
+    """The ranges of a file that are read completely when a tensor is read."""
     if is_in_order(view):
         item = ITEM_SIZES[view.dtype]
         for block in view.blocks:
@@ -47,7 +46,7 @@ def _runs(view: View) -> Iterator[Run]:
 
 
 class Summing(Gatherer):
-    """Compares what it reads with the checksums of its source, where a block of a tensor is all that one is of."""
+    """Compares the bytes it reads with their recorded checksum, when a block covers the checksum's whole range."""
 
     def __init__(self, sums: Sums, threads: int) -> None:
         super().__init__(threads)
@@ -56,7 +55,7 @@ class Summing(Gatherer):
         self._crc32 = 0
 
     def read_on(self, block: Block, offset: int, left: int, into: memoryview) -> None:
-        """Read as any source does, and sum the bytes that pass."""
+        """Read like any gatherer, and update the checksum of the bytes."""
         super().read_on(block, offset, left, into)
         if offset == block.offset:
             assert block.source is not None
@@ -68,7 +67,7 @@ class Summing(Gatherer):
 
 
 class Readers(ExitStack):
-    """Pairs of gatherers, for the source and for what was made; a thread takes one, and its memory is used again."""
+    """Pairs of gatherers, for the source and for the result; a thread borrows one, and its memory is reused."""
 
     def __init__(self, sums: Sums, threads: int) -> None:
         super().__init__()
@@ -77,10 +76,10 @@ class Readers(ExitStack):
 
     @contextmanager
     def pair(self) -> Iterator[tuple[Summing, Gatherer]]:
-        """Take a pair that no thread uses."""
+        """Borrow a pair that no thread is using."""
         try:
             pair = self._idle.pop()
-        except IndexError:  # all are taken
+        except IndexError:  # all are in use
             pair = Summing(self._sums, self._threads), Gatherer(self._threads)
             for one in pair:
                 self.enter_context(one)
@@ -89,9 +88,9 @@ class Readers(ExitStack):
 
 
 def prove(plan: Plan, place: Path, progress: Progress) -> None:
-    """Compare what lies at `place` with the source of the plan, and the source with its own checksums.
+    """Compare the result at `place` with the source of the plan, and the source with its own checksums.
 
-    Raises: CheckpointDamaged with the name of the tensor that differs, in what was written or in the source.
+    Raises: CheckpointDamaged with the name of the tensor that differs, in the result or in the source.
     """
     written: dict[str, View] = {}
     direct: list[Comparison] = []
@@ -107,7 +106,8 @@ def prove(plan: Plan, place: Path, progress: Progress) -> None:
         try:
             written = apply(rows, written, plan.model.sizes, not back).tensors
         except CheckpointMismatch as error:
-            raise CheckpointDamaged(f"{plan.target}: cannot be turned back ({error}). It was removed again.") from error
+            reason = f"cannot be converted back ({error}). It was removed again."
+            raise CheckpointDamaged(f"{plan.target}: {reason}") from error
     turned: list[Comparison] = []
     for name, source in plan.model.sources.items():
         if name in written:
@@ -118,9 +118,9 @@ def prove(plan: Plan, place: Path, progress: Progress) -> None:
 
 
 def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> None:
-    """Compare with checksums and with the source: with its share of the memory of the largest tensor on each processor.
+    """Compare with checksums and with the source on all processors, which share the memory of the largest tensor.
 
-    A record with a checksum is summed as it is compared, where it is; the others have a reading of their own.
+    A record's checksum is computed during the comparison if possible; other records are read separately.
     """
     sums = {
         _run(found[0], found[1].file, found[1].offset, found[1].size): found
@@ -140,7 +140,7 @@ def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> 
         ]
         jobs += [partial(_compare, plan, one, readers, progress) for one in easy]
         with ThreadPoolExecutor(THREADS) as pool:
-            for _ in pool.map(lambda job: job(), jobs):  # which raises the error of any, and begins no other then
+            for _ in pool.map(lambda job: job(), jobs):  # raises the first error, and starts no further job then
                 pass
     with Readers(sums, THREADS) as readers:
         for one in large:
@@ -148,15 +148,15 @@ def _work_off(plan: Plan, comparisons: list[Comparison], progress: Progress) -> 
 
 
 def _common(source: View, made: View) -> tuple[View, View]:
-    """Both without the rows that one of them lacks, where rows were cropped or padded."""
+    """Slice both to their common rows, when rows were cropped or padded."""
     if source.shape == made.shape or not source.shape or source.shape[1:] != made.shape[1:]:
         return source, made
     rows = min(source.shape[0], made.shape[0])
-    return cut(source, 0, 0, rows), cut(made, 0, 0, rows)
+    return slice_axis(source, 0, 0, rows), slice_axis(made, 0, 0, rows)
 
 
 def _opened(path: Path, file: WeightFile, plan: Plan) -> Container:
-    """Open a file that was written, and compare its header with the plan."""
+    """Open a written file, and compare its header with the plan."""
     container = open_container(path)
     expected: dict[str, Target] = {target.path: target for target in file.targets}
     for name in [*expected, *container.tensors]:
@@ -171,7 +171,7 @@ def _opened(path: Path, file: WeightFile, plan: Plan) -> Container:
 
 
 def _compare(plan: Plan, comparison: Comparison, readers: Readers, progress: Progress) -> None:
-    """Raise CheckpointDamaged unless the second view holds the elements of the first, cast where the plan says."""
+    """Raise CheckpointDamaged unless the second view holds the elements of the first, cast as planned."""
     name, source, made = comparison
     count = PIECE // max(ITEM_SIZES[source.dtype], ITEM_SIZES[made.dtype])
     with readers.pair() as (one, two):
@@ -192,7 +192,7 @@ def _as(dtype: str, given: str, pieces: Iterator[memoryview]) -> Iterator[memory
 
 
 def checks_of(views: Iterable[View]) -> Iterator[tuple[Container, Check, str]]:
-    """The checksums that were recorded of the bytes of some views, each with the name of a tensor there."""
+    """The recorded checksums for the bytes of some views, each with the name of a tensor there."""
     used: dict[int, tuple[Container, set[str]]] = {}
     for view in views:
         for block in view.blocks:
@@ -206,7 +206,7 @@ def checks_of(views: Iterable[View]) -> Iterator[tuple[Container, Check, str]]:
 
 
 def compare_checksum(container: Container, check: Check, name: str) -> None:
-    """Compare the bytes of a check with its checksum.
+    """Compare the bytes of a check with their checksum.
 
     Raises: CheckpointDamaged naming the tensor.
     """

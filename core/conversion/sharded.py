@@ -1,7 +1,7 @@
-"""Choose what to convert of a sharded checkpoint: the main weights, or their average (EMA), and the optimizer.
+"""Choose the parts of a sharded checkpoint to convert: the main weights, or their average (EMA), and the optimizer.
 
-A folder of DCP, of files of ranks, or of a step with its parts beside one another holds more than a model. The parts
-that are not asked for are not opened where they lie apart, so that damage to an optimizer does not stop its model.
+A DCP folder, a folder of rank files and a step folder hold more than a model. Parts that are not requested are not
+opened if they are stored separately, so that a damaged optimizer does not stop the conversion of its model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .plan import Options, Ref, Source, Target, WeightFile
 MAIN = ("model", "state_dict", "model_state_dict")
 AVERAGE = ("ema", "ema_model", "model_ema", "ema_state_dict")
 OPTIMIZER = ("optimizer", "optim", "optimizers", "optimizer_state_dict")
-"""What programs call the parts of a checkpoint."""
+"""Programs' names of the parts of a checkpoint."""
 
 _REASONS = {
     MAIN: "main weights; --save_ema takes the EMA",
@@ -42,7 +42,7 @@ _REASONS = {
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a path is a folder of DCP, of files of ranks, or of a step with its parts."""
+    """Whether a path is a DCP folder, a folder of rank files, or a step folder."""
     path = _folder(path)
     if not path.is_dir() or has_bundle(os.listdir(path)):  # noqa: PTH208
         return False
@@ -58,7 +58,7 @@ def _folder(path: Path) -> Path:
 
 
 def open_sharded(path: Path, options: Options) -> Inspected:
-    """Open what is asked for of a sharded checkpoint; a lost `.metadata` is rebuilt where that is exact.
+    """Open the requested parts of a sharded checkpoint; a lost `.metadata` is rebuilt if that is exact.
 
     Raises: CheckpointMismatch when it has no such part; CheckpointDamaged, CheckpointError as the readers.
     """
@@ -107,7 +107,7 @@ def _wanted(path: Path, options: Options) -> list[str]:
 
 
 def _parts(content: Any) -> dict[str, tuple[str, ...]]:
-    """The parts of a nested checkpoint by their names, and what each is; none of a flat one."""
+    """The parts of a nested checkpoint by name, with the kind of each; empty for a flat one."""
     found: dict[str, tuple[str, ...]] = {}
     for words in (MAIN, AVERAGE, OPTIMIZER):
         for word in words:
@@ -117,7 +117,7 @@ def _parts(content: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _chosen(container: Container, options: Options) -> str:
-    """What stands before the names of the weights that are asked for."""
+    """The prefix of the names of the requested weights."""
     parts, wanted = _parts(container.content), AVERAGE if options.more.get("save_ema") else MAIN
     word = next((word for word, words in parts.items() if words is wanted), None)
     if word is not None:
@@ -146,7 +146,7 @@ def _optimizer(container: Container) -> tuple[str, Any]:
 
 
 def _with_names(optimizer: Any) -> Any:
-    """An optimizer state whose groups say the names of their parameters, where its numbers are names."""
+    """An optimizer state whose groups list the names of their parameters, if it is keyed by names."""
     groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
     if not isinstance(groups, list):
         return optimizer
@@ -166,9 +166,9 @@ def _step(container: Container) -> int | None:
 
 
 def take_parts(model: Source, path: Path, options: Options) -> None:
-    """Drop, with reasons, what was not asked for of a sharded checkpoint; keep the optimizer where it was.
+    """Drop the parts of a sharded checkpoint that were not requested, with reasons; the optimizer keeps its layout.
 
-    Raises: CheckpointMismatch when parts are asked for of a checkpoint that has none.
+    Raises: CheckpointMismatch when a part is requested from a checkpoint that has no parts.
     """
     path = _folder(path)
     if not is_sharded(path):
@@ -188,7 +188,7 @@ def take_parts(model: Source, path: Path, options: Options) -> None:
         if word == kept:
             model.along[name] = view
         else:
-            model.dropped[name] = _REASONS.get(parts.get(word, ()), "no weight of the model")
+            model.dropped[name] = _REASONS.get(parts.get(word, ()), "not a weight of the model")
             model.sources.setdefault(name, view)
     model.notes += [note for note in model.container.notes if note not in model.notes]
     apart = step_parts(path) if is_step_folder(path) else []
@@ -198,9 +198,9 @@ def take_parts(model: Source, path: Path, options: Options) -> None:
 
 
 def add_optimizer_tensors(model: Source, options: Options) -> None:
-    """Take the tensors of an optimizer along as tensors among the others; its other values have no place there.
+    """Include the tensors of an optimizer among the others; its other values cannot be stored there.
 
-    Raises: CheckpointMismatch when a cast is asked for, which would round counts and moments too.
+    Raises: CheckpointMismatch when a cast is requested, which would round counts and moments too.
     """
     if options.dtype is not None:
         raise model.refuse("--dtype would cast the optimizer's tensors as well. Leave out --include_optimizer.")
@@ -209,13 +209,13 @@ def add_optimizer_tensors(model: Source, options: Options) -> None:
     word, content = _optimizer(model.container)
     if values := _values(content):
         model.notes.append(
-            f"left out: {values} values of {word} that are no tensors (lr, betas, ...), for which safetensors has no "
-            "place; --to pt keeps them"
+            f"left out: {values} values of {word} that are not tensors (lr, betas, ...), which safetensors cannot "
+            "hold; --to pt keeps them"
         )
 
 
 def add_optimizer(model: Source, file: WeightFile) -> None:
-    """Put a sharded checkpoint's optimizer, laid out as it was, beside the weights of a torch file.
+    """Store a sharded checkpoint's optimizer, with its layout, beside the weights in a torch file.
 
     Raises: CheckpointMismatch when it holds more than tensors and plain values.
     """
@@ -241,7 +241,7 @@ def add_optimizer(model: Source, file: WeightFile) -> None:
 
 
 def _values(content: Any) -> int:
-    """How many values of a content are no tensors."""
+    """Number of values in a content that are not tensors."""
     if isinstance(content, Mapping):
         return sum(map(_values, content.values()))
     if isinstance(content, (list, tuple)) and any(isinstance(item, (Mapping, TensorSpec)) for item in content):

@@ -1,4 +1,4 @@
-"""What a conversion says: its plan for people and for programs, and the matrix of what becomes what."""
+"""The output of a conversion: its plan for people and for programs, and the matrix of possible conversions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def plan_text(plan: Plan) -> Iterable[str]:
-    """Write a plan for people: every tensor, what is left out, what is filled in."""
+    """Write a plan for people: every tensor, those left out, and those filled in."""
     rows: list[tuple[str, ...]] = [("source", "rule", "target", "shape", "dtype", "bytes")]
     rows += [
         (_sources(t.view.names), t.rule, printable(t.name), str(t.view.shape), t.dtype, str(t.nbytes))
@@ -55,7 +55,7 @@ def plan_text(plan: Plan) -> Iterable[str]:
 
 
 def summary(plan: Plan) -> Iterable[str]:
-    """Say what is written, in a few lines."""
+    """Summarize what is written, in a few lines."""
     model = plan.model
     for note in model.notes:
         yield f"note: {printable(note)}"
@@ -78,7 +78,7 @@ def _sources(names: tuple[str, ...]) -> str:
 
 
 def matrix() -> dict[str, list[str]]:
-    """For each family the formats that it can become."""
+    """The formats to which each family can be converted."""
     families = dict.fromkeys(name for pair in PAIRS for name in (pair.theirs, pair.ours))
     return {
         family: [one.name for one in FORMATS if not one.families or ways(family).keys() & set(one.families)]

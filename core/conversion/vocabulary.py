@@ -1,4 +1,4 @@
-"""The tokenizer of another program's model, as a tokenizer.json of ours."""
+"""Convert the tokenizer of another program's model to our tokenizer.json."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..errors import CheckpointMismatch
 from .plan import Options, Source
 
 GPT2_ROWS = range(50257, 50305)
-"""Rows that a vocabulary of GPT-2's 50257 tokens has: exactly, or padded to a multiple of 64 or 128."""
+"""Numbers of rows for GPT-2's 50257 tokens: exact, or padded to a multiple of 64 or 128."""
 
 GPT2_FAMILIES = ("hf_gpt2", "nanogpt", "modded_")
 
 _EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
 
 _GPT2_TOKENS = {"!": 0, "\u0120t": 256, "\u0120the": 262, "\u0120gazed": 50255, "<|endoftext|>": 50256}
-"""Some of its tokens, the first and the last ones among them: no other vocabulary of 50257 has them there."""
+"""Some of its tokens, including the first and the last: no other vocabulary of 50257 has the same ids for them."""
 
 _LARGEST = 64 << 20  # bytes
 
 
 def add_tokenizer(model: Source, options: Options) -> None:
-    """Give a model the tokenizer that belongs to it, where that is known; a note says what is missing.
+    """Add the tokenizer of a model, if it is known; a note tells what is missing.
 
     Raises: CheckpointMismatch when a vocabulary has another size than the model; CheckpointDamaged, CheckpointNotFound.
     """
@@ -47,13 +47,13 @@ def add_tokenizer(model: Source, options: Options) -> None:
         model.tokenizer = {"token_kind": "gpt2"}
         model.notes.append(f"{rows} rows: its tokenizer is taken to be GPT-2's")
     elif model.family_of_source == "nanogpt":
-        model.notes.append("the characters of nanoGPT are in meta.pkl beside its data: --meta FILE takes them along")
+        model.notes.append("the characters of nanoGPT are in meta.pkl beside its data: --meta FILE includes them")
     else:
-        model.notes.append("no tokenizer is known: generate.py needs one to write text")
+        model.notes.append("its tokenizer is unknown: generate.py needs one to write text")
 
 
 def _state_of(definition: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer of ours for one of Hugging Face: GPT-2's and characters need no library."""
+    """Convert a Hugging Face tokenizer to ours; GPT-2's and character tokenizers need no library."""
     if chars := characters_of(definition):
         return {"token_kind": "char", "chars": chars}
     model = definition.get("model")
@@ -66,7 +66,7 @@ def _state_of(definition: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokens_of(state: dict[str, Any] | None) -> int:
-    """How many tokens a tokenizer has; 0 where that is not known."""
+    """The number of tokens of a tokenizer; 0 if it is unknown."""
     kind = (state or {}).get("token_kind")
     if state is None or kind == "gpt2":
         return GPT2_ROWS.start if kind == "gpt2" else 0
@@ -79,7 +79,7 @@ def tokens_of(state: dict[str, Any] | None) -> int:
 
 
 def definition_of(chars: list[str]) -> dict[str, Any]:
-    """Write characters as a tokenizer.json of Hugging Face: each is a token, and an unknown one is an error."""
+    """Write characters as a Hugging Face tokenizer.json: each is a token, and an unknown one is an error."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -116,7 +116,7 @@ def characters(path: Path, rows: int | None) -> dict[str, Any]:
     if not chars or not all(isinstance(c, str) and len(c) == 1 for c in chars) or len(set(chars)) != size:
         raise CheckpointMismatch(f"{path}: its itos is {as_text(itos, 60)}, expected a character for each id from 0.")
     if isinstance(stoi, dict) and stoi != {c: k for k, c in enumerate(chars)}:
-        raise CheckpointMismatch(f"{path}: its stoi is not its itos turned round. It is damaged, or was changed.")
+        raise CheckpointMismatch(f"{path}: its stoi is not the inverse of its itos. It is damaged, or was changed.")
     if rows is not None and size != rows:
         raise CheckpointMismatch(
             f"{path}: {size} characters, but the model has {rows} rows. It is the vocabulary of another model."

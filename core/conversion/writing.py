@@ -1,4 +1,7 @@
-"""Convert: make a plan so: stage, write tensor by tensor, prove, commit by one rename. The source is only read."""
+"""Execute a conversion plan: write tensor by tensor into a hidden folder, verify it, publish it with one rename.
+
+The source is only read, and the result is verified against it.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +33,18 @@ from .targets.dcp import write_items
 Progress = Callable[[int], object]
 
 WRITEBACK = hasattr(os, "posix_fadvise")
-"""Off (macOS, Windows, tests): the disk begins to write when it is waited for."""
+"""Off (macOS, Windows, tests): writeback starts only when the files are synced."""
 
-_AT_ONCE = 16 << 20  # bytes after which the disk is told to begin
+_AT_ONCE = 16 << 20  # bytes after which writeback is started
 _MOST_OPEN = 64  # files that are not yet durable
 
 Begin = Callable[[int, int, int], None]
-"""Tells the disk to begin with some bytes of an open file: which, from where on, how many."""
+"""Starts writeback of a range of an open file: descriptor, offset, length."""
 
 
 @contextlib.contextmanager
 def writing_back() -> Iterator[Begin]:
-    """Let the disk write while the conversion goes on; a thread tells it, who has to wait when the disk is busy."""
+    """Start writeback while the conversion continues, in a thread, because the call blocks while the disk is busy."""
     if not WRITEBACK:
         yield lambda fd, start, size: None
         return
@@ -49,8 +52,8 @@ def writing_back() -> Iterator[Begin]:
 
     def tell() -> None:
         for fd, start, size in iter(told.get, None):
-            # Linux begins to write such a range; of its pages it drops those that are on the disk, so none as yet.
-            with contextlib.suppress(OSError):  # a file system that takes no advice
+            # Linux starts to write the range, and drops only pages that are already on disk, so none at this point.
+            with contextlib.suppress(OSError):  # a file system that ignores advice
                 os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
 
     thread = threading.Thread(target=tell)
@@ -62,10 +65,10 @@ def writing_back() -> Iterator[Begin]:
         thread.join()
 
 
-class Through(Output):
-    """An output whose large pieces go straight to the file, summed where a checksum of the file is recorded.
+class DirectOutput(Output):
+    """An output that writes large pieces straight to the file, and computes its CRC32 if one is recorded.
 
-    The disk writes while the conversion goes on; what is left then is waited for when the output is closed.
+    The disk writes while the conversion continues; closing the output waits for the rest.
     """
 
     def __init__(self, storage: Storage, fd: int, is_summed: bool, begin: Begin) -> None:
@@ -75,7 +78,7 @@ class Through(Output):
         self._written = self._begun = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append bytes and return their CRC32, or 0 where nothing is summed."""
+        """Append bytes and return their CRC32, or 0 when no checksum is computed."""
         view = memoryview(data).cast("B")
         if self.is_summed:
             if len(view) < PIECE // 2:
@@ -90,7 +93,7 @@ class Through(Output):
         return crc
 
     def flush(self) -> None:
-        """Hand the system what was gathered, so that the file can be read."""
+        """Pass buffered bytes to the system, so that the file can be read."""
         self._flush()
 
     def _write_all(self, view: memoryview) -> None:
@@ -101,8 +104,8 @@ class Through(Output):
             self._begun = self._written
 
 
-class Made(contextlib.ExitStack):
-    """The files that a conversion makes, open until they are all made durable, which leaving it does."""
+class OutputFiles(contextlib.ExitStack):
+    """The files that a conversion writes; they stay open until leaving the context makes all of them durable."""
 
     def __init__(self, place: Path, begin: Begin) -> None:
         super().__init__()
@@ -111,11 +114,11 @@ class Made(contextlib.ExitStack):
         self.recorded: dict[str, dict[str, Any]] = {}  # by name: size and CRC32
 
     @contextlib.contextmanager
-    def file(self, name: str, is_summed: bool = True) -> Iterator[Through]:
-        """Make a file of this name in the folder, or with "" in its place."""
+    def file(self, name: str, is_summed: bool = True) -> Iterator[DirectOutput]:
+        """Create a file of this name in the folder; with "", the target itself."""
         if len(self.recorded) % _MOST_OPEN == _MOST_OPEN - 1:  # a model may have thousands
             self.close()
-        output = Through(DISK, DISK.descriptor(self.place / name), is_summed, self._begin)
+        output = DirectOutput(DISK, DISK.descriptor(self.place / name), is_summed, self._begin)
         self.enter_context(output)
         yield output
         output.flush()
@@ -123,7 +126,7 @@ class Made(contextlib.ExitStack):
 
 
 def refuse_target(plan: Plan, overwrite: bool) -> None:
-    """Refuse a target that is there without --overwrite, or that is the source, or in it, or around it.
+    """Refuse a target that exists, unless --overwrite is given, and one that is, contains or lies in the source.
 
     Raises: CheckpointMismatch.
     """
@@ -145,13 +148,13 @@ def refuse_target(plan: Plan, overwrite: bool) -> None:
 def convert(
     plan: Plan, *, overwrite: bool = False, verify: bool = True, progress: Progress = lambda _: None
 ) -> list[str]:
-    """Write what a plan says, prove it, and make it visible; returns what a person should know.
+    """Execute a plan: write the files, verify them, and publish them; returns notes for the user.
 
-    `progress` is told the bytes written, and then those compared.
+    `progress` receives the number of bytes written, and then of those compared.
 
     Raises: CheckpointMismatch before anything is written; CheckpointLocked when a trainer or another conversion writes
-        there; CheckpointDamaged when the source or what was written is; SaveFailed when the disk refuses. Nothing is at
-        the target then that was not there before.
+        there; CheckpointDamaged when the source or the result is damaged; SaveFailed when the disk refuses. In each
+        case the target is left as it was.
     """
     plan.check()
     refuse_target(plan, overwrite)
@@ -161,7 +164,7 @@ def convert(
             place = stage / "made"
             if plan.is_folder:
                 DISK.make_folder(place)
-            with writing_back() as begin, Made(place, begin) as made:
+            with writing_back() as begin, OutputFiles(place, begin) as made:
                 _write(plan, made, progress)
                 if verify:
                     prove(plan, place, progress)
@@ -173,8 +176,8 @@ def convert(
         ) from error
 
 
-def _write(plan: Plan, made: Made, progress: Progress) -> None:
-    metadata: bytes | None = None  # of a DCP folder, which says where its items came to be
+def _write(plan: Plan, made: OutputFiles, progress: Progress) -> None:
+    metadata: bytes | None = None  # of a DCP folder, with the final positions of its items
     with Gatherer() as gatherer:
         for file in plan.files:
             with made.file(file.name if plan.is_folder else "", file.is_torch) as output:
@@ -203,7 +206,7 @@ def _write_safetensors(file: WeightFile, output: Output, gatherer: Gatherer, pro
 
 
 def _append(output: Output, pieces: Iterator[memoryview]) -> None:
-    for piece in pieces:  # the last one is let go of, with the tensor behind it, before the next tensor is made
+    for piece in pieces:  # the last piece, and the tensor behind it, is released before the next tensor is read
         output.write(piece)
 
 
@@ -211,7 +214,7 @@ def write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: 
     """Write a torch file, tensor by tensor, and return the digest of its tensors."""
     keys: list[Target] = []
     tensors: dict[str, Stored] = {}
-    seen: dict[Any, int] = {}  # tied tensors have one storage
+    seen: dict[Any, int] = {}  # tied tensors share one storage
     for target in file.targets:
         is_one = file.ties and target.is_weight and target.view.names
         key = seen.setdefault((target.dtype, target.view.place) if is_one else target.path, len(keys))
@@ -223,7 +226,7 @@ def write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: 
 
 
 def elements(gatherer: Gatherer, target: Target, progress: Progress) -> Iterator[memoryview]:
-    """Give the bytes of a target, cast where it is to be."""
+    """Yield the bytes of a target, cast if planned."""
     for piece in gatherer.pieces(target.view):
         if target.dtype != target.view.dtype:
             try:
@@ -237,11 +240,11 @@ def elements(gatherer: Gatherer, target: Target, progress: Progress) -> Iterator
 
 
 def _refuse_second(target: Path) -> None:
-    raise CheckpointLocked(f"{target}: another conversion writes it now. Wait for it, or name another place.")
+    raise CheckpointLocked(f"{target}: another conversion is writing it. Wait for it, or name another place.")
 
 
 def _commit(plan: Plan, place: Path, overwrite: bool) -> list[str]:
-    """Make what was written visible under its name."""
+    """Publish the result under its name."""
     said, aside = [], None
     if os.path.lexists(plan.target):
         if not overwrite:
@@ -255,7 +258,7 @@ def _commit(plan: Plan, place: Path, overwrite: bool) -> list[str]:
 
 
 def _copy_beside(path: Path, source: Path, stage: Path) -> list[str]:
-    """Copy a file to where the target is; one that is there stays, and is said to differ where it does."""
+    """Copy a file beside the target; an existing one stays, and is reported if it differs."""
     data = DISK.read(source)
     if os.path.lexists(path):
         same = path.is_file() and DISK.read(path) == data

@@ -1,4 +1,4 @@
-"""From a source to the tokens of training and validation."""
+"""Turn a source into the tokens for training and validation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .tokens import Tokens
 __all__ = ["Corpus", "Source", "Tokens", "find_source", "open_corpus", "prepare"]
 
 STREAM_ABOVE = 64 * 2**20
-"""Bytes of text from which tokens go to mapped shards instead of memory."""
+"""Bytes of text above which tokens are stored in mapped shards instead of memory."""
 
 CACHE = Path("data/cache")
 
@@ -50,7 +50,7 @@ def open_corpus(
     progress: bool = True,
     cache: Path = CACHE,
 ) -> Corpus:
-    """Turn a text into tokens, or open those a dataset has.
+    """Turn a text into tokens, or open the tokens of a dataset.
 
     `tokenization` is `char`, `gpt2`, a tokenizer's JSON file, or the tokenizer itself; None takes that of the dataset,
     and `char` for a text. A text above STREAM_ABOVE is tokenized once, into mapped shards below `cache`.
@@ -103,7 +103,7 @@ def prepare(
 def choose_tokenizer(
     source: Source, tokenization: str | Tokenizer | None, bpe_file: Path | None = None, progress: bool = True
 ) -> Tokenizer:
-    """Make the tokenizer of a text: the one given, or by name; `char` reads the whole text for its characters."""
+    """Make the tokenizer of a text, given directly or by name; `char` reads the whole text for its characters."""
     if tokenization is None or tokenization == "char":
         with byte_bar("characters", source.size, progress) as bar:
             whole, _ = split(source.files, 0.0)
@@ -116,7 +116,7 @@ def choose_tokenizer(
 def _encoded(
     source: Source, tokenizer: Tokenizer, unknown: str, val_fraction: float, progress: bool
 ) -> dict[str, Iterable[np.ndarray]]:
-    """The ids of both parts, piece by piece; read `train` to its end before `val`."""
+    """The ids of both parts, piece by piece; `train` must be read to its end before `val`."""
     train, val = split(source.files, val_fraction)
     before = source.stamp()
     bar = byte_bar("tokens", sum(segment.end - segment.start for segment in train + val), progress)
@@ -124,7 +124,7 @@ def _encoded(
 
     def encode(segments: list[Segment]) -> Iterator[np.ndarray]:
         nonlocal place
-        tokenizer.encode("")  # what is loaded on first use is loaded by one thread
+        tokenizer.encode("")  # one thread does the loading on first use
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         waiting: deque[Future[np.ndarray]] = deque()
         with ThreadPoolExecutor(workers) as pool:

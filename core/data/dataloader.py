@@ -1,4 +1,4 @@
-"""Batches by counter: which tokens step s sees is a function of the seed and s, so nothing has to be saved."""
+"""Batches by counter: the tokens of step s are a function of the seed and s, so no state has to be saved."""
 
 from __future__ import annotations
 

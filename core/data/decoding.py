@@ -1,4 +1,4 @@
-"""Text from ids that come one by one, never half a character."""
+"""Decode ids one by one into text, never returning half a character."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 HALF = "\ufffd"
-"""What decoders show for bytes that are not, or not yet, a character."""
+"""The replacement that decoders show for bytes that are not, or not yet, a character."""
 
 
 class Stream(Protocol):
-    """Text from ids that come one by one; half a character is held back until the rest arrives."""
+    """Decodes ids one by one; half a character is held back until the rest arrives."""
 
     def push(self, token: int) -> str:
         """Take one id and return the text that is certain now."""
@@ -23,7 +23,7 @@ class Stream(Protocol):
 
 
 class ByteStream:
-    """A stream over tokens that are bytes."""
+    """A stream for tokenizers whose tokens are bytes."""
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
         self._bytes_of = bytes_of
@@ -39,7 +39,7 @@ class ByteStream:
 
 
 class WindowStream:
-    """A stream over a decoder whose text for an id depends on the ids before it.
+    """A stream for decoders whose text for an id depends on the ids before it.
 
     The ids since the last certain character are decoded twice, without and with the new one: the difference is new.
     """

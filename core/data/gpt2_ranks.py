@@ -1,4 +1,4 @@
-"""The 50,256 ranks of GPT-2's byte pairs: where they are found, and how they are checked before use."""
+"""Find the 50,256 ranks of GPT-2's byte pairs, and check them before use."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ PATIENCE = 15.0
 def find_ranks(bpe_file: Path | None = None) -> dict[bytes, int]:
     """Find GPT-2's ranks: the given file, data/gpt2.tiktoken, tiktoken's cache, then a download into that cache.
 
-    Raises: InputError for a file that is given or lies in data/ and holds anything else, and, when there is
-    nothing at all, one sentence that names every place.
+    Raises: InputError for a file that was given, or lies in data/, with other content; and when there is no file at
+        all, naming every place.
     """
     for path in (bpe_file, BESIDE):
         if path is not None and (path == bpe_file or path.exists()):
@@ -40,7 +40,7 @@ def find_ranks(bpe_file: Path | None = None) -> dict[bytes, int]:
     cache = cache_folder()
     kept = [cache / hashlib.sha1(url.encode()).hexdigest() for url in (URL, OLD_URL)] if cache else []
     for path in kept:
-        # A damaged file in a cache is no user's: the download below replaces it.
+        # A damaged file in the cache does not belong to the user: the download below replaces it.
         with contextlib.suppress(InputError):
             return read_ranks(path)
     data, reason = _download(URL, PATIENCE)
@@ -59,7 +59,7 @@ def find_ranks(bpe_file: Path | None = None) -> dict[bytes, int]:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Read and check a file of GPT-2's ranks: tiktoken's format, or encoder.json (also called vocab.json).
 
-    Raises: InputError that says what the file holds instead.
+    Raises: InputError that describes what the file holds instead.
     """
     try:
         return parse_ranks(path.read_bytes(), str(path))
@@ -70,7 +70,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
     """Parse and check GPT-2's ranks.
 
-    Raises: InputError with the line that is no rank, the number of ranks, or the fingerprint, whichever is wrong.
+    Raises: InputError with the line that is not a rank, or the wrong number of ranks, or the wrong fingerprint.
     """
     ranks = _parse_json(data, where) if data[:1] == b"{" else _parse_lines(data, where)
     if len(ranks) != COUNT or sorted(ranks.values()) != list(range(COUNT)):
@@ -142,7 +142,7 @@ def _download(url: str, patience: float) -> tuple[bytes, str]:
         except (OSError, ValueError) as error:
             result[0] = (b"", str(getattr(error, "reason", error)))
 
-    # Name resolution and a server that drips bytes know no timeout; a daemon thread can be left behind.
+    # Name resolution and a server that sends bytes slowly have no timeout; a daemon thread can be abandoned.
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(patience)

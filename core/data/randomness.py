@@ -1,4 +1,4 @@
-"""Randomness by counter: every draw is a function of (seed, step, index), so nothing has to be saved or replayed."""
+"""Randomness by counter: every draw is a function of (seed, step, index), so no state is saved or replayed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which text or tokens a run uses, and how a checkpoint remembers them."""
+"""The text or tokens of a run, and their record in a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFAULT_TEXT = "python_reference.txt"
 class Source:
     """The text or the tokens of a run: kind is `text` (a file), `folder` (of texts) or `dataset` (a folder of shards).
 
-    `recorded` is what a checkpoint says of its source: contents are not read again for a digest it already has.
+    `recorded` is a checkpoint's record of its source: contents are not read again for a digest that it already has.
     """
 
     kind: str
@@ -58,23 +58,23 @@ class Source:
         return int(self._facts["bytes"])
 
     def line(self) -> str:
-        """Say in one line which text is used, why, and how to use one's own."""
+        """Describe in one line which text is used, why, and how to use another."""
         size = f"{len(self.files):,} files, " if self.kind == "folder" else ""
         what = "tokens" if self.kind == "dataset" else "text"
         return f"{what}: {self.path} ({size}{self.size:,} bytes), {self.why}"
 
     def record(self) -> dict[str, Any]:
-        """What training_state.json keeps of the source: kind, path, bytes, mtime_ns and the SHA-256 of the contents."""
+        """Its record in training_state.json: kind, path, bytes, mtime_ns and the SHA-256 of the contents."""
         return {**self._facts, "digest": self.digest}
 
     def changed(self, recorded: Mapping[str, Any] | None) -> str | None:
-        """Say in one sentence that the contents are not the recorded ones; None when they are."""
+        """Report in one sentence that the contents are not the recorded ones; None when they are."""
         if not recorded or recorded.get("digest") in (None, self.digest):
             return None
         return (
             f"{self.path}: not the text this checkpoint was trained on ({self.size:,} bytes, SHA-256 "
             f"{self.digest[:12]}; recorded {recorded.get('path')}, {recorded.get('bytes')} bytes, "
-            f"{str(recorded['digest'])[:12]}); training goes on with the new one."
+            f"{str(recorded['digest'])[:12]}); training continues with the new one."
         )
 
     @cached_property
@@ -124,7 +124,7 @@ def find_source(
 
     The default is the Python language reference, written once to data/python_reference.txt.
 
-    Raises: InputError when the chosen one is not there, or is of the other kind.
+    Raises: InputError when the chosen one does not exist, or is of the other kind.
     """
     recorded = recorded or {}
     default = data_dir / DEFAULT_TEXT
@@ -166,7 +166,7 @@ def _text(path: Path, why: str, recorded: Mapping[str, Any]) -> Source:
 
 
 def _write_default(path: Path) -> None:
-    """Write the reference of this Python's language; a reader never sees half of it."""
+    """Write the language reference of this Python; a reader never sees half of it."""
     version = platform.python_version()
     try:
         from pydoc_data.topics import topics
@@ -180,5 +180,5 @@ def _write_default(path: Path) -> None:
             DISK.write(staged, "\n\n".join(topics[name].strip() for name in sorted(topics)).encode() + b"\n")
     except OSError as error:
         raise SaveFailed(
-            f"{path}: {error.strerror}, so the default text has no place. Pass --input_file FILE."
+            f"{path}: {error.strerror}, so the default text cannot be written. Pass --input_file FILE."
         ) from error

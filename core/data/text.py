@@ -1,4 +1,4 @@
-"""UTF-8 files as one text, in pieces that never depend on how much memory there is.
+"""Read UTF-8 files as one text, in pieces that do not depend on the available memory.
 
 Several files are joined by a newline. A byte order mark at the start of a file is dropped; nothing else is changed.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..errors import InputError
 
 CHUNK = 1 << 20
-"""Bytes of one read, and characters from which a piece is cut."""
+"""Bytes of one read, and characters after which a piece is cut."""
 
 BORDER = re.compile(r"(?s).*\S(?=[ \n])")
 """Up to the last place where a space or newline follows something else.
@@ -35,7 +35,7 @@ class Segment(NamedTuple):
 def split(files: list[Path], val_fraction: float) -> tuple[list[Segment], list[Segment]]:
     """Split the joined files by bytes: the last `val_fraction` is for validation.
 
-    A border inside a character moves behind it. The newline between two files is dropped when the border is there.
+    A border inside a character moves to its end. The newline between two files is dropped if the border is there.
     """
     sizes = [_size(path) for path in files]
     border = int((sum(sizes) + len(files) - 1) * (1 - val_fraction))
@@ -52,9 +52,9 @@ def split(files: list[Path], val_fraction: float) -> tuple[list[Segment], list[S
 
 
 def pieces(segments: list[Segment], advance: Callable[[int], object] = lambda count: None) -> Iterator[str]:
-    """Read segments as text, piece by piece; where pieces end is decided by the bytes alone.
+    """Read segments as text, piece by piece; the ends of the pieces depend only on the bytes.
 
-    `advance` is told how many bytes were read.
+    `advance` receives the number of bytes read.
 
     Raises: InputError with the path and the byte offset when a file is not UTF-8.
     """

@@ -36,7 +36,7 @@ SHARD_TOKENS = 100_000_000
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder of shards: its files, and the tokenizer's state where the folder says which."""
+    """A folder of shards: its files, and the tokenizer's state if the folder records it."""
 
     folder: Path
     tokenizer: dict[str, Any] | None
@@ -45,7 +45,7 @@ class Dataset:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Map the tokens of a shard, uint16 or uint32; pages are read when they are used.
+    """Map the tokens of a shard, uint16 or uint32; pages are read on use.
 
     Raises: InputError with the path and both sizes when the header and the file disagree.
     """
@@ -202,7 +202,7 @@ def _ours(folder: Path) -> Dataset:
 
 
 def _listed(folder: Path, entry: dict[str, Any]) -> Path:
-    """A shard that dataset.json names, once its own header has been compared."""
+    """Open a shard that dataset.json names, after comparing its header."""
     path = folder / Path(entry["file"]).name
     found = len(read_shard(path))
     if found != entry["tokens"]:
@@ -211,7 +211,7 @@ def _listed(folder: Path, entry: dict[str, Any]) -> Path:
 
 
 def _meta_chars(path: Path) -> list[str]:
-    """The characters of nanoGPT's meta.pkl {vocab_size, itos, stoi} in the order of their ids; nothing is run."""
+    """The characters of nanoGPT's meta.pkl {vocab_size, itos, stoi} in the order of their ids; nothing is executed."""
     try:
         meta = read_pickle(path.read_bytes(), str(path))
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Tokenizers: text to ids and back, and what tokenizer.json says of them.
+"""Tokenizers: text to ids and back, and their description in tokenizer.json.
 
 char   one id for each character of the training text
-gpt2   GPT-2's byte pairs through tiktoken, 50,257 ids; the ranks are looked for when text is first encoded or decoded
+gpt2   GPT-2's byte pairs through tiktoken, 50,257 ids; the ranks are loaded when text is first encoded or decoded
 hf     a Hugging Face `tokenizers` JSON file, embedded whole in tokenizer.json
 """
 
@@ -24,7 +24,7 @@ Ids = Sequence[int] | np.ndarray
 CODE_POINTS = 0x110000
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-"""How GPT-2 cuts text into the pieces that are encoded one by one, in the form in which it never backtracks far."""
+"""GPT-2's pattern for the pieces of text that are encoded one by one, in a form that never backtracks far."""
 
 
 class Place(NamedTuple):
@@ -35,7 +35,7 @@ class Place(NamedTuple):
     column: int = 1
 
     def after(self, text: str) -> Place:
-        """The place behind `text`, when `text` begins here."""
+        """The place after `text`, when `text` begins here."""
         newline = text.rfind("\n")
         column = self.column + len(text) if newline < 0 else len(text) - newline
         return Place(self.position + len(text), self.line + text.count("\n"), column)
@@ -46,7 +46,7 @@ START = Place()
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program knows of a tokenizer."""
+    """The interface of every tokenizer."""
 
     kind: str
 
@@ -67,14 +67,14 @@ class Tokenizer(Protocol):
     def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
         """Turn text into ids, uint16 or uint32 by the size of the vocabulary.
 
-        `unknown="skip"` drops characters the vocabulary lacks. `where` and `start` say in errors where text came from.
+        `unknown="skip"` drops characters that the vocabulary lacks. `where` and `start` locate the text in errors.
 
         Raises: InputError with the first unknown character and its place.
         """
         ...
 
     def decode(self, ids: Ids) -> str:
-        """Turn ids into text; bytes that are no character become U+FFFD.
+        """Turn ids into text; bytes that do not form a character become U+FFFD.
 
         Raises: InputError for an id outside the vocabulary.
         """
@@ -145,7 +145,7 @@ class CharTokenizer:
 class Gpt2Tokenizer:
     """GPT-2's byte pairs: 50,256 ranks and one special id for the end of a text.
 
-    `<|endoftext|>` written in a text is ordinary text: only a program can put the special id in.
+    `<|endoftext|>` in a text is ordinary text: only a program can insert the special id.
     """
 
     kind = "gpt2"
@@ -156,13 +156,13 @@ class Gpt2Tokenizer:
     def __init__(self, bpe_file: Path | None = None) -> None:
         self._bpe_file = bpe_file
         if bpe_file is not None:
-            self.encoding  # noqa: B018  a file someone named is checked at once
+            self.encoding  # noqa: B018  check a file that was given at once
 
     @functools.cached_property
     def encoding(self) -> Any:
         """The tiktoken.Encoding.
 
-        Raises: InputError when the ranks are nowhere, or are not GPT-2's.
+        Raises: InputError when the ranks cannot be found, or are not GPT-2's.
         """
         import tiktoken
 
@@ -191,7 +191,7 @@ class Gpt2Tokenizer:
 
 
 class HfTokenizer:
-    """A tokenizer of the Hugging Face library `tokenizers`; its special tokens are not added to text by themselves."""
+    """A tokenizer of the Hugging Face library `tokenizers`; its special tokens are not added to text automatically."""
 
     kind = "hf"
 
@@ -224,7 +224,7 @@ class HfTokenizer:
         return {"token_kind": "hf", "definition": self.definition, "fingerprint": self.fingerprint}
 
     def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
-        """Turn text into ids; what is unknown is the definition's own affair."""
+        """Turn text into ids; the definition determines how unknown text is handled."""
         ids = self._library.encode(_sound(text), add_special_tokens=False).ids
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
@@ -240,7 +240,7 @@ class HfTokenizer:
 def make_char(texts: Iterable[str], where: str = "text") -> CharTokenizer:
     """Make a char tokenizer of every character that occurs in the pieces of a text, in code point order.
 
-    Raises: InputError when there is no character at all.
+    Raises: InputError when the text is empty.
     """
     seen = np.zeros(CODE_POINTS, dtype=bool)
     for text in texts:
@@ -289,7 +289,7 @@ def tokenizer_from_file(path: Path, bpe_file: Path | None = None) -> Tokenizer:
             f"{path}: {error.strerror}. --tokenization takes char, gpt2 or a tokenizer's JSON file."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no valid JSON ({error}), expected a Hugging Face tokenizer.") from error
+        raise InputError(f"{path}: not valid JSON ({error}), expected a Hugging Face tokenizer.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a JSON {type(values).__name__}, expected a Hugging Face tokenizer (an object).")
     return (

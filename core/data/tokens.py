@@ -1,4 +1,4 @@
-"""Token ids of a text, and the windows that are cut out of them."""
+"""Token ids of a text, and windows of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import InputError
 
 
 class Tokens:
-    """Token ids in one or several arrays, mapped or in memory, out of which windows are cut."""
+    """Token ids in one or several arrays, mapped or in memory."""
 
     def __init__(self, arrays: Sequence[np.ndarray], *, vocab_size: int, where: str) -> None:
         self.arrays = [array for array in arrays if len(array)]
@@ -22,7 +22,7 @@ class Tokens:
 
 
 class Windows:
-    """Every run of `length` neighbouring tokens, numbered from 0 array by array; none crosses into another array.
+    """Every run of `length` consecutive tokens, numbered from 0 array by array; no run crosses into another array.
 
     Raises: InputError with both numbers when no array is that long.
     """
@@ -45,7 +45,7 @@ class Windows:
     def gather(self, numbers: np.ndarray) -> np.ndarray:
         """Copy the windows with these numbers, [B] to [B, length].
 
-        Ids are compared with the vocabulary here, batch by batch: doing it once would read a whole mapped dataset.
+        Ids are checked against the vocabulary here, batch by batch: a check in advance would read the whole dataset.
 
         Raises: InputError for an id the vocabulary lacks.
         """

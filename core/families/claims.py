@@ -52,7 +52,7 @@ class Claims:
             self._names.pop("n_kv_head", None)
 
     def number(self, field: str) -> int | None:
-        """The config's number for a field; None where it has none, or it is no number from 1."""
+        """The config's number for a field; None where it has none, or it is not a number of at least 1."""
         value = self.config.get(self._names.get(field, ""))
         return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63 else None
 
@@ -125,7 +125,7 @@ class Claims:
         family = self.found.family
         for field, name in self._names.items():
             if (said := self.number(field)) is None:
-                self.conflicts.append(f"{name} is {_text(self.config[name])} in the config, not a number from 1")
+                self.conflicts.append(f"{name} is {_text(self.config[name])} in the config, not a number of at least 1")
                 continue
             value = self._shown("vocab_size" if field == "padded_vocab_size" else field)
             if field == "n_ffn" and value is None and (width := self._shown("n_embd")):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.variants import HEAD_SIZE, WITHOUT_ATTENTION
-from ..containers.tensors.views import View, add_axis, cut, drop_axis, filled, join
+from ..containers.tensors.views import View, concatenate, filled, slice_axis, squeeze, unsqueeze
 from .family import Family, Sides
 from .rules import RENAME, Row, Sizes, Table
 
@@ -120,12 +120,12 @@ class Append:
 
     def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Append."""
-        return [join([views[0], add_axis(views[1], 0)])]
+        return [concatenate([views[0], unsqueeze(views[1], 0)])]
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Take the last one off."""
         last = views[0].shape[0] - 1
-        return [cut(views[0], 0, 0, last), drop_axis(cut(views[0], 0, last, last + 1), 0)]
+        return [slice_axis(views[0], 0, 0, last), squeeze(slice_axis(views[0], 0, last, last + 1), 0)]
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,13 @@ class Scalars:
 
     def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Concatenate."""
-        return [join(views)]
+        return [concatenate(views)]
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Cut apart."""
         half, parts, at = sizes["n_layer"] // 2, [], 0
         for length in (half, half, *[2] * (2 * sizes["n_layer"])):
-            parts.append(cut(views[0], 0, at, at + length))
+            parts.append(slice_axis(views[0], 0, at, at + length))
             at += length
         return parts
 
@@ -178,7 +178,7 @@ def completed(tensors: Mapping[str, View], variant: str, n_layer: int) -> dict[s
     """
     made = {}
     if "scalars" in tensors and (found := tensors["scalars"].shape[0]) > 5 * n_layer:
-        cropped = cut(tensors["scalars"], 0, 0, 5 * n_layer)
+        cropped = slice_axis(tensors["scalars"], 0, 0, 5 * n_layer)
         made["scalars"] = (cropped, f"crop {found} scalars, padded for several ranks, to {5 * n_layer}")
     if variant == "small_2025_02":
         dtype = tensors[_SKIPS].dtype

@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
 
-from ..containers.tensors.views import View, add_axis, cut, drop_axis, join, merge_axes, permute, split_axis
+from ..containers.tensors.views import (
+    View,
+    concatenate,
+    merge_axes,
+    permute,
+    slice_axis,
+    split_axis,
+    squeeze,
+    unsqueeze,
+)
 from ..errors import CheckpointMismatch
 
 Sizes = Mapping[str, int]
@@ -76,7 +85,7 @@ class Concat:
 
     def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Concatenate."""
-        return [join(views, self.axis)]
+        return [concatenate(views, self.axis)]
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Split."""
@@ -87,7 +96,7 @@ class Concat:
             raise CheckpointMismatch(f"{whole} along axis {self.axis} cannot be split into {lengths}")
         parts, at = [], 0
         for length in lengths:
-            parts.append(cut(view, self.axis, at, at + length))
+            parts.append(slice_axis(view, self.axis, at, at + length))
             at += length
         return parts
 
@@ -103,12 +112,12 @@ class Stack:
 
     def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Stack."""
-        return [join([add_axis(view, self.axis) for view in views], self.axis)]
+        return [concatenate([unsqueeze(view, self.axis) for view in views], self.axis)]
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Unstack."""
         (view,) = views
-        return [drop_axis(cut(view, self.axis, k, k + 1), self.axis) for k in range(view.shape[self.axis])]
+        return [squeeze(slice_axis(view, self.axis, k, k + 1), self.axis) for k in range(view.shape[self.axis])]
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ class Interleave:
         for view in views:
             if view.shape[0] % groups:
                 raise CheckpointMismatch(f"{view.shape[0]} rows cannot be cut into {groups} groups")
-        return [merge_axes(join([split_axis(view, 0, view.shape[0] // groups) for view in views], 1), 0)]
+        return [merge_axes(concatenate([split_axis(view, 0, view.shape[0] // groups) for view in views], 1), 0)]
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Take apart."""
@@ -141,7 +150,7 @@ class Interleave:
             raise CheckpointMismatch(f"{view.shape[0]} rows are not {groups} groups of {' + '.join(map(str, rows))}")
         grouped, parts, at = split_axis(view, 0, sum(rows)), [], 0
         for length in rows:
-            parts.append(merge_axes(cut(grouped, 1, at, at + length), 0))
+            parts.append(merge_axes(slice_axis(grouped, 1, at, at + length), 0))
             at += length
         return parts
 

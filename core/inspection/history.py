@@ -1,4 +1,4 @@
-"""The past of a model as its folder tells it: each step, kept or aside, whether it is whole, and why it is there."""
+"""The history of a model from its folder: each step, kept or aside, its health, and the reason why it is kept."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .inspect import Facts
 TOP, KEPT, ASIDE = "top", "kept", "aside"
 
 WHOLE, INTACT, REPLACED, DAMAGED, NO_BUNDLE = "whole", "intact", "replaced", "damaged", "no bundle"
-"""Health: headers and sizes are right; all checksums are; whole, but not the file that was saved; neither; parts."""
+"""Health: headers and sizes fit; all checksums match; whole, but not the file that was saved; damaged; only parts."""
 
 
 @dataclass
 class Entry:
-    """One step of the past."""
+    """One step of the history."""
 
     place: str
     path: Path
@@ -36,34 +36,34 @@ class Entry:
     health: str = WHOLE
     faults: list[str] = field(default_factory=list)
     rules: list[str] = field(default_factory=list)
-    graph: str = "o"  # its row of the drawing of branches
+    graph: str = "o"  # its row in the drawing of branches
 
     @property
     def why(self) -> str | None:
-        """Why it lies aside; None for what does not, or was put there by another program."""
+        """Why it is aside; None if it is not, or was moved there by another program."""
         found = re.fullmatch(r"aside_\d{8,}_([a-z]+)_[0-9a-f]+", self.path.name)
         return found[1] if found and self.place == ASIDE else None
 
     @property
     def order(self) -> int:
-        """Its place among the commits of its branch."""
+        """Its position among the commits of its branch."""
         return self.state.order if self.state else self.step
 
     @property
     def branch(self) -> dict[str, Any]:
-        """Where its branch left another; empty for the first one."""
+        """Where its branch forked from another; empty for the first branch."""
         found = self.state.branch
         return found if isinstance(found, dict) else {}
 
 
 @dataclass
 class Past:
-    """The steps of a model, each after the one it came from; those aside after the step where they left."""
+    """The steps of a model, each after its predecessor; those aside come after the step where they forked."""
 
     path: Path
     entries: list[Entry]
     retention: Retention
-    recorded: bool  # whether the training state says which rules are in force
+    recorded: bool  # whether the training state records the rules
 
     @property
     def newest(self) -> TrainingState:
@@ -82,9 +82,9 @@ def _kept(entry: Entry) -> KeptStep:
 
 
 def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], object] = lambda size: None) -> Past:
-    """Look at every step of a model; with `checksums` their bytes are read, and `progress` is told how many.
+    """Inspect every step of a model; with `checksums` all bytes are read, and `progress` receives their number.
 
-    Raises: CheckpointNotFound when there is none, at the top, kept or aside.
+    Raises: CheckpointNotFound when there is no step at the top, kept or aside.
     """
     place, kept = FolderReader(folder), history(folder)
     entries = [Entry(KEPT, step.path, step.step, step.state) for step in kept]
@@ -101,11 +101,11 @@ def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], 
         found = re.match(r"aside_(\d{8,})", path.name)
         entries.append(Entry(ASIDE, path, int(found[1]) if found else 0, _state(_reader(path), path)))
     if not entries:
-        raise CheckpointNotFound(f"{folder}: no step of a bundle is here, so there is no past to show.")
+        raise CheckpointNotFound(f"{folder}: no step of a bundle is here, so there is no history to show.")
     for entry in entries:
         _look(entry, checksums)
         progress(entry.bytes)
-    entries = [entry for entry in entries if entry.path.is_dir()]  # a writer beside this may have removed some
+    entries = [entry for entry in entries if entry.path.is_dir()]  # a concurrent writer may have removed some
     return Past(folder, list(_drawn(entries)), retention, newest.retention is not None)
 
 
@@ -120,7 +120,7 @@ def _state(read: Callable[[str], bytes], where: Path) -> TrainingState:
 
 
 def _look(entry: Entry, checksums: bool) -> None:
-    """Find out its size and its health."""
+    """Determine its size and its health."""
     try:
         with open_bundle(entry.path) as bundle:
             entry.bytes = sum(bundle.sizes.values())
@@ -136,7 +136,7 @@ def _look(entry: Entry, checksums: bool) -> None:
 
 
 def _other_sizes(bundle: Bundle) -> Iterator[str]:
-    """Say which files have another size than recorded. Raises: CheckpointDamaged when one is cut off."""
+    """Report files whose size is not the recorded one. Raises: CheckpointDamaged when one is cut off."""
     for part in (bundle.weights, bundle.optimizer):
         if part is not None:
             try:
@@ -150,7 +150,7 @@ def _other_sizes(bundle: Bundle) -> Iterator[str]:
 
 
 def _drawn(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Order the steps as a drawing of their branches, the present one in the first column, and note each row of it."""
+    """Order the steps for a drawing of their branches, the present one in the first column, and record each row."""
     present = sorted((e for e in entries if e.place != ASIDE), key=lambda e: (e.order, e.place == TOP))
     aside = sorted((e for e in entries if e.place == ASIDE), key=lambda e: e.order)
     after: dict[int, list[Entry]] = {}
@@ -176,12 +176,12 @@ def _drawn(entries: Sequence[Entry]) -> Iterator[Entry]:
 
     for entry in present:
         yield from row(entry, "", "")
-    for entry in aside:  # what comes after nothing that is here
+    for entry in aside:  # those whose predecessor is not here
         yield from row(entry, "  ", "  ")
 
 
 def _before(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """The step after which another came, if it is still here: the one before on its branch, or where that left."""
+    """The predecessor of a step, if it is still here: the one before it on its branch, or the fork of that branch."""
     run, branch = entry.state.run, entry.branch.get("id")
     before = [
         e for e in entries if e.order < entry.order and (e.state.run, e.branch.get("id")) == (run, branch) and run
@@ -193,7 +193,7 @@ def _before(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 
 
 def past_facts(past: Past, checksums: bool, keep: int | None, keep_every: int | None) -> Facts:
-    """The past as values that JSON has; with a number given, also what it would remove."""
+    """The history as JSON values; with `keep` or `keep_every`, also the steps that they would remove."""
     asked = keep is not None or keep_every is not None
     return {
         "location": str(past.path),
@@ -237,13 +237,13 @@ def _entry_facts(entry: Entry) -> Facts:
 
 
 def past_faults(facts: Facts) -> list[str]:
-    """What is wrong with steps that are not aside, a sentence each."""
+    """The faults of steps that are not aside, a sentence each."""
     bad = [step for step in facts["steps"] if step["place"] != ASIDE and step["health"] == DAMAGED]
     return [fault for step in bad for fault in step["faults"]]
 
 
 def past_lines(facts: Facts) -> Iterable[str]:
-    """Write the past as a table, and what follows from it."""
+    """Write the history as a table, with a summary."""
     yield "=== HISTORY ==="
     yield f"Location: {printable(facts['location'])}"
     rules = facts["rules"]
@@ -272,7 +272,7 @@ def _notes(facts: Facts) -> Iterable[str]:
 def _row(step: Facts) -> tuple[str, ...]:
     loss = f"{step['val_loss']:.4f}" if isinstance(step["val_loss"], (int, float)) else "-"
     saved = str(step["saved_at"] or "-")[:19].replace("T", " ")
-    reason = ", ".join(step["rules"]) or ("nothing: goes at the next save" if step["place"] == KEPT else "")
+    reason = ", ".join(step["rules"]) or ("nothing: removed at the next save" if step["place"] == KEPT else "")
     reason = step["path"].rpartition("/")[2] if step["place"] == ASIDE else reason
     row = (step["graph"], str(step["step"]), loss, size_text(step["bytes"]), saved, step["health"], reason)
     return tuple(printable(cell) for cell in row)

@@ -1,4 +1,4 @@
-"""What lies at a path, known from headers alone: a checkpoint of ours, or of any other program."""
+"""Inspect a checkpoint of ours, or of any other program, from its headers alone."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from ..bundle.bundle import Bundle, KeptStep
     from ..bundle.parts import Part
 
-# what reads our own bundles is imported when there is one: it takes as long as opening a file of another program
+# the readers of our own bundles are imported on demand: that takes as long as opening another program's file
 
 CONFIG_KEYS = ("config", "model_config", "model_args", "args")
-"""Where programs put the config of a model in the content of a checkpoint."""
+"""Entries of a checkpoint's content under which programs store the config of a model."""
 
 Facts = dict[str, Any]
-"""What is told of a checkpoint, as values that JSON has."""
+"""The facts of a checkpoint, as JSON values."""
 
 
 @dataclass
 class Inspected:
-    """A checkpoint and all that its headers say; `bundle` is there when it is one of ours."""
+    """A checkpoint and everything in its headers; `bundle` is set when it is one of ours."""
 
     path: Path
     container: Container
     weights: dict[str, TensorSpec]  # the model's tensors, by their names in its state dict
-    key: str  # what stands before these names in the container
+    key: str  # precedes these names in the container
     identity: Identity
     config: dict[str, Any] | None
     tokenizer: dict[str, Any] | None = None
@@ -46,12 +46,12 @@ class Inspected:
     step: int | None = None
     bundle: Bundle | None = None
     history: list[KeptStep] = field(default_factory=list)
-    damage: list[str] = field(default_factory=list)  # files of a bundle that cannot be read, each in a sentence
+    damage: list[str] = field(default_factory=list)  # files of a bundle that cannot be read, a sentence each
     chosen: list[str] = field(default_factory=list)  # which of several checkpoints this is, and why
 
     @property
     def size(self) -> int:
-        """Bytes of all its files."""
+        """Total size of its files in bytes."""
         return sum(self.container.files.values())
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class Inspected:
 
 
 class _Held(Container):
-    """A container whose files are open already: a save beside it changes nothing of what is read."""
+    """A container whose files are already open: a concurrent save does not affect what is read."""
 
     held: dict[str, BinaryIO]
 
@@ -126,10 +126,10 @@ def inspect_path(path: Path, step: int | None = None) -> Inspected:
 
 
 def of_bundle(bundle: Bundle) -> Inspected:
-    """Look at a bundle or single file of ours.
+    """Inspect a bundle or single file of ours.
 
-    A part of it that cannot be read is a note, so that the rest is still shown. The bundle is closed with what is
-    returned, or at once when it cannot be looked at.
+    A part that cannot be read becomes a note, so that the rest is still shown. The bundle is closed together with the
+    result, or at once if it cannot be inspected.
     """
     try:
         return _of_bundle(bundle)
@@ -141,7 +141,7 @@ def of_bundle(bundle: Bundle) -> Inspected:
 def _of_bundle(bundle: Bundle) -> Inspected:
     container, damage = _held(bundle)
     weights: dict[str, TensorSpec] = {}
-    with contextlib.suppress(CheckpointError):  # the damage says it
+    with contextlib.suppress(CheckpointError):  # it is among the damage
         weights = bundle.weights.tensors
     optimizer = None
     with contextlib.suppress(CheckpointError):
@@ -163,7 +163,7 @@ def _of_bundle(bundle: Bundle) -> Inspected:
 
 
 def _held(bundle: Bundle) -> tuple[Container, list[str]]:
-    """The open files of a bundle as a container, and what of them cannot be read."""
+    """The open files of a bundle as a container, and sentences about those that cannot be read."""
     from ..bundle.commit import CONFIG
     from ..bundle.parts import ShardedFile
     from ..containers.joined import join
@@ -201,7 +201,7 @@ def _held(bundle: Bundle) -> tuple[Container, list[str]]:
 
 
 def of_container(path: Path) -> Inspected:
-    """Look at a checkpoint of another program."""
+    """Inspect a checkpoint of another program."""
     from ..containers.open import open_container
 
     container = open_container(path)
@@ -227,6 +227,6 @@ def _fields(value: Any) -> dict[str, Any] | None:
 
 
 def identity_of(weights: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Identity:
-    """Recognise the model that tensors are of, by their names, shapes and shared storages, and the config beside it."""
+    """Recognise a model by its tensors' names, shapes and shared storages, and by the config beside it."""
     shared = {name: f"{spec.file}/{spec.storage}/{spec.offset}" for name, spec in weights.items()}
     return identify({name: spec.shape for name, spec in weights.items()}, config, shared)

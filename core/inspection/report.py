@@ -1,4 +1,4 @@
-"""The facts of a checkpoint, from its headers, as values that JSON has; report_text.py writes them for people."""
+"""The facts of a checkpoint, from its headers, as JSON values; report_text.py writes them for people."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..bundle.contradictions import contradictions
 from ..bundle.evolution import notes
 from ..bundle.training_state import STATE
 from ..config.variants import VARIANTS
+from ..console.words import listed_names
 from ..containers.pickles.inert import Call
 from ..containers.spec import TensorSpec
 from ..containers.trees import leaves
@@ -26,14 +27,14 @@ FORMATS = {
     "torch zip": "PyTorch zip file",
     "torch stream": "PyTorch stream file (before torch 1.6)",
 }
-"""What a kind of container is called in the first line."""
+"""Names of the kinds of containers in the first line."""
 
 SCRIPTS = {f"modded_{variant.name}": variant.program for variant in VARIANTS.values()}
-"""What people call the variants of modded-nanogpt."""
+"""Readable names of the variants of modded-nanogpt."""
 
 
 def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
-    """Collect what is known of a checkpoint; `pattern` chooses the tensors that are listed."""
+    """Collect the facts of a checkpoint; `pattern` selects the tensors to list."""
     identity, container = found.identity, found.container
     architecture = identity.architecture
     ours = found.bundle is not None
@@ -67,7 +68,7 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
 
 
 def script_of(found: Inspected) -> str | None:
-    """Name the script of modded-nanogpt it is from; bundles of ours have one layout for all, and the config says it."""
+    """Name the script of modded-nanogpt it is from; our bundles have one layout for all, so the config names it."""
     config = found.config or {}
     if "model_class" in config:
         from ..config.modded import CLASSES
@@ -82,13 +83,10 @@ def _architecture(architecture: Any) -> Facts:
 
 
 def lacks(found: Inspected) -> list[str]:
-    """Say what a foreign model lacks, or has too many of, in a sentence each."""
-    said = []
-    for names, what in ((found.identity.missing, "is missing"), (found.identity.unplaced, "has no place in it")):
-        if names:
-            more = f", and so do {len(names) - 3} more" if len(names) > 3 else ""
-            said.append(f"{', '.join(names[:3])} {what}{more}")
-    return said
+    """List the tensors that a foreign model lacks, and those that do not belong to it, in a sentence each."""
+    identity = found.identity
+    groups = (("missing", identity.missing), ("not part of the model", identity.unplaced))
+    return [f"{what}: {listed_names(names, 3)}" for what, names in groups if names]
 
 
 def _parameters(found: Inspected) -> Facts:
@@ -111,14 +109,14 @@ def _dtypes(tensors: Iterable[TensorSpec]) -> dict[str, int]:
 
 
 def _health(found: Inspected) -> Facts:
-    """What of the bytes can be checked."""
+    """How many of the bytes can be checked."""
     checks = found.container.checks
     recorded = sum(check.size for check in checks if check.crc32 is not None and not _whole(check, found))
     return {"records": len(checks), "recorded_bytes": recorded, "bytes": found.size}
 
 
 def _whole(check: Any, found: Inspected) -> bool:
-    """Whether a check is that of a whole file beside those of its records."""
+    """Whether a check covers a whole file whose records have checks of their own."""
     return check.names == (check.file,) and found.bundle is not None
 
 
@@ -127,7 +125,7 @@ def _content(content: Any) -> Facts:
 
 
 def tensors_in(value: Any) -> Iterable[TensorSpec]:
-    """The tensors somewhere in a content."""
+    """The tensors anywhere in a content."""
     for leaf in leaves(value):
         if isinstance(leaf, TensorSpec):
             yield leaf
@@ -136,7 +134,7 @@ def tensors_in(value: Any) -> Iterable[TensorSpec]:
 
 
 def facts_of_ours(found: Inspected) -> Facts:
-    """Collect what only a checkpoint of ours has, in place of what is said of those of other programs."""
+    """Collect the facts that only our checkpoints have; they replace those for other programs' checkpoints."""
     bundle = found.bundle
     assert bundle is not None
     files = dict(found.container.files)

@@ -100,7 +100,7 @@ def _parameters(facts: Facts) -> Iterable[str]:
 
 
 def architecture_lines(a: Facts) -> Iterable[str]:
-    """What the tensors say of a model, in three lines."""
+    """Describe a model by its tensors, in three lines."""
     groups = f" in {a['n_kv_head']} groups" if a["n_kv_head"] not in (None, a["n_head"]) else ""
     one = "" if a["n_head"] == 1 else "s"
     heads = f"{_known(a['n_head'])} head{one}{groups}" + (f" of {a['head_size']}" if a["head_size"] else "")
@@ -179,7 +179,7 @@ def _loss(loss: Any) -> str:
 
 def age(saved_at: Any) -> str:
     """How long ago something was saved, in its own unit."""
-    from datetime import datetime  # a millisecond that only a history pays
+    from datetime import datetime  # costs a millisecond, only when a history is shown
 
     try:
         seconds = datetime.now().astimezone().timestamp() - datetime.fromisoformat(saved_at).timestamp()
@@ -196,19 +196,19 @@ def _value(value: Any) -> str:
 
 
 def verification_facts(found: Verification) -> Facts:
-    """A verification as values that JSON has."""
+    """A verification as JSON values."""
     names = ("damaged", "replaced", "unrecorded", "notes", "checked_bytes", "seconds")
     return {name: getattr(found, name) for name in names}
 
 
 def stat_facts(stat: Stat) -> Facts:
-    """The values of one tensor as values that JSON has."""
+    """The statistics of one tensor as JSON values."""
     names = ("name", "count", "nan", "inf", "zeros", *_NUMBERS, "norm", "note")
     return {name: getattr(stat, name) for name in names}
 
 
 def not_finite(stats: list[Facts]) -> list[str]:
-    """A sentence for each tensor that holds what is no number."""
+    """A sentence for each tensor that holds NaN or Inf."""
     return [
         f"{stat['name']}: {stat['nan']:,} NaN and {stat['inf']:,} Inf among {stat['count']:,} numbers"
         for stat in stats
@@ -217,7 +217,7 @@ def not_finite(stats: list[Facts]) -> list[str]:
 
 
 def views_text(facts: Facts) -> Iterable[str]:
-    """Write what was read, for people."""
+    """Write verification and statistics for people."""
     if "verification" in facts:
         yield from ("", "=== VERIFICATION ===", *_verification_lines(facts["verification"]))
     if "stats" in facts:

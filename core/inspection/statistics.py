@@ -1,4 +1,4 @@
-"""Numbers that describe a tensor, computed piece by piece from the bytes in its file: no torch, little memory."""
+"""Statistics of a tensor, computed piece by piece from the bytes in its file: no torch, little memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..containers.tensors.reading import inflated, pieces
 from ..containers.tensors.views import View, stored
 
 if TYPE_CHECKING:
-    import numpy as np  # a tenth of a second that looking into a file need not pay
+    import numpy as np  # costs a tenth of a second, which a plain inspection does not need
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -22,7 +22,7 @@ _BLOCK = 1 << 16
 """Elements computed at a time, so that all of them stay in a core's cache."""
 
 _LARGE = 1e150
-"""Beyond it squares may leave the range of float64."""
+"""Beyond it squares may exceed the range of float64."""
 
 BY_MAGNITUDE = "complex, by magnitude"
 TWO_IN_ONE = "two numbers in each byte"
@@ -32,9 +32,9 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What the elements of a tensor are like; NaN and infinities are counted, all else is of the finite ones.
+    """Statistics of a tensor's elements; NaN and infinities are counted, everything else covers the finite ones.
 
-    min, max, mean and std are None where there is nothing to compute them from; std is that of a sample, as torch's.
+    min, max, mean and std are None when there are too few elements; std is that of a sample, as in torch.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Stat:
 
     @property
     def zero_fraction(self) -> float:
-        """Which part of all elements is zero; 0 when there are none."""
+        """Fraction of all elements that are zero; 0 for an empty tensor."""
         return self.zeros / self.count if self.count else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How many of the finite elements of a tensor are in each of equal parts of what lies from `low` to `high`."""
+    """Histogram of a tensor's finite elements, in bins of equal width from `low` to `high`."""
 
     low: float
     high: float
@@ -65,9 +65,9 @@ class Histogram:
 
 
 def statistics(container: Container, names: Iterable[str], progress: Progress = lambda size: None) -> Iterator[Stat]:
-    """Compute the statistics of these tensors, one after another; `progress` is told how many bytes were read.
+    """Compute the statistics of these tensors, one after another; `progress` receives the number of bytes read.
 
-    Tensors that share all their elements are read once. What cannot be read here has a `note` that says why.
+    Tensors that share all their elements are read once. A tensor that cannot be read here has a `note` with the reason.
 
     Raises: CheckpointNotFound, CheckpointDamaged when a file is gone or ends too early.
     """
@@ -81,9 +81,9 @@ def statistics(container: Container, names: Iterable[str], progress: Progress = 
 
 
 def histogram(container: Container, spec: TensorSpec, bins: int, stat: Stat | None = None) -> Histogram | None:
-    """Count the finite elements of a tensor by value in so many equal parts; None when it has none.
+    """Count the finite elements of a tensor in `parts` bins of equal width; None when it has none.
 
-    `stat` spares computing the statistics again.
+    `stat` avoids computing the statistics again.
 
     Raises: as `statistics`.
     """
@@ -92,7 +92,7 @@ def histogram(container: Container, spec: TensorSpec, bins: int, stat: Stat | No
     stat = stat or _stat(container, spec, lambda size: None)
     if stat.min is None or stat.max is None:
         return None
-    widest = float(np.finfo(np.float64).max) / 4  # of what is further out, the difference would have no number
+    widest = float(np.finfo(np.float64).max) / 4  # the difference of larger values would overflow
     low, high = (min(max(float(end), -widest), widest) for end in (stat.min, stat.max))
     counts = np.zeros(bins, np.int64)
     with np.errstate(invalid="ignore"):
@@ -122,7 +122,7 @@ def _stat(container: Container, spec: TensorSpec, progress: Progress) -> Stat:
 def _values(
     container: Container, spec: TensorSpec, progress: Progress = lambda size: None
 ) -> Iterator[tuple[Array, int]]:
-    """The elements as numbers in blocks, in any order, and how often each block counts."""
+    """Yield the elements as numbers in blocks, in any order, with the number of times each block counts."""
     block = _BLOCK * ITEM_SIZES[spec.dtype]
     for part, copies in _parts(container, spec):
         for piece in pieces(part, block):
@@ -140,7 +140,7 @@ def _real(values: Array) -> Array:
 
 
 def _parts(container: Container, spec: TensorSpec) -> Iterator[tuple[View, int]]:
-    """The blocks of a tensor as tensors in the order of their bytes, without dimensions that repeat; and how often."""
+    """Yield the blocks of a tensor in byte order, without repeating dimensions, and how often each repeats."""
     for block in stored(container, spec).blocks:
         dims = sorted(zip(block.strides, block.shape, strict=True), reverse=True)
         strides = tuple(stride for stride, _ in dims if stride)
@@ -160,7 +160,7 @@ class _Sums:
         self.squares: Any = 0.0  # of the differences from the mean
 
     def add(self, values: Array, copies: int) -> None:
-        """Count a block of numbers so often.
+        """Add a block of numbers `times` times.
 
         Means and squares are merged as Chan, Golub and LeVeque do (Algorithms for computing the sample variance, 1983).
         """

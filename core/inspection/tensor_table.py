@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint as a table, those of all layers in one row."""
+"""The tensors of a checkpoint as a table, with those of all layers in one row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .inspect import Facts
 
 
 def tensor_facts(tensors: Mapping[str, TensorSpec], pattern: str | None = None) -> list[Facts]:
-    """Name, dtype, shape and bytes of tensors, of those that a pattern (as for file names) fits."""
+    """Name, dtype, shape and bytes of the tensors that match a pattern (as for file names)."""
     return [
         {"name": name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes}
         for name, t in tensors.items()
@@ -42,7 +42,7 @@ def grouped(tensors: Iterable[Facts]) -> list[tuple[str, ...]]:
 
 
 def _products(numbers: list[tuple[str, ...]]) -> list[tuple[list[list[str]], int]]:
-    """Write a list of index tuples as few products of columns: all of it when it is one, else one for each tail."""
+    """Write index tuples as products of columns: a single one if possible, otherwise one for each tail."""
     columns = [list(dict.fromkeys(column)) for column in zip(*numbers, strict=True)]
     if math.prod(len(column) for column in columns) == len(numbers):
         return [(columns, len(numbers))]

@@ -1,4 +1,4 @@
-"""Compare the bytes of a checkpoint with the checksums that were recorded for them: no torch, no weights in memory."""
+"""Compare the bytes of a checkpoint with their recorded checksums: no torch, no weights in memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..containers.pickles.inert import as_text
 from ..errors import CheckpointNotFound
 
 _PIECE = 4 << 20
-"""Bytes that a thread sums up at a time."""
+"""Bytes of which a thread computes the checksum at a time."""
 
 _BATCH = 32
-"""Such pieces that are handed out at a time: what waits is in memory, and is read before an interrupt ends it."""
+"""Pieces submitted at a time: waiting pieces take memory, and are still read after an interrupt."""
 
 _MOST_NAMED = 3
 _MOST_WORKERS = 8
@@ -31,20 +31,20 @@ Progress = Callable[[int], object]
 
 @dataclass
 class Verification:
-    """What was found; the lists have sentences for people, in the order of the files."""
+    """The findings; the lists have sentences for people, in the order of the files."""
 
     damaged: list[str] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)  # files that are whole, but others than those that were saved
-    unrecorded: list[str] = field(default_factory=list)  # what has no checksum to be compared with
+    replaced: list[str] = field(default_factory=list)  # files that are whole, but not those that were saved
+    unrecorded: list[str] = field(default_factory=list)  # parts without a recorded checksum
     notes: list[str] = field(default_factory=list)
     checked_bytes: int = 0
     seconds: float = 0.0
 
 
 def verify_container(container: Container, progress: Progress = lambda size: None) -> Verification:
-    """Read each byte for which a checksum was recorded once, and say whose bytes differ.
+    """Read each byte that has a recorded checksum once, and report differences.
 
-    A check of a whole file is one whose only name is that of the file. `progress` is told how many bytes were read.
+    A check of a whole file has only the name of the file. `progress` receives the number of bytes read.
     """
     begin = time.monotonic()
     found = Verification()
@@ -69,12 +69,12 @@ class _File:
     def __init__(self, container: Container, name: str, checks: list[Check], found: Verification) -> None:
         self.container, self.name, self.found = container, name, found
         self.where = container.path if name == container.path.name else container.path / name
-        ordered = sorted(checks, key=lambda check: (check.offset, -check.size))  # what is within another comes after it
+        ordered = sorted(checks, key=lambda check: (check.offset, -check.size))  # nested checks come later
         self.recorded = [check for check in ordered if check.crc32 is not None and check.size]
         self.unrecorded = [check for check in ordered if check.crc32 is None and check.size]
 
     def verify(self, pool: ThreadPoolExecutor, progress: Progress) -> None:
-        """Compare all its checks, and say what has none."""
+        """Compare all its checks, and report bytes without one."""
         self.list_unrecorded()
         try:
             with self.container.open(self.name) as file:
@@ -101,7 +101,7 @@ class _File:
         self.list_faults(sums, after.st_size)
 
     def list_faults(self, sums: _Sums, size: int) -> None:
-        """Say what differs; of a file that differs, which of its records do."""
+        """Report differences; for a file that differs, also those of its records."""
         faults = [self.fault(check, sums, size) for check in self.recorded]
         offsets = [check.offset for check in self.recorded]
         for i, (check, fault) in enumerate(zip(self.recorded, faults, strict=True)):

@@ -22,7 +22,7 @@ from ..bundle.training_state import STATE, seal
 from ..bundle.write import write_file
 from ..console.words import size_text
 from ..containers.dcp.metadata import METADATA
-from ..containers.dcp.writer import Placed, file_of, metadata
+from ..containers.dcp.writer import WrittenItem, file_of, metadata
 from ..errors import CheckpointError, SaveFailed
 from ..networks.distributed import World
 from ..networks.state_dict import local
@@ -97,7 +97,7 @@ class ShardedStepSave(StepSave):
             raise self._refused(fault)
         say(said)
 
-    def _start_copy(self, memory: Memory) -> tuple[dict[str, Any], dict[str, list[Placed]]]:
+    def _start_copy(self, memory: Memory) -> tuple[dict[str, Any], dict[str, list[WrittenItem]]]:
         """Lay out the files of this rank, return where its shards lie in them, and begin to copy."""
         files, name = self.snapshot.plan(), file_of(self.world.rank)
         self.snapshot.start(memory)
@@ -142,7 +142,7 @@ class ShardedStepSave(StepSave):
         """Complete a staged step and make it the newest; returns its files, None where the newest is this very step."""
         storage = self.place.storage
         recorded: dict[str, Any] = {}
-        items: dict[str, list[Placed]] = {}
+        items: dict[str, list[WrittenItem]] = {}
         for written, lists, _ in reports:
             recorded |= written
             for file, shards in lists.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..containers.dcp.writer import Placed, flattened
+from ..containers.dcp.writer import WrittenItem, flattened
 from ..containers.torch_files.image import Image
 from ..containers.torch_files.layout import Stored, pickled, records
 from ..families.family import plain_name
@@ -95,12 +95,12 @@ def _records(value: Any) -> list[tuple[str, Any]]:
     return list(records(header, [data]))
 
 
-def placed(shards: Iterable[Shard], image: Image, file: str) -> list[Placed]:
+def placed(shards: Iterable[Shard], image: Image, file: str) -> list[WrittenItem]:
     """Describe where each shard is in the file written from an image."""
     return [
-        Placed(shard.name, shard.path, begin, length, _dtype(shard.value), shard.shape, file, shard.begin, block)
+        WrittenItem(shard.name, shard.path, begin, length, _dtype(shard.value), shard.shape, file, shard.begin, block)
         if (block := tuple(shard.value.shape) if isinstance(shard.value, Tensor) else None) is not None
-        else Placed(shard.name, shard.path, begin, length, file=file)
+        else WrittenItem(shard.name, shard.path, begin, length, file=file)
         for shard, (begin, length) in zip(shards, image.spans, strict=True)
     ]
 

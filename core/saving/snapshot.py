@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from ..containers.checksum import CHUNK, THREADS
-from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Sealed
+from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Seal
 from ..errors import SaveFailed
 from .torch_file import bytes_of, records_of
 
@@ -109,7 +109,7 @@ class SnapshotFile:
     def __init__(self, snapshot: Snapshot, content: Any) -> None:
         self._snapshot = snapshot
         self.image = content() if callable(content) else _image_of(content)
-        self.sealed = Sealed(self.image)
+        self.sealed = Seal(self.image)
         self.size = self.image.size
 
     def blocks(self) -> Iterator[tuple[memoryview, int, int]]:

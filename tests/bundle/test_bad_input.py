@@ -51,8 +51,8 @@ def zip_without_content() -> bytes:
 
 NO_TORCH_FILES = {
     "empty": (b"", "empty (0 bytes), expected a torch file"),
-    "text": (b"hello world\n", 'no torch zip file: a text file that begins with "hello world'),
-    "random": (b"\xa4" + random.Random(0).randbytes(5000), "no torch zip file: it begins with b'\\xa4"),
+    "text": (b"hello world\n", 'not a torch zip file: a text file that begins with "hello world'),
+    "random": (b"\xa4" + random.Random(0).randbytes(5000), "not a torch zip file: it begins with b'\\xa4"),
     "zip without data.pkl": (
         zip_without_content(),
         'a zip without data.pkl, so not one that torch.save wrote; it holds ["cat.jpg"]',
@@ -130,17 +130,17 @@ def test_truncated_file_of_a_bundle_is_named_and_nothing_starts_anew(old, folder
 
 
 NO_JSON = {
-    "empty": (b"", "0 bytes that are no valid JSON (Expecting value: line 1 column 1 (char 0))"),
+    "empty": (b"", "0 bytes that are not valid JSON (Expecting value: line 1 column 1 (char 0))"),
     "cut": (
         b'{"n_layer": 2, "n_',
-        "18 bytes that are no valid JSON (Unterminated string starting at: line 1 column 16",
+        "18 bytes that are not valid JSON (Unterminated string starting at: line 1 column 16",
     ),
     "list": (b"[1, 2]", "found a JSON list, expected an object"),
     "number": (b"3", "found a JSON int, expected an object"),
     "duplicate key": (b'{"step": 3, "step": 4}', "(the key 'step' occurs 2 times)"),
-    "latin-1": (b'{"name": "\xe9"}', "no valid JSON ('utf-8' codec can't decode byte 0xe9 in position 10"),
-    "byte order mark": (b"\xef\xbb\xbf{}", "no valid JSON (Unexpected UTF-8 BOM"),
-    "too deep": (b"[" * 100_000, "100000 bytes that are no valid JSON"),
+    "latin-1": (b'{"name": "\xe9"}', "not valid JSON ('utf-8' codec can't decode byte 0xe9 in position 10"),
+    "byte order mark": (b"\xef\xbb\xbf{}", "not valid JSON (Unexpected UTF-8 BOM"),
+    "too deep": (b"[" * 100_000, "100000 bytes that are not valid JSON"),
 }
 
 
@@ -372,7 +372,7 @@ def test_scripts_end_in_one_line_and_no_traceback(old, tmp_path):
     cases = [
         ("empty", "latest.pt: empty (0 bytes), expected a torch file."),
         ("misfit", both),
-        ("slip", "config.json: 1 bytes that are no valid JSON"),
+        ("slip", "config.json: 1 bytes that are not valid JSON"),
         ("flipped", f"latest.pt: model_state_dict.{PROJ} is damaged (CRC32 "),
         ("evil", "latest.pt: its pickle names posix.system("),
     ]

@@ -85,7 +85,7 @@ def test_a_slip_in_a_hand_edited_config_is_the_persons_to_mend_and_nothing_is_se
     path.write_text(text.replace(",", "", 1))
     before = sorted(p.name for p in (tmp_path / "dante").iterdir())
     with pytest.raises(
-        CheckpointMismatch, match=r"config.json: \d+ bytes that are no valid JSON .* Correct it, or copy"
+        CheckpointMismatch, match=r"config.json: \d+ bytes that are not valid JSON .* Correct it, or copy"
     ):
         started(tmp_path)
     assert sorted(p.name for p in (tmp_path / "dante").iterdir()) == before

@@ -26,9 +26,9 @@ from tests.makers.old_runs import assert_same_logits, manager, resume
 COUNTS = ("batch_size", "block_size", "vocab_size", "n_embd", "n_head", "n_layer")
 SWITCHES = ("bias", "tied_head", "head_bias", "norm_bias", "mlp_bias")
 ALLOWED = {
-    **dict.fromkeys(COUNTS, "a whole number from 1"),
+    **dict.fromkeys(COUNTS, "a whole number of at least 1"),
     **dict.fromkeys((*SWITCHES, "proj_bias"), "true or false"),
-    "dropout": "a number from 0 up to, not including, 1",
+    "dropout": "a number of at least 0 and below 1",
     "device": "auto, cpu, cuda or cuda:N",
     "activation": "gelu, gelu_tanh, relu",
 }
@@ -80,7 +80,7 @@ def test_every_value_of_every_field_is_taken_as_it_is_or_refused_by_name(field, 
         config = GPTConfig.from_dict({**other, field: value}, "here/config.json")
     except CheckpointMismatch as error:
         assert not fits(field, value)
-        assert f"{field} is {value!r}; allowed is {ALLOWED[field]}" in str(error)
+        assert f"{field} is {value!r}, expected {ALLOWED[field]}" in str(error)
         assert str(error).startswith("here/config.json: ")
     else:
         assert fits(field, value) and getattr(config, field) is value
@@ -101,10 +101,10 @@ def test_several_impossible_values_are_all_named(folder):
     write_old_bundle(folder, FusedGPT(**SIZES), step=3)
     edit(folder / "config.json", n_layer="2", dropout=1.5, bias=None, n_head=0)
     said = [
-        "n_head is 0; allowed is a whole number from 1",
-        "n_layer is '2'; allowed is a whole number from 1",
-        "dropout is 1.5; allowed is a number from 0 up to, not including, 1",
-        "bias is None; allowed is true or false",
+        "n_head is 0, expected a whole number of at least 1",
+        "n_layer is '2', expected a whole number of at least 1",
+        "dropout is 1.5, expected a number of at least 0 and below 1",
+        "bias is None, expected true or false",
     ]
     for door in OF_A_FOLDER:
         refused(door, folder, f"{folder / 'config.json'}: ", *said, kind=CheckpointMismatch)
@@ -116,7 +116,7 @@ def test_null_in_a_config_is_no_missing_field(folder):
     for field in [*COUNTS, *SWITCHES, "dropout", "device", "activation"]:
         before = (folder / "config.json").read_text()
         edit(folder / "config.json", **{field: None})
-        refused(generate, folder, f"{folder / 'config.json'}: {field} is None; allowed is {ALLOWED[field]}")
+        refused(generate, folder, f"{folder / 'config.json'}: {field} is None, expected {ALLOWED[field]}")
         (folder / "config.json").write_text(before)
     edit(folder / "config.json", proj_bias=None)
     assert generate(folder) == 3
@@ -143,7 +143,7 @@ def test_heads_that_do_not_divide_the_width_are_told_with_those_that_would(folde
 )
 def test_what_would_compute_something_else_is_refused_with_what_is_computed(folder, field, value, allowed):
     theirs = FusedGPT(**SIZES, **{field: value})
-    said = f"{field} is {value!r}, which this model does not compute; allowed is {allowed}"
+    said = f"{field} is {value!r}, which this model does not compute, expected {allowed}"
     write_old_bundle(folder, theirs, step=3)
     for door in OF_A_FOLDER:
         refused(door, folder, f"{folder / 'config.json'}: {said}.", kind=CheckpointMismatch)

@@ -84,11 +84,11 @@ def test_a_newer_format_is_refused_with_both_numbers():
     ("data", "said"),
     [
         (b"", "0 bytes"),
-        (b'{"step": 1', "10 bytes that are no valid JSON"),
+        (b'{"step": 1', "10 bytes that are not valid JSON"),
         (b"[1, 2]", "found a JSON list, expected an object"),
         (b'{"step": 1, "step": 2}', "the key 'step' occurs 2 times"),
-        (b"\xff\xfe", "no valid JSON"),
-        (b"[" * 100_000, "no valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
     ],
 )
 def test_json_that_cannot_be_read_is_one_sentence_with_its_path(data, said):

@@ -81,7 +81,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused_with_names_and_shapes
     ):
         CheckpointManager.load_for_inference("speed", tmp_path)
     (folder / "config.json").write_text(json.dumps({**config, "variant": "large"}))
-    with pytest.raises(CheckpointMismatch, match=r"variant is 'large'; allowed is small, small_2025_02, medium"):
+    with pytest.raises(CheckpointMismatch, match=r"variant is 'large', expected small, small_2025_02, medium"):
         CheckpointManager.load_for_inference("speed", tmp_path)
 
 

@@ -186,7 +186,7 @@ def test_shards_become_the_plain_files_of_the_same_step_by_the_command(run, tmp_
     with open_bundle(folder) as bundle:
         assert verify(bundle) == [] and bundle.step == 20
     again = finished([sys.executable, "convert_checkpoints.py", str(folder), "--consolidate"])
-    assert "in plain files already" in again.stdout
+    assert "already in plain files" in again.stdout
     done = train(tmp_path, run / "text.txt", 0, max_iters=21, **BATCH)
     assert done.returncode == 0 and "resuming at step 20" in done.stderr, done.stderr
 

@@ -174,7 +174,7 @@ def test_a_folder_that_lost_its_metadata_says_how_many_items_it_has(ranks, tmp_p
 
 def test_other_folders_are_none(tmp_path):
     assert not is_dcp(tmp_path) and not is_dcp(tmp_path / "gone")
-    with pytest.raises(CheckpointNotFound, match=r"no DCP folder: it has neither \.metadata nor \*\.distcp files\.$"):
+    with pytest.raises(CheckpointNotFound, match=r"not a DCP folder: it has no \.metadata and no \*\.distcp files\.$"):
         open_dcp(tmp_path)
 
 

@@ -169,7 +169,7 @@ def test_links_within_the_folder_and_into_the_blobs_of_a_cache_are_followed(fold
     assert open_container(snapshot).tensors == plain.tensors
     (snapshot / FIRST).unlink()
     (snapshot / FIRST).symlink_to(folder / "real")
-    assert "is a link that leads out of the folder" in damage(snapshot / INDEX)
+    assert "is a link that leads outside the folder" in damage(snapshot / INDEX)
 
 
 def test_a_folder_reached_through_a_link_opens(folder):
@@ -180,7 +180,7 @@ def test_a_folder_reached_through_a_link_opens(folder):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "0 bytes that are no valid JSON"),
+        ("", "0 bytes that are not valid JSON"),
         ("[]", "found a JSON list, expected an object"),
         ("{}", "its weight_map is None, expected a file for each tensor"),
         ('{"weight_map": {}}', "its weight_map is {}, expected"),
@@ -196,7 +196,7 @@ def test_an_index_that_is_none_says_why(folder, text, said):
 
 def test_a_damaged_config_is_named(folder):
     (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointDamaged, match=r"config\.json: 1 bytes that are no valid JSON"):
+    with pytest.raises(CheckpointDamaged, match=r"config\.json: 1 bytes that are not valid JSON"):
         open_container(folder)
 
 

@@ -101,7 +101,7 @@ def test_an_iteration_without_arguments_says_so(tmp_path):
     assert open_megatron_folder(tmp_path).notes[0] == "common.pt is missing: the arguments of the run are not known."
     for file in folder.iterdir():
         file.unlink()
-    with pytest.raises(CheckpointDamaged, match=r"iter_0000100: empty of what Megatron saves: neither \.metadata nor"):
+    with pytest.raises(CheckpointDamaged, match=r"iter_0000100: holds no Megatron checkpoint: neither \.metadata nor"):
         open_megatron_folder(tmp_path)
 
 
@@ -109,7 +109,7 @@ def test_other_folders_are_none(tmp_path):
     save(layers_stacked(), tmp_path / "dcp")
     for folder in (tmp_path, tmp_path / "dcp"):
         assert not is_megatron_folder(folder)
-        with pytest.raises(CheckpointNotFound, match="no folder of Megatron here, expected iter_0000100 and the like"):
+        with pytest.raises(CheckpointNotFound, match="not a Megatron folder, expected iter_0000100 and the like"):
             open_megatron_folder(folder)
 
 
@@ -121,12 +121,12 @@ def test_damaged_parts_are_named(tmp_path):
         open_megatron_folder(folder)
     (folder / "common.pt").unlink()
     (folder / "common.pt").symlink_to("/etc/hostname")
-    with pytest.raises(CheckpointDamaged, match="a link that leads out of the folder"):
+    with pytest.raises(CheckpointDamaged, match="a link that leads outside the folder"):
         open_megatron_folder(folder)
     (folder / "common.pt").unlink()
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text("[" * 100_000)
-    with pytest.raises(CheckpointError, match=r"metadata\.json: 100000 bytes that are no valid JSON"):
+    with pytest.raises(CheckpointError, match=r"metadata\.json: 100000 bytes that are not valid JSON"):
         open_megatron_folder(folder)
     os.truncate(folder / "metadata.json", 100_000_001)
     with pytest.raises(CheckpointDamaged, match=r"metadata\.json: has 100000001 bytes, at most 100000000 are read\."):

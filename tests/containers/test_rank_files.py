@@ -208,7 +208,7 @@ def test_a_part_of_another_size_than_its_place_is_refused(tmp_path):
 
 
 def test_no_files_of_ranks(tmp_path):
-    with pytest.raises(CheckpointNotFound, match=r"no files of ranks here, expected model_rank00000\.pt"):
+    with pytest.raises(CheckpointNotFound, match=r"no rank files here, expected model_rank00000\.pt"):
         open_rank_files(tmp_path)
 
 
@@ -274,14 +274,14 @@ def test_damage_in_a_part_names_the_part(step, tmp_path):
         open_step_folder(folder)
     shutil.rmtree(folder / "ema_sharded")
     (folder / "metadata.json").write_text('{"train_steps": 2')
-    with pytest.raises(CheckpointDamaged, match=r"x/metadata\.json: 17 bytes that are no valid JSON"):
+    with pytest.raises(CheckpointDamaged, match=r"x/metadata\.json: 17 bytes that are not valid JSON"):
         open_step_folder(folder)
 
 
 def test_a_folder_without_parts_is_no_step(tmp_path):
     (tmp_path / "metadata.json").write_text("{}")
     assert not is_step_folder(tmp_path)  # as are the folders of other programs
-    with pytest.raises(CheckpointNotFound, match="no folder of a step here, expected model_sharded/, ema"):
+    with pytest.raises(CheckpointNotFound, match="not a step folder, expected model_sharded/, ema"):
         open_step_folder(tmp_path)
 
 

@@ -123,15 +123,15 @@ BAD_LAYOUT = {
     "metadata": ({METADATA: {"a": 1}}, 0, 'its __metadata__ is {"a": 1}, expected texts by name'),
     "metadata no dict": ({METADATA: ["a"]}, 0, 'its __metadata__ is ["a"]'),
     "half a character": (b'{"\\ud800": {}}', 0, 'a tensor is called "\\ud800"'),
-    "long name": ({"x" * 1001: entry()}, 4, "which is no name"),
-    "twice": (b'{"a": 1, "a": 2}', 0, "its header: 16 bytes that are no valid JSON (the key 'a' occurs 2 times)"),
-    "no JSON": (b"{x}", 0, "its header: 3 bytes that are no valid JSON"),
-    "no UTF-8": (b'{"\xff": 1}', 0, "its header: 8 bytes that are no valid JSON"),
+    "long name": ({"x" * 1001: entry()}, 4, "which is not a valid name"),
+    "twice": (b'{"a": 1, "a": 2}', 0, "its header: 16 bytes that are not valid JSON (the key 'a' occurs 2 times)"),
+    "no JSON": (b"{x}", 0, "its header: 3 bytes that are not valid JSON"),
+    "no UTF-8": (b'{"\xff": 1}', 0, "its header: 8 bytes that are not valid JSON"),
     "no object": (b"[]", 0, "its header begins with b'[', that of safetensors with b'{'"),
     "space first": (b" {}", 0, "its header begins with b' '"),
     "no header": (b"", 4, "its header begins with b''"),
-    "deep": (b'{"a":' + b"[" * 100_000, 0, "that are no valid JSON"),
-    "endless number": (b'{"a":' + b"1" * 5000 + b"}", 0, "that are no valid JSON"),
+    "deep": (b'{"a":' + b"[" * 100_000, 0, "that are not valid JSON"),
+    "endless number": (b'{"a":' + b"1" * 5000 + b"}", 0, "that are not valid JSON"),
 }
 
 

@@ -72,13 +72,13 @@ def tar(name: str, form: int) -> bytes:
 TAR_OF_TORCH = "torch's tar format from before version 0.1.10, expected a zip or stream file of torch. Load and save it"
 OTHERS = {
     "safetensors": (save({"w": torch.ones(3)}), "a safetensors file, expected a torch file"),
-    "numpy": (npy(), "a numpy array, no torch file"),
+    "numpy": (npy(), "a numpy array, not a torch file"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(40), "an HDF5 file"),
-    "gzip": (b"\x1f\x8b\x08" + bytes(20), "a gzip file, no torch file: it begins with b'\\x1f\\x8b"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(20), "a gzip file, not a torch file: it begins with b'\\x1f\\x8b"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Fetch the file with git lfs pull."),
-    "web page": (b"\n<!DOCTYPE html><title>404</title>", "a web page, no torch file"),
+    "web page": (b"\n<!DOCTYPE html><title>404</title>", "a web page, not a torch file"),
     "html": (b"<HTML><body>Sorry</body>", "a web page"),
-    "json": (b'{"n_layer": 6}', 'no torch zip file: a text file that begins with "{\\"n_layer'),
+    "json": (b'{"n_layer": 6}', 'not a torch zip file: a text file that begins with "{\\"n_layer'),
     "text": ("größer\n".encode() * 200, "a text file that begins with"),
     "plain pickle": (pickle.dumps({"itos": dict(enumerate("abcdefghijklmnopqrstuvw"))}), "without the magic number"),
     "small pickle": (pickle.dumps([1]), "without the magic number of torch (0x1950a86a20f9469cfc6c): torch.save did"),
@@ -103,4 +103,4 @@ def test_another_kind_of_file_is_called_by_its_name(kind):
 @pytest.mark.parametrize("data", [b"\xff\x00\x93\x11" * 30, bytes(1000), b"\x80\xf0abc", b"\x00"])
 def test_random_bytes_are_damage_and_named(data):
     message = damage(data)
-    assert f"no torch zip file: it begins with {as_text(data[:8])}" in message
+    assert f"not a torch zip file: it begins with {as_text(data[:8])}" in message

@@ -271,11 +271,11 @@ def test_command_says_what_it_did(ranks, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["a", "--save_ema"], "--save_ema: of a conversion, and this is a migration. Add --to"),
+        (["a", "--save_ema"], "--save_ema: only for a conversion, not a migration. Add --to"),
         (["--checkpoint_dir", "a"], "go together"),
         (["--checkpoint_dir", "a", "--output_path", "b", "c"], "found c as well"),
         (["a", "b", "--to", "safetensors", "--match_original"], "needs the folder of the model"),
-        (["a", "b", "--to", "safetensors", "--model_path", "m"], "which is not there"),
+        (["a", "b", "--to", "safetensors", "--model_path", "m"], "which is missing"),
         (["a", "b", "--to", "safetensors", "--match_original", "m", "--model_path", "n"], "name two models"),
     ],
 )

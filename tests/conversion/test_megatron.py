@@ -184,7 +184,7 @@ def test_tensors_win_over_a_config_that_contradicts_them(fixtures, tmp_path):
     state, config = exported(export_of(fixtures, GPT2))
     told = config | {"ffn_hidden_size": 999, "num_query_groups": 2, "num_layers": 7}
     facts = converted(write_export(tmp_path / "a.pt", state, told), tmp_path / "a", "hf")
-    said = [note for note in facts["notes"] if note.startswith("the tensors win where the config says otherwise: ")]
+    said = [note for note in facts["notes"] if note.startswith("the tensors override the config: ")]
     assert sorted(note.split(": ")[1].split(" is ")[0] for note in said) == [
         "ffn_hidden_size",
         "num_layers",
@@ -209,7 +209,7 @@ def test_tensors_win_over_a_config_that_contradicts_them(fixtures, tmp_path):
         (LLAMA, "proj bias", "linear_proj has a bias and linear_qkv none: Llama has both or neither"),
         (LLAMA, "norm bias", "its norms have biases (LayerNorm) and its feed-forward part is gated"),
         (LLAMA, "positions", "it has a table of positions (position_embeddings), and Llama and Qwen have rotary ones."),
-        (QWEN, "fc1 bias", "its feed-forward part has biases, and Qwen2ForCausalLM has no place for them."),
+        (QWEN, "fc1 bias", "its feed-forward part has biases, and Qwen2ForCausalLM has none."),
         (GPT2, "qk norm", "it has a norm on q and k, and HF GPT-2 has none."),
         (GPT2, "no positions", "its norms have biases and it has no table of positions: neither Llama nor GPT-2."),
     ],
@@ -242,7 +242,7 @@ def test_settings_that_change_what_is_computed_are_refused(fixtures, tmp_path):
     made = json.loads((target / "config.json").read_text())
     assert (made["max_position_embeddings"], made["eos_token_id"], made["bos_token_id"]) == (99, 7, None)
     said = refused(tmp_path / "hf", tmp_path / "x.pt", "megatron", more={"rope_theta": 1.0})
-    assert "--rope_theta: what a Megatron file does not say, and this is Hugging Face Llama" in said
+    assert "--rope_theta: for settings that a Megatron file lacks, but this is Hugging Face Llama" in said
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_heads_that_no_config_says_are_asked_for(fixtures, tmp_path):
         state = exported(export_of(fixtures, name))[0]
         bare = write_export(tmp_path / f"{heads}.pt", state, {})
         said = refused(bare, tmp_path / "x")
-        assert "n_head" in said and said.endswith("no config beside them says it. Add --num_attention_heads N.")
+        assert "n_head" in said and said.endswith("no config beside them has it. Add --num_attention_heads N.")
         more = {"num_attention_heads": heads} | ({"max_position_embeddings": 64} if name == LLAMA else {})
         converted(bare, tmp_path / f"hf{heads}", "hf", more=more)
         converted(export_of(fixtures, name), tmp_path / f"direct{heads}", "hf")
@@ -291,6 +291,6 @@ def test_the_script_prints_the_defaults_that_it_takes(fixtures, tmp_path, capsys
     words = [str(export_of(fixtures, LLAMA)), str(tmp_path / "hf"), "--to", "hf", "--rope_theta", "5e5"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "norm_eps 1e-05: a default, for nothing beside the tensors says it (--norm_eps)" in out
+    assert "norm_eps 1e-05: a default, because no config beside the tensors has it (--norm_eps)" in out
     assert "rope_theta" not in out and re.search("read back and compared with the source, bit for bit", out)
     assert json.loads((tmp_path / "hf/config.json").read_text())["rope_theta"] == 500000.0

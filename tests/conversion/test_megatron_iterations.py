@@ -174,7 +174,7 @@ def test_scaled_positions_become_those_of_llama_3(fixtures, tmp_path, args, fact
 
 def test_a_factor_that_shortens_is_refused(fixtures, tmp_path):
     said = refused(export_of(fixtures, LLAMA), tmp_path / "hf", more={"rope_scaling_factor": 0.5})
-    assert said.endswith("rope_scaling_factor is 0.5, expected a number from 1: texts become longer by it.")
+    assert said.endswith("rope_scaling_factor is 0.5, expected a number of at least 1: it makes texts longer.")
 
 
 # What the arguments of a run may hold
@@ -199,5 +199,5 @@ def test_a_flag_wins_over_what_the_run_says_and_is_said(fixtures, tmp_path):
     state, config = exported(export_of(fixtures, LLAMA))
     source = write_iteration(tmp_path / "iter_0000001", state, **config, **RUN[LLAMA])
     facts = converted(source, tmp_path / "hf", "hf", more={"rope_theta": 7.0})
-    assert "rope_theta is 500000 in its config; --rope_theta 7.0 was asked for, and taken" in facts["notes"]
+    assert "rope_theta is 500000 in its config; --rope_theta 7.0 was specified, and overrides it" in facts["notes"]
     assert json.loads((tmp_path / "hf/config.json").read_text())["rope_parameters"]["rope_theta"] == 7.0

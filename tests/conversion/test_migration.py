@@ -200,7 +200,7 @@ def test_newer_file_that_the_bundle_has_seen_is_left_and_said(folder):
     bundle_at(folder, 50)
     before = listing(folder)
     outcome = migrated(folder)["latest.pt"]
-    assert (outcome.action, outcome.became) == (SEEN, "nothing: seen by the bundle at step 50; left as it is")
+    assert (outcome.action, outcome.became) == (SEEN, "nothing: known to the bundle at step 50; left as it is")
     assert listing(folder) == before and not outcome.may_be_deleted
 
 

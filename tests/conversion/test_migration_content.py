@@ -11,7 +11,7 @@ import torch
 
 from core.bundle.training_state import STATE
 from core.checkpoint import CheckpointManager
-from core.containers.tensors.views import cut, join
+from core.containers.tensors.views import concatenate, slice_axis
 from core.conversion.migration import migrate as rewrite
 from core.conversion.migration.plan import BUNDLE, FAILED
 from core.families.rules import Concat
@@ -178,7 +178,10 @@ def test_rule_that_moves_rows_or_parts_is_caught(folder, monkeypatch):
     before, real = listing(folder), Concat.forward
 
     def last_row_first(self, views, sizes, count):
-        moved = [join([cut(v, 0, v.shape[0] - 1, v.shape[0]), cut(v, 0, 0, v.shape[0] - 1)]) for v in views]
+        moved = [
+            concatenate([slice_axis(v, 0, v.shape[0] - 1, v.shape[0]), slice_axis(v, 0, 0, v.shape[0] - 1)])
+            for v in views
+        ]
         return real(self, moved, sizes, count)
 
     def second_head_first(self, views, sizes, count):

@@ -35,7 +35,7 @@ def test_files_of_the_program_become_the_model_they_are_loaded_as(shared, tmp_pa
     source = shared / "fixtures" / folder / file
     plan = converted(source, tmp_path / "b", "bundle")
     same_model(source, tmp_path, "b")
-    said = "its 2 optimizer states are left out: only one can be taken along"
+    said = "its 2 optimizer states are left out: only one can be included"
     assert (said in plan["notes"]) is ("step" in file)
     converted(source, tmp_path / "x.safetensors", "safetensors")
     first, second = tensors_of(source), tensors_of(tmp_path / "x.safetensors")

@@ -66,7 +66,7 @@ def test_names_that_safetensors_cannot_hold(tmp_path):
     for name in ("__metadata__", "\ud800x"):
         torch.save({name: torch.zeros(2)}, tmp_path / "odd.pt")
         said = error(tmp_path / "odd.pt", tmp_path / "x.safetensors", "safetensors")
-        assert said == f"{name!r} is no name that safetensors can hold. Use --to pt."
+        assert said == f"{name!r} cannot be a name in a safetensors file. Use --to pt."
         converted(tmp_path / "odd.pt", tmp_path / "kept.pt", "pt", overwrite=True)
         assert list(torch.load(tmp_path / "kept.pt")) == [name]
 
@@ -75,7 +75,7 @@ def test_a_source_without_tensors(tmp_path):
     for content in ({}, {"step": 3}):
         torch.save(content, tmp_path / "src.pt")
         assert (
-            error(tmp_path / "src.pt", tmp_path / "x.pt", "pt") == "there is no tensor in it, and nothing to convert."
+            error(tmp_path / "src.pt", tmp_path / "x.pt", "pt") == "it has no tensors, so there is nothing to convert."
         )
 
 
@@ -90,7 +90,11 @@ def test_the_model_card_of_a_target_whose_name_is_no_text(shared, tmp_path):
     [
         ("pt", {"shard_size": 10}, "--shard_size cuts safetensors, and --to pt writes none. Leave it out."),
         ("pt", {"tied": True}, "--tied needs to know which tensor is the head, and the program is not known."),
-        ("pt", {"more": {"rope_theta": 1.0}}, "--rope_theta: what a Megatron file does not say, and this is an unkno"),
+        (
+            "pt",
+            {"more": {"rope_theta": 1.0}},
+            "--rope_theta: for settings that a Megatron file lacks, but this is an unk",
+        ),
     ],
 )
 def test_flags_that_would_do_nothing(source, tmp_path, to, options, said):
@@ -110,7 +114,7 @@ def test_a_migration_takes_no_flag_of_a_conversion(source, tmp_path, capsys, wor
         convert_checkpoints.main([str(source), str(tmp_path / "x"), *words])
     assert wrong.value.code == 2
     said = capsys.readouterr().err
-    assert f"{words[0]}: of a conversion, and this is a migration. Add --to (--list shows to what)" in said
+    assert f"{words[0]}: only for a conversion, not a migration. Add --to (--list shows the formats)" in said
 
 
 def test_only_padding_of_a_vocabulary_is_cropped(shared, tmp_path):

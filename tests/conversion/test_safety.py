@@ -107,7 +107,7 @@ def test_two_conversions_of_one_target_do_not_meet(source, tmp_path):
         with pytest.raises(CheckpointLocked) as caught:
             converted(source, tmp_path / "out.pt", "pt")
         assert str(caught.value) == (
-            f"{tmp_path}/out.pt: another conversion writes it now. Wait for it, or name another place."
+            f"{tmp_path}/out.pt: another conversion is writing it. Wait for it, or name another place."
         )
     converted(source, tmp_path / "out.pt", "pt")
 
@@ -187,7 +187,7 @@ def test_the_disk_is_told_to_write_what_it_was_not_told_yet(tmp_path, monkeypatc
     told = []
     monkeypatch.setattr(engine, "_AT_ONCE", 100)
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: told.append((start, size)))
-    with engine.writing_back() as begin, engine.Made(tmp_path, begin) as made:
+    with engine.writing_back() as begin, engine.OutputFiles(tmp_path, begin) as made:
         with made.file("a") as output:
             for size in (60, 60, 30, 300, 7):
                 output.write(bytes(size))

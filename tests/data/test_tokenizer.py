@@ -337,7 +337,7 @@ def test_hf_changed_definition_is_noticed():
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
         ("[]", "a JSON list"),
         pytest.param('{"a": 1}', "not a Hugging Face tokenizer", marks=pytest.mark.full),
     ],

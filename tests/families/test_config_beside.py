@@ -53,9 +53,9 @@ def test_megatron_export_whose_config_does_not_fit_is_shown_as_such():
         ("vocab_size", 50304, "vocab_size is 50304 in the config, but the tensors have 34"),
         ("block_size", 1024, "block_size is 1024 in the config, but the tensors have 64"),
         ("bias", True, "bias is true in the config, but transformer.h.{i}.attn.c_attn.bias is not there"),
-        ("n_layer", "three", "n_layer is 'three' in the config, not a number from 1"),
+        ("n_layer", "three", "n_layer is 'three' in the config, not a number of at least 1"),
         pytest.param(
-            "n_layer", 10**5000, "n_layer is too large to be shown in the config, not a number from 1", id="huge"
+            "n_layer", 10**5000, "n_layer is too large to be shown in the config, not a number of at least 1", id="huge"
         ),
     ],
 )

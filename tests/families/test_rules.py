@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.containers.tensors.reading import Gatherer
-from core.containers.tensors.views import cut, filled, join, merge_axes, permute, split_axis
+from core.containers.tensors.views import concatenate, filled, merge_axes, permute, slice_axis, split_axis
 from core.errors import CheckpointMismatch
 from core.families.hf_gpt2 import HF_GPT2
 from core.families.lecture import LECTURE
@@ -40,9 +40,9 @@ def test_views_rearrange_as_numpy_does(scratch, shape, axes, seed):
     axis = int(rng.integers(4))
     low = int(rng.integers(expected.shape[axis]))
     high = int(rng.integers(low, expected.shape[axis])) + 1
-    assert (read(cut(moved, axis, low, high)) == expected.take(range(low, high), axis)).all()
+    assert (read(slice_axis(moved, axis, low, high)) == expected.take(range(low, high), axis)).all()
     other = numbers(rng, *shape)
-    both = join([moved, permute(scratch.put("b", other), axes)], axis)
+    both = concatenate([moved, permute(scratch.put("b", other), axes)], axis)
     assert (read(both) == np.concatenate([expected, other.transpose(axes)], axis)).all()
     for k in range(3):
         fused = np.concatenate([expected, other.transpose(axes)], axis)
@@ -59,16 +59,16 @@ def test_large_tensors_of_every_order_are_put_in_place(scratch, monkeypatch):
             array = numbers(rng, *shape)
             view = permute(scratch.put("a", array), axes)
             assert (read(view) == array.transpose(axes)).all()
-            part, expected = cut(view, 1, 1, view.shape[1]), array.transpose(axes)[:, 1:]
+            part, expected = slice_axis(view, 1, 1, view.shape[1]), array.transpose(axes)[:, 1:]
             assert (read(part) == expected).all()
-            assert (read(cut(part, 0, 7, 8)) == expected[7:8]).all()
+            assert (read(slice_axis(part, 0, 7, 8)) == expected[7:8]).all()
 
 
 def test_pieces_are_as_large_as_asked_for_wherever_blocks_end(scratch):
     rng = np.random.default_rng(0)
     arrays = [numbers(rng, rows, 7) for rows in (3, 1, 5)]
     parts = [scratch.put(str(k), array) for k, array in enumerate(arrays)]
-    whole = join([*parts, filled("float32", (2, 7), 1.5)])
+    whole = concatenate([*parts, filled("float32", (2, 7), 1.5)])
     expected = np.concatenate([*arrays, np.full((2, 7), 1.5, "f4").view("u4")]).tobytes()
     for view in (whole, permute(permute(whole, (1, 0)), (1, 0))):
         for size in (40, 280, 308, 1000):
@@ -87,7 +87,7 @@ def test_a_transposed_tensor_of_more_files_than_are_held_open(tmp_path, monkeypa
     for most in (2, 7, 64):
         monkeypatch.setattr("core.containers.tensors.reading._MOST_OPEN", most)
         with Gatherer() as gatherer:
-            for view in (*parts[:3], permute(join(parts), (1, 0))):
+            for view in (*parts[:3], permute(concatenate(parts), (1, 0))):
                 data = b"".join(piece.tobytes() for piece in gatherer.pieces(view))
             assert len(gatherer._files) <= most
         assert (np.frombuffer(data, "u4").reshape(expected.shape) == expected).all()
@@ -136,7 +136,7 @@ def test_interleaving_puts_query_heads_before_the_key_and_value_they_share(scrat
 def test_fills_are_read_like_any_tensor(scratch):
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     view = scratch.put("a", array)
-    padded = join([view, filled("float32", (3, 3))])
+    padded = concatenate([view, filled("float32", (3, 3))])
     assert (read(padded).view(np.float32) == np.concatenate([array, np.zeros((3, 3), np.float32)])).all()
     assert (read(permute(padded, (1, 0))).view(np.float32)[:, :2] == array.T).all()
     assert (read(filled("float32", (4,), 0.5)).view(np.float32) == 0.5).all() and filled("float32", (4,)).is_constant

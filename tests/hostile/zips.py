@@ -69,7 +69,7 @@ def bomb() -> bytes:
 
 
 ZIPS = {
-    "data before the zip": Case(file(b"#!/bin/sh\ntouch executed\n" + SOUND_ZIP), refused="no torch zip file"),
+    "data before the zip": Case(file(b"#!/bin/sh\ntouch executed\n" + SOUND_ZIP), refused="not a torch zip file"),
     "data before the zip that begins as one": Case(
         file(b"PK\3\4" + bytes(60) + SOUND_ZIP), refused="in its directory is damaged"
     ),
@@ -144,7 +144,7 @@ ZIPS = {
         file(zipped([*torch_records(SOUND, WEIGHTS), Record("x/\x1b[2J\n", b"x")])), reported="\\u001b[2J\\n"
     ),
     "a record named by no UTF-8": Case(
-        file(zipped([*torch_records(SOUND, WEIGHTS), Record("x/\udcff", b"x")])), refused="is no UTF-8"
+        file(zipped([*torch_records(SOUND, WEIGHTS), Record("x/\udcff", b"x")])), refused="is not UTF-8"
     ),
     "a second pickle behind the first": Case(file(torch_zip(SOUND + RUN + b".", WEIGHTS)), reported="behind"),
     "a wrong checksum of data.pkl": Case(file(changed(0, crc=1)), refused="data.pkl is damaged"),

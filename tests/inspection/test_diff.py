@@ -262,7 +262,7 @@ def test_state_that_is_of_no_torch_optimizer_is_said(tmp_path: Path):
         moments=True,
     )
     assert found.different == ["optimizer"] and "expected state and param_groups" in found.optimizer.remark
-    assert found.notes == ["the moments of the optimizers are not compared: whose they are is not known"]
+    assert found.notes == ["the moments of the optimizers are not compared: their owners are unknown"]
 
 
 def test_part_that_only_one_has_counts_unless_the_other_is_weights_alone(tmp_path: Path):

@@ -112,7 +112,7 @@ def test_a_missing_file_and_a_broken_training_state_are_damage(branches, capsys)
     code, _, err = run(capsys, branches, "--history")
     assert code == 1
     assert re.search(r"step_00000001/tokenizer\.json: missing, but training_state\.json of step 1 lists it", err)
-    assert re.search(r"step_00000002/training_state\.json: 1 bytes that are no valid JSON", err)
+    assert re.search(r"step_00000002/training_state\.json: 1 bytes that are not valid JSON", err)
 
 
 def test_a_damaged_step_aside_is_shown_and_is_no_failure(branches, capsys):

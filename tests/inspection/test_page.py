@@ -269,7 +269,7 @@ def test_a_page_is_not_replaced_without_being_told(drawn, small, tmp_path):
     file = tmp_path / "page.html"
     put(small, file)
     first = file.read_bytes()
-    with pytest.raises(InputError, match=r"page\.html: is there already\..*--overwrite"):
+    with pytest.raises(InputError, match=r"page\.html: already exists\..*--overwrite"):
         put(small, file)
     assert file.read_bytes() == first
     put(safetensors(tmp_path / "other.safetensors", {"c": [1.0]}), file, overwrite=True)
@@ -280,9 +280,9 @@ def test_a_page_is_not_replaced_without_being_told(drawn, small, tmp_path):
 def test_what_is_no_page_is_never_replaced(drawn, small, tmp_path):
     before = small.read_bytes()
     for overwrite in (False, True):
-        with pytest.raises(InputError, match=r"small\.safetensors: is there and is no page of this program"):
+        with pytest.raises(InputError, match=r"small\.safetensors: exists and is not a page of this program"):
             put(small, small, overwrite=overwrite)
-        with pytest.raises(InputError, match="is no page of this program"):
+        with pytest.raises(InputError, match="is not a page of this program"):
             put(small, tmp_path, overwrite=overwrite)
     assert small.read_bytes() == before
 

@@ -116,7 +116,7 @@ def test_upstream_files_say_what_they_are(shared, capsys):
         (["--diff", "a", "b", "c"], "names both checkpoints"),
         (["a", "b", "--step", "3"], "--step is for one checkpoint"),
         (["a", "b", "--html", "x"], "--html is for one checkpoint"),
-        (["--tensors", "."], "--tensors .: is a path, and would be taken for a pattern; write it first"),
+        (["--tensors", "."], "--tensors .: is a path, and would be taken as a pattern; put it first"),
         (["--moment"], "did you mean --moments?"),
     ],
     ids=str,

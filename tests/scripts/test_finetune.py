@@ -260,7 +260,7 @@ BAD = {
     "blank.csv": (b"text,label\n,a\nfog,b\nsea,a\n", "no tokens in text"),
     "no_class.csv": (b"text,label\nfog, \n", "expected the name or number of a class"),
     "list.jsonl": (b"[1]\n", "line 1: a JSON list, expected an object"),
-    "broken.jsonl": (b'\n{"text": "fog"\n', "line 2: no valid JSON"),
+    "broken.jsonl": (b'\n{"text": "fog"\n', "line 2: not valid JSON"),
     "number.jsonl": (b'{"text": 3, "label": 1}\n', "text is 3, expected a text"),
     "half.jsonl": (b'{"text": "fog", "label": 0.5}\n', "expected the name or number of a class"),
     "rows.parquet": (b"PAR1", "expected a file that ends in .csv, .tsv, .jsonl"),

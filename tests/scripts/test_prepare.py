@@ -122,7 +122,11 @@ def test_vocabulary_of_a_checkpoint_can_be_used(tmp_path):
         (("none.txt", "--output_dir", "set"), 1, "error: none.txt: not there"),
         (("a.txt", "--output_dir", "a.txt/set"), 1, "Not a directory"),
         (("a.txt", "--output_dir", "set", "--tokenization", "gtp2"), 1, "error: gtp2: No such file"),
-        (("a.txt", "--output_dir", "set", "--val_fraction", "1"), 2, "1 is not from 0 up to, not including, 1"),
+        (
+            ("a.txt", "--output_dir", "set", "--val_fraction", "1"),
+            2,
+            "found 1, expected a number of at least 0 and below 1",
+        ),
         (("a.txt", "--output_dir", "set", "--shard_tokens", "0"), 2, "0 is not from 1"),
         (("a.txt",), 2, "--output_dir"),
     ],

@@ -99,7 +99,7 @@ def test_a_save_asked_for_begins_at_the_end_of_the_step_and_training_goes_on(tmp
         run.send_signal(signal.SIGUSR1)
         said = read_until(run, "saved step ")
         step = int(read_until(run, " to ").split()[0])
-        assert "SIGUSR1: saving as soon as this step is done, and going on" in said
+        assert "SIGUSR1: saving after this step, then continuing" in said
         shown = re.findall(r"\| (\d+)/100000 ", said.split("SIGUSR1")[0])
         assert not shown or int(shown[-1]) <= step
     run.send_signal(signal.SIGTERM)

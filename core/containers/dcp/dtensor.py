@@ -1,4 +1,4 @@
-"""Records of torch's distributed classes: which of them are mere data, and what a pickled DTensor says.
+"""Records of torch's distributed classes: which of them are plain data, and how a pickled DTensor is laid out.
 
 A DTensor is pickled as `_rebuild_from_type_v2(_rebuild_wrapper_subclass, DTensor, (class, dtype, shape, ...), state)`,
 whose state has this rank's `_local_tensor`, and a `_spec` with the mesh of ranks and a placement for each of the
@@ -70,9 +70,9 @@ class Shard:
 
 
 def shard_of(value: Any, where: str) -> Shard | None:
-    """What a record says of a DTensor; None for a record of anything else.
+    """Read the shard from the record of a DTensor; None for any other record.
 
-    Raises: CheckpointDamaged when it contradicts itself, CheckpointError for a layout that cannot be put together.
+    Raises: CheckpointDamaged when it contradicts itself, CheckpointError for a layout that cannot be assembled.
     """
     if not isinstance(value, Call) or value.callable != Global("torch._tensor", "_rebuild_from_type_v2"):
         return None
@@ -127,7 +127,7 @@ def _mesh_sizes(mesh: dict[str, Any]) -> Any:
 
 
 def _cuts(placements: tuple[Any, ...], sizes: tuple[int, ...], dims: int, where: str) -> list[tuple[int, int]]:
-    """Which dimension of the mesh cuts which of the tensor, in the order in which they do.
+    """Pairs of a mesh dimension and the tensor dimension that it cuts, in the order of the cuts.
 
     A strided shard (FSDP over tensor parallelism) is cut after the later dimensions of the mesh, whose parts its split
     factor counts; with another factor a rank has rows from several places.
@@ -152,7 +152,7 @@ def _cuts(placements: tuple[Any, ...], sizes: tuple[int, ...], dims: int, where:
 
 
 def _in_order(order: Any) -> bool:
-    """Whether shards are cut by the dimensions of the mesh from the first to the last, or nothing else is said."""
+    """Whether shards are cut by the mesh's dimensions from first to last, or no other order is recorded."""
     if order is None:
         return True
     entries = [getattr(entry, "args", None) for entry in order] if isinstance(order, tuple) else [None]

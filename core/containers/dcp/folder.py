@@ -1,7 +1,7 @@
 """Open a folder of torch.distributed.checkpoint: `.metadata`, and `.distcp` files of torch zips end to end.
 
-Each block of a tensor and each value is a torch zip of its own; `.metadata` says in which bytes of which file. The
-directories of these zips are read too: they say where in the zip the tensor is, and have its CRC32.
+Each block of a tensor and each value is a torch zip of its own; `.metadata` has its file, offset and length. The
+directories of these zips are read too: they record where in the zip the tensor is, and its CRC32.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def is_dcp(path: Path) -> bool:
 
 
 def open_dcp(path: Path, rebuilt: Metadata | None = None, opened: Mapping[str, BinaryIO] | None = None) -> Container:
-    """Read what a DCP folder holds: each tensor with its blocks, values as inert content nested as they were.
+    """Read the contents of a DCP folder: each tensor with its blocks, and values as inert content, nested as saved.
 
-    `rebuilt` stands for a `.metadata` that is lost (core/containers/dcp/rebuilt.py), `opened` are the folder's files
-    where they are open already.
+    `rebuilt` replaces a lost `.metadata` (core/containers/dcp/rebuilt.py); `opened` has the folder's files if they are
+    already open.
 
-    Raises: CheckpointNotFound when it is none, CheckpointDamaged when files are missing, cut off or contradict
+    Raises: CheckpointNotFound when it is not one, CheckpointDamaged when files are missing, cut off or contradict
         `.metadata`, CheckpointError for what cannot be read here.
     """
     names = listing(path) if opened is None else opened
@@ -75,17 +75,17 @@ def _whole(file: BinaryIO, where: str) -> bytes:
 
 
 def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
-    """Say what a folder is that has no `.metadata`."""
+    """Make the error for a folder without `.metadata`."""
     if not names:
-        return CheckpointNotFound(f"{path}: no DCP folder: it has neither {METADATA} nor *{SUFFIX} files.")
+        return CheckpointNotFound(f"{path}: not a DCP folder: it has no {METADATA} and no *{SUFFIX} files.")
     count = 0
     for name in names:
         with reading(member(path, name, str(path))) as file:
             count += len(find_items(file, str(path / name)))
     return CheckpointDamaged(
         f"{path / METADATA}: missing. The {SUFFIX} files ({len(names)}) hold {count} whole items, but only {METADATA} "
-        "says what they are called and where in their tensors they belong. Copy it from where the folder was written; "
-        "convert_checkpoints.py --metadata_from DIR rebuilds it where that is exact."
+        "has their names and their positions in their tensors. Copy it from where the folder was written; "
+        "convert_checkpoints.py --metadata_from DIR rebuilds it if that is exact."
     )
 
 
@@ -162,7 +162,7 @@ class _Folder:
             self.notes.append(f"{name}: {between + size - end} of its {size} bytes belong to no item.")
 
     def put_entries(self) -> None:
-        """Give each entry its spec or value, nested as it was when it was saved."""
+        """Give each entry its spec or value, nested as saved."""
         branches: dict[tuple[str | int, ...], dict[str | int, Any]] = {(): {}}
         for entry in self.metadata.entries:
             for depth, key in enumerate(entry.path):
@@ -183,7 +183,7 @@ class _Folder:
         self.content = branches[()]
 
     def tensor(self, entry: Entry) -> Any:
-        """The spec of a tensor from its blocks, or a record where they are no plain tensors."""
+        """The spec of a tensor from its blocks, or a record when they are not plain tensors."""
         assert entry.dtype
         if fault := blocks_fault(entry.shape, [(place.begin, place.shape) for place in entry.places]):
             raise CheckpointDamaged(f"{self.path / METADATA}: {_shown(entry)}: {fault}.")
@@ -194,7 +194,7 @@ class _Folder:
             if item.unused or not isinstance(spec, TensorSpec):
                 self.foreign |= dict.fromkeys(foreign_calls([spec, *item.unused]))
             if not isinstance(spec, TensorSpec):
-                self.notes.append(f"{_shown(entry)} is {as_text(spec, 80)}, no plain tensor: left out.")
+                self.notes.append(f"{_shown(entry)} is {as_text(spec, 80)}, not a plain tensor: left out.")
                 return spec
             if (spec.dtype, spec.shape) != (entry.dtype, place.shape):
                 raise CheckpointDamaged(
@@ -206,7 +206,7 @@ class _Folder:
         return self.named(spec_of_blocks(entry.name, entry.dtype, entry.shape, chunks, entry.name))
 
     def value(self, entry: Entry) -> Any:
-        """What a torch zip of anything else holds; tensors in it are named after it."""
+        """The content of a torch zip of anything else; tensors in it are named after it."""
         (place,) = entry.places
         item = self.items[place.file, place.offset]
         names: dict[str, tuple[str, ...]] = {}

@@ -1,7 +1,7 @@
 """Read `.metadata`, where a DCP folder keeps the name, shape and place of every item in it.
 
 It is a pickle of torch.distributed.checkpoint.metadata.Metadata; its classes are those of torch's metadata.py and
-filesystem.py in that package, older torch had some of them elsewhere. Nothing of it is believed without the files.
+filesystem.py in that package; older torch had some of them elsewhere. Nothing in it is trusted without the files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DATA = frozenset(
     {"torch.Size", "torch.serialization._get_layout", *(f"torch.{dtype}" for dtype in ITEM_SIZES)}
     | {f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "Path")}
 )
-"""What it names besides the classes of torch.distributed."""
+"""Names that it may contain besides the classes of torch.distributed."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -53,18 +53,18 @@ class Entry:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Metadata:
-    """What `.metadata` says, checked for what can be checked without the other files."""
+    """The content of a `.metadata`, checked as far as possible without the other files."""
 
     entries: list[Entry]
-    foreign: list[str]  # what it names besides the classes of every `.metadata`
+    foreign: list[str]  # names in it besides the classes of every `.metadata`
     notes: list[str]
 
 
 def read_metadata(data: bytes, where: str) -> Metadata:
     """Read the bytes of a `.metadata`; `where` is its path, for messages.
 
-    Raises: CheckpointDamaged when it is no sound pickle or contradicts itself, CheckpointError when it is one of
-        something else, or says of its items what this program cannot read.
+    Raises: CheckpointDamaged when it is not a sound pickle or contradicts itself, CheckpointError when it is a pickle
+        of something else, or describes items that this program cannot read.
     """
     named: dict[str, None] = {}
 
@@ -103,15 +103,15 @@ def read_metadata(data: bytes, where: str) -> Metadata:
 
 
 def _key(name: str, begin: tuple[int, ...] | None) -> str:
-    """What an item is found by: its name, and where it begins in its tensor; a value begins nowhere.
+    """The key of an item: its name and where it begins in its tensor, if it is a block of one.
 
-    Text, whose hash nobody can foresee: thousands of tuples of one hash would be compared with each other.
+    The key is text, because its hash cannot be predicted: thousands of tuples crafted to have one hash would be slow.
     """
     return f"{name} {begin}"
 
 
 def _stored(storage: dict[Any, Any], where: str) -> dict[str, tuple[str, int, int]]:
-    """The file, offset and length of each item, by its name and where it begins in its tensor."""
+    """The file, offset and length of each item, by its key."""
     stored: dict[str, tuple[str, int, int]] = {}
     for index, info in storage.items():
         key, place = attributes(index) or {}, attributes(info) or {}
@@ -121,7 +121,7 @@ def _stored(storage: dict[Any, Any], where: str) -> dict[str, tuple[str, int, in
         if not isinstance(name, str) or not (begin is None or _is_place(begin)) or not naturals(numbers):
             raise CheckpointDamaged(
                 f"{where}: an item {as_text(index, 120)} at {as_text(info, 120)}, expected a name, and a file, offset "
-                "and length, all whole numbers from 0."
+                "and length, all whole numbers of at least 0."
             )
         if not isinstance(file, str):
             raise CheckpointDamaged(f"{where}: {_shown(name)} is in a file called {as_text(file, 40)}.")
@@ -137,7 +137,7 @@ def _stored(storage: dict[Any, Any], where: str) -> dict[str, tuple[str, int, in
 
 
 class _Reader:
-    """Joins what is said of a name in state_dict_metadata with its places in storage_data."""
+    """Joins the entry of a name in state_dict_metadata with its locations in storage_data."""
 
     def __init__(self, where: str, stored: dict[str, tuple[str, int, int]]) -> None:
         self.where, self.stored = where, stored
@@ -190,7 +190,7 @@ def _shown(name: str) -> str:
 
 
 def _path(name: str, path: Any) -> tuple[str | int, ...]:
-    """Where an item was in its state dict; planners that do not flatten say nothing, or other things."""
+    """The path of an item in its state dict; planners that do not flatten record none, or something else."""
     whole = isinstance(path, tuple) and 0 < len(path) < _DEEPEST
     return path if whole and all(isinstance(key, str) or naturals((key,)) for key in path) else (name,)
 
@@ -222,7 +222,7 @@ def _shape(shape: tuple[Any, ...], item: int) -> bool:
 
 
 def _is_place(numbers: Any) -> TypeGuard[tuple[int, ...]]:
-    """Whether a value is as many whole numbers as a tensor has dimensions; thousands may share a longer one."""
+    """Whether a value has one whole number per dimension; a longer one could be shared thousands of times."""
     return isinstance(numbers, tuple) and len(numbers) <= _MOST_DIMENSIONS and naturals(numbers)
 
 

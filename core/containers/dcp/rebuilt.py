@@ -1,9 +1,9 @@
-"""Rebuild a lost `.metadata` of a DCP folder, where that is exact: from one of equal layout, or from names in order.
+"""Rebuild a lost `.metadata` of a DCP folder when that is exact: from one of equal layout, or from names in order.
 
-The files themselves still say where each item begins and ends, and the dtype and shape of each tensor. What is lost
-are names, and which rows of its tensor a block has. Both follow when every item of every file is accounted for: either
-by another folder of the same program on the same number of ranks, or by the names and whole shapes of a model in the
-order of its modules, which is the order in which each rank writes its part. Anything else is refused, never guessed.
+The files themselves still show where each item begins and ends, and the dtype and shape of each tensor. What is lost
+are the names, and the position of each block in its tensor. Both follow when every item of every file is accounted for:
+either by another folder of the same program on the same number of ranks, or by the names and whole shapes of a model in
+the order of its modules, in which each rank writes its part. Anything else is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredItem:
     """An item of a file: its bytes and, of a tensor, its dtype and shape."""
 
     offset: int
@@ -39,10 +39,10 @@ class Found:
 
 
 def rebuild(path: Path, like: Path) -> Metadata:
-    """Make the metadata of a folder that lost it, after another DCP folder or a file whose tensors are in order.
+    """Make the metadata of a folder that lost it, modelled on another DCP folder or a file whose tensors are in order.
 
     Raises: CheckpointDamaged when a file has bytes that belong to no item; CheckpointMismatch when `like` does not
-        account for every item, or leaves a choice.
+        account for every item, or is ambiguous.
     """
     found = items_of(path)
     if is_dcp(like) and METADATA in listing(like):
@@ -55,12 +55,12 @@ def rebuild(path: Path, like: Path) -> Metadata:
     return Metadata(entries, [], [f"{how}; all {count} items in {len(found)} files are accounted for."])
 
 
-def items_of(path: Path) -> dict[str, list[Found]]:
+def items_of(path: Path) -> dict[str, list[StoredItem]]:
     """Find every item of every file, in the order of their bytes.
 
-    Raises: CheckpointDamaged when some bytes belong to none.
+    Raises: CheckpointDamaged when some bytes belong to no item.
     """
-    found: dict[str, list[Found]] = {}
+    found: dict[str, list[StoredItem]] = {}
     items = Items()
     for name in sorted((name for name in listing(path) if name.endswith(SUFFIX)), key=_rank):
         where = str(path / name)
@@ -69,7 +69,7 @@ def items_of(path: Path) -> dict[str, list[Found]]:
             for offset, length in find_items(file, where):
                 content = items.open(file, offset, length, f"{where}: the item at byte {offset}").content
                 dtype, shape = (content.dtype, content.shape) if isinstance(content, TensorSpec) else (None, ())
-                found[name].append(Found(offset, length, dtype, shape))
+                found[name].append(StoredItem(offset, length, dtype, shape))
     return found
 
 
@@ -79,8 +79,8 @@ def _rank(name: str) -> tuple[int, str]:
     return int(digits) if digits.isdecimal() and len(digits) < 10 else -1, name
 
 
-def _after_layout(path: Path, found: dict[str, list[Found]], like: Path) -> list[Entry]:
-    """The entries of another folder, with the bytes that their items have here."""
+def _after_layout(path: Path, found: dict[str, list[StoredItem]], like: Path) -> list[Entry]:
+    """The entries of another folder, located in the files of this one."""
     entries = metadata_of(like)[0].entries
     theirs: dict[str, list[tuple[Place, Entry]]] = {}
     for entry in entries:
@@ -111,8 +111,8 @@ def _unlike(path: Path, like: Path, reason: str) -> CheckpointMismatch:
     )
 
 
-def _after_order(path: Path, found: dict[str, list[Found]], like: Path) -> list[Entry]:
-    """Entries from names and whole shapes in the order of modules: rows in equal parts, or whole on one rank."""
+def _after_order(path: Path, found: dict[str, list[StoredItem]], like: Path) -> list[Entry]:
+    """Make entries from names and whole shapes in the order of modules: rows in equal parts, or whole on one rank."""
     reference = open_container(like)
     if any(held in reference.kind for held in ("safetensors", "Hugging Face")):
         raise CheckpointMismatch(
@@ -136,7 +136,7 @@ def _after_order(path: Path, found: dict[str, list[Found]], like: Path) -> list[
     )
 
 
-def _matched(found: dict[str, list[Found]], reference: Container, by_size: bool) -> list[Entry]:
+def _matched(found: dict[str, list[StoredItem]], reference: Container, by_size: bool) -> list[Entry]:
     files = list(found)
     # an empty part, of a tensor with fewer rows than there are ranks, is of no one's elements
     queues = {file: [item for item in found[file] if 0 not in item.shape] for file in files}
@@ -167,8 +167,8 @@ Way = tuple[list[Place], str]
 """Where the blocks of a tensor are, and its dtype."""
 
 
-def _ways(spec: TensorSpec, files: list[str], queues: dict[str, list[Found]], at: dict[str, int]) -> list[Way]:
-    """How the next items of the files can be a tensor: in rows, or whole in one file."""
+def _ways(spec: TensorSpec, files: list[str], queues: dict[str, list[StoredItem]], at: dict[str, int]) -> list[Way]:
+    """Ways in which the next items of the files can form a tensor: as rows, or whole in one file."""
     if 0 in spec.shape:
         return [([], spec.dtype)]
     heads = {file: queues[file][at[file]] for file in files if at[file] < len(queues[file])}
@@ -179,7 +179,9 @@ def _ways(spec: TensorSpec, files: list[str], queues: dict[str, list[Found]], at
     return list(found.values())
 
 
-def _add(found: dict[tuple[str, ...], Way], wanted: dict[str, tuple[Shape, Shape]], heads: dict[str, Found]) -> None:
+def _add(
+    found: dict[tuple[str, ...], Way], wanted: dict[str, tuple[Shape, Shape]], heads: dict[str, StoredItem]
+) -> None:
     fits = wanted and all(file in heads and heads[file].shape == shape for file, (_, shape) in wanted.items())
     dtypes = {heads[file].dtype for file in wanted} if fits else set()
     if len(dtypes) == 1 and (dtype := dtypes.pop()):
@@ -200,8 +202,8 @@ def _rows(shape: Shape, files: list[str]) -> dict[str, tuple[Shape, Shape]]:
     return boxes
 
 
-def _sorted_rows(queues: dict[str, list[Found]], specs: list[TensorSpec]) -> list[Entry]:
-    """Entries where each rank wrote its rows of all tensors by their size, equal ones in order."""
+def _sorted_rows(queues: dict[str, list[StoredItem]], specs: list[TensorSpec]) -> list[Entry]:
+    """Make entries when each rank wrote its rows of all tensors sorted by size, equal ones in order."""
     files = list(queues)
     places: dict[str, list[Place]] = {spec.name: [] for spec in specs}
     dtypes: dict[str, set[str | None]] = {spec.name: set() for spec in specs}
@@ -240,18 +242,18 @@ def lost(path: Path) -> bool:
 
 
 def sibling(path: Path) -> Path | None:
-    """The folder beside one of a step whose layout is the same: that of the average, or of the model."""
+    """The neighbour of a step's folder that has the same layout: that of the average, or of the model."""
     other = {"model_sharded": "ema_sharded", "ema_sharded": "model_sharded"}.get(path.name)
     there = path.parent / other if other else None
     return there if there and there.is_dir() and METADATA in listing(there) else None
 
 
 def refuse_lost(path: Path) -> CheckpointDamaged:
-    """Make the error for a folder that lost its metadata and has nothing to rebuild it after."""
+    """Make the error for a folder that lost its metadata and has nothing to rebuild it from."""
     found = items_of(path)
     count = sum(map(len, found.values()))
     return CheckpointDamaged(
         f"{path / METADATA}: missing. The {SUFFIX} files ({len(found)}) hold {count} whole items without names. "
-        "--metadata_from names what has them: the folder of another step that the same program wrote on as many ranks, "
+        "--metadata_from names their source: the folder of another step that the same program wrote on as many ranks, "
         "or a torch file of the model (its tensors in the order of the modules)."
     )

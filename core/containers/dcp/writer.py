@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..torch_files.layout import Made, Named, Pieces, Sink, Stored, pickled, write_torch_file
+from ..torch_files.layout import CallRecord, Named, Pieces, Sink, Stored, pickled, write_torch_file
 
 
 def file_of(rank: int) -> str:
@@ -24,18 +24,18 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 
 _SIZE = Named("torch", "Size")
-_STRIDED = Made(Named("torch.serialization", "_get_layout"), ("torch.strided",))
-_CONTIGUOUS = Made(Named(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+_STRIDED = CallRecord(Named("torch.serialization", "_get_layout"), ("torch.strided",))
+_CONTIGUOUS = CallRecord(Named(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
 
 Shape = tuple[int, ...]
 Keys = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Placed:
-    """An item that was written: where it was in the nested state dict, its bytes and, of a tensor, dtype and shape.
+class WrittenItem:
+    """A written item: its path in the nested state dict, the location of its bytes and, for a tensor, dtype and shape.
 
-    One that is a block of a tensor says where it begins in it, and its own shape.
+    A block of a tensor also records its own shape and where it begins in the tensor.
     """
 
     name: str
@@ -77,9 +77,9 @@ def _write(sink: Sink, content: Any, storages: list[Pieces]) -> int:
 
 
 def flattened(value: Any, is_tensor: Callable[[Any], bool], path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Give everything by its path, as torch.distributed.checkpoint flattens a state dict.
+    """Yield every item with its path, as torch.distributed.checkpoint flattens a state dict.
 
-    A list is an item of its own, unless a dict or a tensor is somewhere in its lists.
+    A list is a single item unless it contains a dict or a tensor, at any depth of nested lists.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -97,9 +97,9 @@ def _is_whole(value: Any, is_tensor: Callable[[Any], bool]) -> bool:
     return not isinstance(value, Mapping) and not is_tensor(value)
 
 
-def metadata(items: Iterable[Placed]) -> bytes:
+def metadata(items: Iterable[WrittenItem]) -> bytes:
     """Write the `.metadata` of items, as torch.distributed.checkpoint reads it; blocks of a tensor have its name."""
-    blocks: dict[str, list[Placed]] = {}
+    blocks: dict[str, list[WrittenItem]] = {}
     for item in items:
         blocks.setdefault(item.name, []).append(item)
     root = {
@@ -111,7 +111,7 @@ def metadata(items: Iterable[Placed]) -> bytes:
     return pickled(_record(_METADATA, "Metadata", root))
 
 
-def _described(parts: list[Placed]) -> Made:
+def _described(parts: list[WrittenItem]) -> CallRecord:
     item = parts[0]
     if item.dtype is None:
         return _record(_METADATA, "BytesStorageMetadata", {})
@@ -128,20 +128,20 @@ def _described(parts: list[Placed]) -> Made:
     return _record(_METADATA, "TensorStorageMetadata", says)
 
 
-def _begin(item: Placed) -> Shape:
+def _begin(item: WrittenItem) -> Shape:
     return (0,) * len(item.shape) if item.begin is None else item.begin
 
 
-def _stored(item: Placed, number: int) -> tuple[Made, Made]:
+def _stored(item: WrittenItem, number: int) -> tuple[CallRecord, CallRecord]:
     begin = None if item.dtype is None else _size(_begin(item))
     index = {"fqn": item.name, "offset": begin, "index": None if item.dtype is None else number}
     place = {"relative_path": item.file, "offset": item.offset, "length": item.length}
     return _record(_METADATA, "MetadataIndex", index), _record(_FILESYSTEM, "_StorageInfo", place)
 
 
-def _record(module: str, name: str, state: Mapping[str, Any] | tuple[Any, ...]) -> Made:
-    return Made(Named(module, name), None, state)
+def _record(module: str, name: str, state: Mapping[str, Any] | tuple[Any, ...]) -> CallRecord:
+    return CallRecord(Named(module, name), None, state)
 
 
-def _size(shape: Shape) -> Made:
-    return Made(_SIZE, (shape,))
+def _size(shape: Shape) -> CallRecord:
+    return CallRecord(_SIZE, (shape,))

@@ -1,4 +1,4 @@
-"""Which records in the content of a file are mere data, and what attributes they have; nothing is ever looked up."""
+"""Decide which records in a file's content are plain data, and list their attributes; no name is ever looked up."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _DATA = frozenset(
 
 
 def foreign_calls(content: Any) -> list[str]:
-    """Name the calls and names in a content that are not known to be mere data, each as text.
+    """List the calls and names in a content that are not known to be plain data, as text.
 
-    They are 20 at most, and a last entry that counts the others. Known are the classes of `_DATA`, and every class
-    whose name ends in Config, made without arguments: whatever module it had, its record is a set of attributes.
-    Quantized and other unusual tensors are foreign: they stayed calls because no tensor spec can describe them. An
-    empty list means that the content may be loaded.
+    At most 20 are listed, with a last entry that counts the others. Known are the classes of `_DATA`, and every class
+    whose name ends in Config, made without arguments: in any module, its record is only a set of attributes. Quantized
+    and other unusual tensors are foreign: they stay calls because no tensor spec can describe them. An empty list means
+    that the content may be loaded.
     """
     found: dict[str, None] = {}
     seen: set[int] = set()
@@ -77,7 +77,7 @@ def foreign_calls(content: Any) -> list[str]:
 
 
 def attributes(value: Any) -> dict[str, Any] | None:
-    """The attributes by name that an inert record of an object holds; a dict as it is, None where there are no names.
+    """The attributes, by name, of an object's inert record; a dict is returned unchanged; None when there are no names.
 
     A class that keeps its attributes in slots has them in the second part of its state. A frozen dataclass with slots
     writes values without names, and one that relied on the defaults of its class writes nothing at all.

@@ -1,4 +1,4 @@
-"""Inert records: what a pickle says beyond plain values, as text and data that can be shown and walked safely."""
+"""Inert records: the content of a pickle beyond plain values, as text and data that are safe to show and walk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Global:
 
 
 class Call:
-    """A call that a pickle asks for and that nobody makes: an instance of a class, or the result of a function."""
+    """A call that a pickle requests and that is never made: an instance of a class, or the result of a function."""
 
     __slots__ = ("args", "callable", "items", "state")
 
@@ -55,9 +55,9 @@ class Call:
 
 
 class Key(tuple):
-    """A tuple as a dictionary key, with a hash that nobody can foresee: Python salts the hashes of text alone.
+    """A tuple as a dictionary key, with an unpredictable hash: Python salts only the hashes of text.
 
-    Thousands of tuples of one hash would be compared with each other, one by one.
+    Thousands of tuples crafted to have one hash would be compared with each other, one by one.
     """
 
     __slots__ = ()
@@ -76,13 +76,13 @@ _LEAVES = frozenset({str, bytes, int, float, bool, type(None), Global})
 
 
 class Malformed(Exception):
-    """What is wrong with a pickle, in words that complete 'damaged pickle at byte N of M: ...'."""
+    """A fault of a pickle, in words that complete 'damaged pickle at byte N of M: ...'."""
 
 
 def as_key(value: Any) -> Any:
     """A value as a dictionary key or set element whose hash is cheap; lists cannot be one, as in Python.
 
-    Python computes the hash of a tuple anew each time, by recursion: a small pickle could ask for 2**100 steps. Nested
+    Python recomputes the hash of a tuple each time, recursively: a small pickle could demand 2**100 steps. Nested
     or long tuples, huge numbers and tensors are therefore boxed in a `Call`, which is hashed by identity.
     """
     if value is None or isinstance(value, (str, bytes, float, Global, Call)):
@@ -155,7 +155,7 @@ def _put(text: str, parts: list[str], room: int) -> int:
 
 
 def children(value: Any) -> Sequence[Any] | None:
-    """What a value holds, or None when it holds nothing."""
+    """The values inside a value; None when it cannot have any."""
     if isinstance(value, (list, tuple)):
         return value
     if isinstance(value, dict):
@@ -166,10 +166,10 @@ def children(value: Any) -> Sequence[Any] | None:
 
 
 def check_structure(root: Any, where: str, length: int) -> Container[int]:
-    """Refuse a structure that whoever walks it could not finish; returns the identities of all values in it.
+    """Refuse a structure that a walk could not finish; returns the identities of all values in it.
 
-    It contains itself, is nested deeper than DEPTH, or unfolds (shared parts counted at each use) to far more than the
-    `length` bytes it was read from. One pass from the leaves up, without recursion.
+    Such a structure contains itself, is nested deeper than DEPTH, or unfolds (shared parts counted at each use) to far
+    more than the `length` bytes it was read from. One pass from the leaves up, without recursion.
 
     Raises: CheckpointDamaged.
     """

@@ -11,7 +11,7 @@ from .inert import as_key
 from .reductions import as_dict
 
 Operation = Callable[[Any], Any]
-"""What is done to the machine."""
+"""An operation on the machine."""
 
 
 def opcode_table(machine: Any) -> dict[int, Operation]:
@@ -90,7 +90,7 @@ def opcode_table(machine: Any) -> dict[int, Operation]:
 
 
 def unescape(match: re.Match[bytes]) -> bytes:
-    """Give what an escape in a quoted text stands for."""
+    """Return the bytes that an escape in a quoted text stands for."""
     escape = match[1]
     if len(escape) == 3:
         return bytes([int(escape[1:], 16)])

@@ -39,13 +39,13 @@ class Parsed(NamedTuple):
 
     value: Any
     end: int  # the position behind its last byte
-    unused: list[Any]  # calls and attributes that the value does not hold: made for their effect, or dropped
+    unused: list[Any]  # calls and attributes that are not in the value: made for their effect, or dropped
 
 
 def read_pickle(data: bytes, where: str) -> Any:
     """Read one pickle into plain values and inert records.
 
-    Raises: CheckpointDamaged for everything that is no whole, sound pickle.
+    Raises: CheckpointDamaged for everything that is not a complete, sound pickle.
     """
     return parse_pickle(data, where).value
 
@@ -59,12 +59,12 @@ def parse_pickle(
     resolve: Callable[[Global], Any] | None = None,
     reductions: Reductions | None = None,
 ) -> Parsed:
-    """Read the pickle that begins at byte `start`, and say where it ends.
+    """Read the pickle that begins at byte `start`, and report where it ends.
 
     `persistent` gives the value of a persistent id, `resolve` what to put for a name; `reductions` adds to PLAIN, and
     one that returns NotImplemented leaves its call an inert record.
 
-    Raises: PickleCutOff when it does not end within `data`, CheckpointDamaged for all else that is no sound pickle.
+    Raises: PickleCutOff when it does not end within `data`, CheckpointDamaged for anything else that is not sound.
     """
     reader = _Reader(data, where, start, persistent, resolve or _unresolved, {**PLAIN, **(reductions or {})})
     value = reader.run()
@@ -95,7 +95,7 @@ class _Reader:
         self.push = self.stack.append
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.unheld: list[Any] = []  # calls, and what else the value may not hold in the end
+        self.unheld: list[Any] = []  # calls and other values that may not be in the result
         self.made = 0  # lists, dictionaries and sets
         self.most = (len(data) - start) // _BYTES_OF_ONE + SLACK
         self.copied = 0  # elements that reductions took: shared arguments add up
@@ -315,7 +315,7 @@ class _Reader:
 
     def named(self, module: Any, name: Any) -> Any:
         if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > LONGEST_NAME:
-            raise Malformed("a global whose name is no short text")
+            raise Malformed("a global whose name is not a short text")
         return self.resolve(Global(module, name))
 
     def persist(self, identity: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the harmless callables build that pickles of plain values name, so that they need not stay inert records."""
+"""Build the results of harmless callables in pickles of plain values, so that they need not stay inert records."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def as_dict(pairs: Any = ()) -> Any:
 
 
 def _default_dict(factory: Any = None, pairs: Any = ()) -> Any:
-    """Without its factory, which makes empty values; one of another kind stays to be seen."""
+    """Build it without its factory if that makes empty values; a record with any other factory stays visible."""
     harmless = factory is None or (isinstance(factory, Global) and factory.path in _FACTORIES)
     return as_dict(pairs) if harmless else NotImplemented
 
@@ -43,7 +43,7 @@ def _frozenset(values: Any = ()) -> Any:
 
 
 def _encoded(text: Any = "", encoding: Any = "latin1") -> Any:
-    """How protocols 0 to 2 write bytes."""
+    """Bytes as written by protocols 0 to 2."""
     known = isinstance(text, str) and encoding in ("latin1", "latin-1")
     return text.encode("latin-1") if known else NotImplemented
 
@@ -53,7 +53,7 @@ def _bytes(value: Any = b"") -> Any:
 
 
 def _numpy_scalar(dtype: Any, data: Any) -> Any:
-    """A number that numpy measured (a loss, a step): numpy.core.multiarray.scalar(numpy.dtype("f8"), 8 bytes)."""
+    """A NumPy scalar (a loss, a step): numpy.core.multiarray.scalar(numpy.dtype("f8"), 8 bytes)."""
     state = getattr(dtype, "state", None)
     if not (isinstance(dtype, Call) and dtype.args and isinstance(state, tuple) and len(state) > 1):
         return NotImplemented

@@ -1,4 +1,4 @@
-"""Computed: tensors whose values are worked out while a conversion is planned; small ones, in a file without a name."""
+"""Computed: small tensors whose values are computed while a conversion is planned, in a file without a name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .reading import Gatherer
 from .views import View, stored
 
 GAMMA = {"float16": "float32", "bfloat16": "float32"}
-"""The dtype in which 1 + a number of this one is exact (to within 2**-24), where it is not its own."""
+"""The dtype in which 1 + a number of this dtype is exact (to within 2**-24), when it is another one."""
 
 
 class Computed(Container):
-    """Tensors that no file of the source holds; `what` says how they were made."""
+    """Tensors that no file of the source holds; `what` describes how they were made."""
 
     def __init__(self, what: str) -> None:
         super().__init__("computed", Path(what), {}, {}, {"computed": 0})
@@ -28,11 +28,11 @@ class Computed(Container):
         weakref.finalize(self, os.close, self._fd)  # with the last view of it
 
     def open(self, name: str) -> BinaryIO:
-        """Open the one file there is."""
+        """Open the only file."""
         return os.fdopen(os.dup(self._fd), "rb", buffering=0)
 
     def put(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> View:
-        """Add a tensor, and give a view of it."""
+        """Add a tensor, and return a view of it."""
         offset = self.files["computed"]
         os.pwrite(self._fd, data, offset)
         self.files["computed"] = offset + len(data)
@@ -49,7 +49,7 @@ def mean(view: View) -> float:
 
 
 def plus_one(view: View, into: Computed, name: str) -> View:
-    """Add 1 to every element, rounded once: of a 16-bit tensor to float32."""
+    """Add 1 to every element, rounding once; a 16-bit tensor becomes float32."""
     import numpy as np
 
     dtype = GAMMA.get(view.dtype, view.dtype)

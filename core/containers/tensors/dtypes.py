@@ -1,4 +1,4 @@
-"""Decode: the elements of a tensor as numbers, from their bytes, for every dtype of torch."""
+"""Decode the elements of a tensor from their bytes to numbers, for every dtype of torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DIRECT = {
     "complex64": "<c8",
     "complex128": "<c16",
 }
-"""What numpy calls a dtype."""
+"""NumPy's name of each dtype."""
 
 INTEGERS = frozenset(name for name, code in _DIRECT.items() if code.lstrip("<")[0] in "iu")
 

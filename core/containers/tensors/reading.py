@@ -1,7 +1,7 @@
-"""The elements of a tensor as bytes in row-major order, in pieces, wherever and however they lie; and casts of them.
+"""Read the elements of a tensor as bytes in row-major order, in pieces, for any strides and blocks; and cast them.
 
-Bytes that lie in order already are read and handed on, without numpy. Others are put in place, a slab of the file at a
-time. Of a tensor that is transposed, with the file's rows across the page:
+Bytes that are already in order are read and passed on without NumPy. Others are copied to their places, a slab of the
+file at a time. An example is a transposed tensor, with the file's rows across the page:
 
     in the file                    in memory
     a0 a1 a2 a3 a4 | a slab:       a0 b0 | c0 d0 | e0    A disk and a cache give runs of bytes, so the file is read
@@ -32,7 +32,7 @@ from .. import checksum
 from ..pickles.inert import as_text
 from ..spec import ITEM_SIZES
 from .dtypes import decode
-from .views import Block, View, cut, is_in_order
+from .views import Block, View, is_in_order, slice_axis
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,13 +41,13 @@ PIECE = 512 * 1024
 """Bytes at a time: what stays in a core's cache between being read, summed, compared and written."""
 
 SLAB = 2 << 20
-"""Bytes read at a time of a tensor whose elements have to be put in place; they too stay in a core's cache."""
+"""Bytes read at a time of a tensor whose elements have to be reordered; they too stay in a core's cache."""
 
 ROOM = 16 << 20
-"""Bytes of memory for what has to be put in place, where a tensor may be of any size."""
+"""Bytes of memory for reordering tensors of any size."""
 
 SMALL, _MOST_SPARSE = 16384, 4
-"""Elements that are read for nothing rather than skipped, and how many there may be for each that is wanted."""
+"""Gap, in elements, up to which unwanted elements are read rather than skipped, and their limit per wanted element."""
 
 _LARGE = 2 << 20  # bytes of a tensor that threads are worth starting for
 _MOST_OPEN = 64  # files; a folder may have thousands
@@ -55,11 +55,11 @@ _MOST_OPEN = 64  # files; a folder may have thousands
 _TILE = 64, 2048  # elements that follow one another where they are put, and where they lie
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-"""Dtypes that a cast makes one another of."""
+"""Dtypes between which tensors can be cast."""
 
 
 _LARGEST_VIEW = 1 << 20
-"""Bytes that a tensor may have beyond those of all files: a view can repeat what it looks at without end."""
+"""Bytes that a tensor may have beyond those of all files: a view can repeat its elements without limit."""
 
 Job = Callable[[], None]
 
@@ -81,7 +81,7 @@ def pieces(view: View, size: int = PIECE) -> Iterator[memoryview]:
 
 
 def inflated(view: View) -> str:
-    """Say that a view repeats its elements beyond what is read; "" for any other tensor."""
+    """Describe a view that repeats its elements beyond the limit; "" for any other tensor."""
     if view.nbytes <= _LARGEST_VIEW:
         return ""
     sources = {id(block.source): block.source for block in view.blocks if block.source is not None}
@@ -92,9 +92,9 @@ def inflated(view: View) -> str:
 
 
 class Gatherer:
-    """Reads views of any containers, holding their files open; large tensors are put in place by so many threads.
+    """Reads views of any containers, keeping their files open; `threads` threads reorder a large tensor.
 
-    With `room`, so many bytes at a time are put in place, else a whole tensor.
+    With `room`, at most that many bytes are reordered at a time, otherwise a whole tensor.
     """
 
     def __init__(self, threads: int = checksum.THREADS, room: int | None = None) -> None:
@@ -115,7 +115,7 @@ class Gatherer:
         self._held.close()
 
     def pieces(self, view: View, size: int = PIECE) -> Iterator[memoryview]:
-        """Give the elements in row-major order, `size` bytes at a time, in memory that the next piece overwrites.
+        """Yield the elements in row-major order, `size` bytes at a time, in memory that the next piece overwrites.
 
         Raises: CheckpointDamaged when a file cannot be read or ends too early.
         """
@@ -164,7 +164,7 @@ class Gatherer:
         return memoryview(self._piece)
 
     def read_on(self, block: Block, offset: int, left: int, into: memoryview) -> None:
-        """Read the next bytes of a block that lies in order, of which so many are left; for those who watch them."""
+        """Read the next bytes of a block in order, of which `left` remain; subclasses observe the bytes here."""
         self._read(block, offset, into)
 
     def _read(self, block: Block, offset: int, into: memoryview) -> None:
@@ -197,14 +197,14 @@ class Gatherer:
         self._files.clear()
 
     def _placed(self, view: View) -> memoryview:
-        """All elements of a tensor, put where they belong, by several threads where it is large."""
+        """All elements of a tensor in row-major order, copied by several threads when it is large."""
         import numpy as np
 
         item = ITEM_SIZES[view.dtype]
         kind: np.dtype = np.dtype(f"u{item}" if item <= 8 else "V16")
-        if len(self._tensor) < view.nbytes:  # else used again: memory that is asked for anew has to be cleared first
+        if len(self._tensor) < view.nbytes:  # else reused: newly allocated memory has to be cleared first
             self._tensor = b""
-            self._tensor = mmap.mmap(-1, view.nbytes)  # which is given back at once when it is let go of
+            self._tensor = mmap.mmap(-1, view.nbytes)  # it returns to the system as soon as it is released
         dense = memoryview(self._tensor)[: view.nbytes]
         out = np.frombuffer(dense, kind).reshape(view.shape)
         if self._threads == 1 or view.nbytes < _LARGE or not self._can_share(view):
@@ -223,7 +223,7 @@ class Gatherer:
         return dense
 
     def _can_share(self, view: View) -> bool:
-        """Open the files of a view together, so that several threads may read them; False where that cannot be."""
+        """Open all files of a view, so that several threads may read them; False when there are too many."""
         files = {(id(block.source), block.file): block for block in view.blocks if block.source is not None}
         if not checksum.POSITIONED_READS or len(files) > _MOST_OPEN:
             return False
@@ -234,7 +234,7 @@ class Gatherer:
         return True
 
     def _fills(self, view: View, out: np.ndarray) -> Iterator[Job]:
-        """Give the jobs that put all elements of a tensor in place."""
+        """Yield the jobs that copy all elements of a tensor to their places."""
         import numpy as np
 
         for block in view.blocks:
@@ -247,7 +247,7 @@ class Gatherer:
                 yield from self._slabs(block, box.transpose(order), strides, block.offset)
 
     def _slabs(self, block: Block, box: np.ndarray, strides: tuple[int, ...], offset: int) -> Iterator[Job]:
-        """Give the jobs that fill a box whose axes are sorted by their strides in the file: a slab of the file each."""
+        """Yield the jobs that fill a box, its axes sorted by their strides in the file; each job reads one slab."""
         item, extent = box.itemsize, _extent(box.shape, strides)
         if box.ndim == 0 or (extent * item <= SLAB and extent <= _MOST_SPARSE * box.size + SMALL):
             yield partial(self._fill, block, box, strides, offset)
@@ -255,7 +255,7 @@ class Gatherer:
         inner = _extent(box.shape[1:], strides[1:])
         rows = (SLAB // item - inner) // max(strides[0], 1) + 1
         if rows >= box.shape[0] or rows < 2 or strides[0] > _MOST_SPARSE * inner + SMALL:
-            rows = 0  # what lies between would be read for nothing
+            rows = 0  # the bytes in between would be read in vain
         for k in range(0, box.shape[0], rows or 1):
             part, at = (box[k : k + rows], strides) if rows else (box[k, ...], strides[1:])
             yield from self._slabs(block, part, at, offset + k * strides[0] * item)
@@ -277,23 +277,23 @@ class Gatherer:
 
 
 def _bands(view: View, most: int) -> Iterator[View]:
-    """Cut a view into some of at most so many bytes, and one element at least, that follow one another."""
+    """Cut a view into consecutive views of at most `size` bytes each, and at least one element."""
     axis = next((d for d, size in enumerate(view.shape) if size > 1), None)
     if axis is None or view.nbytes <= most:
         yield view
         return
     rows = max(most * view.shape[axis] // view.nbytes, 1)
     for start in range(0, view.shape[axis], rows):
-        yield from _bands(cut(view, axis, start, min(start + rows, view.shape[axis])), most)
+        yield from _bands(slice_axis(view, axis, start, min(start + rows, view.shape[axis])), most)
 
 
 def same_bytes(a: memoryview, b: memoryview) -> bool:
-    """Whether both have the same bytes: Python compares two views one by one, a bytearray at the speed of memory."""
+    """Whether both have the same bytes: Python compares memoryviews item by item, a bytearray at memory speed."""
     return (a.obj if isinstance(a.obj, bytearray) and len(a.obj) == len(a) else bytearray(a)) == b
 
 
 def same_elements(a: View, b: View, progress: Callable[[int], object] = lambda size: None) -> bool:
-    """Whether two tensors have one dtype, one shape and the same bytes; `progress` is told those compared."""
+    """Whether two tensors have the same dtype, shape and bytes; `progress` receives the number of bytes compared."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     with Gatherer() as one, Gatherer() as two:
@@ -305,7 +305,7 @@ def same_elements(a: View, b: View, progress: Callable[[int], object] = lambda s
 
 
 def _put(box: np.ndarray, values: np.ndarray) -> None:
-    """Copy, by tiles that fit a core's cache where the two have another axis as their innermost: 8 times as fast."""
+    """Copy; when the innermost axes differ, in tiles that fit a core's cache, which is 8 times as fast."""
     inner = min(range(box.ndim), key=lambda d: (box.strides[d] if box.shape[d] > 1 else 1 << 62, -d), default=0)
     if box.ndim < 2 or inner == box.ndim - 1 or box.size <= math.prod(_TILE):
         box[...] = values
@@ -328,7 +328,7 @@ def _where(block: Block) -> str:
 
 
 def _constant(dtype: str, value: float) -> bytes:
-    """One element of a value."""
+    """The bytes of one element with this value."""
     if not value:
         return bytes(ITEM_SIZES[dtype])
     if dtype in FLOATS:
@@ -339,7 +339,7 @@ def _constant(dtype: str, value: float) -> bytes:
 
 
 def cast(piece: memoryview, dtype: str, target: str) -> memoryview:
-    """Make elements of one dtype those of another, rounding to the nearest, ties to even.
+    """Cast elements from one dtype to another, rounding to nearest, ties to even.
 
     Raises: CheckpointError when a finite number becomes infinite.
     """

@@ -1,7 +1,7 @@
-"""View: a tensor as blocks of what lies in files, so that rearranging it moves no byte.
+"""View: a tensor as blocks of data in files, so that rearranging it moves no byte.
 
-Every function here is geometry: it takes views and gives views. Who reads one (reading.py) gets its elements dense
-and in row-major order, however they lie.
+Every function here is pure geometry: it takes views and returns views. Reading a view (reading.py) gives its elements
+dense and in row-major order, regardless of their layout in the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """A box of a tensor: where it begins in the tensor, and where its elements are; or one value throughout."""
+    """A box of a tensor: where it begins in the tensor, and where its elements are stored; or a constant value."""
 
     begin: Shape
     shape: Shape
@@ -33,7 +33,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """A tensor put together from blocks; each element is in exactly one of them."""
+    """A tensor composed of blocks; each element is in exactly one of them."""
 
     dtype: str
     shape: Shape
@@ -51,12 +51,12 @@ class View:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors that it is made of, each once."""
+        """The tensors that it is composed of, each once."""
         return tuple(dict.fromkeys(block.name for block in self.blocks if block.source is not None))
 
     @property
     def is_constant(self) -> bool:
-        """Whether nothing of it comes from a file."""
+        """Whether it has no data from any file."""
         return bool(self.blocks) and all(block.source is None for block in self.blocks)
 
     def same_elements(self, other: View) -> bool:
@@ -65,7 +65,7 @@ class View:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """What is equal for two views of the same bytes of the same file, as tied tensors are."""
+        """A key that is equal for views of the same bytes of the same file, as tied tensors are."""
         blocks = ((b.begin, b.shape, b.strides, b.offset, b.file, id(b.source), b.value) for b in self.blocks)
         return (self.dtype, self.shape, *blocks)
 
@@ -83,7 +83,7 @@ def filled(dtype: str, shape: Shape, value: float = 0.0) -> View:
 
 
 def permute(view: View, axes: Sequence[int]) -> View:
-    """Give the axes another order: axis k of the result is axis `axes[k]`."""
+    """Permute the axes: axis k of the result is axis `axes[k]` of the view."""
 
     def order(values: Shape) -> Shape:
         return tuple(values[a] for a in axes)
@@ -92,8 +92,8 @@ def permute(view: View, axes: Sequence[int]) -> View:
     return View(view.dtype, order(view.shape), tuple(blocks))
 
 
-def join(views: Sequence[View], axis: int = 0) -> View:
-    """Put tensors one behind the other along an axis."""
+def concatenate(views: Sequence[View], axis: int = 0) -> View:
+    """Concatenate tensors along an axis."""
     blocks: list[Block] = []
     end = 0
     for view in views:
@@ -102,8 +102,8 @@ def join(views: Sequence[View], axis: int = 0) -> View:
     return View(views[0].dtype, _with(views[0].shape, axis, end), tuple(blocks))
 
 
-def cut(view: View, axis: int, start: int, stop: int) -> View:
-    """Take what lies from `start` up to `stop` along an axis."""
+def slice_axis(view: View, axis: int, start: int, stop: int) -> View:
+    """Slice an axis from `start` up to `stop`."""
     item = ITEM_SIZES[view.dtype]
     blocks = []
     for block in view.blocks:
@@ -115,7 +115,7 @@ def cut(view: View, axis: int, start: int, stop: int) -> View:
 
 
 def split_axis(view: View, axis: int, inner: int) -> View:
-    """Make two axes of one, the second of them `inner` long."""
+    """Split an axis into two, the second of length `inner`."""
     item, blocks = ITEM_SIZES[view.dtype], []
     for block in view.blocks:
         for part in _aligned(block, axis, inner, item):
@@ -133,7 +133,7 @@ def split_axis(view: View, axis: int, inner: int) -> View:
 
 
 def merge_axes(view: View, axis: int) -> View:
-    """Make one axis of two that follow one another."""
+    """Merge two consecutive axes into one."""
     item, inner, blocks = ITEM_SIZES[view.dtype], view.shape[axis + 1], []
     for block in view.blocks:
         n, whole = block.shape[axis], block.shape[axis + 1] == inner
@@ -152,8 +152,8 @@ def merge_axes(view: View, axis: int) -> View:
     return View(view.dtype, _fused(view.shape, axis, view.shape[axis] * inner), tuple(blocks))
 
 
-def add_axis(view: View, axis: int) -> View:
-    """Put in an axis of length 1."""
+def unsqueeze(view: View, axis: int) -> View:
+    """Insert an axis of length 1 (unsqueeze)."""
 
     def wider(values: Shape, value: int) -> Shape:
         return (*values[:axis], value, *values[axis:])
@@ -164,8 +164,8 @@ def add_axis(view: View, axis: int) -> View:
     return View(view.dtype, wider(view.shape, 1), tuple(blocks))
 
 
-def drop_axis(view: View, axis: int) -> View:
-    """Take out an axis of length 1."""
+def squeeze(view: View, axis: int) -> View:
+    """Remove an axis of length 1 (squeeze)."""
 
     def narrower(values: Shape) -> Shape:
         return (*values[:axis], *values[axis + 1 :])
@@ -177,7 +177,7 @@ def drop_axis(view: View, axis: int) -> View:
 
 
 def _part(block: Block, axis: int, low: int, high: int, item: int) -> Block:
-    """A block from `low` up to `high` along an axis, counted from its own begin."""
+    """Slice a block from `low` up to `high` along an axis, counted from the block's own begin."""
     step = block.strides[axis] if block.source is not None else 0
     return replace(
         block,
@@ -188,7 +188,7 @@ def _part(block: Block, axis: int, low: int, high: int, item: int) -> Block:
 
 
 def _aligned(block: Block, axis: int, inner: int, item: int) -> Iterator[Block]:
-    """Cut a block so that each piece is whole multiples of `inner`, or lies within one."""
+    """Cut a block into pieces that each cover whole multiples of `inner`, or lie within one."""
     begin, end = block.begin[axis], block.begin[axis] + block.shape[axis]
     first, last = -(-begin // inner) * inner, end // inner * inner
     edges = sorted({begin, end, *(edge for edge in (first, last) if begin < edge < end)})
@@ -209,7 +209,7 @@ def _fused(values: Shape, axis: int, value: int) -> Shape:
 
 
 def is_in_order(view: View) -> bool:
-    """Whether its blocks, one behind the other, are its elements in row-major order: bytes then only move."""
+    """Whether its blocks, one after another, are its elements in row-major order, so that bytes are only copied."""
     at = 0
     for block in sorted(view.blocks, key=lambda b: b.begin):
         rows = block.shape[1:] == view.shape[1:] and _dense(block) and (not block.shape or block.begin[0] == at)

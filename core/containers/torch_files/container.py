@@ -15,7 +15,7 @@ from .zip import TorchZip
 
 
 def open_torch_single(path: Path) -> Container:
-    """Open a file of torch of whichever age; only its directory and its pickles are read.
+    """Open a torch file of any version; only its directory and its pickles are read.
 
     Raises: CheckpointNotFound, CheckpointDamaged when it is cut off or contradicts itself, CheckpointError when it is
         another kind of file.
@@ -27,7 +27,7 @@ def open_torch_single(path: Path) -> Container:
 
 
 def container_of(archive: TorchZip | TorchStream, path: Path, size: int) -> Container:
-    """See an opened file of torch, of this many bytes, as a container."""
+    """Present an opened torch file of `size` bytes as a container."""
     return Container(
         kind=f"torch {archive.container}",
         path=path,

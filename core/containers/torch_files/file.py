@@ -1,4 +1,4 @@
-"""Open a file of torch of whichever age, and say what other files look like that people take for one."""
+"""Open a torch file of any version, and recognize other files that are mistaken for one."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _TAR_OF_TORCH = (b"sys_info", b"pickle", b"storages", b"tensors")
 
 
 def open_torch_file(file: BinaryIO, where: str) -> TorchZip | TorchStream:
-    """Read what a file of torch holds, without its tensors; `where` is its path, for messages.
+    """Read the contents of a torch file without its tensors; `where` is its path, for messages.
 
-    Raises: CheckpointDamaged when it is cut off, contradicts itself or is nothing known; CheckpointError naming what
-        it looks like when it is another kind of file.
+    Raises: CheckpointDamaged when it is cut off, contradicts itself or is not recognized; CheckpointError with the kind
+        that it seems to be when it is another kind of file.
     """
     size = file.seek(0, os.SEEK_END)
     if not size:
@@ -54,7 +54,7 @@ def open_torch_file(file: BinaryIO, where: str) -> TorchZip | TorchStream:
 
 
 def _other_kind(head: bytes, where: str) -> CheckpointError:
-    """The error that says what a file looks like from its first bytes."""
+    """Make the error that describes a file by its first bytes."""
     begins = f"it begins with {as_text(head[:8])}"
     if head[:100].rstrip(b"\0").removeprefix(b"./") in _TAR_OF_TORCH:
         return CheckpointError(
@@ -67,11 +67,11 @@ def _other_kind(head: bytes, where: str) -> CheckpointError:
         return CheckpointError(f"{where}: a safetensors file, expected a torch file. Convert it first.")
     for start, kind, remedy in _OTHERS:
         if head.startswith(start) or head.lstrip().lower().startswith(start):
-            return CheckpointError(f"{where}: {kind}, no torch file: {begins}. {remedy}")
+            return CheckpointError(f"{where}: {kind}, not a torch file: {begins}. {remedy}")
     if _is_text(head):
         text = as_text(head.decode("utf-8", "ignore"), 60)
-        return CheckpointError(f"{where}: no torch zip file: a text file that begins with {text}.")
-    return CheckpointDamaged(f"{where}: no torch zip file: {begins}, a zip with b'PK', an older file with b'\\x80'.")
+        return CheckpointError(f"{where}: not a torch zip file: a text file that begins with {text}.")
+    return CheckpointDamaged(f"{where}: not a torch zip file: {begins}, a zip with b'PK', an older file with b'\\x80'.")
 
 
 def _is_text(head: bytes) -> bool:

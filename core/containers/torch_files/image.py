@@ -1,7 +1,7 @@
 """A torch file before it is written: where each byte will lie, known from the sizes of its records alone.
 
-The file is made in blocks of any size. What a record holds is put into a block by whoever has it, and summed; the rest,
-checksums included, `Sealed` fills in when the pieces pass in order.
+The file is made in blocks of any size. The caller copies the content of a record into a block, and sums it; `Seal`
+fills in the rest, checksums included, as the pieces pass in order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .layout import FOLDER, Entry, descriptor, directory, local_header
 
 
 class Kind(Enum):
-    """What a segment of the file holds."""
+    """The kinds of segments of the file."""
 
     HEADER = "header"
     PLAIN = "plain"  # a record whose bytes are known now
@@ -29,7 +29,7 @@ class Kind(Enum):
 
 
 RECORDS = (Kind.PLAIN, Kind.STORAGE)
-"""What is there before a file is sealed."""
+"""The state before a file is sealed."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Piece(NamedTuple):
 class Image:
     """The layout of a torch file with these records, in order: bytes, or something that is as long as its bytes.
 
-    Of several lists of records it is that of torch files end to end, as in a file of DCP: `spans` says where they lie.
+    Several lists of records make torch files end to end, as in a DCP file; `spans` has the span of each.
     """
 
     def __init__(self, *files: Sequence[tuple[str, Any]]) -> None:
@@ -95,27 +95,27 @@ class Image:
             yield Piece(segment, low, min(end - segment.start, segment.size), segment.start + low - start)
 
 
-class Sealed:
+class Seal:
     """Completes the pieces of an image as they pass in order, and knows the checksums of the whole at the end."""
 
     def __init__(self, image: Image) -> None:
         self.image = image
         self.crc32 = 0
-        """Of what has passed."""
+        """CRC32 of the bytes that have passed."""
         self._tensors = 0
         self._record = 0
         self._passed = 0
         self._entries: list[Entry] = []
-        """Those of the torch file that is passing."""
+        """Checksums of the torch file that is passing."""
         self._late = b""
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What the training state says of the file, once all of it has passed."""
+        """The entry of the training state for the file, once all of it has passed."""
         return {"size": self.image.size, "crc32": f"{self.crc32:08x}", "tensors": f"{self._tensors:08x}"}
 
     def seal(self, piece: Piece, block: memoryview, crc: int) -> None:
-        """Complete a piece of a block; what a record holds is there, and `crc` is its CRC32."""
+        """Complete a piece of a block; the content of a record is already there, and `crc` is its CRC32."""
         segment, low, high, at = piece
         if segment.kind in RECORDS:
             self._record = combine(self._record, crc, high - low)

@@ -18,7 +18,7 @@ _EDGE = 1024
 """Bytes at either end of the zip of one tensor that hold all but the tensor: two reads instead of twenty."""
 
 _MOST_LAYOUTS = 8
-"""Layouts remembered of one length."""
+"""Layouts remembered per length."""
 
 _END = struct.Struct("<4s8xII2x")  # signature, length and start of the directory
 _END64 = struct.Struct("<4s36xQQ")  # as _END
@@ -27,7 +27,7 @@ _CRC_BEFORE_NAME = 46 - 16  # in an entry of the directory, whose fixed part has
 
 @dataclass(slots=True, eq=False, repr=False)
 class Item:
-    """What one torch zip holds; offsets in its specs and records count from the beginning of the file around it."""
+    """The contents of one torch zip; offsets in its specs and records count from the start of the enclosing file."""
 
     content: Any
     tensors: dict[str, TensorSpec]
@@ -36,7 +36,7 @@ class Item:
 
 
 class Items:
-    """Opens such zips. Most hold a tensor of a shape that another one had: then comparing bytes spares reading them."""
+    """Opens such zips. Most repeat the layout of an earlier one: then comparing bytes replaces parsing."""
 
     def __init__(self) -> None:
         self.layouts: dict[int, list[_Layout]] = {}  # by length
@@ -44,7 +44,7 @@ class Items:
     def open(self, file: BinaryIO, offset: int, length: int, where: str) -> Item:
         """Open the torch zip in these bytes of a file; `where` names file and item, for messages.
 
-        Of one that is like another the records are those that hold tensors.
+        For a zip with the layout of an earlier one, only the records that hold tensors are listed.
 
         Raises: CheckpointDamaged, CheckpointError as TorchZip.open does.
         """
@@ -69,7 +69,7 @@ class Items:
 
 
 class _Window:
-    """A part of a file as a file by itself, its two ends read in advance."""
+    """A part of a file presented as a file of its own, with its two ends read in advance."""
 
     def __init__(self, file: BinaryIO, start: int, length: int, where: str) -> None:
         self.file, self.start, self.length, self.where = file, start, length, where
@@ -97,7 +97,7 @@ class _Layout:
     """The zip of one plain tensor, but for the bytes of the tensor; offsets count from its beginning."""
 
     head: bytes  # all before the tensor
-    directory: bytes  # and all behind it
+    directory: bytes  # all bytes after it
     holes: list[int]  # where in `directory` a CRC differs from zip to zip: the tensor's, and that of a random id
     spec: TensorSpec
     record: Record
@@ -116,7 +116,7 @@ class _Layout:
 
 
 def _layout(archive: TorchZip, window: _Window) -> _Layout | None:
-    """What other zips may be compared with, when this one holds a plain tensor and its edges are all the rest."""
+    """The layout to compare other zips with, if this one holds a plain tensor and its edges cover everything else."""
     spec, records = archive.content, archive.records
     if not isinstance(spec, TensorSpec) or archive.unused:
         return None
@@ -135,7 +135,7 @@ def _layout(archive: TorchZip, window: _Window) -> _Layout | None:
 def find_items(file: BinaryIO, where: str) -> list[tuple[int, int]]:
     """Find the offset and length of each zip in a file of zips end to end, from the directory that ends each.
 
-    Raises: CheckpointDamaged when some of its bytes belong to none.
+    Raises: CheckpointDamaged when some of its bytes belong to no zip.
     """
     items: list[tuple[int, int]] = []
     end = file.seek(0, os.SEEK_END)
@@ -152,7 +152,7 @@ def find_items(file: BinaryIO, where: str) -> list[tuple[int, int]]:
 
 
 def _directory(tail: bytes) -> tuple[int, int]:
-    """Where the directory of the zip with this end starts, and its length with all that follows; 0 for no zip."""
+    """Where the directory of the zip with this end starts, and its length with all that follows; 0 without a zip."""
     if tail[-42:-38] == b"PK\6\7" and tail[-98:-94] == b"PK\6\6":
         _, length, start = _END64.unpack(tail[-98:-42])
         return start, length + 98

@@ -20,11 +20,11 @@ from ..checksum import combine
 from ..spec import dense_strides
 
 FOLDER = "archive"
-"""What the records of a file lie in."""
+"""The folder in the zip that holds all records."""
 
 ALIGNMENT = 64
 ZIP64_FROM = 0xFFFFFFFF
-"""Sizes and offsets from here on stand in 64-bit fields; tests lower it."""
+"""Sizes and offsets of at least this need 64-bit fields; tests lower it."""
 
 _DESCRIPTOR_FOLLOWS, _UTF8 = 0x0008, 0x0800
 _PADDING_ID = 0xD935
@@ -69,7 +69,7 @@ class Named:
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
+class CallRecord:
     """Stands in a content where a record is: `kind(*args)` or, without args, a new one that gets this state."""
 
     kind: Named
@@ -78,7 +78,7 @@ class Made:
 
 
 class Sink(Protocol):
-    """What the writers need of an output."""
+    """The output interface that the writers need."""
 
     size: int
 
@@ -113,7 +113,7 @@ def _put(value: Any, emit: Callable[[bytes], None]) -> None:
         _put_tensor(value, emit)
     elif isinstance(value, Named):
         _put_global(value.module, value.name, emit)
-    elif isinstance(value, Made):
+    elif isinstance(value, CallRecord):
         _put_made(value, emit)
     elif isinstance(value, Mapping):
         emit(b"}(")
@@ -130,7 +130,7 @@ def _put(value: Any, emit: Callable[[bytes], None]) -> None:
         raise CheckpointMismatch(f"a {type(value).__name__} cannot be written into a torch file")
 
 
-def _put_made(record: Made, emit: Callable[[bytes], None]) -> None:
+def _put_made(record: CallRecord, emit: Callable[[bytes], None]) -> None:
     _put(record.kind, emit)
     _put(record.args or (), emit)
     emit(b"\x81" if record.args is None else b"R")  # a new object, or what a call returns
@@ -191,7 +191,7 @@ class Entry:
 
 
 def local_header(name: bytes, size: int, offset: int) -> bytes:
-    """What precedes the bytes of a record whose header begins at `offset`: padded, so that they are aligned."""
+    """The header of a record that begins at `offset`, padded so that the record's bytes are aligned."""
     wide = size >= ZIP64_FROM
     extra = struct.pack("<HHQQ", 1, 16, 0, 0) if wide else b""
     padding = -(offset + 30 + len(name) + len(extra) + 4) % ALIGNMENT
@@ -203,12 +203,12 @@ def local_header(name: bytes, size: int, offset: int) -> bytes:
 
 
 def descriptor(size: int, crc32: int) -> bytes:
-    """What follows the bytes of a record; its length depends on the size alone."""
+    """The data descriptor after the bytes of a record; its length depends on the size alone."""
     return struct.pack("<4sIQQ" if size >= ZIP64_FROM else "<4sIII", b"PK\7\10", crc32, size, size)
 
 
 def directory(entries: Sequence[Entry], start: int) -> bytes:
-    """What ends a zip whose records end at `start`; its length does not depend on the checksums."""
+    """The directory of a zip whose records end at `start`; its length does not depend on the checksums."""
     data = b"".join(map(_directory_entry, entries))
     length, count, end, tail = len(data), len(entries), start + len(data), b""
     if start >= ZIP64_FROM or length >= ZIP64_FROM or count >= 0xFFFF:
@@ -245,7 +245,7 @@ class ZipLayout:
 
 
 Pieces = tuple[int, Iterable[bytes | memoryview]]
-"""How many bytes a storage has, and these."""
+"""The number of bytes of a storage, and the bytes in pieces."""
 
 
 def write_torch_file(sink: Sink, data_pkl: bytes, storages: Iterable[Pieces]) -> str:
@@ -254,7 +254,7 @@ def write_torch_file(sink: Sink, data_pkl: bytes, storages: Iterable[Pieces]) ->
     Storages are taken one at a time, when the one before is written. Returns the digest of the tensors, which
     `tensors_digest()` finds in the file.
 
-    Raises: CheckpointMismatch when a storage has more or fewer bytes than it says.
+    Raises: CheckpointMismatch when a storage has more or fewer bytes than stated.
     """
     layout, digest = ZipLayout(sink), 0
     for name, record in records(data_pkl, storages):

@@ -1,6 +1,6 @@
 """Tensor specs from the pickle of a torch file, whichever container holds it.
 
-How torch writes tensors, storages and references to them is told in the docs of torch.serialization.
+The documentation of torch.serialization describes how torch writes tensors, storages and references to them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Storage(Call):
     def __init__(self, kind: Global, key: str, numel: int, start: int = 0) -> None:
         super().__init__(kind, (key, numel))
         self.key = key
-        self.dtype, item = _STORAGES[kind.path]  # no dtype for bytes, whose type each tensor says
+        self.dtype, item = _STORAGES[kind.path]  # no dtype for bytes, whose type each tensor specifies
         self.nbytes = numel * item
         self.start = start  # in bytes, within the storage of this key; above 0 only for a view
 
@@ -39,8 +39,8 @@ class TensorLoader:
 
     def __init__(self, where: str, source: str = "data.pkl", prefix: str = "data/") -> None:
         self.where = where
-        self.source = source  # what the pickle is called
-        self.prefix = prefix  # what stands before the key of a storage to name it
+        self.source = source  # the name of the pickle in messages
+        self.prefix = prefix  # precedes the key of a storage in messages
         self.storages: dict[str, Storage] = {}
         self.specs: list[TensorSpec] = []
 
@@ -65,7 +65,7 @@ class TensorLoader:
         )
 
     def place(self, offsets: Mapping[str, int]) -> None:
-        """Turn the offsets within storages into offsets in the file: `offsets` says where each storage begins."""
+        """Turn the offsets within storages into offsets in the file; `offsets` has the start of each storage."""
         for spec in self.specs:
             spec.offset += offsets[spec.storage]
 
@@ -139,7 +139,7 @@ class TensorLoader:
             raise CheckpointDamaged(
                 f"{self.where}: a tensor in {self.shown(storage.key)} of shape {as_text(shape, 60)}, "
                 f"strides {as_text(strides, 60)}, offset {as_text(offset, 30)}: expected as many strides as sizes, "
-                "all whole numbers from 0."
+                "all whole numbers of at least 0."
             )
         item = ITEM_SIZES[dtype]
         nbytes, last = item, (offset + reach(shape, strides)) * item
@@ -188,7 +188,7 @@ _STORAGES: dict[str, tuple[str | None, int]] = {  # dtype and bytes of an elemen
     "torch.BoolStorage": ("bool", 1),
     "torch.ComplexFloatStorage": ("complex64", 8),
     "torch.ComplexDoubleStorage": ("complex128", 16),
-    # quantized numbers are no values without their scale: their tensors stay records
+    # quantized numbers have no value without their scale: their tensors stay records
     "torch.QInt8Storage": (None, 1),
     "torch.QUInt8Storage": (None, 1),
     "torch.QInt32Storage": (None, 4),

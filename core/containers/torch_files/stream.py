@@ -1,4 +1,4 @@
-"""Read the file that torch wrote before version 1.6: five pickles, then the storages one after the other.
+"""Read the file format of torch before version 1.6: five pickles, then the storages one after another.
 
 The pickles are a magic number, a version, facts about the machine, the content, and the keys of the storages; each
 storage is an int64 count of elements and their bytes. `torch.save(..., _use_new_zipfile_serialization=False)` still
@@ -38,7 +38,7 @@ class TorchStream:
         self.content = content
         self.tensors = tensors
         self.odd: list[str] = []
-        self.unused = unused  # calls whose results are in no part of the content: how code is hidden in a sound file
+        self.unused = unused  # calls whose results are not in the content: how code is hidden in a sound file
 
     @classmethod
     def open(cls, file: BinaryIO, where: str) -> TorchStream:
@@ -93,7 +93,7 @@ def _check_magic(data: bytes, where: str) -> None:
 
 
 class _Head:
-    """The beginning of a file, as much of it as its pickles turn out to need."""
+    """The beginning of a file, extended as far as its pickles require."""
 
     def __init__(self, file: BinaryIO, where: str) -> None:
         self.file, self.where = file, where
@@ -120,7 +120,7 @@ class _Head:
                 return parsed.value
 
     def grow(self, what: str, loader: TensorLoader | None, error: PickleCutOff) -> None:
-        """Hold four times as many bytes of the file.
+        """Read up to four times as many bytes of the file.
 
         Raises: CheckpointDamaged when there are no more, or too many.
         """
@@ -157,7 +157,7 @@ class _Loader(TensorLoader):
         return root if view is None else self.view(root, view)
 
     def view(self, root: Storage, view: Any) -> Storage:
-        """The part of a storage that very old files treat as one of its own: (key, first element, elements)."""
+        """The part of a storage that very old files treat as a storage of its own: (key, first element, elements)."""
         numel = root.args[1]
         numbers = view[1:] if isinstance(view, tuple) and len(view) == 3 else ()
         if not numbers or not all(type(n) is int and 0 <= n <= numel for n in numbers) or sum(numbers) > numel:

@@ -1,7 +1,7 @@
-"""Read what a `.pt` zip holds from its directory and `data.pkl` alone: no torch, no weights, nothing executed.
+"""Read the contents of a `.pt` zip from its directory and `data.pkl` alone: no torch, no weights, nothing executed.
 
-The zip is PKWARE's APPNOTE 4.3 with its 64-bit extension; which records a torch file has is told in
-docs of torch.serialization and in the docstring of `core/containers/torch_files/layout.py`.
+The zip is PKWARE's APPNOTE 4.3 with its 64-bit extension; the records of a torch file are described in the
+documentation of torch.serialization and in the docstring of `core/containers/torch_files/layout.py`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class TorchZip:
         self.records = records
         self.content = content
         self.tensors = tensors
-        self.odd = odd or []  # what torch.save does not write, in a sentence each
-        self.unused = unused  # calls whose results are in no part of the content: how code is hidden in a sound file
+        self.odd = odd or []  # parts that torch.save does not write, a sentence each
+        self.unused = unused  # calls whose results are not in the content: how code is hidden in a sound file
 
     @classmethod
     def open(cls, file: BinaryIO, where: str) -> TorchZip:
@@ -74,7 +74,7 @@ _KNOWN = ("data.pkl", "byteorder", "version", ".format_version", ".storage_align
 
 
 def _odd(records: dict[str, Record], loader: TensorLoader, loose: int, behind: int) -> list[str]:
-    """What the file holds besides what torch.save writes: nothing here reads it, and others may."""
+    """Parts of the file that torch.save does not write: nothing here reads them, but other programs may."""
     said = []
     known = {*_KNOWN, *(f"data/{key}" for key in loader.storages)}
     others = [name for name in records if name not in known]
@@ -89,7 +89,7 @@ def _odd(records: dict[str, Record], loader: TensorLoader, loose: int, behind: i
 
 
 def _read(file: BinaryIO, records: dict[str, Record], name: str, where: str) -> bytes:
-    """Read a record that is no tensor, and check its bytes where the directory says how."""
+    """Read a record that is not a tensor, and check its bytes if the directory has their checksum."""
     record = records[name]
     if not record.stored:
         raise CheckpointDamaged(
@@ -104,7 +104,7 @@ def _read(file: BinaryIO, records: dict[str, Record], name: str, where: str) -> 
 
 
 def _storage_offsets(loader: TensorLoader, records: dict[str, Record]) -> dict[str, int]:
-    """Where each storage begins in the file, once its record has the size that data.pkl gives it."""
+    """The offset of each storage in the file, after its record's size is compared with data.pkl."""
     offsets = {}
     for key, storage in loader.storages.items():
         record = records.get(f"data/{key}")
@@ -119,7 +119,7 @@ def _storage_offsets(loader: TensorLoader, records: dict[str, Record]) -> dict[s
 
 
 def _least_size(file: BinaryIO, size: int, where: str) -> str:
-    """How large a file without directory must have been: data.pkl stands first and says what its tensors need."""
+    """Describe how large a file without directory must have been: data.pkl, which comes first, shows its tensors."""
     loader = TensorLoader(where)
     try:
         name, begin = read_head(file, 0, where)

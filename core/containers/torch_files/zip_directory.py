@@ -49,7 +49,7 @@ def read_head(file: BinaryIO, offset: int, where: str) -> tuple[bytes, int]:
 
 
 Explain = Callable[[BinaryIO, int, str], str]
-"""What else is known of a file of this many bytes that was cut off."""
+"""Describes what else is known about a file of this many bytes that was cut off."""
 
 
 def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, int, int, int]:
@@ -59,7 +59,7 @@ def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, 
         raise CheckpointDamaged(f"{where}: empty (0 bytes), a zip has at least {_END.size}.")
     head = read_at(file, 0, min(size, 4), where)
     if head[:2] != b"PK"[:size]:
-        raise CheckpointDamaged(f"{where}: no torch zip file: it begins with {as_text(head)}, a zip with b'PK'.")
+        raise CheckpointDamaged(f"{where}: not a torch zip file: it begins with {as_text(head)}, a zip with b'PK'.")
     tail = b""
     at = -1
     for length in (_END.size, _END.size + _LONGEST_COMMENT):  # torch writes no comment: the first look finds it
@@ -93,7 +93,7 @@ def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, 
 
 
 def read_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[dict[str, Record], int]:
-    """List the records of a zip by their name without the folder that holds them all, and count the bytes of none.
+    """List the records of a zip by name, without the common folder, and count the bytes that belong to no record.
 
     Raises: CheckpointDamaged when it is cut off, contradicts itself, or is another kind of file.
     """
@@ -148,7 +148,7 @@ def _decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointDamaged(f"{where}: a record is called {as_text(raw)}, which is no UTF-8.") from error
+        raise CheckpointDamaged(f"{where}: a record is called {as_text(raw)}, which is not UTF-8.") from error
 
 
 def _locate(

@@ -1,4 +1,4 @@
-"""Whether a step holds what a single-file checkpoint holds: one that was just made of it, and one from elsewhere."""
+"""Compare a step with a single-file checkpoint: a step that was just made from it, or one from elsewhere."""
 
 from __future__ import annotations
 

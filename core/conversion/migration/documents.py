@@ -1,4 +1,4 @@
-"""What a step says that is made of a single file: its config, its tokenizer and its training state."""
+"""The JSON documents of a step made from a single file: its config, its tokenizer and its training state."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .plan import BUNDLE, Outcome, Steps, extras
 
 
 def documents_of(source: Bundle, outcome: Outcome, steps: Steps, has_optimizer: bool) -> dict[str, dict[str, Any]]:
-    """Write down what a file says, and how its step stands to the others of the folder, by the names of the JSON files.
+    """Make the JSON documents of a file, by name, including its step's relation to the others of the folder.
 
-    Raises: CheckpointMismatch when the file says what JSON cannot.
+    Raises: CheckpointMismatch when the file has values that JSON lacks.
     """
     assert source.config is not None
     is_newest, best = outcome.action == BUNDLE, steps.state.best

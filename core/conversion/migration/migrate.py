@@ -34,7 +34,7 @@ from .plan import BUNDLE, COMPARED, KEPT, MIGRATED, Outcome, Steps, in_order, wo
 def migrate(folder: Path, paths: Iterable[Path], progress: Progress = lambda size: None) -> list[Outcome]:
     """Bring single-file checkpoints of one folder over, and say what became of each.
 
-    A file that cannot be brought over says why, and the others are done. `progress` is told the bytes that were read,
+    A file that cannot be migrated reports why, and the others continue. `progress` receives the bytes that were read,
     written and compared.
     """
     outcomes: list[Outcome] = []

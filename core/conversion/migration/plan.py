@@ -1,6 +1,6 @@
-"""What becomes of single-file checkpoints: the newest of a folder its bundle, the others kept steps.
+"""Plan the migration of single-file checkpoints: a folder's newest becomes its bundle, the others kept steps.
 
-This is the plan, from headers alone; core/conversion/migration/migrate.py makes it so.
+The plan is made from headers alone; core/conversion/migration/migrate.py executes it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ...containers.plain import plain
 from ...errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
 
 BUNDLE, KEPT, MIGRATED, COMPARED, SEEN, FAILED = "bundle", "kept step", "already migrated", "compared", "seen", "failed"
-"""What becomes of a file: the newest step; an older one; or nothing, since it was brought over before, its step is
-there from elsewhere (the two are compared), the bundle was written in spite of it, or it cannot be."""
+"""Actions for a file: it becomes the newest step, or an older one; or nothing, since it was migrated before, its step
+exists from elsewhere (the two are compared), the bundle has already taken it into account, or it cannot be migrated."""
 
 
 @dataclass
 class Outcome:
-    """One single-file checkpoint and what becomes, or became, of it."""
+    """One single-file checkpoint, with the planned or actual outcome."""
 
     path: Path
     size: int = 0
@@ -44,21 +44,21 @@ class Outcome:
     has_optimizer: bool = False
     action: str = FAILED
     target: Path | None = None  # the folder of the step it becomes, or is compared with
-    result: str = ""  # what was found, where nothing is made
+    result: str = ""  # the finding, when nothing is made
     size_after: int | None = None
     notes: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)  # entries that are in the file alone
+    left: list[str] = field(default_factory=list)  # entries that stay in the file only
     error: str | None = None
     may_be_deleted: bool = False
 
     @property
     def is_made(self) -> bool:
-        """Whether a step is made of the file."""
+        """Whether a step is made from the file."""
         return self.action in (BUNDLE, KEPT)
 
     @property
     def became(self) -> str:
-        """What becomes of the file, in a few words."""
+        """The outcome in a few words."""
         if self.target is None:
             return "not migrated" if self.action == FAILED else f"nothing: {self.result}"
         place = "the bundle" if self.target == self.path.parent else self.target.name
@@ -69,24 +69,24 @@ class Outcome:
         return f"nothing: {self.result or 'to be compared with'} {place} (step {self.step})"
 
     def fail(self, error: CheckpointError) -> None:
-        """Record why the file cannot be brought over."""
+        """Record why the file cannot be migrated."""
         self.action, self.error = FAILED, str(error)
         self.target, self.size_after, self.may_be_deleted = None, None, False
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Name, size and checksum: what a training state says of the file it was made from."""
+        """Name, size and checksum, as a training state records the file that it was made from."""
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             return {"name": self.path.name, "size": size, "crc32": f"{crc32_file(file.fileno(), size):08x}"}
 
     def is_unchanged(self) -> bool:
-        """Whether the file is the one that was looked at."""
+        """Whether the file is unchanged since it was inspected."""
         stat = self.path.stat()
         return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
 
     def is_source_of(self, state: TrainingState) -> bool:
-        """Whether a training state says that its step was made from this very file."""
+        """Whether a training state records that its step was made from this very file."""
         record = state.migrated_from
         if not isinstance(record, dict) or (record.get("name"), record.get("size")) != (self.path.name, self.size):
             return False
@@ -94,19 +94,19 @@ class Outcome:
 
 
 @dataclass
-class Found:
-    """Single-file checkpoints by folder, and what could not be looked into, each in a sentence."""
+class Candidates:
+    """Single-file checkpoints by folder, and a sentence for each place that could not be read."""
 
     folders: dict[Path, list[Path]] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
 
 
-def find(places: Iterable[Path]) -> Found:
+def find(places: Iterable[Path]) -> Candidates:
     """Find the single-file checkpoints among files, in folders and in all folders below these; none is changed.
 
     Raises: CheckpointNotFound when a place is not there.
     """
-    found = Found()
+    found = Candidates()
     for place in places:
         if place.is_file():
             _add(found, place)
@@ -122,14 +122,14 @@ def find(places: Iterable[Path]) -> Found:
     return found
 
 
-def _add(found: Found, path: Path) -> None:
+def _add(found: Candidates, path: Path) -> None:
     paths = found.folders.setdefault(path.parent, [])
     if path not in paths:
         paths.append(path)
 
 
 def _folders(root: Path, passed: list[str]) -> Iterator[Path]:
-    """A folder and those below it, behind links too, but not the kept steps, which are whole bundles of their own."""
+    """A folder and those below it, including links, but not the kept steps, which are bundles of their own."""
     seen = set()
     failed: list[OSError] = []
     for name, below, _ in os.walk(root, followlinks=True, onerror=failed.append):
@@ -144,7 +144,7 @@ def _folders(root: Path, passed: list[str]) -> Iterator[Path]:
 
 
 def _is_single(path: Path, passed: list[str]) -> bool:
-    """Whether a file goes by the name of a single-file checkpoint, or is one by its header."""
+    """Whether a file has the name of a single-file checkpoint, or is one by its header."""
     if path.name in (MODEL, OPTIMIZER):
         return False
     if path.name in LEGACY_FILES:
@@ -183,7 +183,7 @@ def look(path: Path) -> Outcome:
 
 
 def extras(source: Bundle) -> tuple[dict[str, Any], list[str]]:
-    """What else a single-file checkpoint holds: the entries that a training state can hold, and the names of others."""
+    """Further entries of a single-file checkpoint: those for a training state, and the names of the others."""
     kept: dict[str, Any] = {}
     left = []
     content = source.weights.source.header.content
@@ -204,7 +204,7 @@ def extras(source: Bundle) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON can hold a value as it is, but for a tuple that becomes a list."""
+    """Whether JSON can hold a value unchanged, except that a tuple becomes a list."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -213,7 +213,7 @@ def _is_json(value: Any) -> bool:
 
 
 def in_order(paths: Iterable[Path]) -> list[Outcome]:
-    """Look at the files of a folder, the newest step first; of equal steps the one with the optimizer, latest.pt."""
+    """Inspect a folder's files, the newest step first; of equal steps, those with an optimizer, then latest.pt."""
     names = (*LEGACY_FILES, "")
     return sorted(
         (look(path) for path in paths),
@@ -228,7 +228,7 @@ def in_order(paths: Iterable[Path]) -> list[Outcome]:
 
 @dataclass
 class Steps:
-    """The steps that a model's folder has: where each is, and what its training state says."""
+    """The steps in a model's folder: the location and training state of each."""
 
     folder: Path
     newest: int | None
@@ -253,7 +253,7 @@ class Steps:
         return cls(folder, step, state, True, {**places, step: folder}, {**states, folder: state})
 
     def decide(self, outcome: Outcome) -> None:
-        """Say what is to become of a file whose step is known."""
+        """Decide the outcome of a file whose step is known."""
         assert outcome.step is not None
         made = next((place for place, state in self.states.items() if outcome.is_source_of(state)), None)
         if made is not None:
@@ -263,14 +263,14 @@ class Steps:
         elif self.newest is not None and outcome.step < self.newest:
             outcome.action, outcome.target = KEPT, self.folder / step_folder(outcome.step)
         elif is_seen(outcome.path, self.state):
-            outcome.action, outcome.result = SEEN, f"seen by the bundle at step {self.newest}; left as it is"
+            outcome.action, outcome.result = SEEN, f"known to the bundle at step {self.newest}; left as it is"
         else:
             outcome.action, outcome.target = BUNDLE, self.folder
             if not outcome.has_optimizer:
                 outcome.notes.append(f"{outcome.path}: no optimizer state; training on starts its moments from zero")
 
     def suppose(self, outcome: Outcome) -> None:
-        """Take a decision for done, as a plan does."""
+        """Treat a decision as executed, as a plan does."""
         if outcome.action not in (BUNDLE, KEPT) or outcome.step is None or outcome.target is None:
             return
         if outcome.action == BUNDLE:
@@ -281,7 +281,7 @@ class Steps:
 
 
 def plan(folder: Path, paths: Iterable[Path]) -> list[Outcome]:
-    """Say what is to become of the files of a folder; nothing is changed, and no tensor is read."""
+    """Decide the outcome of all files of a folder; nothing is changed, and no tensor is read."""
     outcomes = in_order(paths)
     try:
         steps = Steps.read(folder)
@@ -297,5 +297,5 @@ def plan(folder: Path, paths: Iterable[Path]) -> list[Outcome]:
 
 
 def work(outcome: Outcome) -> int:
-    """Estimate the bytes that are read, written and compared for a file."""
+    """Estimate how many bytes are read, written and compared for a file."""
     return outcome.size * {BUNDLE: 3, KEPT: 3, COMPARED: 2, MIGRATED: 1}.get(outcome.action, 0)

@@ -1,6 +1,6 @@
-"""GPT-2's shape in four programs: what becomes of the config when a model goes from one to another, and what cannot go.
+"""GPT-2's shape in four programs: conversion of the config from one to another, and its limits.
 
-The hub is our GPT, whose config says most.
+The hub is our GPT, whose config has the most settings.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 def _biases(model: Source) -> dict[str, bool]:
-    """Which biases are there, in the fields of our config, from our names."""
+    """Which biases exist, as fields of our config, from our names."""
     names = {switch: [name.replace("{i}", "0") for name in names] for switch, names in gpt.SWITCHES.items()}
     return {switch: any(name in model.tensors for name in some) for switch, some in names.items()}
 
 
 def _ours(model: Source, **fields: Any) -> dict[str, Any]:
-    """Our config of a model in numbers."""
+    """The sizes of a model for our config."""
     sizes = {name: model.sizes[name] for name in _SIZES if name in model.sizes}
     return GPTConfig.from_dict({**sizes, **fields}, str(model.path)).to_dict()
 
 
 def lecture_to_ours(model: Source, options: Options) -> dict[str, Any]:
-    """Keep the config: it is of our GPT already."""
+    """Keep the config: it is already that of our GPT."""
     return model.config
 
 
@@ -82,7 +82,7 @@ _NANOGPT_PARTS = {"qkv": "attn.c_attn", "proj": "attn.c_proj", "mlp": "mlp.c_fc"
 
 
 def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
-    """Read config.json, and refuse what our GPT does not compute."""
+    """Read config.json, and refuse settings that our GPT does not compute."""
     config = model.config
     if not config:
         raise model.refuse("no config.json beside it, and n_head is not in the tensors. Name the folder that has both.")
@@ -135,7 +135,7 @@ def _drop_tied_head(model: Source, target: str) -> None:
 
 
 def _add_zero_biases(model: Source) -> None:
-    """Give every part that has no bias one of zeros, which computes the same."""
+    """Add a bias of zeros to every part without one, which computes the same."""
     sizes = {**model.sizes, "3 n_embd": 3 * model.sizes["n_embd"], "4 n_embd": 4 * model.sizes["n_embd"]}
     dtype = model.tensors["ln_f.weight"].dtype
     for row, sides in gpt.TENSORS.items():
@@ -148,7 +148,7 @@ def _add_zero_biases(model: Source) -> None:
 
 
 def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
-    """Write a config of GPT2LMHeadModel; a bias that is not there becomes zeros, a tied head is left out."""
+    """Write a config of GPT2LMHeadModel; a missing bias becomes zeros, a tied head is left out."""
     config = GPTConfig.from_dict(model.config, str(model.path))
     tied = config.tied_head and options.tied is not False
     _drop_head_bias(model, "HF GPT-2")
@@ -185,7 +185,7 @@ def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
 
 
 def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
-    """Write model_args; refuse what nanoGPT does not compute: another activation, a head of its own."""
+    """Write model_args; refuse a model that nanoGPT does not compute: another activation, an untied head."""
     config = GPTConfig.from_dict(model.config, str(model.path))
     if config.activation != "gelu":
         shown = {"gelu_tanh": "the tanh form of GELU (gelu_new)", "relu": "ReLU"}[config.activation]

@@ -1,4 +1,4 @@
-"""Megatron's models and those of transformers: what becomes of the config either way, and what cannot go."""
+"""Megatron's models and those of transformers: conversion of the config in both directions, and its limits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _has(model: Source, name: str) -> bool:
 
 
 def _numbers(model: Source, *needed: str) -> dict[str, int]:
-    """Numbers of the model that have to be known."""
+    """Sizes of the model that have to be known."""
     lost = [word for word in needed if word not in model.sizes]
     if lost:
         raise unknown(model, lost)
@@ -43,7 +43,7 @@ def _ready(model: Source, options: Options) -> None:
 
 
 def _refuse_void(model: Source, options: Options, flag: str, why: str) -> None:
-    """Refuse a flag that says what the model does not have."""
+    """Refuse a flag for a setting that the model does not have."""
     if flag in options.more:
         raise model.refuse(f"--{flag} has no effect: {why}. Leave it out.")
 
@@ -67,7 +67,7 @@ def _norms(model: Source, options: Options) -> None:
 
 
 def _is_tied(model: Source, options: Options, head: str, table: str, is_said: bool) -> bool:
-    """Whether head and token table are one; a head that was written although the program ties it is left out.
+    """Whether the head is tied to the token table; a head that was stored although the program ties it is left out.
 
     Raises: CheckpointMismatch for a head of other values than the table, which the program would not use.
     """
@@ -102,13 +102,13 @@ def to_hf(model: Source, options: Options) -> dict[str, Any]:
     if model.config.get("swiglu") is False:
         raise model.refuse("swiglu is false in its config, and it has a gate: of another activation than Llama's silu.")
     if mlp and style != "llama":
-        raise model.refuse(f"its feed-forward part has biases, and {CLASSES[style]} has no place for them.")
+        raise model.refuse(f"its feed-forward part has biases, and {CLASSES[style]} has none.")
     if qkv != proj and style != "qwen2":
-        raise model.refuse(f"of linear_qkv and linear_proj only one has a bias, and {CLASSES[style]} has both or none.")
+        raise model.refuse(f"only one of linear_qkv and linear_proj has a bias, and {CLASSES[style]} has both or none.")
     size = _numbers(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size")
     context = setting(model, options, "max_position_embeddings", None)
     if context is None:
-        raise model.refuse("nothing says how long a text it was trained for. Add --max_position_embeddings N.")
+        raise model.refuse("the longest text that it was trained for is unknown. Add --max_position_embeddings N.")
     _say_padding(model)
     theta = float(setting(model, options, "rope_theta", THETA))
     scaling = rope_scaling(model, options)
@@ -151,7 +151,7 @@ def _say_padding(model: Source) -> None:
 
 
 def _export_config(model: Source, **more: Any) -> dict[str, Any]:
-    """What an export leaves out, under the names of Megatron's arguments; its eight fields are written with it."""
+    """Settings that an export leaves out, by Megatron's names, to be written with its eight fields."""
     model.notes.append(
         "model_config also has what an export leaves out, by the names of Megatron's arguments: " + ", ".join(more)
     )
@@ -204,7 +204,7 @@ GPT2_TABLE, POSITIONS = "transformer.wte.weight", "embedding.position_embeddings
 
 
 def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
-    """Write a config of GPT2LMHeadModel; a bias that is not there becomes zeros."""
+    """Write a config of GPT2LMHeadModel; a missing bias becomes zeros."""
     if POSITIONS in model.tensors:
         for flag in ("rope_theta", "rotary_percent", "rope_scaling_factor"):
             _refuse_void(model, options, flag, "its positions are a table")
@@ -259,7 +259,7 @@ def _gpt2_config(size: dict[str, int], positions: int, eps: float) -> dict[str, 
 
 
 def _zero_biases(model: Source) -> None:
-    """Give linear layers without biases those of zeros, which compute the same."""
+    """Add biases of zeros to linear layers without biases, which computes the same."""
     weights = [name for name in model.tensors if ".linear_" in name and name.endswith(".weight")]
     for name in weights:
         bias, view = name.removesuffix("weight") + "bias", model.tensors[name]

@@ -1,7 +1,7 @@
-"""Settings of a Megatron model that its tensors do not show: from flags, from the config beside it, else defaults.
+"""Settings of a Megatron model that its tensors do not show: from flags, the config beside it, or defaults.
 
-The config is that of an export, which says little, or the arguments of a run (common.pt), which say all. Every default
-that is taken becomes a note.
+The config is that of an export, which has few settings, or the arguments of a run (common.pt), which have all. Every
+default that is used becomes a note.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "max_position_embeddings": ("max_position_embeddings",),
     "rope_scaling_factor": ("rope_scaling_factor",),
 }
-"""Flags, and what Megatron calls them."""
+"""Flags, and Megatron's names of them."""
 
 FLAGS = (*NAMES, "num_attention_heads", "activation", "bos_token_id", "eos_token_id")
-"""Everything that a flag may say of a Megatron model."""
+"""All flags for Megatron models."""
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "rotary_interleaved": (False,),
@@ -54,31 +54,31 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What --use-rope-scaling of Megatron computes, in transformers' words: these are constants there, `factor` is not."""
+"""Megatron's --use-rope-scaling in transformers' terms: these are constants in Megatron, `factor` is not."""
 
 FACTOR = 8.0
-"""Its factor, before --rope-scaling-factor could say another one."""
+"""Its factor in versions without --rope-scaling-factor."""
 
 
 def setting(model: Source, options: Options, flag: str, default: Any, *, is_said: bool = True) -> Any:
-    """Look up a setting; a note says that a default was taken, or that a flag says other than the config."""
+    """Look up a setting; a note reports a default, or a flag that overrides the config."""
     said = next((model.config[name] for name in NAMES[flag] if model.config.get(name) is not None), None)
     asked = options.more.get(flag)
     if asked is not None:
         if said is not None and said != asked:
-            model.notes.append(f"{flag} is {said} in its config; --{flag} {asked} was asked for, and taken")
+            model.notes.append(f"{flag} is {said} in its config; --{flag} {asked} was specified, and overrides it")
         return asked
     if type(said) in ((bool,) if isinstance(default, bool) else (int, float)):
         return said
     if is_said and default is not None:
-        model.notes.append(f"{flag} {default}: a default, for nothing beside the tensors says it (--{flag})")
+        model.notes.append(f"{flag} {default}: a default, because no config beside the tensors has it (--{flag})")
     return default
 
 
 def rope_scaling(model: Source, options: Options) -> dict[str, Any]:
-    """How the positions of a model are scaled, in transformers' words; {} where they are not.
+    """The scaling of a model's positions in transformers' terms; {} without scaling.
 
-    Raises: CheckpointMismatch for a factor that is no number from 1.
+    Raises: CheckpointMismatch for a factor that is not a number of at least 1.
     """
     factor = options.more.get("rope_scaling_factor")
     if factor is None and model.config.get("use_rope_scaling") is not True:
@@ -86,12 +86,12 @@ def rope_scaling(model: Source, options: Options) -> dict[str, Any]:
         return dict(said) if isinstance(said, dict) else {}
     factor = setting(model, options, "rope_scaling_factor", FACTOR)
     if factor < 1:
-        raise model.refuse(f"rope_scaling_factor is {factor}, expected a number from 1: texts become longer by it.")
+        raise model.refuse(f"rope_scaling_factor is {factor}, expected a number of at least 1: it makes texts longer.")
     return {**LLAMA3, "factor": float(factor)}
 
 
 def refuse_other_models(model: Source, options: Options) -> None:
-    """Refuse what the tensors do not show, and transformers does not compute.
+    """Refuse settings that transformers does not compute, and that the tensors do not show.
 
     Raises: CheckpointMismatch.
     """
@@ -109,15 +109,13 @@ def refuse_other_models(model: Source, options: Options) -> None:
 
 
 def unknown(model: Source, words: list[str]) -> CheckpointMismatch:
-    """Make the error that says which numbers of a model nothing shows."""
+    """Make the error that names the sizes of a model that nothing shows."""
     help_ = " Add --num_attention_heads N." if model.family.startswith("megatron_") else ""
-    return model.refuse(
-        f"{', '.join(words)} cannot be told from its tensors, and no config beside them says it.{help_}"
-    )
+    return model.refuse(f"{', '.join(words)} cannot be told from its tensors, and no config beside them has it.{help_}")
 
 
 def activation(model: Source, options: Options) -> str:
-    """Find out which GELU a model computes, in transformers' words: the bias fused into it has the tanh form."""
+    """Find out which GELU a model computes, in transformers' terms: a fused bias implies the tanh form."""
     asked = options.more.get("activation")
     said = None
     if model.config.get("openai_gelu") is True or model.config.get("bias_gelu_fusion") is True:
@@ -126,7 +124,7 @@ def activation(model: Source, options: Options) -> str:
         said = "gelu"
     if asked is not None:
         if said not in (None, asked):
-            model.notes.append(f"its config says {said}; --activation {asked} was asked for, and taken")
+            model.notes.append(f"its config says {said}; --activation {asked} was specified, and overrides it")
         return str(asked)
     if said is None:
         model.notes.append(
@@ -137,5 +135,5 @@ def activation(model: Source, options: Options) -> str:
 
 
 def ids(options: Options, config: dict[str, Any]) -> dict[str, Any]:
-    """The tokens that begin and end a text: from flags; None, which means none, where nobody says."""
+    """The tokens that begin and end a text, from flags; None if unspecified."""
     return {name: options.more.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id")}

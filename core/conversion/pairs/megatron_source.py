@@ -1,4 +1,4 @@
-"""What is particular in opening Megatron's checkpoints for a conversion: whose tensors, whose config, which layout."""
+"""Particulars of opening Megatron's checkpoints for a conversion: their tensors, config and layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIXED = "megatron_mixed"
 
 
 def refuse_classic(container: Container) -> None:
-    """Refuse the files of classic ranks, with the reason.
+    """Refuse classic rank files, with the reason.
 
     Raises: CheckpointError.
     """
@@ -33,7 +33,7 @@ def refuse_classic(container: Container) -> None:
 
 
 def take_heads(found: Inspected, options: Options) -> None:
-    """Put the number of heads that a flag says into the config of a Megatron model, and with it how wide one is.
+    """Add the number of heads from a flag, and their size, to the config of a Megatron model.
 
     Raises: CheckpointMismatch when the tensors cannot have so many.
     """
@@ -48,21 +48,21 @@ def take_heads(found: Inspected, options: Options) -> None:
 
 
 def conflicts_said(identity: Identity, bare: Identity) -> list[str]:
-    """The conflicts of a Megatron model that are the config's alone: the tensors win, and these are said.
+    """The conflicts of a Megatron model that its config alone causes: the tensors win, and these are reported.
 
-    `bare` is the model without its config. [] when the tensors contradict each other, or leave open what the config
-    contradicts.
+    `bare` is the model without its config. [] when the tensors contradict each other, or do not determine what the
+    config contradicts.
     """
     if not identity.family.startswith("megatron_") or bare.conflicts:
         return []
     known = identity.architecture
     if known is None or known.n_head is None or known.n_kv_head is None:
         return []
-    return [f"the tensors win where the config says otherwise: {conflict}" for conflict in identity.conflicts]
+    return [f"the tensors override the config: {conflict}" for conflict in identity.conflicts]
 
 
 def refuse_mixed(model: Source) -> None:
-    """Refuse what is neither Llama, nor Qwen, nor GPT-2, and say why.
+    """Refuse a model that is neither Llama, nor Qwen, nor GPT-2, with the reason.
 
     Raises: CheckpointMismatch.
     """
@@ -88,7 +88,7 @@ def refuse_mixed(model: Source) -> None:
 
 
 def drop_extra_states(model: Source, key: str) -> None:
-    """List what Transformer Engine keeps beside the tensors as dropped: None, bytes, of a shard of layers anything."""
+    """List Transformer Engine's extra state as dropped: None or bytes for a layer, any value for a shard of layers."""
     node: Any = model.container.content
     for word in key.split(".")[:-1]:
         node = node.get(word) if isinstance(node, dict) else None
@@ -100,9 +100,9 @@ def drop_extra_states(model: Source, key: str) -> None:
 
 
 def localize(model: Source) -> None:
-    """Give tensors the names of the local layers, one for each layer.
+    """Rename tensors to the names of the local layers, one tensor for each layer.
 
-    Sources are renamed and cut with them: they are compared layer by layer after writing, in the memory of one.
+    Sources are renamed and split likewise: after writing they are compared layer by layer, in the memory of one.
     """
     for table in (_stack_table(model), TRANSFORMER_ENGINE):
         made = _renamed(model, table, model.tensors)

@@ -9,11 +9,11 @@ from ...families.modded import TO_MEDIUM, completed
 from ..plan import Options, Pair, Source
 
 BATCHED = "batched"
-"""Our GPTBatched: its tensors are laid out as medium's, and its config says the variant."""
+"""Our GPTBatched: its tensors are laid out as medium's, and its config names the variant."""
 
 
 def to_batched(model: Source, options: Options) -> dict[str, Any]:
-    """Make the config of a GPTBatched; a tail of padded scalars is cut, and what no layer reads is filled in."""
+    """Make the config of a GPTBatched; padded scalars are cropped, and tensors that no layer reads are filled in."""
     variant = model.family.removeprefix("modded_")
     for name, (view, rule) in completed(model.tensors, variant, model.sizes["n_layer"]).items():
         model.replace(name, view, rule)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...containers.dcp import writer as dcp_writer
 from ...containers.dcp.metadata import METADATA
-from ...containers.dcp.writer import Placed
+from ...containers.dcp.writer import WrittenItem
 from ...containers.torch_files.layout import Sink
 from ..plan import Options, Plan, Ref, Source, Target, WeightFile
 from .torch import plan_pt
@@ -30,7 +30,7 @@ def in_dcp(plan: Plan) -> Plan:
 
 
 def write_items(file: WeightFile, sink: Sink, elements: Callable[[Target], Iterable[memoryview]]) -> bytes:
-    """Write every item of a file, one behind the other; returns the `.metadata` that says where they are."""
+    """Write all items of a file one after another; returns the `.metadata` with their positions."""
     targets = {target.path: target for target in file.targets}
     placed = []
     for name, (path, value) in file.content.items():
@@ -39,9 +39,9 @@ def write_items(file: WeightFile, sink: Sink, elements: Callable[[Target], Itera
             target = targets[name]
             shape = tuple(target.view.shape)
             length = dcp_writer.write_tensor(sink, target.dtype, shape, target.nbytes, elements(target))
-            placed.append(Placed(name, path, begin, length, target.dtype, shape))
+            placed.append(WrittenItem(name, path, begin, length, target.dtype, shape))
         else:
-            placed.append(Placed(name, path, begin, dcp_writer.write_value(sink, value)))
+            placed.append(WrittenItem(name, path, begin, dcp_writer.write_value(sink, value)))
     return dcp_writer.metadata(placed)
 
 

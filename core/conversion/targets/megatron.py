@@ -1,4 +1,4 @@
-"""What a conversion to Megatron writes: the export layout, `{"model_state_dict", "model_config"}` in one torch file."""
+"""Plan a conversion to Megatron: the export layout, `{"model_state_dict", "model_config"}` in one torch file."""
 
 from __future__ import annotations
 

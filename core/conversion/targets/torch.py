@@ -26,7 +26,7 @@ def plan_pt(model: Source, options: Options, target: Path) -> Plan:
 
 
 def plan_torch_file(model: Source, options: Options, target: Path, kind: str, more: dict[str, Any]) -> Plan:
-    """Plan a torch file of `model`, `optimizer` where it is asked for, and further entries."""
+    """Plan a torch file of `model`, `optimizer` if requested, and further entries."""
     file = target.name if target.suffix in TORCH_ENDINGS else CKPT
     targets = [target_of(model, name, file, options, f"model.{name}") for name in model.tensors]
     content: dict[str, Any] = {"model": {one.name: Ref(one.path) for one in targets}}
@@ -40,7 +40,7 @@ def plan_torch_file(model: Source, options: Options, target: Path, kind: str, mo
 
 
 def parameters_of(model: Source) -> list[str]:
-    """Name the tensors of a model once each, without the second names of tied ones."""
+    """Name each tensor of a model once, without the second names of tied ones."""
     aliases = ties(model)
     return [name for name in model.tensors if name not in aliases]
 
@@ -50,7 +50,7 @@ def optimizer_content(
 ) -> tuple[dict[str, Any], list[Target]]:
     """Lay out the moments as torch.optim does, in the order of the parameters in each group.
 
-    Raises: CheckpointMismatch when the source has none, or they are of other parameters.
+    Raises: CheckpointMismatch when the source has none, or has those of other parameters.
     """
     moments = model.moments
     if moments is None:
@@ -81,7 +81,7 @@ def optimizer_content(
 
 
 def _first_source(model: Source, name: str, group_of: dict[str, int]) -> str:
-    """The parameter of the source that one of the target's begins with; "" for one that was filled in."""
+    """The first parameter of the source in a parameter of the target; "" for one that was filled in."""
     raw = model.tensors[name].names
     for source, view in model.sources.items():
         if raw and source in group_of and view.names == raw[:1]:

@@ -1,4 +1,4 @@
-"""Change: how far the numbers of one tensor moved, streamed from two checkpoints and computed piece by piece."""
+"""Change: how far the elements of one tensor moved, streamed from two checkpoints and computed piece by piece."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 Progress = Callable[[int], object]
 
 BLOCK = 1 << 16
-"""Elements that are computed with at a time: what is made of them stays in the processor's cache."""
+"""Elements processed at a time: intermediate results stay in the processor's cache."""
 
 
 @dataclass(slots=True)
 class Change:
-    """What of a tensor's elements is not the same, in numbers that do not depend on which of the two is first."""
+    """Differences between a tensor's elements, in numbers that do not depend on the order of the two."""
 
     elements: int = 0
     changed: int = 0  # other bits; between two dtypes: another value
-    nan: int = 0  # of these, NaN in one or both: they have no size
+    nan: int = 0  # of these, NaN in one or both: not included in the maxima
     absolute: float = 0.0  # largest |b - a|
     relative: float = 0.0  # largest |b - a| / max(|a|, |b|): 1 where zero became something, at most 2
 
     def add(self, other: Change) -> None:
-        """Take the elements of another piece into account."""
+        """Include the elements of another piece."""
         self.elements += other.elements
         self.changed += other.changed
         self.nan += other.nan
@@ -43,7 +43,7 @@ def change_between(a: View, b: View, progress: Progress = lambda size: None) -> 
     """Compare two tensors of one shape, element by element.
 
     Bytes of one dtype that are equal are not decoded. Elements of one dtype are the same when their bits are; elements
-    of two dtypes when their values are, or both are NaN. `progress` is told the bytes read of both.
+    of two dtypes when their values are, or both are NaN. `progress` receives the number of bytes read from both.
 
     Raises: CheckpointNotFound, CheckpointDamaged as `pieces`.
     """
@@ -59,7 +59,7 @@ def change_between(a: View, b: View, progress: Progress = lambda size: None) -> 
 
 
 def _in_order_of_file(a: View, b: View) -> tuple[View, View]:
-    """Both with their axes as the first has them in its file, where its elements then mostly follow one another."""
+    """Permute both to the axis order of the first one's file, so that its elements are mostly consecutive."""
     if not a.blocks:
         return a, b
     axes = sorted(range(len(a.shape)), key=lambda axis: -a.blocks[0].strides[axis])

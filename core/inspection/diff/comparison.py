@@ -1,4 +1,4 @@
-"""Comparison: what is not the same in two checkpoints of whatever containers and programs; nothing is loaded."""
+"""Comparison: the differences between two checkpoints of any containers and programs; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .side import Facts, Side
 
 @dataclass
 class Values:
-    """What is not the same in plain values, by name."""
+    """Differences in plain values, by name."""
 
     same: int = 0
     different: dict[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Values:
 
 @dataclass
 class Pair:
-    """One tensor as both have it; no change where its elements cannot be compared."""
+    """One tensor in both checkpoints; `change` is None if its elements cannot be compared."""
 
     name: str
     a: View
@@ -43,7 +43,7 @@ class Pair:
 
     @property
     def title(self) -> str:
-        """What to call it: as both files do, without what wrappers add, else by its common name."""
+        """Its title: the name in both files, without what wrappers add, or else its common name."""
         if len(self.a.names) == len(self.b.names) == 1:
             (first,), (second,) = plain_names(self.a.names), plain_names(self.b.names)
             return first if first == second else self.name
@@ -51,7 +51,7 @@ class Pair:
 
     @property
     def is_comparable(self) -> bool:
-        """Whether each element of one has its own in the other; those of some dtypes are two numbers."""
+        """Whether elements correspond one to one; those of some dtypes hold two numbers."""
         return self.a.shape == self.b.shape and self.a.dtype.endswith("_x2") == self.b.dtype.endswith("_x2")
 
     @property
@@ -62,14 +62,14 @@ class Pair:
 
 @dataclass
 class Tensors:
-    """What is not the same in tensors."""
+    """Differences in tensors."""
 
     compared: int = 0
     different: list[Pair] = field(default_factory=list)  # other shapes, then the largest change first
     only_a: dict[str, View] = field(default_factory=dict)
     only_b: dict[str, View] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)  # why some could not be compared
-    notes: list[str] = field(default_factory=list)  # what is stored in another way, and means the same
+    notes: list[str] = field(default_factory=list)  # differences in storage that do not matter
 
     @property
     def equal(self) -> bool:
@@ -79,7 +79,7 @@ class Tensors:
 
 @dataclass
 class Comparison:
-    """What is not the same in two checkpoints, and what was not compared."""
+    """The differences between two checkpoints, and the parts that were not compared."""
 
     a: Side
     b: Side
@@ -93,7 +93,7 @@ class Comparison:
 
     @property
     def different(self) -> list[str]:
-        """The parts that are not the same."""
+        """The parts that differ."""
         parts = ("config", "tokenizer", "step", "optimizer", "weights", "moments")
         return [name for name in parts if (part := getattr(self, name)) is not None and not part.equal]
 
@@ -106,9 +106,9 @@ class Comparison:
 def compare(a: Side, b: Side, moments: bool = False, progress: Progress = lambda size: None) -> Comparison:
     """Compare two checkpoints part by part, and their tensors element by element under common names.
 
-    A part that only one of them has makes them different, unless the other is of another program or holds weights
-    alone: then it is said, and does not count. `moments` compares the tensors of the optimizers' states too. `progress`
-    is told the bytes read of both.
+    A part that only one of them has makes them different, unless the other is of another program or holds only
+    weights: then it is reported, but does not count. `moments` compares the tensors of the optimizers' states too.
+    `progress` receives the number of bytes read from both.
 
     Raises: CheckpointNotFound, CheckpointDamaged when a tensor cannot be read.
     """
@@ -120,7 +120,7 @@ def compare(a: Side, b: Side, moments: bool = False, progress: Progress = lambda
     both = a.optimizer is not None and b.optimizer is not None
     if both and not (moments and known):
         notes.append(
-            "the moments of the optimizers are not compared" + (": whose they are is not known" if moments else "")
+            "the moments of the optimizers are not compared" + (": their owners are unknown" if moments else "")
         )
     return Comparison(
         a,
@@ -160,7 +160,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _compare_configs(a: Side, b: Side, strict: bool) -> Values:
-    """Compare all fields of one program's configs, of two programs' those that mean the same in both."""
+    """Compare all fields of one program's configs; for two programs, the fields that mean the same in both."""
     if a.program == b.program or a.fields is None or b.fields is None:
         return _compare_values(a.fields, b.fields, strict)
     found = _compare_values(common_fields(a.fields), common_fields(b.fields), strict)
@@ -170,7 +170,7 @@ def _compare_configs(a: Side, b: Side, strict: bool) -> Values:
 
 
 def _compare_settings(a: Side, b: Side, strict: bool) -> tuple[Values, bool]:
-    """Compare the settings of the optimizers; also say whether it is known whose their states are."""
+    """Compare the settings of the optimizers; also return whether the owners of their states are known."""
     settings: list[Facts | None] = []
     faults = []
     for side in (a, b):
@@ -187,7 +187,7 @@ def _compare_settings(a: Side, b: Side, strict: bool) -> tuple[Values, bool]:
         return _compare_values(first | a.groups(), second | b.groups(), strict), True
     except CheckpointMismatch:
         found = _compare_values(first, second, strict)
-        found.remark = "which tensors a group has is not known"
+        found.remark = "the tensors of its groups are unknown"
         return found, False
 
 
@@ -225,7 +225,7 @@ def _compare_weights(a: Side, b: Side, progress: Progress) -> Tensors:
 
 
 def _layouts(a: Side, b: Side, mine: dict[str, View], theirs: dict[str, View]) -> list[str]:
-    """Say which tensors one of them stores in another layout than the other."""
+    """Report tensors that one of them stores in another layout than the other."""
     said = []
     both = [name for name in mine if name in theirs]
     for who, one, other in (("A", (a, mine), (b, theirs)), ("B", (b, theirs), (a, mine))):

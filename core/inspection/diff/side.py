@@ -1,4 +1,4 @@
-"""Side: one of two checkpoints that are compared, with everything under names that both have."""
+"""Side: one of two checkpoints in a comparison, with everything under common names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...containers.plain import plain
 from ...containers.spec import TensorSpec
 from ...containers.tensors.dtypes import decode
 from ...containers.tensors.reading import pieces
-from ...containers.tensors.views import View, join, permute, stored
+from ...containers.tensors.views import View, concatenate, permute, stored
 from ...errors import CheckpointMismatch
 from ...families.common_names import GPT2, Place, common_fields, head_and_table, naming, places
 from ...families.family import plain_names
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from ..inspect import Inspected
 
 Parts = Sequence[tuple[str, TensorSpec]]
-"""What a tensor is made of, each with the name that a person knows it by."""
+"""The parts of a tensor, each with its readable name."""
 
 _FEW = 16  # elements of a tensor that is compared as a value
 
 
 @dataclass
 class Side:
-    """One of two checkpoints, as far as its headers tell; None is what it does not have."""
+    """One of two checkpoints, from its headers; None for parts that it does not have."""
 
     path: Path
     container: Container
@@ -47,11 +47,11 @@ class Side:
     tokenizer: Facts | None = None
     step: int | None = None
     optimizer: Any = None  # its inert content
-    buffers: Mapping[str, str] = field(default_factory=dict)  # which of the weights are none, and what they are
+    buffers: Mapping[str, str] = field(default_factory=dict)  # weights that are buffers, and their meaning
 
     @classmethod
     def of(cls, found: Inspected) -> Side:
-        """What an inspection found, as one side of a comparison."""
+        """Present an inspected checkpoint as one side of a comparison."""
         return cls(
             path=found.path,
             container=found.container,
@@ -66,22 +66,22 @@ class Side:
 
     @property
     def program(self) -> str:
-        """Whose config this is: programs write different fields."""
+        """The program whose config this is: programs write different fields."""
         return "ours" if self.family in (FUSED, LECTURE) else self.family if self.is_gpt2 else naming(self.family)
 
     @property
     def is_gpt2(self) -> bool:
-        """Whether its tensors are those of a GPT-2, whoever named them."""
+        """Whether its tensors are those of a GPT-2, under any program's names."""
         return naming(self.family) == GPT2
 
     @property
     def has_weights_alone(self) -> bool:
-        """Whether it holds tensors and nothing else that is compared."""
+        """Whether it holds tensors only, and nothing else to compare."""
         return self.config is None and self.tokenizer is None and self.step is None and self.optimizer is None
 
     @functools.cached_property
     def places(self) -> dict[str, Place]:
-        """Where each tensor of the model lies, by its common name; by its own where two would have the same."""
+        """The place of each tensor of the model by its common name, or by its own if two would have the same."""
         names = [name for name in self.weights if name not in self.buffers]
         try:
             return places(self.family, names)
@@ -99,7 +99,7 @@ class Side:
 
     @functools.cached_property
     def broken(self) -> dict[str, str]:
-        """Which tensors of the model cannot be put together, and why."""
+        """Tensors of the model that cannot be assembled, and the reasons."""
         found = {}
         for name, place in self.places.items():
             lost = next((part for part in place.parts if part not in self.weights), None)
@@ -108,7 +108,7 @@ class Side:
         return found
 
     def is_transposed(self, name: str) -> bool:
-        """Whether a tensor of the model lies transposed in its file."""
+        """Whether a tensor of the model is stored transposed."""
         return name in self.places and name not in self.broken and self.places[name].transposed
 
     def parts_of(self, name: str) -> dict[str, View]:
@@ -118,9 +118,9 @@ class Side:
         return {plain: self._whole([(part, self.weights[part])]) for plain, part in parts.items()}
 
     def _whole(self, parts: Parts, transposed: bool = False) -> View:
-        """A tensor of parts that follow one another along its rows."""
+        """A tensor whose parts are concatenated along its rows."""
         views = [stored(self.container, replace(spec, name=name)) for name, spec in parts]
-        whole = join(views) if len(views) > 1 else views[0]
+        whole = concatenate(views) if len(views) > 1 else views[0]
         return permute(whole, range(len(whole.shape))[::-1]) if transposed else whole
 
     @property
@@ -135,7 +135,7 @@ class Side:
 
     @property
     def tied(self) -> tuple[str, str] | None:
-        """The head that it does not store, and the token table that is used for it."""
+        """The head that it does not store, and the token table used instead."""
         names = head_and_table(self.family)
         if names is None or names[0] in self.places or names[1] not in self.places:
             return None
@@ -143,7 +143,7 @@ class Side:
 
     @functools.cached_property
     def fields(self) -> Facts | None:
-        """Its config as JSON has it; what an old one of ours does not say is what it was then."""
+        """Its config as JSON values; fields that an old config of ours lacks have the values of that time."""
         if self.config is None:
             return None
         config = plain(self.config)
@@ -153,14 +153,14 @@ class Side:
             plan = recognise(self.weights)
             shapes = plan.shapes({name: spec.shape for name, spec in self.weights.items()})
             return evolve(config, Evidence(plan, shapes), str(self.path)).to_dict()
-        except CheckpointMismatch:  # inspection says what is wrong with it; here it is compared as it stands
+        except CheckpointMismatch:  # inspection reports its faults; here it is compared unchanged
             return config
 
     @functools.cached_property
     def settings(self) -> Facts | None:
         """The settings of its optimizers, "group 0: lr".
 
-        Raises: CheckpointMismatch when it is no state of optimizers of torch.
+        Raises: CheckpointMismatch when it is not a state of torch optimizers.
         """
         if self.optimizer is None:
             return None
@@ -178,7 +178,7 @@ class Side:
     def numbers(self) -> dict[str, dict[str, Any]]:
         """For each tensor of the model, the numbers of its parts in the optimizer's state.
 
-        Raises: CheckpointMismatch when they are not known.
+        Raises: CheckpointMismatch when they are unknown.
         """
         groups = groups_of(self.optimizer)
         model = {name: spec for name, spec in self.weights.items() if name not in self.buffers}
@@ -192,9 +192,9 @@ class Side:
         return {name: parts for name, parts in found.items() if parts}
 
     def groups(self) -> Facts:
-        """Which tensors of the model each group of the optimizer has.
+        """The tensors of the model in each group of the optimizer.
 
-        Raises: CheckpointMismatch when that is not known.
+        Raises: CheckpointMismatch when they are unknown.
         """
         owners = {number: name for name, parts in self.numbers.items() for number in parts.values()}
         return {
@@ -203,9 +203,9 @@ class Side:
         }
 
     def moments(self) -> tuple[dict[str, View], Facts]:
-        """The state of the optimizer by tensor, "lm_head.weight: exp_avg": tensors as they lie, and plain values.
+        """The state of the optimizer by tensor, "lm_head.weight: exp_avg": tensors as stored, and plain values.
 
-        Raises: CheckpointMismatch when it is not known whose they are.
+        Raises: CheckpointMismatch when the owners of the states are unknown.
         """
         tensors: dict[str, View] = {}
         values: Facts = {}
@@ -227,7 +227,7 @@ class Side:
         return tensors, values
 
     def _value(self, value: Any) -> Any:
-        """A setting as JSON has it: of a tensor its numbers, or where they are many a checksum of them."""
+        """A setting as a JSON value: the numbers of a small tensor, or the checksum of a large one."""
         if isinstance(value, (list, tuple)):
             return [self._value(item) for item in value]
         if not isinstance(value, TensorSpec):
@@ -240,7 +240,7 @@ class Side:
 
 
 def _fault(parts: Parts) -> str:
-    """Why parts make no tensor; "" where they do."""
+    """Why parts do not form a tensor; "" if they do."""
     (first_name, first), *others = parts
     for name, part in others:
         if (part.dtype, part.shape) != (first.dtype, first.shape) or not part.shape:
@@ -249,7 +249,7 @@ def _fault(parts: Parts) -> str:
 
 
 def _plain(names: Iterable[str]) -> dict[str, str]:
-    """Names without what wrappers add; as they are where two would become one."""
+    """Names without what wrappers add, or unchanged if two would become one."""
     names = list(names)
     try:
         return plain_names(names)

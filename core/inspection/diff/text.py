@@ -1,4 +1,4 @@
-"""A comparison for people, line by line, and as values that JSON has."""
+"""A comparison for people, line by line, and as JSON values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WIDTH = 60
 
 
 def comparison_facts(found: Comparison) -> Facts:
-    """The comparison as values that JSON has; of what is the same, the numbers alone."""
+    """The comparison as JSON values; equal parts are only counted."""
     facts = {
         "equal": found.equal,
         "different": found.different,
@@ -96,7 +96,7 @@ def _view_facts(view: View, name: str) -> Facts:
 
 
 def comparison_lines(found: Comparison) -> Iterable[str]:
-    """Write a comparison; its last line says whether the two are equal."""
+    """Write a comparison; its last line tells whether the two are equal."""
     for who, side in (("A", found.a), ("B", found.b)):
         what = ", ".join([side.container.kind, side.family, *([f"step {side.step}"] if side.step is not None else [])])
         yield f"{who}: {printable(str(side.path))} ({printable(what)})"
@@ -126,7 +126,7 @@ def _values_lines(title: str, values: Values) -> Iterable[str]:
 
 
 def _shown(value: Any, other: Any = None) -> str:
-    """A value on one line; of a long list how long it is, and where it begins to differ from the other."""
+    """A value on one line; for a long list its length, and where it begins to differ from the other."""
     if not isinstance(value, list) or not isinstance(other, list) or len(as_text(value)) <= _WIDTH:
         return as_text(value, _WIDTH)
     first = next((i for i, (x, y) in enumerate(zip(value, other, strict=False)) if x != y), min(len(value), len(other)))

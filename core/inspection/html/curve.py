@@ -17,7 +17,7 @@ from ...errors import CheckpointError
 Points = dict[str, list[float]]
 
 BUCKETS = 1500
-"""What a long curve is thinned to; each bucket keeps its lowest and its highest point."""
+"""Buckets to which a long curve is thinned; each keeps its lowest and its highest point."""
 
 _LONGEST_LINE = 1 << 16
 
@@ -30,7 +30,7 @@ class Series:
     y: array[float] = field(default_factory=lambda: array("d"))
 
     def smoothed(self) -> Series:
-        """The exponential moving average over a fiftieth of the points, at the start over a third of what is there."""
+        """The exponential moving average over a fiftieth of the points, near the start over a third of those so far."""
         lowest = min(1.0, 2 / (len(self.y) / 50 + 1))
         mean, means = 0.0, array("d")
         for i, value in enumerate(self.y):
@@ -52,7 +52,7 @@ class Series:
 
 @dataclass
 class Curve:
-    """What a log says, and in `said` what there was of it and what was left out."""
+    """The series of a log, and in `said` a summary of what was read and left out."""
 
     loss: Series = field(default_factory=Series)
     val_loss: Series = field(default_factory=Series)
@@ -66,7 +66,7 @@ class Curve:
 
 
 def curve_beside(path: Path) -> Curve | None:
-    """Read the log that lies beside a checkpoint of ours: in its folder, of a kept step in the folder above."""
+    """Read the log beside a checkpoint of ours: in its folder, or for a kept step in the folder above."""
     folder = path if path.is_dir() else path.parent
     places = [folder, folder.parent] if folder.name.startswith("step_") else [folder]
     file = next((place / "metrics.jsonl" for place in places if (place / "metrics.jsonl").exists()), None)
@@ -74,7 +74,7 @@ def curve_beside(path: Path) -> Curve | None:
 
 
 def read_curve(path: Path) -> Curve:
-    """Read a log line by line; what is damaged, out of order or not finite is left out and counted."""
+    """Read a log line by line; values that are damaged, out of order or not finite are left out and counted."""
     curve = Curve()
     lines = left_out = 0
     not_finite: list[int] = []

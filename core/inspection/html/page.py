@@ -1,4 +1,4 @@
-"""One HTML page about a checkpoint: a single file that needs no network, and runs nothing that a checkpoint says."""
+"""One HTML page about a checkpoint: a single file that needs no network, and runs nothing from the checkpoint."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from .curve import Curve, curve_beside
 Progress = Callable[[int], object]
 
 BINS = 60
-"""Parts of a histogram."""
+"""Bins of a histogram."""
 
 _KINDS, _LAYERS, _TILES = 300, 200, 1500
-"""What is drawn at most: kinds of tensors, layers of each, and tiles along one side of the sizes."""
+"""Limits of the plots: kinds of tensors, layers of each, and tiles in the plot of sizes."""
 
 _START = b"<!doctype html>\n<!-- made by inspect_model.py -->"
-"""By which a page is known: nothing else is ever replaced."""
+"""The mark of a page of ours: no other file is ever replaced."""
 
 
 def write_page(
     file: Path, found: Inspected, facts: Facts, *, overwrite: bool = False, progress: Progress = lambda size: None
 ) -> None:
-    """Write all that is known of a checkpoint as a page; its weights are read twice, for statistics and histograms.
+    """Write everything known about a checkpoint as a page; its weights are read twice, for statistics and histograms.
 
-    `progress` is told how many bytes were read. The page is there whole or not at all.
+    `progress` receives the number of bytes read. The page appears complete or not at all.
 
-    Raises: InputError when the file is there and not to be replaced, is no page, or cannot be written, and when plotly
-        is missing.
+    Raises: InputError when the file exists and must not be replaced, is not such a page, or cannot be written, and when
+        plotly is missing.
     """
     library = _plotly()
     _refuse(file, overwrite)
@@ -52,25 +52,25 @@ def write_page(
     try:
         with DISK.published(file, replace=overwrite) as part:
             DISK.write(part, data)
-            _refuse(file, overwrite)  # again: it may have come meanwhile
+            _refuse(file, overwrite)  # again: it may have appeared in the meantime
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror}). Nothing was changed.") from error
 
 
 def _refuse(file: Path, overwrite: bool) -> None:
-    """Refuse to replace what is no page, whatever was asked for, or a page when that was not asked for."""
+    """Refuse to replace a file that is not a page of ours, or, without `overwrite`, one that is."""
     try:
         if not file.parent.is_dir():
-            raise InputError(f"{file}: there is no folder {file.parent}. Make it first.")
+            raise InputError(f"{file}: there is no folder {file.parent}. Create it first.")
         if not file.exists() and not file.is_symlink():
             return
         if not file.is_file() or not _begins_as_page(file):
-            raise InputError(f"{file}: is there and is no page of this program, so it stays. Give another name.")
+            raise InputError(f"{file}: exists and is not a page of this program, so it stays. Give another name.")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{printable(str(file))}: cannot be written ({reason}). Give another name.") from error
     if not overwrite:
-        raise InputError(f"{file}: is there already. Give another name, or --overwrite to replace it.")
+        raise InputError(f"{file}: already exists. Give another name, or --overwrite to replace it.")
 
 
 def _begins_as_page(file: Path) -> bool:
@@ -79,7 +79,7 @@ def _begins_as_page(file: Path) -> bool:
 
 
 def _plotly() -> str:
-    """The program that draws, from the package that carries it.
+    """The JavaScript of plotly, from the Python package that contains it.
 
     Raises: InputError when it is not installed.
     """
@@ -92,7 +92,7 @@ def _plotly() -> str:
 
 
 def page(found: Inspected, facts: Facts, library: str, progress: Progress = lambda size: None) -> str:
-    """The page as text; `library` is the program that draws."""
+    """The page as text; `library` is the JavaScript of plotly."""
     weights = _Weights(found, progress)
     curve = curve_beside(found.path) if found.bundle is not None else None
     tree = _tree(found.container.tensors, found.size)
@@ -137,18 +137,18 @@ def page(found: Inspected, facts: Facts, library: str, progress: Progress = lamb
 
 
 def _e(value: Any) -> str:
-    """Text of a checkpoint as text of a page, whatever it holds."""
+    """Escape any text of a checkpoint as text of a page."""
     return html.escape(printable(str(value)))
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot end the script element that contains it."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _number(value: float | None) -> float | None:
-    """A number of six digits; None for one that JSON lacks."""
+    """A number rounded to six digits; None for one that JSON lacks."""
     return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
@@ -161,7 +161,7 @@ def _rows(pairs: Iterable[tuple[str, Any]]) -> str:
 
 
 def _summary(title: str, facts: Facts, weights: _Weights) -> Iterator[str]:
-    """What it is, and what is wrong with it."""
+    """The header: what it is, and its faults."""
     program = facts["program"] or (f"family {facts['family']}" if facts["family"] != "unknown" else "program unknown")
     yield f"<header><h1>{_e(title)}</h1><p>{_e(facts['script'] or program)} · {_e(facts['format'])}</p>"
     yield f'<p class="path">{_e(facts["location"])}</p></header>'
@@ -212,7 +212,7 @@ def _box(kind: str, title: str, lines: list[str]) -> str:
 
 
 def _details(facts: Facts) -> Iterator[str]:
-    """Architecture, config and what else the files hold."""
+    """Architecture, config and the other content of the files."""
     yield "<section><h2>What it is</h2>"
     if facts["architecture"] is not None:
         yield "".join(f"<p>{_e(line)}</p>" for line in architecture_lines(facts["architecture"]))
@@ -327,7 +327,7 @@ class _Weights:
         ]
 
     def section(self) -> Iterator[str]:
-        """Where the plots of the weights go."""
+        """The elements for the plots of the weights."""
         if self.kinds:
             yield '<section><h2>Weights</h2><div id="norms" class="plot"></div>'
             yield '<p><label>Histograms of <select id="kind"></select></label></p>'
@@ -335,7 +335,7 @@ class _Weights:
             yield '<p class="said">Each layer is drawn to the height of its own peak.</p></section>'
 
     def rows(self, tensors: list[Facts], key: str) -> list[list[Any]]:
-        """The rows of the table; `key` stands before the names of the weights there."""
+        """The rows of the table; `key` precedes the names of the weights there."""
         rows = []
         for t in tensors:
             shape = " x ".join(str(n) for n in t["shape"])
@@ -349,7 +349,7 @@ class _Weights:
 
 
 def _kind(name: str) -> tuple[str, int | None]:
-    """A name with {i} in the place of its first number, and that number."""
+    """A name with {i} in place of its first number, and that number."""
     match = re.search(r"(?<![^.])\d{1,9}(?![^.])", name)
     if match is None:
         return printable(name), None
@@ -357,7 +357,7 @@ def _kind(name: str) -> tuple[str, int | None]:
 
 
 def _rms(stat: Stat) -> float | None:
-    """The root of the mean square: a norm that tensors of different sizes can be compared by."""
+    """The root mean square: a norm that is comparable between tensors of different sizes."""
     finite = stat.count - stat.nan - stat.inf
     return _number(stat.norm / math.sqrt(finite)) if finite else None
 
