@@ -39,7 +39,7 @@ def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
     from core.checkpoint import CheckpointManager
     from core.errors import CheckpointNotFound
     from core.networks.distributed import open_world
-    from core.training.ranks import RanksOf
+    from core.training.ranks import WorldRanks
 
     with open_world(args.parallel) as world:
         manager = CheckpointManager(
@@ -49,7 +49,7 @@ def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
             allow_fresh=args.allow_fresh,
             save_policy=args.save_policy,
             stage_memory=args.stage_memory,
-            ranks=RanksOf(world),
+            ranks=WorldRanks(world),
         )
         if args.prune and not manager.checkpoint_dir.is_dir():
             raise CheckpointNotFound(f"{manager.checkpoint_dir}: no such folder, so nothing to prune.")

@@ -36,7 +36,7 @@ from core.data.tokenizer import make_char
 from core.loading.optimizer import configure_optimizer
 from core.model import GPT
 from core.networks.distributed import World, open_world
-from core.training.ranks import RanksOf
+from core.training.ranks import WorldRanks
 
 WAYS = ("ours", "dcp.async_save", "dcp.save")
 
@@ -54,7 +54,7 @@ class Trainer:
         self.model.tokenizer = make_char(["abc"])
         world.spread(self.model, "cpu")
         self.optimizer = configure_optimizer(self.model, 1e-4)
-        self.manager = CheckpointManager("ours", folder, ranks=RanksOf(world), keep=0, say=lambda _: None)
+        self.manager = CheckpointManager("ours", folder, ranks=WorldRanks(world), keep=0, say=lambda _: None)
         self.ids = torch.randint(50304, (1, args.tokens))
         # In the group of training, the thread of dcp.async_save and the loop wait for each other for ever.
         self.aside = torch.distributed.new_group(backend="gloo")

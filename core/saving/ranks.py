@@ -36,7 +36,7 @@ class Ranks(Protocol):
         """Capture the part of a step that this rank writes; None where it writes nothing."""
 
 
-class Alone:
+class SingleProcess:
     """One process, which does everything."""
 
     world = ALONE

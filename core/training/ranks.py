@@ -15,12 +15,12 @@ from ..bundle.writing import writing
 from ..errors import CheckpointError, CheckpointMismatch
 from ..networks.distributed import World
 from ..saving.background import BackgroundSaver
-from ..saving.ranks import Alone, Reopen, Say
+from ..saving.ranks import Reopen, Say, SingleProcess
 from ..saving.sharded_step import ShardedStepSave
 from ..saving.step import StepContent, StepSave
 
 
-class RanksOf:
+class WorldRanks:
     """The strategy of a manager on each rank of a world: the first holds the lock, the others read what it chose.
 
     Where each rank has a shard of the model, each writes its own, and a step is committed when all are durable: no rank
@@ -77,7 +77,7 @@ class RanksOf:
         Raises: SaveFailed, on all ranks that have not raised it, when the save before this one was not committed.
         """
         if not self.world.is_sharded:
-            return not self.world.is_first or Alone().may_begin(saver, skips, step, say)
+            return not self.world.is_first or SingleProcess().may_begin(saver, skips, step, say)
         if skips and self.world.any(saver.busy):
             say(f"step {step} is not saved: the save before it is still being written")
             return False

@@ -11,12 +11,12 @@ from typing import Any
 from core.checkpoint import CheckpointManager
 from core.errors import SaveFailed
 from core.networks.distributed import open_world
-from core.training.ranks import RanksOf
+from core.training.ranks import WorldRanks
 
 
 def main(words: list[str]) -> int:
     root = Path(words[0])
-    with open_world("fsdp") as world, CheckpointManager("dante", root, ranks=RanksOf(world)) as manager:
+    with open_world("fsdp") as world, CheckpointManager("dante", root, ranks=WorldRanks(world)) as manager:
         model, optimizer, step = manager.initialize_for_training({"device": "cpu"}, "char", None, 1e-3)
         storage, create = manager._folder.storage, manager._folder.storage.create_blocks
 

@@ -7,12 +7,12 @@ import torch
 from core.checkpoint import CheckpointManager
 from core.families.family import plain_name
 from core.networks.distributed import open_world, whole
-from core.training.ranks import RanksOf
+from core.training.ranks import WorldRanks
 
 
 def main(words: list[str]) -> int:
     root, out, parallel = words
-    with open_world(parallel) as world, CheckpointManager("dante", root, ranks=RanksOf(world)) as manager:
+    with open_world(parallel) as world, CheckpointManager("dante", root, ranks=WorldRanks(world)) as manager:
         bundle = manager.newest_intact()
         assert bundle is not None and bundle.tokenizer is not None
         model, optimizer, step = manager.initialize_for_training(
