@@ -1,4 +1,4 @@
-"""Architecture: what the shapes of a model's tensors, and where they are silent its config, say about the model."""
+"""Architecture: a model's sizes and features, from the shapes of its tensors or else from its config."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .family import Shape, parse
 from .match import Match
 
 VOCABULARIES = {50257: "GPT-2", 32000: "Llama 2", 100277: "cl100k", 128256: "Llama 3", 200019: "o200k"}
-"""Vocabularies that are often padded: number of tokens, and whose it is."""
+"""Vocabularies that are often padded: number of tokens, and name."""
 
 WHOLE = {32768: "Mistral", 65536: "nanochat"}
-"""Vocabularies whose size could be taken for a padded one."""
+"""Vocabularies whose size could be mistaken for a padded one."""
 
 PADDINGS = (128, 64, 256, 512, 1024, 2048, 4096, 8192)
-"""What programs round a vocabulary up to, the most common first; from 256 on 128 times the ranks."""
+"""Multiples to which programs pad a vocabulary, the most common first; from 256 on, 128 times the ranks."""
 
 
 @dataclass(slots=True)
 class Architecture:
-    """A model in numbers; None is what neither shapes nor config tell."""
+    """The sizes of a model; None for those that neither shapes nor config show."""
 
     n_layer: int | None
     n_head: int | None
@@ -33,25 +33,25 @@ class Architecture:
     n_ffn: int | None
     vocab_size: int | None  # rows of the token table
     head_rows: int | None  # rows of the head
-    padding: str  # how many of the rows are padding; "" where nothing points to it
+    padding: str  # how many of the rows are padding; "" without evidence
     block_size: int | None
     positions: str  # "learned", "rotary" or "none"
     norm: str
     activation: str
     gated: bool
     qk_norm: bool
-    tied_head: bool | None  # None: head and token table are both there, and nobody said whether they share storage
+    tied_head: bool | None  # None: both tensors exist, and it is unknown whether they share storage
     biases: dict[str, bool]  # of qkv, proj, mlp, norm, head
     parameters: int  # a tied head once; no buffers
     parameters_without_embeddings: int  # without the tables of tokens, positions and values; an untied head counts
-    from_config: tuple[str, ...] = ()  # what the shapes do not show
+    from_config: tuple[str, ...] = ()  # fields that the shapes do not show
     notes: list[str] = field(default_factory=list)
 
 
 def describe(
     found: Match, shapes: Mapping[str, Shape], config: Mapping[str, Any] | None, shared: Mapping[str, str] | None
 ) -> tuple[Architecture, list[str]]:
-    """Work out the architecture behind a match; also say where the config beside it says otherwise."""
+    """Derive the architecture from a match; also report where the config contradicts it."""
     family, on = found.family, found.switches
     sizes = {word: measure.value for word, measure in found.measures.items()}
     n_embd = sizes.get("n_embd")
@@ -90,7 +90,7 @@ def describe(
 
 
 def padding(rows: int | None, vocab_size: int | None = None) -> str:
-    """Say how many rows of a token table are padding: known from a vocabulary's size, else only likely."""
+    """Describe how many rows of a token table are padding: certain given the vocabulary's size, otherwise likely."""
     if rows is None or (vocab_size is None and rows in {**VOCABULARIES, **WHOLE}):
         return ""
     sizes = VOCABULARIES if vocab_size is None else {vocab_size: ""}
@@ -115,7 +115,7 @@ def _tied(found: Match, shared: Mapping[str, str] | None) -> bool | None:
 
 
 def _count(found: Match, shapes: Mapping[str, Shape], tied: bool | None) -> tuple[int, int, list[str]]:
-    """Count parameters, and those in tables; notes say what was not counted, or only once."""
+    """Count parameters, and those in tables; notes list tensors that were not counted, or counted once."""
     family, tables, total, notes = found.family, 0, 0, list[str]()
     known = {word: measure.value for word, measure in found.measures.items()}
     for name in (*found.rows, *found.unplaced):

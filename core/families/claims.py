@@ -1,4 +1,4 @@
-"""Claims: what the config beside a model says, compared with what its tensors show."""
+"""Claims: the config beside a model, compared with its tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "padded_vocab_size": ("padded_vocab_size",),
     "block_size": ("block_size", "n_positions", "max_position_embeddings", "sequence_len"),
 }
-"""What programs call our fields: nanoGPT, Hugging Face, Megatron, litgpt, nanochat."""
+"""Names of our fields in other programs: nanoGPT, Hugging Face, Megatron, litgpt, nanochat."""
 
 TIED = {"tied_head": True, "tie_word_embeddings": True, "untie_embeddings_and_output_weights": False}
-"""Fields that say whether the head is the token table, and which of their values says so."""
+"""Fields that tell whether the head is the token table, and the value that means it is."""
 
 ACTIVATIONS = {
     "gelu": "GELU",
@@ -33,7 +33,7 @@ ACTIVATIONS = {
     "silu": "SwiGLU",
     "swish": "SwiGLU",
 }
-"""How configs spell activations; silu is the gate of a SwiGLU."""
+"""Activations by their spelling in configs; silu is the gate of a SwiGLU."""
 
 HEADS = ("n_head", "n_kv_head", "head_size")
 PADDING_AT_MOST = 8192
@@ -41,14 +41,14 @@ PADDING_AT_MOST = 8192
 
 
 class Claims:
-    """The config beside a model: it fills what the shapes do not show, and is contradicted where they do."""
+    """The config beside a model: it fills in what the shapes do not show, and is checked against what they do."""
 
     def __init__(self, found: Match, config: Mapping[str, Any]) -> None:
         self.found, self.config = found, config
         self.conflicts: list[str] = []
         self.used: list[str] = []  # fields that the shapes do not show
         self._names = {field: name for field, names in NAMES.items() for name in names if config.get(name) is not None}
-        if config.get("group_query_attention") is False:  # Megatron then says 1 group and has one for each head
+        if config.get("group_query_attention") is False:  # Megatron then records 1 group, but has one for each head
             self._names.pop("n_kv_head", None)
 
     def number(self, field: str) -> int | None:
@@ -57,17 +57,17 @@ class Claims:
         return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63 else None
 
     def activation(self) -> str:
-        """The config's activation in our words, "" where it has none."""
+        """The config's activation in our terms, "" if it has none."""
         said = (self.config.get(name) for name in ("activation_function", "hidden_act", "activation"))
         return next((ACTIVATIONS.get(value, _text(value)) for value in said if isinstance(value, str)), "")
 
     def norm(self) -> str:
-        """The kind of norm that the config names, "" where it names none."""
+        """The kind of norm that the config names, "" if it names none."""
         said = (self.config.get(name) for name in ("normalization", "norm_class_name"))
         return next((value for value in said if value in ("LayerNorm", "RMSNorm")), "")
 
     def tied(self) -> bool | None:
-        """Whether the config says that the head is the token table."""
+        """Whether the config ties the head to the token table."""
         for name, meaning in TIED.items():
             if isinstance(said := self.config.get(name), bool):
                 self.used.append("tied_head")
@@ -75,13 +75,13 @@ class Claims:
         return None
 
     def context(self) -> int | None:
-        """The longest text, where no table of positions shows it."""
+        """The context length, if no table of positions shows it."""
         if context := self.number("block_size"):
             self.used.append("block_size")
         return context
 
     def heads(self, q_size: int | None, kv_size: int | None) -> dict[str, int | None]:
-        """Work out n_head, n_kv_head and head_size: from shapes, from the program, else from the config."""
+        """Derive n_head, n_kv_head and head_size from shapes, from the program, or from the config."""
         unknown: dict[str, int | None] = dict.fromkeys(("n_head", "n_kv_head", "head_size"))
         if not q_size or not kv_size:
             return unknown
@@ -112,7 +112,7 @@ class Claims:
         return result
 
     def _head_size(self, q_size: int, kv_size: int) -> int | None:
-        """The size of a head as the shapes show it, or as the program fixes it."""
+        """The size of a head from the shapes, or fixed by the program."""
         if size := self._shown("head_size") or self.found.family.head_size:
             return size
         for field, rows in (("n_kv_head", kv_size), ("n_head", q_size)):
@@ -121,7 +121,7 @@ class Claims:
         return None
 
     def compare(self, learned: bool, gated: bool, tied: bool | None) -> None:
-        """Say where the config contradicts what was measured, field by field."""
+        """Report where the config contradicts the measured sizes, field by field."""
         family = self.found.family
         for field, name in self._names.items():
             if (said := self.number(field)) is None:
@@ -151,7 +151,7 @@ class Claims:
         return measure.value if measure else None
 
     def _contradict(self, field: str, what: str, measured: str) -> None:
-        """Put both numbers into a sentence, and the tensor that shows the second."""
+        """Report both numbers, and the tensor that shows the second."""
         name, measures = self._names.get(field, field), self.found.measures
         measure = measures.get(measured) or (measures.get("n_embd") if field in HEADS else None)
         said = f"{name} is {self.number(field)} in the config, but " if field in self._names else ""

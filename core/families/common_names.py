@@ -1,4 +1,4 @@
-"""Common names: what the tensors of a file are called in the names that several programs' files can be compared by.
+"""Common names: names for the tensors of a file under which several programs' files can be compared.
 
 For GPT-2 these are ours: the fused qkv, Linear weights [out, in].
 """
@@ -24,7 +24,7 @@ GPT2 = "gpt2"
 
 
 def _with_bare(table: Table, base: str) -> Table:
-    """A table that also knows the names of a body that was saved by itself, which lack the base."""
+    """Extend a table by the names of a body that was saved by itself, which lack the base."""
     return (*table, *((name.removeprefix(base), ours, rule) for names, ours, rule in table for name in each(names)))
 
 
@@ -35,21 +35,21 @@ TABLES: dict[str, tuple[str, Table]] = {
     "hf_gpt2": (GPT2, _with_bare(HF_GPT2, "transformer.")),
     "megatron": ("megatron", TRANSFORMER_ENGINE),
 }
-"""Family: whose names its table leads to, and the table."""
+"""By family: the family whose names its table leads to, and the table."""
 
 _OF_STYLE = {name: family for family in FAMILIES for name in (family.name, *(style.name for style in family.styles))}
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the numbers of one tensor lie in a file."""
+    """The place of one tensor's data in a file."""
 
     parts: tuple[str, ...]  # names in the file, which follow one another along its rows
     transposed: bool = False
 
 
 def naming(family: str) -> str:
-    """Say whose names a family's tensors are compared by: families of one naming can be compared tensor by tensor."""
+    """The family whose names a family's tensors are compared by: with equal names, tensors can be compared."""
     table = _table(family)
     return TABLES[table][0] if table in TABLES else table
 
@@ -69,7 +69,7 @@ def places(family: str, names: Iterable[str]) -> dict[str, Place]:
 
 
 def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config that most programs have and that mean the same in all of them, by our names."""
+    """The fields of a config that have the same meaning in most programs, by our names."""
     found = {field: config[name] for field, names in NAMES.items() for name in names if config.get(name) is not None}
     for name, tied in TIED.items():
         if isinstance(said := config.get(name), bool):
@@ -81,7 +81,7 @@ def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def head_and_table(family: str) -> tuple[str, str] | None:
-    """The common names of the head and of the token table, where the family may leave out the head as the same."""
+    """The common names of the head and of the token table, if the family may leave out a tied head."""
     if naming(family) == GPT2:
         return "lm_head.weight", "token_embedding_table.weight"
     found = _OF_STYLE.get(family)

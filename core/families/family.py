@@ -1,4 +1,4 @@
-"""Family: the names, shapes and habits of one program's tensors, as a table."""
+"""Family: the names, shapes and conventions of one program's tensors, as a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import CheckpointMismatch
 Shape = tuple[int, ...]
 
 WRAPPERS = ("_orig_mod", "module", "model")
-"""What torch.compile, DistributedDataParallel and hand-made wrappers put before a name, in any order."""
+"""Prefixes that torch.compile, DistributedDataParallel and other wrappers add to a name, in any order."""
 
 Sides = tuple[str, ...]
 """A shape in words, each side one of `n_embd`, `3 n_embd`, `head_size / 2`, `q_size + 2 kv_size`, `5 n_layer +` (that
@@ -22,7 +22,7 @@ table; any other word is a number that is only compared."""
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Style:
-    """A family within a family: one table, told apart by which of its switches are on."""
+    """A variant of a family: it has the same table, and is distinguished by its switches."""
 
     name: str
     program: str
@@ -31,7 +31,7 @@ class Style:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Family:
-    """What one program calls its tensors; in a name `{i}` is a layer, `{j}` a head, `{n}` any number."""
+    """The names of one program's tensors; in a name `{i}` is a layer, `{j}` a head, `{n}` any number."""
 
     name: str
     program: str
@@ -46,21 +46,21 @@ class Family:
     buffers: Mapping[str, tuple[Sides | None, str]] = field(default_factory=dict)  # no parameters: shape, what it is
     without: Mapping[int, str] = field(default_factory=dict)  # a layer, and the beginning of the names that it lacks
     some: frozenset[str] = frozenset()  # tensors that only some layers have
-    base: str = ""  # what names begin with, unless the body of the model was saved by itself
+    base: str = ""  # prefix of names, unless the body of the model was saved by itself
     styles: tuple[Style, ...] = ()  # the first whose switches agree
     rotary: bool = False
     norm: str = "LayerNorm"
-    norm_without_bias: str = ""  # where the bias tells two kinds of norm apart
+    norm_without_bias: str = ""  # if the bias distinguishes two kinds of norm
     activation: str = "GELU"
     gated: str = ""  # the activation where the feed-forward part is gated
     head_size: int | None = None  # where the program fixes it
     pads: bool = False  # the token table may have more rows than the config says
-    claims: Mapping[str, str] = field(default_factory=dict)  # field of the config beside it: switch that it decides
+    claims: Mapping[str, str] = field(default_factory=dict)  # field of the config beside it: switch that it controls
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Length:
-    """One side of a shape: times x symbol / over (+ 2 more), or at least that."""
+    """One side of a shape: times * symbol / over (+ 2 more), or at least that."""
 
     times: int
     symbol: str  # "" for a plain number, which is `times`
@@ -69,7 +69,7 @@ class Length:
     least: bool = False
 
     def value(self, known: Mapping[str, int]) -> int | None:
-        """Compute the side; None where a symbol is not known."""
+        """Compute the side; None if a symbol is unknown."""
         if not self.symbol:
             return self.times
         if self.symbol not in known or (self.more and self.more not in known):
@@ -79,7 +79,7 @@ class Length:
 
 @lru_cache(maxsize=256)
 def parse(side: str) -> Length:
-    """Read one side of a table."""
+    """Parse one side of a shape in a table."""
     words = side.split()
     times = int(words.pop(0)) if words[0].isdigit() else 1
     if not words:
@@ -97,7 +97,7 @@ def parse(side: str) -> Length:
 
 
 def plain_name(name: str, wrappers: Collection[str] = ()) -> str:
-    """Take from a name what torch.compile puts in it, and the `wrappers` at its beginning."""
+    """Remove from a name what torch.compile adds, and the `wrappers` at its beginning."""
     words = [word for word in name.split(".") if word != "_orig_mod"]  # compiled submodules have it in the middle
     wrapped = next((i for i, word in enumerate(words[:-1]) if word not in wrappers), len(words) - 1)
     return ".".join(words[max(wrapped, 0) :]) or name

@@ -1,4 +1,4 @@
-"""Fusing: how the tensors of a GPT of any of our generations become those of the model, worked out from names alone."""
+"""Fusing: map the tensors of a GPT of any of our generations to those of the model, from names alone."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SAME: Table = tuple((name, name, RENAME) for name in gpt.TENSORS)
 
 @dataclass(frozen=True)
 class Fusing:
-    """For each tensor of a model the tensors of a file it is made of, which follow one another along its rows."""
+    """For each tensor of a model, the tensors of a file that are concatenated along its rows to make it."""
 
     family: str
     sources: dict[str, tuple[str, ...]]  # our name: names in the file
     dropped: dict[str, str]  # name in the file: why the model does not need it
 
     def shapes(self, found: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Compute the shapes of what is made, from those in the file.
+        """Compute the shapes of the results from those in the file.
 
         Raises: CheckpointMismatch when a part is missing, or parts of one tensor do not fit together.
         """
@@ -82,7 +82,7 @@ def fuse(family: str, table: Table, dropped: Mapping[str, str], names: Iterable[
 
 
 def recognise(names: Iterable[str]) -> Fusing:
-    """Tell how the tensors of a GPT of any of our generations become those of the model.
+    """Plan how the tensors of a GPT of any of our generations become those of the model.
 
     Raises: CheckpointMismatch when two names mean one tensor.
     """

@@ -1,4 +1,4 @@
-"""Our own GPT: what its tensors are called, their shapes, and what the shapes say of the architecture."""
+"""Our own GPT: the names and shapes of its tensors, and the architecture that the shapes show."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ SWITCHES: dict[str, tuple[str, ...]] = {
 """The tensors that are there only when a field is true."""
 
 EVERYBODYS = {"lm_head.weight", "lm_head.bias"}
-"""Names that tell no program from another."""
+"""Names that do not distinguish programs."""
 
 MEASURED = {
     "vocab_size": ("token_embedding_table.weight", 0, "rows"),
     "n_embd": ("token_embedding_table.weight", 1, "columns"),
     "block_size": ("position_embedding_table.weight", 0, "rows"),
 }
-"""Where a field can be read from a shape: tensor, axis, and what a person calls it."""
+"""Fields that can be read from a shape: tensor, axis, and the name of the axis."""
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -78,7 +78,7 @@ def _order(name: str) -> tuple[int, int]:
 
 
 def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
-    """Say where a config and the shapes of a model's tensors do not fit.
+    """Report where a config and the shapes of a model's tensors do not fit.
 
     Each sentence names the field, both values, and the value that would fit; where it is not a field, the tensors that
     are missing or have no place, behind the likely cause.

@@ -1,4 +1,4 @@
-"""Identify: which program a model is from, by a fingerprint of the names and shapes of its tensors."""
+"""Identify the program that a model is from, by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ FAMILIES: tuple[Family, ...] = tuple(family for module in MODULES for family in 
 
 UNKNOWN = "unknown"
 _ASIDE = re.compile(r"(?:.*\.)?optim(?:s|izers?|izer_states?|izer_state_dict)?\.")
-_DEEP = 6  # words that may stand before the weights of a model
-_LONG = 1000  # characters: a longer name is no family's
+_DEEP = 6  # words that may precede the names of a model's weights
+_LONG = 1000  # characters: no family has longer names
 
 
 @dataclass(slots=True)
 class Identity:
-    """What a model is: its family, and how far its tensors are what that family's should be."""
+    """The identity of a model: its family, and how well its tensors match that family."""
 
     family: str
     program: str
-    prefix: str  # what wrappers put before the names
+    prefix: str  # prefix that wrappers add to the names
     reason: str
     architecture: Architecture | None = None
     places: dict[str, str] = field(default_factory=dict)  # name in the file: the family's own name
-    buffers: dict[str, str] = field(default_factory=dict)  # name in the file: what it is
+    buffers: dict[str, str] = field(default_factory=dict)  # name in the file: its meaning
     unplaced: list[str] = field(default_factory=list)  # empty where the family is unknown
     missing: list[str] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
@@ -46,8 +46,8 @@ def identify(
 ) -> Identity:
     """Recognise a model by the names and shapes of its tensors.
 
-    `config` is what lies beside it (model_args, config.json, model_config); `shared` names the storage of each tensor,
-    so that a tied head shows. Tensors of an optimizer are left out.
+    `config` is the one beside it (model_args, config.json, model_config); `shared` names the storage of each tensor,
+    to detect a tied head. Tensors of an optimizer are left out.
     """
     names = [name for name in shapes if not _ASIDE.match(name)]
     try:
@@ -80,9 +80,9 @@ def identify(
 
 
 def weights_key(names: Iterable[str]) -> str:
-    """Find under which part of a flat list the weights of a model lie: "model.", "state_dict.", or "" for the top.
+    """Find the prefix of a model's weights in a flat list: "model.", "state_dict.", or "" for the top.
 
-    What wrappers add (`_orig_mod.`, `module.`) is left to `identify`.
+    Prefixes of wrappers (`_orig_mod.`, `module.`) are left to `identify`.
     """
     counts: dict[str, int] = {}
     depths: dict[str, int | None] = {}
@@ -102,7 +102,7 @@ def weights_key(names: Iterable[str]) -> str:
 
 
 def _depth(shape: str) -> int | None:
-    """How many words stand before a name that only a model has."""
+    """The number of words before a name that only a model has."""
     words = shape.split(".")
     for depth in range(min(len(words), _DEEP)):
         if plain_name(".".join(words[depth:])) in _decisive():
@@ -112,7 +112,7 @@ def _depth(shape: str) -> int | None:
 
 @cache
 def _decisive() -> frozenset[str]:
-    """Skeletons of the names that tell families apart, with and without what the family's names begin with."""
+    """Skeletons of the names that distinguish families, with and without the family's prefix."""
     rows = {(row, family.base) for family in FAMILIES for row in family.signature}
     full = {row for row, _ in rows} | {row.removeprefix(base) for row, base in rows}
     return frozenset(skeleton(re.sub(r"\{[ijn]\}", "0", row)) for row in full)

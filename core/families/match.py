@@ -1,4 +1,4 @@
-"""Match: the table of a family laid over the names and shapes of a file, and what the sides then measure."""
+"""Match the table of a family with the names and shapes of a file, and measure sizes from the shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST = 10_000  # missing names listed: names of a few layers and heads ask for 
 
 @dataclass(slots=True, eq=False, repr=False)
 class Measure:
-    """What a word of the table is, and the tensor that shows it."""
+    """The value of a word of the table, and the tensor that shows it."""
 
     value: int
     name: str
@@ -28,7 +28,7 @@ class Measure:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Match:
-    """Which tensor of a file is which row of a family's table, and what does not fit."""
+    """The row of a family's table for each tensor of a file, and the tensors that do not fit."""
 
     family: Family
     rows: dict[str, str] = field(default_factory=dict)  # name in the file: row of the table
@@ -40,15 +40,15 @@ class Match:
     measures: dict[str, Measure] = field(default_factory=dict)
     switches: dict[str, bool] = field(default_factory=dict)
     layers: set[int] = field(default_factory=set)
-    lost: list[str] = field(default_factory=list)  # rows that no layer has, and a model of the family cannot do without
-    extra: list[str] = field(default_factory=list)  # tensors in layers that the table has not
-    unfit: int = 0  # tensors whose shape is not the table's
+    lost: list[str] = field(default_factory=list)  # required rows that no layer has
+    extra: list[str] = field(default_factory=list)  # tensors in layers that the table lacks
+    unfit: int = 0  # tensors whose shape differs from the table's
     gated: bool = False
     prefix: str = ""
 
     @property
     def words(self) -> set[str]:
-        """Words of the shapes of the tensors that are there."""
+        """Words in the shapes of the existing tensors."""
         sides = (parse(text) for row in set(self.rows.values()) for text in self.family.tensors[row])
         return {word for side in sides for word in (side.symbol, side.more) if word}
 
@@ -59,7 +59,7 @@ class Match:
 
     @property
     def n_layer(self) -> int | None:
-        """Number of layers; None when some in between are absent and nothing else tells."""
+        """Number of layers; None when some in between are absent and nothing else shows it."""
         return self.measures["n_layer"].value if "n_layer" in self.measures else None
 
 
@@ -70,7 +70,7 @@ def skeleton(name: str) -> str:
 
 @cache
 def index(family: str, rows: tuple[str, ...], base: str) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
-    """Map the skeleton of each row, without what wrappers add, to the rows and what their numbers are."""
+    """Map the skeleton of each row, without what wrappers add, to the rows and the meaning of their numbers."""
     found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     plain = plain_names(rows)
     plain |= {name.removeprefix(base): row for name, row in plain.items()}
@@ -96,7 +96,7 @@ def _rows(family: Family) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
 
 
 def match(family: Family, plain: Mapping[str, str], shapes: Mapping[str, Shape]) -> Match:
-    """Lay the table of a family over plain names (each with its name in the file) and their shapes."""
+    """Match the table of a family with plain names (each with its name in the file) and their shapes."""
     found = Match(family)
     rows = _rows(family)
     buffers = index(family.name, tuple(n for n in family.buffers if n[0] != "*"), family.base)
@@ -143,7 +143,7 @@ def _filled(row: str, numbers: Mapping[str, int]) -> str:
 
 
 def _extra(found: Match, plain: Mapping[str, str]) -> dict[str, int]:
-    """Tensors in layers that the table has not, and the layer of each: the last layers may be of another kind."""
+    """Tensors in layers that the table lacks, and the layer of each: the last layers may be of another kind."""
     layered = (name for name, rows in _rows(found.family).items() if any("{i}" in row for row, _ in rows))
     starts = [re.escape(stem) for stem in {name.split("#")[0] for name in layered}]
     pattern = re.compile(f"(?:{'|'.join(sorted(starts))})(0|[1-9][0-9]{{0,5}})\\.")
@@ -152,7 +152,7 @@ def _extra(found: Match, plain: Mapping[str, str]) -> dict[str, int]:
 
 
 def _prefix(found: Match, plain: Mapping[str, str]) -> str:
-    """What stands before the family's own names, where most names have it."""
+    """The prefix that most names have before the family's own names."""
     seen: dict[str, int] = {}
     for original, place in found.places.items():
         seen[_before(original, place)] = seen.get(_before(original, place), 0) + 1
@@ -169,7 +169,7 @@ def _before(name: str, place: str) -> str:
 
 
 def _count(found: Match, letter: str, numbers: set[int], word: str, plural: str) -> None:
-    """Measure what is counted in names, when none in between is absent."""
+    """Measure a size that names count, if no number in between is absent."""
     if not numbers:
         return
     if len(numbers) == max(numbers) + 1:
@@ -182,7 +182,7 @@ def _count(found: Match, letter: str, numbers: set[int], word: str, plural: str)
 
 
 def _measure(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shape]) -> None:
-    """Let every side of every tensor say what it measures; most votes win, the first among equals."""
+    """Let every side of every tensor vote on the size it measures; most votes win, the first among equals."""
     # Two passes: a side such as `q_size + 2 kv_size` measures its second word only when the first is known, and in one
     # pass that would depend on the order of the names in the file. So plain sides vote first, sums afterwards.
     for sums in (False, True):
@@ -208,7 +208,7 @@ def _measure(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shap
 
 
 def _compare(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shape]) -> None:
-    """Say which shapes are not those that the table gives for what was measured."""
+    """Report shapes that differ from those of the table for the measured sizes."""
     known = {word: measure.value for word, measure in found.measures.items()}
     for name, wanted in sides.items():
         shape = tuple(shapes[name])
@@ -232,7 +232,7 @@ def _compare(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shap
 def _because(found: Match, word: str) -> str:
     if (measure := found.measures.get(word)) is None:
         return ""
-    witness = f"{measure.name} {measure.shape}" if measure.shape else f"the layers of {measure.name} and its likes"
+    witness = f"{measure.name} {measure.shape}" if measure.shape else f"the layers of {measure.name} and similar names"
     return f", for {word} is {measure.value} by {witness}"
 
 
@@ -248,7 +248,7 @@ def _gate(found: Match) -> None:
 
 
 def _complete(found: Match) -> None:
-    """List what the table has, and the file has not; tensors that come together may be absent together."""
+    """List tensors of the table that the file lacks; tensors of one group may be absent together."""
     family, there = found.family, set(found.places.values())
     found.lost = [row for row in _needed(found) if "{i}" in row and row not in found.rows.values()]
     lacked = [name for i, start in family.without.items() for name in there if name.startswith(start.format(i=i))]

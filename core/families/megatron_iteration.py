@@ -1,4 +1,4 @@
-"""An iteration of Megatron (torch_dist): which of its tensors are the model's, and what the run says of itself."""
+"""An iteration of Megatron (torch_dist): the tensors of its model, and the arguments of its run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ KIND = "Megatron iteration (torch_dist)"
 EXTRA = "_extra_state"
 
 ASIDE = ("optimizer.", "chained_", "common.", "common_state", "rng_state", "rerun_state_machine_state")
-"""What an iteration has beside its model, by the beginning of the names."""
+"""Prefixes of the names of everything in an iteration besides its model."""
 
 
 def is_iteration(container: Container) -> bool:
-    """Whether a container is an iter_* folder whose tensors are in a DCP folder: its pickles are not what is read."""
+    """Whether a container is an iter_* folder whose tensors are in a DCP folder: its pickles are not read."""
     return container.kind.startswith(KIND)
 
 
 def is_extra_state(name: str) -> bool:
-    """Whether a name is of what Transformer Engine keeps for FP8, of a layer or of a shard of layers."""
+    """Whether a name is of Transformer Engine's extra state for FP8, of a layer or of a shard of layers."""
     return name.partition("/")[0].endswith(EXTRA)
 
 
@@ -45,7 +45,7 @@ def model_of(tensors: Mapping[str, TensorSpec]) -> tuple[dict[str, TensorSpec], 
 
 
 def said(container: Container) -> tuple[dict[str, Any] | None, int | None]:
-    """The arguments of the run as a config, and the iteration; None for what the folder does not say."""
+    """The arguments of the run as a config, and the iteration; None for those that the folder does not record."""
     common = container.content.get("common") if isinstance(container.content, dict) else None
     common = common if isinstance(common, dict) else {}
     fields = attributes(common.get("args"))
@@ -54,7 +54,7 @@ def said(container: Container) -> tuple[dict[str, Any] | None, int | None]:
 
 
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that are set; biases everywhere make the one that asks for those of qkv alone void."""
+    """Arguments that are set; with biases everywhere, the argument for those of qkv alone has no effect."""
     config = {str(name): plain(value) for name, value in arguments.items() if value is not None}
     if config.get("add_bias_linear") is True:
         config.pop("add_qkv_bias", None)

@@ -1,4 +1,4 @@
-"""What Hugging Face calls the tensors of Megatron's models: a row for each, read both ways by core/families/rules.py.
+"""Tables between Megatron's and Hugging Face's names, applied in both directions by core/families/rules.py.
 
 Megatron's names are those of its local layers; TRANSFORMER_ENGINE and `unstacked` lead to them from the others.
 """
@@ -29,7 +29,7 @@ class _Unstack(Inverse):
 
 
 class _Split(Inverse):
-    """A tensor becomes the parts that it was put together from."""
+    """A tensor is split into the parts that it was made from."""
 
     def __str__(self) -> str:
         return f"split: {self.rule}"

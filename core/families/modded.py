@@ -1,4 +1,4 @@
-"""modded-nanogpt: the three versions of KellerJordan/modded-nanogpt that can be told apart; our classifiers of them.
+"""modded-nanogpt: the three versions of KellerJordan/modded-nanogpt that can be distinguished; our classifiers of them.
 
 Names as in train_gpt.py of 2025-06 (commit 16e2da07) and of 2025-02 (587b45fb), and in train_gpt_medium.py (06743860).
 Block 7 has no attention. The head size is fixed in the program; embedding and head may have different rows.
@@ -113,7 +113,7 @@ LATER = ("qk_bank", "vo_bank", "attn_bank", "mlp_bank")
 
 @dataclass(frozen=True)
 class Append:
-    """The second of theirs becomes one more of the first's, along the first axis."""
+    """Append their second tensor to the first, along the first axis."""
 
     def __str__(self) -> str:
         return "append along 0"
@@ -123,14 +123,14 @@ class Append:
         return [concatenate([views[0], unsqueeze(views[1], 0)])]
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
-        """Take the last one off."""
+        """Split off the last one."""
         last = views[0].shape[0] - 1
         return [slice_axis(views[0], 0, 0, last), squeeze(slice_axis(views[0], 0, last, last + 1), 0)]
 
 
 @dataclass(frozen=True)
 class Scalars:
-    """A skip weight for each layer, then twice two numbers for each layer, one behind the other."""
+    """Concatenate a skip weight for each layer, then twice two numbers for each layer."""
 
     def __str__(self) -> str:
         return "concatenate skip weights, blends and mixes"
@@ -140,7 +140,7 @@ class Scalars:
         return [concatenate(views)]
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
-        """Cut apart."""
+        """Split."""
         half, parts, at = sizes["n_layer"] // 2, [], 0
         for length in (half, half, *[2] * (2 * sizes["n_layer"])):
             parts.append(slice_axis(views[0], 0, at, at + length))
@@ -171,7 +171,7 @@ TO_MEDIUM: dict[str, Table] = {
 
 
 def completed(tensors: Mapping[str, View], variant: str, n_layer: int) -> dict[str, tuple[View, str]]:
-    """Make what a table of TO_MEDIUM needs and the tensors of a model do not have, each with what it is, in words.
+    """Make the tensors that a table of TO_MEDIUM needs and a model lacks, each with a description in words.
 
     A tail of padded scalars is cut. The half of the skip weights that a U-net does not have gets ones, and a layer
     without attention the scalars that attention starts with: neither is read.

@@ -31,13 +31,13 @@ Sizes = Mapping[str, int]
 
 
 class Rule(Protocol):
-    """What becomes of tensors, and how it is undone."""
+    """A change of tensors, and its inverse."""
 
     def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
-        """Make ours, `count` in number, of theirs."""
+        """Make `count` of our tensors from theirs."""
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
-        """Make theirs, `count` in number, of ours."""
+        """Make `count` of their tensors from ours."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Rename:
 
 @dataclass(frozen=True)
 class Permute:
-    """Axes in another order: axis k of ours is axis `axes[k]` of theirs."""
+    """Permute the axes: axis k of ours is axis `axes[k]` of theirs."""
 
     axes: tuple[int, ...]
 
@@ -75,7 +75,7 @@ class Permute:
 
 @dataclass(frozen=True)
 class Concat:
-    """Theirs one behind the other along an axis; of equal length, or of those that `words` of the sizes say."""
+    """Concatenate theirs along an axis; the parts have equal lengths, or those of the sizes named by `words`."""
 
     axis: int = 0
     words: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ class Concat:
 
 @dataclass(frozen=True)
 class Stack:
-    """Theirs along a new axis."""
+    """Stack theirs along a new axis."""
 
     axis: int = 0
 
@@ -122,9 +122,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Interleave:
-    """Theirs group by group along the first axis: for each group its rows of the first, of the second, and so on.
+    """Interleave theirs by group along the first axis: for each group its rows of the first, the second, and so on.
 
-    Megatron's q, k, v: query heads that share a key and a value stand before them.
+    Megatron's q, k, v: the query heads that share a key and a value precede them.
     """
 
     groups: str = "n_kv_head"  # the word of the sizes that says how many
@@ -142,7 +142,7 @@ class Interleave:
         return [merge_axes(concatenate([split_axis(view, 0, view.shape[0] // groups) for view in views], 1), 0)]
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
-        """Take apart."""
+        """Split the groups again."""
         (view,) = views
         groups = sizes[self.groups]
         rows = [sizes[word] // groups for word in self.words]
@@ -157,7 +157,7 @@ class Interleave:
 
 @dataclass(frozen=True)
 class Merge:
-    """Two axes of theirs are one of ours, `word` the length of the second."""
+    """Merge two axes of theirs into one; the size named by `word` is the length of the second."""
 
     axis: int
     word: str
@@ -176,7 +176,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Chain:
-    """Rules one after the other, as theirs become ours."""
+    """Rules applied one after another, from theirs to ours."""
 
     rules: tuple[Rule, ...]
 
@@ -198,7 +198,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Inverse:
-    """A rule the other way round: several of ours in one of theirs."""
+    """The inverse of a rule: several of ours in one of theirs."""
 
     rule: Rule
 
@@ -215,7 +215,7 @@ class Inverse:
 
 
 COUNTED = {"{j}": "n_head", "{l}": "n_layer"}
-"""Letters that stand for many tensors of one row, and the word of the sizes that says how many."""
+"""Letters that stand for many tensors of one row, and the size that gives their number."""
 
 RENAME, TRANSPOSE = Rename(), Permute((1, 0))
 
@@ -225,8 +225,8 @@ Table = tuple[Row, ...]
 
 
 @dataclass
-class Applied:
-    """What a table made of tensors."""
+class Result:
+    """The result of applying a table to tensors."""
 
     tensors: dict[str, View] = field(default_factory=dict)
     rules: dict[str, str] = field(default_factory=dict)  # of each tensor that was made, in words
@@ -234,12 +234,12 @@ class Applied:
     unused: list[str] = field(default_factory=list)
 
 
-def apply(table: Iterable[Row], tensors: Mapping[str, View], sizes: Sizes, back: bool = False) -> Applied:
-    """Make ours of theirs by a table, or theirs of ours; a row none of whose tensors are there is passed over.
+def apply(table: Iterable[Row], tensors: Mapping[str, View], sizes: Sizes, back: bool = False) -> Result:
+    """Make ours from theirs by a table, or theirs from ours; a row without any of its tensors is skipped.
 
     Raises: CheckpointMismatch when a part of a tensor is missing, parts do not fit, or two rows make one tensor.
     """
-    made, used = Applied(), set[str]()
+    made, used = Result(), set[str]()
     for number, row in enumerate(table):
         theirs, ours, rule = row
         given, wanted = (ours, theirs) if back else (theirs, ours)
@@ -259,7 +259,7 @@ def apply(table: Iterable[Row], tensors: Mapping[str, View], sizes: Sizes, back:
 
 
 def _make(
-    made: Applied, rule: Rule, views: list[View], parts: list[str], targets: list[str], sizes: Sizes, back: bool
+    made: Result, rule: Rule, views: list[View], parts: list[str], targets: list[str], sizes: Sizes, back: bool
 ) -> None:
     others = [name for name, view in zip(parts, views, strict=True) if view.dtype != views[0].dtype]
     if others:
@@ -279,7 +279,7 @@ def _make(
 
 
 def _layers(given: Names, tensors: Mapping[str, View]) -> list[str]:
-    """The numbers that `{i}` stands for among the names that are there; [""] where the row has none."""
+    """The numbers for `{i}` among the existing names; [""] if the row has no `{i}`."""
     names = each(given)
     if not any("{i}" in name for name in names):
         return [""]

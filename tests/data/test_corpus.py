@@ -69,7 +69,7 @@ class TestFindSource:
 
     def test_folder_that_cannot_be_written_gets_one_sentence(self, home):
         Path("data").write_text("a file")
-        with pytest.raises(SaveFailed, match="the default text has no place"):
+        with pytest.raises(SaveFailed, match="the default text cannot be written"):
             find_source(None, None, None, "m")
 
     def test_recorded_text_that_is_gone_says_what_to_pass(self, home):

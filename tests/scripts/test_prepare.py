@@ -127,7 +127,7 @@ def test_vocabulary_of_a_checkpoint_can_be_used(tmp_path):
             2,
             "found 1, expected a number of at least 0 and below 1",
         ),
-        (("a.txt", "--output_dir", "set", "--shard_tokens", "0"), 2, "0 is not from 1"),
+        (("a.txt", "--output_dir", "set", "--shard_tokens", "0"), 2, "found 0, expected a whole number from 1"),
         (("a.txt",), 2, "--output_dir"),
     ],
 )
