@@ -53,7 +53,7 @@ def test_the_shell_loop_goes_on_until_the_run_is_done(tmp_path):
     run = start(tmp_path, LOOP, "--max_iters", "3", "--stop_after_minutes", "0.0001")
     _, said = run.communicate(timeout=300)
     assert run.returncode == DONE, said
-    assert re.findall(r"stopped by stop_after_minutes at step (\d)", said) == ["1", "2"] and step(tmp_path) == 3
+    assert re.findall(r"stopped by stop_after_minutes after step (\d)", said) == ["1", "2"] and step(tmp_path) == 3
 
 
 def test_the_shell_loop_ends_with_the_failure_of_its_run(tmp_path):
@@ -68,7 +68,7 @@ def test_the_shell_loop_is_stopped_by_a_signal_and_what_was_trained_is_saved(tmp
     wait_for_steps(run)
     run.send_signal(number)
     _, said = run.communicate(timeout=300)
-    assert run.returncode == STOPPED and f"stopped by SIGTERM at step {step(tmp_path)}, saved" in said
+    assert run.returncode == STOPPED and f"stopped by SIGTERM after step {step(tmp_path)}, which is saved" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -77,6 +77,6 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_one_that_is_cancelled_i
     wait_for_steps(run)
     run.send_signal(number)
     _, said = run.communicate(timeout=300)
-    assert run.returncode == STOPPED and f"at step {step(tmp_path)}, saved" in said
+    assert run.returncode == STOPPED and f"after step {step(tmp_path)}, which is saved" in said
     asked = tmp_path / "asked"
     assert (asked.read_text() if asked.exists() else "") == ("requeue 4711\n" if number == signal.SIGUSR1 else "")

@@ -87,7 +87,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_same_line_goes_
     wait_for(run, tmp_path, 20)
     kill(processes(run)[1], signal.SIGTERM)
     assert run.wait(60) == 1  # torchrun's own, for a rank that ended with 75
-    assert "stopped by SIGTERM at step" in output_of(tmp_path)
+    assert "stopped by SIGTERM after step" in output_of(tmp_path)
     step = torch.load(tmp_path / "dante/optimizer.pt", weights_only=True)["state"][0]["step"].item()
     assert 20 < step < 2000 and len(losses(tmp_path)) == step
     done = train(tmp_path, text, 2, **{**flags, "max_iters": int(step) + 2})

@@ -84,7 +84,7 @@ def test_stopped_at_random_moments_the_run_ends_with_the_bits_and_the_log_of_one
         assert run.returncode == STOPPED, said
         if "nothing new to save" in said:  # no step was made yet
             continue
-        step = int(re.findall(r"stopped by SIG\w+ at step (\d+), saved", said)[-1])
+        step = int(re.findall(r"stopped by SIG\w+ after step (\d+), which is saved", said)[-1])
         assert state(tmp_path, "stopped")["step"] == step == max(lines(tmp_path / "stopped"))
         stops.append(step)
     assert len(stops) >= 3 and stops == sorted(stops)
@@ -162,7 +162,7 @@ def test_evaluation_is_left_at_once_and_made_up_for_by_the_next_run(tmp_path, te
     run = slow_evaluation(tmp_path, text)
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=200)
-    assert run.returncode == STOPPED and "stopped by SIGTERM at step 7, saved" in said
+    assert run.returncode == STOPPED and "stopped by SIGTERM after step 7, which is saved" in said
     assert "val_loss" not in state(tmp_path) and lines(tmp_path / "default", "val_loss") == {}
     flags = {"max_iters": 20, "eval_interval": 7, "eval_iters": 5, "save_interval": 7}
     whole, rest = train(tmp_path, text, **flags, model_name="whole"), train(tmp_path, text, **flags)
