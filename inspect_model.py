@@ -125,7 +125,7 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     try:
         names = model_names(place) if place.is_dir() and args.step is None else []
         if names and not is_checkpoint(place):
-            from core.inspection.report import model_facts
+            from core.inspection.report_ours import model_facts
 
             return {"root": str(place), "models": [model_facts(place / name) for name in names]}, []
         if args.history:

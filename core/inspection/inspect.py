@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..bundle.find import is_model
+from ..config.variants import VARIANTS
+from ..console.words import listed_names
 from ..containers.container import Check, Container
 from ..containers.pickles.inert import Call
 from ..containers.plain import plain
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 CONFIG_KEYS = ("config", "model_config", "model_args", "args")
 """Entries of a checkpoint's content under which programs store the config of a model."""
+
+SCRIPTS = {f"modded_{variant.name}": variant.program for variant in VARIANTS.values()}
+"""The script that each family of modded-nanogpt is from."""
 
 Facts = dict[str, Any]
 """The facts of a checkpoint, as JSON values."""
@@ -48,6 +53,23 @@ class Inspected:
     history: list[KeptStep] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)  # files of a bundle that cannot be read, a sentence each
     chosen: list[str] = field(default_factory=list)  # which of several checkpoints this is, and why
+
+    @property
+    def script(self) -> str | None:
+        """The script of modded-nanogpt it is from; our bundles have one layout for all, so the config names it."""
+        config = self.config or {}
+        if "model_class" in config:
+            from ..config.modded import CLASSES
+
+            if config["model_class"] in CLASSES and (variant := VARIANTS.get(str(config.get("variant")))):
+                return f"{variant.program}, as {config['model_class']}"
+        return SCRIPTS.get(self.identity.family)
+
+    @property
+    def lacks(self) -> list[str]:
+        """The tensors that a foreign model lacks, and those that do not belong to it, in a sentence each."""
+        groups = (("missing", self.identity.missing), ("not part of the model", self.identity.unplaced))
+        return [f"{what}: {listed_names(names, 3)}" for what, names in groups if names]
 
     @property
     def size(self) -> int:

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from ..bundle.bundle import KeptStep, open_bundle
-from ..bundle.choice import LEGACY_FILES, choose
-from ..bundle.contradictions import contradictions
-from ..bundle.evolution import notes
-from ..bundle.training_state import STATE
-from ..config.variants import VARIANTS
-from ..console.words import listed_names
 from ..containers.pickles.inert import Call
 from ..containers.spec import TensorSpec
 from ..containers.trees import leaves
-from ..errors import CheckpointDamaged, CheckpointError
 from .inspect import Facts, Inspected
 from .tensor_table import tensor_facts
 
@@ -28,9 +18,6 @@ FORMATS = {
     "torch stream": "PyTorch stream file (before torch 1.6)",
 }
 """Names of the kinds of containers in the first line."""
-
-SCRIPTS = {f"modded_{variant.name}": variant.program for variant in VARIANTS.values()}
-"""Readable names of the variants of modded-nanogpt."""
 
 
 def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
@@ -43,7 +30,7 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
         "location": str(found.path),
         "family": identity.family,
         "program": identity.program,
-        "script": script_of(found),
+        "script": found.script,
         "reason": identity.reason,
         "architecture": _architecture(architecture) if architecture is not None else None,
         "config": found.config,
@@ -52,7 +39,7 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
         "bytes": found.size,
         "dtypes": _dtypes(found.weights.values()),
         "parameters": _parameters(found),
-        "contradictions": [] if ours else [*identity.conflicts, *lacks(found)],
+        "contradictions": [] if ours else [*identity.conflicts, *found.lacks],
         "notes": [*container.notes, *(architecture.notes if architecture is not None and not ours else [])],
         "health": _health(found),
         "damaged": [],
@@ -64,29 +51,13 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
     if not ours:
         return {**facts, "content": _content(container.content)}
 
+    from .report_ours import facts_of_ours  # the room of our folders, which other files do without
+
     return {**facts, **facts_of_ours(found)}
-
-
-def script_of(found: Inspected) -> str | None:
-    """Name the script of modded-nanogpt it is from; our bundles have one layout for all, so the config names it."""
-    config = found.config or {}
-    if "model_class" in config:
-        from ..config.modded import CLASSES
-
-        if config["model_class"] in CLASSES and (variant := VARIANTS.get(str(config.get("variant")))):
-            return f"{variant.program}, as {config['model_class']}"
-    return SCRIPTS.get(found.identity.family)
 
 
 def _architecture(architecture: Any) -> Facts:
     return {name: getattr(architecture, name) for name in architecture.__slots__ if name != "notes"}
-
-
-def lacks(found: Inspected) -> list[str]:
-    """List the tensors that a foreign model lacks, and those that do not belong to it, in a sentence each."""
-    identity = found.identity
-    groups = (("missing", identity.missing), ("not part of the model", identity.unplaced))
-    return [f"{what}: {listed_names(names, 3)}" for what, names in groups if names]
 
 
 def _parameters(found: Inspected) -> Facts:
@@ -131,76 +102,3 @@ def tensors_in(value: Any) -> Iterable[TensorSpec]:
             yield leaf
         elif isinstance(leaf, Call):
             yield from tensors_in((leaf.args, leaf.items, leaf.state))
-
-
-def facts_of_ours(found: Inspected) -> Facts:
-    """Collect the facts that only our checkpoints have; they replace those for other programs' checkpoints."""
-    bundle = found.bundle
-    assert bundle is not None
-    files = dict(found.container.files)
-    if not bundle.single:
-        with contextlib.suppress(OSError):
-            files[STATE] = (bundle.folder / STATE).stat().st_size
-    facts: Facts = {
-        "tokenizer": bundle.tokenizer,
-        "training_state": bundle.state.to_dict(),
-        "files": files,
-        "history": [_kept_facts(kept) for kept in found.history],
-        "notes": [note for note in found.container.notes if note not in found.damage],
-        "foreign": [],
-        "damaged": list(found.damage),
-        "contradictions": [],
-    }
-    for part in (bundle.weights, bundle.optimizer):
-        with contextlib.suppress(CheckpointError):  # damage is among the notes of the container
-            if part is not None:
-                facts["foreign"] += [f"{part.source.path}: its pickle names {call}" for call in part.source.foreign]
-    facts["foreign"] = list(dict.fromkeys(facts["foreign"]))
-    try:
-        if bundle.config is None:
-            facts["contradictions"] = [*found.identity.conflicts, *lacks(found)] if script_of(found) else []
-        elif not _unread(found):
-            facts["contradictions"] = contradictions(bundle, with_optimizer=found.optimizer is not None)
-            facts["notes"] += notes(str(bundle.path("config.json")), bundle.config, bundle.state)
-    except CheckpointDamaged as error:
-        facts["damaged"].append(str(error))
-    except CheckpointError as error:
-        facts["contradictions"] = [str(error)]
-    return facts
-
-
-def _unread(found: Inspected) -> bool:
-    """Whether the file of the weights itself is damaged, so that nothing can be compared with it."""
-    bundle = found.bundle
-    return bundle is not None and any(line.startswith(str(bundle.weights.source.path)) for line in found.damage)
-
-
-def _kept_facts(kept: KeptStep) -> Facts:
-    return {
-        "step": kept.step,
-        "val_loss": kept.state.val_loss,
-        "bytes": sum(p.stat().st_size for p in kept.path.iterdir() if p.is_file()),
-        "saved_at": kept.state.saved_at,
-        "path": str(kept.path),
-    }
-
-
-def model_facts(folder: Path) -> Facts:
-    """The line of one model in the list of all."""
-    try:
-        with open_bundle(folder) as bundle:
-            return {
-                "name": folder.name,
-                "step": bundle.step,
-                "val_loss": bundle.state.val_loss,
-                "bytes": sum(bundle.sizes.values()),
-                "saved_at": bundle.state.saved_at,
-            }
-    except CheckpointError as error:
-        legacy = [folder / name for name in LEGACY_FILES if (folder / name).is_file()]
-        if legacy:
-            first = choose(folder).candidates[:1]
-            step = first[0].step if first else None
-            chosen = folder / first[0].single if first and first[0].single else legacy[0]
-            return {"name": folder.name, "legacy": chosen.name, "step": step, "bytes": chosen.stat().st_size}
-        return {"name": folder.name, "error": str(error)}

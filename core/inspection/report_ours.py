@@ -1,0 +1,87 @@
+"""The facts that only our checkpoints have: tokenizer, training state, history, what does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from ..bundle.bundle import KeptStep, open_bundle
+from ..bundle.choice import LEGACY_FILES, choose
+from ..bundle.contradictions import contradictions
+from ..bundle.evolution import notes
+from ..bundle.training_state import STATE
+from ..errors import CheckpointDamaged, CheckpointError
+from .inspect import Facts, Inspected
+
+
+def facts_of_ours(found: Inspected) -> Facts:
+    """Collect the facts that only our checkpoints have; they replace those for other programs' checkpoints."""
+    bundle = found.bundle
+    assert bundle is not None
+    files = dict(found.container.files)
+    if not bundle.single:
+        with contextlib.suppress(OSError):
+            files[STATE] = (bundle.folder / STATE).stat().st_size
+    facts: Facts = {
+        "tokenizer": bundle.tokenizer,
+        "training_state": bundle.state.to_dict(),
+        "files": files,
+        "history": [_kept_facts(kept) for kept in found.history],
+        "notes": [note for note in found.container.notes if note not in found.damage],
+        "foreign": [],
+        "damaged": list(found.damage),
+        "contradictions": [],
+    }
+    for part in (bundle.weights, bundle.optimizer):
+        with contextlib.suppress(CheckpointError):  # damage is among the notes of the container
+            if part is not None:
+                facts["foreign"] += [f"{part.source.path}: its pickle names {call}" for call in part.source.foreign]
+    facts["foreign"] = list(dict.fromkeys(facts["foreign"]))
+    try:
+        if bundle.config is None:
+            facts["contradictions"] = [*found.identity.conflicts, *found.lacks] if found.script else []
+        elif not _unread(found):
+            facts["contradictions"] = contradictions(bundle, with_optimizer=found.optimizer is not None)
+            facts["notes"] += notes(str(bundle.path("config.json")), bundle.config, bundle.state)
+    except CheckpointDamaged as error:
+        facts["damaged"].append(str(error))
+    except CheckpointError as error:
+        facts["contradictions"] = [str(error)]
+    return facts
+
+
+def _unread(found: Inspected) -> bool:
+    """Whether the file of the weights itself is damaged, so that nothing can be compared with it."""
+    bundle = found.bundle
+    return bundle is not None and any(line.startswith(str(bundle.weights.source.path)) for line in found.damage)
+
+
+def _kept_facts(kept: KeptStep) -> Facts:
+    return {
+        "step": kept.step,
+        "val_loss": kept.state.val_loss,
+        "bytes": sum(p.stat().st_size for p in kept.path.iterdir() if p.is_file()),
+        "saved_at": kept.state.saved_at,
+        "path": str(kept.path),
+    }
+
+
+def model_facts(folder: Path) -> Facts:
+    """The line of one model in the list of all."""
+    try:
+        with open_bundle(folder) as bundle:
+            return {
+                "name": folder.name,
+                "step": bundle.step,
+                "val_loss": bundle.state.val_loss,
+                "bytes": sum(bundle.sizes.values()),
+                "saved_at": bundle.state.saved_at,
+            }
+    except CheckpointError as error:
+        legacy = [folder / name for name in LEGACY_FILES if (folder / name).is_file()]
+        if legacy:
+            first = choose(folder).candidates[:1]
+            step = first[0].step if first else None
+            chosen = folder / first[0].single if first and first[0].single else legacy[0]
+            return {"name": folder.name, "legacy": chosen.name, "step": step, "bytes": chosen.stat().st_size}
+        return {"name": folder.name, "error": str(error)}
