@@ -40,7 +40,7 @@ class Rule(Protocol):
         """Make `count` of their tensors from ours."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rename:
     """Another name for the same tensor."""
 
@@ -54,7 +54,7 @@ class Rename:
     inverse = forward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Permute:
     """Permute the axes: axis k of ours is axis `axes[k]` of theirs."""
 
@@ -73,7 +73,7 @@ class Permute:
         return [permute(view, back) for view in views]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Concat:
     """Concatenate theirs along an axis; the parts have equal lengths, or those of the sizes named by `words`."""
 
@@ -101,7 +101,7 @@ class Concat:
         return parts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stack:
     """Stack theirs along a new axis."""
 
@@ -120,7 +120,7 @@ class Stack:
         return [squeeze(slice_axis(view, self.axis, k, k + 1), self.axis) for k in range(view.shape[self.axis])]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Interleave:
     """Interleave theirs by group along the first axis: for each group its rows of the first, the second, and so on.
 
@@ -155,7 +155,7 @@ class Interleave:
         return parts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Merge:
     """Merge two axes of theirs into one; the size named by `word` is the length of the second."""
 
@@ -174,7 +174,7 @@ class Merge:
         return [split_axis(view, self.axis, sizes[self.word]) for view in views]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Chain:
     """Rules applied one after another, from theirs to ours."""
 
@@ -196,7 +196,7 @@ class Chain:
         return list(views)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Inverse:
     """The inverse of a rule: several of ours in one of theirs."""
 
@@ -224,7 +224,7 @@ Row = tuple[Names, Names, Rule]
 Table = tuple[Row, ...]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Result:
     """The result of applying a table to tensors."""
 
