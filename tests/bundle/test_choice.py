@@ -234,7 +234,7 @@ def test_a_config_that_belongs_to_nothing_is_not_replaced(tmp_path, old):
     folder = tmp_path / "dante"
     single(folder, old, "latest.pt", 4)
     (folder / "config.json").write_text(json.dumps({"n_layer": 7, "n_head": 1, "n_embd": 8}))
-    with pytest.raises(CheckpointMismatch, match=r"config\.json: is not the config of latest\.pt.*move it away"):
+    with pytest.raises(CheckpointMismatch, match=r"config\.json: not the config of latest\.pt.*move it away"):
         resume(tmp_path)
     assert json.loads((folder / "config.json").read_text())["n_layer"] == 7
 
@@ -253,7 +253,7 @@ def test_a_link_to_a_disk_that_is_not_there_is_no_fresh_start(tmp_path, old):
     folder = tmp_path / "dante"
     folder.mkdir()
     (folder / "latest.pt").symlink_to(tmp_path / "unmounted" / "latest.pt")
-    with pytest.raises(CheckpointError, match=r"latest\.pt: cannot be opened .*To start anew"):
+    with pytest.raises(CheckpointError, match=r"latest\.pt: cannot be opened .*To start from scratch"):
         resume(tmp_path)
 
 

@@ -219,14 +219,14 @@ def test_a_folder_with_one_checkpoint_file_opens_that_file(tmp_path):
 def test_a_folder_with_several_checkpoint_files_names_them(tmp_path):
     for name in ("a.pt", "b.pth"):
         torch.save({}, tmp_path / name)
-    with pytest.raises(CheckpointNotFound, match=r"2 files of which each may be one: a\.pt, b\.pth\. Name one of them"):
+    with pytest.raises(CheckpointNotFound, match=r"2 files that may each be one: a\.pt, b\.pth\. Name one of them"):
         open_container(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("config.json", b'{"a": 1}', "a JSON text, no checkpoint. Name the folder"),
+        ("config.json", b'{"a": 1}', "a JSON text, not a checkpoint. Name the folder"),
         ("x.h5", b"\x89HDF\r\n\x1a\n0123", "an HDF5 file"),
         ("x.txt", b"hello", 'a text file that begins with "hello"'),
         ("x.safetensors", b"<html>hello", "its header claims"),

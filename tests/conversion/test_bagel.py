@@ -148,7 +148,7 @@ def refused(pair: Pair, folder: Path, changed: dict[str, torch.Tensor], words: s
 def test_surplus_is_refused(pair, tmp_path):
     more = {**pair.main, "surplus.weight": torch.ones(2)}
     refused(
-        pair, tmp_path, more, r"1 of its 1224 tensors are not among the 1239 of .*: surplus\.weight\. Nothing is left"
+        pair, tmp_path, more, r"1 of its 1224 tensors are not among the 1239 of .*: surplus\.weight\. No tensor is left"
     )
 
 

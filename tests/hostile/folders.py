@@ -126,7 +126,7 @@ FOLDERS = {
     ),
     "a shard that is a link out of the folder": Case(
         beside(folder_of(hf_index({"w": "b.safetensors"}), {"b.safetensors": OUT})),
-        refused='"b.safetensors" is a link that leads out of the folder, to ',
+        refused='"b.safetensors" is a link that leads outside the folder, to ',
     ),
     "a link in a circle": Case(
         folder_of(hf_index({"w": "b.safetensors"}), {"b.safetensors": "b.safetensors"}), refused="cannot be opened"

@@ -226,7 +226,7 @@ def test_mistakes_are_one_sentence_and_the_right_exit_code(tmp_path):
     for argv, code, message in [
         (["--checkpoint_root", tmp_path / "none"], 1, "python train.py --model_name"),
         ([tmp_path / "nothing"], 1, "nothing here. Give a model folder"),
-        ([tmp_path / "x.pt"], 1, "a JSON text, no checkpoint"),
+        ([tmp_path / "x.pt"], 1, "a JSON text, not a checkpoint"),
         ([tmp_path / "models" / "m", "--step", "7"], 1, "this step is not kept"),
         ([tmp_path / "models" / "m" / "model.pt", "--step", "7"], 1, "a single file has no steps"),
         ([tmp_path, "--model_name", "m"], 2, "two checkpoints"),
