@@ -217,19 +217,12 @@ def report(
         return STOPPED
     if args.consolidate:
         manager.consolidate()
-    world = manager.ranks.world
-    if world.is_first:
-        finish(manager, model, corpus, result.val_loss, samples=not world.is_sharded)
+    if manager.ranks.world.is_first:
+        finish(manager, model, corpus, result.val_loss)
     return DONE
 
 
-def finish(
-    manager: CheckpointManager,
-    model: GPT | GPTFlexAttention,
-    corpus: Corpus,
-    val_loss: float | None,
-    samples: bool,
-) -> None:
+def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Corpus, val_loss: float | None) -> None:
     """Print the loss, a sample, and the commands to continue with."""
     from core.errors import CheckpointError
 
@@ -237,18 +230,14 @@ def finish(
     if val_loss is not None:
         say(f"done: step {model.step}, validation loss {val_loss:.4f} (a uniform guess has {uniform:.2f})")
     try:
-        if samples:  # a model in shards would need all ranks for it
+        if not manager.ranks.world.is_sharded:  # a model in shards would need all ranks for it
             sample = model.generate("", max_new_tokens=200, temperature=0.8, top_k=200, seed=1)
             say("a sample:")
             print(sample.strip("\n"), flush=True)
     except CheckpointError as error:  # a dataset of GPT-2 tokens trains without the file of ranks that decoding needs
         say(f"no sample: {error}")
-    where = (
-        ""
-        if manager.checkpoint_dir.parent == Path("checkpoints")
-        else f" --checkpoint_root {manager.checkpoint_dir.parent}"
-    )
-    name = f"--model_name {manager.model_name}{where}"
+    root = manager.checkpoint_dir.parent
+    name = f"--model_name {manager.model_name}" + (f" --checkpoint_root {root}" if root != Path("checkpoints") else "")
     say(
         f"next:\n  python generate.py {name} --prompt 'The '\n  python inspect_model.py {name}\n"
         f"  python train.py {name} --max_iters {2 * model.step}"

@@ -248,7 +248,9 @@ SAFETENSORS = {
     "metadata that is no text": Case(
         tensors_file({"__metadata__": {"x": {"y": 1}}, "w": entry([2, 2], 0, 16)}), refused="expected texts"
     ),
-    "an endless name in safetensors": Case(tensors_file({"w" * 100_000: entry([2, 2], 0, 16)}), refused="is not a valid name"),
+    "an endless name in safetensors": Case(
+        tensors_file({"w" * 100_000: entry([2, 2], 0, 16)}), refused="is not a valid name"
+    ),
     "an escape sequence as a name": Case(tensors_file({"\x1b[2J\n": entry([2, 2], 0, 16)}), reported=""),
     "half a character as a name": Case(tensors_file(b'{"\\ud800":{}}'), refused="is not a valid name"),
     "10,000 empty tensors": Case(
