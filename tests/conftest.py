@@ -29,6 +29,9 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if any(item.get_closest_marker(tier) for tier in above)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        if item.get_closest_marker("slow"):  # thousands of processes in one test: on a busy machine many minutes
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture
