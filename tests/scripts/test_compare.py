@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import re
@@ -66,7 +67,7 @@ class Safetensors:
     """safetensors, one file."""
 
     def __init__(self) -> None:
-        self.torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+        self.torch = importlib.import_module("safetensors.torch")
 
     def save(self, path: Path, weights: torch.Tensor) -> None:
         self.torch.save_file({"w": weights}, path)
@@ -79,7 +80,7 @@ class Lightning:
     """The functions with which Lightning's trainer writes and reads its checkpoints."""
 
     def __init__(self) -> None:
-        self.io = pytest.importorskip("lightning.fabric.utilities.cloud_io", reason="lightning is not installed")
+        self.io = importlib.import_module("lightning.fabric.utilities.cloud_io")
 
     def save(self, path: Path, weights: torch.Tensor) -> None:
         self.io._atomic_save({"w": weights}, path)
@@ -92,7 +93,7 @@ class Transformers:
     """The weights in a step's folder of the Trainer of transformers."""
 
     def __init__(self) -> None:
-        self.transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        self.transformers = importlib.import_module("transformers")
 
     def save(self, path: Path, weights: torch.Tensor) -> None:
         sizes = {"n_layer": 1, "n_head": 1, "n_embd": 64, "n_positions": 64, "vocab_size": 8}
@@ -105,6 +106,12 @@ class Transformers:
 
 
 WAYS = {way.__name__: way for way in (Ours, Torch, Dcp, Safetensors, Lightning, Transformers)}
+OTHERS = ("Lightning", "Transformers")  # programs that requirements-full.txt brings
+
+
+def named(*names: str) -> list:
+    """The names of ways as parameters, each of the tier that has its program."""
+    return [pytest.param(name, marks=pytest.mark.full if name in OTHERS else ()) for name in names]
 
 
 def flip(path: Path) -> None:
@@ -116,7 +123,7 @@ def flip(path: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", named(*WAYS))
 def test_a_flipped_bit_is_loaded_by_others_and_refused_here(tmp_path, name):
     way, path = WAYS[name](), tmp_path / "saved"
     way.save(path, WEIGHTS)
@@ -146,7 +153,7 @@ def fails_half_way(name: str, path: Path) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("name", ["Ours", "Safetensors", "Lightning"])
+@pytest.mark.parametrize("name", named("Ours", "Safetensors", "Lightning"))
 def test_a_save_that_fails_keeps_the_last_step_here_in_safetensors_and_in_lightning(tmp_path, name):
     way, path = WAYS[name](), tmp_path / "saved"
     way.save(path, WEIGHTS)
@@ -163,8 +170,9 @@ def test_a_save_that_fails_costs_others_the_last_step(tmp_path, name):
         way.load(path)
 
 
+@pytest.mark.full
 def test_the_trainer_of_transformers_takes_an_empty_folder_for_the_newest_step(tmp_path):
-    utils = pytest.importorskip("transformers.trainer_utils", reason="transformers is not installed")
+    utils = importlib.import_module("transformers.trainer_utils")
     for name in ("checkpoint-10", "checkpoint-20"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-10/model.safetensors").write_bytes(b"whole")
