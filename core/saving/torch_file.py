@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from ..containers.checksum import CHUNK, THREADS
-from ..containers.torch_files.image import Image
 from ..containers.torch_files.layout import Sink, records, write_torch_file
 
 
@@ -32,11 +31,6 @@ def write_torch_zip(sink: Sink, content: Any) -> str:
 def records_of(content: Any) -> list[tuple[str, bytes | torch.UntypedStorage]]:
     """List the records of the torch file that holds an object, in order."""
     return list(records(*_pickle(content)))
-
-
-def file_size(content: Any) -> int:
-    """Bytes of the torch file that holds an object."""
-    return Image(records_of(content)).size
 
 
 def digest_of(content: Any) -> str:
