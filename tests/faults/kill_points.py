@@ -66,8 +66,8 @@ def expected(scenario: Scenario, base: Path, whole: Path) -> tuple[Expected, lis
     return Expected.of(scenario, base, whole), killer.calls
 
 
-def kill_everywhere(name: str, folder: Path) -> Tally:
-    """Kill one scenario before its first storage call, after each, and in the middle of each write."""
+def kill_everywhere(name: str, folder: Path, every: int) -> Tally:
+    """Kill one scenario before its first storage call, after each, and in the middle of each write, or at some."""
     scenario, tally = SCENARIOS[name], Tally()
     base = folder / "base"
     base.mkdir()
@@ -77,7 +77,7 @@ def kill_everywhere(name: str, folder: Path) -> Tally:
         points = [(at, False) for at in range(len(calls) + 1)]
         points += [(at, True) for at, call in enumerate(calls) if "write" in call]
         committed = False
-        for at, midway in sorted(points):
+        for at, midway in sorted(points)[len(name) % every :: every]:
             trial = copy(base, folder / "trial")
             where = f"{name}, killed {'in the middle of' if midway else 'before'} call {at} of {len(calls)}"
             _kill(scenario, trial, Killer(at, midway), tally, where)
@@ -107,8 +107,8 @@ def _kill(scenario: Scenario, root: Path, killer: Killer, tally: Tally, where: s
     tally.check(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{where}: it was not killed")
 
 
-def run(folder: Path, names: Any = SCENARIOS) -> Tally:
-    """Kill every scenario everywhere."""
+def run(folder: Path, names: Any = SCENARIOS, every: int = 1) -> Tally:
+    """Kill every scenario everywhere, or at one of every so many points."""
     torch.set_num_threads(1)
     tally = Tally()
     with warnings.catch_warnings():
@@ -116,7 +116,7 @@ def run(folder: Path, names: Any = SCENARIOS) -> Tally:
         for name in names:
             place = folder / name.replace(" ", "_")
             place.mkdir(parents=True)
-            tally.add(kill_everywhere(name, place))
+            tally.add(kill_everywhere(name, place, every))
             shutil.rmtree(place)
     return tally
 
