@@ -73,6 +73,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.scale = config.score_scale
         self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.has_proj_bias)
 
@@ -84,7 +85,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         # With a cache, either it was empty (q and k cover the same positions) or there is one query that sees all keys.
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, scale=self.scale)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -105,20 +107,28 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each normed before and added to its input."""
+    """One layer: attention, then feed-forward, each added to its input; the norm stands before it or after the sum."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.ln1 = nn.LayerNorm(config.n_embd, bias=config.norm_bias)
+        self.normed_after = config.norm_placement == "after"
+        self.ln1 = _norm(config)
         self.sa = Attention(config)
-        self.ln2 = nn.LayerNorm(config.n_embd, bias=config.norm_bias)
+        self.ln2 = _norm(config)
         self.fwd = FeedForward(config)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Apply the layer: x [B, T, C] to [B, T, C]."""
+        if self.normed_after:
+            x = self.ln1(x + _drop(self.sa(x, cache), self.dropout, self.training))
+            return self.ln2(x + _drop(self.fwd(x), self.dropout, self.training))
         x = x + _drop(self.sa(self.ln1(x), cache), self.dropout, self.training)
         return x + _drop(self.fwd(self.ln2(x)), self.dropout, self.training)
+
+
+def _norm(config: GPTConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def _drop(x: Tensor, p: float, training: bool) -> Tensor:
@@ -141,7 +151,7 @@ class GPT(nn.Module):
         self.token_embedding_table = Embedding(config.vocab_size, config.n_embd)
         self.position_embedding_table = Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.norm_bias)
+        self.ln_f = _norm(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         self.retie()
         if not self.token_embedding_table.weight.is_meta:

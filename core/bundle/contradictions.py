@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from ..config.gpt import GPTConfig
+from ..config.gpt import NEUTRAL, GPTConfig
 from ..config.modded import CLASSES
 from ..console.words import listed
 from ..containers.torch_files.zip import TorchZip
@@ -90,7 +90,7 @@ def _edits(bundle: Bundle, config: GPTConfig) -> list[str]:
         return []
     return [
         f"{bundle.path(CONFIG)}: {name} is {found[name]}, step {bundle.step} was saved with {then}. Set it to {then}"
-        for name, then in recorded.items()
+        for name, then in {**NEUTRAL, **recorded}.items()
         if name in found and found[name] != then
     ]
 

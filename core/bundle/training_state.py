@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config.gpt import FORMAT_VERSION
+from ..config.gpt import CHOICES_VERSION, FORMAT_VERSION
 from ..containers.json_files import dump_json, parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch
 
@@ -80,7 +80,8 @@ class TrainingState(Mapping[str, Any]):
 
     def committed(self, parent: str | None, **values: Any) -> TrainingState:
         """The state of a new commit, which gets an id of its own; `values` follow `parent` where they are new."""
-        return self.having(format_version=FORMAT_VERSION, commit_id=new_id(), parent=parent, **values)
+        version = max(FORMAT_VERSION, self.format_version or 0)  # that of the model's config may be higher
+        return self.having(format_version=version, commit_id=new_id(), parent=parent, **values)
 
     @property
     def files(self) -> Values:
@@ -199,9 +200,9 @@ def check_version(values: dict[str, Any], where: str) -> None:
     version = values.get("format_version", 1)
     if not isinstance(version, int) or version < 1:
         raise CheckpointDamaged(f"{where}: format_version is {version!r}, expected a whole number of at least 1.")
-    if version > FORMAT_VERSION:
+    if version > CHOICES_VERSION:
         raise CheckpointMismatch(
-            f"{where}: format_version {version}, this program reads up to {FORMAT_VERSION}. Update the program."
+            f"{where}: format_version {version}, this program reads up to {CHOICES_VERSION}. Update the program."
         )
 
 

@@ -10,7 +10,12 @@ from ..errors import CheckpointMismatch
 FORMAT_VERSION = 2
 """The bundle format this program writes; a file without a version is version 1."""
 
+CHOICES_VERSION = 3
+"""The format of a model with a choice that programs of version 2 do not know and would compute without: `NEUTRAL`."""
+
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+NORM_PLACEMENTS = ("before", "after")
+ATTENTION_SCALES = ("head_size", "n_embd")
 EDITABLE = ("batch_size", "dropout", "device")
 """Fields of config.json that a person may change at any time: they touch no tensor."""
 
@@ -37,6 +42,9 @@ class GPTConfig:
     norm_bias: bool = True
     mlp_bias: bool = True
     proj_bias: bool | None = None
+    attention_scale: str | float = "head_size"  # of the scores: D ** -0.5, C ** -0.5 with n_embd, or a number itself
+    norm_placement: str = "before"  # of attention and feed-forward, or after each of the two sums
+    norm_eps: float = 1e-5
     unknown: dict[str, Any] = field(default_factory=dict)  # fields of other programs, kept as they are
 
     def __post_init__(self) -> None:
@@ -66,6 +74,11 @@ class GPTConfig:
         Raises: CheckpointMismatch when a field has a wrong type or an impossible value.
         """
         known = {f.name for f in fields(cls)} - {"unknown"}
+        version = values.get("format_version")
+        if isinstance(version, int) and version > CHOICES_VERSION:
+            raise CheckpointMismatch(
+                f"{where}: format_version {version}, this program reads up to {CHOICES_VERSION}. Update the program."
+            )
         config = cls.__new__(cls)
         defaults = cls()
         for name in known:
@@ -77,7 +90,13 @@ class GPTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json, with the unknown fields of the file it came from."""
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
-        return {**known, "format_version": FORMAT_VERSION, **self.unknown}
+        return {**without_neutral(known), "format_version": self.format_version, **self.unknown}
+
+    @property
+    def format_version(self) -> int:
+        """The lowest format whose programs compute this model, rather than one without a field they do not know."""
+        is_neutral = all(getattr(self, name) == value for name, value in NEUTRAL.items())
+        return FORMAT_VERSION if is_neutral else CHOICES_VERSION
 
     def architecture(self) -> dict[str, Any]:
         """The fields that determine tensors and mathematics: everything that must not be edited."""
@@ -94,6 +113,22 @@ class GPTConfig:
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.n_embd // self.n_head
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of the attention scores."""
+        if isinstance(self.attention_scale, str):
+            return (self.head_size if self.attention_scale == "head_size" else self.n_embd) ** -0.5
+        return self.attention_scale
+
+
+NEUTRAL: dict[str, Any] = {"attention_scale": "head_size", "norm_placement": "before", "norm_eps": 1e-5}
+"""Fields that models had no choice about before the field existed, and what all of them did; not written then."""
+
+
+def without_neutral(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the fields of `NEUTRAL` that have their neutral value."""
+    return {name: value for name, value in values.items() if name not in NEUTRAL or value != NEUTRAL[name]}
 
 
 def same_architecture(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -136,6 +171,24 @@ def _activation(name: str, value: Any) -> str | None:
     return None if value in ACTIVATIONS else f"{name} is {value!r}, expected {', '.join(ACTIVATIONS)}"
 
 
+def _attention_scale(name: str, value: Any) -> str | None:
+    if value in ATTENTION_SCALES or _is_positive(value):
+        return None
+    return f"{name} is {value!r}, expected {', '.join(ATTENTION_SCALES)} or a number above 0"
+
+
+def _norm_placement(name: str, value: Any) -> str | None:
+    return None if value in NORM_PLACEMENTS else f"{name} is {value!r}, expected {', '.join(NORM_PLACEMENTS)}"
+
+
+def _positive(name: str, value: Any) -> str | None:
+    return None if _is_positive(value) else f"{name} is {value!r}, expected a number above 0"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
 _COMPUTED = {
     "pos_encoding": ("learned",),
     "norm_type": ("layernorm",),
@@ -159,4 +212,7 @@ _RULES = {
     "norm_bias": _boolean,
     "mlp_bias": _boolean,
     "proj_bias": _optional_boolean,
+    "attention_scale": _attention_scale,
+    "norm_placement": _norm_placement,
+    "norm_eps": _positive,
 }

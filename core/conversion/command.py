@@ -9,10 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..config.gpt import ACTIVATIONS, ATTENTION_SCALES, NORM_PLACEMENTS
 from ..console.commandline import DONE, Parser, count, positive, size
 from ..console.progress import byte_bar
 from ..console.words import printable
 from ..errors import CheckpointMismatch
+from ..families.choices import ACTIVATIONS as SPELLINGS
+from ..families.choices import FLAGS as CHOICES
 from .plan import DTYPES, Options
 
 TO = ("bundle", "nanogpt", "hf", "megatron", "safetensors", "pt", "dcp")
@@ -36,26 +39,46 @@ def add_flags(parser: Parser) -> None:
     optimizer = "include the optimizer state (--to bundle always does)"
     group.add_argument("--include_optimizer", action="store_true", help=optimizer)
     group.add_argument("--meta", metavar="FILE", type=Path, help="nanoGPT's meta.pkl: the characters of a vocabulary")
+    add_choice_flags(parser)
     _add_megatron_flags(parser)
     add_sharded_flags(parser)
     group.add_argument("--overwrite", action="store_true", help="move an existing DST aside")
     group.add_argument("--no_verify", action="store_true", help="do not read the result back and compare it")
 
 
+def add_choice_flags(parser: Parser) -> None:
+    """Add flags for choices that a file may leave open; none of them has a default."""
+    group = parser.add_argument_group("what the model computes, where the file does not show it")
+    group.add_argument("--n_head", "--num_attention_heads", metavar="N", type=count, help="attention heads")
+    activations = "of the feed-forward part: gelu (the exact form), gelu_tanh, relu"
+    group.add_argument("--activation", metavar="NAME", type=_activation, help=activations)
+    scale = "the factor of attention scores: head_size ** -0.5, n_embd ** -0.5, or a number"
+    group.add_argument("--attention_scale", metavar="SCALE", type=_scale, help=scale)
+    placement = "norms before attention and feed-forward, or after the sums"
+    group.add_argument("--norm_placement", choices=NORM_PLACEMENTS, help=placement)
+    group.add_argument("--norm_eps", metavar="X", type=positive, help="epsilon of the norms")
+    group.add_argument("--rope_theta", metavar="X", type=positive, help="base of the rotary embedding")
+
+
+def _activation(text: str) -> str:
+    if text not in SPELLINGS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(ACTIVATIONS)}")
+    return SPELLINGS[text]
+
+
+def _scale(text: str) -> str | float:
+    return text if text in ATTENTION_SCALES else positive(text)
+
+
 def _add_megatron_flags(parser: Parser) -> None:
     """Add flags for the settings that a Megatron file lacks; defaults that are used are printed."""
     group = parser.add_argument_group("Megatron models, for settings that no config beside the tensors has")
-    heads = "number of heads, if no config has it: the tensors show only their groups and total width"
-    group.add_argument("--num_attention_heads", metavar="N", type=count, help=heads)
-    group.add_argument("--rope_theta", metavar="X", type=positive, help="base of the rotary embedding (10000)")
     scaling = "factor of Llama 3's scaling of the frequencies (off; 8 in a run with --use-rope-scaling)"
     group.add_argument("--rope_scaling_factor", metavar="X", type=positive, help=scaling)
-    group.add_argument("--norm_eps", metavar="X", type=positive, help="epsilon of the norms (1e-5; Qwen 1e-6)")
     group.add_argument("--rotary_percent", metavar="X", type=positive, help="part of a head that is rotated (1)")
     group.add_argument(
         "--layernorm_1p", action="store_true", default=None, help="norm weights are stored as gamma - 1: add 1"
     )
-    group.add_argument("--activation", choices=("gelu", "gelu_new"), help="of the GPT-2 style (gelu, the exact form)")
     group.add_argument("--max_position_embeddings", metavar="N", type=count, help="longest text, of rotary positions")
     group.add_argument("--bos_token_id", metavar="N", type=int, help="token that begins a text (none)")
     group.add_argument("--eos_token_id", metavar="N", type=int, help="token that ends a text (none)")
@@ -72,6 +95,7 @@ def options_of(args: argparse.Namespace) -> Options:
         vocab_size=args.vocab_size,
         include_optimizer=args.include_optimizer,
         meta=args.meta,
+        choices={name: value for name in CHOICES if (value := getattr(args, name)) is not None},
         more={name: value for name in FLAGS if (value := getattr(args, name)) is not None} | more_of(args),
     )
 

@@ -19,9 +19,11 @@ from ..containers.spec import TensorSpec
 from ..containers.tensors.views import View, stored
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from ..families.architecture import Architecture
+from ..families.choices import Choice
 from ..families.identify import FAMILIES, UNKNOWN, Identity
 from ..families.megatron_iteration import is_iteration
 from ..inspection.inspect import Inspected, identity_of, inspect_path
+from ..inspection.marks import choices, marks_of
 from .pairs import megatron_source
 from .pairs.modded import BATCHED
 from .plan import Moments, Options, Source
@@ -55,14 +57,16 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     if found.bundle is not None and options is not None and options.more.get("save_ema"):
         _take_average(found, found.bundle)
     megatron_source.refuse_classic(found.container)
-    megatron_source.take_heads(found, options or Options())
     if found.container.foreign and not is_iteration(found.container):
         raise CheckpointError(
             f"{path}: its pickle names {', '.join(found.container.foreign[:3])}. Nothing was executed, and nothing is "
             "converted; inspect_model.py shows its tensors and plain values."
         )
+    given = options.choices if options is not None else {}
     config = _config(found)
     identity = identity_of(found.weights, config)
+    if needs_family and "n_head" in given:
+        config, identity = _with_heads(found, config, identity, given["n_head"])
     if identity.family == UNKNOWN or identity.unplaced or identity.missing:
         if needs_family:
             raise _unfit(path, identity)
@@ -72,12 +76,54 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
         raise CheckpointMismatch(
             f"{path}: {listed(identity.conflicts, 3)}. Correct the config, or name another source."
         )
-    model = _model(found, path, identity, config)
+    found.identity, found.config = identity, config
+    made = choices(found, given)
+    if needs_family:
+        _refuse_contradicted(path, made, given, marks_of(found).place)
+    model = _model(found, path, identity, config, made)
     model.notes += said
     if needs_family:
         megatron_source.refuse_mixed(model)
     megatron_source.drop_extra_states(model, found.key)
     return model
+
+
+def _with_heads(
+    found: Inspected, config: dict[str, Any], identity: Identity, heads: int
+) -> tuple[dict[str, Any], Identity]:
+    """The config and the identity of a model with a number of heads that a person specified.
+
+    Raises: CheckpointMismatch when the tensors or the config have another number, or cannot have this one.
+    """
+    shape = identity.architecture
+    if shape is None:
+        return config, identity
+    is_exported = identity.family.startswith("megatron_")  # its config is what the export was told
+    if shape.n_head is not None and not (is_exported and "n_head" in shape.from_config):
+        if shape.n_head == heads:
+            return config, identity
+        whose = "its config" if "n_head" in shape.from_config else "its tensors"
+        raise CheckpointMismatch(f"{found.path}: --n_head is {heads}, but {whose} has {shape.n_head}. Leave it out.")
+    fields = {"num_attention_heads" if is_exported else "n_head": heads}
+    width = next((s.shape[-1] for n, s in found.weights.items() if n.endswith(".linear_proj.weight")), shape.n_embd)
+    if not width or width % heads:
+        raise CheckpointMismatch(f"{found.path}: --n_head is {heads}, which does not divide the width {width}.")
+    if is_exported:
+        fields["kv_channels"] = width // heads
+    config = {**config, **fields}
+    return config, identity_of(found.weights, config)
+
+
+def _refuse_contradicted(path: Path, made: list[Choice], given: Mapping[str, Any], place: str) -> None:
+    """Refuse flags that a config contradicts, and those of choices that the model does not have."""
+    for choice in made:
+        if choice.name in given and choice.value != given[choice.name]:
+            raise CheckpointMismatch(
+                f"{path}: --{choice.name} is {given[choice.name]}, but {place or 'its config'} has {choice.value}. "
+                "Leave it out."
+            )
+    if lost := [name for name in given if name not in {choice.name for choice in made}]:
+        raise CheckpointMismatch(f"{path}: --{lost[0]} has no effect on a model of this family. Leave it out.")
 
 
 def _take_average(found: Inspected, bundle: Bundle) -> None:
@@ -120,7 +166,7 @@ def _bare(found: Inspected, path: Path, config: dict[str, Any]) -> Source:
     return model
 
 
-def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, Any]) -> Source:
+def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, Any], made: list[Choice]) -> Source:
     assert identity.architecture is not None
     tensors = {}
     dropped = {}
@@ -146,6 +192,7 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
         family_of_source=_family_of(identity, config),
         dropped=dropped,
         program=identity.program,
+        choices=made,
     )
     model.notes += found.chosen
     if bundle is not None:

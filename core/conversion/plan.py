@@ -14,6 +14,7 @@ from ..containers.spec import ITEM_SIZES
 from ..containers.tensors.reading import FLOATS, Gatherer, same_elements
 from ..containers.tensors.views import View
 from ..errors import CheckpointMismatch
+from ..families.choices import Choice, question
 from ..families.rules import Row, Sizes, Table, apply
 from ..inspection.tensor_table import grouped
 
@@ -34,6 +35,7 @@ class Options:
     vocab_size: int | None = None
     include_optimizer: bool = False
     meta: Path | None = None
+    choices: Mapping[str, Any] = field(default_factory=dict)  # by names of `families.choices.FLAGS`
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,6 +70,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
     program: str = ""  # what wrote it, for people
     along: dict[str, View] = field(default_factory=dict)  # an optimizer's tensors that keep their names and layout
+    choices: list[Choice] = field(default_factory=list)  # what decides what it computes, and who says so
 
     def drop(self, name: str, reason: str) -> None:
         """Leave a tensor out, for a reason."""
@@ -88,6 +91,22 @@ class Source:
         self.tensors[name] = view
         before = self.rules.get(name, "")
         self.rules[name] = f"{before}, {rule}" if before else rule
+
+    def choice(self, name: str) -> Any:
+        """The value of a choice; None where the family has no such choice."""
+        return next((choice.value for choice in self.choices if choice.name == name), None)
+
+    def ask(self) -> None:
+        """Refuse to go on while a choice of the model is open.
+
+        Raises: CheckpointMismatch naming each, its flag and the values that fit.
+        """
+        if asked := question(self.choices):
+            raise self.refuse(asked)
+
+    def choose(self, name: str, value: Any, origin: str) -> None:
+        """Set a choice that is found out on the way."""
+        self.choices = [choice for choice in self.choices if choice.name != name] + [Choice(name, value, origin)]
 
     def refuse(self, reason: str) -> CheckpointMismatch:
         """Make the error that names the source."""

@@ -11,11 +11,12 @@ from ..containers import safetensors_writer
 from ..containers.tensors.views import View, concatenate, filled, slice_axis
 from ..errors import CheckpointMismatch
 from ..families.family import Family
+from ..families.fused import FUSED
 from ..families.identify import UNKNOWN, identify
 from ..families.match import skeleton
 from .match_original import plan_matched
 from .opening import FAMILY, open_model
-from .pairs import ways
+from .pairs import PAIRS, ways
 from .pairs.megatron_settings import FLAGS
 from .plan import TORCH_ENDINGS, Options, Plan, Source
 from .sharded import take_parts
@@ -93,6 +94,10 @@ def _refuse_flags(model: Source, kind: Format, options: Options) -> None:
     if options.tied and model.family not in FAMILY:
         raise model.refuse("--tied needs to know which tensor is the head, and the program is not known. Leave it out.")
     # another program's config has the settings that a Megatron file lacks
+    if options.choices and not kind.families:
+        raise model.refuse(
+            f"--{next(iter(options.choices))}: --to {kind.name} takes tensors as they are. Leave it out."
+        )
     asked = [f"--{name}" for name in FLAGS if name in options.more]
     if asked and not (model.family.startswith("megatron_") and kind.families):
         raise model.refuse(
@@ -108,6 +113,9 @@ def _carry(model: Source, kind: Format, options: Options) -> None:
     if way is None:
         there = [one.name for one in FORMATS if not one.families or found.keys() & set(one.families)]
         raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(there)}.")
+    if model.family == "hf_gpt2" and not way and "model_type" not in model.config:  # made from the choices
+        (there_and_back,) = (pair for pair in PAIRS if (pair.theirs, pair.ours) == ("hf_gpt2", FUSED))
+        way = [(there_and_back, False), (there_and_back, True)]
     for pair, back in way:
         pair.carry(model, options, back)
     if way:

@@ -89,7 +89,8 @@ def open_sharded(path: Path, options: Options) -> Inspected:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
     identity = identity_of(weights, None)
     optimizer = _optimizer(container)[1] if options.include_optimizer else None
-    found = Inspected(path, container, weights, key, identity, None, None, _with_names(optimizer), _step(container))
+    step = _step(container)
+    found = Inspected(path, container, weights, key, identity, None, optimizer=_with_names(optimizer), step=step)
     found.chosen = list(container.notes)
     return found
 

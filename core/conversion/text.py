@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..console.words import columns, listed_names, printable, size_text
+from ..inspection.report import choice_facts
+from ..inspection.report_text import choice_lines
 from .pairs import PAIRS, ways
 from .plan import Plan, folded
 from .targets import FORMATS
@@ -32,6 +34,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
             }
             for target in plan.targets
         ],
+        "choices": choice_facts(model.choices),
         "dropped": model.dropped,
         "filled": plan.filled,
         "files": [*(file.name for file in plan.files), *plan.texts, *plan.copies],
@@ -59,6 +62,7 @@ def summary(plan: Plan) -> Iterable[str]:
     model = plan.model
     for note in model.notes:
         yield f"note: {printable(note)}"
+    yield from choice_lines(choice_facts(model.choices))
     weights = [target for target in plan.targets if target.is_weight]
     moments = len(plan.targets) - len(weights)
     dtypes = ", ".join(dict.fromkeys(target.dtype for target in weights))

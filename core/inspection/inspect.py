@@ -13,21 +13,17 @@ from ..bundle.find import is_model
 from ..config.variants import VARIANTS
 from ..console.words import listed_names
 from ..containers.container import Check, Container
-from ..containers.pickles.inert import Call
-from ..containers.plain import plain
 from ..containers.spec import TensorSpec
 from ..errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
 from ..families import megatron_iteration
 from ..families.identify import Identity, identify, weights_key
+from .config_entry import config_entry
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle, KeptStep
     from ..bundle.parts import Part
 
 # the readers of our own bundles are imported on demand: that takes as long as opening another program's file
-
-CONFIG_KEYS = ("config", "model_config", "model_args", "args")
-"""Entries of a checkpoint's content under which programs store the config of a model."""
 
 SCRIPTS = {f"modded_{variant.name}": variant.program for variant in VARIANTS.values()}
 """The script that each family of modded-nanogpt is from."""
@@ -46,6 +42,7 @@ class Inspected:
     key: str  # precedes these names in the container
     identity: Identity
     config: dict[str, Any] | None
+    place: str = ""  # of the config: an entry of the file's content, or a file
     tokenizer: dict[str, Any] | None = None
     optimizer: Any = None  # its inert content
     step: int | None = None
@@ -230,22 +227,17 @@ def of_container(path: Path) -> Inspected:
     key = weights_key(container.tensors)
     weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
     content = container.content if isinstance(container.content, Mapping) else {}
-    config = next((found for k in CONFIG_KEYS if (found := _fields(content.get(k))) is not None), None)
+    place, config = config_entry(content)
     step = next((content[k] for k in ("step", "iter_num", "iteration") if type(content.get(k)) is int), None)
     optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optimizers") if k in content), None)
     notes: list[str] = []
     if megatron_iteration.is_iteration(container):
         weights, notes = megatron_iteration.model_of(weights)
-        config, step = megatron_iteration.said(container)
+        place, (config, step) = "common.pt", megatron_iteration.said(container)
+    if container.kind.startswith("Hugging Face folder"):
+        place = "config.json"
     identity = identity_of(weights, config)
-    return Inspected(path, container, weights, key, identity, config, None, optimizer, step, chosen=notes)
-
-
-def _fields(value: Any) -> dict[str, Any] | None:
-    from ..containers.pickles.foreign import attributes
-
-    found = attributes(value) if isinstance(value, (dict, Call)) else None
-    return {str(k): plain(v) for k, v in found.items()} if found is not None else None
+    return Inspected(path, container, weights, key, identity, config, place, None, optimizer, step, chosen=notes)
 
 
 def identity_of(weights: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Identity:

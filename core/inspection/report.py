@@ -8,7 +8,9 @@ from typing import Any
 from ..containers.pickles.inert import Call
 from ..containers.spec import TensorSpec
 from ..containers.trees import leaves
+from ..families.choices import Choice
 from .inspect import Facts, Inspected
+from .marks import choices
 from .tensor_table import tensor_facts
 
 FORMATS = {
@@ -39,6 +41,7 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
         "bytes": found.size,
         "dtypes": _dtypes(found.weights.values()),
         "parameters": _parameters(found),
+        "choices": choice_facts(choices(found)),
         "contradictions": [] if ours else [*identity.conflicts, *found.lacks],
         "notes": [*container.notes, *(architecture.notes if architecture is not None and not ours else [])],
         "health": _health(found),
@@ -54,6 +57,14 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
     from .report_ours import facts_of_ours  # the room of our folders, which other files do without
 
     return {**facts, **facts_of_ours(found)}
+
+
+def choice_facts(made: Iterable[Choice]) -> list[Facts]:
+    """The choices of a model, each with its value, its origin, and the sentence about a value that may be wrong."""
+    return [
+        {"name": one.name, "value": one.value, "origin": one.origin, "text": str(one), "warning": one.warning or None}
+        for one in made
+    ]
 
 
 def _architecture(architecture: Any) -> Facts:

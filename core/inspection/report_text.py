@@ -49,6 +49,8 @@ def text_of(facts: Facts, all_tensors: bool = False) -> Iterable[str]:
     yield from _parameters(facts)
     if facts["architecture"] is not None:
         yield from ("", "=== ARCHITECTURE ===", *architecture_lines(facts["architecture"]))
+    if facts["choices"]:
+        yield from ("", "=== CHOICES ===", *choice_lines(facts["choices"]))
     if facts["config"] is None:
         yield from (f"contradiction: {printable(sentence)}" for sentence in facts["contradictions"])
     if facts["family"] == "unknown" and facts["tensors"]:
@@ -119,6 +121,14 @@ def architecture_lines(a: Facts) -> Iterable[str]:
     yield f"{a['norm']}{qk}, {gated}{a['activation']}, biases: {biases}"
     if a["from_config"]:
         yield f"from the config, not the tensors: {', '.join(a['from_config'])}"
+
+
+def choice_lines(made: Iterable[Facts]) -> Iterable[str]:
+    """Write choices for people, one a line, and a warning behind a value that may be wrong."""
+    for choice in made:
+        yield printable(choice["text"])
+        if choice["warning"]:
+            yield f"WARNING: {printable(choice['warning'])}"
 
 
 def _known(value: Any) -> str:

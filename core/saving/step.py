@@ -26,7 +26,7 @@ from ..bundle.retention import Retention, best_of, better
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
 from ..bundle.writing import explained
-from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
+from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture, without_neutral
 from ..config.modded import ModdedConfig
 from ..console.words import size_text
 from ..containers.json_files import dump_json, parse_json
@@ -140,7 +140,9 @@ class StepSave:
         )
         config = self._texts[CONFIG]
         if config.get("model_class", "GPT") == "GPT":
-            state = state.having(architecture=GPTConfig.from_dict(config).architecture())
+            known = GPTConfig.from_dict(config)
+            architecture = without_neutral(known.architecture())
+            state = state.having(architecture=architecture, format_version=known.format_version)
         if seen := seen_files(self.place.path, top.legacy or []):
             state = state.having(legacy=seen)
         return state.having(**told)

@@ -174,7 +174,7 @@ def test_format_of_the_future_says_both_versions(old, folder, name):
     write_old_bundle(folder, old.fused, old.moments, step=3)
     edit(folder / name, format_version=99)
     for door in OF_A_FOLDER:
-        refused(door, folder, f"{folder / name}: format_version 99, this program reads up to 2. Update the program.")
+        refused(door, folder, f"{folder / name}: format_version 99, this program reads up to 3. Update the program.")
 
 
 # Entries of a single file

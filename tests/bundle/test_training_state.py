@@ -75,7 +75,7 @@ def test_a_state_without_integrity_is_version_one_and_taken_as_it_is():
 
 def test_a_newer_format_is_refused_with_both_numbers():
     with pytest.raises(
-        CheckpointMismatch, match=r"run/training_state.json: format_version 7, this program reads up to 2"
+        CheckpointMismatch, match=r"run/training_state.json: format_version 7, this program reads up to 3"
     ):
         unseal(b'{"step": 1, "format_version": 7}', "run/training_state.json")
 

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from core.model import GPT
-from tests.makers.conversions import converted, tensors_of
+from tests.makers.conversions import converted, tensors_of, texts
 from tests.makers.megatron_exports import (
     GPT2,
     LLAMA,
     QWEN,
     RUN,
+    THETA,
     changed,
     export_of,
     exported,
@@ -32,10 +33,10 @@ from tests.makers.old_runs import copied
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIXTURES = {
-    LLAMA: (LLAMA, {"rope_theta": 500000.0}),
-    "megatron_llama_gqa_TEnames": (LLAMA, {"rope_theta": 500000.0}),
-    "megatron_llama_gqa_TEnames_oldTE_BytesIO": (LLAMA, {"rope_theta": 500000.0}),
-    QWEN: (QWEN, {"rope_theta": 1e6}),
+    LLAMA: (LLAMA, THETA),
+    "megatron_llama_gqa_TEnames": (LLAMA, THETA),
+    "megatron_llama_gqa_TEnames_oldTE_BytesIO": (LLAMA, THETA),
+    QWEN: (QWEN, {"choices": {"rope_theta": 1e6}}),
     GPT2: (GPT2, {}),
 }
 
@@ -45,9 +46,10 @@ FIXTURES = {
 def test_transformers_computes_the_logits_of_megatron(fixtures, tmp_path, name):
     of, flags = FIXTURES[name]
     expected = load_file(fixtures / of / "expected.safetensors")
-    facts = converted(export_of(fixtures, name), tmp_path / "hf", "hf", more=flags)
+    facts = converted(export_of(fixtures, name), tmp_path / "hf", "hf", **flags)
     assert off_by(tmp_path / "hf", expected["input_ids"], expected["logits_fp32"]) < 2e-6
-    assert any(f"norm_eps {1e-6 if of == QWEN else 1e-5}: a default" in note for note in facts["notes"])
+    eps = 1e-6 if of == QWEN else 1e-5
+    assert f"norm epsilon {eps} (Megatron, default of its arguments or of Qwen)" in texts(facts)
     states = [reason for name, reason in facts["dropped"].items() if name.endswith("_extra_state")]
     assert len(states) >= 9 and all(reason.startswith("what Transformer Engine keeps for FP8") for reason in states)
 
@@ -55,7 +57,7 @@ def test_transformers_computes_the_logits_of_megatron(fixtures, tmp_path, name):
 def test_names_of_transformer_engine_make_no_difference(fixtures, tmp_path):
     for k, name in enumerate(FIXTURES):
         if "llama" in name:
-            converted(export_of(fixtures, name), tmp_path / str(k), "hf")
+            converted(export_of(fixtures, name), tmp_path / str(k), "hf", **THETA)
             converted(export_of(fixtures, name), tmp_path / f"{k}.pt", "megatron")
     for k in (1, 2):
         assert tensors_of(tmp_path / str(k)) == tensors_of(tmp_path / "0")
@@ -65,7 +67,8 @@ def test_names_of_transformer_engine_make_no_difference(fixtures, tmp_path):
 
 @pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
 def test_there_and_back_gives_the_same_tensors(fixtures, tmp_path, name):
-    converted(export_of(fixtures, name), tmp_path / "hf", "hf", more={"norm_eps": 1e-4})
+    given = {"norm_eps": 1e-4, **FIXTURES[name][1].get("choices", {})}
+    converted(export_of(fixtures, name), tmp_path / "hf", "hf", choices=given)
     converted(tmp_path / "hf", tmp_path / "back", "megatron")
     state, config = exported(tmp_path / "back/exported_model.pt")
     before, said = exported(export_of(fixtures, name))
@@ -75,15 +78,15 @@ def test_there_and_back_gives_the_same_tensors(fixtures, tmp_path, name):
     assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads(
         (tmp_path / "hf/config.json").read_text()
     )
-    assert not any("a default" in note for note in again["notes"])
+    assert "norm epsilon 0.0001 (from model_config)" in texts(again)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "module.model."])
 def test_prefixes_are_taken_off(fixtures, tmp_path, prefix):
     state, config = exported(export_of(fixtures, QWEN))
     source = write_export(tmp_path / "a.pt", {prefix + name: t for name, t in state.items()}, config)
-    converted(source, tmp_path / "a", "hf")
-    converted(export_of(fixtures, QWEN), tmp_path / "b", "hf")
+    converted(source, tmp_path / "a", "hf", **THETA)
+    converted(export_of(fixtures, QWEN), tmp_path / "b", "hf", **THETA)
     assert tensors_of(tmp_path / "a") == tensors_of(tmp_path / "b")
 
 
@@ -100,10 +103,9 @@ def test_layernorm_1p_adds_one_exactly(fixtures, tmp_path):
     norms = [name for name in state if "norm" in name]
     less = state | {name: (state[name].float() - 1).bfloat16() for name in norms}
     source = write_export(tmp_path / "1p.pt", less, config)
-    facts = converted(source, tmp_path / "plain", "hf")
+    facts = converted(source, tmp_path / "plain", "hf", **THETA)
     assert any("warning: 5 of 5 norm weights average below 0.5" in note for note in facts["notes"])
-    flags = {"layernorm_1p": True, "rope_theta": 500000.0}
-    facts = converted(source, tmp_path / "hf", "hf", more=flags)
+    facts = converted(source, tmp_path / "hf", "hf", more={"layernorm_1p": True}, **THETA)
     assert not any("warning" in note for note in facts["notes"])
     assert any("1 was added to 5 norm weights, which are float32 now" in note for note in facts["notes"])
     made = load_file(tmp_path / "hf/model.safetensors")
@@ -123,15 +125,15 @@ def test_transformers_computes_the_logits_of_norms_that_are_stored_less_one(fixt
     state, config = exported(export_of(fixtures, LLAMA))
     less = {name: tensor.float() - 1 if "norm" in name else tensor for name, tensor in state.items()}
     source = write_export(tmp_path / "exact.pt", less, config)
-    converted(source, tmp_path / "exact", "hf", more={"layernorm_1p": True, "rope_theta": 500000.0})
+    converted(source, tmp_path / "exact", "hf", more={"layernorm_1p": True}, **THETA)
     expected = load_file(fixtures / LLAMA / "expected.safetensors")
     assert off_by(tmp_path / "exact", expected["input_ids"], expected["logits_fp32"]) < 2e-6
 
 
 def test_padding_of_the_vocabulary_is_kept_or_cropped(fixtures, tmp_path):
-    facts = converted(export_of(fixtures, LLAMA), tmp_path / "kept", "hf")
+    facts = converted(export_of(fixtures, LLAMA), tmp_path / "kept", "hf", **THETA)
     assert any("256 rows of the vocabulary: 250 tokens and 6 of padding, kept" in note for note in facts["notes"])
-    converted(export_of(fixtures, LLAMA), tmp_path / "cropped", "hf", vocab_size=250)
+    converted(export_of(fixtures, LLAMA), tmp_path / "cropped", "hf", vocab_size=250, **THETA)
     made, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("cropped", "kept"))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(made[name], whole[name][:250])
@@ -140,7 +142,7 @@ def test_padding_of_the_vocabulary_is_kept_or_cropped(fixtures, tmp_path):
 
 @pytest.mark.full
 def test_transformers_opens_a_cropped_vocabulary(fixtures, tmp_path):
-    converted(export_of(fixtures, LLAMA), tmp_path / "cropped", "hf", vocab_size=250)
+    converted(export_of(fixtures, LLAMA), tmp_path / "cropped", "hf", vocab_size=250, **THETA)
     assert hf_model(tmp_path / "cropped").lm_head.weight.shape[0] == 250
 
 
@@ -156,7 +158,7 @@ def test_gpt2_style_becomes_a_bundle_of_ours_and_back(fixtures, tmp_path):
     converted(tmp_path / "bundle", tmp_path / "back.pt", "megatron")
     assert tensors_of(tmp_path / "back.pt") == tensors_of(source)
     tanh = tmp_path / "tanh"
-    converted(source, tanh, "hf", more={"activation": "gelu_new"})
+    converted(source, tanh, "hf", choices={"activation": "gelu_tanh"})
     assert json.loads((tanh / "config.json").read_text()) == GPT2_CONFIG
     said = refused(export_of(fixtures, GPT2), tmp_path / "no", "bundle")  # ffn_hidden_size 224 of a width of 64
     assert said.endswith("its feed-forward part is 224 wide; our GPT has 4 n_embd, 256. --to hf keeps it.")
@@ -230,26 +232,24 @@ def test_settings_that_change_what_is_computed_are_refused(fixtures, tmp_path):
     state, config = exported(export_of(fixtures, LLAMA))
     target, source = tmp_path / "hf", export_of(fixtures, LLAMA)
     assert "rotary_percent is 0.5: only that part of a head is rotated" in refused(
-        source, target, more={"rotary_percent": 0.5}
+        source, target, more={"rotary_percent": 0.5}, **THETA
     )
     for k, (name, value) in enumerate(OTHERS.items()):
         folder = write_iteration(tmp_path / f"iter_{k:07}", state, **config, **RUN[LLAMA], **{name: value})
         assert f"{name} is {value!r}" in refused(folder, target)
     bare = {name: value for name, value in config.items() if name != "max_position_embeddings"}
     short = write_export(tmp_path / "a.pt", state, bare)
-    assert "Add --max_position_embeddings N." in refused(short, target)
-    converted(short, target, "hf", more={"max_position_embeddings": 99, "eos_token_id": 7})
+    assert "Add --max_position_embeddings N." in refused(short, target, **THETA)
+    converted(short, target, "hf", more={"max_position_embeddings": 99, "eos_token_id": 7}, **THETA)
     made = json.loads((target / "config.json").read_text())
     assert (made["max_position_embeddings"], made["eos_token_id"], made["bos_token_id"]) == (99, 7, None)
-    said = refused(tmp_path / "hf", tmp_path / "x.pt", "megatron", more={"rope_theta": 1.0})
-    assert "--rope_theta: for settings that a Megatron file lacks, but this is Hugging Face Llama" in said
+    said = refused(tmp_path / "hf", tmp_path / "x.pt", "megatron", choices={"rope_theta": 1.0})
+    assert "--rope_theta is 1.0, but config.json has 500000.0. Leave it out." in said
 
 
 @pytest.mark.parametrize(
     ("name", "flag", "value", "why"),
     [
-        (LLAMA, "activation", "gelu_new", "a gated feed-forward part computes silu"),
-        (GPT2, "rope_theta", 5e5, "its positions are a table"),
         (GPT2, "rope_scaling_factor", 8.0, "its positions are a table"),
         (GPT2, "rotary_percent", 0.5, "its positions are a table"),
     ],
@@ -259,17 +259,32 @@ def test_a_flag_for_what_the_model_has_not_is_refused(fixtures, tmp_path, name, 
     assert said.endswith(f"--{flag} has no effect: {why}. Leave it out.")
 
 
+@pytest.mark.parametrize(("name", "flag", "value"), [(LLAMA, "activation", "gelu"), (GPT2, "rope_theta", 5e5)])
+def test_a_choice_that_the_model_has_not_is_refused(fixtures, tmp_path, name, flag, value):
+    said = refused(export_of(fixtures, name), tmp_path / "hf", choices={flag: value})
+    assert said.endswith(f"--{flag} has no effect on a model of this family. Leave it out.")
+
+
+def test_the_base_of_rotary_positions_is_asked_for_and_never_taken(fixtures, tmp_path):
+    said = refused(export_of(fixtures, LLAMA), tmp_path / "hf")
+    assert said == (
+        f"{export_of(fixtures, LLAMA)}: nothing in the file shows its rope base, without which its logits are not "
+        "known. Add --rope_theta 10000 (Megatron's default, Llama 2), 500000 (Llama 3) or 1000000 (Qwen)."
+    )
+    converted(export_of(fixtures, LLAMA), tmp_path / "x.pt", "megatron")  # an export again, which shows as much
+
+
 def test_heads_that_no_config_says_are_asked_for(fixtures, tmp_path):
     for name, heads in ((LLAMA, 8), (GPT2, 4)):
         state = exported(export_of(fixtures, name))[0]
         bare = write_export(tmp_path / f"{heads}.pt", state, {})
-        said = refused(bare, tmp_path / "x")
-        assert "n_head" in said and said.endswith("no config beside them has it. Add --num_attention_heads N.")
-        more = {"num_attention_heads": heads} | ({"max_position_embeddings": 64} if name == LLAMA else {})
-        converted(bare, tmp_path / f"hf{heads}", "hf", more=more)
-        converted(export_of(fixtures, name), tmp_path / f"direct{heads}", "hf")
+        assert "Add --n_head 1, 2, 4, 8, 16, 32 or 64" in refused(bare, tmp_path / "x")
+        more = {"max_position_embeddings": 64} if name == LLAMA else {}
+        theta = FIXTURES[name][1].get("choices", {})
+        converted(bare, tmp_path / f"hf{heads}", "hf", more=more, choices={"n_head": heads, **theta})
+        converted(export_of(fixtures, name), tmp_path / f"direct{heads}", "hf", choices=theta)
         assert tensors_of(tmp_path / f"hf{heads}") == tensors_of(tmp_path / f"direct{heads}")
-    converted(bare, tmp_path / "out.pt", "megatron", more={"num_attention_heads": 4, "norm_eps": 1e-3})
+    converted(bare, tmp_path / "out.pt", "megatron", choices={"n_head": 4, "norm_eps": 1e-3})
     assert exported(tmp_path / "out.pt")[1].items() >= {("num_attention_heads", 4), ("norm_epsilon", 1e-3)}
 
 
@@ -291,6 +306,8 @@ def test_the_script_prints_the_defaults_that_it_takes(fixtures, tmp_path, capsys
     words = [str(export_of(fixtures, LLAMA)), str(tmp_path / "hf"), "--to", "hf", "--rope_theta", "5e5"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "norm_eps 1e-05: a default, because no config beside the tensors has it (--norm_eps)" in out
-    assert "rope_theta" not in out and re.search("read back and compared with the source, bit for bit", out)
+    assert "norm epsilon 1e-05 (Megatron, default of its arguments or of Qwen)\n" in out
+    assert "rope base 500000.0 (from --rope_theta)\n" in out and re.search(
+        "read back and compared with the source, bit for bit", out
+    )
     assert json.loads((tmp_path / "hf/config.json").read_text())["rope_theta"] == 500000.0

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from core.inspection.inspect import inspect_path
-from tests.makers.conversions import converted, tensors_of
-from tests.makers.megatron_exports import GPT2, LLAMA, QWEN, RUN, export_of, exported, off_by, refused
+from tests.makers.conversions import converted, tensors_of, texts
+from tests.makers.megatron_exports import GPT2, LLAMA, QWEN, RUN, THETA, export_of, exported, off_by, refused
 from tests.makers.megatron_iterations import STATEFUL, stacked, write_iteration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +43,7 @@ def test_an_iteration_is_converted_by_the_arguments_of_its_run(fixtures, tmp_pat
         for part in STATEFUL
         for i in range(layers)
     }
-    converted(export_of(fixtures, name), tmp_path / "direct", "hf")
+    converted(export_of(fixtures, name), tmp_path / "direct", "hf", **({} if name == GPT2 else THETA))
     assert tensors_of(tmp_path / "hf") == tensors_of(tmp_path / "direct")
     converted(source, tmp_path / "export", "megatron")
     found, said = exported(tmp_path / "export/exported_model.pt")
@@ -71,7 +71,7 @@ def test_what_transformer_engine_keeps_of_each_layer_is_listed_and_in_nobodys_wa
     facts = converted(source, tmp_path / "hf", "hf")
     reasons = [reason for name, reason in facts["dropped"].items() if "_extra_state/shard_" in name]
     assert len(reasons) == 12 and all(f"keeps for FP8, here {said}" in reason for reason in reasons)
-    converted(export_of(fixtures, QWEN), tmp_path / "direct", "hf")
+    converted(export_of(fixtures, QWEN), tmp_path / "direct", "hf", **THETA)
     assert tensors_of(tmp_path / "hf") == tensors_of(tmp_path / "direct")
     converted(source, tmp_path / "x.safetensors", "safetensors")
     assert load_file(tmp_path / "x.safetensors").keys() == stacked(state).keys()
@@ -167,13 +167,13 @@ def test_scaled_positions_become_those_of_llama_3(fixtures, tmp_path, args, fact
         assert (
             json.loads((tmp_path / f"again{k}/config.json").read_text())["rope_parameters"] == made["rope_parameters"]
         )
-    flagged = {"rope_theta": 500000.0, "rope_scaling_factor": factor}
-    converted(export_of(fixtures, LLAMA), tmp_path / "flag", "hf", more=flagged)
+    flagged = {"rope_scaling_factor": factor}
+    converted(export_of(fixtures, LLAMA), tmp_path / "flag", "hf", more=flagged, **THETA)
     assert config_of(tmp_path / "flag")["rope_parameters"] == made["rope_parameters"]
 
 
 def test_a_factor_that_shortens_is_refused(fixtures, tmp_path):
-    said = refused(export_of(fixtures, LLAMA), tmp_path / "hf", more={"rope_scaling_factor": 0.5})
+    said = refused(export_of(fixtures, LLAMA), tmp_path / "hf", more={"rope_scaling_factor": 0.5}, **THETA)
     assert said.endswith("rope_scaling_factor is 0.5, expected a number of at least 1: it makes texts longer.")
 
 
@@ -185,7 +185,7 @@ def test_what_is_no_data_in_the_arguments_of_a_run_is_neither_executed_nor_in_th
     source = write_iteration(tmp_path / "run/iter_0000100", state, **config, **RUN[LLAMA], trap=Trap())
     converted(source, tmp_path / "hf", "hf")
     (source / "common.pt").unlink()
-    assert "Add --num_attention_heads N." in refused(source, tmp_path / "x")
+    assert "Add --n_head 1, 2, 4, 8" in refused(source, tmp_path / "x")
 
 
 class Trap:
@@ -198,6 +198,6 @@ class Trap:
 def test_a_flag_wins_over_what_the_run_says_and_is_said(fixtures, tmp_path):
     state, config = exported(export_of(fixtures, LLAMA))
     source = write_iteration(tmp_path / "iter_0000001", state, **config, **RUN[LLAMA])
-    facts = converted(source, tmp_path / "hf", "hf", more={"rope_theta": 7.0})
-    assert "rope_theta is 500000 in its config; --rope_theta 7.0 was specified, and overrides it" in facts["notes"]
+    facts = converted(source, tmp_path / "hf", "hf", choices={"rope_theta": 7.0})
+    assert "rope base 7.0 (from --rope_theta, overriding 500000 in common.pt)" in texts(facts)
     assert json.loads((tmp_path / "hf/config.json").read_text())["rope_parameters"]["rope_theta"] == 7.0

@@ -92,8 +92,8 @@ def test_the_model_card_of_a_target_whose_name_is_no_text(shared, tmp_path):
         ("pt", {"tied": True}, "--tied needs to know which tensor is the head, and the program is not known."),
         (
             "pt",
-            {"more": {"rope_theta": 1.0}},
-            "--rope_theta: for settings that a Megatron file lacks, but this is an unk",
+            {"choices": {"rope_theta": 1.0}},
+            "--rope_theta: --to pt takes tensors as they are. Leave it out.",
         ),
     ],
 )

@@ -32,6 +32,11 @@ def converted(source: Path, target: Path, to: str, *, verify: bool = True, overw
         return plan_facts(plan)
 
 
+def texts(facts: dict) -> list[str]:
+    """The choices of a plan, as a person reads them."""
+    return [choice["text"] for choice in facts["choices"]]
+
+
 def tensors_of(path: Path, prefix: str = "") -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Every tensor of a file or folder: dtype, shape, bytes."""
     container = open_container(path)

@@ -24,6 +24,10 @@ RUN = {
 }
 
 
+THETA = {"choices": {"rope_theta": 500000.0}}
+"""What an export does not show: the base of its rotary positions."""
+
+
 def export_of(fixtures: Path, name: str) -> Path:
     return fixtures / name / "exported_model.pt"
 

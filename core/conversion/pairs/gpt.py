@@ -7,35 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...config.gpt import GPTConfig
+from ...config.gpt import ACTIVATIONS, NEUTRAL, GPTConfig
 from ...containers.tensors.views import filled
 from ...families import gpt, hf_gpt2, lecture, nanogpt
+from ...families.choices import ACTIVATIONS as SPELLINGS
 from ...families.fused import FUSED, LECTURE
 from ..plan import Options, Pair, Source
 
 TABLE, HEAD, HEAD_BIAS = "token_embedding_table.weight", "lm_head.weight", "lm_head.bias"
 HF_TABLE = "transformer.wte.weight"
 
-FROM_HF = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "relu": "relu",
-}
-"""Activations of transformers that compute ours; gelu_fast and gelu_accurate are the tanh form with other constants."""
-
 TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
 GPT2_END = 50256
 """GPT-2's end of text, with which transformers also begins one."""
 
-EPSILON = 1e-5
-"""Of our layer norms, and nanoGPT's."""
-
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+_CHOICES = ("activation", "attention_scale", "norm_placement", "norm_eps")
 
 
 def _biases(model: Source) -> dict[str, bool]:
@@ -45,14 +33,37 @@ def _biases(model: Source) -> dict[str, bool]:
 
 
 def _ours(model: Source, **fields: Any) -> dict[str, Any]:
-    """The sizes of a model for our config."""
-    sizes = {name: model.sizes[name] for name in _SIZES if name in model.sizes}
-    return GPTConfig.from_dict({**sizes, **fields}, str(model.path)).to_dict()
+    """Our config of a model: its sizes and choices, none of them a default of ours.
+
+    Raises: CheckpointMismatch when one is not known, or is none that our GPT computes.
+    """
+    model.ask()
+    known = {name: model.sizes[name] for name in _SIZES if name in model.sizes}
+    known |= {name: value for name in _CHOICES if (value := model.choice(name)) is not None}
+    if lost := [name for name in (*_SIZES, *_CHOICES) if name not in known]:
+        raise model.refuse(f"{', '.join(lost)} cannot be told from it, and a bundle records them.")
+    return GPTConfig.from_dict({**known, **fields}, str(model.path)).to_dict()
 
 
 def lecture_to_ours(model: Source, options: Options) -> dict[str, Any]:
-    """Keep the config: it is already that of our GPT."""
-    return model.config
+    """Complete the config, which is already that of our GPT where the file has one."""
+    on = _lecture_biases(model)
+    tied = HEAD in model.tensors and model.is_same(HEAD, TABLE) and model.config.get("tied_head") is True
+    said = {name: value for name, value in model.config.items() if name not in ("format_version", "model_class")}
+    return _ours(
+        model, **{"dropout": 0.0, **said, **on, "tied_head": tied, **{name: model.choice(name) for name in _CHOICES}}
+    )
+
+
+def _lecture_biases(model: Source) -> dict[str, bool]:
+    """Which biases exist, as fields of our config, from the names of the lecture."""
+    return {
+        "bias": "blocks.0.sa.heads.0.key.bias" in model.tensors,
+        "proj_bias": "blocks.0.sa.proj.bias" in model.tensors,
+        "mlp_bias": any(name.startswith("blocks.0.f") and name.endswith(".net.0.bias") for name in model.tensors),
+        "norm_bias": "ln_f.bias" in model.tensors,
+        "head_bias": HEAD_BIAS in model.tensors,
+    }
 
 
 def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
@@ -74,7 +85,6 @@ def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
         norm_bias=on["norm"],
         head_bias=False,
         tied_head=tied,
-        activation="gelu",
     )
 
 
@@ -84,16 +94,14 @@ _NANOGPT_PARTS = {"qkv": "attn.c_attn", "proj": "attn.c_proj", "mlp": "mlp.c_fc"
 def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Read config.json, and refuse settings that our GPT does not compute."""
     config = model.config
-    if not config:
-        raise model.refuse("no config.json beside it, and n_head is not in the tensors. Name the folder that has both.")
-    activation = config.get("activation_function", "gelu_new")
-    if activation not in FROM_HF:
-        raise model.refuse(f"activation_function is {activation!r}; our GPT computes {', '.join(FROM_HF)}.")
+    model.ask()
+    if model.choice("activation") not in ACTIVATIONS:
+        raise model.refuse(
+            f"activation_function is {model.choice('activation')!r}; our GPT computes {', '.join(SPELLINGS)}."
+        )
     for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
         if config.get(name, value) is not value:
             raise model.refuse(f"{name} is {config[name]!r}; our GPT computes {value}.")
-    if config.get("layer_norm_epsilon", EPSILON) != EPSILON:
-        raise model.refuse(f"layer_norm_epsilon is {config['layer_norm_epsilon']!r}; our GPT has {EPSILON}.")
     if model.sizes.get("n_ffn", 4 * model.sizes["n_embd"]) != 4 * model.sizes["n_embd"]:
         ffn, ours = model.sizes["n_ffn"], 4 * model.sizes["n_embd"]
         raise model.refuse(f"its feed-forward part is {ffn} wide; our GPT has 4 n_embd, {ours}. --to hf keeps it.")
@@ -114,7 +122,6 @@ def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
         bias=True,
         head_bias=False,
         tied_head=tied,
-        activation=FROM_HF[activation],
     )
 
 
@@ -147,9 +154,20 @@ def _add_zero_biases(model: Source) -> None:
                 model.replace(name, filled(dtype, tuple(sizes[side] for side in sides)), "zeros")
 
 
+def _refuse_other_choices(model: Source, config: GPTConfig, target: str, *names: str) -> None:
+    """Refuse choices for which a target has no setting."""
+    for name in names:
+        if getattr(config, name) != NEUTRAL[name]:
+            raise model.refuse(
+                f"{name} is {getattr(config, name)}, and {target} computes {NEUTRAL[name]}: other logits. "
+                "--to bundle keeps it."
+            )
+
+
 def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a missing bias becomes zeros, a tied head is left out."""
     config = GPTConfig.from_dict(model.config, str(model.path))
+    _refuse_other_choices(model, config, "HF GPT-2", "attention_scale", "norm_placement")
     tied = config.tied_head and options.tied is not False
     _drop_head_bias(model, "HF GPT-2")
     if tied:
@@ -171,7 +189,7 @@ def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
         "num_attention_heads": config.n_head,
         "n_inner": None,
         "activation_function": TO_HF[config.activation],
-        "layer_norm_epsilon": EPSILON,
+        "layer_norm_epsilon": config.norm_eps,
         "attn_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
@@ -187,6 +205,7 @@ def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
 def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
     """Write model_args; refuse a model that nanoGPT does not compute: another activation, an untied head."""
     config = GPTConfig.from_dict(model.config, str(model.path))
+    _refuse_other_choices(model, config, "nanoGPT", *NEUTRAL)
     if config.activation != "gelu":
         shown = {"gelu_tanh": "the tanh form of GELU (gelu_new)", "relu": "ReLU"}[config.activation]
         raise model.refuse(

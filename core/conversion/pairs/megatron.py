@@ -8,7 +8,7 @@ from ...containers.tensors.computed import Computed, mean, plus_one
 from ...containers.tensors.views import filled
 from ...families import megatron_tables
 from ..plan import Options, Pair, Source
-from .megatron_settings import LLAMA3, activation, ids, refuse_other_models, rope_scaling, setting, unknown
+from .megatron_settings import LLAMA3, TO_HF, activation, ids, refuse_other_models, rope_scaling, setting, unknown
 from .megatron_source import localize
 
 TABLE, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -16,8 +16,6 @@ HF_TABLE, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = "decoder.layers.0."
 
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-EPSILON = {"llama": 1e-5, "qwen2": 1e-6, "qwen3": 1e-6, "gpt2": 1e-5}
-THETA = 10000.0
 
 FEWER = 0.5
 """Norm weights are near 1 at first; those of a model that stores gamma - 1 average below this."""
@@ -92,7 +90,6 @@ def _is_one(model: Source) -> bool:
 def to_hf(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of Llama, Qwen2 or Qwen3; refuse biases that these do not have."""
     style = model.family.removeprefix("megatron_")
-    _refuse_void(model, options, "activation", "a gated feed-forward part computes silu")
     _ready(model, options)
     if "embedding.position_embeddings.weight" in model.tensors:
         raise model.refuse("it has a table of positions (position_embeddings), and Llama and Qwen have rotary ones.")
@@ -105,12 +102,13 @@ def to_hf(model: Source, options: Options) -> dict[str, Any]:
         raise model.refuse(f"its feed-forward part has biases, and {CLASSES[style]} has none.")
     if qkv != proj and style != "qwen2":
         raise model.refuse(f"only one of linear_qkv and linear_proj has a bias, and {CLASSES[style]} has both or none.")
+    model.ask()
     size = _numbers(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size")
     context = setting(model, options, "max_position_embeddings", None)
     if context is None:
         raise model.refuse("the longest text that it was trained for is unknown. Add --max_position_embeddings N.")
     _say_padding(model)
-    theta = float(setting(model, options, "rope_theta", THETA))
+    theta = float(model.choice("rope_theta"))
     scaling = rope_scaling(model, options)
     config = {
         "architectures": [CLASSES[style]],
@@ -123,7 +121,7 @@ def to_hf(model: Source, options: Options) -> dict[str, Any]:
         "head_dim": size["head_size"],
         "vocab_size": size["vocab_size"],
         "max_position_embeddings": context,
-        "rms_norm_eps": setting(model, options, "norm_eps", EPSILON[style]),
+        "rms_norm_eps": model.choice("norm_eps"),
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": theta},
         **({"rope_scaling": scaling} if scaling else {}),
@@ -184,9 +182,9 @@ def to_megatron(model: Source, options: Options) -> dict[str, Any]:
     return _export_config(
         model,
         normalization="RMSNorm",
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        norm_epsilon=model.choice("norm_eps"),
         position_embedding_type="rope",
-        rotary_base=rope.get("rope_theta", config.get("rope_theta", THETA)),
+        rotary_base=model.choice("rope_theta"),
         rotary_percent=config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)),
         swiglu=True,
         add_qkv_bias="model.layers.0.self_attn.q_proj.bias" in model.tensors,
@@ -206,9 +204,10 @@ GPT2_TABLE, POSITIONS = "transformer.wte.weight", "embedding.position_embeddings
 def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a missing bias becomes zeros."""
     if POSITIONS in model.tensors:
-        for flag in ("rope_theta", "rotary_percent", "rope_scaling_factor"):
+        for flag in ("rotary_percent", "rope_scaling_factor"):
             _refuse_void(model, options, flag, "its positions are a table")
     _ready(model, options)
+    model.ask()
     size = _numbers(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size", "q_size")
     if POSITIONS not in model.tensors:
         raise model.refuse("its norms have biases and it has no table of positions: neither Llama nor GPT-2.")
@@ -225,9 +224,8 @@ def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
         raise model.refuse(f"its table of positions has {positions} rows. Leave out --max_position_embeddings.")
     _zero_biases(model)
     _say_padding(model)
-    eps = setting(model, options, "norm_eps", EPSILON["gpt2"])
-    return _gpt2_config(size, positions, eps) | {
-        "activation_function": activation(model, options),
+    return _gpt2_config(size, positions, model.choice("norm_eps")) | {
+        "activation_function": activation(model),
         "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE, _is_one(model)),
         **ids(options, model.config),
     }
@@ -270,8 +268,9 @@ def _zero_biases(model: Source) -> None:
 def gpt2_to_megatron(model: Source, options: Options) -> dict[str, Any]:
     """Write the config of an export from that of GPT2LMHeadModel."""
     config = model.config
-    gelu = config.get("activation_function", "gelu_new")
-    if gelu not in ("gelu", "gelu_new"):
+    model.ask()
+    gelu = model.choice("activation")
+    if gelu not in TO_HF:
         raise model.refuse(f"activation_function is {gelu!r}; Megatron has gelu, and with a fused bias gelu_new.")
     for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
         if config.get(name, value) is not value:
@@ -280,10 +279,10 @@ def gpt2_to_megatron(model: Source, options: Options) -> dict[str, Any]:
     return _export_config(
         model,
         normalization="LayerNorm",
-        norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
+        norm_epsilon=model.choice("norm_eps"),
         position_embedding_type="learned_absolute",
         swiglu=False,
-        bias_gelu_fusion=gelu == "gelu_new",
+        bias_gelu_fusion=gelu == "gelu_tanh",
         add_bias_linear=True,
         untie_embeddings_and_output_weights=not tied,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import CheckpointMismatch
+from ...families.choices import FLAGS as CHOICES
 from ..plan import Options, Source
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -21,8 +22,11 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """Flags, and Megatron's names of them."""
 
-FLAGS = (*NAMES, "num_attention_heads", "activation", "bos_token_id", "eos_token_id")
-"""All flags for Megatron models."""
+FLAGS = (*(name for name in NAMES if name not in CHOICES), "bos_token_id", "eos_token_id")
+"""The flags for Megatron models alone; those of choices are for every family."""
+
+TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+"""Activations of the GPT-2 style, and what transformers calls them."""
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "rotary_interleaved": (False,),
@@ -63,7 +67,7 @@ FACTOR = 8.0
 def setting(model: Source, options: Options, flag: str, default: Any, *, is_said: bool = True) -> Any:
     """Look up a setting; a note reports a default, or a flag that overrides the config."""
     said = next((model.config[name] for name in NAMES[flag] if model.config.get(name) is not None), None)
-    asked = options.more.get(flag)
+    asked = options.more.get(flag, options.choices.get(flag))
     if asked is not None:
         if said is not None and said != asked:
             model.notes.append(f"{flag} is {said} in its config; --{flag} {asked} was specified, and overrides it")
@@ -110,28 +114,19 @@ def refuse_other_models(model: Source, options: Options) -> None:
 
 def unknown(model: Source, words: list[str]) -> CheckpointMismatch:
     """Make the error that names the sizes of a model that nothing shows."""
-    help_ = " Add --num_attention_heads N." if model.family.startswith("megatron_") else ""
+    help_ = " Add --n_head N." if model.family.startswith("megatron_") else ""
     return model.refuse(f"{', '.join(words)} cannot be told from its tensors, and no config beside them has it.{help_}")
 
 
-def activation(model: Source, options: Options) -> str:
-    """Find out which GELU a model computes, in transformers' terms: a fused bias implies the tanh form."""
-    asked = options.more.get("activation")
-    said = None
-    if model.config.get("openai_gelu") is True or model.config.get("bias_gelu_fusion") is True:
-        said = "gelu_new"
-    elif model.config.get("bias_gelu_fusion") is False:
-        said = "gelu"
-    if asked is not None:
-        if said not in (None, asked):
-            model.notes.append(f"its config says {said}; --activation {asked} was specified, and overrides it")
-        return str(asked)
-    if said is None:
-        model.notes.append(
-            "activation gelu, the exact form: a default; a model trained with bias_gelu_fusion has the tanh form "
-            "(--activation gelu_new)"
-        )
-    return said or "gelu"
+def activation(model: Source) -> str:
+    """The GELU of a model in transformers' terms.
+
+    Raises: CheckpointMismatch for another activation.
+    """
+    made = model.choice("activation")
+    if made not in TO_HF:
+        raise model.refuse(f"activation is {made}; the GPT-2 style of Megatron has {' or '.join(TO_HF)}.")
+    return TO_HF[made]
 
 
 def ids(options: Options, config: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...containers.container import Container
 from ...containers.pickles.inert import as_text
@@ -13,10 +13,7 @@ from ...families.identify import Identity
 from ...families.megatron_iteration import is_extra_state
 from ...families.megatron_tables import TRANSFORMER_ENGINE, unstacked
 from ...families.rules import Table, apply
-from ..plan import Options, Source
-
-if TYPE_CHECKING:
-    from ...inspection.inspect import Inspected
+from ..plan import Source
 
 CLASSIC = "Megatron iteration (classic)"
 MIXED = "megatron_mixed"
@@ -30,21 +27,6 @@ def refuse_classic(container: Container) -> None:
     if container.kind.startswith(CLASSIC):
         reasons = [note for note in container.notes if "mp_rank" in note or note.startswith("cannot be converted")]
         raise CheckpointError(f"{container.path}: {' '.join(reasons)}")
-
-
-def take_heads(found: Inspected, options: Options) -> None:
-    """Add the number of heads from a flag, and their size, to the config of a Megatron model.
-
-    Raises: CheckpointMismatch when the tensors cannot have so many.
-    """
-    heads: int = options.more.get("num_attention_heads", 0)
-    if not heads or not found.identity.family.startswith("megatron_"):
-        return
-    wide = next((spec.shape[-1] for name, spec in found.weights.items() if name.endswith(".linear_proj.weight")), 1)
-    if wide % heads == 0:
-        found.config = {**(found.config or {}), "num_attention_heads": heads, "kv_channels": wide // heads}
-        return
-    raise CheckpointMismatch(f"{found.path}: linear_proj.weight has {wide} columns, no multiple of {heads} heads.")
 
 
 def conflicts_said(identity: Identity, bare: Identity) -> list[str]:

@@ -9,7 +9,6 @@ from ...bundle.bundle import OPTIMIZER, TOKENIZER
 from ...bundle.commit import CONFIG, MODEL
 from ...bundle.contradictions import MOST_PADDING, fits_characters
 from ...bundle.training_state import STATE, TrainingState, seal, time_of
-from ...config.gpt import FORMAT_VERSION
 from ...containers.json_files import dump_json
 from ...containers.plain import plain
 from ..plan import Options, Plan, Ref, Source, WeightFile, target_of
@@ -34,17 +33,26 @@ def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
         content, moments = optimizer_content(model, options, parameters_of(model), OPTIMIZER, "", named=True)
         if moments:
             files.append(WeightFile(OPTIMIZER, moments, content))
-    texts = {CONFIG: dump_json({**model.config, "format_version": FORMAT_VERSION})}
+    texts = {CONFIG: dump_json(model.config)}
     if model.tokenizer is not None:
         texts[TOKENIZER] = dump_json(model.tokenizer)
     rounded = () if options.dtype is None else ("checkpoint_dtype", "model_dtype_at_save")
     kept = {name: value for name, value in model.state.items() if name not in ("integrity", *rounded)}
-    kept |= {"step": model.step or 0, "optimizer_file": OPTIMIZER if len(files) > 1 else None}
+    kept |= {
+        "format_version": model.config.get("format_version"),
+        "step": model.step or 0,
+        "optimizer_file": OPTIMIZER if len(files) > 1 else None,
+    }
     state = TrainingState.from_dict(plain(kept)).committed(
         None,
         saved_at=time_of(),
         legacy=[],
-        extra={**plain(kept.get("extra") or {}), "converted_from": str(model.path), "program": model.program},
+        extra={
+            **plain(kept.get("extra") or {}),
+            "converted_from": str(model.path),
+            "program": model.program,
+            "choices": [str(choice) for choice in model.choices],
+        },
     )
 
     def sealed(recorded: dict[str, dict[str, Any]]) -> dict[str, bytes]:

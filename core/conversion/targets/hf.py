@@ -52,6 +52,10 @@ def _tokenizer(state: dict[str, object]) -> str:
 
 def plan_hf(model: Source, options: Options, target: Path) -> Plan:
     """Plan a folder that transformers opens: weights, config.json, generation_config.json, tokenizer, model card."""
+    if "model_type" not in model.config:
+        raise model.refuse(
+            "no config was found with it, and transformers needs one. Name the folder with its config.json."
+        )
     plan = Plan(model, target, "hf", [])
     add_weights(plan, options)
     stored_as = {one.dtype for one in plan.targets}

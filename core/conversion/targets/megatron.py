@@ -57,11 +57,12 @@ def export_config(model: Source, options: Options) -> dict[str, Any]:
     }
     if UNTIED in config:
         config[UNTIED] = HEAD in model.tensors
-    config |= {NAMES[flag][0]: value for flag, value in options.more.items() if flag in NAMES}
+    asked = {**options.more, **options.choices}
+    config |= {NAMES[flag][0]: value for flag, value in asked.items() if flag in NAMES}
     config |= {flag: options.more[flag] for flag in ("bos_token_id", "eos_token_id") if flag in options.more}
     if "rope_scaling_factor" in options.more:
         config["use_rope_scaling"] = True
         config.pop("rope_scaling", None)
-    if "activation" in options.more:
-        config["bias_gelu_fusion"] = options.more["activation"] == "gelu_new"
+    if "activation" in asked:
+        config["bias_gelu_fusion"] = asked["activation"] == "gelu_tanh"
     return config

@@ -1,0 +1,178 @@
+"""Choices: the settings that decide what a model computes, each with its value and the origin of the value.
+
+Origins, the first that there is: the tensors, a config in the file or beside it, a row of the writing program's table,
+a flag. Nothing else fills a choice in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .architecture import Architecture
+from .identify import Identity
+from .programs import Marks, Row, program_of
+
+FLAGS = ("n_head", "activation", "attention_scale", "norm_placement", "norm_eps", "rope_theta")
+"""Choices that a person may make where no file shows them."""
+
+LABELS = {
+    "n_head": "heads",
+    "n_kv_head": "key and value heads",
+    "attention_scale": "attention scale",
+    "norm_placement": "norm placement",
+    "norm_eps": "norm epsilon",
+    "rope_theta": "rope base",
+    "logit_cap": "logit cap",
+    "tied_head": "tied head",
+    "vocab_size": "vocabulary",
+}
+"""Choices by their fields, in words; others are called as their field."""
+
+FIELDS = {
+    "activation": ("activation_function", "hidden_act", "activation", "mlp_type"),
+    "attention_scale": ("attention_scale",),
+    "norm_placement": ("norm_placement",),
+    "norm_eps": ("norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_epsilon", "layernorm_epsilon"),
+    "rope_theta": ("rope_theta", "rotary_base"),
+}
+"""Fields of configs that make a choice which tensors never show."""
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+}
+"""Spellings of the activations that our GPT computes; gelu_fast and gelu_accurate have other constants of the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One setting; without a value a person has to make it, by its flag."""
+
+    name: str  # a field of our config, or its word in `LABELS`
+    value: Any
+    origin: str
+    other: str = ""  # a value that may be right instead
+    doubt: str = ""  # and why
+    fits: tuple[str, ...] = ()  # where there is no value: the candidates
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return LABELS.get(self.name, self.name)
+
+    def __str__(self) -> str:
+        value = "?" if self.value is None else _text(self.value)
+        return f"{self.label} {value} ({self.origin})"
+
+    @property
+    def warning(self) -> str:
+        """The sentence about a value that may be wrong; "" for a certain one."""
+        if not self.doubt:
+            return ""
+        return f"{self}: {self.doubt}. If this file is of that kind, add --{self.name} {self.other}."
+
+
+def choices_of(identity: Identity, marks: Marks, flags: Mapping[str, Any]) -> list[Choice]:
+    """List the choices of a model of a known family, with their origins.
+
+    `flags` are a person's, by names of `FLAGS`; the number of heads is already in the architecture, if it is a flag.
+    """
+    shape = identity.architecture
+    if shape is None:
+        return []
+    made = [_heads(shape, marks, flags)]
+    if shape.n_kv_head not in (None, shape.n_head):
+        made.append(Choice("n_kv_head", shape.n_kv_head, _shown("n_kv_head", shape, marks)))
+    program = program_of(identity.family, marks)
+    rows = dict(program.rows) if program is not None else {}
+    for name in FIELDS:
+        if name in rows or _said(name, marks) is not None:
+            writer = program.name if program is not None else ""
+            is_export = identity.family.startswith("megatron_")
+            made.append(_choice(name, rows.get(name, Row(None)), writer, marks, flags, is_export))
+    made += [
+        Choice(name, row.value, f"{program.name}, {row.when}")
+        for name, row in rows.items()
+        if program is not None and name not in FIELDS
+    ]
+    family = f"{identity.program.split(',')[0]}, always"
+    made.append(Choice("norm", shape.norm, family))
+    made.append(Choice("positions", shape.positions, "from the tensors" if shape.positions == "learned" else family))
+    if shape.tied_head is not None:
+        made.append(Choice("tied_head", shape.tied_head, _shown("tied_head", shape, marks)))
+    there = [part for part, has in shape.biases.items() if has]
+    made.append(Choice("biases", ", ".join(there) or "none", "from the tensors"))
+    rows_said = f"{shape.vocab_size} rows" + (f", {shape.padding}" if shape.padding else "")
+    made.append(Choice("vocab_size", rows_said, "from the tensors"))
+    return made
+
+
+def _heads(shape: Architecture, marks: Marks, flags: Mapping[str, Any]) -> Choice:
+    if shape.n_head is None:
+        return Choice("n_head", None, "not in the file", fits=_possible_heads(shape.n_embd))
+    origin = "from --n_head" if "n_head" in flags and "n_head" in shape.from_config else _shown("n_head", shape, marks)
+    return Choice("n_head", shape.n_head, origin)
+
+
+def _possible_heads(width: int | None) -> tuple[str, ...]:
+    """The numbers of heads into which a width can be divided; none for an unknown width."""
+    return tuple(str(count) for count in range(1, min(width or 0, 64) + 1) if width and width % count == 0)
+
+
+def _shown(name: str, shape: Architecture, marks: Marks) -> str:
+    return f"from {marks.place or 'the config'}" if name in shape.from_config else "from the tensors"
+
+
+def _choice(
+    name: str, row: Row, writer: str, marks: Marks, flags: Mapping[str, Any], is_export: bool = False
+) -> Choice:
+    """Make a choice; the config of an export of Megatron is what the export was told, and a flag overrides it."""
+    said = _said(name, marks)
+    place = marks.place or "the config"
+    if said is not None and not (is_export and name in flags):
+        return Choice(name, said, f"from {place}")
+    if name in flags:
+        over = f", overriding {said} in {place}" if said not in (None, flags[name]) else ""
+        return Choice(name, flags[name], f"from --{name}{over}")
+    if row.value is None:
+        return Choice(name, None, "not in the file", fits=row.fits)
+    return Choice(name, row.value, f"{writer}, {row.when}" if writer else row.when, row.other, row.doubt)
+
+
+def _said(name: str, marks: Marks) -> Any:
+    """The config's value of a choice, in our spelling; None where it has none."""
+    rope = marks.config.get("rope_parameters") if name == "rope_theta" else None
+    inner = rope if isinstance(rope, Mapping) else {}
+    found = (config.get(field) for config in (inner, marks.config) for field in FIELDS[name])
+    value = next((one for one in found if isinstance(one, (str, int, float)) and not isinstance(one, bool)), None)
+    if name == "activation":
+        if (fused := marks.config.get("bias_gelu_fusion")) is not None or marks.config.get("openai_gelu") is True:
+            return "gelu" if fused is False and marks.config.get("openai_gelu") is not True else "gelu_tanh"
+        return ACTIVATIONS.get(value, value) if isinstance(value, str) and value != "mlp" else None
+    return value
+
+
+def _text(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def question(choices: Iterable[Choice]) -> str:
+    """Say which choices a person has to make, with the flag and the candidates of each; "" when there are none."""
+    open_ = [choice for choice in choices if choice.value is None]
+    if not open_:
+        return ""
+    what = " and ".join(choice.label for choice in open_)
+    how = (f"--{choice.name} {_either(choice.fits)}" for choice in open_)
+    return f"nothing in the file shows its {what}, without which its logits are not known. Add {'; '.join(how)}."
+
+
+def _either(values: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, (", ".join(values[:-1]), *values[-1:]))) or "X"

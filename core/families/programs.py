@@ -1,0 +1,201 @@
+"""Programs: what each computes where its files do not show it, and how its files are told from those of others.
+
+The dates are those of commits in karpathy/nanoGPT (model.py: f08abb45 of GELU, cc5444e1 of the biases, 7fe4a099 of the
+optimizer's groups) and karpathy/ng-video-lecture (988848a, of the scale).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config.variants import VARIANTS
+from .fused import FUSED, LECTURE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting of a program: its value, and since when; without a value a person has to choose."""
+
+    value: Any
+    when: str = "always"
+    other: str = ""  # the value that the file could have been trained with instead
+    doubt: str = ""  # and who computed that
+    fits: tuple[str, ...] = ()  # without a value: the candidates, each with the programs that compute it
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a file shows about the program that wrote it, besides its tensors."""
+
+    entries: frozenset[str] = frozenset()  # names at the top of its content
+    config: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""  # of the config: `model_args`, `config.json`; "" without one
+    is_object: bool = False  # whether the config was pickled as an instance of a class
+    first_group: int | None = None  # parameters in the first of the two groups of its optimizer
+    n_layer: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """One way in which a family's files are written: how they are told, and what the program computes."""
+
+    name: str
+    tells: Callable[[Marks], bool]
+    rows: Mapping[str, Row]
+
+
+def _has_sorted_groups(marks: Marks) -> bool:
+    """Whether only the four matrices of each layer decay: later versions of nanoGPT have both tables among them."""
+    return "model_args" in marks.entries and marks.first_group == 4 * marks.n_layer
+
+
+def _usual(when: str) -> dict[str, Row]:
+    return {
+        "attention_scale": Row("head_size", when),
+        "norm_placement": Row("before", when),
+        "norm_eps": Row(1e-5, when),
+    }
+
+
+USUAL = _usual("always")
+"""What every program of GPT-2's shape computes."""
+
+_AS_ALL = _usual("as every known program of GPT-2's shape")
+
+_GELUS = (
+    "gelu (nanoGPT since 2023-06-14)",
+    "gelu_tanh (nanoGPT before, minGPT, build-nanogpt, OpenAI's GPT-2)",
+    "relu",
+)
+_OLDER = "nanoGPT computed gelu_tanh before that date"
+
+_NANOGPT = (
+    Program(
+        "nanoGPT",
+        _has_sorted_groups,
+        USUAL | {"activation": Row("gelu_tanh", "before 2023-06-14, told by the groups of its optimizer")},
+    ),
+    Program(
+        "nanoGPT",
+        lambda marks: "model_args" in marks.entries and "bias" not in marks.config,
+        USUAL | {"activation": Row("gelu_tanh", "before 2023-06-14, told by model_args without bias")},
+    ),
+    Program(
+        "nanoGPT",
+        lambda marks: "model_args" in marks.entries and marks.first_group is not None,
+        USUAL | {"activation": Row("gelu", "since 2023-06-14")},
+    ),
+    Program(
+        "nanoGPT",
+        lambda marks: "model_args" in marks.entries,
+        USUAL | {"activation": Row("gelu", "since 2023-06-14", "gelu_tanh", _OLDER)},
+    ),
+    Program(
+        "build-nanogpt",
+        lambda marks: marks.is_object and {"model", "config", "step"} <= marks.entries,
+        USUAL | {"activation": Row("gelu_tanh", "told by its keys")},
+    ),
+    Program(
+        "",
+        lambda marks: bool(marks.place),
+        _AS_ALL | {"activation": Row("gelu", "as nanoGPT since 2023-06-14", "gelu_tanh", f"{_OLDER}, and others do")},
+    ),
+    Program("", lambda marks: True, _AS_ALL | {"activation": Row(None, fits=_GELUS)}),
+)
+
+_HF_GPT2 = (
+    Program(
+        "transformers",
+        lambda marks: bool(marks.place),
+        USUAL
+        | {"activation": Row("gelu_tanh", "default of GPT2Config"), "norm_eps": Row(1e-5, "default of GPT2Config")},
+    ),
+    Program("", lambda marks: True, _AS_ALL | {"activation": Row(None, fits=_GELUS)}),
+)
+
+_HF_LLAMA = (
+    Program(
+        "transformers",
+        lambda marks: bool(marks.place),
+        {"rope_theta": Row(10000.0, "default of its config"), "norm_eps": Row(1e-6, "default of its config")},
+    ),
+)
+
+_SCALES = ("head_size (the lecture since 2023-01-25)", "n_embd (before)")
+_PLACES = ("before (the lecture)", "after (the course before it)")
+
+_LECTURE = (
+    Program(
+        "our GPT",
+        lambda marks: bool(marks.place) and "tokenizer" in marks.entries,
+        USUAL | {"activation": Row("relu", "in its first generation")},
+    ),
+    Program(
+        "the lecture's code",
+        lambda marks: bool(marks.place),
+        {
+            "activation": Row("relu"),
+            "attention_scale": Row("head_size", "since 2023-01-25", "n_embd", "before that date it was n_embd"),
+            "norm_placement": Row("before", "in the lecture", "after", "the course before it has them after the sums"),
+            "norm_eps": USUAL["norm_eps"],
+        },
+    ),
+    Program(
+        "the lecture's code",
+        lambda marks: True,
+        {
+            "activation": Row("relu"),
+            "attention_scale": Row(None, fits=_SCALES),
+            "norm_placement": Row(None, fits=_PLACES),
+            "norm_eps": USUAL["norm_eps"],
+        },
+    ),
+)
+
+_OURS = (Program("our GPT", lambda marks: True, USUAL | {"activation": Row("gelu", "before the field existed")}),)
+
+_THETA = Row(None, fits=("10000 (Megatron's default, Llama 2)", "500000 (Llama 3)", "1000000 (Qwen)"))
+
+
+def _megatron(eps: float, **rows: Row) -> tuple[Program, ...]:
+    return (
+        Program("Megatron", lambda marks: True, {"norm_eps": Row(eps, "default of its arguments or of Qwen"), **rows}),
+    )
+
+
+_FUSED_BIAS = "a model trained with bias_gelu_fusion computes gelu_tanh"
+
+PROGRAMS: dict[str, tuple[Program, ...]] = {
+    "nanogpt": _NANOGPT,
+    "hf_gpt2": _HF_GPT2,
+    **dict.fromkeys(("hf_llama", "hf_qwen2", "hf_qwen3"), _HF_LLAMA),
+    LECTURE: _LECTURE,
+    FUSED: _OURS,
+    "megatron_gpt2": _megatron(
+        1e-5,
+        activation=Row("gelu", "without bias_gelu_fusion", "gelu_tanh", _FUSED_BIAS),
+        attention_scale=USUAL["attention_scale"],
+        norm_placement=USUAL["norm_placement"],
+    ),
+    "megatron_llama": _megatron(1e-5, rope_theta=_THETA),
+    "megatron_qwen2": _megatron(1e-6, rope_theta=_THETA),
+    "megatron_qwen3": _megatron(1e-6, rope_theta=_THETA),
+    **{
+        f"modded_{variant.name}": (
+            Program(
+                "modded-nanogpt",
+                lambda marks: True,
+                {"attention_scale": Row(0.12), "logit_cap": Row(variant.cap), "activation": Row("relu squared")},
+            ),
+        )
+        for variant in VARIANTS.values()
+    },
+}
+"""The programs of each family, the most particular first: the first that the marks tell of wrote the file."""
+
+
+def program_of(family: str, marks: Marks) -> Program | None:
+    """The program that wrote a file of a family; None where nothing is known beyond its tensors and config."""
+    return next((program for program in PROGRAMS.get(family, ()) if program.tells(marks)), None)

@@ -1,0 +1,46 @@
+"""What an inspected file shows about the program that wrote it: the input of `families.choices`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..containers.pickles.inert import Call
+from ..containers.plain import plain
+from ..families.choices import Choice, choices_of
+from ..families.programs import Marks
+from .inspect import Inspected
+
+
+def marks_of(found: Inspected) -> Marks:
+    """Collect what a file shows about its program."""
+    content = found.container.content if isinstance(found.container.content, Mapping) else {}
+    entries = frozenset(name for name in content if isinstance(name, str))
+    place, config = found.place, dict(found.config or {})
+    if found.bundle is not None:
+        place = "config" if found.bundle.single else "config.json"
+        config = dict(found.bundle.config_values)
+        entries |= {"tokenizer"} if found.bundle.tokenizer is not None else set()
+    elif isinstance(content.get("model_args"), Mapping):
+        place, config = "model_args", {str(k): plain(v) for k, v in content["model_args"].items()}
+    shape = found.identity.architecture
+    return Marks(
+        entries=entries,
+        config=config,
+        place=place if config else "",
+        is_object=isinstance(content.get(place), Call),
+        first_group=_first_group(found.optimizer),
+        n_layer=(shape.n_layer if shape is not None else None) or 0,
+    )
+
+
+def choices(found: Inspected, flags: Mapping[str, Any] | None = None) -> list[Choice]:
+    """List the choices of an inspected model; [] for one of an unknown family."""
+    return choices_of(found.identity, marks_of(found), flags or {})
+
+
+def _first_group(optimizer: Any) -> int | None:
+    groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
+    if not isinstance(groups, list) or len(groups) != 2 or not isinstance(groups[0], Mapping):
+        return None
+    return len(groups[0]["params"]) if isinstance(groups[0].get("params"), list) else None
