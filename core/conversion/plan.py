@@ -16,6 +16,7 @@ from ..containers.tensors.views import View
 from ..errors import CheckpointMismatch
 from ..families.rules import Row, Sizes, Table, apply
 from ..inspection.tensor_table import grouped
+from .run import Run
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Torch's dtypes by their names for --dtype."""
@@ -44,6 +45,7 @@ class Moments:
     groups: list[dict[str, Any]]  # hyper-parameters, with `names` in place of params
     views: dict[str, dict[str, View]]  # exp_avg, exp_avg_sq, ...: by parameter
     others: dict[str, dict[str, Any]]  # of each parameter: step, as a number or a view
+    order: str = ""  # by which rule the parameters were named
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Source:
     step: int | None = None
     state: TrainingState = field(default_factory=TrainingState)
     moments: Moments | None = None
+    run: Run | None = None  # how another program trained it; a bundle goes on so
     sources: dict[str, View] = field(default_factory=dict)  # every tensor that has to be used or dropped
     family_of_source: str = ""
     dropped: dict[str, str] = field(default_factory=dict)  # name in the source: why

@@ -156,6 +156,8 @@ def _set_rows(model: Source, rows: int) -> None:
     words = [word for word in ("vocab_size", "head_rows") if word in model.sizes]
     model.sizes = {**model.sizes, **dict.fromkeys(words, rows)}
     model.config |= {word: rows for word in ("vocab_size", "head_rows") if word in model.config}
+    if model.moments is not None:
+        model.notes.append(f"its optimizer state is left out: --vocab_size {rows} changes the parameters it belongs to")
     model.moments = None
 
 
