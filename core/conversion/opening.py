@@ -13,7 +13,8 @@ from ..bundle.training_state import TrainingState
 from ..console.words import listed
 from ..containers.plain import plain
 from ..containers.spec import TensorSpec
-from ..containers.tensors.views import View, stored
+from ..containers.steps import number_of
+from ..containers.tensors.views import stored
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from ..families.architecture import Architecture
 from ..families.identify import FAMILIES, UNKNOWN, Identity
@@ -199,7 +200,7 @@ def _best(found: Inspected) -> dict[str, Any]:
     """nanoGPT's best loss, recorded under the step of the file, since the step of its measurement is unknown."""
     value = found.container.content.get("best_val_loss")
     if isinstance(value, TensorSpec) and value.numel == 1:
-        value = number(stored(found.container, value))
+        value = number_of(found.container, value)
     if not isinstance(value, float) or not math.isfinite(value) or value >= _NO_LOSS:
         return {}
     return {"val_loss": value, "best": {"step": found.step or 0, "val_loss": value}}
@@ -213,18 +214,3 @@ def _sizes(shape: Architecture) -> dict[str, int]:
         sizes["q_size"] = sizes["n_head"] * sizes["head_size"]
         sizes["kv_size"] = sizes["n_kv_head"] * sizes["head_size"]
     return sizes
-
-
-def number(view: View) -> float:
-    """Read the only number of a tensor, and compare its checksum here: the proof covers only tensors of the target.
-
-    Raises: CheckpointDamaged.
-    """
-    from ..containers.tensors.dtypes import decode
-    from ..containers.tensors.reading import Gatherer
-    from .proof import checks_of, compare_checksum
-
-    for found in checks_of([view]):
-        compare_checksum(*found)
-    with Gatherer() as gatherer:
-        return float(decode(b"".join(piece.tobytes() for piece in gatherer.pieces(view)), view.dtype)[0])

@@ -23,6 +23,7 @@ from ..containers.rank_files import open_rank_files, rank_files
 from ..containers.safetensors import open_safetensors
 from ..containers.spec import TensorSpec
 from ..containers.step_folder import is_step_folder, open_step_folder, step_parts
+from ..containers.steps import step_of
 from ..containers.tensors.views import stored
 from ..containers.trees import map_paths
 from ..errors import CheckpointMismatch
@@ -89,8 +90,9 @@ def open_sharded(path: Path, options: Options) -> Inspected:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
     identity = identity_of(weights, None)
     optimizer = _optimizer(container)[1] if options.include_optimizer else None
-    found = Inspected(path, container, weights, key, identity, None, None, _with_names(optimizer), _step(container))
-    found.chosen = list(container.notes)
+    found = Inspected(path, container, weights, key, identity, None, None, _with_names(optimizer))
+    found.step, counts = step_of(container)
+    found.chosen = [*container.notes, *counts]
     return found
 
 
@@ -156,13 +158,6 @@ def _with_names(optimizer: Any) -> Any:
         is_named = isinstance(params, list) and all(isinstance(one, str) for one in params)
         named.append({**group, "param_names": params} if is_named else group)
     return {**optimizer, "param_groups": named}
-
-
-def _step(container: Container) -> int | None:
-    content = container.content if isinstance(container.content, Mapping) else {}
-    beside = content.get("metadata")
-    said = [content.get("step"), beside.get("train_steps") if isinstance(beside, Mapping) else None]
-    return next((value for value in said if type(value) is int), None)
 
 
 def take_parts(model: Source, path: Path, options: Options) -> None:

@@ -16,7 +16,7 @@ from ..containers.container import Check, Container
 from ..containers.pickles.inert import Call
 from ..containers.plain import plain
 from ..containers.spec import TensorSpec
-from ..errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
+from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from ..families import megatron_iteration
 from ..families.identify import Identity, identify, weights_key
 
@@ -51,7 +51,7 @@ class Inspected:
     step: int | None = None
     bundle: Bundle | None = None
     history: list[KeptStep] = field(default_factory=list)
-    damage: list[str] = field(default_factory=list)  # files of a bundle that cannot be read, a sentence each
+    damage: list[str] = field(default_factory=list)  # what cannot be read of a bundle, or of a step, a sentence each
     chosen: list[str] = field(default_factory=list)  # which of several checkpoints this is, and why
 
     @property
@@ -231,14 +231,25 @@ def of_container(path: Path) -> Inspected:
     weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
     content = container.content if isinstance(container.content, Mapping) else {}
     config = next((found for k in CONFIG_KEYS if (found := _fields(content.get(k))) is not None), None)
-    step = next((content[k] for k in ("step", "iter_num", "iteration") if type(content.get(k)) is int), None)
     optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optimizers") if k in content), None)
-    notes: list[str] = []
+    step, notes, damage = _step_of(container)
     if megatron_iteration.is_iteration(container):
         weights, notes = megatron_iteration.model_of(weights)
         config, step = megatron_iteration.said(container)
     identity = identity_of(weights, config)
-    return Inspected(path, container, weights, key, identity, config, None, optimizer, step, chosen=notes)
+    return Inspected(
+        path, container, weights, key, identity, config, None, optimizer, step, damage=damage, chosen=notes
+    )
+
+
+def _step_of(container: Container) -> tuple[int | None, list[str], list[str]]:
+    """The step of a checkpoint, what else counts in it, and damage to the count."""
+    from ..containers.steps import step_of
+
+    try:
+        return *step_of(container), []
+    except CheckpointDamaged as error:
+        return None, [], [str(error)]
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
