@@ -19,13 +19,15 @@ from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from ..families.architecture import Architecture
 from ..families.identify import FAMILIES, UNKNOWN, Identity
 from ..families.megatron_iteration import is_iteration
+from ..families.parts import OPTIMIZER, aside
 from ..inspection.inspect import Inspected, identity_of, inspect_path
+from .aside import CONFIG_ENTRY
 from .moments import SORTED, moments_of
 from .pairs import megatron_source
 from .pairs.modded import BATCHED
 from .plan import Options, Source
 from .run import Run, missing, run_of
-from .sharded import is_sharded, open_sharded
+from .sharded import REASONS, is_sharded, open_sharded
 
 FAMILY = {
     name: family for family in reversed(FAMILIES) for name in (family.name, *(style.name for style in family.styles))
@@ -35,9 +37,6 @@ FAMILY[BATCHED] = FAMILY["modded_medium"]
 
 _NO_LOSS = 1e9
 """nanoGPT's best loss before the first evaluation."""
-
-CONFIG_ENTRY = {"nanogpt": "model_args"}
-"""The entry of a file that holds the model's config, even if other entries look like one."""
 
 
 _SHOWN = {"learning_rate": "lr", "weight_decay": "weight_decay"}
@@ -70,7 +69,7 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     if identity.family == UNKNOWN or identity.unplaced or identity.missing:
         if needs_family:
             raise _unfit(path, identity)
-        return _bare(found, path, config)
+        return _bare(found, path, config, None if sharded else options)
     said = megatron_source.conflicts_said(identity, identity_of(found.weights, None)) if identity.conflicts else []
     if identity.conflicts and needs_family and not said:
         raise CheckpointMismatch(
@@ -116,11 +115,24 @@ def _config(found: Inspected) -> dict[str, Any]:
     return dict(found.config or {})
 
 
-def _bare(found: Inspected, path: Path, config: dict[str, Any]) -> Source:
-    """Make a source of an unknown model, with its tensors unchanged."""
+def _bare(found: Inspected, path: Path, config: dict[str, Any], options: Options | None) -> Source:
+    """Make a source of an unknown model, with its tensors unchanged; an optimizer goes along if `options` ask for it.
+
+    Without `options` whatever stands beside the model is left to `take_parts`.
+    """
     tensors = {name: stored(found.container, spec) for name, spec in found.weights.items()}
     model = Source(path, found.container, UNKNOWN, tensors, config, {}, step=found.step, program="an unknown program")
     model.sources = dict(tensors)
+    used = {spec.name for spec in found.weights.values()}
+    others = [name for name in found.container.tensors if name not in used]
+    kinds = aside(found.container.tensors, found.container.content)
+    for name in others if options is not None and not is_iteration(found.container) else ():
+        view = stored(found.container, found.container.tensors[name])
+        if options and options.include_optimizer and kinds.get(name) is OPTIMIZER:
+            model.along[name] = view
+        else:
+            model.dropped[name] = REASONS.get(kinds.get(name, ()), "not a weight of the model")
+            model.sources.setdefault(name, view)
     return model
 
 

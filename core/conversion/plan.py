@@ -213,6 +213,7 @@ class Plan:
     beside: dict[str, Path] = field(default_factory=dict)  # files copied beside a target that is one file
     seal: SealTexts | None = None  # makes texts from the size and CRC32 of each file
     is_folder: bool = True
+    aside: dict[str, str] = field(default_factory=dict)  # entries of the source that are not written: what each is
 
     @property
     def targets(self) -> list[Target]:

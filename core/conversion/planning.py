@@ -13,6 +13,7 @@ from ..errors import CheckpointMismatch
 from ..families.family import Family
 from ..families.identify import UNKNOWN, identify
 from ..families.match import skeleton
+from .aside import entries_left_out
 from .match_original import plan_matched
 from .opening import FAMILY, open_model
 from .pairs import ways
@@ -36,6 +37,8 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
     _refuse_target(plan)
     _refuse_names(plan)
     plan.check()
+    if options.more.get("match_original") is None:
+        plan.aside = entries_left_out(plan)
     return plan
 
 

@@ -27,18 +27,15 @@ from ..containers.steps import step_of
 from ..containers.tensors.views import stored
 from ..containers.trees import map_paths
 from ..errors import CheckpointMismatch
+from ..families.parts import AVERAGE, MAIN, OPTIMIZER, RUN, parts_of
 from ..inspection.inspect import Inspected, identity_of
 from .plan import Options, Ref, Source, Target, WeightFile
 
-MAIN = ("model", "state_dict", "model_state_dict")
-AVERAGE = ("ema", "ema_model", "model_ema", "ema_state_dict")
-OPTIMIZER = ("optimizer", "optim", "optimizers", "optimizer_state_dict")
-"""Programs' names of the parts of a checkpoint."""
-
-_REASONS = {
+REASONS: dict[tuple[str, ...], str] = {
     MAIN: "main weights; --save_ema takes the EMA",
     AVERAGE: "EMA; --save_ema takes it instead",
     OPTIMIZER: "optimizer; --include_optimizer keeps it",
+    RUN: "state of the run, not a weight of the model",
 }
 
 
@@ -109,13 +106,12 @@ def _wanted(path: Path, options: Options) -> list[str]:
 
 
 def _parts(content: Any) -> dict[str, tuple[str, ...]]:
-    """The parts of a nested checkpoint by name, with the kind of each; empty for a flat one."""
-    found: dict[str, tuple[str, ...]] = {}
-    for words in (MAIN, AVERAGE, OPTIMIZER):
-        for word in words:
-            if isinstance(content, Mapping) and isinstance(content.get(word), Mapping):
-                found[word] = words
-    return found
+    """The parts of a nested checkpoint by name, with the kind of each; of a flat one those of the run."""
+    return {
+        word: kind
+        for word, kind in parts_of(content).items()
+        if kind is RUN or isinstance(content.get(word), (Mapping, list))
+    }
 
 
 def _chosen(container: Container, options: Options) -> str:
@@ -183,7 +179,7 @@ def take_parts(model: Source, path: Path, options: Options) -> None:
         if word == kept:
             model.along[name] = view
         else:
-            model.dropped[name] = _REASONS.get(parts.get(word, ()), "not a weight of the model")
+            model.dropped[name] = REASONS.get(parts.get(word, ()), "not a weight of the model")
             model.sources.setdefault(name, view)
     model.notes += [note for note in model.container.notes if note not in model.notes]
     apart = step_parts(path) if is_step_folder(path) else []

@@ -19,6 +19,7 @@ from ..containers.spec import TensorSpec
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from ..families import megatron_iteration
 from ..families.identify import Identity, identify, weights_key
+from ..families.parts import aside
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle, KeptStep
@@ -230,6 +231,8 @@ def of_container(path: Path) -> Inspected:
     key = weights_key(container.tensors)
     weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
     content = container.content if isinstance(container.content, Mapping) else {}
+    others = aside(weights, content) if not key else {}
+    weights = {name: spec for name, spec in weights.items() if name not in others}
     config = next((found for k in CONFIG_KEYS if (found := _fields(content.get(k))) is not None), None)
     optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optimizers") if k in content), None)
     step, notes, damage = _step_of(container)
