@@ -66,9 +66,7 @@ def contradictions(bundle: Bundle, with_optimizer: bool = True) -> list[str]:
     if not weights:
         faults += _edits(bundle, config)
     if bundle.tokenizer is not None and (fault := _tokenizer_fault(bundle.tokenizer, config.vocab_size)):
-        faults.append(
-            f"{bundle.path(TOKENIZER)}: {fault} in {bundle.path(CONFIG)}. It is the tokenizer of another model"
-        )
+        faults.append(f"{bundle.path(TOKENIZER)}: {fault} in {bundle.path(CONFIG)}. It does not fit this model")
     known = _shown_by(bundle.evidence) if weights else config
     if bundle.optimizer is not None and with_optimizer and known is not None:
         try:

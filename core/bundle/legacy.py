@@ -46,7 +46,8 @@ def _bundle(source: TorchFile) -> Bundle:
     if not isinstance(content, dict) or not {WEIGHTS, CONFIG_KEY} <= content.keys():
         raise CheckpointMismatch(
             f"{path}: found {entries(content)}, expected the entries {WEIGHTS} and {CONFIG_KEY} of a single-file "
-            "checkpoint. It was written by another program; inspect_model.py shows its contents."
+            f"checkpoint. inspect_model.py shows its contents, and convert_checkpoints.py {path} DST --to bundle "
+            "takes a model of another program over."
         )
     for name, optional in ((WEIGHTS, False), (OPTIMIZER_STATE, True), (TOKENIZER_KEY, True)):
         value = content.get(name)

@@ -96,6 +96,20 @@ class Source:
         """Make the error that names the source."""
         return CheckpointMismatch(f"{self.path}: {reason}")
 
+    def refuse_without_config(self, lacks: str) -> CheckpointMismatch:
+        """Make the error for a model whose config was not read: it is not there, or only its weights were named."""
+        is_folder = self.path.is_dir()
+        folder = self.path if is_folder else self.path.parent
+        config = folder / "config.json"
+        why, remedy = f"no config.json {'in' if is_folder else 'beside'} it", "Put the model's own there"
+        if is_folder and config.exists():
+            why = "its config.json has no entries"
+        elif config.exists():
+            why, remedy = f"a file by itself, with which {config} is not read", f"Name the folder: {folder}"
+        elif not is_folder:
+            remedy += ", and name the folder"
+        return self.refuse(f"{why}, and {lacks} not in the tensors. {remedy}.")
+
     def is_zero(self, name: str) -> bool:
         """Whether all bytes of a tensor are zero (those of a minus zero are not)."""
         with Gatherer() as gatherer:

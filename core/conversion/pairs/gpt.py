@@ -87,7 +87,7 @@ def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Read config.json, and refuse settings that our GPT does not compute."""
     config = model.config
     if not config:
-        raise model.refuse("no config.json beside it, and n_head is not in the tensors. Name the folder that has both.")
+        raise model.refuse_without_config("n_head is")
     activation = config.get("activation_function", "gelu_new")
     if activation not in FROM_HF:
         raise model.refuse(f"activation_function is {activation!r}; our GPT computes {', '.join(FROM_HF)}.")
