@@ -37,7 +37,7 @@ def entries_left_out(plan: Plan) -> dict[str, str]:
     found = {}
     for key, value in content.items():
         specs = list(tensors_in(value))
-        left = [spec for spec in specs if spec.name not in used]
+        left = [spec for spec in specs if spec.nbytes and spec.name not in used]
         values = sum(isinstance(leaf, (str, int, float)) for leaf in leaves(value))
         is_optimizer = parts.get(str(key).partition(".")[0]) is OPTIMIZER
         has_note = is_optimizer and (plan.format == "bundle" or any(spec.name in written for spec in specs))
