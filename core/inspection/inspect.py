@@ -231,14 +231,15 @@ def of_container(path: Path) -> Inspected:
     key = weights_key(container.tensors)
     weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
     content = container.content if isinstance(container.content, Mapping) else {}
-    others = aside(weights, content) if not key else {}
-    weights = {name: spec for name, spec in weights.items() if name not in others}
     config = next((found for k in CONFIG_KEYS if (found := _fields(content.get(k))) is not None), None)
     optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optimizers") if k in content), None)
     step, notes, damage = _step_of(container)
     if megatron_iteration.is_iteration(container):
         weights, notes = megatron_iteration.model_of(weights)
         config, step = megatron_iteration.said(container)
+    elif not key:
+        others = aside(weights, content)
+        weights = {name: spec for name, spec in weights.items() if name not in others}
     identity = identity_of(weights, config)
     return Inspected(
         path, container, weights, key, identity, config, None, optimizer, step, damage=damage, chosen=notes
