@@ -78,7 +78,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     from core.kinds.modded import open_origin
     from core.networks.device import DTYPES
     from core.training.fit import fit_with
-    from core.training.settings import Settings
+    from core.training.settings import Settings, origin_of
 
     flags = {name: value for name, value in vars(args).items() if value is not None}
     world = manager.ranks.world
@@ -128,11 +128,8 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     # 6. The loop.
     say_what_runs(manager, model, corpus, start if bundle else None, is_new=not (bundle or origin))
     world.agree("data", source.record())
-    manager.record(data=source.record(), training=settings.recorded())
-    if so_far and bundle and bundle.state.training is None:
-        shown = ", ".join(f"{name} {value}" for name, value in so_far.items())
-        say(f"continuing with the settings of the program that wrote it, unless a flag overrides them: {shown}")
-    for line in settings.changes(so_far):
+    manager.record(data=source.record(), training=settings.recorded(so_far))
+    for line in [*(origin_of(bundle.state, so_far, settings) if bundle else []), *settings.changes(so_far)]:
         say(line)
     dtype = DTYPES[settings.dtype if kind.autocasts else "fp32"]
     result = fit_with(settings, model, loader, optimizer, manager, schedule, dtype, stop=stop, world=world)

@@ -13,6 +13,7 @@ from ..console.words import listed
 from ..containers.torch_files.zip import TorchZip
 from ..errors import CheckpointDamaged, CheckpointMismatch
 from ..families import gpt
+from ..families.family import plain_names
 from .bundle import OPTIMIZER, TOKENIZER, Bundle
 from .commit import CONFIG, MODEL
 from .evolution import QKV, Evidence, evolve
@@ -66,9 +67,7 @@ def contradictions(bundle: Bundle, with_optimizer: bool = True) -> list[str]:
     if not weights:
         faults += _edits(bundle, config)
     if bundle.tokenizer is not None and (fault := _tokenizer_fault(bundle.tokenizer, config.vocab_size)):
-        faults.append(
-            f"{bundle.path(TOKENIZER)}: {fault} in {bundle.path(CONFIG)}. It is the tokenizer of another model"
-        )
+        faults.append(f"{bundle.path(TOKENIZER)}: {fault} in {bundle.path(CONFIG)}. It does not fit this model")
     known = _shown_by(bundle.evidence) if weights else config
     if bundle.optimizer is not None and with_optimizer and known is not None:
         try:
@@ -143,6 +142,9 @@ def rearrange_optimizer(bundle: Bundle, state: Any, join: Any, config: GPTConfig
     tensors = bundle.weights.tensors
     order = {name: shape for name, shape in once(tensors).items() if name not in plan.dropped}
     tied = {"lm_head.weight"} if config.tied_head else set()
+    names = plain_names(order)
+    if config.tied_head and {"lm_head.weight", "token_embedding_table.weight"} <= names.keys():
+        del order[names["lm_head.weight"]]  # one parameter, which was saved twice
     ours = [name for name in gpt.shapes(config) if name in shapes and name not in tied]
     return rearrange(state, plan, order, ours, join)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from ..containers.pickles.foreign import attributes
 from ..containers.pickles.inert import as_text
 from ..containers.plain import plain
+from ..containers.spec import TensorSpec
+from ..containers.steps import step_of
+from ..containers.torch_files.container import container_of
 from ..errors import CheckpointMismatch, CheckpointNotFound
 from .bundle import Bundle
 from .parts import Part, TorchFile
@@ -42,7 +46,8 @@ def _bundle(source: TorchFile) -> Bundle:
     if not isinstance(content, dict) or not {WEIGHTS, CONFIG_KEY} <= content.keys():
         raise CheckpointMismatch(
             f"{path}: found {entries(content)}, expected the entries {WEIGHTS} and {CONFIG_KEY} of a single-file "
-            "checkpoint. It was written by another program; inspect_model.py shows its contents."
+            f"checkpoint. inspect_model.py shows its contents, and convert_checkpoints.py {path} DST --to bundle "
+            "takes a model of another program over."
         )
     for name, optional in ((WEIGHTS, False), (OPTIMIZER_STATE, True), (TOKENIZER_KEY, True)):
         value = content.get(name)
@@ -58,9 +63,7 @@ def _bundle(source: TorchFile) -> Bundle:
     if strange:
         raise CheckpointMismatch(f"{path}: its config has a field {as_text(strange[0], 80)}, expected names.")
     tokenizer = content.get(TOKENIZER_KEY)
-    step = content.get("step", 0)
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise CheckpointMismatch(f"{path}: its step is {as_text(step, 40)}, expected a whole number of at least 0.")
+    step = _step_of(source)
     moments = Part(source, (OPTIMIZER_STATE,)) if content.get(OPTIMIZER_STATE) is not None else None
     others = {name: value for name, value in content.items() if name not in PARTS and name not in FIELDS}
     return Bundle(
@@ -73,6 +76,20 @@ def _bundle(source: TorchFile) -> Bundle:
         optimizer=moments,
         single=path.name,
     )
+
+
+def _step_of(source: TorchFile) -> int:
+    """The step by any of its names, 0 where none is recorded.
+
+    Raises: CheckpointMismatch for a `step` that is no count, CheckpointDamaged for one whose bytes were changed.
+    """
+    path, content = source.path, source.header.content
+    found, _ = step_of(container_of(source.header, path, os.fstat(source.file.fileno()).st_size), source.file)
+    said = content.get("step", 0)
+    is_count = said.numel == 1 if isinstance(said, TensorSpec) else type(said) is int and said >= 0
+    if not is_count or (found is None and "step" in content):
+        raise CheckpointMismatch(f"{path}: its step is {as_text(said, 40)}, expected a whole number of at least 0.")
+    return found or 0
 
 
 def entries(content: Any) -> str:

@@ -17,7 +17,7 @@ from ..families.fused import Fusing
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-OTHER_MODEL = "It belongs to another model or optimizer; --init_from_model starts a new model from the weights alone."
+OTHER_MODEL = "It does not fit this model; --init_from_model starts a new model from the weights alone."
 
 
 def groups_of(state: Any) -> list[dict[str, Any]]:

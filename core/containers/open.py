@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -23,6 +24,10 @@ _FOLDERS = (
 
 _SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Suffixes of files that each hold a whole checkpoint."""
+
+_NUMBER = re.compile(r"\d+")
+_PART = re.compile(r"(?<![a-z])(?:rank|shard|part|split|consolidated|world_size|mp|tp|pp|of)[-_.]?\d", re.IGNORECASE)
+"""The beginning of a number that counts the parts of one checkpoint, and not its steps."""
 
 _LOOKED_FOR = (
     "config.json + model.pt (bundle), latest.pt or final.pt (single file), model.safetensors or pytorch_model.bin or "
@@ -84,6 +89,12 @@ def _open_folder(folder: Path) -> Container:
     single = [name for name, size in names.items() if size is not None and name.endswith(_SINGLE)]
     if len(single) == 1:
         return _open_file(member(folder, single[0], str(folder)))
+    if len({_NUMBER.sub("0", name) for name in single}) == 1 < len(single) and _PART.search(single[0]):
+        raise CheckpointNotFound(
+            f"{folder}: {len(single)} files that are parts of one checkpoint by their names: "
+            f"{listed_names(single, 5, show=_shown)}. No index says how they fit together, and one alone is not the "
+            "model. Put them together with the program that wrote them, and name the result."
+        )
     if single:
         raise CheckpointNotFound(
             f"{folder}: not a single checkpoint, but {len(single)} files that may each be one: "

@@ -9,25 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
-from ..bundle.optimizer_state import groups_of, names_in_order
-from ..bundle.parts import once
 from ..bundle.training_state import TrainingState
 from ..console.words import listed
-from ..containers.pickles.inert import Call, as_text
 from ..containers.plain import plain
 from ..containers.spec import TensorSpec
-from ..containers.tensors.views import View, stored
+from ..containers.steps import number_of
+from ..containers.tensors.views import stored
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from ..families.architecture import Architecture
 from ..families.choices import Choice
 from ..families.identify import FAMILIES, UNKNOWN, Identity
 from ..families.megatron_iteration import is_iteration
+from ..families.parts import OPTIMIZER, aside
 from ..inspection.inspect import Inspected, identity_of, inspect_path
 from ..inspection.marks import choices, marks_of
+from .aside import CONFIG_ENTRY
+from .moments import SORTED, moments_of
 from .pairs import megatron_source
 from .pairs.modded import BATCHED
-from .plan import Moments, Options, Source
-from .sharded import is_sharded, open_sharded
+from .plan import Options, Source
+from .run import Run, missing, run_of
+from .sharded import REASONS, is_sharded, open_sharded
 
 FAMILY = {
     name: family for family in reversed(FAMILIES) for name in (family.name, *(style.name for style in family.styles))
@@ -38,8 +40,9 @@ FAMILY[BATCHED] = FAMILY["modded_medium"]
 _NO_LOSS = 1e9
 """nanoGPT's best loss before the first evaluation."""
 
-CONFIG_ENTRY = {"nanogpt": "model_args"}
-"""The entry of a file that holds the model's config, even if other entries look like one."""
+
+_SHOWN = {"learning_rate": "lr", "weight_decay": "weight_decay"}
+"""Settings of a run that an optimizer state shows, and their names in its groups."""
 
 
 def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, options: Options | None = None) -> Source:
@@ -70,7 +73,7 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     if identity.family == UNKNOWN or identity.unplaced or identity.missing:
         if needs_family:
             raise _unfit(path, identity)
-        return _bare(found, path, config)
+        return _bare(found, path, config, None if sharded else options)
     said = megatron_source.conflicts_said(identity, identity_of(found.weights, None)) if identity.conflicts else []
     if identity.conflicts and needs_family and not said:
         raise CheckpointMismatch(
@@ -158,11 +161,24 @@ def _config(found: Inspected) -> dict[str, Any]:
     return dict(found.config or {})
 
 
-def _bare(found: Inspected, path: Path, config: dict[str, Any]) -> Source:
-    """Make a source of an unknown model, with its tensors unchanged."""
+def _bare(found: Inspected, path: Path, config: dict[str, Any], options: Options | None) -> Source:
+    """Make a source of an unknown model, with its tensors unchanged; an optimizer goes along if `options` ask for it.
+
+    Without `options` whatever stands beside the model is left to `take_parts`.
+    """
     tensors = {name: stored(found.container, spec) for name, spec in found.weights.items()}
     model = Source(path, found.container, UNKNOWN, tensors, config, {}, step=found.step, program="an unknown program")
     model.sources = dict(tensors)
+    used = {spec.name for spec in found.weights.values()}
+    others = [name for name in found.container.tensors if name not in used]
+    kinds = aside(found.container.tensors, found.container.content)
+    for name in others if options is not None and not is_iteration(found.container) else ():
+        view = stored(found.container, found.container.tensors[name])
+        if options and options.include_optimizer and kinds.get(name) is OPTIMIZER:
+            model.along[name] = view
+        else:
+            model.dropped[name] = REASONS.get(kinds.get(name, ()), "not a weight of the model")
+            model.sources.setdefault(name, view)
     return model
 
 
@@ -202,8 +218,28 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
     if isinstance(found.optimizer, list) and found.optimizer:
         model.notes.append(f"its {len(found.optimizer)} optimizer states are left out: only one can be included")
     elif found.optimizer:
-        model.moments = _moments(found, identity, model)
+        model.moments = moments_of(found, identity, model, FAMILY[model.family])
+    if bundle is None:
+        model.run = _run_of(found, model)
     return model
+
+
+def _run_of(found: Inspected, model: Source) -> Run | None:
+    """How the run of another program trained, as far as its file shows it; None where it has nothing of a run."""
+    content = found.container.content if isinstance(found.container.content, Mapping) else {}
+    config = content.get("config")
+    group = model.moments.groups[0] if model.moments is not None and model.moments.groups else {}
+    if model.family == "nanogpt" and isinstance(config, Mapping) and {"learning_rate", "decay_lr"} & config.keys():
+        values = {str(name): plain(value) for name, value in config.items()}
+        is_old = model.moments is not None and model.moments.order == SORTED
+        has_moments = model.moments is not None
+        return run_of(values, found.step or 0, group.get("lr"), has_moments=has_moments, is_old=is_old)
+    if model.moments is None:
+        return None
+    shown = {ours: group[theirs] for ours, theirs in _SHOWN.items() if isinstance(group.get(theirs), float)}
+    run = Run({name: value for name, value in shown.items() if math.isfinite(value) and value >= 0})
+    run.notes = missing(run)
+    return run
 
 
 def _family_of(identity: Identity, config: Mapping[str, Any]) -> str:
@@ -223,7 +259,7 @@ def _best(found: Inspected) -> dict[str, Any]:
     """nanoGPT's best loss, recorded under the step of the file, since the step of its measurement is unknown."""
     value = found.container.content.get("best_val_loss")
     if isinstance(value, TensorSpec) and value.numel == 1:
-        value = number(stored(found.container, value))
+        value = number_of(found.container, value)
     if not isinstance(value, float) or not math.isfinite(value) or value >= _NO_LOSS:
         return {}
     return {"val_loss": value, "best": {"step": found.step or 0, "val_loss": value}}
@@ -237,60 +273,3 @@ def _sizes(shape: Architecture) -> dict[str, int]:
         sizes["q_size"] = sizes["n_head"] * sizes["head_size"]
         sizes["kv_size"] = sizes["n_kv_head"] * sizes["head_size"]
     return sizes
-
-
-def _moments(found: Inspected, identity: Identity, model: Source) -> Moments | None:
-    """The optimizer state by names of parameters; None, with a note, if it is of an unknown kind."""
-    order = once({name: spec for name, spec in found.weights.items() if name not in identity.buffers})
-    try:
-        groups = groups_of(found.optimizer)
-        names = iter(names_in_order(groups, order))
-    except CheckpointMismatch as error:
-        model.notes.append(f"its optimizer state is left out: {error}")
-        return None
-    made = Moments([], {}, {})
-    for group in groups:
-        mine = []
-        for number in group["params"]:
-            raw = next(names)
-            name = identity.places.get(raw) or identity.places.get(_unwrapped(raw, identity.places), raw)
-            mine.append(name)
-            _take_entry(made, model, found, name, found.optimizer["state"].get(number, {}))
-        rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        made.groups.append({**rest, "names": mine})
-    return made
-
-
-def _unwrapped(name: str, places: Mapping[str, str]) -> str:
-    """The name in the file that ends with a recorded name."""
-    return next((raw for raw in places if raw.endswith(f".{name}")), name)
-
-
-def _take_entry(made: Moments, model: Source, found: Inspected, name: str, entry: Any) -> None:
-    shape = model.tensors[name].shape if name in model.tensors else None
-    for key, value in entry.items():
-        if isinstance(value, TensorSpec):
-            view = stored(found.container, value)
-            if value.shape == shape and shape != ():
-                made.views.setdefault(key, {})[name] = view
-            else:
-                made.others.setdefault(name, {})[key] = view
-        elif isinstance(value, Call):
-            raise CheckpointMismatch(f"{found.path}: its optimizer state has {as_text(value, 60)} for {name}.")
-        else:
-            made.others.setdefault(name, {})[key] = value
-
-
-def number(view: View) -> float:
-    """Read the only number of a tensor, and compare its checksum here: the proof covers only tensors of the target.
-
-    Raises: CheckpointDamaged.
-    """
-    from ..containers.tensors.dtypes import decode
-    from ..containers.tensors.reading import Gatherer
-    from .proof import checks_of, compare_checksum
-
-    for found in checks_of([view]):
-        compare_checksum(*found)
-    with Gatherer() as gatherer:
-        return float(decode(b"".join(piece.tobytes() for piece in gatherer.pieces(view)), view.dtype)[0])

@@ -17,6 +17,7 @@ from ..errors import CheckpointMismatch
 from ..families.choices import Choice, question
 from ..families.rules import Row, Sizes, Table, apply
 from ..inspection.tensor_table import grouped
+from .run import Run
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Torch's dtypes by their names for --dtype."""
@@ -46,6 +47,7 @@ class Moments:
     groups: list[dict[str, Any]]  # hyper-parameters, with `names` in place of params
     views: dict[str, dict[str, View]]  # exp_avg, exp_avg_sq, ...: by parameter
     others: dict[str, dict[str, Any]]  # of each parameter: step, as a number or a view
+    order: str = ""  # by which rule the parameters were named
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Source:
     step: int | None = None
     state: TrainingState = field(default_factory=TrainingState)
     moments: Moments | None = None
+    run: Run | None = None  # how another program trained it; a bundle goes on so
     sources: dict[str, View] = field(default_factory=dict)  # every tensor that has to be used or dropped
     family_of_source: str = ""
     dropped: dict[str, str] = field(default_factory=dict)  # name in the source: why
@@ -111,6 +114,20 @@ class Source:
     def refuse(self, reason: str) -> CheckpointMismatch:
         """Make the error that names the source."""
         return CheckpointMismatch(f"{self.path}: {reason}")
+
+    def refuse_without_config(self, lacks: str) -> CheckpointMismatch:
+        """Make the error for a model whose config was not read: it is not there, or only its weights were named."""
+        is_folder = self.path.is_dir()
+        folder = self.path if is_folder else self.path.parent
+        config = folder / "config.json"
+        why, remedy = f"no config.json {'in' if is_folder else 'beside'} it", "Put the model's own there"
+        if is_folder and config.exists():
+            why = "its config.json has no entries"
+        elif config.exists():
+            why, remedy = f"a file by itself, with which {config} is not read", f"Name the folder: {folder}"
+        elif not is_folder:
+            remedy += ", and name the folder"
+        return self.refuse(f"{why}, and {lacks} not in the tensors. {remedy}.")
 
     def is_zero(self, name: str) -> bool:
         """Whether all bytes of a tensor are zero (those of a minus zero are not)."""
@@ -229,6 +246,7 @@ class Plan:
     beside: dict[str, Path] = field(default_factory=dict)  # files copied beside a target that is one file
     seal: SealTexts | None = None  # makes texts from the size and CRC32 of each file
     is_folder: bool = True
+    aside: dict[str, str] = field(default_factory=dict)  # entries of the source that are not written: what each is
 
     @property
     def targets(self) -> list[Target]:

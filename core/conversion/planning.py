@@ -14,6 +14,7 @@ from ..families.family import Family
 from ..families.fused import FUSED
 from ..families.identify import UNKNOWN, identify
 from ..families.match import skeleton
+from .aside import entries_left_out
 from .match_original import plan_matched
 from .opening import FAMILY, open_model
 from .pairs import PAIRS, ways
@@ -37,6 +38,8 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
     _refuse_target(plan)
     _refuse_names(plan)
     plan.check()
+    if options.more.get("match_original") is None:
+        plan.aside = entries_left_out(plan)
     return plan
 
 
@@ -164,6 +167,8 @@ def _set_rows(model: Source, rows: int) -> None:
     words = [word for word in ("vocab_size", "head_rows") if word in model.sizes]
     model.sizes = {**model.sizes, **dict.fromkeys(words, rows)}
     model.config |= {word: rows for word in ("vocab_size", "head_rows") if word in model.config}
+    if model.moments is not None:
+        model.notes.append(f"its optimizer state is left out: --vocab_size {rows} changes the parameters it belongs to")
     model.moments = None
 
 

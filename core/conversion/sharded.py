@@ -23,21 +23,19 @@ from ..containers.rank_files import open_rank_files, rank_files
 from ..containers.safetensors import open_safetensors
 from ..containers.spec import TensorSpec
 from ..containers.step_folder import is_step_folder, open_step_folder, step_parts
+from ..containers.steps import step_of
 from ..containers.tensors.views import stored
 from ..containers.trees import map_paths
 from ..errors import CheckpointMismatch
+from ..families.parts import AVERAGE, MAIN, OPTIMIZER, RUN, parts_of
 from ..inspection.inspect import Inspected, identity_of
 from .plan import Options, Ref, Source, Target, WeightFile
 
-MAIN = ("model", "state_dict", "model_state_dict")
-AVERAGE = ("ema", "ema_model", "model_ema", "ema_state_dict")
-OPTIMIZER = ("optimizer", "optim", "optimizers", "optimizer_state_dict")
-"""Programs' names of the parts of a checkpoint."""
-
-_REASONS = {
+REASONS: dict[tuple[str, ...], str] = {
     MAIN: "main weights; --save_ema takes the EMA",
     AVERAGE: "EMA; --save_ema takes it instead",
     OPTIMIZER: "optimizer; --include_optimizer keeps it",
+    RUN: "state of the run, not a weight of the model",
 }
 
 
@@ -89,9 +87,9 @@ def open_sharded(path: Path, options: Options) -> Inspected:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
     identity = identity_of(weights, None)
     optimizer = _optimizer(container)[1] if options.include_optimizer else None
-    step = _step(container)
-    found = Inspected(path, container, weights, key, identity, None, optimizer=_with_names(optimizer), step=step)
-    found.chosen = list(container.notes)
+    found = Inspected(path, container, weights, key, identity, None, optimizer=_with_names(optimizer))
+    found.step, counts = step_of(container)
+    found.chosen = [*container.notes, *counts]
     return found
 
 
@@ -108,13 +106,12 @@ def _wanted(path: Path, options: Options) -> list[str]:
 
 
 def _parts(content: Any) -> dict[str, tuple[str, ...]]:
-    """The parts of a nested checkpoint by name, with the kind of each; empty for a flat one."""
-    found: dict[str, tuple[str, ...]] = {}
-    for words in (MAIN, AVERAGE, OPTIMIZER):
-        for word in words:
-            if isinstance(content, Mapping) and isinstance(content.get(word), Mapping):
-                found[word] = words
-    return found
+    """The parts of a nested checkpoint by name, with the kind of each; of a flat one those of the run."""
+    return {
+        word: kind
+        for word, kind in parts_of(content).items()
+        if kind is RUN or isinstance(content.get(word), (Mapping, list))
+    }
 
 
 def _chosen(container: Container, options: Options) -> str:
@@ -159,13 +156,6 @@ def _with_names(optimizer: Any) -> Any:
     return {**optimizer, "param_groups": named}
 
 
-def _step(container: Container) -> int | None:
-    content = container.content if isinstance(container.content, Mapping) else {}
-    beside = content.get("metadata")
-    said = [content.get("step"), beside.get("train_steps") if isinstance(beside, Mapping) else None]
-    return next((value for value in said if type(value) is int), None)
-
-
 def take_parts(model: Source, path: Path, options: Options) -> None:
     """Drop the parts of a sharded checkpoint that were not requested, with reasons; the optimizer keeps its layout.
 
@@ -189,7 +179,7 @@ def take_parts(model: Source, path: Path, options: Options) -> None:
         if word == kept:
             model.along[name] = view
         else:
-            model.dropped[name] = _REASONS.get(parts.get(word, ()), "not a weight of the model")
+            model.dropped[name] = REASONS.get(parts.get(word, ()), "not a weight of the model")
             model.sources.setdefault(name, view)
     model.notes += [note for note in model.container.notes if note not in model.notes]
     apart = step_parts(path) if is_step_folder(path) else []

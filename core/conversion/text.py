@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..inspection.report import choice_facts
 from ..inspection.report_text import choice_lines
 from .pairs import PAIRS, ways
 from .plan import Plan, folded
+from .sharded import REASONS
 from .targets import FORMATS
 
 
@@ -35,7 +37,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
             for target in plan.targets
         ],
         "choices": choice_facts(model.choices),
-        "dropped": model.dropped,
+        "dropped": {**model.dropped, **plan.aside},
         "filled": plan.filled,
         "files": [*(file.name for file in plan.files), *plan.texts, *plan.copies],
         "notes": model.notes,
@@ -54,21 +56,32 @@ def plan_text(plan: Plan) -> Iterable[str]:
         yield f"left out: {printable(name)} ({reason})"
     for name, what in folded(plan.filled).items():
         yield f"not from the source: {printable(name)} = {printable(what)}"
-    yield from summary(plan)
+    yield from _totals(plan)
 
 
 def summary(plan: Plan) -> Iterable[str]:
     """Summarize what is written, in a few lines."""
+    parts = Counter(reason for reason in plan.model.dropped.values() if reason in REASONS.values())
+    yield from (f"left out: {count} tensor{'s' * (count != 1)}: {reason}" for reason, count in parts.items())
+    yield from _totals(plan)
+
+
+def _totals(plan: Plan) -> Iterable[str]:
     model = plan.model
     for note in model.notes:
         yield f"note: {printable(note)}"
     yield from choice_lines(choice_facts(model.choices))
+    for name, what in plan.aside.items():
+        yield f"left out: {printable(name)} ({printable(what)})"
     weights = [target for target in plan.targets if target.is_weight]
     moments = len(plan.targets) - len(weights)
     dtypes = ", ".join(dict.fromkeys(target.dtype for target in weights))
     files = [*(file.name for file in plan.files), *plan.texts, *plan.copies]
     what = f"{len(weights)} tensors" + (f" and {moments} of the optimizer" if moments else "")
-    yield f"{printable(str(model.path))}: {model.program}, {len(model.sources)} tensors, {len(model.dropped)} left out"
+    left = f"{len(model.dropped)} left out"
+    if plan.aside:
+        left += f", and {len(plan.aside)} other entr{'y' if len(plan.aside) == 1 else 'ies'}"
+    yield f"{printable(str(model.path))}: {model.program}, {len(model.sources)} tensors, {left}"
     yield f"{printable(str(plan.target))}: {plan.format}, {what}, {dtypes}, {size_text(plan.nbytes)}"
     if plan.is_folder:
         shown = [*files, "training_state.json"] if plan.seal is not None else files

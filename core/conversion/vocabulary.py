@@ -119,6 +119,6 @@ def characters(path: Path, rows: int | None) -> dict[str, Any]:
         raise CheckpointMismatch(f"{path}: its stoi is not the inverse of its itos. It is damaged, or was changed.")
     if rows is not None and size != rows:
         raise CheckpointMismatch(
-            f"{path}: {size} characters, but the model has {rows} rows. It is the vocabulary of another model."
+            f"{path}: {size} characters, but the model has {rows} rows. It does not fit this model."
         )
     return {"token_kind": "char", "chars": chars}

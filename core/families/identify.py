@@ -15,12 +15,12 @@ from . import hf_gpt2, hf_llama, litgpt, megatron, modded, nanochat, nanogpt, ou
 from .architecture import Architecture, describe
 from .family import Family, Shape, plain_name, plain_names
 from .match import Match, index, match, skeleton
+from .parts import is_of_optimizer
 
 MODULES = (ours, nanogpt, hf_gpt2, hf_llama, modded, megatron, litgpt, nanochat)
 FAMILIES: tuple[Family, ...] = tuple(family for module in MODULES for family in module.FAMILIES)
 
 UNKNOWN = "unknown"
-_ASIDE = re.compile(r"(?:.*\.)?optim(?:s|izers?|izer_states?|izer_state_dict)?\.")
 _DEEP = 6  # words that may precede the names of a model's weights
 _LONG = 1000  # characters: no family has longer names
 
@@ -49,7 +49,7 @@ def identify(
     `config` is the one beside it (model_args, config.json, model_config); `shared` names the storage of each tensor,
     to detect a tied head. Tensors of an optimizer are left out.
     """
-    names = [name for name in shapes if not _ASIDE.match(name)]
+    names = [name for name in shapes if not is_of_optimizer(name)]
     try:
         plain = plain_names(name for name in names if len(name) <= _LONG)
     except CheckpointMismatch as error:

@@ -14,9 +14,10 @@ from ..config.variants import VARIANTS
 from ..console.words import listed_names
 from ..containers.container import Check, Container
 from ..containers.spec import TensorSpec
-from ..errors import CheckpointError, CheckpointMismatch, CheckpointNotFound
+from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from ..families import megatron_iteration
 from ..families.identify import Identity, identify, weights_key
+from ..families.parts import aside
 from .config_entry import config_entry
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Inspected:
     step: int | None = None
     bundle: Bundle | None = None
     history: list[KeptStep] = field(default_factory=list)
-    damage: list[str] = field(default_factory=list)  # files of a bundle that cannot be read, a sentence each
+    damage: list[str] = field(default_factory=list)  # what cannot be read of a bundle, or of a step, a sentence each
     chosen: list[str] = field(default_factory=list)  # which of several checkpoints this is, and why
 
     @property
@@ -228,16 +229,30 @@ def of_container(path: Path) -> Inspected:
     weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
     content = container.content if isinstance(container.content, Mapping) else {}
     place, config = config_entry(content)
-    step = next((content[k] for k in ("step", "iter_num", "iteration") if type(content.get(k)) is int), None)
     optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optimizers") if k in content), None)
-    notes: list[str] = []
+    step, notes, damage = _step_of(container)
     if megatron_iteration.is_iteration(container):
         weights, notes = megatron_iteration.model_of(weights)
         place, (config, step) = "common.pt", megatron_iteration.said(container)
+    elif not key:
+        others = aside(weights, content)
+        weights = {name: spec for name, spec in weights.items() if name not in others}
     if container.kind.startswith("Hugging Face folder"):
         place = "config.json"
     identity = identity_of(weights, config)
-    return Inspected(path, container, weights, key, identity, config, place, None, optimizer, step, chosen=notes)
+    return Inspected(
+        path, container, weights, key, identity, config, place, None, optimizer, step, damage=damage, chosen=notes
+    )
+
+
+def _step_of(container: Container) -> tuple[int | None, list[str], list[str]]:
+    """The step of a checkpoint, what else counts in it, and damage to the count."""
+    from ..containers.steps import step_of
+
+    try:
+        return *step_of(container), []
+    except CheckpointDamaged as error:
+        return None, [], [str(error)]
 
 
 def identity_of(weights: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Identity:

@@ -45,7 +45,7 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
         "contradictions": [] if ours else [*identity.conflicts, *found.lacks],
         "notes": [*container.notes, *(architecture.notes if architecture is not None and not ours else [])],
         "health": _health(found),
-        "damaged": [],
+        "damaged": list(found.damage),
         "foreign": [],
         "tensors": tensor_facts(found.weights if ours else container.tensors, pattern),
     }

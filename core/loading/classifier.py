@@ -47,6 +47,6 @@ def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> C
         tensors = read_part(bundle.weights)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if faults := differences(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
-            raise CheckpointMismatch(f"{bundle.weights.source.path} belongs to another model: {listed(faults)}.")
+            raise CheckpointMismatch(f"{bundle.weights.source.path} does not fit this model: {listed(faults)}.")
         model.load_state_dict(tensors, assign=True)
         return Classifier(model.to(device).eval(), classes, tokenizer_from_state(bundle.tokenizer), bundle.step)

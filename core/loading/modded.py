@@ -110,7 +110,7 @@ def refuse_large_tokenizer(tokenizer: Tokenizer, config: ModdedConfig, where: st
     rows: Any = min(config.vocab_size, config.head_rows)
     if tokenizer.vocab_size > rows:
         raise CheckpointMismatch(
-            f"{where}: {describe(tokenizer.state())}, but the model has {rows} rows. It belongs to another model."
+            f"{where}: {describe(tokenizer.state())}, but the model has {rows} rows. It does not fit this model."
         )
 
 

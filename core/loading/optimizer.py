@@ -156,7 +156,7 @@ def load_optimizer_state(
         new = [name for name in labels if name not in found]
         gone = [name for name in found if name not in set(labels)]
         foreign = [name for name in gone if name not in set(known)]
-        strangers = len(new) == len(labels) > 0 and len(found) > 0  # nothing in common: it belongs to another model
+        strangers = len(new) == len(labels) > 0 and len(found) > 0  # nothing in common
         _refuse(
             [f"{name} is missing" for name in new if strangers]
             + [f"{name} is not in this model" for name in foreign if strict or strangers]

@@ -158,7 +158,7 @@ def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> tuple[Pai
     expected, found = ({n: t.shape for n, t in side.items() if n in compared} for side in (live, tensors))
     if faults := differences(expected, found):
         hint = " What fits is loaded with strict=False." if common and strict and (new or left) else ""
-        raise CheckpointMismatch(f"{bundle.weights.source.path} belongs to another model: {listed(faults)}.{hint}")
+        raise CheckpointMismatch(f"{bundle.weights.source.path} does not fit this model: {listed(faults)}.{hint}")
     lines = [f"new: {counted('tensor', new)}, not in the checkpoint; they stay as they are"] if new else []
     lines += [f"left out: {counted('tensor', left)}, not in the module"] if left else []
     return [(live[name], tensors[name]) for name in common], lines

@@ -21,7 +21,7 @@ class Ema:
     It has the names of the model's state dict; tied weights have one average. Tensors that are not floating-point
     equal the model's.
 
-    Raises: InputError for a decay of 0, CheckpointMismatch when a saved average belongs to another model.
+    Raises: InputError for a decay of 0, CheckpointMismatch when a saved average does not fit the model.
     """
 
     def __init__(self, model: nn.Module, decay: float, saved: Mapping[str, Tensor] | None = None) -> None:
@@ -37,7 +37,7 @@ class Ema:
         if saved is not None:
             shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (live, saved)]
             if faults := differences(shapes[0], shapes[1]):
-                raise CheckpointMismatch(f"the average belongs to another model: {listed(faults)}.")
+                raise CheckpointMismatch(f"the average does not fit this model: {listed(faults)}.")
         averages: dict[int, Tensor] = {}
         self._tensors: dict[str, Tensor] = {}
         for name, tensor in live.items():

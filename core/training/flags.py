@@ -72,7 +72,7 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("optimization")
     _add_settings(group, "max_iters")
     _add(group, "batch_size", count, "sequences per step and accumulation")
-    _add_settings(group, "gradient_accumulation_steps", "learning_rate", "warmup_iters", "lr_decay_iters")
+    _add_settings(group, "gradient_accumulation_steps", "learning_rate", "warmup_iters", "lr_decay_iters", "min_lr")
     _add_settings(group, "weight_decay", "grad_clip", "ema", "lr_schedule")
     _add_saving(parser.add_argument_group("evaluation and saving"))
     _add_history(parser.add_argument_group("the past of a run (inspect_model.py --history shows it)"))

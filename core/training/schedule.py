@@ -41,7 +41,7 @@ class Schedule:
             )
         if not 0 <= self.lowest <= self.learning_rate:
             raise InputError(
-                f"min_learning_rate: found {self.lowest}, expected 0 to learning_rate {self.learning_rate}."
+                f"min_learning_rate (--min_lr): found {self.lowest}, expected 0 to learning_rate {self.learning_rate}."
             )
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..bundle.training_state import TrainingState
 from ..console.commandline import above_or_zero, below_one, count, positive, seed_number
 from ..errors import InputError
 from .schedule import KINDS, Schedule
@@ -24,6 +25,9 @@ class Settings:
     lr_decay_iters: int | None = _setting(
         None, count, "step at which a cosine is lowest; independent of --max_iters"
     )  # steps
+    min_lr: float | None = _setting(
+        None, above_or_zero, "learning rate at which a cosine ends (default: a tenth of --learning_rate)"
+    )  # per update
     weight_decay: float | None = _setting(0.1, above_or_zero, "weight decay of matrices")  # per unit of learning rate
     grad_clip: float = _setting(
         1.0, above_or_zero, "clip gradients to this norm; 0 for no clipping"
@@ -73,9 +77,12 @@ class Settings:
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1.")
 
-    def recorded(self) -> dict[str, Any]:
-        """The settings that a training state keeps for the continued run; those of the machine are left out."""
-        here = ("dtype", "compile", "max_failed_saves", "strict_resume")
+    def recorded(self, so_far: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The settings that a training state keeps for the continued run; those of the machine are left out.
+
+        The arithmetic of a run that began in another program was recorded by that program, and stays recorded.
+        """
+        here = {"dtype", "compile", "max_failed_saves", "strict_resume"} - ({"dtype"} & (so_far or {}).keys())
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in here}
 
     def changes(self, recorded: Mapping[str, Any]) -> list[str]:
@@ -99,4 +106,22 @@ class Settings:
             warmup = warmup * decay
         if self.lr_schedule == "cosine" and decay is None:
             raise InputError("--lr_schedule cosine needs --lr_decay_iters, the step at which the rate is lowest.")
-        return Schedule(self.lr_schedule, self.learning_rate, round(warmup), decay)
+        return Schedule(self.lr_schedule, self.learning_rate, round(warmup), decay, self.min_lr)
+
+
+_DECISIVE = ("lr_schedule", "warmup_iters", "grad_clip", "gradient_accumulation_steps", "dtype")
+"""Settings that decide an update besides the learning rate and what the optimizer's own groups record."""
+
+
+def origin_of(state: TrainingState, so_far: Mapping[str, Any], settings: Settings) -> list[str]:
+    """Report where the settings are from, in the first run that continues a checkpoint of another program."""
+    shown = ", ".join(f"{name} {value}" for name, value in so_far.items())
+    if so_far and state.training is None:
+        return [f"continuing with the settings of the program that wrote it, unless a flag overrides them: {shown}"]
+    program = (state.extra or {}).get("program")
+    if not so_far or not program or state.certificate is not None:
+        return []
+    lines = [f"continuing with the settings that {program} recorded, unless a flag overrides them: {shown}"]
+    if missing := [f"{name} {getattr(settings, name)}" for name in _DECISIVE if name not in so_far]:
+        lines.append(f"WARNING: {program} recorded no {', '.join(missing)}: these are this program's own")
+    return lines

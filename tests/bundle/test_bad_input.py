@@ -191,7 +191,10 @@ ENTRIES = {
     "step negative": ({"step": -1}, "its step is -1, expected a whole number of at least 0"),
     "step bool": ({"step": True}, "its step is True, expected a whole number of at least 0"),
     "step float": ({"step": 3.0}, "its step is 3.0, expected a whole number of at least 0"),
-    "step tensor": ({"step": torch.tensor(3)}, "its step is tensor int64 (), expected a whole number of at least 0"),
+    "step tensors": (
+        {"step": torch.tensor([3, 4])},
+        "its step is tensor int64 (2,), expected a whole number of at least 0",
+    ),
     "step None": ({"step": None}, "its step is None, expected a whole number of at least 0"),
     "tokenizer list": ({"tokenizer": [1]}, "its tokenizer is [1], expected a dict"),
     "optimizer list": ({"optimizer_state_dict": []}, "its optimizer_state_dict is [], expected a dict"),

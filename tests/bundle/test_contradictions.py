@@ -134,9 +134,7 @@ def test_tokenizer_of_another_model_is_named_with_both_numbers(old, folder, door
     write_old_bundle(folder, old.fused, None, step=3)
     edit(folder / "tokenizer.json", **change)
     message = refused(door, folder, f"{folder / 'tokenizer.json'}: ", said, kind=CheckpointMismatch)
-    assert "vocab_size" not in said or message.endswith(
-        f"{folder / 'config.json'}. It is the tokenizer of another model."
-    )
+    assert "vocab_size" not in said or message.endswith(f"{folder / 'config.json'}. It does not fit this model.")
     single(folder, old.fused, None, tokenizer={**TOKENIZER, **change})
     refused(legacy, folder, f"{folder / 'latest.pt'}: ", said, kind=CheckpointMismatch)
 
@@ -153,12 +151,12 @@ def test_gpt2_with_too_few_rows_is_refused_and_with_padding_taken(folder, rows):
 def test_characters_far_fewer_than_rows_are_of_another_model(folder):
     sizes = {**SIZES, "vocab_size": len(CHARS) + 128}
     write_single_file(folder / "latest.pt", FusedGPT(**sizes), step=1)
-    refused(legacy, folder, "17 characters, but vocab_size is 145", "It is the tokenizer of another model.")
+    refused(legacy, folder, "17 characters, but vocab_size is 145", "It does not fit this model.")
 
 
 # Optimizers
 
-OTHER = "It belongs to another model or optimizer; --init_from_model starts a new model from the weights alone."
+OTHER = "It does not fit this model; --init_from_model starts a new model from the weights alone."
 
 
 def without_last(state: dict[str, Any]) -> None:
@@ -372,7 +370,7 @@ def test_checkpoint_of_nanogpt_in_the_place_of_ours_is_told_by_its_entries(share
     data = (shared / "fixtures" / "nanogpt_char_biasFalse" / "ckpt.pt").read_bytes()
     (folder / "latest.pt").write_bytes(data)
     found = "found the entries model, optimizer, model_args, iter_num, best_val_loss, config"
-    remedy = "It was written by another program; inspect_model.py shows its contents."
+    remedy = f"inspect_model.py shows its contents, and convert_checkpoints.py {folder / 'latest.pt'} DST --to bundle "
     for door in OF_A_FILE:
         refused(
             door, folder, f"{folder / 'latest.pt'}: {found}, expected the entries model_state_dict and config", remedy

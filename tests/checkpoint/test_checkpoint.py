@@ -256,7 +256,7 @@ def test_loading_into_another_shape_is_refused_and_changes_nothing(tmp_path):
     module = nn.Linear(3, 4)
     before = weights(module)
     with pytest.raises(
-        CheckpointMismatch, match=r"tied/model.pt belongs to another model: weight is \(3, 3\), expected \(4, 3\)"
+        CheckpointMismatch, match=r"tied/model.pt does not fit this model: weight is \(3, 3\), expected \(4, 3\)"
     ):
         manager(tmp_path, "tied").load(module)
     assert equal(before, weights(module))

@@ -113,7 +113,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path, shared):
     path = upstream_file(tmp_path / "state.pt")
     flags = ["--tokenization", "gpt2", "--bpe_file", shared / "data/gpt2.tiktoken"]
     ran = script("generate", "--checkpoint", path, *flags, cwd=tmp_path)
-    assert ran.returncode == 1 and "but the model has 61 rows. It belongs to another model." in ran.stderr
+    assert ran.returncode == 1 and "but the model has 61 rows. It does not fit this model." in ran.stderr
 
 
 def test_checkpoint_and_model_name_together_are_wrong_use(tmp_path):

@@ -12,12 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.bundle.legacy import open_legacy
 from core.config.gpt import GPTConfig
 from core.errors import CheckpointMismatch, InputError
 from core.loading.optimizer import configure_optimizer, load_optimizer_state
+from core.loading.tensors import load_optimizer
 from core.model import GPT
 from core.networks.state_dict import export_optimizer_state
 from core.training.schedule import Schedule
+from tests.makers.models import config
 
 SMALL = {"block_size": 8, "vocab_size": 11, "n_embd": 16, "n_head": 2, "n_layer": 2, "dropout": 0.0}
 
@@ -303,7 +306,7 @@ def test_fields_of_a_later_program_are_left_out():
         (("constant", 1.0, -1), "warmup_iters: found -1"),
         (("cosine", 1.0, 5), "Give --lr_decay_iters"),
         (("cosine", 1.0, 5, 5), "lr_decay_iters: found 5, expected more than warmup_iters 5"),
-        (("cosine", 1.0, 0, 5, 2.0), r"min_learning_rate: found 2\.0"),
+        (("cosine", 1.0, 0, 5, 2.0), r"min_learning_rate \(--min_lr\): found 2\.0"),
     ],
 )
 def test_impossible_schedules_are_named(values, message):
@@ -330,3 +333,22 @@ def test_settings_with_which_no_update_can_be_made_are_named_at_once(settings, s
     with pytest.raises(CheckpointMismatch) as raised:
         model.configure_optimizer(1e-2, optimizer_state=export_optimizer_state(optimizer, model) | state)
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_moments_of_a_tied_head_that_was_saved_twice_are_found_by_order(tmp_path, prefix):
+    model = GPT(config(tied_head=True, head_bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for number, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, float(number + 1))
+    optimizer.step()
+    weights = {prefix + name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert f"{prefix}lm_head.weight" in weights
+    content = {"model_state_dict": weights, "config": model.config.to_dict(), "step": 1}
+    torch.save({**content, "optimizer_state_dict": optimizer.state_dict()}, tmp_path / "latest.pt")
+    with open_legacy(tmp_path / "latest.pt") as bundle:
+        state = load_optimizer(bundle)
+    names = [name for group in state["param_groups"] for name in group["param_names"]]
+    expected = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
+    assert names == list(expected)
+    assert all(torch.equal(state["state"][i]["exp_avg"], expected[name]) for i, name in enumerate(names))

@@ -224,6 +224,33 @@ def test_a_folder_with_several_checkpoint_files_names_them(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "pattern",
+    [
+        "model_world_size_4_rank_{}.pt",
+        "consolidated.0{}.pth",
+        "ckpt_shard_{}.pt",
+        "m-0000{}-of-00004.pt",
+        "x.rank_{}.bin",
+    ],
+)
+def test_a_series_of_parts_is_not_offered_one_by_one(tmp_path, pattern):
+    for i in range(4):
+        torch.save({"w": torch.ones(2)}, tmp_path / pattern.format(i))
+    with pytest.raises(CheckpointNotFound) as caught:
+        open_container(tmp_path)
+    said = f"{tmp_path}: 4 files that are parts of one checkpoint by their names: {pattern.format(0)}, "
+    assert str(caught.value).startswith(said) and "Name one of them" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["model_00{}.pt", "state_step{}.pt", "tmp{}.pt", "ckpt-{}.pth"])
+def test_a_series_of_steps_is(tmp_path, pattern):
+    for i in range(3):
+        torch.save({"w": torch.ones(2)}, tmp_path / pattern.format(i))
+    with pytest.raises(CheckpointNotFound, match=r"3 files that may each be one: .*\. Name one of them"):
+        open_container(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("name", "data", "said"),
     [
         ("config.json", b'{"a": 1}', "a JSON text, not a checkpoint. Name the folder"),

@@ -110,6 +110,7 @@ def test_every_tensor_is_used_or_dropped_with_a_reason(ranks, tmp_path):
     assert plan["dropped"] == {
         "ema.w": "EMA; --save_ema takes it instead",
         "optim.m": "optimizer; --include_optimizer keeps it",
+        "lr": "0.5; --to safetensors has no place for it",
     }
     plan = converted(folder, tmp_path / "b.safetensors", "safetensors", more={"save_ema": True})
     assert plan["dropped"]["model.w"] == "main weights; --save_ema takes the EMA"

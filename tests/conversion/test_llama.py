@@ -248,7 +248,7 @@ def test_what_an_export_cannot_hold_is_refused_or_said(fixtures, tmp_path):
     converted(tmp_path / "scaled.pt", tmp_path / "scaled", "hf")
     assert json.loads((tmp_path / "scaled/config.json").read_text())["rope_parameters"] == scaled
     (source / "config.json").unlink()
-    assert "no config.json beside it" in refused(source, tmp_path / "x.pt")
+    assert "no config.json in it, and the heads are not in the tensors" in refused(source, tmp_path / "x.pt")
 
 
 def test_a_head_that_was_written_as_well_is_tied_unless_the_config_says_no(fixtures, tmp_path):

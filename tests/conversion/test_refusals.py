@@ -141,3 +141,20 @@ def test_tensors_without_elements_and_whole_numbers_are_kept_beside_a_cast(sourc
         "n": ("int64", [3]),
         "none": ("float16", [0, 4]),
     }
+
+
+@pytest.mark.parametrize("to", ["bundle", "megatron"])
+def test_a_refusal_for_want_of_a_config_says_where_it_is_or_is_not(shared, tmp_path, to):
+    name = "hf_gpt2" if to == "bundle" else "hf_llama_gqa_untied"
+    folder, made = tmp_path / "m", tmp_path / "made"
+    folder.mkdir()
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    weights.write_bytes((shared / "fixtures" / name / "model.safetensors").read_bytes())
+    config.write_text("{}")
+    heads = "n_head is" if to == "bundle" else "the heads are"
+    beside = f"a file by itself, with which {config} is not read, and {heads} not in the tensors."
+    assert error(weights, made, to) == f"{beside} Name the folder: {folder}."
+    assert error(folder, made, to).startswith(f"its config.json has no entries, and {heads} not in the tensors.")
+    config.unlink()
+    assert error(folder, made, to).startswith(f"no config.json in it, and {heads} not in the tensors.")
+    assert error(weights, made, to).startswith(f"no config.json beside it, and {heads} not in the tensors.")

@@ -26,7 +26,7 @@ def test_a_vocabulary_that_does_not_fit_or_is_no_data_is_refused(nanogpt, tmp_pa
         return str(caught.value).removeprefix(f"{path}: ")
 
     few = {"itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
-    assert error(few) == "2 characters, but the model has 34 rows. It is the vocabulary of another model."
+    assert error(few) == "2 characters, but the model has 34 rows. It does not fit this model."
     assert "expected a character for each id from 0" in error({"itos": {0: "a", 2: "b"}})
     assert "its stoi is not the inverse of its itos" in error({**few, "stoi": {"a": 1, "b": 0}})
     assert "expected vocab_size, itos and stoi by name" in error(Shell(tmp_path / "ran"))

@@ -196,7 +196,7 @@ def test_a_run_cannot_change_what_its_steps_are_a_function_of(made, tmp_path, ca
 def test_a_model_of_another_program_is_neither_resumed_nor_a_classifier(made, tmp_path):
     model = torch.nn.Linear(2, 2)
     save_durably(CheckpointManager("nli", tmp_path, say=lambda line: None), model, step=1)
-    with pytest.raises(CheckpointError, match="belongs to another model"):
+    with pytest.raises(CheckpointError, match="does not fit this model"):
         main(words(made, tmp_path))
     with pytest.raises(CheckpointError, match="step 1 is not a classifier"):
         load_classifier(tmp_path / "nli")

@@ -93,7 +93,7 @@ def test_a_decay_that_averages_nothing_is_refused_with_its_value(decay):
 
 
 def test_a_saved_average_of_another_model_is_refused():
-    with pytest.raises(CheckpointMismatch, match=r"belongs to another model: weight is \(2, 2\), expected \(2, 3\)"):
+    with pytest.raises(CheckpointMismatch, match=r"does not fit this model: weight is \(2, 2\), expected \(2, 3\)"):
         Ema(nn.Linear(3, 2, bias=False), 0.9, {"weight": torch.zeros(2, 2)})
 
 

@@ -74,6 +74,8 @@ def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
         model.notes.append("its head has other values than its token table: kept as a head of its own")
     else:
         tied = True
+        if HEAD in model.tensors and model.tensors[HEAD].place != model.tensors[HF_TABLE].place:
+            model.tie(HEAD, HF_TABLE)  # one parameter, which was saved twice
         model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
     dropout = model.config.get("dropout", 0.0)
     return _ours(

@@ -160,7 +160,7 @@ def to_megatron(model: Source, options: Options) -> dict[str, Any]:
     """Write the config of an export from that of Llama, Qwen2 or Qwen3."""
     config, style = model.config, model.family.removeprefix("hf_")
     if not config:
-        raise model.refuse("no config.json beside it, and the heads are not in the tensors. Name the folder of both.")
+        raise model.refuse_without_config("the heads are")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise model.refuse(f"hidden_act is {config['hidden_act']!r}; a gate of Megatron's export is silu (SwiGLU).")
     if HF_TABLE not in model.tensors:

@@ -29,21 +29,24 @@ def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
     targets = [target_of(model, name, MODEL, options) for name in model.tensors]
     weights = {one.path: Ref(one.path) for one in targets}
     files = [WeightFile(MODEL, targets, weights, ties=options.tied is not False)]
-    if model.moments is not None and options.vocab_size is None and not aliases:
+    if model.moments is not None and aliases:
+        model.notes.append("its optimizer state is left out: --untied adds a parameter that it does not know")
+    elif model.moments is not None:
         content, moments = optimizer_content(model, options, parameters_of(model), OPTIMIZER, "", named=True)
         if moments:
             files.append(WeightFile(OPTIMIZER, moments, content))
-    texts = {CONFIG: dump_json(model.config)}
+    config, state = _going_on(model)
+    texts = {CONFIG: dump_json(config)}
     if model.tokenizer is not None:
         texts[TOKENIZER] = dump_json(model.tokenizer)
     rounded = () if options.dtype is None else ("checkpoint_dtype", "model_dtype_at_save")
-    kept = {name: value for name, value in model.state.items() if name not in ("integrity", *rounded)}
+    kept = {name: value for name, value in state.items() if name not in ("integrity", *rounded)}
     kept |= {
-        "format_version": model.config.get("format_version"),
+        "format_version": config.get("format_version"),
         "step": model.step or 0,
         "optimizer_file": OPTIMIZER if len(files) > 1 else None,
     }
-    state = TrainingState.from_dict(plain(kept)).committed(
+    made = TrainingState.from_dict(plain(kept)).committed(
         None,
         saved_at=time_of(),
         legacy=[],
@@ -56,6 +59,15 @@ def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
     )
 
     def sealed(recorded: dict[str, dict[str, Any]]) -> dict[str, bytes]:
-        return {STATE: seal(state, recorded)}
+        return {STATE: seal(made, recorded)}
 
     return Plan(model, target, "bundle", files, texts, seal=sealed)
+
+
+def _going_on(model: Source) -> tuple[dict[str, Any], TrainingState]:
+    """The config and training state with which train.py goes on as the program that wrote a checkpoint."""
+    if model.run is None:
+        return model.config, model.state
+    model.notes += model.run.notes
+    batch = {} if model.run.batch_size is None else {"batch_size": model.run.batch_size}
+    return {**model.config, **batch}, model.state.having(training=model.run.settings)

@@ -1,0 +1,76 @@
+"""What a checkpoint holds beside what a conversion writes: each entry is listed, with its value or its size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..bundle.legacy import TOKENIZER_KEY
+from ..containers.pickles.inert import as_text
+from ..containers.steps import HOLDERS, NAMES
+from ..containers.trees import leaves
+from ..families.megatron_iteration import is_iteration
+from ..families.parts import OPTIMIZER, parts_of
+from ..inspection.config_entry import KEYS as CONFIG_KEYS
+from ..inspection.report import tensors_in
+from .plan import Plan, Source
+
+CONFIG_ENTRY = {"nanogpt": "model_args"}
+"""The entry of a file that holds the model's config, even if other entries look like one."""
+
+_WHOLE = ("torch zip", "torch stream", "DCP folder", "legacy single file")
+"""Kinds of containers whose content is the checkpoint; files beside weights are copied, or belong to other programs."""
+
+_LONG = 60  # characters of a value
+
+
+def entries_left_out(plan: Plan) -> dict[str, str]:
+    """The entries of a checkpoint that are not written, by name: what each is, and why it is left out."""
+    model = plan.model
+    content = model.container.content
+    is_whole = model.container.kind.startswith(_WHOLE) and not is_iteration(model.container)
+    if not isinstance(content, Mapping) or not is_whole:
+        return {}
+    written = {name for target in plan.targets for name in target.view.names}
+    used = written | model.dropped.keys() | {name for view in model.sources.values() for name in view.names}
+    parts, taken = parts_of(content), _taken(model, plan.format)
+    found = {}
+    for key, value in content.items():
+        specs = list(tensors_in(value))
+        left = [spec for spec in specs if spec.nbytes and spec.name not in used]
+        values = sum(isinstance(leaf, (str, int, float)) for leaf in leaves(value))
+        is_optimizer = parts.get(str(key).partition(".")[0]) is OPTIMIZER
+        has_note = is_optimizer and (plan.format == "bundle" or any(spec.name in written for spec in specs))
+        if key in taken or has_note or not (left or values):
+            continue
+        reason = f"--to {plan.format} has no place for it"
+        if is_optimizer and plan.format in ("pt", "dcp", "nanogpt"):
+            reason = "--include_optimizer keeps it"
+        found[key if isinstance(key, str) else as_text(key, _LONG)] = f"{_what(value, left, values)}; {reason}"
+    return found
+
+
+def _what(value: Any, left: list[Any], values: int) -> str:
+    """An entry in a few words: a single value as it is, others by their number."""
+    if isinstance(value, (Mapping, list, tuple)):
+        counts = {"tensor": len(left), "value": values}
+        return " and ".join(f"{count} {word}{'s' * (count != 1)}" for word, count in counts.items() if count)
+    return as_text(value, _LONG)
+
+
+def _taken(model: Source, kind: str) -> set[Any]:
+    """The entries whose meaning is in what is written."""
+    content = model.container.content
+    if kind not in ("bundle", "nanogpt", "hf", "megatron"):
+        return set()
+    if model.container.kind == "legacy single file" and kind == "bundle":
+        return set(content)  # training_state.json keeps entries of unknown names
+    entry = CONFIG_ENTRY.get(model.family_of_source, "")
+    found = {entry if entry in content else next((key for key in CONFIG_KEYS if key in content), ""), TOKENIZER_KEY}
+    if kind in ("bundle", "nanogpt"):
+        found |= {*NAMES, *(f"{holder}.{name}" for holder in HOLDERS for name in NAMES)}
+        found |= {key for key in HOLDERS if isinstance(content.get(key), Mapping) and content[key].keys() <= {*NAMES}}
+        found |= {"best_val_loss"} if model.state.best else set()
+    if kind == "bundle" and model.run is not None:
+        found.add("config")
+    return found
