@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
+from ..bundle.contradictions import contradictions
 from ..bundle.optimizer_state import groups_of, names_in_order
 from ..bundle.parts import once
 from ..bundle.training_state import TrainingState
-from ..console.words import listed
+from ..console.words import listed, listed_names
 from ..containers.pickles.inert import Call, as_text
 from ..containers.plain import plain
 from ..containers.spec import TensorSpec
@@ -55,6 +56,8 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     if found.bundle is not None and options is not None and options.more.get("save_ema"):
         _take_average(found, found.bundle)
     megatron_source.refuse_classic(found.container)
+    if found.partial:
+        raise CheckpointMismatch(f"{path}: {found.partial}")
     megatron_source.take_heads(found, options or Options())
     if found.container.foreign and not is_iteration(found.container):
         raise CheckpointError(
@@ -66,7 +69,7 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     if identity.family == UNKNOWN or identity.unplaced or identity.missing:
         if needs_family:
             raise _unfit(path, identity)
-        return _bare(found, path, config)
+        return _bare(found, path, config, identity)
     said = megatron_source.conflicts_said(identity, identity_of(found.weights, None)) if identity.conflicts else []
     if identity.conflicts and needs_family and not said:
         raise CheckpointMismatch(
@@ -76,6 +79,8 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     model.notes += said
     if needs_family:
         megatron_source.refuse_mixed(model)
+    else:
+        model.notes += _contradictions(found, identity)
     megatron_source.drop_extra_states(model, found.key)
     return model
 
@@ -112,11 +117,28 @@ def _config(found: Inspected) -> dict[str, Any]:
     return dict(found.config or {})
 
 
-def _bare(found: Inspected, path: Path, config: dict[str, Any]) -> Source:
-    """Make a source of an unknown model, with its tensors unchanged."""
+def _contradictions(found: Inspected, identity: Identity) -> list[str]:
+    """What inspect_model.py reports as contradictions, for targets that take tensors of any model."""
+    if found.bundle is not None and found.bundle.config is not None:
+        return [f"contradiction: {fault}" for fault in contradictions(found.bundle)]
+    return [f"contradiction: {fault}" for fault in (*identity.conflicts, *found.lacks)]
+
+
+def _bare(found: Inspected, path: Path, config: dict[str, Any], identity: Identity) -> Source:
+    """Make a source of an unknown model, with its tensors unchanged.
+
+    Raises: CheckpointMismatch for a model of a known family that lacks tensors. Where more are missing than there are,
+    it is no model but a selection of tensors under a family's names, which is kept.
+    """
+    if identity.family != UNKNOWN and 0 < len(identity.missing) < len(identity.places):
+        raise CheckpointMismatch(
+            f"{path}: {identity.program}, but it lacks {len(identity.missing)} of its tensors: "
+            f"{listed_names(identity.missing, 5)}. Name a checkpoint that has them all."
+        )
     tensors = {name: stored(found.container, spec) for name, spec in found.weights.items()}
     model = Source(path, found.container, UNKNOWN, tensors, config, {}, step=found.step, program="an unknown program")
     model.sources = dict(tensors)
+    model.notes += [*found.chosen, *_contradictions(found, identity)]
     return model
 
 

@@ -18,6 +18,7 @@ from ..containers.dcp.metadata import METADATA
 from ..containers.dcp.rebuilt import lost, rebuild, refuse_lost, sibling
 from ..containers.hf_folder import is_hf_folder
 from ..containers.megatron_folder import is_megatron_folder
+from ..containers.part import part_of_model
 from ..containers.pickles.inert import Call, as_text
 from ..containers.rank_files import open_rank_files, rank_files
 from ..containers.safetensors import open_safetensors
@@ -90,7 +91,8 @@ def open_sharded(path: Path, options: Options) -> Inspected:
     identity = identity_of(weights, None)
     optimizer = _optimizer(container)[1] if options.include_optimizer else None
     found = Inspected(path, container, weights, key, identity, None, None, _with_names(optimizer), _step(container))
-    found.chosen = list(container.notes)
+    found.chosen = [*container.notes, *container.caveats]
+    found.partial = part_of_model(container, path)
     return found
 
 

@@ -58,7 +58,7 @@ def summary(plan: Plan) -> Iterable[str]:
     """Summarize what is written, in a few lines."""
     model = plan.model
     for note in model.notes:
-        yield f"note: {printable(note)}"
+        yield printable(note if note.startswith("contradiction: ") else f"note: {note}")
     weights = [target for target in plan.targets if target.is_weight]
     moments = len(plan.targets) - len(weights)
     dtypes = ", ".join(dict.fromkeys(target.dtype for target in weights))

@@ -53,6 +53,7 @@ class Inspected:
     history: list[KeptStep] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)  # files of a bundle that cannot be read, a sentence each
     chosen: list[str] = field(default_factory=list)  # which of several checkpoints this is, and why
+    partial: str = ""  # why this is known to be only a part of a model, and what to do
 
     @property
     def script(self) -> str | None:
@@ -67,9 +68,10 @@ class Inspected:
 
     @property
     def lacks(self) -> list[str]:
-        """The tensors that a foreign model lacks, and those that do not belong to it, in a sentence each."""
+        """What a foreign model lacks, and which of its tensors do not belong to it, in a sentence each."""
         groups = (("missing", self.identity.missing), ("not part of the model", self.identity.unplaced))
-        return [f"{what}: {listed_names(names, 3)}" for what, names in groups if names]
+        said = [f"{what}: {listed_names(names, 3)}" for what, names in groups if names]
+        return [f"only a part of a model: {self.partial}", *said] if self.partial else said
 
     @property
     def size(self) -> int:
@@ -225,6 +227,7 @@ def _held(bundle: Bundle) -> tuple[Container, list[str]]:
 def of_container(path: Path) -> Inspected:
     """Inspect a checkpoint of another program."""
     from ..containers.open import open_container
+    from ..containers.part import part_of_model
 
     container = open_container(path)
     key = weights_key(container.tensors)
@@ -238,7 +241,10 @@ def of_container(path: Path) -> Inspected:
         weights, notes = megatron_iteration.model_of(weights)
         config, step = megatron_iteration.said(container)
     identity = identity_of(weights, config)
-    return Inspected(path, container, weights, key, identity, config, None, optimizer, step, chosen=notes)
+    said = [*notes, *container.caveats]
+    made = Inspected(path, container, weights, key, identity, config, None, optimizer, step, chosen=said)
+    made.partial = part_of_model(container, path)
+    return made
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
