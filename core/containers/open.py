@@ -89,8 +89,8 @@ def _open_folder(folder: Path) -> Container:
     if single and (pattern := rank_pattern(single[0])) and all(re.fullmatch(pattern, name) for name in single):
         raise CheckpointError(
             f"{folder}: the files of {len(single)} ranks ({listed_names(single, 5, show=_shown)}), which cannot be "
-            "joined here. Join them with the program that wrote them; if each has the whole model, copy one to a folder "
-            "of its own."
+            "joined here. Join them with the program that wrote them; if each has the whole model, copy one to a "
+            "folder of its own."
         )
     if single:
         raise CheckpointNotFound(

@@ -65,12 +65,16 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
             "converted; inspect_model.py shows its tensors and plain values."
         )
     config = _config(found)
-    identity = identity_of(found.weights, config)
+    identity = identity_of(found.weights, config, found.container)
     if identity.family == UNKNOWN or identity.unplaced or identity.missing:
         if needs_family:
             raise _unfit(path, identity)
         return _bare(found, path, config, identity)
-    said = megatron_source.conflicts_said(identity, identity_of(found.weights, None)) if identity.conflicts else []
+    said = (
+        megatron_source.conflicts_said(identity, identity_of(found.weights, None, found.container))
+        if identity.conflicts
+        else []
+    )
     if identity.conflicts and needs_family and not said:
         raise CheckpointMismatch(
             f"{path}: {listed(identity.conflicts, 3)}. Correct the config, or name another source."

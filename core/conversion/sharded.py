@@ -88,7 +88,7 @@ def open_sharded(path: Path, options: Options) -> Inspected:
         weights = {name: spec for name, spec in weights.items() if not name.startswith(aside)}
     if not weights:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
-    identity = identity_of(weights, None)
+    identity = identity_of(weights, None, container)
     optimizer = _optimizer(container)[1] if options.include_optimizer else None
     found = Inspected(path, container, weights, key, identity, None, None, _with_names(optimizer), _step(container))
     found.chosen = [*container.notes, *container.caveats]

@@ -176,7 +176,7 @@ def _of_bundle(bundle: Bundle) -> Inspected:
         container=container,
         weights=weights,
         key=key,
-        identity=identity_of(weights, bundle.config_values),
+        identity=identity_of(weights, bundle.config_values, container),
         config=bundle.config_values,
         tokenizer=bundle.tokenizer,
         optimizer=optimizer,
@@ -240,7 +240,7 @@ def of_container(path: Path) -> Inspected:
     if megatron_iteration.is_iteration(container):
         weights, notes = megatron_iteration.model_of(weights)
         config, step = megatron_iteration.said(container)
-    identity = identity_of(weights, config)
+    identity = identity_of(weights, config, container)
     said = [*notes, *container.caveats]
     made = Inspected(path, container, weights, key, identity, config, None, optimizer, step, chosen=said)
     made.partial = part_of_model(container, path)
@@ -254,7 +254,25 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return {str(k): plain(v) for k, v in found.items()} if found is not None else None
 
 
-def identity_of(weights: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Identity:
-    """Recognise a model by its tensors' names, shapes and shared storages, and by the config beside it."""
+def identity_of(
+    weights: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, container: Container | None
+) -> Identity:
+    """Recognise a model by its tensors' names, shapes and shared storages, and by the config beside it.
+
+    Only a head with a storage of its own is read, from `container`, up to the first value that its token table has not.
+    """
     shared = {name: f"{spec.file}/{spec.storage}/{spec.offset}" for name, spec in weights.items()}
-    return identify({name: spec.shape for name, spec in weights.items()}, config, shared)
+
+    def same(head: str, table: str) -> bool | None:
+        one, other = weights[head], weights[table]
+        if container is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        from ..containers.tensors.reading import same_elements
+        from ..containers.tensors.views import stored
+
+        try:
+            return same_elements(stored(container, one), stored(container, other))
+        except CheckpointError:  # its bytes cannot be read, which --verify reports
+            return None
+
+    return identify({name: spec.shape for name, spec in weights.items()}, config, shared, same)

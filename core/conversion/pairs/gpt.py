@@ -58,12 +58,11 @@ def lecture_to_ours(model: Source, options: Options) -> dict[str, Any]:
 def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Read model_args; the head is the token table, and has no bias."""
     on = {part: f"transformer.h.0.{name}.bias" in model.tensors for part, name in _NANOGPT_PARTS.items()}
-    if HEAD in model.tensors and not model.is_same(HEAD, HF_TABLE):
-        tied = False
-        model.notes.append("its head has other values than its token table: kept as a head of its own")
-    else:
-        tied = True
+    tied = model.is_tied(HEAD, HF_TABLE)
+    if tied:
         model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
+    else:
+        model.notes.append("its head has other values than its token table: kept as a head of its own")
     dropout = model.config.get("dropout", 0.0)
     return _ours(
         model,
@@ -97,14 +96,13 @@ def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
     if model.sizes.get("n_ffn", 4 * model.sizes["n_embd"]) != 4 * model.sizes["n_embd"]:
         ffn, ours = model.sizes["n_ffn"], 4 * model.sizes["n_embd"]
         raise model.refuse(f"its feed-forward part is {ffn} wide; our GPT has 4 n_embd, {ours}. --to hf keeps it.")
-    says_tied = config.get("tie_word_embeddings", True)
-    same = HEAD not in model.tensors or model.is_same(HEAD, HF_TABLE)
-    if says_tied and not same:
+    says_tied = config.get("tie_word_embeddings", True) is not False
+    tied = model.is_tied(HEAD, HF_TABLE, says_tied)
+    if says_tied and not tied:
         raise model.refuse(
             f"tie_word_embeddings is true, but {HEAD} has other values than {HF_TABLE}: transformers would leave it "
             "out. Set it to false if the model was trained with a head of its own."
         )
-    tied = says_tied and same
     if tied:
         model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
     dropout = config.get("resid_pdrop", 0.1)
@@ -129,6 +127,12 @@ def _drop_head_bias(model: Source, target: str) -> None:
     model.drop(HEAD_BIAS, f"all zeros; {target} has no bias in its head")
 
 
+def _refuse_other_head(model: Source, config: GPTConfig) -> None:
+    """Refuse a config that ties a head whose values are not those of the token table."""
+    if config.tied_head and not model.is_tied(HEAD, TABLE, said=True):
+        raise model.refuse(f"tied_head is true, but {HEAD} has other values than {TABLE}. Set tied_head to false.")
+
+
 def _drop_tied_head(model: Source, target: str) -> None:
     if HEAD in model.tensors:
         model.drop(HEAD, f"tied to {TABLE}; {target} leaves it out")
@@ -150,6 +154,7 @@ def _add_zero_biases(model: Source) -> None:
 def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a missing bias becomes zeros, a tied head is left out."""
     config = GPTConfig.from_dict(model.config, str(model.path))
+    _refuse_other_head(model, config)
     tied = config.tied_head and options.tied is not False
     _drop_head_bias(model, "HF GPT-2")
     if tied:
@@ -192,7 +197,8 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
         raise model.refuse(
             f"it computes {shown}, nanoGPT the exact GELU: other logits. --to bundle and --to hf keep it."
         )
-    if options.tied is False or not (config.tied_head or model.is_same(HEAD, TABLE)):
+    _refuse_other_head(model, config)
+    if options.tied is False or not model.is_tied(HEAD, TABLE):
         raise model.refuse(
             "its head is not its token table, and nanoGPT has one tensor for both. --to bundle and --to hf keep two."
         )
