@@ -127,12 +127,6 @@ def _drop_head_bias(model: Source, target: str) -> None:
     model.drop(HEAD_BIAS, f"all zeros; {target} has no bias in its head")
 
 
-def _refuse_other_head(model: Source, config: GPTConfig) -> None:
-    """Refuse a config that ties a head whose values are not those of the token table."""
-    if config.tied_head and not model.is_tied(HEAD, TABLE, said=True):
-        raise model.refuse(f"tied_head is true, but {HEAD} has other values than {TABLE}. Set tied_head to false.")
-
-
 def _drop_tied_head(model: Source, target: str) -> None:
     if HEAD in model.tensors:
         model.drop(HEAD, f"tied to {TABLE}; {target} leaves it out")
@@ -154,7 +148,6 @@ def _add_zero_biases(model: Source) -> None:
 def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a missing bias becomes zeros, a tied head is left out."""
     config = GPTConfig.from_dict(model.config, str(model.path))
-    _refuse_other_head(model, config)
     tied = config.tied_head and options.tied is not False
     _drop_head_bias(model, "HF GPT-2")
     if tied:
@@ -197,7 +190,6 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
         raise model.refuse(
             f"it computes {shown}, nanoGPT the exact GELU: other logits. --to bundle and --to hf keep it."
         )
-    _refuse_other_head(model, config)
     if options.tied is False or not model.is_tied(HEAD, TABLE):
         raise model.refuse(
             "its head is not its token table, and nanoGPT has one tensor for both. --to bundle and --to hf keep two."
