@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import math
 import sys
 from pathlib import Path
@@ -242,4 +243,6 @@ def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Co
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal's encoding lacks
     run(main)

@@ -23,6 +23,7 @@ from .bundle.training_state import TrainingState
 from .bundle.writing import explained, writing
 from .config.gpt import GPTConfig
 from .console.words import size_text
+from .containers.json_files import dump_json
 from .data.tokenizer import Tokenizer
 from .errors import CheckpointDamaged, InputError
 from .kinds import gpt_kind
@@ -38,7 +39,7 @@ from .saving.background import BackgroundSaver
 from .saving.consolidate import consolidate
 from .saving.ranks import Ranks, SingleProcess
 from .saving.snapshot import Memory
-from .saving.step import StepContent, StepSave, add_metrics
+from .saving.step import StepContent, StepSave, add_metrics, refuse_unwritable
 
 
 class CheckpointManager:
@@ -263,8 +264,10 @@ class CheckpointManager:
                 model = kind.load(bundle, request, self.say)
                 optimizer = kind.optimizer(model, request, bundle, self.say)
                 self.went_on_from(bundle, model)
+            refuse_unwritable(self.checkpoint_dir, model)
             return model, optimizer, model.step
         model = new_model(kind, request, self.checkpoint_dir, self.say, check=self.verify)
+        refuse_unwritable(self.checkpoint_dir, model)
         return model, kind.optimizer(model, request, request.origin, self.say), 0
 
     def went_on_from(self, bundle: Bundle, model: nn.Module) -> None:
@@ -278,7 +281,11 @@ class CheckpointManager:
         self.keep, self.keep_every = rules.keep, rules.keep_every
 
     def record(self, **facts: Any) -> None:
-        """Add facts to the training state of every later save, by name; JSON must be able to hold them."""
+        """Add facts to the training state of every later save, by name.
+
+        Raises: InputError naming the entry that JSON cannot hold.
+        """
+        dump_json(facts)
         self.facts = {**self.facts, **facts}
 
     # Save

@@ -40,6 +40,7 @@ class Container:
     checks: list[Check] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)  # calls and names in its pickles beyond plain data
     notes: list[str] = field(default_factory=list)  # sentences for people: what is missing, unusual or left out
+    caveats: list[str] = field(default_factory=list)  # sentences that whoever uses the tensors has to pass on
 
     def open(self, name: str) -> BinaryIO:
         """Open one of its files for reading.

@@ -5,7 +5,6 @@ The files are described in the documentation of transformers (Loading models, Sh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,9 @@ from .container import Container, is_plain, listing, member
 from .joined import read_json
 from .pickles.inert import as_text
 from .safetensors import METADATA, open_safetensors
+from .series import Series, choose_series, series_of
 from .spec import TensorSpec
+from .torch_shards import SHARDING, Piece, join_pieces, offsets_of
 
 WEIGHTS = (
     "model.safetensors",
@@ -31,8 +32,6 @@ INDEX = ".index.json"
 """Suffix of the name of an index."""
 
 CONFIG = "config.json"
-
-_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.(safetensors|bin)", re.DOTALL)
 
 BESIDE = (
     "generation_config.json",
@@ -52,13 +51,13 @@ BESIDE = (
 _USUAL = {METADATA: {"format": "pt"}}
 """The metadata of every safetensors file written by transformers."""
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", INDEX)
 
 
 def is_hf_folder(folder: Path) -> bool:
     """Whether a folder holds a model under one of the names of Hugging Face."""
     names = listing(folder)
-    return not names.keys().isdisjoint(WEIGHTS) or bool(_numbered(names))
+    return not names.keys().isdisjoint(WEIGHTS) or bool(series_of(names))
 
 
 def open_hf_folder(path: Path) -> Container:
@@ -67,8 +66,12 @@ def open_hf_folder(path: Path) -> Container:
     Its content has the `config` of config.json, the `metadata` of the index, and, under the name of each file, whatever
     that file holds besides tensors.
 
-    Raises: CheckpointNotFound when there are no weights; CheckpointDamaged when a shard is missing or damaged, when the
-        index lists a tensor that no shard has, or when it refers to a file outside the folder.
+    An index decides which files are the model; without one, and with several series of numbered files, only one of them
+    may be complete. The shards of torch's HuggingFaceStorageWriter are joined.
+
+    Raises: CheckpointNotFound when there are no weights, or when several series could be the model; CheckpointDamaged
+        when a shard is missing or damaged, when the index lists a tensor that no shard has, or when it refers to a file
+        outside the folder.
     """
     folder = path.parent if path.name.endswith(INDEX) else path
     names = listing(folder)
@@ -83,18 +86,20 @@ def open_hf_folder(path: Path) -> Container:
         index = read_json(folder, main, files)
         weight_map = _weight_map(index, where)
         content |= {"metadata": index["metadata"]} if "metadata" in index else {}
-    parts = sorted(set(weight_map.values())) or ([main] if main else _numbered(names))
+    series, caveats = _series(names, weight_map, main, where)
+    parts = sorted(set(weight_map.values())) or ([main] if main else [])
+    parts += [name for name in (*series.names, *series.missing) if name not in parts] if series else []
     if not parts:
         raise CheckpointNotFound(f"{path}: no Hugging Face weights here, expected one of {', '.join(WEIGHTS)}.")
     shards = _open_shards(folder, parts, where, names)
-    tensors = _merge(shards, where)
+    tensors = _merge(shards, where, series)
     notes = [] if main else ["no index beside the shards: whether all tensors are present is unknown"]
     if weight_map:
         notes += _compare(weight_map, tensors, where) + _total_size(content.get("metadata"), tensors)
     for name, shard in shards.items():
         files[name] = shard.files[Path(name).name]
         others = _without_tensors(shard.content)
-        if others and others != _USUAL:
+        if others and others != _USUAL and SHARDING not in others.get(METADATA, {}):
             content[name] = others
     kinds = ["Hugging Face folder"] if "config" in content else []
     kinds += sorted({shard.kind for shard in shards.values()})
@@ -107,16 +112,33 @@ def open_hf_folder(path: Path) -> Container:
         checks=[replace(check, file=name) for name, shard in shards.items() for check in shard.checks],
         foreign=list(dict.fromkeys(call for shard in shards.values() for call in shard.foreign)),
         notes=notes + _beside(names, files),
+        caveats=caveats,
     )
 
 
-def _numbered(names: Iterable[str]) -> list[str]:
-    """The names of all shards of a model, as counted by the names themselves."""
-    found = sorted((match for name in names if (match := _SHARD.fullmatch(name))), key=lambda m: (m[3], m[1]))
-    if not found:
-        return []
-    stem, total, suffix = found[-1].groups()
-    return [f"{stem}-{i:05}-of-{total}.{suffix}" for i in range(1, int(total) + 1)]
+def _series(
+    names: dict[str, int | None], weight_map: dict[str, str], main: str | None, where: str
+) -> tuple[Series | None, list[str]]:
+    """The series of numbered files that is the model, and what its names leave open.
+
+    An index names the files itself; only those of torch's shards, which have parts of one tensor, are completed.
+    """
+    if main:
+        used = {main, *weight_map.values()}
+        every = series_of(names)
+        series = next((one for one in every if one.ranked and used & set(one.names)), None)
+        others = [one.label for one in every if not used & set(one.names)]
+        others += [name for name in WEIGHTS if name in names and name != main]
+        said = f"{where} is taken; also here: {_some(others)}" if others else ""
+    else:
+        series, said = choose_series(names, where)
+    caveats = [said] if said else []
+    if series is not None and series.ranked:
+        caveats.append(
+            f"{where}: {series.label} are torch's shards of ranks 1 to {max(series.ranks)}. No file records how many "
+            "ranks there were: if there were more, copy their shards too"
+        )
+    return series, caveats
 
 
 def _beside(names: dict[str, int | None], files: dict[str, int]) -> list[str]:
@@ -159,16 +181,15 @@ def _open_shard(path: Path) -> Container:
     return open_torch_single(path)
 
 
-def _merge(shards: dict[str, Container], where: str) -> dict[str, TensorSpec]:
-    """The tensors of all files, each with its file."""
-    tensors: dict[str, TensorSpec] = {}
+def _merge(shards: dict[str, Container], where: str, series: Series | None) -> dict[str, TensorSpec]:
+    """The tensors of all files, each with its file; those of which several of torch's shards have a part are joined."""
+    pieces: dict[str, list[Piece]] = {}
     for file, shard in shards.items():
+        offsets = offsets_of(shard, f"{where}: {_shown(file)}")
         for name, spec in shard.tensors.items():
-            if name in tensors:
-                raise CheckpointDamaged(f"{where}: {_shown(name)} is in {tensors[name].file} and in {file}.")
             spec.file, spec.storage = file, f"{file}/{spec.storage}"
-            tensors[name] = spec
-    return tensors
+            pieces.setdefault(name, []).append(Piece(spec, offsets.get(name)))
+    return {name: join_pieces(name, found, where, series) for name, found in pieces.items()}
 
 
 def _compare(weight_map: dict[str, str], tensors: dict[str, TensorSpec], where: str) -> list[str]:
@@ -180,12 +201,13 @@ def _compare(weight_map: dict[str, str], tensors: dict[str, TensorSpec], where: 
             f"{_shown(lost[0])} is not in {_shown(weight_map[lost[0]])}."
         )
     for name, file in weight_map.items():
-        if tensors[name].file != file:
-            raise CheckpointDamaged(f"{where}: places {_shown(name)} in {file}, it is in {tensors[name].file}.")
+        holders = [block.file for block in tensors[name].blocks]
+        if file not in holders:
+            raise CheckpointDamaged(f"{where}: places {_shown(name)} in {file}, it is in {holders[0]}.")
     extra = [name for name in tensors if name not in weight_map]
     if not extra:
         return []
-    return [f"not in the index, and yet in the files: {_some([f'{n} ({tensors[n].file})' for n in extra])}"]
+    return [f"not in the index, and yet in the files: {_some([f'{n} ({tensors[n].blocks[0].file})' for n in extra])}"]
 
 
 def _total_size(metadata: Any, tensors: dict[str, TensorSpec]) -> list[str]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
 from typing import Any
 
-from ..errors import CheckpointDamaged
+from ..errors import CheckpointDamaged, InputError
+from .trees import map_paths
+
+_SPLIT_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+"""Both halves of a surrogate pair as two characters: JSON would make one character of them."""
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
@@ -32,5 +38,36 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def dump_json(values: dict[str, Any]) -> bytes:
-    """Format a JSON object for people: indented, one entry a line."""
-    return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """Format a JSON object for people: indented, one entry a line; half of a surrogate pair is written as its escape.
+
+    Raises: InputError naming the entry that JSON cannot hold.
+    """
+    try:
+        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{_unwritable(values) or error}. It is written as JSON.") from error
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        if _SPLIT_PAIR.search(text):
+            raise InputError(f"{_unwritable(values)}. It is written as JSON.") from None
+        return text.encode(errors="backslashreplace")  # \udce9, which is its escape in JSON as well
+
+
+def _unwritable(values: dict[str, Any]) -> str:
+    """The first entry that JSON cannot hold, in a sentence; "" when a key is at fault."""
+    found: list[str] = []
+
+    def look(path: str, value: Any) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{path} is {value}, expected a finite number")
+        elif isinstance(value, str) and _SPLIT_PAIR.search(value):
+            found.append(f"{path} is {value!r}, which has the two halves of one character as two characters")
+        elif value is not None and not isinstance(value, (str, int, float)):
+            found.append(f"{path} is a {type(value).__name__}, expected a number, a text, true, false or null")
+
+    try:
+        map_paths(look, values)
+    except RecursionError:
+        return "it is nested too deeply"
+    return found[0] if found else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..console.words import listed_names
 from ..errors import CheckpointError, CheckpointNotFound
 from .container import Container, listing, member, reading
+from .part import rank_pattern
 from .pickles.inert import as_text
 
 _HEAD = 512  # bytes
@@ -89,6 +90,12 @@ def _open_folder(folder: Path) -> Container:
     single = [name for name, size in names.items() if size is not None and name.endswith(_SINGLE)]
     if len(single) == 1:
         return _open_file(member(folder, single[0], str(folder)))
+    if single and (pattern := rank_pattern(single[0])) and all(re.fullmatch(pattern, name) for name in single):
+        raise CheckpointError(
+            f"{folder}: the files of {len(single)} ranks ({listed_names(single, 5, show=_shown)}), which cannot be "
+            "joined here. Join them with the program that wrote them; if each has the whole model, copy one to a "
+            "folder of its own."
+        )
     if len({_NUMBER.sub("0", name) for name in single}) == 1 < len(single) and _PART.search(single[0]):
         raise CheckpointNotFound(
             f"{folder}: {len(single)} files that are parts of one checkpoint by their names: "

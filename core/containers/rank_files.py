@@ -1,5 +1,7 @@
 """Open a folder in which each rank saved its part: model_rank00000.pt, model_rank00001.pt, ... with DTensors in them.
 
+verl's names are model_world_size_2_rank_0.pt, model_world_size_2_rank_1.pt.
+
 A DTensor records which part of the whole its rank has. Any other value exists once for each rank; the first is used.
 """
 
@@ -24,16 +26,26 @@ from .torch_files.file import open_torch_file
 from .torch_files.zip import TorchZip
 from .trees import map_paths
 
-_RANK_FILE = re.compile(r"(\w+)_rank(\d{5})\.pt")
+_RANK_FILE = re.compile(r"(\w+)_rank(\d{5})\.pt|(\w+)_world_size_(\d{1,5})_rank_(\d{1,5})\.pt")
 _MOST_NAMED = 5
 
 
 def rank_files(folder: Path) -> dict[str, dict[int, str]]:
     """The files that ranks saved into a folder, by their content ("model", "optimizer") and rank."""
     found: dict[str, dict[int, str]] = {}
+    worlds: dict[str, set[str]] = {}
     for name, size in listing(folder).items():
         if size is not None and (match := _RANK_FILE.fullmatch(name)):
-            found.setdefault(match[1], {})[int(match[2])] = name
+            stem = match[1] or match[3]
+            found.setdefault(stem, {})[int(match[2] or match[5])] = name
+            worlds.setdefault(stem, set()).add(match[4] or "")
+    for stem, sizes in worlds.items():
+        if len(sizes) > 1:
+            sets = [f"{stem}_world_size_{size}_rank_*.pt" if size else f"{stem}_rank*.pt" for size in sorted(sizes)]
+            raise CheckpointNotFound(
+                f"{folder}: holds {len(sets)} sets of rank files, {listed_names(sets, _MOST_NAMED)}. Move the files of "
+                "all but one to another folder."
+            )
     return found
 
 
@@ -183,7 +195,8 @@ class _Ranks:
         world = max([*meshes, *(rank + 1 for rank in self.files)])
         count = world - len(self.files)
         gone = itertools.islice((rank for rank in range(world) if rank not in self.files), _MOST_NAMED + 1)
-        names = listed_names([f"{self.stem}_rank{rank:05}.pt" for rank in gone], _MOST_NAMED, count)
+        first = self.files[min(self.files)]
+        names = listed_names([_name_of(rank, first) for rank in gone], _MOST_NAMED, count)
         said = f"{names} missing, {len(self.files)} of {world} ranks are here"
         if faults and count:
             raise CheckpointDamaged(
@@ -192,6 +205,11 @@ class _Ranks:
         if faults:
             raise CheckpointDamaged(f"{self.path}: {self.stem}_rank*.pt: {faults[0]}.")
         return [f"{said}; nothing is lost with them."] if count else []
+
+
+def _name_of(rank: int, like: str) -> str:
+    """The name of a rank's file, as another rank's is called."""
+    return re.sub(r"_rank\d{5}\.pt$", f"_rank{rank:05}.pt", re.sub(r"_rank_\d+\.pt$", f"_rank_{rank}.pt", like))
 
 
 def _owner(name: str, shards: dict[str, Shard]) -> str:

@@ -119,7 +119,7 @@ def _order_of(
     if not fits:
         raise CheckpointMismatch(f"{faults[id(same[0])]}.")
     (order,) = fits.values()
-    if not order.untied and not model.is_same(family.head, family.embedding):
+    if not order.untied and not model.is_tied(family.head, family.embedding):
         raise CheckpointMismatch(
             f"it has no parameter for {family.head}, whose values are not those of {family.embedding}."
         )

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
+from ..bundle.contradictions import contradictions
 from ..bundle.training_state import TrainingState
-from ..console.words import listed
+from ..console.words import listed, listed_names
 from ..containers.plain import plain
 from ..containers.spec import TensorSpec
 from ..containers.steps import number_of
@@ -60,6 +61,8 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     if found.bundle is not None and options is not None and options.more.get("save_ema"):
         _take_average(found, found.bundle)
     megatron_source.refuse_classic(found.container)
+    if found.partial:
+        raise CheckpointMismatch(f"{path}: {found.partial}")
     if found.container.foreign and not is_iteration(found.container):
         raise CheckpointError(
             f"{path}: its pickle names {', '.join(found.container.foreign[:3])}. Nothing was executed, and nothing is "
@@ -67,14 +70,16 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
         )
     given = options.choices if options is not None else {}
     config = _config(found)
-    identity = identity_of(found.weights, config)
+    identity = identity_of(found.weights, config, found.container)
     if needs_family and "n_head" in given:
         config, identity = _with_heads(found, config, identity, given["n_head"])
     if identity.family == UNKNOWN or identity.unplaced or identity.missing:
         if needs_family:
             raise _unfit(path, identity)
-        return _bare(found, path, config, None if sharded else options)
-    said = megatron_source.conflicts_said(identity, identity_of(found.weights, None)) if identity.conflicts else []
+        return _bare(found, path, config, identity, None if sharded else options)
+    said = []
+    if identity.conflicts:
+        said = megatron_source.conflicts_said(identity, identity_of(found.weights, None, found.container))
     if identity.conflicts and needs_family and not said:
         raise CheckpointMismatch(
             f"{path}: {listed(identity.conflicts, 3)}. Correct the config, or name another source."
@@ -87,6 +92,8 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     model.notes += said
     if needs_family:
         megatron_source.refuse_mixed(model)
+    else:
+        model.notes += _contradictions(found, identity)
     megatron_source.drop_extra_states(model, found.key)
     return model
 
@@ -114,7 +121,7 @@ def _with_heads(
     if is_exported:
         fields["kv_channels"] = width // heads
     config = {**config, **fields}
-    return config, identity_of(found.weights, config)
+    return config, identity_of(found.weights, config, found.container)
 
 
 def _refuse_contradicted(path: Path, made: list[Choice], given: Mapping[str, Any], place: str) -> None:
@@ -161,14 +168,30 @@ def _config(found: Inspected) -> dict[str, Any]:
     return dict(found.config or {})
 
 
-def _bare(found: Inspected, path: Path, config: dict[str, Any], options: Options | None) -> Source:
+def _contradictions(found: Inspected, identity: Identity) -> list[str]:
+    """What inspect_model.py reports as contradictions, for targets that take tensors of any model."""
+    if found.bundle is not None and found.bundle.config is not None:
+        return [f"contradiction: {fault}" for fault in contradictions(found.bundle)]
+    return [f"contradiction: {fault}" for fault in (*identity.conflicts, *found.lacks)]
+
+
+def _bare(found: Inspected, path: Path, config: dict[str, Any], identity: Identity, options: Options | None) -> Source:
     """Make a source of an unknown model, with its tensors unchanged; an optimizer goes along if `options` ask for it.
 
     Without `options` whatever stands beside the model is left to `take_parts`.
+
+    Raises: CheckpointMismatch for a model of a known family that lacks tensors. Where more are missing than there are,
+    it is no model but a selection of tensors under a family's names, which is kept.
     """
+    if identity.family != UNKNOWN and 0 < len(identity.missing) < len(identity.places):
+        raise CheckpointMismatch(
+            f"{path}: {identity.program}, but it lacks {len(identity.missing)} of its tensors: "
+            f"{listed_names(identity.missing, 5)}. Name a checkpoint that has them all."
+        )
     tensors = {name: stored(found.container, spec) for name, spec in found.weights.items()}
     model = Source(path, found.container, UNKNOWN, tensors, config, {}, step=found.step, program="an unknown program")
     model.sources = dict(tensors)
+    model.notes += [*found.chosen, *_contradictions(found, identity)]
     used = {spec.name for spec in found.weights.values()}
     others = [name for name in found.container.tensors if name not in used]
     kinds = aside(found.container.tensors, found.container.content)

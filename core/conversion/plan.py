@@ -16,6 +16,7 @@ from ..containers.tensors.views import View
 from ..errors import CheckpointMismatch
 from ..families.choices import Choice, question
 from ..families.rules import Row, Sizes, Table, apply
+from ..families.tie import is_tied
 from ..inspection.tensor_table import grouped
 from .run import Run
 
@@ -134,10 +135,15 @@ class Source:
         with Gatherer() as gatherer:
             return all(not any(piece) for piece in gatherer.pieces(self.tensors[name]))
 
-    def is_same(self, name: str, other: str) -> bool:
-        """Whether two tensors have the same bytes."""
-        a, b = self.tensors[name], self.tensors[other]
-        return a.same_elements(b) or same_elements(a, b)
+    def is_tied(self, head: str, table: str, said: bool | None = None) -> bool:
+        """Whether the head is the token table, by their values and by what the program says (see families/tie.py)."""
+        own, whole = self.tensors.get(head), self.tensors[table]
+        shares = own is not None and own.same_elements(whole)
+        return bool(
+            is_tied(
+                said, stored=own is not None, shares=shares, same=lambda: own is not None and same_elements(own, whole)
+            )
+        )
 
 
 Translate = Callable[[Source, Options], dict[str, Any]]

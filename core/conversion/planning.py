@@ -179,7 +179,7 @@ def _set_tied(model: Source, options: Options) -> None:
         return
     head, table = family.head, family.embedding
     if options.tied and head in model.tensors:
-        if not model.is_same(head, table):
+        if not model.is_tied(head, table):
             raise model.refuse(f"{head} has other values than {table}: --tied would change the model.")
         model.tie(head, table)
     if not options.tied and head not in model.tensors:

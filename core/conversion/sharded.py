@@ -18,6 +18,7 @@ from ..containers.dcp.metadata import METADATA
 from ..containers.dcp.rebuilt import lost, rebuild, refuse_lost, sibling
 from ..containers.hf_folder import is_hf_folder
 from ..containers.megatron_folder import is_megatron_folder
+from ..containers.part import part_of_model
 from ..containers.pickles.inert import Call, as_text
 from ..containers.rank_files import open_rank_files, rank_files
 from ..containers.safetensors import open_safetensors
@@ -85,11 +86,12 @@ def open_sharded(path: Path, options: Options) -> Inspected:
         weights = {name: spec for name, spec in weights.items() if not name.startswith(aside)}
     if not weights:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
-    identity = identity_of(weights, None)
+    identity = identity_of(weights, None, container)
     optimizer = _optimizer(container)[1] if options.include_optimizer else None
     found = Inspected(path, container, weights, key, identity, None, optimizer=_with_names(optimizer))
     found.step, counts = step_of(container)
-    found.chosen = [*container.notes, *counts]
+    found.chosen = [*container.notes, *container.caveats, *counts]
+    found.partial = part_of_model(container, path)
     return found
 
 

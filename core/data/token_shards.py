@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..bundle.storage import DISK
+from ..containers.json_files import dump_json
 from ..containers.pickles.reader import read_pickle
 from ..errors import InputError, SaveFailed
 
@@ -128,7 +129,7 @@ def write_dataset(
                         writer.append(piece)
                 entries[split] = writer.entries
             manifest = {"format_version": VERSION, **about, **entries}
-            DISK.write(partial / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+            DISK.write(partial / MANIFEST, dump_json(manifest))
             DISK.publish(partial, folder)
     except OSError as error:
         raise SaveFailed(f"{folder}: {error.strerror}. No dataset was written; the text is untouched.") from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .claims import Claims
 from .family import Shape, parse
 from .match import Match
+from .tie import is_tied
 
 VOCABULARIES = {50257: "GPT-2", 32000: "Llama 2", 100277: "cl100k", 128256: "Llama 3", 200019: "o200k"}
 """Vocabularies that are often padded: number of tokens, and name."""
@@ -49,7 +50,11 @@ class Architecture:
 
 
 def describe(
-    found: Match, shapes: Mapping[str, Shape], config: Mapping[str, Any] | None, shared: Mapping[str, str] | None
+    found: Match,
+    shapes: Mapping[str, Shape],
+    config: Mapping[str, Any] | None,
+    shared: Mapping[str, str] | None,
+    same: Callable[[str, str], bool | None] = lambda head, table: False,
 ) -> tuple[Architecture, list[str]]:
     """Derive the architecture from a match; also report where the config contradicts it."""
     family, on = found.family, found.switches
@@ -59,7 +64,7 @@ def describe(
     q_size = sizes.get("q_size", n_embd)
     kv_size = sizes.get("kv_size", None if "kv_size" in found.words else q_size)
     claims = Claims(found, config or {})
-    learned, tied = family.positions in found.rows.values(), _tied(found, shared)
+    learned, tied = family.positions in found.rows.values(), _tied(found, claims.says_tied(), shared, same)
     tied = claims.tied() if tied is None else tied
     heads = claims.heads(q_size, kv_size)
     claims.compare(learned=learned, gated=found.gated, tied=tied)
@@ -101,7 +106,9 @@ def padding(rows: int | None, vocab_size: int | None = None) -> str:
     return ""
 
 
-def _tied(found: Match, shared: Mapping[str, str] | None) -> bool | None:
+def _tied(
+    found: Match, said: bool | None, shared: Mapping[str, str] | None, same: Callable[[str, str], bool | None]
+) -> bool | None:
     names = {row: name for name, row in found.rows.items()}
     table, head = names.get(found.family.embedding), names.get(found.family.head)
     if table is None:
@@ -111,7 +118,9 @@ def _tied(found: Match, shared: Mapping[str, str] | None) -> bool | None:
     rows = found.measures.get("head_rows")
     if rows and rows.value != found.measures["vocab_size"].value:
         return False
-    return None if shared is None else table in shared and shared[table] == shared.get(head)
+    if shared is None:
+        return None
+    return is_tied(said, stored=True, shares=shared[table] == shared[head], same=lambda: same(head, table))
 
 
 def _count(found: Match, shapes: Mapping[str, Shape], tied: bool | None) -> tuple[int, int, list[str]]:

@@ -66,13 +66,16 @@ class Claims:
         said = (self.config.get(name) for name in ("normalization", "norm_class_name"))
         return next((value for value in said if value in ("LayerNorm", "RMSNorm")), "")
 
-    def tied(self) -> bool | None:
+    def says_tied(self) -> bool | None:
         """Whether the config ties the head to the token table."""
-        for name, meaning in TIED.items():
-            if isinstance(said := self.config.get(name), bool):
-                self.used.append("tied_head")
-                return said is meaning
-        return None
+        said = ((self.config.get(name), meaning) for name, meaning in TIED.items())
+        return next((value is meaning for value, meaning in said if isinstance(value, bool)), None)
+
+    def tied(self) -> bool | None:
+        """The same, where the tensors do not show it."""
+        said = self.says_tied()
+        self.used += ["tied_head"] if said is not None else []
+        return said
 
     def context(self) -> int | None:
         """The context length, if no table of positions shows it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -42,12 +42,15 @@ class Identity:
 
 
 def identify(
-    shapes: Mapping[str, Shape], config: Mapping[str, Any] | None = None, shared: Mapping[str, str] | None = None
+    shapes: Mapping[str, Shape],
+    config: Mapping[str, Any] | None = None,
+    shared: Mapping[str, str] | None = None,
+    same: Callable[[str, str], bool | None] = lambda head, table: False,
 ) -> Identity:
     """Recognise a model by the names and shapes of its tensors.
 
     `config` is the one beside it (model_args, config.json, model_config); `shared` names the storage of each tensor,
-    to detect a tied head. Tensors of an optimizer are left out.
+    to detect a tied head, and `same` compares the values of two. Tensors of an optimizer are left out.
     """
     names = [name for name in shapes if not is_of_optimizer(name)]
     try:
@@ -60,7 +63,7 @@ def identify(
     if best is None or best.placed <= len(best.unplaced) or (best.lost and best.extra):
         return Identity(UNKNOWN, "", "", _why_unknown(plain, best))
     config = config if isinstance(config, Mapping) else None
-    architecture, conflicts = describe(best, shapes, config, shared)
+    architecture, conflicts = describe(best, shapes, config, shared, same)
     name, program = _style(best)
     kind = (config or {}).get("model_type")
     if name.startswith("hf_") and isinstance(kind, str) and kind != name.removeprefix("hf_"):

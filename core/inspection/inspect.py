@@ -51,6 +51,7 @@ class Inspected:
     history: list[KeptStep] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)  # what cannot be read of a bundle, or of a step, a sentence each
     chosen: list[str] = field(default_factory=list)  # which of several checkpoints this is, and why
+    partial: str = ""  # why this is known to be only a part of a model, and what to do
 
     @property
     def script(self) -> str | None:
@@ -65,9 +66,10 @@ class Inspected:
 
     @property
     def lacks(self) -> list[str]:
-        """The tensors that a foreign model lacks, and those that do not belong to it, in a sentence each."""
+        """What a foreign model lacks, and which of its tensors do not belong to it, in a sentence each."""
         groups = (("missing", self.identity.missing), ("not part of the model", self.identity.unplaced))
-        return [f"{what}: {listed_names(names, 3)}" for what, names in groups if names]
+        said = [f"{what}: {listed_names(names, 3)}" for what, names in groups if names]
+        return [f"only a part of a model: {self.partial}", *said] if self.partial else said
 
     @property
     def size(self) -> int:
@@ -172,7 +174,7 @@ def _of_bundle(bundle: Bundle) -> Inspected:
         container=container,
         weights=weights,
         key=key,
-        identity=identity_of(weights, bundle.config_values),
+        identity=identity_of(weights, bundle.config_values, container),
         config=bundle.config_values,
         tokenizer=bundle.tokenizer,
         optimizer=optimizer,
@@ -223,6 +225,7 @@ def _held(bundle: Bundle) -> tuple[Container, list[str]]:
 def of_container(path: Path) -> Inspected:
     """Inspect a checkpoint of another program."""
     from ..containers.open import open_container
+    from ..containers.part import part_of_model
 
     container = open_container(path)
     key = weights_key(container.tensors)
@@ -239,10 +242,11 @@ def of_container(path: Path) -> Inspected:
         weights = {name: spec for name, spec in weights.items() if name not in others}
     if container.kind.startswith("Hugging Face folder"):
         place = "config.json"
-    identity = identity_of(weights, config)
-    return Inspected(
-        path, container, weights, key, identity, config, place, None, optimizer, step, damage=damage, chosen=notes
-    )
+    identity = identity_of(weights, config, container)
+    made = Inspected(path, container, weights, key, identity, config, place, None, optimizer, step, damage=damage)
+    made.chosen = [*notes, *container.caveats]
+    made.partial = part_of_model(container, path)
+    return made
 
 
 def _step_of(container: Container) -> tuple[int | None, list[str], list[str]]:
@@ -255,7 +259,25 @@ def _step_of(container: Container) -> tuple[int | None, list[str], list[str]]:
         return None, [], [str(error)]
 
 
-def identity_of(weights: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Identity:
-    """Recognise a model by its tensors' names, shapes and shared storages, and by the config beside it."""
+def identity_of(
+    weights: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, container: Container | None
+) -> Identity:
+    """Recognise a model by its tensors' names, shapes and shared storages, and by the config beside it.
+
+    Only a head with a storage of its own is read, from `container`, up to the first value that its token table has not.
+    """
     shared = {name: f"{spec.file}/{spec.storage}/{spec.offset}" for name, spec in weights.items()}
-    return identify({name: spec.shape for name, spec in weights.items()}, config, shared)
+
+    def same(head: str, table: str) -> bool | None:
+        one, other = weights[head], weights[table]
+        if container is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        from ..containers.tensors.reading import same_elements
+        from ..containers.tensors.views import stored
+
+        try:
+            return same_elements(stored(container, one), stored(container, other))
+        except CheckpointError:  # its bytes cannot be read, which --verify reports
+            return None
+
+    return identify({name: spec.shape for name, spec in weights.items()}, config, shared, same)

@@ -52,7 +52,7 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
     for call in container.foreign:
         facts["foreign"].append(f"{found.path}: its pickle names {call}")
     if not ours:
-        return {**facts, "content": _content(container.content)}
+        return {**facts, "content": _content(found)}
 
     from .report_ours import facts_of_ours  # the room of our folders, which other files do without
 
@@ -102,8 +102,13 @@ def _whole(check: Any, found: Inspected) -> bool:
     return check.names == (check.file,) and found.bundle is not None
 
 
-def _content(content: Any) -> Facts:
-    return dict(content) if isinstance(content, Mapping) else {"": content}
+def _content(found: Inspected) -> Facts:
+    """Everything in a file by name; of a bare state dict without its tensors, which are listed by themselves."""
+    content = found.container.content
+    if not isinstance(content, Mapping):
+        return {} if isinstance(content, TensorSpec) else {"": content}
+    bare = found.weights if not found.key else {}
+    return {name: value for name, value in content.items() if name not in bare or not isinstance(value, TensorSpec)}
 
 
 def tensors_in(value: Any) -> Iterable[TensorSpec]:

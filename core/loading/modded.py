@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from ..bundle.tokenizer_state import describe
 from ..bundle.verify import verify_records
 from ..config.modded import CLASSES, ModdedConfig
 from ..console.words import differences, listed
+from ..containers.part import part_of_model
+from ..containers.torch_files.container import container_of
 from ..data.tokenizer import Tokenizer, tokenizer_from_state
 from ..errors import CheckpointMismatch, CheckpointNotFound
 from ..families.family import plain_names
@@ -145,6 +148,9 @@ def open_upstream(path: Path, dtype: torch.dtype | None = None, *, verify: bool 
         ) from error
     with file:
         source = TorchFile(file, path)
+        size = file.seek(0, os.SEEK_END)
+        if reason := part_of_model(container_of(source.header, path, size), path):
+            raise CheckpointMismatch(f"{path}: {reason}")
         key = weights_key(source.header.tensors)
         specs = {name.removeprefix(key): spec for name, spec in source.header.tensors.items() if name.startswith(key)}
         found = identify({name: spec.shape for name, spec in specs.items()})

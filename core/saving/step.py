@@ -221,8 +221,22 @@ def _told(content: StepContent) -> dict[str, Any]:
     told |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
     try:
         return json.loads(dump_json(told))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"metrics or extra of step {step}: {error}. They are written as JSON.") from error
+    except InputError as error:
+        raise InputError(f"metrics or extra of step {step}: {error}") from error
+
+
+def refuse_unwritable(folder: Path, module: nn.Module) -> None:
+    """Refuse what the first save of a model could not write: a value in its config, or in its tokenizer.
+
+    Raises: InputError naming the file and the entry.
+    """
+    module = unwrap(module)
+    tokenizer = getattr(module, "tokenizer", None)
+    for name, values in ((CONFIG, _config_of(module)), (TOKENIZER, tokenizer.state() if tokenizer else {})):
+        try:
+            dump_json(values)
+        except InputError as error:
+            raise InputError(f"{folder / name}: {error} Correct it; nothing was trained.") from error
 
 
 def _config_of(module: nn.Module) -> dict[str, Any]:

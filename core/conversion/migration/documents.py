@@ -12,7 +12,7 @@ from ...bundle.commit import CONFIG, ModelFolder
 from ...bundle.legacy import open_legacy
 from ...bundle.training_state import STATE, TrainingState, time_of
 from ...containers.json_files import dump_json
-from ...errors import CheckpointError, CheckpointMismatch
+from ...errors import CheckpointError, CheckpointMismatch, InputError
 from .plan import BUNDLE, Outcome, Steps, extras
 
 
@@ -36,8 +36,8 @@ def documents_of(source: Bundle, outcome: Outcome, steps: Steps, has_optimizer: 
     for name, values in documents.items():
         try:
             dump_json(values)
-        except (TypeError, ValueError) as error:
-            raise CheckpointMismatch(f"{source.path(name)}: what {name} is to hold is no JSON ({error}).") from error
+        except InputError as error:
+            raise CheckpointMismatch(f"{source.path(name)}: {name} cannot hold it: {error}") from error
     return documents
 
 

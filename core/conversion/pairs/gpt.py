@@ -48,7 +48,7 @@ def _ours(model: Source, **fields: Any) -> dict[str, Any]:
 def lecture_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Complete the config, which is already that of our GPT where the file has one."""
     on = _lecture_biases(model)
-    tied = HEAD in model.tensors and model.is_same(HEAD, TABLE) and model.config.get("tied_head") is True
+    tied = model.is_tied(HEAD, TABLE, model.config.get("tied_head") is True)
     said = {name: value for name, value in model.config.items() if name not in ("format_version", "model_class")}
     return _ours(
         model, **{"dropout": 0.0, **said, **on, "tied_head": tied, **{name: model.choice(name) for name in _CHOICES}}
@@ -69,14 +69,13 @@ def _lecture_biases(model: Source) -> dict[str, bool]:
 def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Read model_args; the head is the token table, and has no bias."""
     on = {part: f"transformer.h.0.{name}.bias" in model.tensors for part, name in _NANOGPT_PARTS.items()}
-    if HEAD in model.tensors and not model.is_same(HEAD, HF_TABLE):
-        tied = False
-        model.notes.append("its head has other values than its token table: kept as a head of its own")
-    else:
-        tied = True
+    tied = model.is_tied(HEAD, HF_TABLE)
+    if tied:
         if HEAD in model.tensors and model.tensors[HEAD].place != model.tensors[HF_TABLE].place:
             model.tie(HEAD, HF_TABLE)  # one parameter, which was saved twice
         model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
+    else:
+        model.notes.append("its head has other values than its token table: kept as a head of its own")
     dropout = model.config.get("dropout", 0.0)
     return _ours(
         model,
@@ -107,14 +106,13 @@ def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
     if model.sizes.get("n_ffn", 4 * model.sizes["n_embd"]) != 4 * model.sizes["n_embd"]:
         ffn, ours = model.sizes["n_ffn"], 4 * model.sizes["n_embd"]
         raise model.refuse(f"its feed-forward part is {ffn} wide; our GPT has 4 n_embd, {ours}. --to hf keeps it.")
-    says_tied = config.get("tie_word_embeddings", True)
-    same = HEAD not in model.tensors or model.is_same(HEAD, HF_TABLE)
-    if says_tied and not same:
+    says_tied = config.get("tie_word_embeddings", True) is not False
+    tied = model.is_tied(HEAD, HF_TABLE, says_tied)
+    if says_tied and not tied:
         raise model.refuse(
             f"tie_word_embeddings is true, but {HEAD} has other values than {HF_TABLE}: transformers would leave it "
             "out. Set it to false if the model was trained with a head of its own."
         )
-    tied = says_tied and same
     if tied:
         model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
     dropout = config.get("resid_pdrop", 0.1)
@@ -213,7 +211,7 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
         raise model.refuse(
             f"it computes {shown}, nanoGPT the exact GELU: other logits. --to bundle and --to hf keep it."
         )
-    if options.tied is False or not (config.tied_head or model.is_same(HEAD, TABLE)):
+    if options.tied is False or not model.is_tied(HEAD, TABLE):
         raise model.refuse(
             "its head is not its token table, and nanoGPT has one tensor for both. --to bundle and --to hf keep two."
         )

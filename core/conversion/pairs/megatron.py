@@ -64,27 +64,23 @@ def _norms(model: Source, options: Options) -> None:
         )
 
 
-def _is_tied(model: Source, options: Options, head: str, table: str, is_said: bool) -> bool:
+def _is_tied(model: Source, options: Options, head: str, table: str, said: bool | None = None) -> bool:
     """Whether the head is tied to the token table; a head that was stored although the program ties it is left out.
 
     Raises: CheckpointMismatch for a head of other values than the table, which the program would not use.
     """
     if head not in model.tensors:
         return options.tied is not False
-    if is_said and not model.is_same(head, table):
+    tied = model.is_tied(head, table, said)
+    if said and not tied:
         raise model.refuse(
             f"its config ties head and token table, but {head} has other values than {table}: transformers would leave "
             "it out. Set tie_word_embeddings to false if the model was trained with a head of its own."
         )
-    if is_said and options.tied is not False:
+    if tied and options.tied is not False:
         model.drop(head, f"tied to {table}")
         return True
     return False
-
-
-def _is_one(model: Source) -> bool:
-    """Whether head and token table of a Megatron model share their bytes."""
-    return HEAD in model.tensors and model.tensors[HEAD].same_elements(model.tensors[TABLE])
 
 
 def to_hf(model: Source, options: Options) -> dict[str, Any]:
@@ -129,7 +125,7 @@ def to_hf(model: Source, options: Options) -> dict[str, Any]:
         "attention_bias": qkv,
         "mlp_bias": mlp,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE, _is_one(model)),
+        "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE),
         "use_cache": True,
         **ids(options, model.config),
     }
@@ -226,7 +222,7 @@ def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
     _say_padding(model)
     return _gpt2_config(size, positions, model.choice("norm_eps")) | {
         "activation_function": activation(model),
-        "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE, _is_one(model)),
+        "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE),
         **ids(options, model.config),
     }
 

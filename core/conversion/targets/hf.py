@@ -69,9 +69,20 @@ def plan_hf(model: Source, options: Options, target: Path) -> Plan:
     if "generation_config.json" not in plan.copies:
         plan.texts["generation_config.json"] = dump_json({"_from_model_config": True, **ids})
     if model.tokenizer is not None and "tokenizer.json" not in plan.copies:
+        _refuse_half_characters(model)
         plan.texts |= _tokenizer_for_hf(model.tokenizer, model.sizes.get("block_size"))
     plan.texts["README.md"] = card(plan).encode(errors="backslashreplace")
     return plan
+
+
+def _refuse_half_characters(model: Source) -> None:
+    """Refuse half of a surrogate pair as a character: the library `tokenizers` reads no JSON that has one."""
+    for index, char in enumerate((model.tokenizer or {}).get("chars") or ()):
+        if "\ud800" <= char <= "\udfff":
+            raise model.refuse(
+                f"chars[{index}] of its tokenizer is {char!r}, half of a surrogate pair, which a tokenizer.json of "
+                "Hugging Face cannot hold. --to bundle keeps it."
+            )
 
 
 def _tokenizer_for_hf(state: dict[str, Any], context: int | None) -> dict[str, bytes]:

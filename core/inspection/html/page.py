@@ -48,7 +48,7 @@ def write_page(
     """
     library = _plotly()
     _refuse(file, overwrite)
-    data = page(found, facts, library, progress).encode()
+    data = page(found, facts, library, progress).encode(errors="backslashreplace")
     try:
         with DISK.published(file, replace=overwrite) as part:
             DISK.write(part, data)
