@@ -106,7 +106,9 @@ class Source:
         Raises: CheckpointMismatch naming each, its flag and the values that fit.
         """
         if asked := question(self.choices):
-            raise self.refuse(asked)
+            config = self.path.parent / "config.json"
+            is_beside = self.path.is_file() and self.family.startswith("hf_") and config.exists()
+            raise self.refuse(f"{asked} Or name the folder: {config} is not read with a file." if is_beside else asked)
 
     def choose(self, name: str, value: Any, origin: str) -> None:
         """Set a choice that is found out on the way."""

@@ -41,7 +41,6 @@ FAULTS = {
     "misfit": (misfit, "Set block_size to 12"),
     "foreign": (foreign, "posix.system"),
     "no step": (lambda path: edit(path, lambda content: content.update(step="ten")), 'step is "ten"'),
-    "surrogate": (lambda path: edit(path, lambda c: c.update(note="\ud800")), "no JSON"),
 }
 
 

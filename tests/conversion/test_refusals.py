@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -143,18 +144,36 @@ def test_tensors_without_elements_and_whole_numbers_are_kept_beside_a_cast(sourc
     }
 
 
-@pytest.mark.parametrize("to", ["bundle", "megatron"])
-def test_a_refusal_for_want_of_a_config_says_where_it_is_or_is_not(shared, tmp_path, to):
-    name = "hf_gpt2" if to == "bundle" else "hf_llama_gqa_untied"
-    folder, made = tmp_path / "m", tmp_path / "made"
-    folder.mkdir()
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    weights.write_bytes((shared / "fixtures" / name / "model.safetensors").read_bytes())
-    config.write_text("{}")
-    heads = "n_head is" if to == "bundle" else "the heads are"
-    beside = f"a file by itself, with which {config} is not read, and {heads} not in the tensors."
-    assert error(weights, made, to) == f"{beside} Name the folder: {folder}."
-    assert error(folder, made, to).startswith(f"its config.json has no entries, and {heads} not in the tensors.")
+@pytest.fixture
+def alone(shared, tmp_path):
+    """The weights of a model of transformers in a folder, with a config.json that has no entries."""
+
+    def made(name: str) -> tuple[Path, Path]:
+        folder = tmp_path / "m"
+        folder.mkdir()
+        shutil.copy(shared / "fixtures" / name / "model.safetensors", folder)
+        (folder / "config.json").write_text("{}")
+        return folder / "model.safetensors", folder / "config.json"
+
+    return made
+
+
+def test_a_refusal_for_want_of_a_config_says_where_it_is_or_is_not(alone, tmp_path):
+    (weights, config), made = alone("hf_llama_gqa_untied"), tmp_path / "made"
+    heads = "the heads are not in the tensors."
+    said = error(weights, made, "megatron")
+    assert said == f"a file by itself, with which {config} is not read, and {heads} Name the folder: {config.parent}."
+    assert error(config.parent, made, "megatron").startswith(f"its config.json has no entries, and {heads}")
     config.unlink()
-    assert error(folder, made, to).startswith(f"no config.json in it, and {heads} not in the tensors.")
-    assert error(weights, made, to).startswith(f"no config.json beside it, and {heads} not in the tensors.")
+    assert error(config.parent, made, "megatron").startswith(f"no config.json in it, and {heads}")
+    assert error(weights, made, "megatron").startswith(f"no config.json beside it, and {heads}")
+
+
+def test_a_config_that_is_not_read_with_a_file_is_named_where_a_choice_is_asked_for(alone, tmp_path):
+    weights, config = alone("hf_gpt2")
+    said = error(weights, tmp_path / "made", "bundle")
+    assert said.startswith(
+        "nothing in the file shows its heads and activation, without which its logits are not known."
+    )
+    assert said.endswith(f" Or name the folder: {config} is not read with a file.")
+    assert "name the folder" not in error(config.parent, tmp_path / "made", "bundle")

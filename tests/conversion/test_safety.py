@@ -274,10 +274,11 @@ def test_damage_of_any_record_is_found_and_a_whole_record_is_read_once_for_it(sh
         path.write_bytes(data)
         if not any(name.startswith("model.") for name in check.names) and to == "safetensors":
             continue
-        with pytest.raises(CheckpointDamaged, match=r"is damaged \(CRC32 [0-9a-f]{8}, recorded .*Nothing was written"):
+        end = r"\)\.$" if check.names == ("best_val_loss",) else r"\).*Nothing was written"  # read as a number
+        with pytest.raises(CheckpointDamaged, match=rf"is damaged \(CRC32 [0-9a-f]{{8}}, recorded [0-9a-f]{{8}}{end}"):
             converted(path, tmp_path / "out", to)
         assert names(tmp_path) == ["ckpt.pt"]
-    assert len(checks) > 20 and set(summed) == {"best_val_loss"}, "which becomes a plain number"
+    assert len(checks) > 20 and summed == []
 
 
 def test_a_record_of_which_rows_are_left_out_is_summed_whole(shared, tmp_path):
