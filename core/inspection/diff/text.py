@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ...console.words import columns, printable
@@ -39,7 +40,8 @@ def comparison_facts(found: Comparison) -> Facts:
 
 
 def _side_facts(side: Side) -> Facts:
-    return {"path": str(side.path), "kind": side.container.kind, "family": side.family, "step": side.step}
+    found = side.found
+    return {"path": str(found.path), "kind": found.container.kind, "family": side.family, "step": found.step}
 
 
 def _values_facts(values: Values) -> Facts:
@@ -66,23 +68,11 @@ def _tensors_facts(tensors: Tensors) -> Facts:
 
 
 def _pair_facts(pair: Pair) -> Facts:
-    change = pair.change
-    facts: Facts = {
+    return {
         "name": pair.title,
         "a": _view_facts(pair.a, pair.name),
         "b": _view_facts(pair.b, pair.name),
-    }
-    if change is None:
-        return {**facts, "change": None}
-    return {
-        **facts,
-        "change": {
-            "elements": change.elements,
-            "changed": change.changed,
-            "nan": change.nan,
-            "absolute": change.absolute,
-            "relative": change.relative,
-        },
+        "change": asdict(pair.change) if pair.change is not None else None,
     }
 
 
@@ -98,8 +88,9 @@ def _view_facts(view: View, name: str) -> Facts:
 def comparison_lines(found: Comparison) -> Iterable[str]:
     """Write a comparison; its last line tells whether the two are equal."""
     for who, side in (("A", found.a), ("B", found.b)):
-        what = ", ".join([side.container.kind, side.family, *([f"step {side.step}"] if side.step is not None else [])])
-        yield f"{who}: {printable(str(side.path))} ({printable(what)})"
+        path, step = str(side.found.path), [] if side.found.step is None else [f"step {side.found.step}"]
+        what = ", ".join([side.found.container.kind, side.family, *step])
+        yield f"{who}: {printable(path)} ({printable(what)})"
     yield ""
     yield from _values_lines("config", found.config)
     yield from _values_lines("tokenizer", found.tokenizer)
