@@ -36,7 +36,7 @@ from .networks.device import resolve_dtype
 from .networks.state_dict import unwrap
 from .saving.background import BackgroundSaver
 from .saving.consolidate import consolidate
-from .saving.ranks import Ranks, SingleProcess
+from .saving.ranks import Ranks
 from .saving.snapshot import Memory
 from .saving.step import StepContent, StepSave, add_metrics
 
@@ -91,7 +91,7 @@ class CheckpointManager:
         """Whether checksums are compared on resume; if not, only what cannot be opened counts as damaged."""
         self.allow_fresh = allow_fresh
         """Whether, when no step is intact, everything in the folder is set aside and training starts from scratch."""
-        self.ranks = ranks or SingleProcess()
+        self.ranks = ranks or Ranks()
         """How the processes that train this model share its folder."""
         self._folder = ModelFolder(self.checkpoint_dir)
         self._held = contextlib.ExitStack()

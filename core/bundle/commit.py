@@ -55,9 +55,9 @@ class ModelFolder(FolderReader):
         self.storage.sync_folder(self.path)
         if self.storage.exists(self.committed):
             if self.storage.names(self.committed):
-                self._preserve_top()
-                self._roll_forward()
-            self._close_commit()
+                self.roll_forward()
+            else:
+                self._close_commit()
         for name in self.storage.names(self.path):
             if name.startswith((".stage-", ".trash-")):
                 self.storage.remove_tree(self.path / name)

@@ -20,7 +20,6 @@ from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.folder import top_state
-from ..bundle.lineage import descent
 from ..bundle.lock import hold
 from ..bundle.retention import Retention, best_of, better
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
@@ -133,7 +132,7 @@ class StepSave:
         told, top, kept = self._told, top_state(self.place), history(self.place.path)
         state = TrainingState.from_dict({name: told[name] for name in ("step", "optimizer_file")}).committed(
             self.place.newest_id(),
-            **descent(top, (step.state for step in kept)),
+            **top.descent(step.state for step in kept),
             saved_at=time_of(),
             best=better(best_of(top, kept), told["step"], told.get("val_loss")),
             retention=dataclasses.asdict(self.retention),
