@@ -420,16 +420,8 @@ class CheckpointManager:
 
         Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
         """
-        manager = CheckpointManager(model_name, base_dir)
-        number = best_step(manager.checkpoint_dir) if step == "best" else int(step) if step is not None else None
-        single = manager.get_path(legacy_filename).name if legacy_filename is not None else None
-        return load_chosen(
-            manager.checkpoint_dir,
-            number,
-            single,
-            device=device,
-            dtype=resolve_dtype(load_dtype),
-            bpe_file=bpe_file,
-            check=verify,
-            ema=ema,
-        )
+        folder = model_folder(base_dir, model_name)
+        number = best_step(folder) if step == "best" else int(step) if step is not None else None
+        single = file_in(folder, legacy_filename).name if legacy_filename is not None else None
+        dtype = resolve_dtype(load_dtype)
+        return load_chosen(folder, number, single, device=device, dtype=dtype, bpe_file=bpe_file, check=verify, ema=ema)

@@ -43,13 +43,12 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
         "notes": [*container.notes, *(architecture.notes if architecture is not None and not ours else [])],
         "health": _health(found),
         "damaged": [],
-        "foreign": [],
+        "foreign": [f"{found.path}: its pickle names {call}" for call in container.foreign],
         "tensors": tensor_facts(found.weights if ours else container.tensors, pattern),
     }
-    for call in container.foreign:
-        facts["foreign"].append(f"{found.path}: its pickle names {call}")
     if not ours:
-        return {**facts, "content": _content(container.content)}
+        content = container.content
+        return {**facts, "content": dict(content) if isinstance(content, Mapping) else {"": content}}
 
     from .report_ours import facts_of_ours  # the room of our folders, which other files do without
 
@@ -89,10 +88,6 @@ def _health(found: Inspected) -> Facts:
 def _whole(check: Any, found: Inspected) -> bool:
     """Whether a check covers a whole file whose records have checks of their own."""
     return check.names == (check.file,) and found.bundle is not None
-
-
-def _content(content: Any) -> Facts:
-    return dict(content) if isinstance(content, Mapping) else {"": content}
 
 
 def tensors_in(value: Any) -> Iterable[TensorSpec]:
