@@ -20,7 +20,7 @@ from core.console.progress import byte_bar
 from core.console.words import printable
 from core.containers.plain import Room, plain
 from core.errors import CheckpointError
-from core.inspection.inspect import Inspected, inspect_path
+from core.inspection.inspect import Inspection, inspect_path
 from core.inspection.report import Facts, facts_of
 from core.inspection.report_text import models_text, not_finite, text_of, views_text
 
@@ -201,7 +201,7 @@ def is_checkpoint(folder: Path) -> bool:
     return folder.name in model_names(folder.absolute().parent)
 
 
-def say_chosen(found: Inspected) -> None:
+def say_chosen(found: Inspection) -> None:
     """Report which of several checkpoints is shown, and why."""
     for line in found.chosen:
         print(line, file=sys.stderr)

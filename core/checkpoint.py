@@ -312,18 +312,8 @@ class CheckpointManager:
         """
         if not self.ranks.may_begin(self._saver, self.save_policy == "skip", step, self.say):
             return False
-        content = StepContent(
-            model,
-            optimizer,
-            step,
-            tokenizer,
-            metrics,
-            extra,
-            ema,
-            self.facts,
-            Retention(self.keep, self.keep_every, self.resumed.get("step")),
-            before_commit,
-        )
+        rules = Retention(self.keep, self.keep_every, self.resumed.step)
+        content = StepContent(model, optimizer, step, tokenizer, metrics, extra, ema, self.facts, rules, before_commit)
         if (save := self.ranks.step_save(self._folder, content)) is not None:
             self._write(save, optimizer)
         return True

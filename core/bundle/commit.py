@@ -68,10 +68,6 @@ class ModelFolder(FolderReader):
         self.storage.make_folder(path)
         return path
 
-    def discard(self, stage: Path) -> None:
-        """Remove a staged step that will not be committed."""
-        self.storage.remove_tree(stage)
-
     def commit(self, stage: Path) -> None:
         """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due."""
         self.storage.publish(stage, self.committed)

@@ -21,7 +21,7 @@ from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from ..families.architecture import Architecture
 from ..families.identify import FAMILIES, UNKNOWN, Identity
 from ..families.megatron_iteration import is_iteration
-from ..inspection.inspect import Inspected, identity_of, inspect_path
+from ..inspection.inspect import Inspection, identity_of, inspect_path
 from .pairs import megatron_source
 from .pairs.modded import BATCHED
 from .plan import Moments, Options, Source
@@ -80,7 +80,7 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     return model
 
 
-def _take_average(found: Inspected, bundle: Bundle) -> None:
+def _take_average(found: Inspection, bundle: Bundle) -> None:
     """Replace the weights of a bundle by their average; the moments belong to the weights, and are left out.
 
     Raises: CheckpointNotFound when it has none.
@@ -100,7 +100,7 @@ def _unfit(path: Path, identity: Identity) -> CheckpointMismatch:
     return CheckpointMismatch(f"{path}: {reason}. --to safetensors and --to pt take tensors of any names.")
 
 
-def _config(found: Inspected) -> dict[str, Any]:
+def _config(found: Inspection) -> dict[str, Any]:
     """The config of the model as its program wrote it."""
     if found.bundle is not None:
         made = found.bundle.config
@@ -112,7 +112,7 @@ def _config(found: Inspected) -> dict[str, Any]:
     return dict(found.config or {})
 
 
-def _bare(found: Inspected, path: Path, config: dict[str, Any]) -> Source:
+def _bare(found: Inspection, path: Path, config: dict[str, Any]) -> Source:
     """Make a source of an unknown model, with its tensors unchanged."""
     tensors = {name: stored(found.container, spec) for name, spec in found.weights.items()}
     model = Source(path, found.container, UNKNOWN, tensors, config, {}, step=found.step, program="an unknown program")
@@ -120,7 +120,7 @@ def _bare(found: Inspected, path: Path, config: dict[str, Any]) -> Source:
     return model
 
 
-def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, Any]) -> Source:
+def _model(found: Inspection, path: Path, identity: Identity, config: dict[str, Any]) -> Source:
     assert identity.architecture is not None
     tensors = {}
     dropped = {}
@@ -172,7 +172,7 @@ def _rounded(bundle: Bundle) -> dict[str, Any]:
     return {name: value for name, value in said.items() if isinstance(value, str)}
 
 
-def _best(found: Inspected) -> dict[str, Any]:
+def _best(found: Inspection) -> dict[str, Any]:
     """nanoGPT's best loss, recorded under the step of the file, since the step of its measurement is unknown."""
     value = found.container.content.get("best_val_loss")
     if isinstance(value, TensorSpec) and value.numel == 1:
@@ -192,7 +192,7 @@ def _sizes(shape: Architecture) -> dict[str, int]:
     return sizes
 
 
-def _moments(found: Inspected, identity: Identity, model: Source) -> Moments | None:
+def _moments(found: Inspection, identity: Identity, model: Source) -> Moments | None:
     """The optimizer state by names of parameters; None, with a note, if it is of an unknown kind."""
     order = once({name: spec for name, spec in found.weights.items() if name not in identity.buffers})
     try:
@@ -219,7 +219,7 @@ def _unwrapped(name: str, places: Mapping[str, str]) -> str:
     return next((raw for raw in places if raw.endswith(f".{name}")), name)
 
 
-def _take_entry(made: Moments, model: Source, found: Inspected, name: str, entry: Any) -> None:
+def _take_entry(made: Moments, model: Source, found: Inspection, name: str, entry: Any) -> None:
     shape = model.tensors[name].shape if name in model.tensors else None
     for key, value in entry.items():
         if isinstance(value, TensorSpec):

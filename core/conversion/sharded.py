@@ -26,7 +26,7 @@ from ..containers.step_folder import is_step_folder, open_step_folder, step_part
 from ..containers.tensors.views import stored
 from ..containers.trees import map_paths
 from ..errors import CheckpointMismatch
-from ..inspection.inspect import Inspected, identity_of
+from ..inspection.inspect import Inspection, identity_of
 from .plan import Options, Ref, Source, Target, WeightFile
 
 MAIN = ("model", "state_dict", "model_state_dict")
@@ -57,7 +57,7 @@ def _folder(path: Path) -> Path:
     return path.parent if path.name == METADATA or path.suffix == SUFFIX else path
 
 
-def open_sharded(path: Path, options: Options) -> Inspected:
+def open_sharded(path: Path, options: Options) -> Inspection:
     """Open the requested parts of a sharded checkpoint; a lost `.metadata` is rebuilt if that is exact.
 
     Raises: CheckpointMismatch when it has no such part; CheckpointDamaged, CheckpointError as the readers.
@@ -89,7 +89,7 @@ def open_sharded(path: Path, options: Options) -> Inspected:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
     identity = identity_of(weights, None)
     optimizer = _optimizer(container)[1] if options.include_optimizer else None
-    found = Inspected(path, container, weights, key, identity, None, None, _with_names(optimizer), _step(container))
+    found = Inspection(path, container, weights, key, identity, None, None, _with_names(optimizer), _step(container))
     found.chosen = list(container.notes)
     return found
 

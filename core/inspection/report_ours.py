@@ -11,10 +11,10 @@ from ..bundle.contradictions import contradictions
 from ..bundle.evolution import notes
 from ..bundle.training_state import STATE, TrainingState
 from ..errors import CheckpointDamaged, CheckpointError
-from .inspect import Facts, Inspected
+from .inspect import Facts, Inspection
 
 
-def facts_of_ours(found: Inspected) -> Facts:
+def facts_of_ours(found: Inspection) -> Facts:
     """Collect the facts that only our checkpoints have; they replace those for other programs' checkpoints."""
     bundle = found.bundle
     assert bundle is not None
@@ -50,7 +50,7 @@ def facts_of_ours(found: Inspected) -> Facts:
     return facts
 
 
-def _unread(found: Inspected) -> bool:
+def _unread(found: Inspection) -> bool:
     """Whether the file of the weights itself is damaged, so that nothing can be compared with it."""
     bundle = found.bundle
     return bundle is not None and any(line.startswith(str(bundle.weights.source.path)) for line in found.damage)

@@ -160,8 +160,7 @@ def _model_row(model: Facts) -> tuple[str, ...]:
     if "legacy" in model:
         step = f"step {model['step']}" if model["step"] is not None else "unreadable"
         return (model["name"], step, model["legacy"], size_text(model["bytes"]))
-    size = size_text(model["bytes"])
-    return (model["name"], f"step {model['step']}", _loss(model["val_loss"]), size, age(model["saved_at"]))
+    return (model["name"], *_kept_row(model))
 
 
 def _kept_row(kept: Facts) -> tuple[str, ...]:

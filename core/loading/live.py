@@ -11,7 +11,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.folder import MODEL
 from ..networks.modded import ModdedGPT
 from .modded import refuse_other_shapes
-from .tensors import Pairs, fill, fitting, load_moments, read_part
+from .tensors import Pairs, fitting, load_moments, read_part
 
 
 def fill_live(
@@ -36,4 +36,6 @@ def fill_live(
         load_moments(bundle, module, optimizer, say, strict)
     if isinstance(module, ModdedGPT):
         module.load_state_dict(read_part(bundle.weights))
-    fill(pairs)
+    with torch.no_grad():
+        for live, saved in pairs:
+            live.copy_(saved)

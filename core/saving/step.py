@@ -163,7 +163,7 @@ class StepSave:
                 if self._before_commit is not None:
                     self._before_commit()
                 if self._is_newest(stage):
-                    self.place.discard(stage)
+                    self.place.storage.remove_tree(stage)
                     return False
                 self.place.commit(stage)
         except OSError as error:

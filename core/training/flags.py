@@ -21,12 +21,8 @@ CONFIG_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "drop
 METAVARS: dict[Any, str] = {
     Path: "PATH",
     str: "NAME",
-    count: "N",
-    seed_number: "N",
-    whole: "N",
-    positive: "X",
-    above_or_zero: "X",
-    below_one: "X",
+    **dict.fromkeys((count, seed_number, whole), "N"),
+    **dict.fromkeys((positive, above_or_zero, below_one), "X"),
 }
 """The placeholder of a value in --help, by its type."""
 

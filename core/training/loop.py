@@ -27,7 +27,7 @@ from ..networks.distributed import World, whole
 from ..networks.muon import MuonWithAdamW
 from .certificate import EXACT, certificate_of, differences, make_certificate, settings_of, state_digests, verdict
 from .ema import Ema
-from .grad_scaler import SMALLEST, make_scaler, scaler_state
+from .grad_scaler import SMALLEST, make_scaler
 from .metrics import Metrics
 from .save_timing import RunSaves
 from .schedule import Schedule
@@ -331,7 +331,7 @@ class Loop:
             **self._facts(),
         }
         if self.scaler.is_enabled():
-            self.manager.facts["scaler"] = scaler_state(self.scaler)
+            self.manager.facts["scaler"] = self.scaler.state_dict()  # its scale, and the steps since it last grew
         metrics, ema = self._new_metrics(), self.ema.tensors() if self.ema else None
         step, flush = self.model.step, self.metrics.flush
         return self.manager.save(self.model, self.optimizer, step=step, metrics=metrics, ema=ema, before_commit=flush)

@@ -15,7 +15,7 @@ from core.families.identify import UNKNOWN, Identity
 from core.inspection.diff.comparison import Comparison, compare
 from core.inspection.diff.side import Side
 from core.inspection.diff.text import comparison_facts, comparison_lines
-from core.inspection.inspect import Inspected, inspect_path
+from core.inspection.inspect import Inspection, inspect_path
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -62,4 +62,4 @@ def with_optimizer(path: Path, state: dict, **group) -> Side:
 def side_of(container: Container, weights: dict[str, TensorSpec], **parts) -> Side:
     """A checkpoint of an unknown family with these parts."""
     identity = Identity(UNKNOWN, program="", prefix="", reason="")
-    return Side(Inspected(container.path, container, weights, key="", identity=identity, **{"config": None, **parts}))
+    return Side(Inspection(container.path, container, weights, key="", identity=identity, **{"config": None, **parts}))

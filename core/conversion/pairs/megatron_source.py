@@ -16,7 +16,7 @@ from ...families.rules import Table, apply
 from ..plan import Options, Source
 
 if TYPE_CHECKING:
-    from ...inspection.inspect import Inspected
+    from ...inspection.inspect import Inspection
 
 CLASSIC = "Megatron iteration (classic)"
 MIXED = "megatron_mixed"
@@ -32,7 +32,7 @@ def refuse_classic(container: Container) -> None:
         raise CheckpointError(f"{container.path}: {' '.join(reasons)}")
 
 
-def take_heads(found: Inspected, options: Options) -> None:
+def take_heads(found: Inspection, options: Options) -> None:
     """Add the number of heads from a flag, and their size, to the config of a Megatron model.
 
     Raises: CheckpointMismatch when the tensors cannot have so many.

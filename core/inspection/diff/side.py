@@ -21,7 +21,7 @@ from ...errors import CheckpointMismatch
 from ...families.common_names import GPT2, Place, common_fields, head_and_table, naming, places
 from ...families.family import plain_names
 from ...families.fused import FUSED, LECTURE, recognise
-from ..inspect import Facts, Inspected
+from ..inspect import Facts, Inspection
 
 Parts = Sequence[tuple[str, TensorSpec]]
 """The parts of a tensor, each with its readable name."""
@@ -33,7 +33,7 @@ _FEW = 16  # elements of a tensor that is compared as a value
 class Side:
     """One of two checkpoints, as inspected from its headers."""
 
-    found: Inspected
+    found: Inspection
 
     @property
     def family(self) -> str:
