@@ -106,8 +106,6 @@ class CheckpointManager:
             folder = folder.resolve()
         return cls(folder.name, folder.parent, **settings)
 
-    # What is there
-
     def get_path(self, filename: str = MODEL) -> Path:
         """Name a file in the model's folder.
 
@@ -126,8 +124,6 @@ class CheckpointManager:
     def exists_legacy_format(self, filename: str = "latest.pt") -> bool:
         """Whether the folder holds a single-file checkpoint of this name."""
         return self.get_path(filename).is_file()
-
-    # Writing needs the lock
 
     def __enter__(self) -> CheckpointManager:
         self.acquire()
@@ -163,11 +159,6 @@ class CheckpointManager:
         with writing(self._folder) if self.ranks.world.is_first else contextlib.nullcontext():
             yield
 
-    def _explained(self) -> contextlib.AbstractContextManager[None]:
-        return explained(self.checkpoint_dir)
-
-    # Resume
-
     def newest_intact(self) -> Bundle | None:
         """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
 
@@ -180,7 +171,7 @@ class CheckpointManager:
 
     def _reopen(self, check: bool, damage: str | None) -> Bundle | None:
         """Open the newest intact step as the only writer; `damage` is the known damage of the newest one."""
-        with self.writing(), self._explained():
+        with self.writing(), explained(self.checkpoint_dir):
             if damage and not self.allow_fresh:
                 return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say)
             open_to_train = rewind.open_or_clear if self.allow_fresh else intact.open_newest_intact
@@ -193,7 +184,7 @@ class CheckpointManager:
         """
         if not self.ranks.world.is_first:
             return 0
-        with self.writing(), self._explained():
+        with self.writing(), explained(self.checkpoint_dir):
             return rewind.prune(self._folder, self.say, keep, keep_every)
 
     def go_back(self, step: int) -> None:
@@ -202,14 +193,14 @@ class CheckpointManager:
         Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged; nothing is changed then.
         """
         if self.ranks.world.is_first:
-            with self.writing(), self._explained():
+            with self.writing(), explained(self.checkpoint_dir):
                 rewind.go_back(self._folder, step, self.say, check=self.verify)
 
     def consolidate(self) -> None:
         """Make plain files of the newest step, where it is in shards; after the last save."""
         if not self.ranks.world.is_first:
             return
-        with self.writing(), self._explained():
+        with self.writing(), explained(self.checkpoint_dir):
             made = consolidate(self._folder)
         if made is not None:
             with made:
@@ -231,10 +222,7 @@ class CheckpointManager:
         """Resume this model, or start it from another model's weights, or fresh; return model, optimizer and step.
 
         A field given in `config` (of a GPTConfig: one that differs from the default) wins over config.json of the
-        checkpoint, which wins over `preset`. The manager holds the writer's lock from here on. A `bundle` is one
-        that `newest_intact` has opened, so that nothing is verified twice; it is closed.
-
-        Raises: CheckpointMismatch when the architecture or the tokenizer contradicts the checkpoint; both are shown.
+        checkpoint, which wins over `preset`. Everything else, and what it raises, is as in `start`.
         """
         request = Request(
             given_fields(config),
@@ -281,8 +269,6 @@ class CheckpointManager:
         """Add facts to the training state of every later save, by name; JSON must be able to hold them."""
         self.facts = {**self.facts, **facts}
 
-    # Save
-
     def save(
         self,
         model: nn.Module,
@@ -323,7 +309,7 @@ class CheckpointManager:
         held = save.lock()
 
         def write(memory: Memory) -> None:
-            with held, self._explained():
+            with held, explained(self.checkpoint_dir):
                 save.write(memory, self.say)
 
         try:
@@ -341,7 +327,7 @@ class CheckpointManager:
         """
         if self.ranks.world.is_first:
             self.wait()
-            with self.writing(), self._explained():
+            with self.writing(), explained(self.checkpoint_dir):
                 add_metrics(self._folder, step, metrics)
 
     def wait(self) -> None:
@@ -371,8 +357,6 @@ class CheckpointManager:
         """The newest committed step; None where nothing is saved."""
         return top_state(self._folder).step
 
-    # Load
-
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, strict: bool = True) -> int:
         """Fill a live module, and its optimizer, from the newest intact step, and return that step; 0 for none.
 
@@ -382,8 +366,7 @@ class CheckpointManager:
 
         Raises: CheckpointMismatch when names or shapes do not fit; module and optimizer are unchanged then.
         """
-        bundle = self.newest_intact()
-        if bundle is None:
+        if (bundle := self.newest_intact()) is None:
             return 0
         with bundle:
             fill_live(bundle, unwrap(model), optimizer, self.say, strict)
