@@ -20,11 +20,10 @@ from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.folder import top_state
-from ..bundle.lock import hold
 from ..bundle.retention import Retention, best_of, better
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
-from ..bundle.writing import explained
+from ..bundle.writing import lock
 from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
 from ..config.modded import ModdedConfig
 from ..console.words import size_text
@@ -75,11 +74,7 @@ class StepSave:
 
         Raises: CheckpointLocked, SaveFailed.
         """
-        held = contextlib.ExitStack()
-        with explained(self.place.path):
-            self.place.path.mkdir(parents=True, exist_ok=True)
-            held.enter_context(hold(self.place.path))
-        return held
+        return lock(self.place)
 
     def not_begun(self, error: RuntimeError) -> CheckpointError:
         """The error when no thread can be started to write this step."""

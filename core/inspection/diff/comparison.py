@@ -14,6 +14,9 @@ from ...families.family import plain_names
 from .change import Change, Progress, change_between, is_zero
 from .side import Facts, Side
 
+VALUES = ("config", "tokenizer", "step", "optimizer")
+"""The parts of a comparison that are plain values."""
+
 
 @dataclass
 class Values:
@@ -94,8 +97,11 @@ class Comparison:
     @property
     def different(self) -> list[str]:
         """The parts that differ."""
-        parts = ("config", "tokenizer", "step", "optimizer", "weights", "moments")
-        return [name for name in parts if (part := getattr(self, name)) is not None and not part.equal]
+        return [
+            name
+            for name in (*VALUES, "weights", "moments")
+            if (part := getattr(self, name)) is not None and not part.equal
+        ]
 
     @property
     def equal(self) -> bool:

@@ -11,7 +11,7 @@ from ...containers.pickles.inert import as_text
 from ...containers.plain import plain
 from ...containers.tensors.views import View
 from ..tensor_table import grouped
-from .comparison import Comparison, Pair, Tensors, Values
+from .comparison import VALUES, Comparison, Pair, Tensors, Values
 from .side import Facts, Side
 
 _SHOWN = 40
@@ -28,10 +28,7 @@ def comparison_facts(found: Comparison) -> Facts:
         "different": found.different,
         "a": _side_facts(found.a),
         "b": _side_facts(found.b),
-        "config": _values_facts(found.config),
-        "tokenizer": _values_facts(found.tokenizer),
-        "step": _values_facts(found.step),
-        "optimizer": _values_facts(found.optimizer),
+        **{part: _values_facts(getattr(found, part)) for part in VALUES},
         "weights": _tensors_facts(found.weights),
         "moments": _tensors_facts(found.moments) if found.moments is not None else None,
         "notes": found.notes,
@@ -92,10 +89,8 @@ def comparison_lines(found: Comparison) -> Iterable[str]:
         what = ", ".join([side.found.container.kind, side.family, *step])
         yield f"{who}: {printable(path)} ({printable(what)})"
     yield ""
-    yield from _values_lines("config", found.config)
-    yield from _values_lines("tokenizer", found.tokenizer)
-    yield from _values_lines("step", found.step)
-    yield from _values_lines("optimizer", found.optimizer)
+    for part in VALUES:
+        yield from _values_lines(part, getattr(found, part))
     yield from _tensors_lines("tensors", found.weights)
     if found.moments is not None:
         yield from _tensors_lines("moments", found.moments)
