@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from core.console.progress import byte_bar
 from core.console.words import printable
 from core.containers.plain import Room, plain
 from core.errors import CheckpointError
-from core.inspection.inspect import Inspected, inspect_path
+from core.inspection.inspect import Inspection, inspect_path
 from core.inspection.report import Facts, facts_of
-from core.inspection.report_text import models_text, not_finite, stat_facts, text_of, verification_facts, views_text
+from core.inspection.report_text import models_text, not_finite, text_of, views_text
 
 EPILOG = """examples:
   python inspect_model.py                                 every model below checkpoints/, or the only one
@@ -139,14 +140,14 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
 
                 with byte_bar("verifying", found.size) as bar:
                     verification = verify_container(found.container, bar.update)
-                facts["verification"] = verification_facts(verification)
+                facts["verification"] = asdict(verification)
                 faults += verification.damaged
             if args.stats is not None:
                 from core.inspection.statistics import statistics
 
                 names = [name for name in found.container.tensors if fnmatchcase(name, args.stats)]
                 with byte_bar("reading", sum(found.container.tensors[name].nbytes for name in names)) as bar:
-                    facts["stats"] = [stat_facts(stat) for stat in statistics(found.container, names, bar.update)]
+                    facts["stats"] = [asdict(stat) for stat in statistics(found.container, names, bar.update)]
                 faults += not_finite(facts["stats"])
             if args.html is not None:
                 from core.inspection.html.page import write_page
@@ -183,7 +184,7 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
         with inspect_path(Path(args.diff[0])) as a, inspect_path(Path(args.diff[1])) as b:
             total = sum(t.nbytes for found in (a, b) for t in found.weights.values())
             with byte_bar("comparing", total) as bar:
-                found = compare(Side.of(a), Side.of(b), args.moments, bar.update)
+                found = compare(Side(a), Side(b), args.moments, bar.update)
                 room = Room(a.size + b.size)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -200,7 +201,7 @@ def is_checkpoint(folder: Path) -> bool:
     return folder.name in model_names(folder.absolute().parent)
 
 
-def say_chosen(found: Inspected) -> None:
+def say_chosen(found: Inspection) -> None:
     """Report which of several checkpoints is shown, and why."""
     for line in found.chosen:
         print(line, file=sys.stderr)

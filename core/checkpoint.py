@@ -37,7 +37,7 @@ from .networks.device import resolve_dtype
 from .networks.state_dict import unwrap
 from .saving.background import BackgroundSaver
 from .saving.consolidate import consolidate
-from .saving.ranks import Ranks, SingleProcess
+from .saving.ranks import Ranks
 from .saving.snapshot import Memory
 from .saving.step import StepContent, StepSave, add_metrics, refuse_unwritable
 
@@ -92,7 +92,7 @@ class CheckpointManager:
         """Whether checksums are compared on resume; if not, only what cannot be opened counts as damaged."""
         self.allow_fresh = allow_fresh
         """Whether, when no step is intact, everything in the folder is set aside and training starts from scratch."""
-        self.ranks = ranks or SingleProcess()
+        self.ranks = ranks or Ranks()
         """How the processes that train this model share its folder."""
         self._folder = ModelFolder(self.checkpoint_dir)
         self._held = contextlib.ExitStack()
@@ -106,8 +106,6 @@ class CheckpointManager:
         if folder.name in ("", ".."):
             folder = folder.resolve()
         return cls(folder.name, folder.parent, **settings)
-
-    # What is there
 
     def get_path(self, filename: str = MODEL) -> Path:
         """Name a file in the model's folder.
@@ -127,8 +125,6 @@ class CheckpointManager:
     def exists_legacy_format(self, filename: str = "latest.pt") -> bool:
         """Whether the folder holds a single-file checkpoint of this name."""
         return self.get_path(filename).is_file()
-
-    # Writing needs the lock
 
     def __enter__(self) -> CheckpointManager:
         self.acquire()
@@ -164,11 +160,6 @@ class CheckpointManager:
         with writing(self._folder) if self.ranks.world.is_first else contextlib.nullcontext():
             yield
 
-    def _explained(self) -> contextlib.AbstractContextManager[None]:
-        return explained(self.checkpoint_dir)
-
-    # Resume
-
     def newest_intact(self) -> Bundle | None:
         """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
 
@@ -181,7 +172,7 @@ class CheckpointManager:
 
     def _reopen(self, check: bool, damage: str | None) -> Bundle | None:
         """Open the newest intact step as the only writer; `damage` is the known damage of the newest one."""
-        with self.writing(), self._explained():
+        with self.writing(), explained(self.checkpoint_dir):
             if damage and not self.allow_fresh:
                 return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say)
             open_to_train = rewind.open_or_clear if self.allow_fresh else intact.open_newest_intact
@@ -194,7 +185,7 @@ class CheckpointManager:
         """
         if not self.ranks.world.is_first:
             return 0
-        with self.writing(), self._explained():
+        with self.writing(), explained(self.checkpoint_dir):
             return rewind.prune(self._folder, self.say, keep, keep_every)
 
     def go_back(self, step: int) -> None:
@@ -203,14 +194,14 @@ class CheckpointManager:
         Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged; nothing is changed then.
         """
         if self.ranks.world.is_first:
-            with self.writing(), self._explained():
+            with self.writing(), explained(self.checkpoint_dir):
                 rewind.go_back(self._folder, step, self.say, check=self.verify)
 
     def consolidate(self) -> None:
         """Make plain files of the newest step, where it is in shards; after the last save."""
         if not self.ranks.world.is_first:
             return
-        with self.writing(), self._explained():
+        with self.writing(), explained(self.checkpoint_dir):
             made = consolidate(self._folder)
         if made is not None:
             with made:
@@ -232,10 +223,7 @@ class CheckpointManager:
         """Resume this model, or start it from another model's weights, or fresh; return model, optimizer and step.
 
         A field given in `config` (of a GPTConfig: one that differs from the default) wins over config.json of the
-        checkpoint, which wins over `preset`. The manager holds the writer's lock from here on. A `bundle` is one
-        that `newest_intact` has opened, so that nothing is verified twice; it is closed.
-
-        Raises: CheckpointMismatch when the architecture or the tokenizer contradicts the checkpoint; both are shown.
+        checkpoint, which wins over `preset`. Everything else, and what it raises, is as in `start`.
         """
         request = Request(
             given_fields(config),
@@ -288,8 +276,6 @@ class CheckpointManager:
         dump_json(facts)
         self.facts = {**self.facts, **facts}
 
-    # Save
-
     def save(
         self,
         model: nn.Module,
@@ -319,18 +305,8 @@ class CheckpointManager:
         """
         if not self.ranks.may_begin(self._saver, self.save_policy == "skip", step, self.say):
             return False
-        content = StepContent(
-            model,
-            optimizer,
-            step,
-            tokenizer,
-            metrics,
-            extra,
-            ema,
-            self.facts,
-            Retention(self.keep, self.keep_every, self.resumed.get("step")),
-            before_commit,
-        )
+        rules = Retention(self.keep, self.keep_every, self.resumed.step)
+        content = StepContent(model, optimizer, step, tokenizer, metrics, extra, ema, self.facts, rules, before_commit)
         if (save := self.ranks.step_save(self._folder, content)) is not None:
             self._write(save, optimizer)
         return True
@@ -340,7 +316,7 @@ class CheckpointManager:
         held = save.lock()
 
         def write(memory: Memory) -> None:
-            with held, self._explained():
+            with held, explained(self.checkpoint_dir):
                 save.write(memory, self.say)
 
         try:
@@ -358,7 +334,7 @@ class CheckpointManager:
         """
         if self.ranks.world.is_first:
             self.wait()
-            with self.writing(), self._explained():
+            with self.writing(), explained(self.checkpoint_dir):
                 add_metrics(self._folder, step, metrics)
 
     def wait(self) -> None:
@@ -388,8 +364,6 @@ class CheckpointManager:
         """The newest committed step; None where nothing is saved."""
         return top_state(self._folder).step
 
-    # Load
-
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, strict: bool = True) -> int:
         """Fill a live module, and its optimizer, from the newest intact step, and return that step; 0 for none.
 
@@ -399,8 +373,7 @@ class CheckpointManager:
 
         Raises: CheckpointMismatch when names or shapes do not fit; module and optimizer are unchanged then.
         """
-        bundle = self.newest_intact()
-        if bundle is None:
+        if (bundle := self.newest_intact()) is None:
             return 0
         with bundle:
             fill_live(bundle, unwrap(model), optimizer, self.say, strict)
@@ -427,16 +400,8 @@ class CheckpointManager:
 
         Raises: CheckpointNotFound, CheckpointDamaged (naming the newest intact step), CheckpointMismatch.
         """
-        manager = CheckpointManager(model_name, base_dir)
-        number = best_step(manager.checkpoint_dir) if step == "best" else int(step) if step is not None else None
-        single = manager.get_path(legacy_filename).name if legacy_filename is not None else None
-        return load_chosen(
-            manager.checkpoint_dir,
-            number,
-            single,
-            device=device,
-            dtype=resolve_dtype(load_dtype),
-            bpe_file=bpe_file,
-            check=verify,
-            ema=ema,
-        )
+        folder = model_folder(base_dir, model_name)
+        number = best_step(folder) if step == "best" else int(step) if step is not None else None
+        single = file_in(folder, legacy_filename).name if legacy_filename is not None else None
+        dtype = resolve_dtype(load_dtype)
+        return load_chosen(folder, number, single, device=device, dtype=dtype, bpe_file=bpe_file, check=verify, ema=ema)

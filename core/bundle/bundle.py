@@ -16,6 +16,7 @@ from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.fused import recognise
 from .commit import CONFIG, MODEL, ModelFolder, OpenStep
 from .evolution import Evidence, evolve, old_settings
+from .folder import step_folder
 from .parts import WEIGHTS_KEYS, Part, ShardedFile, TorchFile, files_of, folder_of
 from .storage import DISK, Storage
 from .training_state import STATE, TrainingState, check_version, unseal
@@ -124,7 +125,7 @@ class Bundle:
         self.close()
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeptStep:
     """One older step in a model's folder; its state is empty where it cannot be read."""
 
@@ -159,7 +160,7 @@ def _open_step(place: ModelFolder, step: int) -> OpenStep:
         if opened.state.step == step:
             return opened
         opened.close()
-    return place.open_step(step)
+    return place.open_kept(place.path / step_folder(step))
 
 
 def _bundle(opened: OpenStep, folder: Path) -> Bundle:

@@ -44,11 +44,6 @@ class Choice:
     candidates: list[Candidate]
     passed: list[str] = field(default_factory=list)  # files that cannot be read, each in a sentence
 
-    def refuse_none(self) -> None:
-        """Raise CheckpointError when there are files and none of them can be read."""
-        if self.passed and not self.candidates:
-            raise CheckpointError(self.passed[0])
-
     def lines(self) -> list[str]:
         """Report what is passed over, what is used and why; empty where there is only one candidate."""
         reason = self._reason() if self.candidates else None
@@ -102,7 +97,8 @@ def open_choice(folder: Path, say: Say, step: int | None = None, single: str | N
     """
     if step is None and single is None:
         choice = choose(folder)
-        choice.refuse_none()
+        if choice.passed and not choice.candidates:
+            raise CheckpointError(choice.passed[0])
         for line in choice.lines():
             say(line)
         if not choice.candidates:

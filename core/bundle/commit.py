@@ -55,9 +55,9 @@ class ModelFolder(FolderReader):
         self.storage.sync_folder(self.path)
         if self.storage.exists(self.committed):
             if self.storage.names(self.committed):
-                self._preserve_top()
-                self._roll_forward()
-            self._close_commit()
+                self.roll_forward()
+            else:
+                self._close_commit()
         for name in self.storage.names(self.path):
             if name.startswith((".stage-", ".trash-")):
                 self.storage.remove_tree(self.path / name)
@@ -67,10 +67,6 @@ class ModelFolder(FolderReader):
         path = self.path / f".stage-{new_id()}"
         self.storage.make_folder(path)
         return path
-
-    def discard(self, stage: Path) -> None:
-        """Remove a staged step that will not be committed."""
-        self.storage.remove_tree(stage)
 
     def commit(self, stage: Path) -> None:
         """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due."""

@@ -1,10 +1,8 @@
-"""The value of a config field before the field existed, and the settings of old programs that recorded none.
-
-Each repair is one small function with its reason; it is called only for a field that a file lacks.
-"""
+"""The value of a config field before the field existed, and the settings of old programs that recorded none."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +23,10 @@ class Evidence:
     plan: Fusing
     shapes: dict[str, Shape]  # under our names
 
-    def has(self, name: str) -> bool:
-        """Whether the model has a tensor of this name, `{i}` any layer."""
-        first, layered, rest = name.partition("{i}")
-        return any(
-            found == name or (layered and found.startswith(first) and found.endswith(rest)) for found in self.shapes
-        )
+    def has(self, *names: str) -> bool:
+        """Whether the model has a tensor of one of these names, `{i}` any layer."""
+        patterns = [re.compile(re.escape(name).replace(r"\{i\}", ".*")) for name in names]
+        return any(pattern.fullmatch(found) for pattern in patterns for found in self.shapes)
 
     @property
     def heads(self) -> int | None:
@@ -45,84 +41,41 @@ class Evidence:
         return shape[axis] if len(shape) == 2 else None
 
 
-def _activation(values: Values, seen: Evidence) -> Any:
-    """Lecture-style models computed ReLU, fused ones the exact GELU, before `mlp_type` and `activation` existed."""
-    if values.get("mlp_type") in ACTIVATIONS:
-        return values["mlp_type"]
-    return "relu" if seen.plan.family == LECTURE else "gelu"
-
-
-def _bias(values: Values, seen: Evidence) -> Any:
-    """Lecture-style configs had no `bias` at first: their heads had none."""
-    return seen.has("blocks.{i}.sa.qkv.bias")
-
-
-def _proj_bias(values: Values, seen: Evidence) -> Any:
+def _proj_bias(values: Values, seen: Evidence) -> bool | None:
     """`bias` described qkv alone in lecture-style models, whose projection always had one."""
     has = seen.has("blocks.{i}.sa.proj.bias")
     return None if has == values.get("bias", seen.has("blocks.{i}.sa.qkv.bias")) else has
 
 
-def _mlp_bias(values: Values, seen: Evidence) -> Any:
-    """Biases that no field describes are those that the weights have."""
-    return seen.has("blocks.{i}.fwd.net.0.bias") or seen.has("blocks.{i}.fwd.net.2.bias")
+def _activation(values: Values, seen: Evidence) -> str:
+    """Lecture-style models computed ReLU, fused ones the exact GELU, before `mlp_type` and `activation` existed."""
+    if values.get("mlp_type") in ACTIVATIONS:
+        return str(values["mlp_type"])
+    return "relu" if seen.plan.family == LECTURE else "gelu"
 
 
-def _norm_bias(values: Values, seen: Evidence) -> Any:
-    """As `mlp_bias`."""
-    return any(map(seen.has, ("ln_f.bias", "blocks.{i}.ln1.bias", "blocks.{i}.ln2.bias")))
-
-
-def _head_bias(values: Values, seen: Evidence) -> Any:
-    """As `mlp_bias`."""
-    return seen.has("lm_head.bias")
-
-
-def _tied_head(values: Values, seen: Evidence) -> Any:
-    """The head had weights of its own: one that a file lacks was lost."""
-    return False
-
-
-def _vocab_size(values: Values, seen: Evidence) -> Any:
-    """Sizes that a config lacks are those of the tensors."""
-    return seen.side("token_embedding_table.weight", 0)
-
-
-def _n_embd(values: Values, seen: Evidence) -> Any:
-    """As `vocab_size`."""
-    return seen.side("token_embedding_table.weight", 1)
-
-
-def _block_size(values: Values, seen: Evidence) -> Any:
-    """As `vocab_size`."""
-    return seen.side("position_embedding_table.weight", 0)
-
-
-def _n_layer(values: Values, seen: Evidence) -> Any:
-    """As `vocab_size`."""
-    layers = {name.split(".")[1] for name in seen.shapes if name.startswith("blocks.")}
-    return len(layers) or None
-
-
-def _n_head(values: Values, seen: Evidence) -> Any:
-    """Lecture-style names count the heads; in fused tensors nothing shows them."""
-    return seen.heads
-
+_TABLE = "token_embedding_table.weight"
 
 REPAIRS: dict[str, Callable[[Values, Evidence], Any]] = {
-    "vocab_size": _vocab_size,
-    "n_embd": _n_embd,
-    "block_size": _block_size,
-    "n_layer": _n_layer,
-    "n_head": _n_head,
-    "bias": _bias,
+    # Sizes that a config lacks are those of the tensors.
+    "vocab_size": lambda values, seen: seen.side(_TABLE, 0),
+    "n_embd": lambda values, seen: seen.side(_TABLE, 1),
+    "block_size": lambda values, seen: seen.side("position_embedding_table.weight", 0),
+    "n_layer": lambda values, seen: len({n.split(".")[1] for n in seen.shapes if n.startswith("blocks.")}) or None,
+    # Lecture-style names count the heads; in fused tensors nothing shows them.
+    "n_head": lambda values, seen: seen.heads,
+    # Lecture-style configs had no `bias` at first: their heads had none.
+    "bias": lambda values, seen: seen.has("blocks.{i}.sa.qkv.bias"),
     "proj_bias": _proj_bias,
-    "mlp_bias": _mlp_bias,
-    "norm_bias": _norm_bias,
-    "head_bias": _head_bias,
-    "tied_head": _tied_head,
+    # Biases that no field describes are those that the weights have.
+    "mlp_bias": lambda values, seen: seen.has("blocks.{i}.fwd.net.0.bias", "blocks.{i}.fwd.net.2.bias"),
+    "norm_bias": lambda values, seen: seen.has("ln_f.bias", "blocks.{i}.ln1.bias", "blocks.{i}.ln2.bias"),
+    "head_bias": lambda values, seen: seen.has("lm_head.bias"),
+    # The head had weights of its own: one that a file lacks was lost.
+    "tied_head": lambda values, seen: False,
     "activation": _activation,
 }
+"""The value of each field that a file lacks, as it was before the field existed; None where nothing shows it."""
 
 
 def evolve(values: Values, seen: Evidence, where: str) -> GPTConfig:

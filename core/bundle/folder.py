@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointNotFound
 from .storage import DISK, Storage
 from .training_state import STATE, TrainingState, new_id, unseal
+
+T = TypeVar("T")
 
 COMMITTED = ".committed"
 CONFIG = "config.json"
@@ -89,16 +91,13 @@ class FolderReader:
 
         Raises: FileNotFoundError when there is none.
         """
-        try:
-            return self.storage.read(self.committed / name)
-        except _NOT_THERE:
-            return self.storage.read(self.path / name)
+        return self._newest(self.storage.read, name)
 
-    def _open(self, name: str) -> BinaryIO:
+    def _newest(self, call: Callable[[Path], T], name: str) -> T:
         try:
-            return self.storage.open(self.committed / name)
+            return call(self.committed / name)
         except _NOT_THERE:
-            return self.storage.open(self.path / name)
+            return call(self.path / name)
 
     def open_newest(self) -> OpenStep:
         """Open every file of the newest committed step; never a mixture of two.
@@ -111,7 +110,7 @@ class FolderReader:
             opened, missing, stale = OpenStep(self.path, state, {}), None, False
             for name in file_names(state)[:-1]:
                 try:
-                    opened.files[name] = self._open(name)
+                    opened.files[name] = self._newest(self.storage.open, name)
                 except _NOT_THERE:
                     missing = missing or name
                 except (OSError, CheckpointDamaged) as error:
@@ -136,15 +135,11 @@ class FolderReader:
         except _NOT_THERE:
             return None
 
-    def open_step(self, step: int) -> OpenStep:
-        """Open every file of a kept step.
+    def open_kept(self, folder: Path) -> OpenStep:
+        """Open every file of the bundle in one `step_NNNNNNNN/` folder.
 
         Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged when a listed file is missing.
         """
-        return self.open_kept(self.path / step_folder(step))
-
-    def open_kept(self, folder: Path) -> OpenStep:
-        """Open every file of the bundle in one `step_NNNNNNNN/` folder."""
         if not self.storage.exists(folder):
             kept = ", ".join(str(s) for s in self.kept_steps()) or "none"
             raise CheckpointNotFound(f"{folder}: this step is not kept. Kept steps: {kept}.")

@@ -117,14 +117,11 @@ def rearrange(
     faults += [f"{name} is not in this model" for name in found]
     if faults:
         raise CheckpointMismatch(f"optimizer state: {listed(faults)}. {OTHER_MODEL}")
+    made.sort(key=lambda one: one[1])
     return {
-        "state": {i: entry for i, (_, _, entry) in enumerate(_by_group(made)) if entry},
-        "param_groups": [_group(group, g, _by_group(made)) for g, group in enumerate(groups)],
+        "state": {i: entry for i, (_, _, entry) in enumerate(made) if entry},
+        "param_groups": [_group(group, g, made) for g, group in enumerate(groups)],
     }
-
-
-def _by_group(made: list[tuple[str, int, dict[str, Any]]]) -> list[tuple[str, int, dict[str, Any]]]:
-    return sorted(made, key=lambda one: one[1])
 
 
 def _group(group: Mapping[str, Any], number: int, made: list[tuple[str, int, dict[str, Any]]]) -> dict[str, Any]:

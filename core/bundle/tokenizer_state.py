@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from typing import Any
@@ -35,17 +36,14 @@ def proves_itself(state: State | None) -> bool:
     """Whether the fingerprint in a tokenizer.json is that of its vocabulary."""
     if state is None or "fingerprint" not in state:
         return False
-    kind, definition = state.get("token_kind"), state.get("definition")
-    found: str | None
-    if kind == "char":
-        try:
+    definition, found = state.get("definition"), None
+    with contextlib.suppress(CheckpointMismatch):
+        if state.get("token_kind") == "char":
             found = char_fingerprint(checked_chars(state.get("chars"), "tokenizer.json"))
-        except CheckpointMismatch:
-            return False
-    elif kind == "hf":
-        found = definition_fingerprint(definition) if isinstance(definition, dict) else None
-    else:
-        found = GPT2_FINGERPRINT if kind == "gpt2" else None
+        elif state.get("token_kind") == "hf" and isinstance(definition, dict):
+            found = definition_fingerprint(definition)
+        elif state.get("token_kind") == "gpt2":
+            found = GPT2_FINGERPRINT
     return found is not None and state["fingerprint"] == found
 
 

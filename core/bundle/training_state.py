@@ -83,6 +83,15 @@ class TrainingState(Mapping[str, Any]):
         version = max(FORMAT_VERSION, self.format_version or 0)  # that of the model's config may be higher
         return self.having(format_version=version, commit_id=new_id(), parent=parent, **values)
 
+    def descent(self, kept: Iterable[TrainingState] = ()) -> Values:
+        """The fields by which the next commit records its descent from this state at the top and from kept steps."""
+        said: Values = {"run": self.run or new_id(), "commit_number": 1 + max(state.order for state in (self, *kept))}
+        if self.went_back is not None:
+            said["branch"] = {"id": new_id(), "step": self.step, "commit_id": self.commit_id}
+        elif self.branch is not None:
+            said["branch"] = self.branch
+        return said
+
     @property
     def files(self) -> Values:
         """What is recorded of each file by name: size in bytes, crc32, and the digest of its tensors if it has any."""

@@ -17,12 +17,22 @@ def writing(place: ModelFolder) -> Iterator[None]:
 
     Raises: CheckpointLocked when another process writes here; SaveFailed when the folder cannot be made or recovered.
     """
-    with contextlib.ExitStack() as held:
+    with lock(place):
         with explained(place.path):
-            place.path.mkdir(parents=True, exist_ok=True)
-            held.enter_context(hold(place.path))
             place.recover()
         yield
+
+
+def lock(place: ModelFolder) -> contextlib.ExitStack:
+    """Make a model's folder and take its writer's lock, which is held until the result is closed.
+
+    Raises: CheckpointLocked when another process writes here; SaveFailed when the folder cannot be made.
+    """
+    held = contextlib.ExitStack()
+    with explained(place.path):
+        place.path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(hold(place.path))
+    return held
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ..containers.tensors.views import stored
 from ..errors import CheckpointMismatch
 from ..families.family import Family, Shape
 from ..families.identify import Identity
-from ..inspection.inspect import Inspected
+from ..inspection.inspect import Inspection
 from .plan import Moments, Source
 
 SORTED = "nanoGPT's before 2023-05-06, Linear weights and the rest, each in alphabetical order"
@@ -42,7 +42,7 @@ class _Order:
         return [name for group in self.groups for name in group]
 
 
-def moments_of(found: Inspected, identity: Identity, model: Source, family: Family) -> Moments | None:
+def moments_of(found: Inspection, identity: Identity, model: Source, family: Family) -> Moments | None:
     """The optimizer state by names of parameters; None, with a note of the reason, where they cannot be told."""
     weights = {name: spec for name, spec in found.weights.items() if name not in identity.buffers}
     try:
@@ -147,7 +147,7 @@ def _unwrapped(name: str, places: Mapping[str, str]) -> str:
     return next((raw for raw in places if raw.endswith(f".{name}")), name)
 
 
-def _take_entry(made: Moments, model: Source, found: Inspected, name: str, entry: Any) -> None:
+def _take_entry(made: Moments, model: Source, found: Inspection, name: str, entry: Any) -> None:
     shape = model.tensors[name].shape if name in model.tensors else None
     for key, value in entry.items():
         if isinstance(value, TensorSpec):

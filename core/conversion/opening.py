@@ -22,7 +22,7 @@ from ..families.choices import Choice
 from ..families.identify import FAMILIES, UNKNOWN, Identity
 from ..families.megatron_iteration import is_iteration
 from ..families.parts import OPTIMIZER, aside
-from ..inspection.inspect import Inspected, identity_of, inspect_path
+from ..inspection.inspect import Inspection, identity_of, inspect_path
 from ..inspection.marks import choices, marks_of
 from .aside import CONFIG_ENTRY
 from .moments import SORTED, moments_of
@@ -99,7 +99,7 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
 
 
 def _with_heads(
-    found: Inspected, config: dict[str, Any], identity: Identity, heads: int
+    found: Inspection, config: dict[str, Any], identity: Identity, heads: int
 ) -> tuple[dict[str, Any], Identity]:
     """The config and the identity of a model with a number of heads that a person specified.
 
@@ -136,7 +136,7 @@ def _refuse_contradicted(path: Path, made: list[Choice], given: Mapping[str, Any
         raise CheckpointMismatch(f"{path}: --{lost[0]} has no effect on a model of this family. Leave it out.")
 
 
-def _take_average(found: Inspected, bundle: Bundle) -> None:
+def _take_average(found: Inspection, bundle: Bundle) -> None:
     """Replace the weights of a bundle by their average; the moments belong to the weights, and are left out.
 
     Raises: CheckpointNotFound when it has none.
@@ -156,7 +156,7 @@ def _unfit(path: Path, identity: Identity) -> CheckpointMismatch:
     return CheckpointMismatch(f"{path}: {reason}. --to safetensors and --to pt take tensors of any names.")
 
 
-def _config(found: Inspected) -> dict[str, Any]:
+def _config(found: Inspection) -> dict[str, Any]:
     """The config of the model as its program wrote it."""
     if found.bundle is not None:
         made = found.bundle.config
@@ -168,14 +168,14 @@ def _config(found: Inspected) -> dict[str, Any]:
     return dict(found.config or {})
 
 
-def _contradictions(found: Inspected, identity: Identity) -> list[str]:
+def _contradictions(found: Inspection, identity: Identity) -> list[str]:
     """What inspect_model.py reports as contradictions, for targets that take tensors of any model."""
     if found.bundle is not None and found.bundle.config is not None:
         return [f"contradiction: {fault}" for fault in contradictions(found.bundle)]
     return [f"contradiction: {fault}" for fault in (*identity.conflicts, *found.lacks)]
 
 
-def _bare(found: Inspected, path: Path, config: dict[str, Any], identity: Identity, options: Options | None) -> Source:
+def _bare(found: Inspection, path: Path, config: dict[str, Any], identity: Identity, options: Options | None) -> Source:
     """Make a source of an unknown model, with its tensors unchanged; an optimizer goes along if `options` ask for it.
 
     Without `options` whatever stands beside the model is left to `take_parts`.
@@ -205,7 +205,7 @@ def _bare(found: Inspected, path: Path, config: dict[str, Any], identity: Identi
     return model
 
 
-def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, Any], made: list[Choice]) -> Source:
+def _model(found: Inspection, path: Path, identity: Identity, config: dict[str, Any], made: list[Choice]) -> Source:
     assert identity.architecture is not None
     tensors = {}
     dropped = {}
@@ -247,7 +247,7 @@ def _model(found: Inspected, path: Path, identity: Identity, config: dict[str, A
     return model
 
 
-def _run_of(found: Inspected, model: Source) -> Run | None:
+def _run_of(found: Inspection, model: Source) -> Run | None:
     """How the run of another program trained, as far as its file shows it; None where it has nothing of a run."""
     content = found.container.content if isinstance(found.container.content, Mapping) else {}
     config = content.get("config")
@@ -278,7 +278,7 @@ def _rounded(bundle: Bundle) -> dict[str, Any]:
     return {name: value for name, value in said.items() if isinstance(value, str)}
 
 
-def _best(found: Inspected) -> dict[str, Any]:
+def _best(found: Inspection) -> dict[str, Any]:
     """nanoGPT's best loss, recorded under the step of the file, since the step of its measurement is unknown."""
     value = found.container.content.get("best_val_loss")
     if isinstance(value, TensorSpec) and value.numel == 1:

@@ -29,7 +29,7 @@ from ..containers.tensors.views import stored
 from ..containers.trees import map_paths
 from ..errors import CheckpointMismatch
 from ..families.parts import AVERAGE, MAIN, OPTIMIZER, RUN, parts_of
-from ..inspection.inspect import Inspected, identity_of
+from ..inspection.inspect import Inspection, identity_of
 from .plan import Options, Ref, Source, Target, WeightFile
 
 REASONS: dict[tuple[str, ...], str] = {
@@ -56,7 +56,7 @@ def _folder(path: Path) -> Path:
     return path.parent if path.name == METADATA or path.suffix == SUFFIX else path
 
 
-def open_sharded(path: Path, options: Options) -> Inspected:
+def open_sharded(path: Path, options: Options) -> Inspection:
     """Open the requested parts of a sharded checkpoint; a lost `.metadata` is rebuilt if that is exact.
 
     Raises: CheckpointMismatch when it has no such part; CheckpointDamaged, CheckpointError as the readers.
@@ -88,7 +88,7 @@ def open_sharded(path: Path, options: Options) -> Inspected:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
     identity = identity_of(weights, None, container)
     optimizer = _optimizer(container)[1] if options.include_optimizer else None
-    found = Inspected(path, container, weights, key, identity, None, optimizer=_with_names(optimizer))
+    found = Inspection(path, container, weights, key, identity, None, optimizer=_with_names(optimizer))
     found.step, counts = step_of(container)
     found.chosen = [*container.notes, *container.caveats, *counts]
     found.partial = part_of_model(container, path)

@@ -152,28 +152,24 @@ def _open_tokens(
         wide = any(array.dtype.itemsize > 2 for array in train)
         if wide and tokenization is None:
             raise InputError(
-                f"{dataset.folder}: uint32 tokens, and no {MANIFEST} that says whose. Pass --tokenization FILE.json."
+                f"{dataset.folder}: uint32 tokens without a {MANIFEST} that names their tokenizer. "
+                "Pass --tokenization FILE.json."
             )
         state, origin = {"token_kind": "gpt2"}, "without dataset.json or meta.pkl its tokens are taken for"
-    wanted = (
-        named_tokenizer(tokenization, bpe_file)
-        if isinstance(tokenization, str) and tokenization != "char"
-        else tokenization
-    )
-    if wanted is None:
+    if isinstance(tokenization, str) and tokenization != "char":
+        tokenization = named_tokenizer(tokenization, bpe_file)
+    if tokenization is None or isinstance(tokenization, str):
         tokenizer = tokenizer_from_state(state, bpe_file, str(dataset.folder))
-    elif isinstance(wanted, str):
-        tokenizer = tokenizer_from_state(state, bpe_file, str(dataset.folder))
-        if tokenizer.kind != wanted:
+        if tokenization not in (None, tokenizer.kind):
             raise InputError(
-                f"{dataset.folder}: {origin} {describe(state)}, --tokenization says {wanted}. Leave it out."
+                f"{dataset.folder}: {origin} {describe(state)}, found --tokenization {tokenization}. Leave it out."
             )
     else:
-        tokenizer = wanted
-        free = dataset.tokenizer is None and wanted.kind == "hf"
-        if not free and not same_vocabulary(state, wanted.state()):
+        tokenizer = tokenization
+        free = dataset.tokenizer is None and tokenizer.kind == "hf"
+        if not free and not same_vocabulary(state, tokenizer.state()):
             raise CheckpointMismatch(
-                f"{dataset.folder}: {origin} {describe(state)}, this run has {describe(wanted.state())}. "
+                f"{dataset.folder}: {origin} {describe(state)}, this run has {describe(tokenizer.state())}. "
                 "Use the dataset's tokenizer, or prepare the text again with this one."
             )
     notes: tuple[str, ...] = ()

@@ -15,11 +15,9 @@ class Stream(Protocol):
 
     def push(self, token: int) -> str:
         """Take one id and return the text that is certain now."""
-        ...
 
     def flush(self) -> str:
         """Return what was held back."""
-        ...
 
 
 class ByteStream:

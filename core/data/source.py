@@ -13,7 +13,7 @@ from typing import Any
 from ..bundle.storage import DISK
 from ..console.progress import byte_bar
 from ..errors import InputError, SaveFailed
-from .text import CHUNK
+from .text import CHUNK, readable
 from .token_shards import MANIFEST, is_dataset, open_dataset
 
 SUFFIXES = (".txt", ".md", ".py")
@@ -86,21 +86,16 @@ class Source:
         digest = hashlib.sha256()
         with byte_bar("reading", self.size) as bar:
             for path in [manifest] if self.kind == "dataset" and manifest.exists() else self.files:
-                try:
-                    with path.open("rb") as file:
-                        while block := file.read(CHUNK):
-                            digest.update(block)
-                            bar.update(len(block))
-                except OSError as error:
-                    raise InputError(f"{path}: {error.strerror}, expected a readable file.") from error
+                with readable(path), path.open("rb") as file:
+                    while block := file.read(CHUNK):
+                        digest.update(block)
+                        bar.update(len(block))
         return digest.hexdigest()
 
     def stamp(self) -> list[tuple[int, int]]:
         """Size and time of every file, as they are now."""
-        try:
+        with readable(self.path):
             return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.files)]
-        except OSError as error:
-            raise InputError(f"{error.filename}: {error.strerror}, expected a readable file.") from error
 
     @cached_property
     def _facts(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Several files are joined by a newline. A byte order mark at the start of a file 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,25 +76,20 @@ def pieces(segments: list[Segment], advance: Callable[[int], object] = lambda co
 def _decoded(segment: Segment, advance: Callable[[int], object]) -> Iterator[str]:
     path, position, end = segment
     decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with path.open("rb") as file:
-            file.seek(position)
-            while position < end:
-                block = file.read(min(CHUNK, end - position))
-                if not block:
-                    raise InputError(
-                        f"{path}: ended at byte {position:,}, expected {end:,}; it changed while it was read."
-                    )
-                held = len(decoder.getstate()[0])
-                try:
-                    text = decoder.decode(block, final=position + len(block) == end)
-                except UnicodeDecodeError as error:
-                    raise _not_utf8(path, position - held + error.start, error.object) from error
-                yield text.removeprefix("\ufeff") if position == 0 else text
-                position += len(block)
-                advance(len(block))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected a readable text file.") from error
+    with readable(path), path.open("rb") as file:
+        file.seek(position)
+        while position < end:
+            block = file.read(min(CHUNK, end - position))
+            if not block:
+                raise InputError(f"{path}: ended at byte {position:,}, expected {end:,}; it changed while it was read.")
+            held = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=position + len(block) == end)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, position - held + error.start, error.object) from error
+            yield text.removeprefix("\ufeff") if position == 0 else text
+            position += len(block)
+            advance(len(block))
 
 
 def _not_utf8(path: Path, offset: int, block: bytes) -> InputError:
@@ -104,21 +100,25 @@ def _not_utf8(path: Path, offset: int, block: bytes) -> InputError:
     )
 
 
-def _size(path: Path) -> int:
+@contextlib.contextmanager
+def readable(path: Path, expected: str = "a readable file") -> Iterator[None]:
+    """Raise InputError with the path where the block finds a file that it cannot read."""
     try:
-        return path.stat().st_size
+        yield
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected a text file.") from error
+        raise InputError(f"{error.filename or path}: {error.strerror}, expected {expected}.") from error
+
+
+def _size(path: Path) -> int:
+    with readable(path, "a text file"):
+        return path.stat().st_size
 
 
 def _next_character(path: Path, offset: int) -> int:
     """The offset moved forward over the continuation bytes (10xxxxxx) of UTF-8."""
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            following = file.read(3)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected a readable text file.") from error
+    with readable(path), path.open("rb") as file:
+        file.seek(offset)
+        following = file.read(3)
     inside = 0
     while inside < len(following) and following[inside] & 0xC0 == 0x80:
         inside += 1

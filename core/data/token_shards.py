@@ -22,6 +22,7 @@ from ..bundle.storage import DISK
 from ..containers.json_files import dump_json
 from ..containers.pickles.reader import read_pickle
 from ..errors import InputError, SaveFailed
+from .text import readable
 
 HEADER_INTS = 256
 LAYOUTS: dict[tuple[int, int], np.dtype] = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
@@ -50,7 +51,7 @@ def read_shard(path: Path) -> np.ndarray:
 
     Raises: InputError with the path and both sizes when the header and the file disagree.
     """
-    try:
+    with readable(path, "a file of tokens"):
         size = path.stat().st_size
         magic, version, count = (*np.fromfile(path, dtype="<i4", count=3).tolist(), 0, 0, 0)[:3]
         dtype = LAYOUTS.get((magic, version))
@@ -61,13 +62,11 @@ def read_shard(path: Path) -> np.ndarray:
             dtype, count = np.dtype("<u2"), size // 2
         expected = header + count * dtype.itemsize
         if expected != size:
-            promise = f"its header says {count:,} tokens, {expected:,} bytes" if header else "a whole number of uint16"
+            promise = f"{expected:,} for the {count:,} tokens of its header" if header else "a whole number of uint16"
             raise InputError(f"{path}: found {size:,} bytes, expected {promise}. Copy or prepare the file again.")
         if not count:
             return np.empty(0, dtype)
         return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=header, shape=(count,)))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected a file of tokens.") from error
 
 
 def is_dataset(folder: Path) -> bool:
@@ -187,7 +186,8 @@ class _Writer:
 def _ours(folder: Path) -> Dataset:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        with readable(path, "what data/prepare.py writes"):
+            manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
         if version > VERSION:
             raise InputError(
@@ -195,8 +195,6 @@ def _ours(folder: Path) -> Dataset:
             )
         shards = {split: [_listed(folder, entry) for entry in manifest[split]] for split in SPLITS}
         tokenizer = dict(manifest["tokenizer"])
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected what data/prepare.py writes.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not what data/prepare.py writes ({error!r}). Prepare the dataset again.") from error
     return Dataset(folder, tokenizer, shards["train"], shards["val"])
@@ -207,16 +205,16 @@ def _listed(folder: Path, entry: dict[str, Any]) -> Path:
     path = folder / Path(entry["file"]).name
     found = len(read_shard(path))
     if found != entry["tokens"]:
-        raise InputError(f"{path}: {found:,} tokens, {MANIFEST} says {entry['tokens']:,}. Prepare the dataset again.")
+        raise InputError(
+            f"{path}: found {found:,} tokens, expected {entry['tokens']:,} as in {MANIFEST}. Prepare the dataset again."
+        )
     return path
 
 
 def _meta_chars(path: Path) -> list[str]:
     """The characters of nanoGPT's meta.pkl {vocab_size, itos, stoi} in the order of their ids; nothing is executed."""
-    try:
+    with readable(path, "nanoGPT's character vocabulary"):
         meta = read_pickle(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected nanoGPT's character vocabulary.") from error
     itos = meta.get("itos") if isinstance(meta, dict) else None
     if not isinstance(itos, dict) or set(itos) != set(range(len(itos))):
         raise InputError(

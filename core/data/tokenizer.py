@@ -53,16 +53,13 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """Number of ids that can occur; a model may have more rows, which are never sampled."""
-        ...
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the vocabulary, in hexadecimal."""
-        ...
 
     def state(self) -> State:
         """The content of tokenizer.json."""
-        ...
 
     def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
         """Turn text into ids, uint16 or uint32 by the size of the vocabulary.
@@ -71,18 +68,15 @@ class Tokenizer(Protocol):
 
         Raises: InputError with the first unknown character and its place.
         """
-        ...
 
     def decode(self, ids: Ids) -> str:
         """Turn ids into text; bytes that do not form a character become U+FFFD.
 
         Raises: InputError for an id outside the vocabulary.
         """
-        ...
 
     def stream(self) -> Stream:
         """Begin decoding ids one by one."""
-        ...
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -25,13 +25,10 @@ WHOLE, INTACT, REPLACED, DAMAGED, NO_BUNDLE = "whole", "intact", "replaced", "da
 
 
 @dataclass
-class Entry:
+class Entry(KeptStep):
     """One step of the history."""
 
     place: str
-    path: Path
-    step: int
-    state: TrainingState
     bytes: int = 0
     health: str = WHOLE
     faults: list[str] = field(default_factory=list)
@@ -43,11 +40,6 @@ class Entry:
         """Why it is aside; None if it is not, or was moved there by another program."""
         found = re.fullmatch(r"aside_\d{8,}_([a-z]+)_[0-9a-f]+", self.path.name)
         return found[1] if found and self.place == ASIDE else None
-
-    @property
-    def order(self) -> int:
-        """Its position among the commits of its branch."""
-        return self.state.order if self.state else self.step
 
     @property
     def branch(self) -> dict[str, Any]:
@@ -70,15 +62,10 @@ class Past:
         """The training state at the top."""
         return next((entry.state for entry in self.entries if entry.place == TOP), TrainingState())
 
-    def going(self, keep: int | None, keep_every: int | None) -> list[Entry]:
+    def going(self, keep: int | None, keep_every: int | None) -> list[KeptStep]:
         """The kept steps that these numbers would remove."""
         kept = [entry for entry in self.entries if entry.place == KEPT]
-        going = self.retention.given(keep, keep_every).going(self.newest, [_kept(entry) for entry in kept])
-        return [entry for entry in kept if entry.path in {step.path for step in going}]
-
-
-def _kept(entry: Entry) -> KeptStep:
-    return KeptStep(entry.step, entry.path, entry.state)
+        return self.retention.given(keep, keep_every).going(self.newest, kept)
 
 
 def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], object] = lambda size: None) -> Past:
@@ -87,19 +74,18 @@ def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], 
     Raises: CheckpointNotFound when there is no step at the top, kept or aside.
     """
     place, kept = FolderReader(folder), history(folder)
-    entries = [Entry(KEPT, step.path, step.step, step.state) for step in kept]
+    entries = [Entry(step.step, step.path, step.state, KEPT) for step in kept]
+    newest = TrainingState()
     if {MODEL, STATE} & {*place.storage.names(folder), *place.storage.names(place.committed)}:
-        state = _state(place.read, folder)
-        entries.append(Entry(TOP, folder, state.step or 0, state))
-    newest = entries[-1].state if entries and entries[-1].place == TOP else TrainingState()
+        newest = _state(place)
+        entries.append(Entry(newest.step or 0, folder, newest, TOP))
     retention = Retention.of(newest)
-    for entry, rules in zip(entries, retention.rules(newest, kept), strict=False):
+    all_rules = [*retention.rules(newest, kept), retention.rules_of_newest(newest, kept)]
+    for entry, rules in zip(entries, all_rules, strict=False):  # there may be no step at the top
         entry.rules = rules
-    if entries and entries[-1].place == TOP:
-        entries[-1].rules = retention.rules_of_newest(newest, kept)
     for path in place.asides():
         found = re.match(r"aside_(\d{8,})", path.name)
-        entries.append(Entry(ASIDE, path, int(found[1]) if found else 0, _state(_reader(path), path)))
+        entries.append(Entry(int(found[1]) if found else 0, path, _state(FolderReader(path)), ASIDE))
     if not entries:
         raise CheckpointNotFound(f"{folder}: no step of a bundle is here, so there is no history to show.")
     for entry in entries:
@@ -109,13 +95,9 @@ def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], 
     return Past(folder, list(_drawn(entries)), retention, newest.retention is not None)
 
 
-def _reader(folder: Path) -> Callable[[str], bytes]:
-    return lambda name: (folder / name).read_bytes()
-
-
-def _state(read: Callable[[str], bytes], where: Path) -> TrainingState:
+def _state(place: FolderReader) -> TrainingState:
     with contextlib.suppress(OSError, CheckpointError):
-        return unseal(read(STATE), str(where / STATE))
+        return unseal(place.read(STATE), str(place.path / STATE))
     return TrainingState()
 
 

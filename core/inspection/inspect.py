@@ -34,7 +34,7 @@ Facts = dict[str, Any]
 
 
 @dataclass
-class Inspected:
+class Inspection:
     """A checkpoint and everything in its headers; `bundle` is set when it is one of ours."""
 
     path: Path
@@ -81,20 +81,20 @@ class Inspected:
         if self.bundle is not None:
             self.bundle.close()
 
-    def __enter__(self) -> Inspected:
+    def __enter__(self) -> Inspection:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class _Held(Container):
+class _OpenFiles(Container):
     """A container whose files are already open: a concurrent save does not affect what is read."""
 
-    held: dict[str, BinaryIO]
+    opened: dict[str, BinaryIO]
 
     def open(self, name: str) -> BinaryIO:
-        file = self.held[name]
+        file = self.opened[name]
         own = Path("/proc/self/fd") / str(file.fileno())
         if own.exists():
             return own.open("rb", buffering=0)
@@ -114,7 +114,7 @@ class _Held(Container):
         return False
 
 
-def inspect_path(path: Path, step: int | None = None) -> Inspected:
+def inspect_path(path: Path, step: int | None = None) -> Inspection:
     """Open a checkpoint of any kind: a model's folder (its newest step, or a kept one), another folder, or a file.
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointError when nothing at the path can be read.
@@ -147,7 +147,7 @@ def inspect_path(path: Path, step: int | None = None) -> Inspected:
     return found
 
 
-def of_bundle(bundle: Bundle) -> Inspected:
+def of_bundle(bundle: Bundle) -> Inspection:
     """Inspect a bundle or single file of ours.
 
     A part that cannot be read becomes a note, so that the rest is still shown. The bundle is closed together with the
@@ -160,8 +160,8 @@ def of_bundle(bundle: Bundle) -> Inspected:
         raise
 
 
-def _of_bundle(bundle: Bundle) -> Inspected:
-    container, damage = _held(bundle)
+def _of_bundle(bundle: Bundle) -> Inspection:
+    container, damage = _open_files(bundle)
     weights: dict[str, TensorSpec] = {}
     with contextlib.suppress(CheckpointError):  # it is among the damage
         weights = bundle.weights.tensors
@@ -169,7 +169,7 @@ def _of_bundle(bundle: Bundle) -> Inspected:
     with contextlib.suppress(CheckpointError):
         optimizer = bundle.optimizer.content if bundle.optimizer is not None else None
     key = f"{bundle.weights.key}." if weights and bundle.weights.key else ""
-    return Inspected(
+    return Inspection(
         path=bundle.path("") if bundle.single else bundle.folder,
         container=container,
         weights=weights,
@@ -184,7 +184,7 @@ def _of_bundle(bundle: Bundle) -> Inspected:
     )
 
 
-def _held(bundle: Bundle) -> tuple[Container, list[str]]:
+def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
     """The open files of a bundle as a container, and sentences about those that cannot be read."""
     from ..bundle.commit import CONFIG
     from ..bundle.parts import ShardedFile
@@ -192,8 +192,8 @@ def _held(bundle: Bundle) -> tuple[Container, list[str]]:
     from ..containers.torch_files.container import container_of
 
     path = bundle.path("") if bundle.single else bundle.folder
-    whole = _Held("legacy single file" if bundle.single else "bundle", path, {}, {}, dict(bundle.sizes))
-    whole.held = bundle.files
+    whole = _OpenFiles("legacy single file" if bundle.single else "bundle", path, {}, {}, dict(bundle.sizes))
+    whole.opened = bundle.files
     damage: list[str] = []
     parts: list[tuple[str, Part]] = [("", bundle.weights)]
     if bundle.optimizer is not None and not bundle.single:
@@ -222,7 +222,7 @@ def _held(bundle: Bundle) -> tuple[Container, list[str]]:
     return whole, damage
 
 
-def of_container(path: Path) -> Inspected:
+def of_container(path: Path) -> Inspection:
     """Inspect a checkpoint of another program."""
     from ..containers.open import open_container
     from ..containers.part import part_of_model
@@ -243,7 +243,7 @@ def of_container(path: Path) -> Inspected:
     if container.kind.startswith("Hugging Face folder"):
         place = "config.json"
     identity = identity_of(weights, config, container)
-    made = Inspected(path, container, weights, key, identity, config, place, None, optimizer, step, damage=damage)
+    made = Inspection(path, container, weights, key, identity, config, place, None, optimizer, step, damage=damage)
     made.chosen = [*notes, *container.caveats]
     made.partial = part_of_model(container, path)
     return made

@@ -9,10 +9,10 @@ from ..containers.pickles.inert import Call
 from ..containers.plain import plain
 from ..families.choices import Choice, choices_of
 from ..families.programs import Marks
-from .inspect import Inspected
+from .inspect import Inspection
 
 
-def marks_of(found: Inspected) -> Marks:
+def marks_of(found: Inspection) -> Marks:
     """Collect what a file shows about its program."""
     content = found.container.content if isinstance(found.container.content, Mapping) else {}
     entries = frozenset(name for name in content if isinstance(name, str))
@@ -34,7 +34,7 @@ def marks_of(found: Inspected) -> Marks:
     )
 
 
-def choices(found: Inspected, flags: Mapping[str, Any] | None = None) -> list[Choice]:
+def choices(found: Inspection, flags: Mapping[str, Any] | None = None) -> list[Choice]:
     """List the choices of an inspected model; [] for one of an unknown family."""
     return choices_of(found.identity, marks_of(found), flags or {})
 

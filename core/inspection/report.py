@@ -9,7 +9,7 @@ from ..containers.pickles.inert import Call
 from ..containers.spec import TensorSpec
 from ..containers.trees import leaves
 from ..families.choices import Choice
-from .inspect import Facts, Inspected
+from .inspect import Facts, Inspection
 from .marks import choices
 from .tensor_table import tensor_facts
 
@@ -22,7 +22,7 @@ FORMATS = {
 """Names of the kinds of containers in the first line."""
 
 
-def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
+def facts_of(found: Inspection, pattern: str | None = None) -> Facts:
     """Collect the facts of a checkpoint; `pattern` selects the tensors to list."""
     identity, container = found.identity, found.container
     architecture = identity.architecture
@@ -46,11 +46,9 @@ def facts_of(found: Inspected, pattern: str | None = None) -> Facts:
         "notes": [*container.notes, *(architecture.notes if architecture is not None and not ours else [])],
         "health": _health(found),
         "damaged": list(found.damage),
-        "foreign": [],
+        "foreign": [f"{found.path}: its pickle names {call}" for call in container.foreign],
         "tensors": tensor_facts(found.weights if ours else container.tensors, pattern),
     }
-    for call in container.foreign:
-        facts["foreign"].append(f"{found.path}: its pickle names {call}")
     if not ours:
         return {**facts, "content": _content(found)}
 
@@ -71,7 +69,7 @@ def _architecture(architecture: Any) -> Facts:
     return {name: getattr(architecture, name) for name in architecture.__slots__ if name != "notes"}
 
 
-def _parameters(found: Inspected) -> Facts:
+def _parameters(found: Inspection) -> Facts:
     """Count parameters, tied ones once; of an unknown model, elements of all tensors."""
     architecture = found.identity.architecture
     if architecture is not None:
@@ -90,19 +88,19 @@ def _dtypes(tensors: Iterable[TensorSpec]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _health(found: Inspected) -> Facts:
+def _health(found: Inspection) -> Facts:
     """How many of the bytes can be checked."""
     checks = found.container.checks
     recorded = sum(check.size for check in checks if check.crc32 is not None and not _whole(check, found))
     return {"records": len(checks), "recorded_bytes": recorded, "bytes": found.size}
 
 
-def _whole(check: Any, found: Inspected) -> bool:
+def _whole(check: Any, found: Inspection) -> bool:
     """Whether a check covers a whole file whose records have checks of their own."""
     return check.names == (check.file,) and found.bundle is not None
 
 
-def _content(found: Inspected) -> Facts:
+def _content(found: Inspection) -> Facts:
     """Everything in a file by name; of a bare state dict without its tensors, which are listed by themselves."""
     content = found.container.content
     if not isinstance(content, Mapping):

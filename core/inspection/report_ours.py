@@ -9,12 +9,12 @@ from ..bundle.bundle import KeptStep, open_bundle
 from ..bundle.choice import LEGACY_FILES, choose
 from ..bundle.contradictions import contradictions
 from ..bundle.evolution import notes
-from ..bundle.training_state import STATE
+from ..bundle.training_state import STATE, TrainingState
 from ..errors import CheckpointDamaged, CheckpointError
-from .inspect import Facts, Inspected
+from .inspect import Facts, Inspection
 
 
-def facts_of_ours(found: Inspected) -> Facts:
+def facts_of_ours(found: Inspection) -> Facts:
     """Collect the facts that only our checkpoints have; they replace those for other programs' checkpoints."""
     bundle = found.bundle
     assert bundle is not None
@@ -50,33 +50,26 @@ def facts_of_ours(found: Inspected) -> Facts:
     return facts
 
 
-def _unread(found: Inspected) -> bool:
+def _unread(found: Inspection) -> bool:
     """Whether the file of the weights itself is damaged, so that nothing can be compared with it."""
     bundle = found.bundle
     return bundle is not None and any(line.startswith(str(bundle.weights.source.path)) for line in found.damage)
 
 
 def _kept_facts(kept: KeptStep) -> Facts:
-    return {
-        "step": kept.step,
-        "val_loss": kept.state.val_loss,
-        "bytes": sum(p.stat().st_size for p in kept.path.iterdir() if p.is_file()),
-        "saved_at": kept.state.saved_at,
-        "path": str(kept.path),
-    }
+    size = sum(p.stat().st_size for p in kept.path.iterdir() if p.is_file())
+    return {**_step_facts(kept.step, kept.state, size), "path": str(kept.path)}
+
+
+def _step_facts(step: int, state: TrainingState, size: int) -> Facts:
+    return {"step": step, "val_loss": state.val_loss, "bytes": size, "saved_at": state.saved_at}
 
 
 def model_facts(folder: Path) -> Facts:
     """The line of one model in the list of all."""
     try:
         with open_bundle(folder) as bundle:
-            return {
-                "name": folder.name,
-                "step": bundle.step,
-                "val_loss": bundle.state.val_loss,
-                "bytes": sum(bundle.sizes.values()),
-                "saved_at": bundle.state.saved_at,
-            }
+            return {"name": folder.name, **_step_facts(bundle.step, bundle.state, sum(bundle.sizes.values()))}
     except CheckpointError as error:
         legacy = [folder / name for name in LEGACY_FILES if (folder / name).is_file()]
         if legacy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..console.words import columns, printable, size_text
 from ..containers.pickles.inert import as_text
@@ -13,12 +13,7 @@ from .inspect import Facts
 from .report import tensors_in
 from .tensor_table import each, grouped
 
-if TYPE_CHECKING:
-    from .statistics import Stat
-    from .verification import Verification
-
 _NUMBERS = ("min", "max", "mean", "std")
-
 
 _SHOWN = 60
 """Rows of tensors on the first screen; --tensors lists all."""
@@ -175,8 +170,7 @@ def _model_row(model: Facts) -> tuple[str, ...]:
     if "legacy" in model:
         step = f"step {model['step']}" if model["step"] is not None else "unreadable"
         return (model["name"], step, model["legacy"], size_text(model["bytes"]))
-    size = size_text(model["bytes"])
-    return (model["name"], f"step {model['step']}", _loss(model["val_loss"]), size, age(model["saved_at"]))
+    return (model["name"], *_kept_row(model))
 
 
 def _kept_row(kept: Facts) -> tuple[str, ...]:
@@ -203,18 +197,6 @@ def age(saved_at: Any) -> str:
 
 def _value(value: Any) -> str:
     return printable(value) if isinstance(value, str) else as_text(value, 400)
-
-
-def verification_facts(found: Verification) -> Facts:
-    """A verification as JSON values."""
-    names = ("damaged", "replaced", "unrecorded", "notes", "checked_bytes", "seconds")
-    return {name: getattr(found, name) for name in names}
-
-
-def stat_facts(stat: Stat) -> Facts:
-    """The statistics of one tensor as JSON values."""
-    names = ("name", "count", "nan", "inf", "zeros", *_NUMBERS, "norm", "note")
-    return {name: getattr(stat, name) for name in names}
 
 
 def not_finite(stats: list[Facts]) -> list[str]:

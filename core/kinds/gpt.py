@@ -25,7 +25,7 @@ from ..loading.optimizer import configure_optimizer
 from ..loading.tensors import load_model, load_optimizer, say_without_moments
 from ..model import GPT
 from ..networks.device import resolve_device
-from .kind import Request, Say, Source
+from .kind import Request, Say, Source, refuse_other_fields
 from .presets import GPT_ON_CPU, GPT_ON_CUDA
 
 ANOTHER = "Leave --tokenization out, or train under another --model_name."
@@ -175,7 +175,7 @@ def config_alone(
     if not path.exists():
         return {}
     values = parse_json(path.read_bytes(), str(path))
-    _refuse_other_fields(path, GPTConfig.from_dict(values, str(path)), given)
+    refuse_other_fields(path, GPTConfig.from_dict(values, str(path)).architecture(), given)
     say(f"{path}: no weights beside it; training a new model of this architecture")
     if alone.exists():
         recorded = parse_json(alone.read_bytes(), str(alone))
@@ -202,18 +202,7 @@ def refuse_stray_config(bundle: Bundle) -> None:
 def refuse_other_architecture(bundle: Bundle, given: Mapping[str, Any]) -> None:
     """Raise CheckpointMismatch when a given field differs from the checkpoint's."""
     if bundle.config is not None:
-        _refuse_other_fields(bundle.path(CONFIG), bundle.config, given)
-
-
-def _refuse_other_fields(where: Path, config: GPTConfig, given: Mapping[str, Any]) -> None:
-    found = config.architecture()
-    faults = [
-        f"{name} is {given[name]} here and {found[name]} in the checkpoint"
-        for name in given
-        if name in found and given[name] != found[name]
-    ]
-    if faults:
-        raise CheckpointMismatch(f"{where}: {'; '.join(faults)}. Leave it out, or train under another --model_name.")
+        refuse_other_fields(bundle.path(CONFIG), bundle.config.architecture(), given)
 
 
 def refuse_other_tokenizer(bundle: Bundle, tokenization: str | Tokenizer, advice: str = ANOTHER) -> None:

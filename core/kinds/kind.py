@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,6 +98,19 @@ class ModelKind(Protocol):
 
     def loader(self, corpus: Corpus, model: Any, seed: int) -> DataLoader:
         """Make the batches of a model: a function of (seed, step)."""
+
+
+def refuse_other_fields(
+    where: Path | str, found: Mapping[str, Any], given: Mapping[str, Any], free: Sequence[str] = ()
+) -> None:
+    """Raise CheckpointMismatch when a given field, unless it is `free` to change, differs from the one found."""
+    faults = [
+        f"{name} is {value} here and {found[name]} in the checkpoint"
+        for name, value in given.items()
+        if name in found and name not in free and value != found[name]
+    ]
+    if faults:
+        raise CheckpointMismatch(f"{where}: {'; '.join(faults)}. {ANOTHER}")
 
 
 def new_model(kind: ModelKind, request: Request, folder: Path, say: Say, *, check: bool = True) -> Any:

@@ -26,7 +26,7 @@ from ..networks.device import resolve_device
 from ..networks.flex import GPTFlexAttention
 from ..networks.muon import MuonWithAdamW, configure_muon
 from .gpt import refuse_other_tokenizer
-from .kind import ANOTHER, MODDED_CLASS, Origin, Request, Say, Source, arch_of
+from .kind import MODDED_CLASS, Origin, Request, Say, Source, arch_of, refuse_other_fields
 from .modded_moments import take_over
 from .presets import MEDIUM_ON_CUDA, MODDED, MODDED_ON_CPU, SMALL_ON_CUDA
 
@@ -56,7 +56,7 @@ class ModdedKind:
 
     def refuse_contradictions(self, bundle: Bundle, given: Mapping[str, Any]) -> None:
         """Raise CheckpointMismatch when given fields differ from a step's; only headers are read."""
-        refuse_other_sizes(str(bundle.path(CONFIG)), bundle.config_values, sizes(given))
+        refuse_other_fields(bundle.path(CONFIG), bundle.config_values, sizes(given), WISHES)
 
     def new(self, request: Request, folder: Path, source: Source, say: Say) -> GPTFlexAttention:
         """Make a model at step 0: initialised, or with the weights of another model's step or of an upstream file."""
@@ -204,22 +204,11 @@ def _wish(
 ) -> None:
     """Apply the fields that a run may change to a loaded model, and refuse those that its tensors decide."""
     values = model.config.to_dict(MODDED_CLASS)
-    refuse_other_sizes(where, values, given)
+    refuse_other_fields(where, values, given, WISHES)
     wishes = {name: value for name, value in {**preset, **given}.items() if name in WISHES}
     if say is not None and (length := wishes.get("block_size")) not in (None, values["block_size"]):
         say(f"block_size: {values['block_size']} so far, {length} from now on")
     model.config = ModdedConfig.from_dict({**values, **wishes}, where)
-
-
-def refuse_other_sizes(where: str, values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise CheckpointMismatch when a given field differs from the checkpoint's and its tensors decide it."""
-    faults = [
-        f"{name} is {given[name]} here and {values[name]} in the checkpoint"
-        for name in given
-        if name in values and name not in WISHES and given[name] != values[name]
-    ]
-    if faults:
-        raise CheckpointMismatch(f"{where}: {'; '.join(faults)}. {ANOTHER}")
 
 
 def _trainable(model: GPTFlexAttention, request: Request) -> GPTFlexAttention:

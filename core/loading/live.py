@@ -10,8 +10,8 @@ from torch import nn
 from ..bundle.bundle import Bundle
 from ..bundle.folder import MODEL
 from ..networks.modded import ModdedGPT
-from .modded import fill_modded, refuse_other_shapes
-from .tensors import Pairs, fill, fitting, load_moments
+from .modded import refuse_other_shapes
+from .tensors import Pairs, fitting, load_moments, read_part
 
 
 def fill_live(
@@ -35,5 +35,7 @@ def fill_live(
     if optimizer is not None:
         load_moments(bundle, module, optimizer, say, strict)
     if isinstance(module, ModdedGPT):
-        fill_modded(bundle, module)
-    fill(pairs)
+        module.load_state_dict(read_part(bundle.weights))
+    with torch.no_grad():
+        for live, saved in pairs:
+            live.copy_(saved)

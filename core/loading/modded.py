@@ -76,15 +76,6 @@ def load_modded(
     return model.eval()
 
 
-def fill_modded(bundle: Bundle, model: ModdedGPT) -> None:
-    """Copy the weights of a bundle into a live model.
-
-    Raises: CheckpointMismatch when names or shapes do not fit; the model is unchanged then.
-    """
-    refuse_other_shapes(bundle, model)
-    model.load_state_dict(read_part(bundle.weights))
-
-
 def refuse_other_shapes(bundle: Bundle, model: ModdedGPT) -> None:
     """Raise CheckpointMismatch when the header of a bundle's weights is not that of a model; nothing is allocated."""
     bundle.weights.source.refuse_foreign()

@@ -74,15 +74,10 @@ def _room_for(bundle: Bundle) -> Iterator[None]:
         ) from error
 
 
-def join_rows(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenate tensors along their rows."""
-    return torch.cat(parts)
-
-
 def planned(plan: Fusing, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Make the tensors of a model from those of a file; tensors that are only renamed are not copied."""
     return {
-        name: tensors[parts[0]] if len(parts) == 1 else join_rows([tensors[part] for part in parts])
+        name: tensors[parts[0]] if len(parts) == 1 else torch.cat([tensors[part] for part in parts])
         for name, parts in plan.sources.items()
     }
 
@@ -164,13 +159,6 @@ def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> tuple[Pai
     return [(live[name], tensors[name]) for name in common], lines
 
 
-def fill(pairs: Pairs) -> None:
-    """Copy weights into live tensors."""
-    with torch.no_grad():
-        for live, saved in pairs:
-            live.copy_(saved)
-
-
 def recorded_dtype(bundle: Bundle) -> torch.dtype | None:
     """The dtype of the model whose weights were saved in another one; None where nothing was rounded."""
     content = bundle.weights.source.header.content
@@ -204,7 +192,7 @@ def load_optimizer(bundle: Bundle) -> dict[str, Any] | None:
         return None
     assert bundle.optimizer is not None and bundle.config is not None
     try:
-        return rearrange_optimizer(bundle, state, join_rows, bundle.config)
+        return rearrange_optimizer(bundle, state, torch.cat, bundle.config)
     except CheckpointMismatch as error:
         raise CheckpointMismatch(f"{bundle.optimizer.source.path}: {error}") from error
 

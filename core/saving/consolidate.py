@@ -7,7 +7,6 @@ from typing import Any
 
 from ..bundle.bundle import ALL_PARTS, EMA, OPTIMIZER, TOKENIZER, Bundle, open_bundle
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
-from ..bundle.lineage import descent
 from ..bundle.parts import Part, ShardedFile
 from ..bundle.storage import Output
 from ..bundle.verify import verify
@@ -37,7 +36,7 @@ def consolidate(place: ModelFolder) -> Bundle | None:
         if bundle.tokenizer is not None:
             files[TOKENIZER] = bundle.tokenizer
         optimizer_file = OPTIMIZER if OPTIMIZER in files else None
-        state = bundle.state.committed(place.newest_id(), optimizer_file=optimizer_file, **descent(bundle.state, ()))
+        state = bundle.state.committed(place.newest_id(), optimizer_file=optimizer_file, **bundle.state.descent())
         place.recover()
         with place.storage.removed_on_failure(stage := place.stage()):
             write_bundle(place, stage, state, files)

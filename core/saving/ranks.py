@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from ..bundle.bundle import Bundle
 from ..bundle.commit import ModelFolder
@@ -16,37 +15,18 @@ Reopen = Callable[[bool, str | None], Bundle | None]
 """Opens the newest intact step as the only writer: whether to compare checksums, and what is known to be damaged."""
 
 
-class Ranks(Protocol):
-    """How the ranks of a run share one model's folder; each rank has a manager with one of these."""
+class Ranks:
+    """One process, which does everything; `training/ranks.py` has the ranks of a run that share one model's folder."""
 
-    @property
-    def world(self) -> World:
-        """The ranks, including this one; the first holds the lock and commits."""
+    world: World = ALONE
+    """The ranks, including this one; the first holds the lock and commits."""
 
     def newest_intact(self, place: ModelFolder, reopen: Reopen, check: bool) -> Bundle | None:
         """Open the newest intact step, the same on every rank."""
-
-    def may_begin(self, saver: BackgroundSaver, skips: bool, step: int, say: Say) -> bool:
-        """Wait for the save before this one, or say that this one is skipped; the answer is the same on every rank.
-
-        Raises: SaveFailed when the save before this one was not committed.
-        """
-
-    def step_save(self, place: ModelFolder, content: StepContent) -> StepSave | None:
-        """Capture the part of a step that this rank writes; None where it writes nothing."""
-
-
-class SingleProcess:
-    """One process, which does everything."""
-
-    world = ALONE
-
-    def newest_intact(self, place: ModelFolder, reopen: Reopen, check: bool) -> Bundle | None:
-        """Open the newest intact step."""
         return reopen(check, None)
 
     def may_begin(self, saver: BackgroundSaver, skips: bool, step: int, say: Say) -> bool:
-        """Wait for the save before this one, or say that this one is skipped.
+        """Wait for the save before this one, or report that this one is skipped; the answer is the same on every rank.
 
         Raises: SaveFailed when the save before this one was not committed.
         """
@@ -58,5 +38,5 @@ class SingleProcess:
         return True
 
     def step_save(self, place: ModelFolder, content: StepContent) -> StepSave | None:
-        """Capture a whole step."""
+        """Capture the part of a step that this rank writes, here all of it; None where it writes nothing."""
         return StepSave(place, content)

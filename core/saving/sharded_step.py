@@ -156,7 +156,7 @@ class ShardedStepSave(StepSave):
             self._before_commit()
         state, top = self._state(), top_state(self.place)
         if top.step == state.step and {**top.files, CONFIG: None} == {**recorded, CONFIG: None}:
-            self.place.discard(stage)
+            storage.remove_tree(stage)
             return None
         storage.write(stage / STATE, seal(state, recorded))
         self.place.commit(stage)

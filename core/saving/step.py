@@ -20,12 +20,10 @@ from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.folder import top_state
-from ..bundle.lineage import descent
-from ..bundle.lock import hold
 from ..bundle.retention import Retention, best_of, better
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
-from ..bundle.writing import explained
+from ..bundle.writing import lock
 from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture, without_neutral
 from ..config.modded import ModdedConfig
 from ..console.words import size_text
@@ -76,11 +74,7 @@ class StepSave:
 
         Raises: CheckpointLocked, SaveFailed.
         """
-        held = contextlib.ExitStack()
-        with explained(self.place.path):
-            self.place.path.mkdir(parents=True, exist_ok=True)
-            held.enter_context(hold(self.place.path))
-        return held
+        return lock(self.place)
 
     def not_begun(self, error: RuntimeError) -> CheckpointError:
         """The error when no thread can be started to write this step."""
@@ -133,7 +127,7 @@ class StepSave:
         told, top, kept = self._told, top_state(self.place), history(self.place.path)
         state = TrainingState.from_dict({name: told[name] for name in ("step", "optimizer_file")}).committed(
             self.place.newest_id(),
-            **descent(top, (step.state for step in kept)),
+            **top.descent(step.state for step in kept),
             saved_at=time_of(),
             best=better(best_of(top, kept), told["step"], told.get("val_loss")),
             retention=dataclasses.asdict(self.retention),
@@ -166,7 +160,7 @@ class StepSave:
                 if self._before_commit is not None:
                     self._before_commit()
                 if self._is_newest(stage):
-                    self.place.discard(stage)
+                    self.place.storage.remove_tree(stage)
                     return False
                 self.place.commit(stage)
         except OSError as error:

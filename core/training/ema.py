@@ -79,4 +79,4 @@ class Ema:
 def check_decay(decay: float) -> None:
     """Raise InputError for a decay with which an average would not stay between its weights."""
     if not 0 <= decay < 1:
-        raise InputError(f"ema is {decay}, expected a number from 0 (none) up to, not including, 1.")
+        raise InputError(f"ema is {decay}, expected a number of at least 0 (none) and below 1.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,8 @@ CONFIG_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "drop
 METAVARS: dict[Any, str] = {
     Path: "PATH",
     str: "NAME",
-    count: "N",
-    seed_number: "N",
-    positive: "X",
-    above_or_zero: "X",
-    below_one: "X",
+    **dict.fromkeys((count, seed_number, whole), "N"),
+    **dict.fromkeys((positive, above_or_zero, below_one), "X"),
 }
 """The placeholder of a value in --help, by its type."""
 
@@ -47,20 +43,20 @@ A flag wins over the model's own config and training state, which win over the p
 _SETTINGS = {f.name: f.metadata for f in fields(Settings)}
 
 
-def _add(group: argparse._ArgumentGroup, name: str, kind: Callable[[str], Any], text: str) -> None:
-    group.add_argument(f"--{name}", type=kind, help=text, metavar=METAVARS[kind])
+def _add(group: argparse._ArgumentGroup, name: str, kind: Any, text: str, **more: Any) -> None:
+    """Add a flag by its type, the tuple of its choices, or as a switch (None); only flags that were typed are set."""
+    if kind is None:
+        group.add_argument(f"--{name}", action="store_true", default=None, help=text)
+    elif isinstance(kind, tuple):
+        group.add_argument(f"--{name}", choices=kind, help=text, **more)
+    else:
+        group.add_argument(f"--{name}", type=kind, help=text, **{"metavar": METAVARS.get(kind), **more})
 
 
 def _add_settings(group: argparse._ArgumentGroup, *names: str) -> None:
-    """Add flags for fields of Settings; without defaults, so that only flags that a person typed are set."""
+    """Add the flags of fields of Settings."""
     for name in names:
-        kind, text = _SETTINGS[name]["kind"], _SETTINGS[name]["help"]
-        if isinstance(kind, tuple):
-            group.add_argument(f"--{name}", choices=kind, help=text)
-        elif kind is None:
-            group.add_argument(f"--{name}", action="store_true", default=None, help=text)
-        else:
-            _add(group, name, kind, text)
+        _add(group, name, _SETTINGS[name]["kind"], _SETTINGS[name]["help"])
 
 
 def make_parser() -> Parser:
@@ -82,19 +78,12 @@ def make_parser() -> Parser:
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     _add(group, "input_file", Path, "a text file, or a folder of them")
-    _add(
-        group,
-        "dataset_dir",
-        Path,
-        "a folder of data/prepare.py, nanoGPT (train.bin) or modded-nanogpt (*.bin shards)",
-    )
+    text = "a folder of data/prepare.py, nanoGPT (train.bin) or modded-nanogpt (*.bin shards)"
+    _add(group, "dataset_dir", Path, text)
     _add(group, "tokenization", str, "char (default), gpt2, or a Hugging Face tokenizers JSON file")
     _add(group, "bpe_file", Path, "the file of GPT-2 ranks, for a machine without network access")
-    group.add_argument(
-        "--unknown",
-        choices=("error", "skip"),
-        help="a character outside the vocabulary is an error, or skipped (default: error)",
-    )
+    text = "a character outside the vocabulary is an error, or skipped (default: error)"
+    _add(group, "unknown", ("error", "skip"), text)
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
@@ -105,53 +94,34 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     _add(group, "dropout", below_one, "fraction of activations dropped during training")
     _add(group, "init_from_model", str, "start from the weights of another model below the root")
     _add(group, "init_from_checkpoint", Path, "start from a state_step*.pt of modded-nanogpt")
-    group.add_argument("--arch", choices=ARCHS, metavar="NAME", help=f"{', '.join(ARCHS)} (gpt)")
+    _add(group, "arch", ARCHS, f"{', '.join(ARCHS)} (gpt)", metavar="NAME")
 
 
 def _add_saving(group: argparse._ArgumentGroup) -> None:
     _add_settings(group, "eval_interval", "eval_iters", "save_interval", "save_every_minutes")
     _add(group, "stop_after_minutes", positive, "this long after the start, finish the step, save, and exit with 75")
-    group.add_argument(
-        "--save_policy",
-        choices=("wait", "skip"),
-        default="wait",
-        help="when a save is due while another is being written: wait for it, or skip this one (default: wait)",
-    )
+    text = "when a save is due while another is being written: wait for it, or skip this one (default: wait)"
+    _add(group, "save_policy", ("wait", "skip"), text, default="wait")
     _add_settings(group, "max_failed_saves")
-    group.add_argument(
-        "--stage_memory",
-        type=lambda word: size(word, least=0),
-        metavar="SIZE",
-        help="memory for a step on its way to disk: 2GB, 500MB, or 0 for 48 MB (default: half of what is free)",
-    )
-    group.add_argument("--keep", type=whole, metavar="N", help="older steps to keep besides the best (1)")
-    group.add_argument("--keep_every", type=count, metavar="N", help="keep every step that N divides")
+    text = "memory for a step on its way to disk: 2GB, 500MB, or 0 for 48 MB (default: half of what is free)"
+    _add(group, "stage_memory", lambda word: size(word, least=0), text, metavar="SIZE")
+    _add(group, "keep", whole, "older steps to keep besides the best (1)")
+    _add(group, "keep_every", count, "keep every step that N divides")
     _add_settings(group, "strict_resume")
-    group.add_argument(
-        "--consolidate", action="store_true", help="at the end, write plain files from the shards (fsdp)"
-    )
+    _add(group, "consolidate", None, "at the end, write plain files from the shards (fsdp)")
 
 
 def _add_history(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--resume_from", type=whole, metavar="STEP", help="go back to a kept step; later steps are set aside"
-    )
-    group.add_argument(
-        "--prune",
-        action="store_true",
-        help="remove what was set aside (with --keep, older steps too), and train nothing",
-    )
-    group.add_argument(
-        "--allow_fresh", action="store_true", help="when no checkpoint is intact, set all aside and start from scratch"
-    )
-    group.add_argument(
-        "--no_verify", action="store_false", dest="verify", help="do not compare checksums when resuming"
-    )
+    _add(group, "resume_from", whole, "go back to a kept step; later steps are set aside", metavar="STEP")
+    _add(group, "prune", None, "remove what was set aside (with --keep, older steps too), and train nothing")
+    _add(group, "allow_fresh", None, "when no checkpoint is intact, set all aside and start from scratch")
+    text = "do not compare checksums when resuming"
+    group.add_argument("--no_verify", action="store_false", dest="verify", help=text)
 
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     _add_settings(group, "seed")
-    group.add_argument("--parallel", choices=PARALLEL, help="under torchrun: a whole model per rank, or shards (ddp)")
-    group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    _add(group, "parallel", PARALLEL, "under torchrun: a whole model per rank, or shards (ddp)")
+    _add(group, "device", str, "auto, cpu, cuda or cuda:N")
     _add_settings(group, "dtype", "compile")
     group.add_argument("--no_compile", action="store_false", dest="compile", help="do not use torch.compile")

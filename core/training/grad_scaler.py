@@ -21,10 +21,5 @@ def make_scaler(device: torch.device, dtype: torch.dtype, saved: Any) -> torch.a
     return scaler
 
 
-def scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Any] | None:
-    """The exact state as plain values for JSON: the scale and the steps since it last grew; None for a no-op."""
-    return dict(scaler.state_dict()) if scaler.is_enabled() else None
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..bundle.folder import LOG
+from ..bundle.intact import say_on_stderr
 from ..bundle.training_state import TrainingState
 from ..checkpoint import CheckpointManager
 from ..console.signals import SAVE_BY_CLOCK, SAVING, StopSignal, reason
@@ -26,7 +27,7 @@ from ..networks.distributed import World, whole
 from ..networks.muon import MuonWithAdamW
 from .certificate import EXACT, certificate_of, differences, make_certificate, settings_of, state_digests, verdict
 from .ema import Ema
-from .grad_scaler import SMALLEST, make_scaler, scaler_state
+from .grad_scaler import SMALLEST, make_scaler
 from .metrics import Metrics
 from .save_timing import RunSaves
 from .schedule import Schedule
@@ -68,7 +69,7 @@ class Loop:
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-        self.metrics = Metrics(manager.get_path(LOG)) if manager and world.is_first else None
+        self.metrics = Metrics(manager.get_path(LOG) if manager and world.is_first else None)
         self.scaler = make_scaler(self.device, dtype, self._recorded().scaler)
         self.ema = self._make_ema(settings.ema)
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
@@ -89,9 +90,9 @@ class Loop:
     def _make_ema(self, decay: float) -> Ema | None:
         saved = self.manager.averages if self.manager else None
         if decay and saved is None and self.model.step:
-            tqdm.write(f"ema: the average begins at step {self.model.step}, with its weights", file=sys.stderr)
+            say_on_stderr(f"ema: the average begins at step {self.model.step}, with its weights")
         if not decay and saved is not None:
-            tqdm.write(f"ema: off from step {self.model.step} on; later steps have no average", file=sys.stderr)
+            say_on_stderr(f"ema: off from step {self.model.step} on; later steps have no average")
         ema = Ema(self.model, decay, saved) if decay else None
         if self.manager:
             self.manager.averages = ema.tensors() if ema else None
@@ -111,8 +112,7 @@ class Loop:
             ranks=self.world.size,
         )
         self._compare_resume(self.settings.strict_resume)
-        if self.metrics:
-            self.metrics.cut(self.model.step)
+        self.metrics.cut(self.model.step)
         self._look_from_here()
         self._bar = tqdm(
             initial=self.model.step,
@@ -158,7 +158,7 @@ class Loop:
                 f"{self.manager.checkpoint_dir}: {line} This run asked for an exact resume (--strict_resume); nothing "
                 "was changed."
             )
-        tqdm.write(line, file=sys.stderr)
+        say_on_stderr(line)
 
     def _facts(self) -> dict[str, Any]:
         """The facts of this run in a training state, for the run that continues it."""
@@ -226,8 +226,7 @@ class Loop:
                 what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
                 self._diverged(step, what)
             self._since_evaluation.append(loss)
-            if self.metrics:
-                self.metrics.add(step=step, loss=loss, learning_rate=rate, grad_norm=norm)
+            self.metrics.add(step=step, loss=loss, learning_rate=rate, grad_norm=norm)
         if self._unseen:
             tokens, seconds = self._tokens - self._looked[0], time.perf_counter() - self._looked[1]
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
@@ -235,9 +234,8 @@ class Loop:
         self._look_from_here()
 
     def _skipped(self, step: int, rate: float, scale: float) -> None:
-        tqdm.write(f"step {step}: gradients overflowed fp16, no update made; loss scale {scale:g}", file=sys.stderr)
-        if self.metrics:
-            self.metrics.add(step=step, loss=None, learning_rate=rate, grad_norm=None)
+        say_on_stderr(f"step {step}: gradients overflowed fp16, no update made; loss scale {scale:g}")
+        self.metrics.add(step=step, loss=None, learning_rate=rate, grad_norm=None)
 
     def _look_from_here(self) -> None:
         self._looked = self._tokens, time.perf_counter()
@@ -289,11 +287,10 @@ class Loop:
         if not math.isfinite(loss):
             self._diverged(self.model.step, f"validation loss is {loss}")
         self._measured = self.model.step, loss
-        if self.metrics:
-            self.metrics.add(step=self.model.step, val_loss=loss)
+        self.metrics.add(step=self.model.step, val_loss=loss)
         seen = self._since_evaluation
         train_loss = f"train loss {math.fsum(seen) / len(seen):.4f}, " if seen else ""
-        tqdm.write(f"step {self.model.step}: {train_loss}val loss {loss:.4f}", file=sys.stderr)
+        say_on_stderr(f"step {self.model.step}: {train_loss}val loss {loss:.4f}")
         seen.clear()
         self._look_from_here()
         return None
@@ -334,17 +331,14 @@ class Loop:
             **self._facts(),
         }
         if self.scaler.is_enabled():
-            self.manager.facts["scaler"] = scaler_state(self.scaler)
+            self.manager.facts["scaler"] = self.scaler.state_dict()  # its scale, and the steps since it last grew
         metrics, ema = self._new_metrics(), self.ema.tensors() if self.ema else None
-        log = self.metrics.flush if self.metrics else None
-        return self.manager.save(
-            self.model, self.optimizer, step=self.model.step, metrics=metrics, ema=ema, before_commit=log
-        )
+        step, flush = self.model.step, self.metrics.flush
+        return self.manager.save(self.model, self.optimizer, step=step, metrics=metrics, ema=ema, before_commit=flush)
 
     def _commit_measured(self) -> bool:
         assert self.manager
-        if self.metrics:
-            self.metrics.flush()
+        self.metrics.flush()
         if metrics := self._new_metrics():
             self.manager.add_metrics(self.model.step, metrics)
         return True

@@ -13,18 +13,17 @@ from ..errors import SaveFailed
 
 
 class Metrics:
-    """Append-only log of a training run; lines are kept in memory until `flush`."""
+    """Append-only log of a training run, in memory until `flush`; without a path (other ranks) it logs nothing."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self._lines: list[str] = []
 
     def cut(self, step: int) -> None:
         """Drop what was logged after a step, and a line that a crash cut short: the run continues from there."""
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
+        if self.path is None or not self.path.exists():
             return
+        data = self.path.read_bytes()
         end = 0
         for line in data.splitlines(keepends=True):
             if not line.endswith(b"\n") or not _is_up_to(line, step):
@@ -35,7 +34,8 @@ class Metrics:
 
     def add(self, **values: Any) -> None:
         """Log one line; `step` comes first by custom."""
-        self._lines.append(json.dumps(values) + "\n")
+        if self.path is not None:
+            self._lines.append(json.dumps(values) + "\n")
 
     def flush(self) -> None:
         """Append what was logged and make it durable: done before a commit, so that no committed step lacks lines.
@@ -45,7 +45,7 @@ class Metrics:
         Raises: SaveFailed.
         """
         lines = self._lines[:]
-        if not lines:
+        if self.path is None or not lines:
             return
         end = None
         try:

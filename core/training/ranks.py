@@ -15,12 +15,12 @@ from ..bundle.writing import writing
 from ..errors import CheckpointError, CheckpointMismatch
 from ..networks.distributed import World
 from ..saving.background import BackgroundSaver
-from ..saving.ranks import Reopen, Say, SingleProcess
+from ..saving.ranks import Ranks, Reopen, Say
 from ..saving.sharded_step import ShardedStepSave
 from ..saving.step import StepContent, StepSave
 
 
-class WorldRanks:
+class WorldRanks(Ranks):
     """The strategy of a manager on each rank of a world: the first holds the lock, the others read what it chose.
 
     Where each rank has a shard of the model, each writes its own, and a step is committed when all are durable: no rank
@@ -77,7 +77,7 @@ class WorldRanks:
         Raises: SaveFailed, on all ranks that have not raised it, when the save before this one was not committed.
         """
         if not self.world.is_sharded:
-            return not self.world.is_first or SingleProcess().may_begin(saver, skips, step, say)
+            return not self.world.is_first or super().may_begin(saver, skips, step, say)
         if skips and self.world.any(saver.busy):
             say(f"step {step} is not saved: the save before it is still being written")
             return False
@@ -92,7 +92,7 @@ class WorldRanks:
         """Capture this rank's shards, or, on the first rank, a whole step."""
         if self.world.is_sharded:
             return ShardedStepSave(self._beside, place, content)
-        return StepSave(place, content) if self.world.is_first else None
+        return super().step_save(place, content) if self.world.is_first else None
 
 
 def _open_chosen(place: ModelFolder, chosen: dict[str, Any]) -> Bundle:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 
-from tqdm import tqdm
-
+from ..bundle.intact import say_on_stderr
 from ..checkpoint import CheckpointManager
 from ..errors import SaveFailed
 
@@ -65,7 +63,5 @@ class RunSaves:
                 raise
             if self._failed >= self._max_failed:
                 raise SaveFailed(f"{error} That makes {self._failed} failed saves in a row; the run ends.") from error
-            tqdm.write(
-                f"WARNING: {error} Training continues (failed saves in a row: {self._failed} of {self._max_failed}).",
-                file=sys.stderr,
-            )
+            row = f"failed saves in a row: {self._failed} of {self._max_failed}"
+            say_on_stderr(f"WARNING: {error} Training continues ({row}).")

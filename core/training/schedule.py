@@ -34,7 +34,7 @@ class Schedule:
         if self.kind != "cosine":
             return
         if self.decay_iters is None:
-            raise InputError("lr_schedule: cosine needs the step at which it ends. Give --lr_decay_iters.")
+            raise InputError("--lr_schedule cosine needs --lr_decay_iters, the step at which the rate is lowest.")
         if self.decay_iters <= self.warmup_iters:
             raise InputError(
                 f"lr_decay_iters: found {self.decay_iters}, expected more than warmup_iters {self.warmup_iters}."

@@ -104,8 +104,6 @@ class Settings:
             if decay is None:
                 raise InputError(f"--warmup_iters {warmup} is a fraction of --lr_decay_iters, which is not given.")
             warmup = warmup * decay
-        if self.lr_schedule == "cosine" and decay is None:
-            raise InputError("--lr_schedule cosine needs --lr_decay_iters, the step at which the rate is lowest.")
         return Schedule(self.lr_schedule, self.learning_rate, round(warmup), decay, self.min_lr)
 
 

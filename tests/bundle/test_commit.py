@@ -9,6 +9,7 @@ import re
 import pytest
 
 from core.bundle.commit import ModelFolder
+from core.bundle.folder import step_folder
 from core.bundle.storage import Storage
 from core.bundle.training_state import STATE, seal, unseal
 from core.bundle.write import write_bundle
@@ -52,7 +53,7 @@ def newest(folder):
 
 
 def kept(folder, step):
-    opened = folder.open_step(step)
+    opened = folder.open_kept(folder.path / step_folder(step))
     try:
         return opened.state.get("commit_id"), {
             n: f.read().decode() for n, f in opened.files.items() if n != "config.json"

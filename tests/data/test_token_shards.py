@@ -81,8 +81,8 @@ class TestDataset:
         path = shard(Path("t.bin"), range(10), count=count)
         with pytest.raises(InputError) as caught:
             read_shard(path)
-        assert str(caught.value).startswith("t.bin: found 1,044 bytes, expected its header says ")
-        assert f"{count:,} tokens, {1024 + 2 * count:,} bytes" in str(caught.value)
+        expected = f"expected {1024 + 2 * count:,} for the {count:,} tokens of its header"
+        assert str(caught.value).startswith(f"t.bin: found 1,044 bytes, {expected}")
 
     def test_odd_and_future_shards_are_refused(self, home):
         Path("odd.bin").write_bytes(b"123")
@@ -106,7 +106,7 @@ class TestDataset:
         mine = make_char(["abc"])
         with pytest.raises(CheckpointMismatch, match=r"taken for gpt2, this run has char, 3 characters"):
             open_corpus(chosen, mine)
-        with pytest.raises(InputError, match="taken for gpt2, --tokenization says char"):
+        with pytest.raises(InputError, match="taken for gpt2, found --tokenization char"):
             open_corpus(chosen, "char")
         assert open_corpus(chosen, Gpt2Tokenizer()).tokenizer.kind == "gpt2"
 
@@ -115,7 +115,7 @@ class TestDataset:
         chosen = find_source("a.txt", None, None, "m")
         prepare(chosen, make_char([Path("a.txt").read_text()]), Path("set"))
         shard(Path("set/val_000000.bin"), [1, 2, 3])
-        with pytest.raises(InputError, match=r"val_000000\.bin: 3 tokens, dataset\.json says 200"):
+        with pytest.raises(InputError, match=r"val_000000\.bin: found 3 tokens, expected 200 as in dataset\.json"):
             open_dataset(Path("set"))
         Path("set/val_000000.bin").unlink()
         with pytest.raises(InputError, match=r"val_000000\.bin: No such file"):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from core.inspection.diff.comparison import compare
 from core.inspection.diff.side import Side
 from core.inspection.diff.text import comparison_facts
 from core.inspection.inspect import inspect_path
-from tests.makers.comparisons import compared, hf_folder, saved, text, with_optimizer
+from tests.makers.comparisons import compared, hf_folder, saved, side_of, text, with_optimizer
 from tests.makers.models import started, train_and_save
 
 
@@ -179,7 +180,7 @@ def test_families_without_common_names_say_so(shared: Path):
 def test_weights_of_every_fixture_equal_themselves(shared: Path):
     for path in ("hf_qwen2_tied", "dcp_fsdp2_4ranks/0000002", "modded_small_16e2da07_d128h1_opt/state_step000005.pt"):
         found = compared(shared / "fixtures" / path, shared / "fixtures" / path, moments=True)
-        assert found.equal and found.weights.compared == len(found.a.weights), path
+        assert found.equal and found.weights.compared == len(found.a.found.weights), path
 
 
 # what is not tensors
@@ -245,7 +246,7 @@ def test_moments_whose_parts_do_not_fit_are_compared_part_by_part(shared: Path, 
 def test_groups_with_other_parameters_are_a_difference(tmp_path: Path):
     a, b = with_optimizer(tmp_path / "a.pt", {}, lr=1), with_optimizer(tmp_path / "b.pt", {}, lr=1)
     groups = [{"params": [], "lr": 1}, {"params": [0], "lr": 1}]
-    b.optimizer = {
+    b.found.optimizer = {
         "state": {},
         "param_groups": [{**group, "param_names": ["w"][: len(group["params"])]} for group in groups],
     }
@@ -277,12 +278,10 @@ def test_part_that_only_one_has_counts_unless_the_other_is_weights_alone(tmp_pat
 
 def test_old_config_is_compared_as_what_it_meant(shared: Path):
     with inspect_path(shared / "fixtures/lecture_char/legacy/latest.pt") as found:
-        old, new = Side.of(found), Side.of(found)
-        new.config = {**old.config, "activation": "relu", "proj_bias": True, "format_version": 2}
-        assert compare(old, new).config.equal
-        changed = Side.of(found)
-        changed.config = {**old.config, "activation": "gelu"}
-        assert compare(old, changed).config.different == {"activation": ("relu", "gelu")}
+        config = {**found.config, "activation": "relu", "proj_bias": True, "format_version": 2}
+        assert compare(Side(found), Side(replace(found, config=config))).config.equal
+        changed = Side(replace(found, config={**found.config, "activation": "gelu"}))
+        assert compare(Side(found), changed).config.different == {"activation": ("relu", "gelu")}
 
 
 def test_same_fields_of_two_programs_have_one_name():
@@ -322,7 +321,7 @@ def made(folder: Path, number: int, tensors: dict, parts: dict) -> Side:
     path = folder / f"{number}.safetensors"
     safetensors.torch.save_file(tensors, path)
     container = open_container(path)
-    return Side(path, container, container.tensors, **parts)
+    return side_of(container, container.tensors, **parts)
 
 
 @settings(max_examples=60, deadline=None)
@@ -354,7 +353,7 @@ def test_every_family_of_gpt2_has_the_same_common_names(shared: Path):
     rows = {}
     for file in ("lecture_char/legacy/latest.pt", "nanogpt_char_biasFalse/ckpt.pt", "hf_gpt2"):
         with inspect_path(shared / "fixtures" / file) as found:
-            side = Side.of(found)
+            side = Side(found)
             rows[side.family] = {re.sub(r"\d+", "{i}", name, count=1) for name in side.tensors}
             assert naming(side.family) == "gpt2" and all(name in gpt.TENSORS for name in rows[side.family])
     assert rows["nanogpt"] - {"lm_head.weight"} < rows["hf_gpt2"]

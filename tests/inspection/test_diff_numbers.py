@@ -267,7 +267,7 @@ def test_file_that_ended_meanwhile_is_damaged(tmp_path: Path):
     with inspect_path(path) as first, inspect_path(path) as second:
         path.write_bytes(path.read_bytes()[:2000])
         with pytest.raises(CheckpointDamaged, match=str(path)):
-            compare(Side.of(first), Side.of(second))
+            compare(Side(first), Side(second))
 
 
 def test_flipped_bit_is_found_without_any_checksum(shared: Path, tmp_path: Path):

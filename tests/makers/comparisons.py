@@ -8,18 +8,21 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from core.containers.container import Container
 from core.containers.open import open_container
+from core.containers.spec import TensorSpec
+from core.families.identify import UNKNOWN, Identity
 from core.inspection.diff.comparison import Comparison, compare
 from core.inspection.diff.side import Side
 from core.inspection.diff.text import comparison_facts, comparison_lines
-from core.inspection.inspect import inspect_path
+from core.inspection.inspect import Inspection, inspect_path
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def compared(a: Path, b: Path, **settings) -> Comparison:
     with inspect_path(a) as first, inspect_path(b) as second:
-        return compare(Side.of(first), Side.of(second), **settings)
+        return compare(Side(first), Side(second), **settings)
 
 
 def saved(path: Path, tensors: dict, **content) -> Path:
@@ -53,4 +56,10 @@ def with_optimizer(path: Path, state: dict, **group) -> Side:
     """A checkpoint of a model with one tensor."""
     optimizer = {"state": state, "param_groups": [{"params": [0], **group}]}
     container = open_container(saved(path, {"w": torch.zeros(2)}, optimizer=optimizer))
-    return Side(path, container, {"w": container.tensors["model.w"]}, optimizer=container.content["optimizer"])
+    return side_of(container, {"w": container.tensors["model.w"]}, optimizer=container.content["optimizer"])
+
+
+def side_of(container: Container, weights: dict[str, TensorSpec], **parts) -> Side:
+    """A checkpoint of an unknown family with these parts."""
+    identity = Identity(UNKNOWN, program="", prefix="", reason="")
+    return Side(Inspection(container.path, container, weights, key="", identity=identity, **{"config": None, **parts}))

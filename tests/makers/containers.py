@@ -32,7 +32,7 @@ from core.containers.rank_files import open_rank_files
 from core.containers.safetensors import open_safetensors
 from core.containers.step_folder import open_step_folder
 from core.containers.torch_files.container import open_torch_single
-from core.inspection.inspect import Inspected, inspect_path, of_bundle
+from core.inspection.inspect import Inspection, inspect_path, of_bundle
 from tests.makers import dcp_folders
 from tests.makers.models import SMALL, started, train_and_save
 from tests.makers.torch_files import bits, flattened
@@ -230,7 +230,7 @@ def inspect(path: Path) -> Container:
     return kept_open(inspect_path(path))
 
 
-def kept_open(found: Inspected) -> Container:
+def kept_open(found: Inspection) -> Container:
     """The container of a bundle, whose files are open for as long as somebody has it."""
     assert found.bundle
     weakref.finalize(found.container, found.bundle.close)

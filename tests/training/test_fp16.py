@@ -11,7 +11,7 @@ import torch
 from core.errors import CheckpointMismatch
 from core.loading.optimizer import configure_optimizer
 from core.training.fit import fit
-from core.training.grad_scaler import make_scaler, scaler_state
+from core.training.grad_scaler import make_scaler
 from core.training.schedule import Schedule
 from tests.makers.models import SMALL, equal, manager, started, state_of, weights
 from tests.training.test_resume import bits, loader, same
@@ -109,16 +109,16 @@ def test_going_on_in_another_dtype_is_said(tmp_path, one_thread, capsys):
 def test_other_dtypes_have_no_scale(tmp_path, one_thread):
     go_on(tmp_path, 2, dtype=torch.bfloat16, scaler=None)
     assert "scaler" not in state_of(tmp_path / "dante")
-    assert scaler_state(make_scaler(torch.device("cpu"), torch.float32, LIVELY)) is None
+    assert not make_scaler(torch.device("cpu"), torch.float32, LIVELY).is_enabled()
 
 
 @pytest.mark.parametrize(
     "saved", [None, [], {"scale": "high"}, {"scale": float("inf")}, {"scale": True}, {"growth": 1}]
 )
 def test_a_state_that_is_none_leaves_the_scale_of_a_new_run(saved):
-    new = scaler_state(make_scaler(torch.device("cpu"), torch.float16, None))
-    assert scaler_state(make_scaler(torch.device("cpu"), torch.float16, saved)) == new
-    assert scaler_state(make_scaler(torch.device("cpu"), torch.float16, LIVELY)) == LIVELY
+    new = make_scaler(torch.device("cpu"), torch.float16, None).state_dict()
+    assert make_scaler(torch.device("cpu"), torch.float16, saved).state_dict() == new
+    assert make_scaler(torch.device("cpu"), torch.float16, LIVELY).state_dict() == LIVELY
 
 
 def test_an_update_is_that_of_unscaled_gradients(one_thread):

@@ -14,6 +14,9 @@ from ...families.family import plain_names
 from .change import Change, Progress, change_between, is_zero
 from .side import Facts, Side
 
+VALUES = ("config", "tokenizer", "step", "optimizer")
+"""The parts of a comparison that are plain values."""
+
 
 @dataclass
 class Values:
@@ -94,8 +97,11 @@ class Comparison:
     @property
     def different(self) -> list[str]:
         """The parts that differ."""
-        parts = ("config", "tokenizer", "step", "optimizer", "weights", "moments")
-        return [name for name in parts if (part := getattr(self, name)) is not None and not part.equal]
+        return [
+            name
+            for name in (*VALUES, "weights", "moments")
+            if (part := getattr(self, name)) is not None and not part.equal
+        ]
 
     @property
     def equal(self) -> bool:
@@ -117,7 +123,7 @@ def compare(a: Side, b: Side, moments: bool = False, progress: Progress = lambda
     if naming(a.family) != naming(b.family):
         notes.append(f"no names in common are known for {a.family} and {b.family}: tensors of equal names are compared")
     optimizer, known = _compare_settings(a, b, strict)
-    both = a.optimizer is not None and b.optimizer is not None
+    both = a.found.optimizer is not None and b.found.optimizer is not None
     if both and not (moments and known):
         notes.append(
             "the moments of the optimizers are not compared" + (": their owners are unknown" if moments else "")
@@ -126,7 +132,7 @@ def compare(a: Side, b: Side, moments: bool = False, progress: Progress = lambda
         a,
         b,
         config=_compare_configs(a, b, strict),
-        tokenizer=_compare_values(plain(a.tokenizer), plain(b.tokenizer), strict),
+        tokenizer=_compare_values(plain(a.found.tokenizer), plain(b.found.tokenizer), strict),
         step=_compare_values(_step(a), _step(b), strict),
         optimizer=optimizer,
         weights=_compare_weights(a, b, progress),
@@ -136,7 +142,7 @@ def compare(a: Side, b: Side, moments: bool = False, progress: Progress = lambda
 
 
 def _step(side: Side) -> Facts | None:
-    return None if side.step is None else {"step": side.step}
+    return None if side.found.step is None else {"step": side.found.step}
 
 
 def _compare_values(a: Facts | None, b: Facts | None, strict: bool) -> Values:
@@ -177,7 +183,7 @@ def _compare_settings(a: Side, b: Side, strict: bool) -> tuple[Values, bool]:
         try:
             settings.append(side.settings)
         except CheckpointMismatch as error:
-            faults.append(f"{side.path}: {error}")
+            faults.append(f"{side.found.path}: {error}")
     if faults:
         return Values(remark="; ".join(faults), counts=strict and len(faults) == 1), False
     first, second = settings
@@ -206,7 +212,8 @@ def _compare_weights(a: Side, b: Side, progress: Progress) -> Tensors:
             notes.append(f"{head} is not stored in {who}, which uses its token table for it: that is compared")
     both = a.masks.keys() & b.masks.keys()
     for who, side in (("A", a), ("B", b)):
-        surplus = [side.buffers[original] for name, original in side.mask_names.items() if name not in both]
+        meanings = side.found.identity.buffers
+        surplus = [meanings[original] for name, original in side.mask_names.items() if name not in both]
         if surplus:
             what = ", ".join(dict.fromkeys(surplus))
             notes.append(f"only {who} has {len(surplus)} buffers, which count for nothing ({what})")

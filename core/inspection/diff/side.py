@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ...bundle.evolution import Evidence, evolve
 from ...bundle.optimizer_state import groups_of, names_in_order
 from ...bundle.parts import once
-from ...containers.container import Container
 from ...containers.pickles.inert import as_text
 from ...containers.plain import plain
 from ...containers.spec import TensorSpec
@@ -23,11 +21,7 @@ from ...errors import CheckpointMismatch
 from ...families.common_names import GPT2, Place, common_fields, head_and_table, naming, places
 from ...families.family import plain_names
 from ...families.fused import FUSED, LECTURE, recognise
-from ...families.identify import UNKNOWN
-from ..inspect import Facts
-
-if TYPE_CHECKING:
-    from ..inspect import Inspected
+from ..inspect import Facts, Inspection
 
 Parts = Sequence[tuple[str, TensorSpec]]
 """The parts of a tensor, each with its readable name."""
@@ -37,32 +31,14 @@ _FEW = 16  # elements of a tensor that is compared as a value
 
 @dataclass
 class Side:
-    """One of two checkpoints, from its headers; None for parts that it does not have."""
+    """One of two checkpoints, as inspected from its headers."""
 
-    path: Path
-    container: Container
-    weights: dict[str, TensorSpec]  # by their names in the file
-    family: str = UNKNOWN
-    config: Facts | None = None
-    tokenizer: Facts | None = None
-    step: int | None = None
-    optimizer: Any = None  # its inert content
-    buffers: Mapping[str, str] = field(default_factory=dict)  # weights that are buffers, and their meaning
+    found: Inspection
 
-    @classmethod
-    def of(cls, found: Inspected) -> Side:
-        """Present an inspected checkpoint as one side of a comparison."""
-        return cls(
-            path=found.path,
-            container=found.container,
-            weights=found.weights,
-            family=found.identity.family,
-            config=found.config,
-            tokenizer=found.tokenizer,
-            step=found.step,
-            optimizer=found.optimizer,
-            buffers=found.identity.buffers,
-        )
+    @property
+    def family(self) -> str:
+        """The family of its tensors."""
+        return self.found.identity.family
 
     @property
     def program(self) -> str:
@@ -77,12 +53,13 @@ class Side:
     @property
     def has_weights_alone(self) -> bool:
         """Whether it holds tensors only, and nothing else to compare."""
-        return self.config is None and self.tokenizer is None and self.step is None and self.optimizer is None
+        found = self.found
+        return all(part is None for part in (found.config, found.tokenizer, found.step, found.optimizer))
 
     @functools.cached_property
     def places(self) -> dict[str, Place]:
         """The place of each tensor of the model by its common name, or by its own if two would have the same."""
-        names = [name for name in self.weights if name not in self.buffers]
+        names = [name for name in self.found.weights if name not in self.found.identity.buffers]
         try:
             return places(self.family, names)
         except CheckpointMismatch:
@@ -92,7 +69,7 @@ class Side:
     def tensors(self) -> dict[str, View]:
         """The tensors of the model by their common names, without those that are broken."""
         return {
-            name: self._whole([(part, self.weights[part]) for part in place.parts], place.transposed)
+            name: self._whole([(part, self.found.weights[part]) for part in place.parts], place.transposed)
             for name, place in self.places.items()
             if name not in self.broken
         }
@@ -102,8 +79,9 @@ class Side:
         """Tensors of the model that cannot be assembled, and the reasons."""
         found = {}
         for name, place in self.places.items():
-            lost = next((part for part in place.parts if part not in self.weights), None)
-            if fault := f"{lost} is missing" if lost else _fault([(part, self.weights[part]) for part in place.parts]):
+            lost = next((part for part in place.parts if part not in self.found.weights), None)
+            parts = [(part, self.found.weights[part]) for part in place.parts if part in self.found.weights]
+            if fault := f"{lost} is missing" if lost else _fault(parts):
                 found[name] = fault
         return found
 
@@ -114,24 +92,24 @@ class Side:
     def parts_of(self, name: str) -> dict[str, View]:
         """The parts of a tensor of the model, by their names without what wrappers add."""
         place = self.places.get(name, Place(()))
-        parts = _plain(part for part in place.parts if part in self.weights)
-        return {plain: self._whole([(part, self.weights[part])]) for plain, part in parts.items()}
+        parts = _plain(part for part in place.parts if part in self.found.weights)
+        return {plain: self._whole([(part, self.found.weights[part])]) for plain, part in parts.items()}
 
     def _whole(self, parts: Parts, transposed: bool = False) -> View:
         """A tensor whose parts are concatenated along its rows."""
-        views = [stored(self.container, replace(spec, name=name)) for name, spec in parts]
+        views = [stored(self.found.container, replace(spec, name=name)) for name, spec in parts]
         whole = concatenate(views) if len(views) > 1 else views[0]
         return permute(whole, range(len(whole.shape))[::-1]) if transposed else whole
 
     @property
     def masks(self) -> dict[str, View]:
         """Its buffers, by their names without what wrappers add."""
-        return {plain: self._whole([(name, self.weights[name])]) for plain, name in self.mask_names.items()}
+        return {plain: self._whole([(name, self.found.weights[name])]) for plain, name in self.mask_names.items()}
 
     @property
     def mask_names(self) -> dict[str, str]:
         """The names of its buffers in the file, by those without what wrappers add."""
-        return _plain(name for name in self.buffers if name in self.weights)
+        return _plain(name for name in self.found.identity.buffers if name in self.found.weights)
 
     @property
     def tied(self) -> tuple[str, str] | None:
@@ -144,15 +122,15 @@ class Side:
     @functools.cached_property
     def fields(self) -> Facts | None:
         """Its config as JSON values; fields that an old config of ours lacks have the values of that time."""
-        if self.config is None:
+        if self.found.config is None:
             return None
-        config = plain(self.config)
+        config = plain(self.found.config)
         if self.program != "ours":
             return config
         try:
-            plan = recognise(self.weights)
-            shapes = plan.shapes({name: spec.shape for name, spec in self.weights.items()})
-            return evolve(config, Evidence(plan, shapes), str(self.path)).to_dict()
+            plan = recognise(self.found.weights)
+            shapes = plan.shapes({name: spec.shape for name, spec in self.found.weights.items()})
+            return evolve(config, Evidence(plan, shapes), str(self.found.path)).to_dict()
         except CheckpointMismatch:  # inspection reports its faults; here it is compared unchanged
             return config
 
@@ -162,11 +140,11 @@ class Side:
 
         Raises: CheckpointMismatch when it is not a state of torch optimizers.
         """
-        if self.optimizer is None:
+        if self.found.optimizer is None:
             return None
-        several = isinstance(self.optimizer, (list, tuple))
+        several = isinstance(self.found.optimizer, (list, tuple))
         found: Facts = {}
-        for number, optimizer in enumerate(self.optimizer if several else [self.optimizer]):
+        for number, optimizer in enumerate(self.found.optimizer if several else [self.found.optimizer]):
             for index, group in enumerate(groups_of(optimizer)):
                 before = f"optimizer {number}, group {index}" if several else f"group {index}"
                 for key, value in group.items():
@@ -180,8 +158,8 @@ class Side:
 
         Raises: CheckpointMismatch when they are unknown.
         """
-        groups = groups_of(self.optimizer)
-        model = {name: spec for name, spec in self.weights.items() if name not in self.buffers}
+        groups = groups_of(self.found.optimizer)
+        model = {name: spec for name, spec in self.found.weights.items() if name not in self.found.identity.buffers}
         names = plain_names(names_in_order(groups, once(model)))
         numbers = dict(zip(names, (i for group in groups for i in group["params"]), strict=True))
         known = {original: name for name, original in plain_names(model).items()}
@@ -199,7 +177,7 @@ class Side:
         owners = {number: name for name, parts in self.numbers.items() for number in parts.values()}
         return {
             f"group {index}: parameters": sorted({owners[i] for i in group["params"] if i in owners})
-            for index, group in enumerate(groups_of(self.optimizer))
+            for index, group in enumerate(groups_of(self.found.optimizer))
         }
 
     def moments(self) -> tuple[dict[str, View], Facts]:
@@ -210,7 +188,7 @@ class Side:
         tensors: dict[str, View] = {}
         values: Facts = {}
         for name, parts in self.numbers.items():
-            entries = [self.optimizer["state"].get(number, {}) for number in parts.values()]
+            entries = [self.found.optimizer["state"].get(number, {}) for number in parts.values()]
             for key in dict.fromkeys(key for entry in entries for key in entry):
                 found = [entry.get(key) for entry in entries]
                 title = f"{name}: {_text(key)}"
@@ -232,10 +210,11 @@ class Side:
             return [self._value(item) for item in value]
         if not isinstance(value, TensorSpec):
             return plain(value)
+        data = pieces(stored(self.found.container, value))
         if value.numel > _FEW or value.dtype.startswith("complex"):
-            crc = functools.reduce(lambda crc, data: zlib.crc32(data, crc), pieces(stored(self.container, value)), 0)
+            crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), data, 0)
             return f"{value}, CRC32 {crc:08x}"
-        numbers = plain(decode(b"".join(map(bytes, pieces(stored(self.container, value)))), value.dtype).tolist())
+        numbers = plain(decode(b"".join(map(bytes, data)), value.dtype).tolist())
         return numbers if value.shape else numbers[0]
 
 

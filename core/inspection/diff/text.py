@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ...console.words import columns, printable
@@ -10,7 +11,7 @@ from ...containers.pickles.inert import as_text
 from ...containers.plain import plain
 from ...containers.tensors.views import View
 from ..tensor_table import grouped
-from .comparison import Comparison, Pair, Tensors, Values
+from .comparison import VALUES, Comparison, Pair, Tensors, Values
 from .side import Facts, Side
 
 _SHOWN = 40
@@ -27,10 +28,7 @@ def comparison_facts(found: Comparison) -> Facts:
         "different": found.different,
         "a": _side_facts(found.a),
         "b": _side_facts(found.b),
-        "config": _values_facts(found.config),
-        "tokenizer": _values_facts(found.tokenizer),
-        "step": _values_facts(found.step),
-        "optimizer": _values_facts(found.optimizer),
+        **{part: _values_facts(getattr(found, part)) for part in VALUES},
         "weights": _tensors_facts(found.weights),
         "moments": _tensors_facts(found.moments) if found.moments is not None else None,
         "notes": found.notes,
@@ -39,7 +37,8 @@ def comparison_facts(found: Comparison) -> Facts:
 
 
 def _side_facts(side: Side) -> Facts:
-    return {"path": str(side.path), "kind": side.container.kind, "family": side.family, "step": side.step}
+    found = side.found
+    return {"path": str(found.path), "kind": found.container.kind, "family": side.family, "step": found.step}
 
 
 def _values_facts(values: Values) -> Facts:
@@ -66,23 +65,11 @@ def _tensors_facts(tensors: Tensors) -> Facts:
 
 
 def _pair_facts(pair: Pair) -> Facts:
-    change = pair.change
-    facts: Facts = {
+    return {
         "name": pair.title,
         "a": _view_facts(pair.a, pair.name),
         "b": _view_facts(pair.b, pair.name),
-    }
-    if change is None:
-        return {**facts, "change": None}
-    return {
-        **facts,
-        "change": {
-            "elements": change.elements,
-            "changed": change.changed,
-            "nan": change.nan,
-            "absolute": change.absolute,
-            "relative": change.relative,
-        },
+        "change": asdict(pair.change) if pair.change is not None else None,
     }
 
 
@@ -98,13 +85,12 @@ def _view_facts(view: View, name: str) -> Facts:
 def comparison_lines(found: Comparison) -> Iterable[str]:
     """Write a comparison; its last line tells whether the two are equal."""
     for who, side in (("A", found.a), ("B", found.b)):
-        what = ", ".join([side.container.kind, side.family, *([f"step {side.step}"] if side.step is not None else [])])
-        yield f"{who}: {printable(str(side.path))} ({printable(what)})"
+        path, step = str(side.found.path), [] if side.found.step is None else [f"step {side.found.step}"]
+        what = ", ".join([side.found.container.kind, side.family, *step])
+        yield f"{who}: {printable(path)} ({printable(what)})"
     yield ""
-    yield from _values_lines("config", found.config)
-    yield from _values_lines("tokenizer", found.tokenizer)
-    yield from _values_lines("step", found.step)
-    yield from _values_lines("optimizer", found.optimizer)
+    for part in VALUES:
+        yield from _values_lines(part, getattr(found, part))
     yield from _tensors_lines("tensors", found.weights)
     if found.moments is not None:
         yield from _tensors_lines("moments", found.moments)

@@ -18,7 +18,7 @@ from ...console.words import printable, size_text
 from ...containers.pickles.inert import as_text
 from ...containers.spec import TensorSpec
 from ...errors import CheckpointError, InputError
-from ..inspect import Inspected
+from ..inspect import Inspection
 from ..report import Facts, tensors_in
 from ..report_text import age, architecture_lines
 from ..statistics import Histogram, Stat, histogram, statistics
@@ -37,7 +37,7 @@ _START = b"<!doctype html>\n<!-- made by inspect_model.py -->"
 
 
 def write_page(
-    file: Path, found: Inspected, facts: Facts, *, overwrite: bool = False, progress: Progress = lambda size: None
+    file: Path, found: Inspection, facts: Facts, *, overwrite: bool = False, progress: Progress = lambda size: None
 ) -> None:
     """Write everything known about a checkpoint as a page; its weights are read twice, for statistics and histograms.
 
@@ -91,7 +91,7 @@ def _plotly() -> str:
         ) from error
 
 
-def page(found: Inspected, facts: Facts, library: str, progress: Progress = lambda size: None) -> str:
+def page(found: Inspection, facts: Facts, library: str, progress: Progress = lambda size: None) -> str:
     """The page as text; `library` is the JavaScript of plotly."""
     weights = _Weights(found, progress)
     curve = curve_beside(found.path) if found.bundle is not None else None
@@ -248,7 +248,7 @@ def _content_line(value: Any) -> str:
     return f"{len(tensors)} tensors, {size_text(sum(t.nbytes for t in tensors))}"
 
 
-def _curve_section(curve: Curve | None, found: Inspected) -> Iterator[str]:
+def _curve_section(curve: Curve | None, found: Inspection) -> Iterator[str]:
     if curve is not None:
         plot = '<div id="curve" class="plot"></div>' if len(curve.loss.x) or len(curve.val_loss.x) else ""
         yield f'<section><h2>Training</h2>{plot}<p class="said">{_e(curve.said)}</p></section>'
@@ -299,7 +299,7 @@ def _tree(tensors: Mapping[str, TensorSpec], size: int) -> list[list[Any]]:
 class _Weights:
     """Statistics and histograms of a model's tensors, those of all layers of a kind together."""
 
-    def __init__(self, found: Inspected, progress: Progress) -> None:
+    def __init__(self, found: Inspection, progress: Progress) -> None:
         self.stats: dict[str, Stat] = {}
         self.kinds: list[dict[str, Any]] = []
         self.not_finite: list[str] = []
