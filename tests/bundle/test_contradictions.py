@@ -52,10 +52,6 @@ MISFITS = {
 }
 
 
-def misfits(folder: Path, fields: list[str], file: str) -> list[str]:
-    return [MISFITS[field][1].format(file=file) for field in fields]
-
-
 @pytest.mark.parametrize("field", MISFITS)
 def test_field_that_does_not_fit_says_both_values_and_the_one_that_would(old, folder, field):
     value, said = MISFITS[field]
