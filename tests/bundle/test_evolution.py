@@ -227,11 +227,7 @@ def test_bias_that_no_field_speaks_of_is_that_of_the_tensors(folder):
     assert_same_logits(ours, theirs)
 
 
-def test_missing_heads_are_counted_in_lecture_weights_and_refused_in_fused_ones(folder):
-    theirs = LectureGPT(**SIZES)
-    write_old_bundle(folder, theirs, step=3)
-    without(folder, "n_head")
-    assert GPT.load(folder)[0].config.n_head == 3
+def test_missing_heads_are_refused_in_fused_weights(folder):
     write_old_bundle(folder, FusedGPT(**SIZES), step=3)
     without(folder, "n_head")
     said = (

@@ -71,20 +71,6 @@ def test_the_new_branch_says_where_it_left_and_what_lies_aside_is_of_the_old_one
     assert "branch" not in state_of(aside) and state_of(aside)["run"] == run
 
 
-def test_going_back_again_to_the_same_step_loses_nothing(tmp_path):
-    seen = trained(tmp_path, 4)
-    for _ in range(2):
-        made = manager(tmp_path)
-        with made:
-            made.go_back(2)
-        made, model, optimizer = started(tmp_path, keep=99)
-        assert model.step == 2 and equal(model.state_dict(), seen[2])
-        train_and_save(made, model, optimizer, 2)
-        made.close()
-    assert asides(tmp_path) == [f"aside_0000000{n}_abandoned" for n in (3, 3, 4, 4)]
-    assert kept(tmp_path / "dante") == ["step_00000001", "step_00000002", "step_00000003"]
-
-
 def test_going_back_to_the_newest_step_changes_nothing(tmp_path):
     trained(tmp_path, 2)
     before = sorted(p.name for p in (tmp_path / "dante").iterdir())

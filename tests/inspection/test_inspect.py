@@ -165,24 +165,6 @@ def test_single_file_shows_its_content_and_tensors(tmp_path, capsys):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("bundle", ["bundle", "bundle_v2_bf16"])
-def test_upstream_bundles_are_shown(shared, capsys, bundle):
-    facts = json.loads(inspect(capsys, shared / "fixtures" / "lecture_char" / bundle, "--json"))
-    assert facts["training_state"]["step"] == 30
-    assert "token_embedding_table.weight" in [t["name"] for t in facts["tensors"]]
-
-
-def test_folder_with_a_legacy_file_alone_shows_that_file(shared, capsys):
-    out = inspect(capsys, shared / "fixtures" / "lecture_char" / "legacy")
-    assert "legacy/latest.pt\n" in out
-    assert "=== CONFIG ===\nbatch_size:8, block_size:32, vocab_size:40, n_embd:48, n_head:4, n_layer:3, " in out
-    assert "kind      : char\nvocab     : 40 characters: " in out
-    assert "=== TRAINING STATE ===\nLast recorded training step: 30\n" in out
-    assert re.search(
-        r"^blocks\.\{0\.\.2\}\.sa\.heads\.\{0\.\.3\}\.key\.weight +12 x \(12, 48\) +float32$", out, re.MULTILINE
-    )
-
-
 def test_names_that_move_the_cursor_are_escaped(tmp_path, capsys):
     torch.save({"\x1b[2Jw\n": torch.ones(1), "\x1b[3J": "\x1b[4J"}, tmp_path / "x.pt")
     out = inspect(capsys, tmp_path / "x.pt")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 from core.data.corpus import find_source, open_corpus
 from core.data.dataloader import DataLoader
 from core.data.token_shards import read_shard
-from tests.makers.limits import wait_until
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data" / "prepare.py"
 
@@ -75,21 +73,6 @@ def test_folder_with_other_files_is_left_alone(tmp_path):
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: set: is there already and holds no dataset.json.")
     assert os.listdir(tmp_path / "set") == ["mine"]  # noqa: PTH208
-    assert not (tmp_path / "set.partial").exists()
-
-
-def test_killed_run_leaves_no_dataset_and_the_same_line_goes_through(tmp_path):
-    (tmp_path / "a.txt").write_text("a few words\n" * 4_000_000)
-    command = [sys.executable, str(SCRIPT), "a.txt", "--output_dir", "set", "--shard_tokens", "1000000"]
-    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: list(tmp_path.glob("set.partial/train_00000[1-9].bin")), child)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert (tmp_path / "set.partial").exists()
-    assert not (tmp_path / "set").exists()
-    (tmp_path / "a.txt").write_text("a few words\n" * 100)
-    assert prepare(tmp_path, "a.txt", "--output_dir", "set").returncode == 0
-    assert len(open_corpus(find_source(None, tmp_path / "set", None, "m")).train) == 1080
     assert not (tmp_path / "set.partial").exists()
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from core.console.commandline import DONE, FAILED, WRONG_USE
 from tests.conftest import ROOT
@@ -107,22 +106,6 @@ def wait_for_steps(run):
         assert run.poll() is None, said
 
 
-def test_two_trainers_of_one_name_the_second_ends_at_once_and_names_the_first(tmp_path, text):
-    first = subprocess.Popen(
-        command(tmp_path, text, max_iters=100_000), cwd=tmp_path, env=ENVIRONMENT,
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    try:
-        wait_for_steps(first)
-        second = train(tmp_path, text, max_iters=5)
-        assert second.returncode == FAILED
-        assert f"default: process {first.pid} on " in second.stderr and "has been writing here since" in second.stderr
-    finally:
-        first.kill()
-        first.communicate()
-    assert train(tmp_path, text, max_iters=5).returncode == DONE, "a dead owner's lock is no lock"
-
-
 def test_settings_come_from_a_file_and_the_command_line_wins(tmp_path, text):
     (tmp_path / "run.json").write_text(json.dumps({"max_iters": 7, "learning_rate": 0.5, "compile": False}))
     done = train(tmp_path, text, "--config_file", str(tmp_path / "run.json"), learning_rate=0.001)
@@ -205,16 +188,6 @@ def test_a_folder_without_rights_is_one_sentence(tmp_path, text):
     (tmp_path / "file").write_text("")
     done = train(tmp_path, text, max_iters=5, checkpoint_root=tmp_path / "file")
     assert done.returncode == FAILED and "Not a directory" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_the_last_save_stays(tmp_path, text):
-    done = train(tmp_path, text, max_iters=400, learning_rate=1e30, warmup_iters=0, eval_interval=1, grad_clip=0)
-    assert done.returncode == FAILED and re.search(
-        r"step \d+: .* is (nan|inf).*Try a lower --learning_rate", done.stderr
-    )
-    if (tmp_path / "default/model.pt").exists():
-        weights = torch.load(tmp_path / "default/model.pt", weights_only=True)
-        assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
 def test_help_is_one_screen_of_groups_with_examples():

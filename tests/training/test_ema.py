@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -184,17 +183,6 @@ def test_damage_in_the_average_is_found_before_use_named_and_walked_back_from(tm
     assert equal(average(damaged), average(tmp_path, 2)), "the average of the step gone back to is at the top"
     (aside,) = (damaged / "dante").glob("aside_00000004_*")
     assert (aside / "ema.pt").exists()
-
-
-@pytest.mark.parametrize("cut", [0, 1, 4000, None])
-def test_a_cut_off_or_missing_average_is_found(tmp_path, one_thread, cut):
-    go_on(tmp_path, 2, 4)
-    path = tmp_path / "dante/ema.pt"
-    path.unlink() if cut is None else os.truncate(path, cut)
-    made = CheckpointManager("dante", tmp_path, say=lambda line: None)
-    with made.newest_intact() as bundle:
-        assert bundle.step == 2
-    made.close()
 
 
 def test_a_caller_saves_an_average_of_its_own(tmp_path):

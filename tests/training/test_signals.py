@@ -334,24 +334,6 @@ def test_a_second_interrupt_of_a_library_is_a_keyboard_interrupt_and_a_save_is_a
 # Time
 
 
-def test_a_run_that_stops_by_the_clock_again_and_again_ends_with_the_bits_of_one_that_does_not(tmp_path, text):
-    flags = {"max_iters": 300, "eval_interval": 50, "dropout": 0.2}
-    assert train(tmp_path, text, **flags, model_name="whole").returncode == DONE
-    codes, steps = [], [0]
-    while not codes or codes[-1] == STOPPED:
-        # Less than the start takes: each run makes one step at least, and so the queue comes to an end.
-        limit = 0.05 if len(codes) % 2 else 0.0001
-        last = len(codes) == 4
-        done = train(tmp_path, text, **flags, model_name="timed", **({} if last else {"stop_after_minutes": limit}))
-        codes.append(done.returncode)
-        assert codes[-1] in (DONE, STOPPED), done.stderr
-        steps.append(state(tmp_path, "timed")["step"])
-        if codes[-1] == STOPPED:
-            assert f"stopped by stop_after_minutes after step {steps[-1]}, which is saved. Run the same" in done.stderr
-    assert codes[0] == STOPPED and steps == sorted(set(steps)) and steps[-1] == 300
-    assert same_run(tmp_path / "whole", tmp_path / "timed")
-
-
 def test_saves_by_the_clock_change_nothing_but_when_they_are_made(tmp_path):
     results = []
     for name, minutes in (("seldom", None), ("often", 1e-6)):
