@@ -14,23 +14,20 @@ from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, FAILED, WRONG_USE
 from core.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound, InputError
 from core.training.ema import Ema
-from core.training.fit import fit
 from core.training.schedule import Schedule
 from tests.conftest import ROOT
 from tests.makers.models import SMALL, TEXT, copy, equal, flip, started, state_of
+from tests.makers.runs import bits, fitted, same
 from tests.scripts.test_train import ENVIRONMENT, train
-from tests.training.test_resume import bits, loader, same
+
+CURVE = Schedule("constant", 1e-2, 3)
 
 
 def go_on(root, *ends, ema=0.8, config=SMALL, **settings):
     """Train to each end in turn, each in a manager of its own."""
     for end in ends:
         made, model, optimizer = started(root, config=dict(config), keep=9)
-        with made:
-            fit(
-                model, data_loader=loader(), optimizer=optimizer, max_iters=end, manager=made, ema=ema, progress=False,
-                schedule=Schedule("constant", 1e-2, 3), eval_interval=100, eval_iters=1, **settings,
-            )  # fmt: skip
+        fitted((made, model, optimizer), end, ema=ema, schedule=CURVE, **settings)
     return made, model
 
 
@@ -107,13 +104,9 @@ def test_n_steps_and_then_m_give_the_average_of_n_plus_m_to_the_bit(tmp_path, on
 
 def test_two_calls_of_fit_in_one_process_give_the_same_average(tmp_path, one_thread):
     go_on(tmp_path / "once", 6)
-    made, model, optimizer = started(tmp_path / "twice")
-    with made:
-        for end in (3, 6):
-            fit(
-                model, data_loader=loader(), optimizer=optimizer, max_iters=end, manager=made, ema=0.8, progress=False,
-                schedule=Schedule("constant", 1e-2, 3), eval_interval=100, eval_iters=1,
-            )  # fmt: skip
+    run = started(tmp_path / "twice")
+    for end in (3, 6):
+        fitted(run, end, ema=0.8, schedule=CURVE)
     assert equal(average(tmp_path / "once"), average(tmp_path / "twice"))
 
 
