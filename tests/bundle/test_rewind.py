@@ -17,6 +17,7 @@ from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, FAILED
 from core.errors import CheckpointDamaged, CheckpointLocked, CheckpointNotFound, NoneIntact
 from tests.conftest import ROOT
+from tests.makers.locks import locked
 from tests.makers.models import equal, flip, kept, manager, save_steps, started, state_of, train_and_save, weights
 
 
@@ -255,6 +256,10 @@ def test_the_command_line_goes_back_prunes_and_refuses_while_another_trains(tmp_
     assert nothing.returncode == FAILED and not (tmp_path / "typo").exists()
 
 
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
 def damaged_bundle(folder):
     flip(folder / "model.pt", 4000)
 
@@ -313,14 +318,13 @@ def test_what_is_left_and_cannot_be_used_never_starts_anew_in_silence(tmp_path, 
                 path.unlink()
             (folder / step).rmdir()
     leave(folder)
-    before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    before = files_of(folder)
     with (
         manager(tmp_path) as made,
         pytest.raises(NoneIntact, match=r"dante.*To start from scratch, use another .*--allow_fresh"),
     ):
         made.newest_intact()
-    after = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert after == before
+    assert files_of(folder) == before
     with CheckpointManager("dante", tmp_path, say=lines.append, allow_fresh=True) as made:
         assert made.newest_intact() is None
         fresh, _, step = made.initialize_for_training({"n_embd": 16, "n_head": 1}, "char", "abc", 1e-3)
@@ -356,17 +360,7 @@ def test_allow_fresh_changes_nothing_where_a_step_is_intact(tmp_path):
 
 def test_another_writer_holds_the_lock(tmp_path):
     trained(tmp_path, 2)
-    code = (
-        "import sys, time; from pathlib import Path; from core.bundle.lock import hold\n"
-        "with hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "dante"], cwd=ROOT, stdout=subprocess.PIPE)
-    try:
-        assert other.stdout.readline() == b"held\n"
+    with locked(tmp_path / "dante") as other:
         for act in (lambda: manager(tmp_path).go_back(1), lambda: manager(tmp_path).prune()):
             with pytest.raises(CheckpointLocked, match=f"process {other.pid}"):
                 act()
-    finally:
-        other.kill()
-        other.wait()
-        other.stdout.close()
