@@ -101,7 +101,6 @@ def doubled(levels: int) -> bytes:
 
 
 TRAPS = {
-    "deep calls": (b"ca\nb\n" + b")R" * 100_000 + b".", f"deeper than {DEPTH} levels"),
     "deep through shared parts": (
         b")q\x00" + b"\x85" * 150 + b"q\x01" + b"0h\x01" + b"\x85" * 150 + b"h\x01\x86.",
         f"deeper than {DEPTH} levels",
