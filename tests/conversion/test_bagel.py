@@ -9,10 +9,9 @@ import safetensors.torch
 import torch
 
 import convert_checkpoints
-from core.bundle.storage import DISK
 from core.errors import CheckpointDamaged, CheckpointMismatch
 from tests.makers import bagel
-from tests.makers.conversions import converted, index_of
+from tests.makers.conversions import Killed, MortalDisk, converted, index_of
 from tests.makers.torch_files import bits
 
 PATCHES = "vit_model.vision_model.embeddings.patch_embedding.weight"
@@ -198,44 +197,26 @@ def test_proof_sees_a_wrong_byte_of_the_original_and_of_the_step(pair, tmp_path,
         assert list(tmp_path.iterdir()) == []
 
 
-# killed
-
-
-class Killed(BaseException):
-    """The end of the process: from here on nothing changes the disk."""
-
-
 def test_a_killed_conversion_leaves_nothing_to_be_seen_and_can_be_run_again(pair, tmp_path, monkeypatch):
     """Before calls spread over all: before, during and after writing, and while the configs are copied."""
-    target, real, calls = tmp_path / "made.safetensors", DISK.change, 0
-
-    def change(call, *args):
-        nonlocal calls
-        calls += 1
-        if calls > limit:
-            raise Killed
-        return real(call, *args)
+    target, disk = tmp_path / "made.safetensors", MortalDisk(monkeypatch)
 
     def convert() -> None:
-        nonlocal calls
-        calls = 0
         converted(pair.step, target, "safetensors", more={"match_original": pair.original})
 
-    monkeypatch.setattr(DISK, "change", change)
-    limit = 10**9
     convert()
-    expected, whole = target.read_bytes(), calls
-    assert whole >= 16
+    expected, calls = target.read_bytes(), disk.calls
+    assert calls >= 16
     for k in range(8):
         target.unlink(missing_ok=True)
-        limit = whole * k // 8
+        disk.live(calls * k // 8)
         with pytest.raises(Killed):
             convert()
         assert not target.exists() or target.read_bytes() == expected
         visible = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".convert-")}
         assert visible <= {*bagel.COPIED, target.name}
     target.unlink(missing_ok=True)
-    limit = 10**9
+    disk.live()
     convert()
     assert target.read_bytes() == expected
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".convert-")] == []

@@ -204,27 +204,22 @@ def script(name, root, *words):
 def test_the_scripts_keep_it_without_the_flag_show_it_and_write_with_it(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 40)
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    once.mkdir(), twice.mkdir()
-    steep = {"ema": 0.9, "learning_rate": 0.05, "warmup_iters": 0}
-    assert train(once, text, max_iters=9, **steep).returncode == DONE
-    assert train(twice, text, max_iters=4, **steep).returncode == DONE
-    resumed = train(twice, text, max_iters=9)
+    assert train(tmp_path, text, max_iters=4, ema=0.9, learning_rate=0.05, warmup_iters=0).returncode == DONE
+    resumed = train(tmp_path, text, max_iters=9)
     assert resumed.returncode == DONE and "\nresume is exact\n" in resumed.stderr, resumed.stderr
-    assert (once / "default/ema.pt").read_bytes() == (twice / "default/ema.pt").read_bytes()
-    assert state_of(twice / "default")["training"]["ema"] == 0.9
-    off = train(twice, text, max_iters=12, ema=0)
-    assert "ema: 0.9 so far, 0.0 from now on" in off.stderr and not (twice / "default/ema.pt").exists()
-    shown = script("inspect_model.py", once)
+    assert state_of(tmp_path / "default")["training"]["ema"] == 0.9
+    shown = script("inspect_model.py", tmp_path)
     assert "ema       : an average of the weights, in ema.pt, of decay 0.9\n" in shown.stdout
-    files = json.loads(script("inspect_model.py", once, "--json", "--verify").stdout)["files"]
-    assert files["ema.pt"] == (once / "default/ema.pt").stat().st_size
+    files = json.loads(script("inspect_model.py", tmp_path, "--json", "--verify").stdout)["files"]
+    assert files["ema.pt"] == (tmp_path / "default/ema.pt").stat().st_size
     words = ["--max_new_tokens", "60", "--seed", "1", "--no_stream"]
-    plain, averaged = script("generate.py", once, *words), script("generate.py", once, "--ema", *words)
+    plain, averaged = script("generate.py", tmp_path, *words), script("generate.py", tmp_path, "--ema", *words)
     assert plain.returncode == averaged.returncode == DONE and plain.stdout != averaged.stdout
-    model = CheckpointManager.load_for_inference("default", once, ema=True)
+    model = CheckpointManager.load_for_inference("default", tmp_path, ema=True)
     assert averaged.stdout.rstrip("\n") == model.generate("", max_new_tokens=60, seed=1, temperature=0.8).rstrip("\n")
-    none = script("generate.py", twice, "--ema")
+    off = train(tmp_path, text, max_iters=12, ema=0)
+    assert "ema: 0.9 so far, 0.0 from now on" in off.stderr and not (tmp_path / "default/ema.pt").exists()
+    none = script("generate.py", tmp_path, "--ema")
     assert none.returncode == FAILED and "default/ema.pt: step 12 has no average" in none.stderr
-    wrong = script("generate.py", once, "--ema", "--legacy_checkpoint", "latest.pt")
+    wrong = script("generate.py", tmp_path, "--ema", "--legacy_checkpoint", "latest.pt")
     assert wrong.returncode == WRONG_USE and "a single file has none" in wrong.stderr
