@@ -15,6 +15,8 @@ import pytest
 from core.data.corpus import find_source, open_corpus
 from core.data.dataloader import DataLoader
 from core.data.token_shards import read_shard
+from core.errors import CheckpointError
+from data import prepare as script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data" / "prepare.py"
 
@@ -99,24 +101,20 @@ def test_vocabulary_of_a_checkpoint_can_be_used(tmp_path):
     assert read_shard(tmp_path / "set/train_000000.bin").tolist() == [1, 0, 1, 0] * 20
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "expected"),
-    [
-        (("none.txt", "--output_dir", "set"), 1, "error: none.txt: not there"),
-        (("a.txt", "--output_dir", "a.txt/set"), 1, "Not a directory"),
-        (("a.txt", "--output_dir", "set", "--tokenization", "gtp2"), 1, "error: gtp2: No such file"),
-        (
-            ("a.txt", "--output_dir", "set", "--val_fraction", "1"),
-            2,
-            "found 1, expected a number of at least 0 and below 1",
-        ),
-        (("a.txt", "--output_dir", "set", "--shard_tokens", "0"), 2, "found 0, expected a whole number from 1"),
-        (("a.txt",), 2, "--output_dir"),
-    ],
-)
-def test_bad_input_is_one_sentence(tmp_path, words, code, expected):
-    (tmp_path / "a.txt").write_text("some words\n" * 50)
-    done = prepare(tmp_path, *words)
-    assert done.returncode == code
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
+BAD = {
+    "none.txt --output_dir set": (CheckpointError, "none.txt: not there"),
+    "a.txt --output_dir a.txt/set": (CheckpointError, "Not a directory"),
+    "a.txt --output_dir set --tokenization gtp2": (CheckpointError, "gtp2: No such file"),
+    "a.txt --output_dir set --val_fraction 1": (SystemExit, "found 1, expected a number of at least 0 and below 1"),
+    "a.txt --output_dir set --shard_tokens 0": (SystemExit, "found 0, expected a whole number from 1"),
+    "a.txt": (SystemExit, "--output_dir"),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_sentence(home, capsys, words):
+    (home / "a.txt").write_text("some words\n" * 50)
+    error, said = BAD[words]
+    with pytest.raises(error) as ended:
+        script.main(words.split())
+    assert said in f"{ended.value}\n{capsys.readouterr().err}" and "\n" not in str(ended.value)
