@@ -52,10 +52,6 @@ MISFITS = {
 }
 
 
-def misfits(folder: Path, fields: list[str], file: str) -> list[str]:
-    return [MISFITS[field][1].format(file=file) for field in fields]
-
-
 @pytest.mark.parametrize("field", MISFITS)
 def test_field_that_does_not_fit_says_both_values_and_the_one_that_would(old, folder, field):
     value, said = MISFITS[field]
@@ -117,13 +113,6 @@ TOKENIZERS = {
     "too many characters": ({"chars": [*CHARS, "x", "y"]}, "19 characters, but vocab_size is 17"),
     "far too few rows for gpt2": (GPT2, "gpt2 has 50257 ids, but vocab_size is 17"),
     "unknown kind": ({"token_kind": "bert"}, "token_kind is 'bert', expected char, gpt2 or hf"),
-    "no kind": ({"token_kind": None}, "token_kind is None, expected char, gpt2 or hf"),
-    "no list": ({"chars": "".join(CHARS)}, "expected a list of characters"),
-    "numbers": ({"chars": list(range(17))}, "chars[0] is 0, expected one character"),
-    "a character twice": (
-        {"chars": [CHARS[0], *CHARS[:-1]]},
-        "chars[1] is '\\n', which is chars[0] too; expected each",
-    ),
 }
 
 

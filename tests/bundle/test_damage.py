@@ -12,11 +12,9 @@ from tests.makers.models import (
     SMALL,
     equal,
     flip,
-    kept,
     manager,
     save_steps,
     started,
-    state_of,
     train_and_save,
     weights,
 )
@@ -31,16 +29,6 @@ def test_the_step_named_as_the_newest_intact_one_is_checked_first(tmp_path):
     flip(tmp_path / "dante/step_00000001/model.pt", 4000)
     with pytest.raises(CheckpointDamaged, match=r"dante/model\.pt: .* No intact older step is kept\.$"):
         CheckpointManager.load_for_inference("dante", tmp_path)
-
-
-def test_training_after_a_walk_back_commits_on_and_keeps_the_good_step(tmp_path):
-    save_steps(tmp_path, 2)
-    flip(tmp_path / "dante/optimizer.pt", 4000)
-    made, model, optimizer = started(tmp_path)
-    assert model.step == 1
-    train_and_save(made, model, optimizer, 1)
-    assert state_of(tmp_path / "dante")["step"] == 2
-    assert kept(tmp_path / "dante") == ["step_00000001"]
 
 
 def test_a_step_that_lost_its_training_state_is_not_trained_on_as_step_0(tmp_path):

@@ -21,21 +21,10 @@ from core.bundle.lock import hold
 from core.bundle.verify import verify
 from core.errors import CheckpointLocked
 from tests.makers.limits import wait_until
+from tests.makers.locks import HOLDER, locked
 
 if lock.KERNEL_LOCKS:
     import fcntl
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from core.bundle import lock
-from core.bundle.bundle import open_bundle
-from core.bundle.verify import verify
-lock.KERNEL_LOCKS = sys.argv[2] == "kernel"
-with lock.hold(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture(params=["kernel", "file"])
@@ -48,14 +37,8 @@ def kind(request, monkeypatch):
 
 @pytest.fixture
 def holder(tmp_path, kind):
-    root = Path(lock.__file__).parents[2]
-    child = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path), kind], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert child.stdout.readline() == b"held\n"
-    yield child
-    child.kill()
-    child.communicate()
+    with locked(tmp_path, kind) as child:
+        yield child
 
 
 def test_a_living_writer_is_named_with_process_and_host(tmp_path, holder):

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from core.bundle.training_state import FIELDS, TrainingState, seal, unseal
-from core.containers.json_files import parse_json
 from core.errors import CheckpointDamaged, CheckpointMismatch
 
 STATE = {
@@ -71,27 +68,3 @@ def test_a_state_without_integrity_is_version_one_and_taken_as_it_is():
         "step": 30,
         "optimizer_file": "optimizer.pt",
     }
-
-
-def test_a_newer_format_is_refused_with_both_numbers():
-    with pytest.raises(
-        CheckpointMismatch, match=r"run/training_state.json: format_version 7, this program reads up to 3"
-    ):
-        unseal(b'{"step": 1, "format_version": 7}', "run/training_state.json")
-
-
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        (b"", "0 bytes"),
-        (b'{"step": 1', "10 bytes that are not valid JSON"),
-        (b"[1, 2]", "found a JSON list, expected an object"),
-        (b'{"step": 1, "step": 2}', "the key 'step' occurs 2 times"),
-        (b"\xff\xfe", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-    ],
-)
-def test_json_that_cannot_be_read_is_one_sentence_with_its_path(data, said):
-    with pytest.raises(CheckpointDamaged, match=said) as error:
-        parse_json(data, "run/config.json")
-    assert str(error.value).startswith("run/config.json: ")

@@ -9,7 +9,6 @@ from torch import nn
 from core.bundle.training_state import STATE
 from core.checkpoint import CheckpointManager
 from core.errors import CheckpointMismatch
-from core.networks.state_dict import export_optimizer_state
 from tests.makers.models import SMALL, equal, save_durably, started, tokenizer, weights
 
 
@@ -200,16 +199,3 @@ def test_a_gpt_saved_with_a_frozen_parameter_is_trained_on_whole_with_a_line(tmp
     assert f"{tmp_path / 'dante/optimizer.pt'}: {said}" in lines
     assert equal(moments(resumed, moved), moments(model, optimizer))
     assert sum(len(g["params"]) for g in moved.param_groups) == len(list(resumed.parameters()))
-
-
-def test_a_gpt_whose_parameter_is_frozen_now_drops_its_moments(tmp_path):
-    _, model, optimizer = started(tmp_path)
-    ids = torch.arange(8).reshape(1, 8)
-    model(ids, ids)[1].backward()
-    optimizer.step()
-    state, lines = export_optimizer_state(optimizer, model), []
-    model.ln_f.weight.requires_grad_(False)
-    again = model.configure_optimizer(1e-3, optimizer_state=state, say=lines.append)
-    assert lines == ["dropped: the moments of 1 parameter (ln_f.weight), no longer in the optimizer"]
-    names = [name for g in again.param_groups for name in g["param_names"]]
-    assert "ln_f.weight" not in names and len(names) == len(list(model.parameters())) - 1

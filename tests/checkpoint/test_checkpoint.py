@@ -53,14 +53,6 @@ def test_resume_restores_every_bit_of_weights_and_moments(tmp_path):
         assert equal(a, b)
 
 
-def test_the_optimizer_file_names_every_parameter(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    groups = torch.load(tmp_path / "dante/optimizer.pt", weights_only=True)["param_groups"]
-    named = [name for group in groups for name in group["param_names"]]
-    assert sorted(named) == sorted(name for name, _ in model.named_parameters())
-
-
 def test_keep_best_every_and_resumed_from_stay_and_the_rest_goes(tmp_path):
     save_steps(tmp_path, 3, keep=2, val_loss=lambda step: 1.0 if step == 2 else 2.0)
     made, model, optimizer = started(tmp_path, keep=2, keep_every=5)
@@ -92,17 +84,6 @@ def test_the_same_state_at_the_same_step_again_changes_nothing(tmp_path):
     save_durably(made, model, optimizer, step=2)
     assert before == {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in before}
     assert kept(tmp_path / "dante") == ["step_00000001"]
-
-
-def test_another_state_at_the_same_step_replaces_it_and_keeps_the_first(tmp_path):
-    made, model, optimizer = started(tmp_path)
-    train_and_save(made, model, optimizer, 1)
-    first = weights(model)
-    with torch.no_grad():
-        model.ln_f.weight += 1
-    save_durably(made, model, optimizer, step=1)
-    assert equal(torch.load(tmp_path / "dante/model.pt", weights_only=True), model.state_dict())
-    assert equal(torch.load(tmp_path / "dante/step_00000001/model.pt", weights_only=True), first)
 
 
 def test_hand_edited_wishes_survive_saves_and_hold_on_resume(tmp_path):

@@ -204,13 +204,6 @@ def test_upstream_single_file_gives_its_logits(fixtures, filename):
     torch.testing.assert_close(logits(ours, ids), wanted, atol=1e-5, rtol=0)
 
 
-def test_upstream_bundle_gives_its_logits(fixtures):
-    ids, wanted = expected(fixtures)
-    ours = CheckpointManager.load_for_inference("bundle", fixtures)
-    assert ours.step == 30
-    torch.testing.assert_close(logits(ours, ids), wanted, atol=1e-5, rtol=0)
-
-
 def test_upstream_bf16_bundle_gives_the_logits_of_its_rounded_weights(fixtures):
     ids, wanted = expected(fixtures)
     ours = CheckpointManager.load_for_inference("bundle_v2_bf16", fixtures)

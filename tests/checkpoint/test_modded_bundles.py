@@ -85,19 +85,6 @@ def test_a_config_that_does_not_fit_the_weights_is_refused_with_names_and_shapes
         CheckpointManager.load_for_inference("speed", tmp_path)
 
 
-def test_generate_writes_with_both_classes_and_says_the_same(tmp_path):
-    flex = flex_model()
-    saved(tmp_path, flex, "one")
-    saved(tmp_path, flex.batched(), "two")
-    texts = []
-    for name in ("one", "two"):
-        flags = ("--model_name", name, "--checkpoint_root", tmp_path, "--seed", 4, "--max_new_tokens", 40)
-        ran = script("generate", *flags, cwd=tmp_path)
-        assert ran.returncode == 0, ran.stderr
-        texts.append(ran.stdout)
-    assert texts[0] == texts[1] and len(texts[0].strip()) >= 30
-
-
 def test_generate_writes_from_a_file_of_the_program(tmp_path, shared):
     path = upstream_file(tmp_path / "state_step001770.pt", vocab=50304)
     flags = ["--checkpoint", path, "--tokenization", "gpt2", "--bpe_file", shared / "data/gpt2.tiktoken", "--seed", 1]

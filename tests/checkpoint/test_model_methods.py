@@ -94,7 +94,7 @@ def test_a_tied_head_stays_tied_through_save_and_load(tmp_path):
 
 
 def test_fit_as_in_the_readme_saves_into_its_folder(tmp_path, model):
-    from tests.training.test_resume import loader
+    from tests.makers.runs import loader
 
     optimizer = model.configure_optimizer(learning_rate=1e-3)
     result = model.fit(

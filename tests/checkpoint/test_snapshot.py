@@ -408,19 +408,6 @@ def test_what_a_file_system_lacks_changes_no_byte(tmp_path, monkeypatch, small_b
     assert here == {name: (tmp_path / "other" / name).read_bytes() for name in here}
 
 
-def test_short_writes_are_continued(tmp_path, monkeypatch, small_blocks):
-    def short(call, *args):
-        if call is os.pwrite:
-            return call(args[0], args[1][: max(512, len(args[1]) // 2 // 512 * 512)], args[2])
-        return call(*args)
-
-    made, model, optimizer = started(tmp_path)
-    update(model, optimizer)
-    monkeypatch.setattr(DISK, "change", short)
-    save_durably(made, model, optimizer, step=1)
-    assert equal(on_disk(tmp_path / "dante")["model"], model.state_dict())
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 def test_on_a_gpu_the_copy_is_made_beside_the_computation_and_equals_the_state_at_save(tmp_path):

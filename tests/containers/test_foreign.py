@@ -111,19 +111,6 @@ def test_a_config_of_a_module_that_no_longer_exists_gives_its_attributes(tmp_pat
     assert "vanished_trainer.GPTConfig" in as_text(value)
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_torch_file_with_such_a_config_gives_it_beside_its_tensors(tmp_path, zipped, protocol):
-    buffer = io.BytesIO()
-    with module(tmp_path, CLASSES["dataclass"]) as vanished:
-        content = {"model_state_dict": {"w": torch.ones(2)}, "config": vanished.GPTConfig(**FIELDS), "step": 3}
-        torch.save(content, buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
-    archive = open_torch_file(buffer, "x.pt")
-    assert attributes(archive.content["config"]) == FIELDS
-    assert list(archive.tensors) == ["model_state_dict.w"]
-    assert foreign_calls([archive.content, archive.unused]) == []
-
-
 def test_a_frozen_dataclass_with_slots_writes_no_names(tmp_path):
     source = CLASSES["dataclass with slots"].replace("slots=True", "slots=True, frozen=True")
     with module(tmp_path, source) as vanished:

@@ -73,15 +73,6 @@ def test_the_bin_of_a_fixture_opens_as_a_folder_with_its_shared_head(shared, nam
     assert (specs["lm_head.weight"].storage == specs[embedding].storage) == tied == (name != "hf_llama_gqa_untied")
 
 
-def test_sharded_and_whole_are_the_same_tensors(shared):
-    whole, sharded = (open_container(shared / "fixtures" / name) for name in ("hf_gpt2", "hf_gpt2_sharded"))
-    shapes = [{name: (spec.dtype, spec.shape) for name, spec in c.tensors.items()} for c in (whole, sharded)]
-    assert shapes[0] == shapes[1]
-    assert {spec.file for spec in sharded.tensors.values()} == {
-        f"model-{i:05}-of-00010.safetensors" for i in range(1, 11)
-    }
-
-
 def test_an_index_by_itself_opens_its_folder(folder):
     assert open_container(folder / INDEX) == open_container(folder)
     (folder / INDEX).rename(folder / "other.safetensors.index.json")

@@ -25,7 +25,6 @@ from core.containers.step_folder import is_step_folder, open_step_folder
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from tests.makers.containers import assert_same, checksum_fails, tensor, write_ranks
 from tests.makers.dcp_folders import save
-from tests.makers.doors import Shell
 from tests.makers.torch_files import bits, flattened
 
 
@@ -210,20 +209,6 @@ def test_a_part_of_another_size_than_its_place_is_refused(tmp_path):
 def test_no_files_of_ranks(tmp_path):
     with pytest.raises(CheckpointNotFound, match=r"no rank files here, expected model_rank00000\.pt"):
         open_rank_files(tmp_path)
-
-
-def test_what_any_rank_wants_to_call_is_reported_and_not_called(tmp_path):
-    folder = tmp_path / "x"
-    folder.mkdir()
-    code = Shell(tmp_path / "executed")
-    write_ranks(folder, (2,), {"w": (torch.ones(4), (Shard(0),))}, plain=lambda rank: {"x": code} if rank else {})
-    file = folder / "model_rank00000.pt"
-    data = torch.load(file, weights_only=False)
-    data["w"]._spec.mesh._mesh_dim_names = code  # inside of a record that is known
-    torch.save(data, file)
-    container = open_rank_files(folder)
-    assert container.foreign == [f'posix.system("touch {tmp_path / "executed"}")']
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 # the folder of a step

@@ -29,20 +29,6 @@ def test_zips_and_streams_are_opened_as_what_they_are(data, kind):
     assert_same_as_torch(data, archive)
 
 
-@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "stream"])
-def test_optimizer_state_is_read_with_its_plain_values(is_zip):
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 7, "args": None}
-    data = saved(content, _use_new_zipfile_serialization=is_zip)
-    archive = opened(data)
-    assert_same_as_torch(data, archive)
-    assert archive.content["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
-    assert archive.content["step"] == 7
-
-
 @pytest.mark.parametrize("data", [ZIP, STREAM], ids=["zip", "stream"])
 def test_opening_imports_neither_torch_nor_pickle(data):
     code = (

@@ -11,9 +11,9 @@ from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, FAILED
 from tests.conftest import ROOT
 from tests.makers.models import equal
+from tests.makers.runs import bits, same
 from tests.scripts.test_train import ENVIRONMENT
 from tests.training.test_ema import average, go_on
-from tests.training.test_resume import bits, same
 
 
 def convert(source, target, *words):

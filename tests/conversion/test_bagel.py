@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +10,8 @@ import torch
 
 import convert_checkpoints
 from core.errors import CheckpointDamaged, CheckpointMismatch
-from tests.conftest import ROOT
 from tests.makers import bagel
-from tests.makers.conversions import converted, index_of
+from tests.makers.conversions import Killed, MortalDisk, converted, index_of
 from tests.makers.torch_files import bits
 
 PATCHES = "vit_model.vision_model.embeddings.patch_embedding.weight"
@@ -202,54 +197,26 @@ def test_proof_sees_a_wrong_byte_of_the_original_and_of_the_step(pair, tmp_path,
         assert list(tmp_path.iterdir()) == []
 
 
-# kill -9
-
-
-KILLED = """
-import os, signal, sys
-import convert_checkpoints
-from core.bundle.storage import DISK
-
-left, real = int(sys.argv[1]), DISK.change
-
-def change(call, *args):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return real(call, *args)
-
-DISK.change = change
-code = convert_checkpoints.main(sys.argv[2:])
-print(int(sys.argv[1]) - left, file=sys.stderr)
-sys.exit(code)
-"""
-"""Converts, and is killed by its own hand before one of the calls that change the disk; without that says how many."""
-
-
-def test_a_killed_conversion_leaves_nothing_to_be_seen_and_can_be_run_again(pair, tmp_path):
+def test_a_killed_conversion_leaves_nothing_to_be_seen_and_can_be_run_again(pair, tmp_path, monkeypatch):
     """Before calls spread over all: before, during and after writing, and while the configs are copied."""
-    words = [str(pair.step), "made.safetensors", "--to", "safetensors", "--match_original", str(pair.original)]
+    target, disk = tmp_path / "made.safetensors", MortalDisk(monkeypatch)
 
-    def convert_until(call: int) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-c", KILLED, str(call), *words], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+    def convert() -> None:
+        converted(pair.step, target, "safetensors", more={"match_original": pair.original})
 
-    whole = convert_until(10**9)
-    assert whole.returncode == 0, whole.stderr
-    calls = int(whole.stderr.split()[-1])
+    convert()
+    expected, calls = target.read_bytes(), disk.calls
     assert calls >= 16
-    target = tmp_path / "made.safetensors"
-    expected = target.read_bytes()
     for k in range(8):
         target.unlink(missing_ok=True)
-        assert convert_until(calls * k // 8).returncode == -signal.SIGKILL
+        disk.live(calls * k // 8)
+        with pytest.raises(Killed):
+            convert()
         assert not target.exists() or target.read_bytes() == expected
         visible = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".convert-")}
         assert visible <= {*bagel.COPIED, target.name}
     target.unlink(missing_ok=True)
-    assert convert_until(10**9).returncode == 0
+    disk.live()
+    convert()
     assert target.read_bytes() == expected
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".convert-")] == []

@@ -12,12 +12,12 @@ import torch
 
 import convert_checkpoints
 from core.bundle.commit import ModelFolder
-from core.bundle.lock import hold
 from core.bundle.storage import DISK
 from core.conversion.migration.plan import BUNDLE, FAILED
 from core.errors import CheckpointMismatch
 from tests.makers.doors import Shell
 from tests.makers.generations import fuse
+from tests.makers.locks import locked
 from tests.makers.migrations import bits, edit, listing, migrated, plain, write
 from tests.makers.models import flip, state_of
 from tests.makers.old_runs import assert_same_bits
@@ -62,20 +62,10 @@ def test_folder_in_which_a_trainer_writes_fails_alone(tmp_path, capsys):
     root = tmp_path / "checkpoints"
     for name in ("busy", "free"):
         write(root / name, "latest.pt", 30)
-    ready, done = os.pipe(), os.pipe()
-
-    pid = os.fork()
-    if pid == 0:
-        with hold(root / "busy"):
-            os.write(ready[1], b"x")
-            os.read(done[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    code = convert_checkpoints.main(["--checkpoint_root", str(root)])
-    os.write(done[1], b"x")
-    os.waitpid(pid, 0)
+    with locked(root / "busy") as trainer:
+        code = convert_checkpoints.main(["--checkpoint_root", str(root)])
     shown = capsys.readouterr()
-    assert code == 1 and f"error: {root / 'busy'}: process {pid} on" in shown.err
+    assert code == 1 and f"error: {root / 'busy'}: process {trainer.pid} on" in shown.err
     assert not (root / "busy" / "model.pt").exists() and (root / "free" / "model.pt").exists()
     assert convert_checkpoints.main(["--checkpoint_root", str(root)]) == 0
 

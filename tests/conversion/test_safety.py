@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zlib
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,9 +21,9 @@ from core.conversion import writing as engine
 from core.conversion.plan import Options, Plan
 from core.conversion.planning import plan_conversion
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
-from tests.conftest import ROOT
-from tests.makers.conversions import converted, tensors_of
+from tests.makers.conversions import Killed, MortalDisk, converted, tensors_of
 from tests.makers.doors import Shell
+from tests.makers.locks import locked
 
 
 @pytest.fixture
@@ -47,42 +45,24 @@ def names(folder: Path) -> list[str]:
 def test_a_conversion_killed_before_any_change_of_the_disk_leaves_nothing_visible(
     source, tmp_path, to, target, monkeypatch
 ):
-    class Killed(BaseException):
-        pass
-
-    calls = 0
-    real = DISK.change
-
-    def change(call, *args):
-        nonlocal calls
-        calls += 1
-        if calls > limit:
-            raise Killed
-        return real(call, *args)
-
     converted(source, tmp_path / "good" / target, to)
-    good = tensors_of(tmp_path / "good" / target)
+    good, disk, work = tensors_of(tmp_path / "good" / target), MortalDisk(monkeypatch), tmp_path / "work"
     limit, done = 0, False
     while not done:
-        calls = 0
-        with monkeypatch.context() as patched:
-            patched.setattr(DISK, "change", change)
-            try:
-                converted(source, tmp_path / "work" / target, to)
-                done = True
-            except Killed:
-                pass
-        there = names(tmp_path / "work") if (tmp_path / "work").exists() else []
-        visible = [name for name in there if not name.startswith(".")]
+        disk.live(limit)
+        try:
+            converted(source, work / target, to)
+            done = True
+        except Killed:
+            pass
+        disk.live()
+        visible = [name for name in names(work) if not name.startswith(".")] if work.exists() else []
         assert visible in ([], [target])
-        if visible:  # killed behind the commit: it is whole
-            assert tensors_of(tmp_path / "work" / target) == good
-            shutil.rmtree(tmp_path / "work")
-            limit += 3
-            continue
-        converted(source, tmp_path / "work" / target, to)
-        assert names(tmp_path / "work") == [target] and tensors_of(tmp_path / "work" / target) == good
-        shutil.rmtree(tmp_path / "work")
+        if not visible:  # else killed behind the commit
+            converted(source, work / target, to)
+            assert names(work) == [target]
+        assert tensors_of(work / target) == good
+        shutil.rmtree(work)
         limit += 3
     assert limit > 10
 
@@ -310,15 +290,10 @@ def test_what_is_there_is_not_overwritten_unless_asked_and_then_moved_aside(sour
 
 def test_a_folder_that_a_trainer_writes_in_is_not_moved_aside(shared, tmp_path):
     bundle = Path(shutil.copytree(shared / "fixtures/lecture_char/bundle", tmp_path / "dante"))
-    program = "import sys; from pathlib import Path; from core.bundle.lock import hold\n"
-    program += "with hold(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
-    with subprocess.Popen([sys.executable, "-c", program, str(bundle)], **pipes) as trainer:
-        assert trainer.stdout.readline() == b"held\n"
+    with locked(bundle) as trainer:
         with pytest.raises(CheckpointLocked, match=rf"{bundle}: process {trainer.pid} on .* has been writing here"):
             converted(shared / "fixtures/nanogpt_char_biasFalse/ckpt.pt", bundle, "bundle", overwrite=True)
         assert names(tmp_path) == ["dante"]
-        trainer.communicate(b"")
     converted(shared / "fixtures/nanogpt_char_biasFalse/ckpt.pt", bundle, "bundle", overwrite=True)
     (aside,) = tmp_path.glob("aside_dante_*")
     assert (aside / "model.pt").read_bytes() == (shared / "fixtures/lecture_char/bundle/model.pt").read_bytes()

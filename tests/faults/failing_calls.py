@@ -1,16 +1,11 @@
-"""Let every storage call fail, once or from then on, and look what is said, what a reader finds and what comes next.
-
-python -m tests.faults.failing_calls FOLDER [NAME ...]
-"""
+"""Let every storage call fail, once or from then on, and look what is said, what a reader finds and what comes next."""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import itertools
 import os
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -156,13 +151,3 @@ def run(folder: Path, names: Iterable[str] = CHOSEN, every: int = 1) -> Tally:
         tally.add(fail_everywhere(name, place, every))
         shutil.rmtree(place)
     return tally
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="*", default=CHOSEN)
-    args = parser.parse_args()
-    found = run(args.folder, args.names)
-    print("\n".join([str(found), *found.losses]))
-    sys.exit(bool(found.losses))

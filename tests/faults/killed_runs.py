@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tests.faults.tally import Tally
 from tests.makers.models import TEXT
-from tests.training.test_resume import best, bits, losses, same, start
+from tests.makers.runs import best, bits, losses, same
+from tests.training.test_resume import start
 
 NAME, KILLS, STEPS, SEED = "killed", 20, 500, 7
 LINE = [

@@ -252,7 +252,7 @@ def json_values(data: bytes, rng: random.Random, pool: list[bytes]) -> bytes:
     try:
         unseal(data, "x")
         if "integrity" in values:
-            data = _sealed(values)
+            data = sealed(values)
             return data.replace(b"{", b'{"deep": ' + b"[" * deep + b"]" * deep + b",", 1) if deep else data
     except (CheckpointError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
         pass
@@ -260,8 +260,8 @@ def json_values(data: bytes, rng: random.Random, pool: list[bytes]) -> bytes:
     return text.replace(b"{", b'{"deep": ' + b"[" * deep + b"]" * deep + b",", 1) if deep else text
 
 
-def _sealed(state: dict[str, Any]) -> bytes:
-    """A training state with its checksum, whatever is in it."""
+def sealed(state: dict[str, Any]) -> bytes:
+    """A training state with its checksum, which anybody can compute, whatever is in it."""
     unsealed = {**state, "integrity": {**state["integrity"], "self": None}}
     crc = zlib.crc32(json.dumps(unsealed, sort_keys=True, separators=(",", ":")).encode())
     return json.dumps({**state, "integrity": {**state["integrity"], "self": f"{crc:08x}"}}).encode()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import inspect_model
+from core.errors import CheckpointError
 from tests.hostile.assemble import FOUR, entry, items, safetensors, tensor, torch_zip
 
 
@@ -38,6 +42,17 @@ def folder_of(files: dict[str, bytes | str], links: dict[str, str] | None = None
         return folder
 
     return write
+
+
+def shown(*words: object) -> str:
+    """What inspect_model.py prints; it ends in one of two ways."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            assert inspect_model.main([str(word) for word in words]) in (0, 1)
+        except CheckpointError as error:  # which the script prints as one line
+            out.write(str(error))
+    return out.getvalue()
 
 
 WEIGHTS = {"0": FOUR}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import subprocess
@@ -16,22 +14,16 @@ import pytest
 
 from core.bundle.bundle import open_bundle
 from core.errors import CheckpointError
-from inspect_model import main
 from tests.conftest import ROOT
+from tests.fuzz.mutations import sealed
 from tests.hostile.assemble import FOUR, items, tensor, torch_zip
+from tests.hostile.case import shown
 
 CONFIG = {"n_layer": 1, "n_head": 1, "n_embd": 2, "block_size": 2, "vocab_size": 2, "dropout": 0.0, "bias": False}
 
 
 NAMES = ["../outside.pt", "/etc/passwd", "/dev/zero", "..", ".", "", "\0", "x" * 5000]
 ENTRIES = [None, 1, "x", [], {}, {"size": "x", "crc32": "zz"}, {"size": -1, "crc32": 5}]
-
-
-def sealed(state: dict[str, Any]) -> bytes:
-    """A training state with its checksum, which anybody can compute."""
-    unsealed = {**state, "integrity": {**state["integrity"], "self": None}}
-    crc = zlib.crc32(json.dumps(unsealed, sort_keys=True, separators=(",", ":")).encode())
-    return json.dumps({**state, "integrity": {**state["integrity"], "self": f"{crc:08x}"}}).encode()
 
 
 @pytest.fixture
@@ -51,17 +43,6 @@ def say(folder: Path, **changes: Any) -> None:
     files = {name: {"size": len(data), "crc32": f"{zlib.crc32(data):08x}"} for name, data in sizes.items()}
     state = {"step": 1, "format_version": 2, "integrity": {"files": {**files, **changes.pop("files", {})}}, **changes}
     (folder / "training_state.json").write_bytes(sealed(state))
-
-
-def shown(folder: Path, *words: str) -> str:
-    """What the command line prints; it ends in one of two ways."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            assert main([str(folder), *words]) in (0, 1)
-        except CheckpointError as error:
-            out.write(str(error))
-    return out.getvalue()
 
 
 def test_the_folder_is_sound_before_it_is_made_hostile(folder):

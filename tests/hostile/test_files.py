@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import subprocess
@@ -14,9 +12,9 @@ import pytest
 
 from core.containers.open import open_container
 from core.errors import CheckpointError
-from inspect_model import main
 from tests.conftest import ROOT
 from tests.hostile.assemble import torch_zip
+from tests.hostile.case import shown
 from tests.hostile.files import CASES
 from tests.hostile.pickles import PAYLOADS
 
@@ -69,26 +67,15 @@ def test_a_hostile_file_takes_less_than_a_second_and_200_megabytes(name, measure
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_command_line_shows_a_hostile_file_without_a_traceback(name, folder):
-    out = shown([str(CASES[name].write(folder))])
+    out = shown(CASES[name].write(folder))
     assert re.sub(r"[ -~\n]", "", out.encode("ascii", "xmlcharrefreplace").decode()) == ""
-
-
-def shown(words: list[str]) -> str:
-    """What the command line prints; it ends in one of two ways."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            assert main(words) in (0, 1)
-        except CheckpointError as error:  # which the script prints as one line
-            out.write(str(error))
-    return out.getvalue()
 
 
 @pytest.mark.parametrize("name", [*PAYLOADS])
 def test_the_command_line_shows_a_hostile_pickle(name, folder):
     (folder / "x.pt").write_bytes(torch_zip(PAYLOADS[name].data))
     for words in ([], ["--json"], ["--tensors"]):
-        said = shown([str(folder / "x.pt"), *words])
+        said = shown(folder / "x.pt", *words)
         assert ("nothing was executed" in said) != PAYLOADS[name].refused
     assert list(Path().iterdir()) == []
 

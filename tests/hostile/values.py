@@ -184,13 +184,6 @@ LISTS = {
         file(torch_zip(b"}(" + text("a.b") + tensor() + text("a") + items(b=tensor()) + b"u.", WEIGHTS)),
         refused="two tensors are called",
     ),
-    "copies of a shared list in calls": Case(
-        file(
-            torch_zip(b"](" + b"K\x01" * 5000 + b"eq\x000" + ORDERED + b"q\x010" + b"h\x01h\x00\x85R0" * 2000 + b"N.")
-        ),
-        refused="copy more than the file holds",
-    ),
-    "an empty pickle": Case(file(torch_zip(b"")), refused="it ends without STOP"),
     "a stream with an endless pickle": Case(file(torch_stream(b"(" * 5000, b"")), refused="does not end"),
     "a stream whose storages share a key": Case(
         file(torch_stream(b"N.", b"](" + text("0") * 2 + b"e.")), refused="names one of them twice"
@@ -209,50 +202,23 @@ def of_entry(*args: Any) -> Callable[[Path], Path]:
 
 SAFETENSORS = {
     "a header of 2**63 bytes": Case(tensors_file({}, length=1 << 63), refused="claims 9223372036854775808 bytes"),
-    "a header longer than the file": Case(tensors_file({}, length=10_000), refused="its header ends at byte 10008"),
-    "a header of nothing": Case(tensors_file(b""), refused="its header begins with"),
     "a header nested 100,000 deep": Case(tensors_file(b'{"a":' + b"[" * 100_000), refused="not valid JSON"),
     "a header nested 900 deep": Case(tensors_file(b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"), refused="expected dtype"),
     "a number of 5,000 digits in the header": Case(
         tensors_file(b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,16]}}'),
         refused="not valid JSON",
     ),
-    "one name twice": Case(
-        tensors_file(b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"w":{}}'), refused="occurs 2 times"
-    ),
-    "a negative size": Case(of_entry([-2, -2], 0, 16), refused="whole numbers of at least 0"),
-    "a size of 2**62": Case(of_entry([1 << 62], 0, 16), refused="has 16 bytes"),
-    "a product of 2**64": Case(of_entry([1 << 32, 1 << 32], 0, 16), refused="has 16 bytes"),
-    "an empty shape of 2**120": Case(of_entry([0, 1 << 60, 1 << 60], 0, 0), refused="has 0 bytes"),
     "sizes that are texts": Case(of_entry(["2", "2"], 0, 16), refused="whole numbers of at least 0"),
-    "sizes that are true": Case(of_entry([True, 4], 0, 16), refused="whole numbers of at least 0"),
     "sizes that are fractions": Case(of_entry([2.0, 2.0], 0, 16), refused="whole numbers of at least 0"),
     "10,000 sizes": Case(of_entry([1] * 10_000, 0, 16), refused="at most 64"),
-    "offsets in the wrong order": Case(of_entry([2, 2], 16, 0), refused="the smaller one first"),
-    "negative offsets": Case(of_entry([2, 2], -16, 0), refused="whole numbers of at least 0"),
     "offsets beyond the file": Case(of_entry([2, 2], 1 << 40, (1 << 40) + 16), refused="ends at byte"),
-    "tensors that overlap": Case(
-        tensors_file({"a": entry([2], 0, 8), "b": entry([2], 4, 12), "c": entry([1], 12, 16)}), refused="begins at"
-    ),
-    "bytes behind the tensors": Case(
-        tensors_file({"w": entry([2, 2], 0, 16)}, FOUR + RUN), refused="belong to nothing"
-    ),
-    "bytes between the tensors": Case(
-        tensors_file({"a": entry([1], 0, 4), "b": entry([1], 12, 16)}), refused="begins at"
-    ),
-    "an unknown dtype": Case(of_entry([2, 2], 0, 16, "PICKLE"), refused="has dtype"),
-    "a dtype that is a list": Case(of_entry([2, 2], 0, 16, ["F32"]), refused="has dtype"),
     "a pickle in the metadata": Case(
         tensors_file({"__metadata__": {"x": RUN.decode("latin1")}, "w": entry([2, 2], 0, 16)}), reported=""
-    ),
-    "metadata that is no text": Case(
-        tensors_file({"__metadata__": {"x": {"y": 1}}, "w": entry([2, 2], 0, 16)}), refused="expected texts"
     ),
     "an endless name in safetensors": Case(
         tensors_file({"w" * 100_000: entry([2, 2], 0, 16)}), refused="is not a valid name"
     ),
     "an escape sequence as a name": Case(tensors_file({"\x1b[2J\n": entry([2, 2], 0, 16)}), reported=""),
-    "half a character as a name": Case(tensors_file(b'{"\\ud800":{}}'), refused="is not a valid name"),
     "10,000 empty tensors": Case(
         tensors_file({f"w{i}": entry([0], 0, 0) for i in range(10_000)} | {"w": entry([4], 0, 16)}), reported=""
     ),

@@ -74,28 +74,6 @@ def flip_in_place(path: Path, byte: int, bit: int) -> None:
         file.write(bytes([value ^ 1 << bit]))
 
 
-@pytest.mark.parametrize("kind", ["pt", "bundle", "dcp"])
-def test_two_hundred_flipped_bits_are_found_and_their_tensors_named(tmp_path, kind, request):
-    container = (
-        request.getfixturevalue("bundle") if kind == "bundle" else {"pt": torch_zip, "dcp": dcp_folder}[kind](tmp_path)
-    )
-    clean = verify_container(container)
-    assert (clean.damaged, clean.replaced) == ([], [])
-    chance = random.Random(7)
-    for _ in range(200):
-        spec = chance.choice(list(container.tensors.values()))
-        block = chance.choice(spec.chunks or [spec])
-        path = place(container, block.file)
-        byte, bit = block.offset + chance.randrange(block.nbytes), chance.randrange(8)
-        flip_in_place(path, byte, bit)
-        found = verify_container(container)
-        flip_in_place(path, byte, bit)
-        (sentence,) = found.damaged
-        assert sentence.startswith(f"{path}: ") and spec.name in sentence.split(" is damaged (CRC32 ")[0]
-        assert found.replaced == []
-    assert verify_container(container).damaged == []
-
-
 def test_the_sentence_has_the_path_all_tied_names_and_both_checksums(tmp_path):
     container = torch_zip(tmp_path)
     spec = container.tensors["model.wte"]
@@ -206,30 +184,35 @@ def test_a_file_that_vanished_since_it_was_opened_is_said_and_the_others_are_ver
     assert 0 < found.checked_bytes < all_bytes
 
 
-def test_bytes_that_the_disk_cannot_read_are_named_with_their_tensor(tmp_path, monkeypatch):
-    container = torch_zip(tmp_path)
-    bad = container.tensors["model.h.2.w"]
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Have the disk refuse to read some ranges of bytes."""
     true_read = checksum.crc32_range
 
-    def read(descriptor, start, end):
-        if start <= bad.offset < end:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return true_read(descriptor, start, end)
+    def refuse(is_bad):
+        def read(descriptor, start, end):
+            if is_bad(start, end):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return true_read(descriptor, start, end)
 
-    monkeypatch.setattr(checksum, "crc32_range", read)
+        monkeypatch.setattr(checksum, "crc32_range", read)
+
+    return refuse
+
+
+def test_bytes_that_the_disk_cannot_read_are_named_with_their_tensor(tmp_path, unreadable):
+    container = torch_zip(tmp_path)
+    bad = container.tensors["model.h.2.w"]
+    unreadable(lambda start, end: start <= bad.offset < end)
     assert verify_container(container).damaged == [
         f"{tmp_path / 'a.pt'}: model.h.2.w is damaged (bytes {bad.offset} to {bad.offset + bad.nbytes} cannot be read: "
         "Input/output error)."
     ]
 
 
-def test_of_a_file_that_cannot_be_read_at_all_each_tensor_is_named(tmp_path, monkeypatch):
+def test_of_a_file_that_cannot_be_read_at_all_each_tensor_is_named(tmp_path, unreadable):
     container = torch_zip(tmp_path)
-
-    def read(descriptor, start, end):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(checksum, "crc32_range", read)
+    unreadable(lambda start, end: True)
     found = verify_container(container)
     assert len(found.damaged) == sum(1 for check in container.checks if check.crc32)
     assert all(sentence.endswith("cannot be read: Input/output error).") for sentence in found.damaged)
@@ -305,19 +288,12 @@ def test_a_file_that_grew_since_its_checksum_was_recorded_is_damaged(tmp_path):
     ]
 
 
-def test_bytes_between_records_that_cannot_be_read_are_damage(tmp_path, bundle, monkeypatch):
+def test_bytes_between_records_that_cannot_be_read_are_damage(tmp_path, bundle, unreadable):
     bundle.files = {"model.pt": bundle.files["model.pt"]}
     bundle.checks = [check for check in bundle.checks if check.file == "model.pt"]
     first, second, *_ = sorted(check.offset for check in bundle.checks)
     assert first == 0
-    true_read = checksum.crc32_range
-
-    def read(descriptor, start, end):
-        if start == 0 and end == second:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return true_read(descriptor, start, end)
-
-    monkeypatch.setattr(checksum, "crc32_range", read)
+    unreadable(lambda start, end: (start, end) == (0, second))
     found = verify_container(bundle)
     sentence = f"model.pt is damaged (bytes 0 to {second} cannot be read: Input/output error)."
     assert (found.damaged, found.replaced) == ([f"{tmp_path / 'dante/model.pt'}: {sentence}"], [])

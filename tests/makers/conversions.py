@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from core.bundle.storage import DISK
 from core.containers.container import Container
 from core.containers.open import open_container
 from core.containers.spec import ITEM_SIZES, TensorSpec, dense_strides
@@ -108,3 +111,26 @@ def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def index_of(folder: Path) -> dict:
     return json.loads((folder / "model.safetensors.index.json").read_text())
+
+
+class Killed(BaseException):
+    """The end of the process."""
+
+
+class MortalDisk:
+    """The disk of a process that may be killed: it counts the calls that change it, and after `left` none does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, self.left, real = 0, sys.maxsize, DISK.change
+
+        def change(call, *args):
+            if self.calls >= self.left:
+                raise Killed
+            self.calls += 1
+            return real(call, *args)
+
+        monkeypatch.setattr(DISK, "change", change)
+
+    def live(self, calls: int = sys.maxsize) -> None:
+        """Let so many calls pass from now on."""
+        self.calls, self.left = 0, calls

@@ -11,7 +11,7 @@ from core.config.gpt import GPTConfig
 from core.data.tokenizer import CharTokenizer, Gpt2Tokenizer
 from core.errors import InputError
 from core.model import GPT
-from core.networks.generation import generate, sample, start_ids, stream
+from core.networks.generation import sample, start_ids, stream
 
 VOCAB, BLOCK = 29, 16
 
@@ -206,11 +206,6 @@ def test_padding_rows_are_never_drawn(speaker):
     assert drawn.max() < 27 and max(likeliest) < 27
 
 
-def test_generation_in_bfloat16(model):
-    small = make().bfloat16()
-    assert len(small.generate([1], 40, seed=0)) == 41
-
-
 WRONG = [
     ({"temperature": -1.0}, r"temperature: found -1\.0"),
     ({"temperature": float("nan")}, r"temperature: found nan"),
@@ -252,10 +247,6 @@ def test_a_character_without_an_id_is_shown(speaker):
 def test_stream_refuses_several_sequences(model):
     with pytest.raises(InputError, match=r"found 3 sequences, expected 1"):
         next(stream(model, torch.zeros(3, 2, dtype=torch.int64), 5))
-
-
-def test_generate_is_bound_to_the_model():
-    assert GPT.generate is generate
 
 
 # Sampling

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.checkpoint import CheckpointManager
 from core.model import GPTBatched, GPTFlexAttention
-from core.pretrained import load_pretrained_checkpoint
 from tests.makers import modded_reference as reference
 from tests.makers.modded_models import VARIANTS, apart
 from tests.makers.modded_upstream import CASES, END, FILES, MEDIUM, SMALL, STEP5, case, saved
@@ -136,44 +134,6 @@ def test_a_state_dict_of_the_file_loads_and_comes_back_under_upstreams_names(sha
     assert next(iter(one.state)).startswith("_orig_mod."), "loading changed the caller's state dict"
     if file == "state_ws8_scalars64.pt":
         assert back["scalars"].shape == (64,)
-
-
-@pytest.mark.parametrize(("folder", "file"), FILES)
-@torch.no_grad()
-def test_what_we_save_loads_back_equal(shared, folder, file, tmp_path):
-    one = case(shared, folder, file, "multi_doc_win3")
-    model = one.flex(assign=True)
-    before, _ = model(one.ids, window=one.window)
-
-    path = tmp_path / "state_step000005.pt"  # as upstream writes it
-    torch.save({"step": 5, "code": "", "model": model.state_dict(), "optimizers": []}, path)
-    again = GPTFlexAttention.of_config(model.config)
-    again.load_state_dict(torch.load(path, weights_only=True)["model"], assign=True)
-    assert torch.equal(again(one.ids, window=one.window)[0], before)
-
-    model.step = 5
-    model.save_checkpoint_bundle(tmp_path / "saved")
-    bundled = CheckpointManager.load_for_inference("saved", tmp_path, device="cpu")
-    assert type(bundled) is GPTFlexAttention and bundled.step == 5
-    assert torch.equal(bundled(one.ids, window=one.window)[0], before)
-    ours, back = model.state_dict(), bundled.state_dict()
-    assert sorted(ours) == sorted(back)
-    assert all(ours[name].dtype == back[name].dtype and torch.equal(ours[name], back[name]) for name in ours)
-
-
-@pytest.mark.parametrize(("folder", "file"), FILES)
-@torch.no_grad()
-def test_loading_by_path_finds_the_variant_and_computes_the_same(shared, folder, file):
-    one = case(shared, folder, file, "one_doc_full")
-    lines: list[str] = []
-    model, info, content = load_pretrained_checkpoint(
-        shared / "fixtures" / folder / file, dtype=torch.float32, say=lines.append
-    )
-    assert info["variant"] == one.variant and info["num_heads"] == 1 and info["step"] == content["step"]
-    assert lines[0].startswith(f"Format: {one.variant} (")
-    logits, loss = model(one.ids[None], one.targets[None])
-    assert apart(logits[0, one.positions], one.expected["logits_fp32"]) < EXACT
-    assert loss.item() == pytest.approx(one.facts["loss_fp32"], rel=CLOSE)
 
 
 def test_the_fixtures_hold_what_these_tests_assume(shared):

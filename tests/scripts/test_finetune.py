@@ -103,37 +103,25 @@ def encoded(table, made, classes=CLASSES, length=64):
     return encode(table, classes, named_tokenizer(str(made / "tokenizer.json")), length)
 
 
-def test_killed_and_started_again_it_ends_with_the_same_bits(made, tmp_path):
-    flags = {
-        "dataset": made / "nli",
-        "num_epochs": 2,
-        "save_interval": 7,
-        "batch_size": 16,
-        "class_weights": "balanced",
-    }
-    whole = tune(made, tmp_path, "--json", **flags, model_name="whole")
-    assert whole.returncode == DONE, whole.stderr
-    command = [sys.executable, SCRIPT, *words(made, tmp_path, "--json", **flags, model_name="killed")]
-    for saved in ("saved step 7 ", "saved step 42 "):
-        run = subprocess.Popen(
-            command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-        )
-        said = b""
-        while saved.encode() not in said:
-            said += run.stderr.read1(4096)
-            assert run.poll() is None, said
-        said = b""
-        while b"/60" not in said:  # it makes a step or more that nobody saves
-            said += run.stderr.read1(4096)
-            assert run.poll() is None, said
-        run.kill()
-        run.communicate()
-    again = tune(made, tmp_path, "--json", **flags, model_name="killed")
-    assert again.returncode == DONE, again.stderr
-    assert "killed: resuming at step " in again.stderr and "epoch 2, step 60: validation loss" in again.stderr
-    assert again.stdout == whole.stdout
+def test_ended_in_mid_epoch_and_started_again_it_ends_with_the_same_bits(made, tmp_path, capsys, monkeypatch):
+    flags = {"num_epochs": 2, "save_interval": 2, "class_weights": "balanced"}
+    assert main(words(made, tmp_path, "--json", **flags, model_name="whole")) == DONE
+    report, save = capsys.readouterr().out, CheckpointManager.save
+
+    def ends_after_step_4(manager, *what, step, **more):
+        save(manager, *what, step=step, **more)
+        manager.wait()
+        if step == 4:
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(CheckpointManager, "save", ends_after_step_4)
+        main(words(made, tmp_path, "--json", **flags, model_name="ended"))
+    assert main(words(made, tmp_path, "--json", **flags, model_name="ended")) == DONE
+    again = capsys.readouterr()
+    assert "ended: resuming at step 4" in again.err and again.out == report
     for name in ("model.pt", "optimizer.pt", "metrics.jsonl", "tokenizer.json"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (tmp_path / "ended" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_a_signal_saves_and_the_same_line_goes_on_and_a_third_time_only_scores(made, tmp_path):

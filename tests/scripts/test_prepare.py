@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ import pytest
 from core.data.corpus import find_source, open_corpus
 from core.data.dataloader import DataLoader
 from core.data.token_shards import read_shard
-from tests.makers.limits import wait_until
+from core.errors import CheckpointError
+from data import prepare as script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data" / "prepare.py"
 
@@ -78,21 +78,6 @@ def test_folder_with_other_files_is_left_alone(tmp_path):
     assert not (tmp_path / "set.partial").exists()
 
 
-def test_killed_run_leaves_no_dataset_and_the_same_line_goes_through(tmp_path):
-    (tmp_path / "a.txt").write_text("a few words\n" * 4_000_000)
-    command = [sys.executable, str(SCRIPT), "a.txt", "--output_dir", "set", "--shard_tokens", "1000000"]
-    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: list(tmp_path.glob("set.partial/train_00000[1-9].bin")), child)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert (tmp_path / "set.partial").exists()
-    assert not (tmp_path / "set").exists()
-    (tmp_path / "a.txt").write_text("a few words\n" * 100)
-    assert prepare(tmp_path, "a.txt", "--output_dir", "set").returncode == 0
-    assert len(open_corpus(find_source(None, tmp_path / "set", None, "m")).train) == 1080
-    assert not (tmp_path / "set.partial").exists()
-
-
 def test_two_runs_at_once_make_one_dataset(tmp_path):
     (tmp_path / "a.txt").write_text("a few words\n" * 1_000_000)
     command = [sys.executable, str(SCRIPT), "a.txt", "--output_dir", "set"]
@@ -116,24 +101,20 @@ def test_vocabulary_of_a_checkpoint_can_be_used(tmp_path):
     assert read_shard(tmp_path / "set/train_000000.bin").tolist() == [1, 0, 1, 0] * 20
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "expected"),
-    [
-        (("none.txt", "--output_dir", "set"), 1, "error: none.txt: not there"),
-        (("a.txt", "--output_dir", "a.txt/set"), 1, "Not a directory"),
-        (("a.txt", "--output_dir", "set", "--tokenization", "gtp2"), 1, "error: gtp2: No such file"),
-        (
-            ("a.txt", "--output_dir", "set", "--val_fraction", "1"),
-            2,
-            "found 1, expected a number of at least 0 and below 1",
-        ),
-        (("a.txt", "--output_dir", "set", "--shard_tokens", "0"), 2, "found 0, expected a whole number from 1"),
-        (("a.txt",), 2, "--output_dir"),
-    ],
-)
-def test_bad_input_is_one_sentence(tmp_path, words, code, expected):
-    (tmp_path / "a.txt").write_text("some words\n" * 50)
-    done = prepare(tmp_path, *words)
-    assert done.returncode == code
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
+BAD = {
+    "none.txt --output_dir set": (CheckpointError, "none.txt: not there"),
+    "a.txt --output_dir a.txt/set": (CheckpointError, "Not a directory"),
+    "a.txt --output_dir set --tokenization gtp2": (CheckpointError, "gtp2: No such file"),
+    "a.txt --output_dir set --val_fraction 1": (SystemExit, "found 1, expected a number of at least 0 and below 1"),
+    "a.txt --output_dir set --shard_tokens 0": (SystemExit, "found 0, expected a whole number from 1"),
+    "a.txt": (SystemExit, "--output_dir"),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_sentence(home, capsys, words):
+    (home / "a.txt").write_text("some words\n" * 50)
+    error, said = BAD[words]
+    with pytest.raises(error) as ended:
+        script.main(words.split())
+    assert said in f"{ended.value}\n{capsys.readouterr().err}" and "\n" not in str(ended.value)

@@ -122,12 +122,3 @@ def test_the_loop_of_the_readme_saves_and_resumes(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "checkpoints/linear/training_state.json").read_text())["step"] == step
-
-
-def test_every_script_and_flag_the_readme_names_exists():
-    for script in ("train.py", "generate.py", "inspect_model.py", "convert_checkpoints.py"):
-        shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout
-        lines = re.findall(rf"python {re.escape(script)}([^\n`]*)", README)
-        assert lines, script
-        for line in lines:
-            assert [flag for flag in re.findall(r"--\w+", line) if flag not in shown] == []

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 
 import pytest
 import torch
 
 from core.bundle.training_state import seal
 from core.console.commandline import DONE, FAILED
-from core.data.dataloader import DataLoader
-from core.data.tokens import Tokens
 from core.errors import CheckpointMismatch
 from core.saving.torch_file import digest_of
 from core.training import certificate
-from core.training.fit import fit
 from core.training.schedule import Schedule
-from tests.makers.limits import wait_until
-from tests.makers.models import SMALL, TEXT, started, state_of, tokenizer
-from tests.scripts.test_train import ENVIRONMENT, command, train
+from tests.makers.models import SMALL, TEXT, started, state_of
+from tests.makers.runs import fitted, loader
+from tests.scripts.test_train import train
 
 KEPT = "resume is not exact; its weights and moments are. "
 
 
-def loader(text=TEXT * 50, seed=1, batch_size=4):
-    tokens = Tokens([tokenizer().encode(text)], vocab_size=tokenizer().vocab_size, where="test text")
-    return DataLoader(tokens, tokens, block_size=16, batch_size=batch_size, seed=seed)
+CURVE = Schedule("constant", 1e-2, 3)
 
 
-def go_on(root, end, *, config=SMALL, data=None, **settings):
+def go_on(root, end, *, config=SMALL, **settings):
     """Train up to a step in a manager of its own, as a new process would; returns the manager."""
-    made, model, optimizer = started(root, config={**config})
-    run = {"schedule": Schedule("constant", 1e-2, 3), "eval_interval": 100, "progress": False, **settings}
-    with made:
-        fit(model, data_loader=data or loader(), optimizer=optimizer, manager=made, max_iters=end, **run)
+    made, *trained = started(root, config={**config})
+    fitted((made, *trained), end, **{"schedule": CURVE, **settings})
     return made
 
 
@@ -59,8 +50,8 @@ def test_a_resume_of_the_same_run_is_said_to_be_exact(said):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"data": loader(seed=2)}, "Batches and dropout are drawn differently: seed 1 then, 2 now."),
-        ({"data": loader(batch_size=8)}, "The next batches differ: batch_size 4 then, 8 now."),
+        ({"data_loader": loader(seed=2)}, "Batches and dropout are drawn differently: seed 1 then, 2 now."),
+        ({"data_loader": loader(batch_size=8)}, "The next batches differ: batch_size 4 then, 8 now."),
         (
             {"gradient_accumulation_steps": 2},
             "The next batches differ: gradient_accumulation_steps 1 then, 2 now.",
@@ -92,7 +83,7 @@ def test_a_replaced_file_is_named_with_both_digests(said, tmp_path, name, value,
 
 
 def test_another_text_is_named(said):
-    line = said(data=loader(TEXT[9:] * 51))
+    line = said(data_loader=loader(TEXT[9:] * 51))
     assert line.startswith(f"{KEPT}The next batches differ: other tokens in step 4 (digest ")
 
 
@@ -119,9 +110,7 @@ def test_another_weight_decay_is_named_with_that_of_each_group(tmp_path, capsys,
     capsys.readouterr()
     made, model, optimizer = started(tmp_path)
     optimizer.param_groups[0]["weight_decay"] = 0.2
-    with made:
-        curve = Schedule("constant", 1e-2, 3)
-        fit(model, data_loader=loader(), optimizer=optimizer, manager=made, max_iters=4, schedule=curve, progress=False)
+    fitted((made, model, optimizer), 4, schedule=CURVE)
     said = "Updates are computed differently: weight_decay [0.1, 0.0] then, [0.2, 0.0] now."
     assert f"{KEPT}{said}\n" in capsys.readouterr().err
 
@@ -160,7 +149,7 @@ def test_the_same_tensors_in_another_file_are_exact(said, tmp_path):
 
 
 def test_several_differences_are_named_in_one_line(said):
-    line = said(data=loader(seed=2), gradient_accumulation_steps=2, config={**SMALL, "dropout": 0.2})
+    line = said(data_loader=loader(seed=2), gradient_accumulation_steps=2, config={**SMALL, "dropout": 0.2})
     for part in ("seed 1 then, 2 now", "gradient_accumulation_steps 1 then, 2 now", "dropout 0.1 then, 0.2 now"):
         assert part in line
 
@@ -191,10 +180,9 @@ def test_a_certificate_of_another_step_counts_for_nothing(tmp_path, capsys, one_
 
 
 def test_a_second_fit_in_the_same_process_is_no_resume(tmp_path, capsys, one_thread):
-    made, model, optimizer = started(tmp_path)
-    with made:
-        for end in (2, 4):
-            fit(model, data_loader=loader(), optimizer=optimizer, manager=made, max_iters=end, progress=False)
+    run = started(tmp_path)
+    for end in (2, 4):
+        fitted(run, end)
     assert "resume" not in capsys.readouterr().err
 
 
@@ -234,31 +222,22 @@ def test_strict_resume_goes_on_where_nothing_differs_and_refuses_before_anything
         r"dante: resume is not exact; its weights and moments are\. Batches .*: seed 1 then, 2 now\. This run asked"
     )
     with pytest.raises(CheckpointMismatch, match=refused):
-        go_on(tmp_path, 5, data=loader(seed=2), strict_resume=True)
+        go_on(tmp_path, 5, data_loader=loader(seed=2), strict_resume=True)
     after = {p: p.read_bytes() for p in (tmp_path / "dante").rglob("*") if p.is_file()}
     assert {p: d for p, d in after.items() if p.name != ".lock"} == {
         p: d for p, d in before.items() if p.name != ".lock"
     }
 
 
-def test_the_script_says_exact_after_a_kill_and_strict_resume_fails_for_an_edited_text(tmp_path):
+def test_the_script_refuses_a_strict_resume_with_an_edited_text_and_else_says_what_differs(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 40)
-    run = subprocess.Popen(
-        command(tmp_path, text, max_iters=100_000, save_interval=5, dropout=0.1), cwd=tmp_path, env=ENVIRONMENT,
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    wait_until((tmp_path / "default/training_state.json").exists, run)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
-    step = state_of(tmp_path / "default")["step"]
-    resumed = train(tmp_path, text, "--strict_resume", max_iters=step + 5)
-    assert resumed.returncode == DONE and "\nresume is exact\n" in resumed.stderr, resumed.stderr
+    assert train(tmp_path, text, max_iters=5, dropout=0.1).returncode == DONE
     text.write_text(TEXT * 39 + TEXT.replace("dark", "mark"))
     before = {p: p.read_bytes() for p in (tmp_path / "default").rglob("*.*") if p.is_file() and p.name != ".lock"}
-    refused = train(tmp_path, text, "--strict_resume", max_iters=step + 9)
+    refused = train(tmp_path, text, "--strict_resume", max_iters=9)
     assert refused.returncode == FAILED
     assert "The next batches differ: the text or tokens of text.txt were changed" in refused.stderr, refused.stderr
     assert before == {p: p.read_bytes() for p in before}
-    resumed = train(tmp_path, text, max_iters=step + 9)
+    resumed = train(tmp_path, text, max_iters=9)
     assert resumed.returncode == DONE and "resume is not exact; its weights and moments are. " in resumed.stderr

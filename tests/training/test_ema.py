@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -15,23 +14,20 @@ from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, FAILED, WRONG_USE
 from core.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound, InputError
 from core.training.ema import Ema
-from core.training.fit import fit
 from core.training.schedule import Schedule
 from tests.conftest import ROOT
 from tests.makers.models import SMALL, TEXT, copy, equal, flip, started, state_of
+from tests.makers.runs import bits, fitted, same
 from tests.scripts.test_train import ENVIRONMENT, train
-from tests.training.test_resume import bits, loader, same
+
+CURVE = Schedule("constant", 1e-2, 3)
 
 
 def go_on(root, *ends, ema=0.8, config=SMALL, **settings):
     """Train to each end in turn, each in a manager of its own."""
     for end in ends:
         made, model, optimizer = started(root, config=dict(config), keep=9)
-        with made:
-            fit(
-                model, data_loader=loader(), optimizer=optimizer, max_iters=end, manager=made, ema=ema, progress=False,
-                schedule=Schedule("constant", 1e-2, 3), eval_interval=100, eval_iters=1, **settings,
-            )  # fmt: skip
+        fitted((made, model, optimizer), end, ema=ema, schedule=CURVE, **settings)
     return made, model
 
 
@@ -108,13 +104,9 @@ def test_n_steps_and_then_m_give_the_average_of_n_plus_m_to_the_bit(tmp_path, on
 
 def test_two_calls_of_fit_in_one_process_give_the_same_average(tmp_path, one_thread):
     go_on(tmp_path / "once", 6)
-    made, model, optimizer = started(tmp_path / "twice")
-    with made:
-        for end in (3, 6):
-            fit(
-                model, data_loader=loader(), optimizer=optimizer, max_iters=end, manager=made, ema=0.8, progress=False,
-                schedule=Schedule("constant", 1e-2, 3), eval_interval=100, eval_iters=1,
-            )  # fmt: skip
+    run = started(tmp_path / "twice")
+    for end in (3, 6):
+        fitted(run, end, ema=0.8, schedule=CURVE)
     assert equal(average(tmp_path / "once"), average(tmp_path / "twice"))
 
 
@@ -186,17 +178,6 @@ def test_damage_in_the_average_is_found_before_use_named_and_walked_back_from(tm
     assert (aside / "ema.pt").exists()
 
 
-@pytest.mark.parametrize("cut", [0, 1, 4000, None])
-def test_a_cut_off_or_missing_average_is_found(tmp_path, one_thread, cut):
-    go_on(tmp_path, 2, 4)
-    path = tmp_path / "dante/ema.pt"
-    path.unlink() if cut is None else os.truncate(path, cut)
-    made = CheckpointManager("dante", tmp_path, say=lambda line: None)
-    with made.newest_intact() as bundle:
-        assert bundle.step == 2
-    made.close()
-
-
 def test_a_caller_saves_an_average_of_its_own(tmp_path):
     net = nn.Linear(3, 2)
     ema = Ema(net, 0.9)
@@ -223,27 +204,22 @@ def script(name, root, *words):
 def test_the_scripts_keep_it_without_the_flag_show_it_and_write_with_it(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 40)
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    once.mkdir(), twice.mkdir()
-    steep = {"ema": 0.9, "learning_rate": 0.05, "warmup_iters": 0}
-    assert train(once, text, max_iters=9, **steep).returncode == DONE
-    assert train(twice, text, max_iters=4, **steep).returncode == DONE
-    resumed = train(twice, text, max_iters=9)
+    assert train(tmp_path, text, max_iters=4, ema=0.9, learning_rate=0.05, warmup_iters=0).returncode == DONE
+    resumed = train(tmp_path, text, max_iters=9)
     assert resumed.returncode == DONE and "\nresume is exact\n" in resumed.stderr, resumed.stderr
-    assert (once / "default/ema.pt").read_bytes() == (twice / "default/ema.pt").read_bytes()
-    assert state_of(twice / "default")["training"]["ema"] == 0.9
-    off = train(twice, text, max_iters=12, ema=0)
-    assert "ema: 0.9 so far, 0.0 from now on" in off.stderr and not (twice / "default/ema.pt").exists()
-    shown = script("inspect_model.py", once)
+    assert state_of(tmp_path / "default")["training"]["ema"] == 0.9
+    shown = script("inspect_model.py", tmp_path)
     assert "ema       : an average of the weights, in ema.pt, of decay 0.9\n" in shown.stdout
-    files = json.loads(script("inspect_model.py", once, "--json", "--verify").stdout)["files"]
-    assert files["ema.pt"] == (once / "default/ema.pt").stat().st_size
+    files = json.loads(script("inspect_model.py", tmp_path, "--json", "--verify").stdout)["files"]
+    assert files["ema.pt"] == (tmp_path / "default/ema.pt").stat().st_size
     words = ["--max_new_tokens", "60", "--seed", "1", "--no_stream"]
-    plain, averaged = script("generate.py", once, *words), script("generate.py", once, "--ema", *words)
+    plain, averaged = script("generate.py", tmp_path, *words), script("generate.py", tmp_path, "--ema", *words)
     assert plain.returncode == averaged.returncode == DONE and plain.stdout != averaged.stdout
-    model = CheckpointManager.load_for_inference("default", once, ema=True)
+    model = CheckpointManager.load_for_inference("default", tmp_path, ema=True)
     assert averaged.stdout.rstrip("\n") == model.generate("", max_new_tokens=60, seed=1, temperature=0.8).rstrip("\n")
-    none = script("generate.py", twice, "--ema")
+    off = train(tmp_path, text, max_iters=12, ema=0)
+    assert "ema: 0.9 so far, 0.0 from now on" in off.stderr and not (tmp_path / "default/ema.pt").exists()
+    none = script("generate.py", tmp_path, "--ema")
     assert none.returncode == FAILED and "default/ema.pt: step 12 has no average" in none.stderr
-    wrong = script("generate.py", once, "--ema", "--legacy_checkpoint", "latest.pt")
+    wrong = script("generate.py", tmp_path, "--ema", "--legacy_checkpoint", "latest.pt")
     assert wrong.returncode == WRONG_USE and "a single file has none" in wrong.stderr

@@ -11,12 +11,10 @@ import pytest
 
 from core.console.signals import StopSignal
 from core.errors import SaveFailed
-from core.training.fit import fit
 from tests.makers.models import started
+from tests.makers.runs import fitted, loader, logged
 from tests.scripts.test_train import state
 from tests.scripts.test_train import text as text
-from tests.training.test_resume import loader
-from tests.training.test_signals import lines
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -33,11 +31,7 @@ def fit_with_failing(tmp_path, failing, steps=8, **settings):
         commit(stage)
 
     made._folder.commit = full_at
-    with made:
-        return fit(
-            model, data_loader=loader(), optimizer=optimizer, max_iters=steps, manager=made, eval_interval=100,
-            save_interval=1, progress=False, eval_iters=1, **settings,
-        )  # fmt: skip
+    return fitted((made, model, optimizer), steps, save_interval=1, **settings)
 
 
 def test_a_failed_save_is_said_and_training_goes_on(tmp_path, capsys):
@@ -50,7 +44,7 @@ def test_a_failed_save_is_said_and_training_goes_on(tmp_path, capsys):
             rf"Step {intact} is intact\. Training continues \(failed saves in a row: {count} of 3\)\.",
             said,
         ), said
-    assert lines(tmp_path / "dante").keys() == set(range(1, 9)) and state(tmp_path, "dante")["step"] == 8
+    assert logged(tmp_path / "dante").keys() == set(range(1, 9)) and state(tmp_path, "dante")["step"] == 8
 
 
 def test_too_many_failed_saves_in_a_row_end_the_run_and_the_last_step_is_intact(tmp_path):
@@ -86,8 +80,7 @@ def test_a_save_that_fails_in_an_evaluation_is_made_again_after_it(tmp_path, cap
         return val_batch(i)
 
     batches.val_batch = asking
-    with made:
-        fit(model, data_loader=batches, optimizer=optimizer, max_iters=5, manager=made, eval_iters=4, stop=stop)
+    fitted((made, model, optimizer), 5, data_loader=batches, eval_iters=4, stop=stop)
     assert "save of step 5 failed" in capsys.readouterr().err and not failures
     assert state(tmp_path, "dante")["step"] == 5
-    assert state(tmp_path, "dante")["val_loss"] == lines(tmp_path / "dante", "val_loss")[5]
+    assert state(tmp_path, "dante")["val_loss"] == logged(tmp_path / "dante", "val_loss")[5]

@@ -10,14 +10,16 @@ import torch
 
 from core.errors import CheckpointMismatch
 from core.loading.optimizer import configure_optimizer
-from core.training.fit import fit
 from core.training.grad_scaler import make_scaler
 from core.training.schedule import Schedule
 from tests.makers.models import SMALL, equal, manager, started, state_of, weights
-from tests.training.test_resume import bits, loader, same
+from tests.makers.runs import bits, fitted, same
 
 LIVELY = {"scale": 2.0**22, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 3, "_growth_tracker": 1}
 """A scale that is too high at first and soon again: steps without an update come at the start and in the middle."""
+
+
+CURVE = Schedule("cosine", 1e-2, 3, 30)
 
 
 def go_on(root, *ends, scaler=LIVELY, dtype=torch.float16, ema=0.9, loop=None, **settings):
@@ -29,12 +31,7 @@ def go_on(root, *ends, scaler=LIVELY, dtype=torch.float16, ema=0.9, loop=None, *
             optimizer = torch.optim.AdamW([{"params": pairs} for pairs in named], lr=1e-3, foreach=False)
         if scaler and not made.resumed:
             made.facts["scaler"] = scaler
-        with made:
-            fit(
-                model, data_loader=loader(), optimizer=optimizer, max_iters=end, manager=made, progress=False,
-                schedule=Schedule("cosine", 1e-2, 3, 30), eval_interval=100, eval_iters=1, dtype=dtype, ema=ema,
-                **settings,
-            )  # fmt: skip
+        fitted((made, model, optimizer), end, schedule=CURVE, dtype=dtype, ema=ema, **settings)
     return model, optimizer
 
 
@@ -71,10 +68,7 @@ def test_a_manager_that_went_back_goes_on_with_the_scale_and_the_tokens_of_that_
         for back in (2, 2):  # the second time over what this manager has saved itself
             made.go_back(back)
             model.step = made.load(model, optimizer)
-            fit(
-                model, data_loader=loader(), optimizer=optimizer, max_iters=4, manager=made, progress=False,
-                schedule=Schedule("cosine", 1e-2, 3, 30), eval_interval=100, eval_iters=1, dtype=torch.float16, ema=0.9,
-            )  # fmt: skip
+            fitted((made, model, optimizer), 4, schedule=CURVE, dtype=torch.float16, ema=0.9)
             again = state_of(tmp_path / "dante")
             for name in ("scaler", "tokens_seen"):
                 assert again[name] == first[name]
@@ -94,7 +88,7 @@ def test_a_skipped_step_takes_its_batch_and_its_rate_and_leaves_weights_and_coun
     go_on(tmp_path / "a", 16, loop=loop)
     made = 16 - len(skipped(tmp_path / "a"))
     assert {float(v) for k, v in bits(tmp_path / "a/dante")[1].items() if k.endswith("step")} == {float(made)}
-    assert log(tmp_path / "a")[2]["learning_rate"] == Schedule("cosine", 1e-2, 3, 30).at(1)
+    assert log(tmp_path / "a")[2]["learning_rate"] == CURVE.at(1)
 
 
 def test_going_on_in_another_dtype_is_said(tmp_path, one_thread, capsys):

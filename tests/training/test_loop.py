@@ -11,12 +11,11 @@ import torch
 
 from core.console.signals import StopSignal
 from core.training import loop
-from core.training.fit import fit
 from core.training.grad_scaler import SMALLEST
 from core.training.loop import LOG_INTERVAL
 from tests.makers.models import started
+from tests.makers.runs import fitted, loader, losses
 from tests.training.test_fp16 import LIVELY
-from tests.training.test_resume import loader, losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,21 +24,13 @@ def test_an_evaluation_between_saves_saves_nothing(tmp_path):
     made, model, optimizer = started(tmp_path)
     saved, save = [], made.save
     made.save = lambda *what, step, **more: (saved.append(step), save(*what, step=step, **more))[1]
-    with made:
-        fit(
-            model, data_loader=loader(), optimizer=optimizer, max_iters=9, manager=made, eval_interval=2, eval_iters=2,
-            save_interval=4, progress=False,
-        )  # fmt: skip
+    fitted((made, model, optimizer), 9, eval_interval=2, eval_iters=2, save_interval=4)
     assert saved == [4, 8, 9]
 
 
 def test_each_evaluation_says_the_mean_loss_of_the_steps_since_the_one_before(tmp_path, capsys):
     made, model, optimizer = started(tmp_path)
-    with made:
-        fit(
-            model, data_loader=loader(), optimizer=optimizer, max_iters=9, manager=made, eval_interval=4, eval_iters=1,
-            progress=False,
-        )  # fmt: skip
+    fitted((made, model, optimizer), 9, eval_interval=4, eval_iters=1)
     seen = losses(tmp_path)
     said = re.findall(r"step (\d+): train loss (\S+), val loss", capsys.readouterr().err)
     expected = [(first, last) for first, last in ((1, 4), (5, 8), (9, 9))]
@@ -64,11 +55,7 @@ def test_the_tokens_per_second_leave_out_what_a_save_and_an_evaluation_take(tmp_
     batches.batch = lambda *args: slow(1, batch, *args)
     batches.val_batch = lambda *args: slow(1000, val_batch, *args)
     made.save = lambda *args, **more: slow(1000, save, *args, **more)
-    with made:
-        fit(
-            model, data_loader=batches, optimizer=optimizer, max_iters=12, manager=made, eval_interval=6, eval_iters=1,
-            save_interval=3, progress=False,
-        )  # fmt: skip
+    fitted((made, model, optimizer), 12, data_loader=batches, eval_interval=6, eval_iters=1, save_interval=3)
     assert len(shown) == 5 and set(shown) == {"64 tokens/s"}, shown
 
 
@@ -79,11 +66,7 @@ def test_a_signal_in_the_first_step_waits_for_it_unless_it_is_being_compiled(tmp
     batches, stop, waits = loader(), StopSignal(), []
     batch = batches.batch
     batches.batch = lambda *args: (waits.append(stop.work_to_save), batch(*args))[1]
-    with made:
-        fit(
-            model, data_loader=batches, optimizer=optimizer, max_iters=3, manager=made, stop=stop, compile=compiles,
-            progress=False, eval_iters=1,
-        )  # fmt: skip
+    fitted((made, model, optimizer), 3, data_loader=batches, stop=stop, compile=compiles, eval_iters=1)
     assert waits[:3] == [not compiles, True, True] and not stop.work_to_save
 
 
@@ -92,8 +75,5 @@ def test_a_scale_that_overflows_at_the_smallest_is_still_one_that_may_be_too_hig
     with torch.no_grad():
         model.ln_f.weight[3] = float("nan")
     made.facts["scaler"] = LIVELY | {"scale": SMALLEST * 2**LOG_INTERVAL}
-    with made, pytest.raises(loop.TrainingDiverged, match=rf"step {LOG_INTERVAL + 1}: loss is nan\."):
-        fit(
-            model, data_loader=loader(), optimizer=optimizer, max_iters=99, manager=made, dtype=torch.float16,
-            progress=False,
-        )  # fmt: skip
+    with pytest.raises(loop.TrainingDiverged, match=rf"step {LOG_INTERVAL + 1}: loss is nan\."):
+        fitted((made, model, optimizer), 99, dtype=torch.float16)

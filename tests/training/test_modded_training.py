@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,8 +19,6 @@ from core.kinds.modded import fresh, open_origin
 from core.loading.modded import load_flex_checkpoint
 from core.networks.flex import GPTFlexAttention
 from core.networks.muon import configure_muon
-from tests.conftest import ROOT
-from tests.makers.limits import wait_until
 from tests.makers.models import TEXT, equal, save_durably, state_of, tokenizer
 
 SMALL, MEDIUM = "modded_small_16e2da07_d128h1_opt", "modded_medium_06743860_d128h1_opt"
@@ -70,25 +64,6 @@ def test_steps_and_a_resume_and_more_steps_are_all_steps(tmp_path, text, arch, c
     assert equal(whole, parts) and any(key.endswith("momentum_buffer") for key in whole)
     saved = json.loads((tmp_path / "parts/config.json").read_text())
     assert (saved["model_class"], saved["variant"]) == ("GPTFlexAttention", arch.removeprefix("flex_"))
-
-
-def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path, text):
-    flags = {"arch": "flex_small", "save_interval": 2, "eval_interval": 100}
-    line = words(tmp_path, text, **{**SIZES, **flags}, model_name="killed", max_iters=100_000)
-    run = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *line], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-    )  # fmt: skip
-    folder = tmp_path / "killed"
-    wait_until((folder / "training_state.json").exists, run)
-    first = state_of(folder)["step"]
-    wait_until(lambda: state_of(folder)["step"] > first, run)  # and in the middle of whatever it does now
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
-    reached = state_of(folder)["step"]
-    assert train(tmp_path, text, **flags, model_name="killed", max_iters=reached + 3) == DONE
-    assert train(tmp_path, text, **flags, model_name="whole", max_iters=reached + 3) == DONE
-    assert equal(bits(folder), bits(tmp_path / "whole"))
 
 
 def test_a_toy_learns_and_writes(tmp_path, text, capsys):

@@ -11,53 +11,23 @@ import sys
 import pytest
 import torch
 
-from core.data.dataloader import DataLoader
-from core.data.tokens import Tokens
 from core.errors import InputError, SaveFailed, TrainingDiverged
 from core.training.fit import fit
 from core.training.metrics import Metrics
 from core.training.schedule import Schedule
 from tests.conftest import ROOT
 from tests.makers.limits import wait_until
-from tests.makers.models import SMALL, TEXT, equal, started, tokenizer
-
-
-def loader(seed=1, block_size=16, batch_size=4):
-    ids = tokenizer().encode(TEXT * 50)
-    tokens = Tokens([ids], vocab_size=tokenizer().vocab_size, where="test text")
-    return DataLoader(tokens, tokens, block_size=block_size, batch_size=batch_size, seed=seed)
+from tests.makers.models import SMALL, TEXT, equal, started
+from tests.makers.runs import best, bits, fitted, loader, losses, same
 
 
 def train(root, *ends, name="dante", schedule=None, accumulation=1, compile=False, dropout=0.2):
     """Train to each end in turn, each in a manager of its own as a new process would."""
+    how = {"schedule": schedule or Schedule("constant", 1e-2, 3), "eval_interval": 5, "eval_iters": 2}
+    how |= {"gradient_accumulation_steps": accumulation, "compile": compile}
     for end in ends:
-        made, model, optimizer = started(root, name, {**SMALL, "dropout": dropout})
-        with made:
-            fit(
-                model,
-                data_loader=loader(),
-                optimizer=optimizer,
-                max_iters=end,
-                manager=made,
-                schedule=schedule or Schedule("constant", 1e-2, 3),
-                eval_interval=5,
-                eval_iters=2,
-                gradient_accumulation_steps=accumulation,
-                compile=compile,
-                progress=False,
-            )
+        fitted(started(root, name, {**SMALL, "dropout": dropout}), end, **how)
     return bits(root / name)
-
-
-def bits(folder):
-    model = torch.load(folder / "model.pt", weights_only=True)
-    state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
-    moments = {f"{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
-    return model, moments
-
-
-def same(a, b):
-    return equal(a[0], b[0]) and equal(a[1], b[1])
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -68,13 +38,6 @@ def test_n_steps_and_then_m_equal_n_plus_m_at_once(tmp_path, cut, accumulation):
     twice = train(tmp_path / "twice", cut, 12, schedule=cosine, accumulation=accumulation)
     assert same(once, twice)
     assert losses(tmp_path / "once") == losses(tmp_path / "twice")
-
-
-def losses(root, name="dante"):
-    lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1)), "duplicates or gaps"
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 @pytest.mark.slow
@@ -164,10 +127,6 @@ def start(root, text, line):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with root.with_suffix(".said").open("ab") as said:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=said)
-
-
-def best(root):
-    return json.loads((root / "killed/training_state.json").read_text())["best"]
 
 
 EVERYTHING = [

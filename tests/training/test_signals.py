@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -16,14 +15,14 @@ import pytest
 from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, FAILED, INTERRUPTED, STOPPED
 from core.console.signals import StopSignal
-from core.training.fit import FitResult, fit
+from core.training.fit import FitResult
 from tests.conftest import ROOT
 from tests.makers import ranks
 from tests.makers.limits import wait_until
 from tests.makers.models import started
+from tests.makers.runs import bits, fitted, loader, logged, same
 from tests.scripts.test_train import ENVIRONMENT, command, state, train, wait_for_steps
 from tests.scripts.test_train import text as text
-from tests.training.test_resume import bits, loader, same
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -49,16 +48,11 @@ def saved_step(run):
     return next((int(match[1]) for match in found if match), None)
 
 
-def lines(folder, key="loss"):
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in logged if key in line}
-
-
 def same_run(a, b):
     """Whether two runs have the same weights, moments and log, validation included."""
     assert same(bits(a), bits(b))
-    assert lines(a) == lines(b)
-    assert lines(a, "val_loss") == lines(b, "val_loss")
+    assert logged(a) == logged(b)
+    assert logged(a, "val_loss") == logged(b, "val_loss")
     return state(a.parent, a.name)["best"] == state(b.parent, b.name)["best"]
 
 
@@ -85,7 +79,7 @@ def test_stopped_at_random_moments_the_run_ends_with_the_bits_and_the_log_of_one
         if "nothing new to save" in said:  # no step was made yet
             continue
         step = int(re.findall(r"stopped by SIG\w+ after step (\d+), which is saved", said)[-1])
-        assert state(tmp_path, "stopped")["step"] == step == max(lines(tmp_path / "stopped"))
+        assert state(tmp_path, "stopped")["step"] == step == max(logged(tmp_path / "stopped"))
         stops.append(step)
     assert len(stops) >= 3 and stops == sorted(stops)
     assert same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -105,8 +99,8 @@ def test_a_save_asked_for_begins_at_the_end_of_the_step_and_training_goes_on(tmp
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=200)
     assert run.returncode == STOPPED
-    logged = lines(tmp_path / "default")
-    assert max(logged) == state(tmp_path)["step"] > step and len(logged) == max(logged)
+    steps = logged(tmp_path / "default")
+    assert max(steps) == state(tmp_path)["step"] > step and len(steps) == max(steps)
 
 
 @posix
@@ -126,7 +120,7 @@ from pathlib import Path
 import torch
 from core.training.fit import FitResult, fit
 from tests.makers.models import started
-from tests.training.test_resume import loader
+from tests.makers.runs import loader
 
 made, model, optimizer = started(Path(sys.argv[1]))
 def on_step(*_):
@@ -163,7 +157,7 @@ def test_evaluation_is_left_at_once_and_made_up_for_by_the_next_run(tmp_path, te
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=200)
     assert run.returncode == STOPPED and "stopped by SIGTERM after step 7, which is saved" in said
-    assert "val_loss" not in state(tmp_path) and lines(tmp_path / "default", "val_loss") == {}
+    assert "val_loss" not in state(tmp_path) and logged(tmp_path / "default", "val_loss") == {}
     flags = {"max_iters": 20, "eval_interval": 7, "eval_iters": 5, "save_interval": 7}
     whole, rest = train(tmp_path, text, **flags, model_name="whole"), train(tmp_path, text, **flags)
     assert rest.returncode == whole.returncode == DONE and "step 7: val loss " in rest.stderr, rest.stderr
@@ -182,7 +176,7 @@ def test_a_save_asked_for_while_evaluating_begins_there_and_the_measured_loss_is
     wait_until(lambda: "val_loss" in state(tmp_path), run)
     added = state(tmp_path)
     assert added["commit_id"] == saved["commit_id"] or added["step"] > 7
-    assert added["best"]["step"] == 7 and added["best"]["val_loss"] == lines(tmp_path / "default", "val_loss")[7]
+    assert added["best"]["step"] == 7 and added["best"]["val_loss"] == logged(tmp_path / "default", "val_loss")[7]
     run.kill()
     run.communicate()
     assert train(tmp_path, text, max_iters=10).returncode == DONE
@@ -215,14 +209,12 @@ def test_an_error_of_a_compiler_that_a_stop_has_reached_is_that_stop(tmp_path):
             raise RuntimeError("the compiler was killed")
 
         batches.val_batch = killed
-        how = {"data_loader": batches, "optimizer": optimizer, "max_iters": 9, "eval_interval": 4, "stop": stop}
-        with made:
-            if stops:
-                result = fit(model, manager=made, progress=False, **how)
-                assert result == FitResult(4, None, "SIGINT") and made.saved_step() == 4
-            else:
-                with pytest.raises(RuntimeError, match="the compiler was killed"):
-                    fit(model, manager=made, progress=False, **how)
+        run, how = (made, model, optimizer), {"data_loader": batches, "eval_interval": 4, "stop": stop}
+        if stops:
+            assert fitted(run, 9, **how) == FitResult(4, None, "SIGINT") and made.saved_step() == 4
+        else:
+            with pytest.raises(RuntimeError, match="the compiler was killed"):
+                fitted(run, 9, **how)
 
 
 @posix
@@ -244,7 +236,7 @@ def test_a_second_interrupt_ends_at_once_and_the_folder_resumes(tmp_path, text, 
     step = CheckpointManager("default", tmp_path).saved_step() or 0  # perhaps committed and not yet at the top
     rest = train(tmp_path, text, max_iters=step + 3, eval_interval=50)
     assert rest.returncode == DONE, rest.stderr
-    assert lines(tmp_path / "default").keys() == set(range(1, step + 4))
+    assert logged(tmp_path / "default").keys() == set(range(1, step + 4))
 
 
 WRITING = """
@@ -334,35 +326,13 @@ def test_a_second_interrupt_of_a_library_is_a_keyboard_interrupt_and_a_save_is_a
 # Time
 
 
-def test_a_run_that_stops_by_the_clock_again_and_again_ends_with_the_bits_of_one_that_does_not(tmp_path, text):
-    flags = {"max_iters": 300, "eval_interval": 50, "dropout": 0.2}
-    assert train(tmp_path, text, **flags, model_name="whole").returncode == DONE
-    codes, steps = [], [0]
-    while not codes or codes[-1] == STOPPED:
-        # Less than the start takes: each run makes one step at least, and so the queue comes to an end.
-        limit = 0.05 if len(codes) % 2 else 0.0001
-        last = len(codes) == 4
-        done = train(tmp_path, text, **flags, model_name="timed", **({} if last else {"stop_after_minutes": limit}))
-        codes.append(done.returncode)
-        assert codes[-1] in (DONE, STOPPED), done.stderr
-        steps.append(state(tmp_path, "timed")["step"])
-        if codes[-1] == STOPPED:
-            assert f"stopped by stop_after_minutes after step {steps[-1]}, which is saved. Run the same" in done.stderr
-    assert codes[0] == STOPPED and steps == sorted(set(steps)) and steps[-1] == 300
-    assert same_run(tmp_path / "whole", tmp_path / "timed")
-
-
 def test_saves_by_the_clock_change_nothing_but_when_they_are_made(tmp_path):
     results = []
     for name, minutes in (("seldom", None), ("often", 1e-6)):
         made, model, optimizer = started(tmp_path, name)
         said = []
         made.say = said.append
-        with made:
-            fit(
-                model, data_loader=loader(), optimizer=optimizer, max_iters=12, manager=made, eval_interval=6,
-                eval_iters=2, save_every_minutes=minutes, progress=False,
-            )  # fmt: skip
+        fitted((made, model, optimizer), 12, eval_interval=6, eval_iters=2, save_every_minutes=minutes)
         results.append([re.search(r"step (\d+)", line)[1] for line in said if line.startswith("saved")])
     assert results == [["6", "12"], [str(step) for step in range(1, 13)]]
     assert same_run(tmp_path / "seldom", tmp_path / "often")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import signal
 
 import pytest
 
-from core.training.fit import fit
 from core.training.schedule import Schedule
 from tests.makers.models import started, state_of
-from tests.training.test_resume import best, bits, loader, losses, same
+from tests.makers.runs import best, bits, fitted, loader, logged, losses, same
 
 WINDOW = 4
 
@@ -33,12 +31,9 @@ class Interrupting:
 
 
 def go_on(root, end, data):
-    made, model, optimizer = started(root, "killed")
-    with made:
-        return fit(
-            model, data_loader=data, optimizer=optimizer, max_iters=end, manager=made, progress=False,
-            schedule=Schedule("cosine", 1e-2, 3, 12), eval_interval=3, eval_iters=2, gradient_accumulation_steps=WINDOW,
-        )  # fmt: skip
+    curve = Schedule("cosine", 1e-2, 3, 12)
+    how = {"eval_interval": 3, "eval_iters": 2, "gradient_accumulation_steps": WINDOW}
+    return fitted(started(root, "killed"), end, data_loader=data, schedule=curve, **how)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -59,12 +54,5 @@ def test_a_signal_in_mid_window_finishes_the_step_and_the_run_goes_on_to_the_sam
     assert same(bits(tmp_path / "whole/killed"), bits(tmp_path / "cut/killed"))
     assert losses(tmp_path / "whole", "killed") == losses(tmp_path / "cut", "killed")
     assert best(tmp_path / "whole") == best(tmp_path / "cut")
-    rates = [
-        {
-            line["step"]: line["learning_rate"]
-            for line in map(json.loads, log.read_text().splitlines())
-            if "loss" in line
-        }
-        for log in (tmp_path / "whole/killed/metrics.jsonl", tmp_path / "cut/killed/metrics.jsonl")
-    ]
+    rates = [logged(tmp_path / run / "killed", "learning_rate") for run in ("whole", "cut")]
     assert rates[0] == rates[1] and len(set(rates[0].values())) == 9
