@@ -18,7 +18,7 @@ from .pickles.inert import as_text
 from .safetensors import METADATA, open_safetensors
 from .series import Series, choose_series, series_of
 from .spec import TensorSpec
-from .torch_shards import SHARDING, Piece, join_pieces, offsets_of
+from .torch_shards import Piece, join_pieces, offsets_of, sharding_of
 
 WEIGHTS = (
     "model.safetensors",
@@ -99,7 +99,7 @@ def open_hf_folder(path: Path) -> Container:
     for name, shard in shards.items():
         files[name] = shard.files[Path(name).name]
         others = _without_tensors(shard.content)
-        if others and others != _USUAL and SHARDING not in others.get(METADATA, {}):
+        if others and others != _USUAL and not sharding_of(shard):
             content[name] = others
     kinds = ["Hugging Face folder"] if "config" in content else []
     kinds += sorted({shard.kind for shard in shards.values()})

@@ -64,7 +64,7 @@ def _unwritable(values: dict[str, Any]) -> str:
         elif isinstance(value, str) and _SPLIT_PAIR.search(value):
             found.append(f"{path} is {value!r}, which has the two halves of one character as two characters")
         elif value is not None and not isinstance(value, (str, int, float)):
-            found.append(f"{path} is a {type(value).__name__}, expected a number, a text, true, false or null")
+            found.append(f"{path} is a {type(value).__name__}, which is not JSON serializable")
 
     try:
         map_paths(look, values)

@@ -11,6 +11,7 @@ from .container import Container, listing
 from .pickles.inert import as_text
 from .series import Series, series_of
 from .spec import TensorSpec
+from .torch_shards import offsets_of
 
 _NUMBER = r"\d{1,5}(?:_\d{3}){0,2}"
 _RANK = re.compile(
@@ -34,11 +35,11 @@ def part_of_model(container: Container, path: Path) -> str:
     """
     single = container.path.is_file()
     folder = container.path.parent if single else container.path
-    return (
-        _placeholders(container.tensors, folder)
-        or _flat(container.tensors)
-        or (_numbered(container.path) or _of_a_rank(container.path) if single else _alone(container))
-    )
+    if said := _placeholders(container.tensors, folder) or _flat(container.tensors):
+        return said
+    if not single:
+        return _alone(container)
+    return _numbered(container.path) or _displaced(container) or _of_a_rank(container.path)
 
 
 def _placeholders(tensors: Mapping[str, TensorSpec], folder: Path) -> str:
@@ -102,6 +103,18 @@ def _numbered(path: Path) -> str:
     if beside.missing:
         return f"{said}; not there: {_some(beside.missing)}. Copy them beside it, and name the folder."
     return f"{said}, which lie beside it. Name the folder, {path.parent}."
+
+
+def _displaced(container: Container) -> str:
+    """One of torch's shards under another name: a tensor that does not begin at its first element."""
+    offsets = offsets_of(container, str(container.path))
+    name = next((name for name, begin in offsets.items() if any(begin)), None)
+    if name is None:
+        return ""
+    return (
+        f"{_shown(name)} begins at {offsets[name]} of the whole tensor: a rank's shard of torch's "
+        "HuggingFaceStorageWriter. Name the folder with the shards of all ranks."
+    )
 
 
 def _alone(container: Container) -> str:

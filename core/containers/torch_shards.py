@@ -31,14 +31,20 @@ class Piece:
     begin: tuple[int, ...] | None
 
 
+def sharding_of(shard: Container) -> str:
+    """The text of a file's DCP_SHARDING_INFO; "" for a file that another program wrote."""
+    metadata = shard.content.get(METADATA) if isinstance(shard.content, dict) else None
+    text = metadata.get(SHARDING) if isinstance(metadata, dict) else None
+    return text if isinstance(text, str) else ""
+
+
 def offsets_of(shard: Container, where: str) -> dict[str, tuple[int, ...]]:
     """Where each tensor of a file begins in the whole tensor; empty for a file that another program wrote.
 
     Raises: CheckpointDamaged when the record contradicts the tensors.
     """
-    metadata = shard.content.get(METADATA) if isinstance(shard.content, dict) else None
-    text = metadata.get(SHARDING) if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
+    text = sharding_of(shard)
+    if not text:
         return {}
     recorded = parse_json(text.encode(), f"{where}: its {SHARDING}")
     check_structure(recorded, where, len(text))

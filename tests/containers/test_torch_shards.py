@@ -105,6 +105,12 @@ def test_the_shard_of_one_rank_alone_is_no_model(tmp_path, kept):
     with pytest.raises(CheckpointMismatch, match=r"one of the shards of 2 ranks of one model .* Name the folder"):
         converted(paths[kept - 1], tmp_path / "o.pt", "pt")
     assert not (tmp_path / "o.pt").exists()
+    if kept == 2:  # its offsets tell under any name
+        moved = one.rename(tmp_path / "model.safetensors")
+        with pytest.raises(
+            CheckpointMismatch, match=r"a.weight begins at \(5, 0\) of the whole tensor: a rank's shard"
+        ):
+            converted(moved, tmp_path / "o.pt", "pt")
     if kept == 1:  # what one rank saved whole, by the word of the user
         one.rename(tmp_path / "m" / "model.safetensors")
         converted(tmp_path / "m", tmp_path / "o.pt", "pt")

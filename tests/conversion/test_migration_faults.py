@@ -13,6 +13,7 @@ import torch
 import convert_checkpoints
 from core.bundle.commit import ModelFolder
 from core.bundle.storage import DISK
+from core.containers.trees import leaves
 from core.conversion.migration.plan import BUNDLE, FAILED
 from core.errors import CheckpointMismatch
 from tests.makers.doors import Shell
@@ -41,6 +42,7 @@ FAULTS = {
     "misfit": (misfit, "Set block_size to 12"),
     "foreign": (foreign, "posix.system"),
     "no step": (lambda path: edit(path, lambda content: content.update(step="ten")), 'step is "ten"'),
+    "split pair": (lambda path: edit(path, lambda c: c.update(note="\ud83d\ude00")), "two halves of one character"),
 }
 
 
@@ -56,6 +58,13 @@ def test_one_file_that_cannot_be_migrated_is_said_and_the_others_are_done(folder
     assert found["final.pt"].action == BUNDLE
     assert_same_bits(bits(folder), fuse(plain(theirs)))
     assert "latest.pt" not in [entry["name"] for entry in state_of(folder)["legacy"]]
+
+
+def test_half_of_a_surrogate_pair_migrates_as_it_is(folder):
+    write(folder, "latest.pt", 30)
+    edit(folder / "latest.pt", lambda content: content.update(note="a\ud800"))
+    assert migrated(folder)["latest.pt"].action == BUNDLE
+    assert "a\ud800" in leaves(state_of(folder))
 
 
 def test_folder_in_which_a_trainer_writes_fails_alone(tmp_path, capsys):
