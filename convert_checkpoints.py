@@ -5,10 +5,11 @@ Without --to: migrate single-file checkpoints (latest.pt, final.pt) to bundles. 
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from core.bundle.find import model_names
 from core.console.commandline import DONE, FAILED, Parser, run
 from core.console.progress import byte_bar
 from core.console.words import columns, printable, size_text
-from core.conversion.command import add_flags, convert_one, print_matrix, take_spelling
+from core.conversion.command import Check, add_flags, convert_one, options_of, print_matrix, take_spelling
 from core.conversion.migration.plan import FAILED as NOT_MIGRATED
 from core.conversion.migration.plan import Candidates, Outcome, find, plan, work
+from core.conversion.plan import Plan
 from core.errors import CheckpointError, CheckpointNotFound
 
 EPILOG = """examples:
@@ -67,7 +69,9 @@ def main(argv: list[str]) -> int:
         return consolidate_all(_places(args.paths, args.model_name, Path(args.checkpoint_root)))
     take_spelling(parser, args)
     if args.to is not None:
-        return convert_one(parser, args)
+        if args.check_loss is not None and args.check_text is None:
+            parser.error("--check_loss needs --check_text, the text whose loss it is")
+        return convert_one(parser, args, proof_by(args) if args.check_text is not None else None)
     set_ = (name for name, value in vars(args).items() if value != parser.get_default(name))
     if asked := [f"--{name}" for name in set_ if name not in MIGRATION]:
         parser.error(f"{', '.join(asked)}: only for a conversion, not a migration. Add --to (--list shows the formats)")
@@ -88,6 +92,25 @@ def main(argv: list[str]) -> int:
     for error in dict.fromkeys(o.error for o in outcomes if o.error):
         print(f"error: {printable(error)}", file=sys.stderr)
     return FAILED if any(o.error for o in outcomes) else DONE
+
+
+def proof_by(args: argparse.Namespace) -> Callable[[Plan], Check]:
+    """What proves a conversion by the text of --check_text; torch is imported for it alone."""
+    from core.loading.check_text import TOKENS, check_text
+
+    def check(plan: Plan) -> Check:
+        with byte_bar("computing", TOKENS) as bar:
+            return check_text(
+                plan.target,
+                args.check_text,
+                args.check_loss,
+                choices=options_of(args).choices,
+                tokenizer=plan.model.tokenizer,
+                state=plan.model.state,
+                progress=bar.update,
+            )
+
+    return check
 
 
 def consolidate_all(places: list[Path]) -> int:

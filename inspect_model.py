@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
-from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, count, run
+from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, add_check_flags, count, run
 from core.console.progress import byte_bar
 from core.console.words import printable
 from core.containers.plain import Room, plain
@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
         parser.error("--keep and --keep_every need --history; they show what they would remove")
     if args.history and args.step is not None:
         parser.error("--history shows every step; leave out --step")
+    if args.check_loss is not None and args.check_text is None:
+        parser.error("--check_loss needs --check_text, the text whose loss it is")
     if args.keep is not None and args.keep < 0:
         parser.error(f"--keep is {args.keep}, expected at least 0")
     places = find_places(parser, args)
@@ -83,6 +85,7 @@ def make_parser() -> Parser:
     views.add_argument(
         "--stats", metavar="GLOB", nargs="?", const="*", help="read tensors: min, max, mean, std, zeros, NaN and Inf"
     )
+    add_check_flags(parser)
     views.add_argument("--diff", metavar=("A", "B"), nargs=2, help="compare two checkpoints of any formats")
     views.add_argument("--moments", action="store_true", help="with --diff: the tensors of the optimizers as well")
     views.add_argument("--html", metavar="FILE", type=Path, help="write a page to look at, in one file")
@@ -149,6 +152,13 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
                 with byte_bar("reading", sum(found.container.tensors[name].nbytes for name in names)) as bar:
                     facts["stats"] = [asdict(stat) for stat in statistics(found.container, names, bar.update)]
                 faults += not_finite(facts["stats"])
+            if args.check_text is not None:
+                from core.loading.check_text import TOKENS, check_text
+
+                with byte_bar("computing", TOKENS) as bar:
+                    check = check_text(place, args.check_text, args.check_loss, step=args.step, progress=bar.update)
+                facts["check"] = {**asdict(check), "line": check.line, "faults": check.faults}
+                faults += check.faults
             if args.html is not None:
                 from core.inspection.html.page import write_page
 
@@ -230,7 +240,8 @@ def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:
         from core.inspection.history import past_lines
 
         return past_lines(facts["past"])
-    return itertools.chain(text_of(facts, all_tensors), views_text(facts))
+    check = (facts["check"]["line"],) if "check" in facts else ()
+    return itertools.chain(text_of(facts, all_tensors), views_text(facts), check)
 
 
 if __name__ == "__main__":

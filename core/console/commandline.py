@@ -97,6 +97,15 @@ class Parser(argparse.ArgumentParser):
         return words
 
 
+def add_check_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that prove a model by a text."""
+    group = parser.add_argument_group("proof by a text")
+    text = "compute the mean loss over the beginning of a text; exit code 1 when it is not that of the trained model"
+    group.add_argument("--check_text", metavar="FILE", type=Path, help=text)
+    loss = "with --check_text: the loss to expect; more than 0.5 above it is a failure"
+    group.add_argument("--check_loss", metavar="X", type=positive, help=loss)
+
+
 def count(word: str) -> int:
     """Parse a whole number of at least 1, as a flag's type."""
     if not word.isascii() or not word.isdigit() or not int(word):

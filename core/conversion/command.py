@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..config.gpt import ACTIVATIONS, ATTENTION_SCALES, NORM_PLACEMENTS
-from ..console.commandline import DONE, Parser, count, positive, size
+from ..console.commandline import DONE, FAILED, Parser, add_check_flags, count, positive, size
 from ..console.progress import byte_bar
 from ..console.words import printable
 from ..errors import CheckpointMismatch
 from ..families.choices import ACTIVATIONS as SPELLINGS
 from ..families.choices import FLAGS as CHOICES
-from .plan import DTYPES, Options
+from .plan import DTYPES, Options, Plan
 
 TO = ("bundle", "nanogpt", "hf", "megatron", "safetensors", "pt", "dcp")
 
@@ -42,6 +44,7 @@ def add_flags(parser: Parser) -> None:
     add_choice_flags(parser)
     _add_megatron_flags(parser)
     add_sharded_flags(parser)
+    add_check_flags(parser)
     group.add_argument("--overwrite", action="store_true", help="move an existing DST aside")
     group.add_argument("--no_verify", action="store_true", help="do not read the result back and compare it")
 
@@ -100,8 +103,23 @@ def options_of(args: argparse.Namespace) -> Options:
     )
 
 
-def convert_one(parser: Parser, args: argparse.Namespace) -> int:
-    """Convert SRC to DST as the flags specify, with a progress bar when it takes time; returns the exit code."""
+class Check(Protocol):
+    """The result of proving a model by a text."""
+
+    @property
+    def line(self) -> str:
+        """The result in one line."""
+
+    @property
+    def faults(self) -> list[str]:
+        """What speaks against the model, a sentence each."""
+
+
+def convert_one(parser: Parser, args: argparse.Namespace, check: Callable[[Plan], Check] | None = None) -> int:
+    """Convert SRC to DST as the flags specify, with a progress bar when it takes time; returns the exit code.
+
+    `check` proves what was written by a text.
+    """
     if args.model_name:
         parser.error("--model_name selects a model to migrate; with --to name SRC and DST as paths")
     if len(args.paths) != 2:
@@ -123,13 +141,20 @@ def convert_one(parser: Parser, args: argparse.Namespace) -> int:
         verify = not args.no_verify
         with byte_bar("converting", work(plan, verify)) as bar:
             said = convert(plan, overwrite=args.overwrite, verify=verify, progress=bar.update)
+        found = check(plan) if check is not None else None
+    faults = found.faults if found is not None else []
     if args.json:
-        print(json.dumps({**plan_facts(plan), "verified": verify, "said": said}, indent=2))
-        return DONE
-    for line in [*summary(plan), *said]:
-        print(printable(line))
-    print("read back and compared with the source, bit for bit" if verify else "not compared with the source")
-    return DONE
+        proof = {} if found is None else {"check": {**vars(found), "faults": faults}}
+        print(json.dumps({**plan_facts(plan), "verified": verify, "said": said, **proof}, indent=2))
+    else:
+        for line in [*summary(plan), *said]:
+            print(printable(line))
+        print("read back and compared with the source, bit for bit" if verify else "not compared with the source")
+        if found is not None:
+            print(printable(found.line))
+    for fault in faults:
+        print(f"error: {printable(fault)} {plan.target} was written.", file=sys.stderr)
+    return FAILED if faults else DONE
 
 
 def print_matrix(as_json: bool) -> int:

@@ -26,6 +26,7 @@ from ..containers.tensors.reading import PIECE, Gatherer, cast
 from ..containers.torch_files.layout import Stored, pickled, write_torch_file
 from ..containers.trees import map_leaves
 from ..errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
+from .meaning import check_meaning
 from .plan import Plan, Ref, Target, WeightFile
 from .proof import prove
 from .targets.dcp import write_items
@@ -168,6 +169,7 @@ def convert(
                 _write(plan, made, progress)
                 if verify:
                     prove(plan, place, progress)
+            check_meaning(plan, place)
             return _commit(plan, place, overwrite)
     except OSError as error:
         raise SaveFailed(
