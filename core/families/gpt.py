@@ -7,30 +7,23 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..console.words import differences
-from .family import Shape
+from .family import Shape, Sides, linear, norm
+from .rules import Table, each
 
 if TYPE_CHECKING:
     from ..config.gpt import GPTConfig
 
-TENSORS: dict[str, tuple[str, ...]] = {
+TENSORS: dict[str, Sides] = {
     "token_embedding_table.weight": ("vocab_size", "n_embd"),
     "position_embedding_table.weight": ("block_size", "n_embd"),
-    "blocks.{i}.ln1.weight": ("n_embd",),
-    "blocks.{i}.ln1.bias": ("n_embd",),
-    "blocks.{i}.sa.qkv.weight": ("3 n_embd", "n_embd"),
-    "blocks.{i}.sa.qkv.bias": ("3 n_embd",),
-    "blocks.{i}.sa.proj.weight": ("n_embd", "n_embd"),
-    "blocks.{i}.sa.proj.bias": ("n_embd",),
-    "blocks.{i}.ln2.weight": ("n_embd",),
-    "blocks.{i}.ln2.bias": ("n_embd",),
-    "blocks.{i}.fwd.net.0.weight": ("4 n_embd", "n_embd"),
-    "blocks.{i}.fwd.net.0.bias": ("4 n_embd",),
-    "blocks.{i}.fwd.net.2.weight": ("n_embd", "4 n_embd"),
-    "blocks.{i}.fwd.net.2.bias": ("n_embd",),
-    "ln_f.weight": ("n_embd",),
-    "ln_f.bias": ("n_embd",),
-    "lm_head.weight": ("vocab_size", "n_embd"),
-    "lm_head.bias": ("vocab_size",),
+    **norm("blocks.{i}.ln1"),
+    **linear("blocks.{i}.sa.qkv", "3 n_embd", "n_embd"),
+    **linear("blocks.{i}.sa.proj", "n_embd", "n_embd"),
+    **norm("blocks.{i}.ln2"),
+    **linear("blocks.{i}.fwd.net.0", "4 n_embd", "n_embd"),
+    **linear("blocks.{i}.fwd.net.2", "n_embd", "4 n_embd"),
+    **norm("ln_f"),
+    **linear("lm_head", "vocab_size", "n_embd"),
 }
 """Every tensor of a GPT and the config fields that are its sides, in the order of the module."""
 
@@ -55,6 +48,11 @@ MEASURED = {
     "block_size": ("position_embedding_table.weight", 0, "rows"),
 }
 """Fields that can be read from a shape: tensor, axis, and the name of the axis."""
+
+
+def sides_of(table: Table) -> dict[str, Sides]:
+    """Give the names of a table's left side the sides of our tensors beside them."""
+    return {name: TENSORS[each(ours)[0]] for theirs, ours, _ in table for name in each(theirs)}
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

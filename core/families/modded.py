@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.variants import HEAD_SIZE, WITHOUT_ATTENTION
-from ..containers.tensors.views import View, concatenate, filled, slice_axis, squeeze, unsqueeze
-from .family import Family, Sides
+from ..containers.tensors.views import View, concatenate, filled, slice_axis, split, squeeze, unsqueeze
+from .family import Family, Sides, linear
 from .rules import RENAME, Row, Sizes, Table
 
 WITHOUT = {WITHOUT_ATTENTION: "blocks.{i}.attn."}
@@ -19,9 +19,7 @@ VALUES = tuple(f"value_embeds.{n}.weight" for n in range(3))
 
 EMBEDDINGS: dict[str, Sides] = {
     "embed.weight": ("vocab_size", "n_embd"),
-    "value_embeds.0.weight": ("vocab_size", "n_embd"),
-    "value_embeds.1.weight": ("vocab_size", "n_embd"),
-    "value_embeds.2.weight": ("vocab_size", "n_embd"),
+    **dict.fromkeys(VALUES, ("vocab_size", "n_embd")),
 }
 
 SMALL: dict[str, Sides] = {
@@ -74,10 +72,8 @@ _PRETRAINED = "pretrained_model."
 
 CLASSIFIER: dict[str, Sides] = {
     **{_PRETRAINED + name: sides for name, sides in MEDIUM.items()},
-    "head.1.weight": ("n_embd / 2", "n_embd"),
-    "head.1.bias": ("n_embd / 2",),
-    "head.4.weight": ("classes", "n_embd / 2"),
-    "head.4.bias": ("classes",),
+    **linear("head.1", "n_embd / 2", "n_embd"),
+    **linear("head.4", "classes", "n_embd / 2"),
 }
 """core/networks/classification.py: a GPTBatched, whose tensors are laid out as medium's, and a head of two layers."""
 
@@ -124,8 +120,8 @@ class Append:
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Split off the last one."""
-        last = views[0].shape[0] - 1
-        return [slice_axis(views[0], 0, 0, last), squeeze(slice_axis(views[0], 0, last, last + 1), 0)]
+        first, last = split(views[0], 0, [views[0].shape[0] - 1, 1])
+        return [first, squeeze(last, 0)]
 
 
 @dataclass(frozen=True)
@@ -141,11 +137,8 @@ class Scalars:
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Split."""
-        half, parts, at = sizes["n_layer"] // 2, [], 0
-        for length in (half, half, *[2] * (2 * sizes["n_layer"])):
-            parts.append(slice_axis(views[0], 0, at, at + length))
-            at += length
-        return parts
+        half = sizes["n_layer"] // 2
+        return split(views[0], 0, [half, half, *[2] * (2 * sizes["n_layer"])])
 
 
 def _same(names: Iterable[str]) -> tuple[Row, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from . import gpt, lecture
 from .family import Family, Sides
 from .fused import FUSED, LECTURE
-from .rules import each
 
 FUSED_SWITCHES = {"qkv_bias" if switch == "bias" else switch: names for switch, names in gpt.SWITCHES.items()}
 HEAD_SIDES: Sides = ("head_size", "n_embd")
@@ -14,7 +13,7 @@ MASK: Sides = ("block_size", "block_size")
 
 def _lecture(feed_forward: str) -> dict[str, Sides]:
     other = {"ffwd": ".fwd.", "fwd": ".ffwd."}[feed_forward]
-    rows = {name: gpt.TENSORS[each(ours)[0]] for theirs, ours, _ in lecture.LECTURE for name in each(theirs)}
+    rows = gpt.sides_of(lecture.LECTURE)
     return {
         name: HEAD_SIDES[: len(sides)] if "{j}" in name else sides for name, sides in rows.items() if other not in name
     }

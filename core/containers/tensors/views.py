@@ -114,6 +114,12 @@ def slice_axis(view: View, axis: int, start: int, stop: int) -> View:
     return View(view.dtype, _with(view.shape, axis, stop - start), tuple(blocks))
 
 
+def split(view: View, axis: int, lengths: Sequence[int]) -> list[View]:
+    """Split a tensor along an axis into parts of these lengths, which `concatenate` puts together."""
+    edges = itertools.pairwise([0, *itertools.accumulate(lengths)])
+    return [slice_axis(view, axis, start, stop) for start, stop in edges]
+
+
 def split_axis(view: View, axis: int, inner: int) -> View:
     """Split an axis into two, the second of length `inner`."""
     item, blocks = ITEM_SIZES[view.dtype], []
