@@ -16,7 +16,7 @@ from .blocks import read_at
 from .container import Check, Container, reading
 from .json_files import parse_json
 from .pickles.inert import as_text
-from .spec import ITEM_SIZES, TensorSpec, dense_strides
+from .spec import DTYPES, ITEM_SIZES, TensorSpec, dense_strides
 
 METADATA = "__metadata__"
 
@@ -25,28 +25,7 @@ _LONGEST_HEADER = 100_000_000
 _MOST_DIMENSIONS = 64
 _LONGEST_NAME = 1000
 
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F4": "float4_e2m1fn_x2",
-    "C64": "complex64",
-}
+_DTYPES = {code: dtype for dtype, (*_, code) in DTYPES.items() if code}
 """Torch's names of the dtypes; F4 counts single numbers, and an element of torch holds two of them."""
 
 _UNKNOWN_TO_TORCH = ("F6_E2M3", "F6_E3M2")

@@ -1,4 +1,4 @@
-"""Computed: small tensors whose values are computed while a conversion is planned, in a file without a name."""
+"""ComputedTensors: small tensors whose values are computed while a conversion is planned, in a file without a name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GAMMA = {"float16": "float32", "bfloat16": "float32"}
 """The dtype in which 1 + a number of this dtype is exact (to within 2**-24), when it is another one."""
 
 
-class Computed(Container):
+class ComputedTensors(Container):
     """Tensors that no file of the source holds; `what` describes how they were made."""
 
     def __init__(self, what: str) -> None:
@@ -48,7 +48,7 @@ def mean(view: View) -> float:
     return float(np.mean(decode(data, view.dtype), dtype=np.float64)) if data else 0.0
 
 
-def plus_one(view: View, into: Computed, name: str) -> View:
+def plus_one(view: View, into: ComputedTensors, name: str) -> View:
     """Add 1 to every element, rounding once; a 16-bit tensor becomes float32."""
     import numpy as np
 

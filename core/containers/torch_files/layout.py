@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from ...errors import CheckpointMismatch
 from ..checksum import combine
-from ..spec import dense_strides
+from ..spec import DTYPES, dense_strides
 
 FOLDER = "archive"
 """The folder in the zip that holds all records."""
@@ -30,20 +30,7 @@ _DESCRIPTOR_FOLLOWS, _UTF8 = 0x0008, 0x0800
 _PADDING_ID = 0xD935
 _DOS_DATE = 0x0021  # 1980-01-01: no clock in the bytes
 
-_STORAGES = {
-    "bool": "BoolStorage",
-    "uint8": "ByteStorage",
-    "int8": "CharStorage",
-    "int16": "ShortStorage",
-    "int32": "IntStorage",
-    "int64": "LongStorage",
-    "float16": "HalfStorage",
-    "bfloat16": "BFloat16Storage",
-    "float32": "FloatStorage",
-    "float64": "DoubleStorage",
-    "complex64": "ComplexFloatStorage",
-    "complex128": "ComplexDoubleStorage",
-}
+_STORAGES = {dtype: f"{word}Storage" for dtype, (_, _, word, _) in DTYPES.items() if word}
 """Torch's class of a storage; dtypes that have none are rebuilt from bytes (`_rebuild_tensor_v3`)."""
 
 
@@ -51,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorRecord:
     """Stands in a content where a tensor is: its dtype and shape, and the key of the storage that it fills."""
 
     key: int
@@ -61,7 +48,7 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
-class Named:
+class GlobalRecord:
     """Stands in a content where a class or function of a program is, or one of its constants."""
 
     module: str
@@ -72,7 +59,7 @@ class Named:
 class CallRecord:
     """Stands in a content where a record is: `kind(*args)` or, without args, a new one that gets this state."""
 
-    kind: Named
+    kind: GlobalRecord
     args: tuple[Any, ...] | None = None
     state: Any = None
 
@@ -87,7 +74,7 @@ class Sink(Protocol):
 
 
 def pickled(content: Any) -> bytes:
-    """Pickle plain values and `Stored` tensors as torch.save does, by protocol 2.
+    """Pickle plain values and `TensorRecord` tensors as torch.save does, by protocol 2.
 
     Raises: CheckpointMismatch for a value of another type.
     """
@@ -109,9 +96,9 @@ def _put(value: Any, emit: Callable[[bytes], None]) -> None:
     elif isinstance(value, str):
         data = value.encode("utf-8", "surrogatepass")
         emit(b"X" + struct.pack("<I", len(data)) + data)
-    elif isinstance(value, Stored):
+    elif isinstance(value, TensorRecord):
         _put_tensor(value, emit)
-    elif isinstance(value, Named):
+    elif isinstance(value, GlobalRecord):
         _put_global(value.module, value.name, emit)
     elif isinstance(value, CallRecord):
         _put_made(value, emit)
@@ -155,7 +142,7 @@ def _put_global(module: str, name: str, emit: Callable[[bytes], None]) -> None:
     emit(f"c{module}\n{name}\n".encode())
 
 
-def _put_tensor(tensor: Stored, emit: Callable[[bytes], None]) -> None:
+def _put_tensor(tensor: TensorRecord, emit: Callable[[bytes], None]) -> None:
     """A call of the function that rebuilds a tensor from (storage, offset, shape, strides, requires_grad, hooks)."""
     kind = _STORAGES.get(tensor.dtype)
     _put_global("torch._utils", "_rebuild_tensor_v2" if kind else "_rebuild_tensor_v3", emit)

@@ -11,8 +11,8 @@ from typing import Any
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..pickles.inert import Call, Global, as_text
-from ..pickles.reader import Parsed, parse_pickle
-from ..spec import ITEM_SIZES, TensorSpec, reach
+from ..pickles.reader import ParsedPickle, parse_pickle
+from ..spec import DTYPES, ITEM_SIZES, TensorSpec, reach
 
 LARGEST_PICKLE = 1 << 28
 """Bytes of a pickle: structure and names; ten thousand tensors take about two million."""
@@ -44,7 +44,7 @@ class TensorLoader:
         self.storages: dict[str, Storage] = {}
         self.specs: list[TensorSpec] = []
 
-    def read(self, data: bytes, start: int = 0) -> Parsed:
+    def read(self, data: bytes, start: int = 0) -> ParsedPickle:
         """Read the pickle that begins at byte `start`; offsets in its specs count from the beginning of the storage."""
         self.storages, self.specs = {}, []
         return parse_pickle(
@@ -176,18 +176,7 @@ def _resolve(name: Global) -> Any:
 _STORAGES: dict[str, tuple[str | None, int]] = {  # dtype and bytes of an element
     "torch.storage.UntypedStorage": (None, 1),
     "torch.UntypedStorage": (None, 1),
-    "torch.DoubleStorage": ("float64", 8),
-    "torch.FloatStorage": ("float32", 4),
-    "torch.HalfStorage": ("float16", 2),
-    "torch.BFloat16Storage": ("bfloat16", 2),
-    "torch.LongStorage": ("int64", 8),
-    "torch.IntStorage": ("int32", 4),
-    "torch.ShortStorage": ("int16", 2),
-    "torch.CharStorage": ("int8", 1),
-    "torch.ByteStorage": ("uint8", 1),
-    "torch.BoolStorage": ("bool", 1),
-    "torch.ComplexFloatStorage": ("complex64", 8),
-    "torch.ComplexDoubleStorage": ("complex128", 16),
+    **{f"torch.{word}Storage": (dtype, size) for dtype, (size, _, word, _) in DTYPES.items() if word},
     # quantized numbers have no value without their scale: their tensors stay records
     "torch.QInt8Storage": (None, 1),
     "torch.QUInt8Storage": (None, 1),

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import read_at
 from ..pickles.inert import Call, as_text
-from ..pickles.reader import Parsed, PickleCutOff, parse_pickle
+from ..pickles.reader import ParsedPickle, PickleCutOff, parse_pickle
 from ..spec import TensorSpec
 from .storages import LARGEST_PICKLE, Storage, TensorLoader, name_tensors
 from .zip_directory import Record
@@ -103,7 +103,7 @@ class _Head:
         self.unused: list[Call] = []
 
     def next(
-        self, what: str, read: Callable[[bytes, int], Parsed] | None = None, loader: TensorLoader | None = None
+        self, what: str, read: Callable[[bytes, int], ParsedPickle] | None = None, loader: TensorLoader | None = None
     ) -> Any:
         """Read the pickle at the current position and move behind it; a read that ends too soon gets more bytes."""
         while True:
