@@ -20,8 +20,9 @@ from .dcp.dtensor import Shard, foreign_within, shard_of
 from .joined import join
 from .pickles.inert import Call, as_text
 from .spec import Chunk, TensorSpec
+from .torch_files.container import record_checks
 from .torch_files.file import open_torch_file
-from .torch_files.zip import TorchZip
+from .torch_files.storages import TorchArchive
 from .trees import map_paths
 
 _RANK_FILE = re.compile(r"(\w+)_rank(\d{5})\.pt")
@@ -104,7 +105,7 @@ class _Ranks:
         with reading(member(self.path, name, where)) as file:
             archive = open_torch_file(file, where)
             self.sizes[name] = file.seek(0, os.SEEK_END)
-        if not isinstance(archive, TorchZip):
+        if archive.container != "zip":
             raise CheckpointError(f"{where}: torch's old stream format; expected a zip, as ranks write it.")
         shards: dict[str, Shard] = {}
 
@@ -125,15 +126,12 @@ class _Ranks:
                 self.add(held, name, None, spec, archive)
                 in_record.setdefault(f"data/{spec.storage}", []).append(held)
                 spec.file, spec.storage = name, f"{name}/{spec.storage}"
-        for short, record in archive.records.items():
-            crc = record.crc32 or (None if record.size else 0)
-            held_here = tuple(in_record.get(short, ())) or (f"{name}: {short}",)
-            self.checks.append(Check(name, record.offset, record.size, crc if record.stored else None, held_here))
+        self.checks += record_checks(archive.records, name, in_record, f"{name}: ")
         self.foreign |= dict.fromkeys(foreign_within([archive.content, *archive.unused]))
         self.content = self.content if self.files else archive.content
         self.files[rank] = name
 
-    def add(self, name: str, file: str, shard: Shard | None, local: TensorSpec, archive: TorchZip) -> None:
+    def add(self, name: str, file: str, shard: Shard | None, local: TensorSpec, archive: TorchArchive) -> None:
         record = archive.records[f"data/{local.storage}"]
         parts = self.parts.setdefault(name, [])
         parts.append(_Part(file, shard, local, record.crc32))

@@ -18,8 +18,8 @@ from ..container import Check, Container, is_plain, listing, member, reading
 from ..pickles.foreign import foreign_calls
 from ..pickles.inert import as_text
 from ..spec import Chunk, TensorSpec
-from ..torch_files.items import Item, Items, find_items
-from ..torch_files.storages import LARGEST_PICKLE
+from ..torch_files.items import Items, find_items
+from ..torch_files.storages import LARGEST_PICKLE, TorchArchive
 from .metadata import METADATA, Entry, Metadata, Place, read_metadata
 
 SUFFIX = ".distcp"
@@ -102,7 +102,7 @@ class _Folder:
         self.foreign = dict.fromkeys(metadata.foreign)
         self.notes = list(metadata.notes)
         self.tensors: dict[str, TensorSpec] = {}
-        self.items: dict[tuple[str, int], Item] = {}  # by file and offset
+        self.items: dict[tuple[str, int], TorchArchive] = {}  # by file and offset
         self.content: Any = {}
 
     def container(self) -> Container:
@@ -226,12 +226,11 @@ class _Folder:
         self.tensors[spec.name] = spec
         return spec
 
-    def check(self, file: str, item: Item, names: dict[str, tuple[str, ...]]) -> None:
+    def check(self, file: str, item: TorchArchive, names: dict[str, tuple[str, ...]]) -> None:
         """List the records of an item that hold tensors; the others were checked when it was opened."""
         for short, held in names.items():
             record = item.records[short]
-            crc = record.crc32 if record.crc32 or not record.size else None
-            self.checks.append(Check(file, record.offset, record.size, crc, held))
+            self.checks.append(Check(file, record.offset, record.size, record.checksum, held))
 
 
 def _shown(entry: Entry) -> str:

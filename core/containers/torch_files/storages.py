@@ -6,19 +6,33 @@ The documentation of torch.serialization describes how torch writes tensors, sto
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..pickles.inert import Call, Global, as_text
 from ..pickles.reader import ParsedPickle, parse_pickle
 from ..spec import DTYPES, ITEM_SIZES, TensorSpec, reach
+from .zip_directory import Record
 
 LARGEST_PICKLE = 1 << 28
 """Bytes of a pickle: structure and names; ten thousand tensors take about two million."""
 
 _MOST_DIMENSIONS = 64
 _LONGEST_NAME = 1000
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class TorchArchive:
+    """An opened torch file: its content with a TensorSpec for each tensor, and the tensors by their path in it."""
+
+    container: str  # "zip" or "stream"
+    where: str
+    content: Any
+    tensors: dict[str, TensorSpec]
+    unused: list[Any]  # calls whose results are not in the content: how code is hidden in a sound file
+    records: dict[str, Record] = field(default_factory=dict)  # of a zip, without the archive's folder: "data/0"
+    odd: list[str] = field(default_factory=list)  # parts that torch.save does not write, a sentence each
 
 
 class Storage(Call):
@@ -68,6 +82,18 @@ class TensorLoader:
         """Turn the offsets within storages into offsets in the file; `offsets` has the start of each storage."""
         for spec in self.specs:
             spec.offset += offsets[spec.storage]
+
+    def needs_more(self, size: int) -> str:
+        """A sentence about the size of the tensors, if they alone are larger than a file that was cut off."""
+        needed = sum(storage.nbytes for storage in self.storages.values())
+        return f" Its tensors alone need {needed} bytes." if needed > size else ""
+
+    def refuse_big_endian(self) -> CheckpointError:
+        """Make the error for a file whose bytes are in the other order."""
+        return CheckpointError(
+            f"{self.where}: written on a big-endian machine, this program reads little-endian files. "
+            "Load and save it again with torch."
+        )
 
     def shown(self, key: str) -> str:
         """The name of a storage in a message."""

@@ -35,6 +35,11 @@ class Record:
     crc32: int
     stored: bool = True  # False: compressed, which torch does to code, never to tensors
 
+    @property
+    def checksum(self) -> int | None:
+        """The CRC32 of its bytes in the file; None where none was recorded: that of nothing is 0."""
+        return self.crc32 or (None if self.size else 0) if self.stored else None
+
 
 def read_head(file: BinaryIO, offset: int, where: str) -> tuple[bytes, int]:
     """Read the head of the record at `offset`: its name, and where its bytes begin.
