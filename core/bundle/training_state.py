@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config.gpt import FORMAT_VERSION
+from ..config.fields import FORMAT_VERSION
 from ..containers.json_files import dump_json, parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch
 

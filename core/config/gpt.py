@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from ..errors import CheckpointMismatch
-
-FORMAT_VERSION = 2
-"""The bundle format this program writes; a file without a version is version 1."""
+from .fields import BOOLEAN, DEVICE, ConfigFields, Rule, one_of, whole_number
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 EDITABLE = ("batch_size", "dropout", "device")
 """Fields of config.json that a person may change at any time: they touch no tensor."""
 
 
+def _computed(*values: str) -> Rule:
+    return lambda value: value in (None, *values), f"which this model does not compute, expected {', '.join(values)}"
+
+
 @dataclass
-class GPTConfig:
+class GPTConfig(ConfigFields):
     """Architecture of a GPT, and three preferences of the run that made it.
 
     A field that old files lack has the neutral value: the behaviour of every model before the field existed.
@@ -37,52 +39,34 @@ class GPTConfig:
     norm_bias: bool = True
     mlp_bias: bool = True
     proj_bias: bool | None = None
-    unknown: dict[str, Any] = field(default_factory=dict)  # fields of other programs, kept as they are
 
-    def __post_init__(self) -> None:
-        self.check("config")
+    RULES: ClassVar[dict[str, Rule]] = {
+        **dict.fromkeys(("batch_size", "block_size", "vocab_size", "n_embd", "n_head", "n_layer"), whole_number(1)),
+        "dropout": (
+            lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1,
+            "expected a number of at least 0 and below 1",
+        ),
+        "bias": BOOLEAN,
+        "device": DEVICE,
+        "activation": one_of(*ACTIVATIONS),
+        **dict.fromkeys(("tied_head", "head_bias", "norm_bias", "mlp_bias"), BOOLEAN),
+        "proj_bias": (lambda value: value is None or isinstance(value, bool), BOOLEAN[1]),
+        # fields of other programs that change the computation with the same tensors
+        "pos_encoding": _computed("learned"),
+        "norm_type": _computed("layernorm"),
+        "mlp_type": _computed("mlp", *ACTIVATIONS),
+    }
 
-    def check(self, where: str) -> None:
-        """Raise unless every field has its type and a possible value.
-
-        Raises: CheckpointMismatch naming each field, its value and what is allowed.
-        """
-        faults = [fault for name, rule in _RULES.items() if (fault := rule(name, getattr(self, name)))]
-        faults += [
-            f"{name} is {self.unknown[name]!r}, which this model does not compute, expected {', '.join(computed)}"
-            for name, computed in _COMPUTED.items()
-            if self.unknown.get(name) not in (None, *computed)
-        ]
-        if not faults and self.n_embd % self.n_head:
-            near = ", ".join(str(h) for h in range(1, min(self.n_embd, 64) + 1) if self.n_embd % h == 0)
-            faults.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; n_head may be {near}")
-        if faults:
-            raise CheckpointMismatch(f"{where}: " + "; ".join(faults) + ".")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> GPTConfig:
-        """Read a config.json; fields this program does not know are kept in `unknown`.
-
-        Raises: CheckpointMismatch when a field has a wrong type or an impossible value.
-        """
-        known = {f.name for f in fields(cls)} - {"unknown"}
-        config = cls.__new__(cls)
-        defaults = cls()
-        for name in known:
-            setattr(config, name, values.get(name, getattr(defaults, name)))
-        config.unknown = {k: v for k, v in values.items() if k not in known and k != "format_version"}
-        config.check(where)
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, with the unknown fields of the file it came from."""
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
-        return {**known, "format_version": FORMAT_VERSION, **self.unknown}
+    def contradictions(self) -> list[str]:
+        """Describe fields that do not fit together."""
+        if self.n_embd % self.n_head == 0:
+            return []
+        near = ", ".join(str(h) for h in range(1, min(self.n_embd, 64) + 1) if self.n_embd % h == 0)
+        return [f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; n_head may be {near}"]
 
     def architecture(self) -> dict[str, Any]:
         """The fields that determine tensors and mathematics: everything that must not be edited."""
-        known = {f.name: getattr(self, f.name) for f in fields(self)}
-        values = {k: v for k, v in known.items() if k not in EDITABLE and k != "unknown"}
+        values = {name: getattr(self, name) for name in self.names() if name not in EDITABLE}
         return {**values, "proj_bias": self.has_proj_bias}
 
     @property
@@ -104,59 +88,3 @@ def same_architecture(a: dict[str, Any], b: dict[str, Any]) -> bool:
         except CheckpointMismatch:
             return False
     return all(a.get(name) == b.get(name) for name in a.keys() | b.keys() if name not in EDITABLE)
-
-
-def _positive_int(name: str, value: Any) -> str | None:
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31:
-        return None
-    return f"{name} is {value!r}, expected a whole number of at least 1"
-
-
-def _fraction(name: str, value: Any) -> str | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1:
-        return None
-    return f"{name} is {value!r}, expected a number of at least 0 and below 1"
-
-
-def _boolean(name: str, value: Any) -> str | None:
-    return None if isinstance(value, bool) else f"{name} is {value!r}, expected true or false"
-
-
-def _optional_boolean(name: str, value: Any) -> str | None:
-    return None if value is None else _boolean(name, value)
-
-
-def _device(name: str, value: Any) -> str | None:
-    if isinstance(value, str) and value:
-        return None
-    return f"{name} is {value!r}, expected auto, cpu, cuda or cuda:N"
-
-
-def _activation(name: str, value: Any) -> str | None:
-    return None if value in ACTIVATIONS else f"{name} is {value!r}, expected {', '.join(ACTIVATIONS)}"
-
-
-_COMPUTED = {
-    "pos_encoding": ("learned",),
-    "norm_type": ("layernorm",),
-    "mlp_type": ("mlp", *ACTIVATIONS),
-}
-"""Fields of other programs that change the computation with the same tensors, and the values computed here."""
-
-_RULES = {
-    "batch_size": _positive_int,
-    "block_size": _positive_int,
-    "vocab_size": _positive_int,
-    "n_embd": _positive_int,
-    "n_head": _positive_int,
-    "n_layer": _positive_int,
-    "dropout": _fraction,
-    "bias": _boolean,
-    "device": _device,
-    "activation": _activation,
-    "tied_head": _boolean,
-    "head_bias": _boolean,
-    "norm_bias": _boolean,
-    "mlp_bias": _boolean,
-    "proj_bias": _optional_boolean,
-}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -10,11 +11,13 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
 from ..errors import CheckpointError, InputError
 from .words import printable
+
+N = TypeVar("N", int, float)
 
 DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: 75 is EX_TEMPFAIL, which batch queues read as "run me again"; 130 is the shell's 128 + SIGINT."""
@@ -97,24 +100,6 @@ class Parser(argparse.ArgumentParser):
         return words
 
 
-def count(word: str) -> int:
-    """Parse a whole number of at least 1, as a flag's type."""
-    if not word.isascii() or not word.isdigit() or not int(word):
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number of at least 1")
-    return int(word)
-
-
-def positive(word: str) -> float:
-    """Parse a number above 0, as a flag's type."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected a number above 0")
-    return value
-
-
 def size(word: str, least: int = 1) -> int:
     """Parse a number of bytes such as 5GB, as a flag's type."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", word.upper())
@@ -127,23 +112,23 @@ def size(word: str, least: int = 1) -> int:
     return value
 
 
-def number(kind: Callable[[str], float], low: float, high: float, allowed: str) -> Callable[[str], float]:
+def number(kind: Callable[[str], N], low: float, high: float, allowed: str) -> Callable[[str], N]:
     """Make a flag's type: a number from low to high, both included."""
 
-    def parse(word: str) -> float:
-        try:
+    def parse(word: str) -> N:
+        with contextlib.suppress(ValueError):
             value = kind(word)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"found {word!r}, expected {allowed}")
-        return value
+            if low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected {allowed}")
 
     return parse
 
 
-seed_number = number(int, 0, 2**62, "a whole number from 0 to 2**62")
+count = number(int, 1, 2**62, "a whole number of at least 1")
 whole = number(int, 0, 2**62, "a whole number of at least 0")
+seed_number = number(int, 0, 2**62, "a whole number from 0 to 2**62")
+positive = number(float, math.nextafter(0.0, 1.0), sys.float_info.max, "a number above 0")
 above_or_zero = number(float, 0, sys.float_info.max, "0 or a number above 0")
 below_one = number(float, 0, math.nextafter(1.0, 0.0), "a number from 0 up to but not including 1")
 

@@ -26,7 +26,8 @@ from ..bundle.retention import Retention, best_of, better
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
 from ..bundle.writing import explained
-from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture
+from ..config.fields import FORMAT_VERSION
+from ..config.gpt import EDITABLE, GPTConfig, same_architecture
 from ..config.modded import ModdedConfig
 from ..console.words import size_text
 from ..containers.json_files import dump_json, parse_json

@@ -9,7 +9,7 @@ from ...bundle.bundle import OPTIMIZER, TOKENIZER
 from ...bundle.commit import CONFIG, MODEL
 from ...bundle.contradictions import MOST_PADDING, fits_characters
 from ...bundle.training_state import STATE, TrainingState, seal, time_of
-from ...config.gpt import FORMAT_VERSION
+from ...config.fields import FORMAT_VERSION
 from ...containers.json_files import dump_json
 from ...containers.plain import plain
 from ..plan import Options, Plan, Ref, Source, WeightFile, target_of
