@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -21,13 +21,6 @@ N = TypeVar("N", int, float)
 
 DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: 75 is EX_TEMPFAIL, which batch queues read as "run me again"; 130 is the shell's 128 + SIGINT."""
-
-
-def _near(word: str, words: Iterable[str], n: int, cutoff: float) -> list[str]:
-    """The closest of some words; the library for this is imported only when a flag is wrong."""
-    from difflib import get_close_matches
-
-    return get_close_matches(word, words, n, cutoff)
 
 
 def _wide(prog: str) -> argparse.HelpFormatter:
@@ -67,19 +60,20 @@ class Parser(argparse.ArgumentParser):
         from_file = self._from_file(Path(config_file)) if config_file else []
         args, unknown = self.parse_known_args(from_file + argv)
         if unknown:
-            self._refuse(unknown[0])
+            if not unknown[0].startswith("-"):
+                self.error(f"unexpected word {unknown[0]!r}")
+            self._refuse(unknown[0].split("=")[0])
         return args
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line; the usage of thirty flags would hide it."""
         self.exit(WRONG_USE, f"{self.prog}: error: {message} (--help shows the flags)\n")
 
-    def _refuse(self, word: str) -> NoReturn:
-        flag = word.split("=")[0]
-        if not flag.startswith("-"):
-            self.error(f"unexpected word {word!r}")
-        near = _near(flag.replace("-", "_").replace("__", "--", 1), self._flags(), n=1, cutoff=0.5)
-        self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+    def _refuse(self, flag: str, where: str = "") -> NoReturn:
+        from difflib import get_close_matches  # only when a flag is wrong
+
+        near = get_close_matches(flag.replace("-", "_").replace("__", "--", 1), self._flags(), n=1, cutoff=0.5)
+        self.error(f"{where}unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
 
     def _flags(self) -> dict[str, argparse.Action]:
         return self._option_string_actions
@@ -89,8 +83,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in read_settings(path).items():
             action = self._flags().get(f"--{name}")
             if action is None or name in ("help", "version", "config_file"):
-                near = _near(f"--{name}", self._flags(), n=1, cutoff=0.5)
-                self.error(f"{path}: unknown flag {name!r}" + (f"; did you mean {near[0][2:]!r}?" if near else ""))
+                self._refuse(f"--{name}", f"{path}: ")
             if isinstance(value, bool):
                 negative = f"--no_{name}"
                 if value or negative in self._flags():

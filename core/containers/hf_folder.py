@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..console.words import listed_names
 from ..errors import CheckpointDamaged, CheckpointNotFound
 from .container import Container, is_plain, listing, member
-from .joined import read_json
-from .pickles.inert import as_text
+from .joined import join, read_json
+from .pickles.inert import as_name, as_text
 from .safetensors import METADATA, open_safetensors
 from .spec import TensorSpec
 
@@ -86,28 +85,24 @@ def open_hf_folder(path: Path) -> Container:
     parts = sorted(set(weight_map.values())) or ([main] if main else _numbered(names))
     if not parts:
         raise CheckpointNotFound(f"{path}: no Hugging Face weights here, expected one of {', '.join(WEIGHTS)}.")
-    shards = _open_shards(folder, parts, where, names)
-    tensors = _merge(shards, where)
-    notes = [] if main else ["no index beside the shards: whether all tensors are present is unknown"]
-    if weight_map:
-        notes += _compare(weight_map, tensors, where) + _total_size(content.get("metadata"), tensors)
-    for name, shard in shards.items():
-        files[name] = shard.files[Path(name).name]
+    _check_shards(parts, where, names)
+    whole = Container("", folder, {}, content, files)
+    kinds = ["Hugging Face folder"] if "config" in content else []
+    shard_kinds = set()
+    for name in parts:
+        shard = _open_shard(member(folder, name, where))
+        join(whole, shard)
+        shard_kinds.add(shard.kind)
         others = _without_tensors(shard.content)
         if others and others != _USUAL:
             content[name] = others
-    kinds = ["Hugging Face folder"] if "config" in content else []
-    kinds += sorted({shard.kind for shard in shards.values()})
-    return Container(
-        kind=", ".join([*kinds, *([f"{len(shards)} files"] if len(shards) > 1 else [])]),
-        path=folder,
-        tensors=tensors,
-        content=content,
-        files=files,
-        checks=[replace(check, file=name) for name, shard in shards.items() for check in shard.checks],
-        foreign=list(dict.fromkeys(call for shard in shards.values() for call in shard.foreign)),
-        notes=notes + _beside(names, files),
-    )
+    if not main:
+        whole.notes.append("no index beside the shards: whether all tensors are present is unknown")
+    if weight_map:
+        whole.notes += _compare(weight_map, whole.tensors, where) + _total_size(content.get("metadata"), whole.tensors)
+    whole.notes += _beside(names, whole.files)
+    whole.kind = ", ".join([*kinds, *sorted(shard_kinds), *([f"{len(parts)} files"] if len(parts) > 1 else [])])
+    return whole
 
 
 def _numbered(names: Iterable[str]) -> list[str]:
@@ -135,12 +130,12 @@ def _weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
         raise CheckpointDamaged(f"{where}: its weight_map is {as_text(found, 80)}, expected a file for each tensor.")
     for name, file in found.items():
         if not isinstance(file, str):
-            raise CheckpointDamaged(f"{where}: places {_shown(name)} in {as_text(file, 80)}, expected a file's name.")
+            raise CheckpointDamaged(f"{where}: places {as_name(name)} in {as_text(file, 80)}, expected a file's name.")
     return found
 
 
-def _open_shards(folder: Path, names: list[str], where: str, there: Iterable[str]) -> dict[str, Container]:
-    """Open the existing files that hold tensors."""
+def _check_shards(names: list[str], where: str, there: Iterable[str]) -> None:
+    """Refuse a model some of whose files are not there."""
     listed = set(there)
     missing = [name for name in names if is_plain(name) and name not in listed]
     if missing:
@@ -148,7 +143,6 @@ def _open_shards(folder: Path, names: list[str], where: str, there: Iterable[str
             f"{where}: of its {len(names)} files, {len(missing)} not there: {_some(missing)}. "
             "Download or copy them again; the others were not opened."
         )
-    return {name: _open_shard(member(folder, name, where)) for name in names}
 
 
 def _open_shard(path: Path) -> Container:
@@ -159,29 +153,17 @@ def _open_shard(path: Path) -> Container:
     return open_torch_single(path)
 
 
-def _merge(shards: dict[str, Container], where: str) -> dict[str, TensorSpec]:
-    """The tensors of all files, each with its file."""
-    tensors: dict[str, TensorSpec] = {}
-    for file, shard in shards.items():
-        for name, spec in shard.tensors.items():
-            if name in tensors:
-                raise CheckpointDamaged(f"{where}: {_shown(name)} is in {tensors[name].file} and in {file}.")
-            spec.file, spec.storage = file, f"{file}/{spec.storage}"
-            tensors[name] = spec
-    return tensors
-
-
 def _compare(weight_map: dict[str, str], tensors: dict[str, TensorSpec], where: str) -> list[str]:
     """Refuse an index that lists tensors the files do not hold; tensors that it does not list are only noted."""
     lost = [name for name in weight_map if name not in tensors]
     if lost:
         raise CheckpointDamaged(
             f"{where}: lists {len(weight_map)} tensors, its files hold {len(weight_map) - len(lost)} of them: "
-            f"{_shown(lost[0])} is not in {_shown(weight_map[lost[0]])}."
+            f"{as_name(lost[0])} is not in {as_name(weight_map[lost[0]])}."
         )
     for name, file in weight_map.items():
         if tensors[name].file != file:
-            raise CheckpointDamaged(f"{where}: places {_shown(name)} in {file}, it is in {tensors[name].file}.")
+            raise CheckpointDamaged(f"{where}: places {as_name(name)} in {file}, it is in {tensors[name].file}.")
     extra = [name for name in tensors if name not in weight_map]
     if not extra:
         return []
@@ -206,8 +188,4 @@ def _without_tensors(content: Any) -> Any:
 
 
 def _some(names: list[str]) -> str:
-    return listed_names(names, 3, show=_shown)
-
-
-def _shown(name: str) -> str:
-    return as_text(name, 80)[1:-1]
+    return listed_names(names, 3, show=as_name)

@@ -28,7 +28,8 @@ def join(whole: Container, part: Container, name: str = "") -> None:
     for spec in part.tensors.values():
         spec.name = f"{name}.{spec.name}" if name else spec.name
         if spec.name in whole.tensors:
-            raise CheckpointDamaged(f"{whole.path}: two tensors are called {as_text(spec.name, 80)}.")
+            first = whole.tensors[spec.name].blocks[0].file
+            raise CheckpointDamaged(f"{whole.path}: two tensors are called {as_text(spec.name, 80)}, one in {first}.")
         if not spec.chunks:
             spec.file = before + (part.path.name if single else spec.file)
         spec.chunks = tuple(replace(chunk, file=before + chunk.file) for chunk in spec.chunks)

@@ -18,7 +18,7 @@ from .blocks import blocks_fault, spec_of_blocks
 from .container import Check, Container, listing, member, reading
 from .dcp.dtensor import Shard, foreign_within, shard_of
 from .joined import join
-from .pickles.inert import Call, as_text
+from .pickles.inert import Call, as_name
 from .spec import Chunk, TensorSpec
 from .torch_files.container import record_checks
 from .torch_files.file import open_torch_file
@@ -110,7 +110,7 @@ class _Ranks:
         shards: dict[str, Shard] = {}
 
         def collect(held: str, call: Call) -> Any:
-            if shard := shard_of(call, f"{where}: {as_text(held, 80)[1:-1]}"):
+            if shard := shard_of(call, f"{where}: {as_name(held)}"):
                 shards[held] = shard
             return call
 
@@ -139,7 +139,7 @@ class _Ranks:
         same = (first.shard is None) == (shard is None) and first.local.dtype == local.dtype
         if not same or (shard and first.shard and shard.shape != first.shard.shape):
             raise CheckpointDamaged(
-                f"{self.path / file}: {as_text(name, 80)[1:-1]} is {_described(parts[-1])}, in {first.file} it is "
+                f"{self.path / file}: {as_name(name)} is {_described(parts[-1])}, in {first.file} it is "
                 f"{_described(first)}. The files are of different saves."
             )
 
@@ -161,7 +161,7 @@ class _Ranks:
             chunks = [part.chunk() for part in copies.values()]
             shape = first.shard.shape
             if fault := blocks_fault(shape, [(chunk.begin, chunk.shape) for chunk in chunks]):
-                faults.append(f"{as_text(name, 80)[1:-1]}: {fault}")
+                faults.append(f"{as_name(name)}: {fault}")
             else:
                 storage = f"{first.file}/{first.local.storage}"
                 tensors[name] = spec_of_blocks(name, first.local.dtype, shape, chunks, storage)

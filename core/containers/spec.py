@@ -31,6 +31,12 @@ DTYPES: dict[str, tuple[int, str, str, str]] = {
 }
 """By torch's name of a dtype: bytes of an element, NumPy's name, torch's word for its storages, safetensors' code."""
 
+MOST_DIMENSIONS = 64
+"""Dimensions that a tensor may have."""
+
+LONGEST_NAME = 1000
+"""Characters that the name of a tensor may have."""
+
 ITEM_SIZES = {dtype: size for dtype, (size, *_) in DTYPES.items()}
 """Bytes of one element, by torch's name of the dtype."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .match import Match
@@ -58,8 +58,8 @@ class Claims:
 
     def activation(self) -> str:
         """The config's activation in our terms, "" if it has none."""
-        said = (self.config.get(name) for name in ("activation_function", "hidden_act", "activation"))
-        return next((ACTIVATIONS.get(value, _text(value)) for value in said if isinstance(value, str)), "")
+        said = activation_of(self.config)
+        return "" if said is None else ACTIVATIONS.get(said, _text(said))
 
     def norm(self) -> str:
         """The kind of norm that the config names, "" if it names none."""
@@ -68,11 +68,9 @@ class Claims:
 
     def tied(self) -> bool | None:
         """Whether the config ties the head to the token table."""
-        for name, meaning in TIED.items():
-            if isinstance(said := self.config.get(name), bool):
-                self.used.append("tied_head")
-                return said is meaning
-        return None
+        said = next((tied for _, tied in tied_fields(self.config)), None)
+        self.used += [] if said is None else ["tied_head"]
+        return said
 
     def context(self) -> int | None:
         """The context length, if no table of positions shows it."""
@@ -141,10 +139,11 @@ class Claims:
                 what = family.switches[switch][0] if switch in family.switches else "a gate"
                 there = "is there" if switches[switch] else "is not there"
                 self.conflicts.append(f"{name} is {str(said).lower()} in the config, but {what} {there}")
-        for name, meaning in TIED.items():
-            if isinstance(said := self.config.get(name), bool) and tied not in (None, said is meaning):
+        for name, says_tied in tied_fields(self.config):
+            if tied not in (None, says_tied):
                 what = "absent or the token table itself" if tied else "a tensor of its own"
-                self.conflicts.append(f"{name} is {str(said).lower()} in the config, but {family.head} is {what}")
+                value = str(self.config[name]).lower()
+                self.conflicts.append(f"{name} is {value} in the config, but {family.head} is {what}")
 
     def _shown(self, field: str) -> int | None:
         measure = self.found.measures.get(field)
@@ -157,6 +156,19 @@ class Claims:
         said = f"{name} is {self.number(field)} in the config, but " if field in self._names else ""
         witness = f" ({measure.name} is {measure.shape})" if measure and measure.shape else ""
         self.conflicts.append(f"{said}{what}{witness}")
+
+
+def tied_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Yield each field of a config that tells whether the head is the token table, and what it tells."""
+    for name, meaning in TIED.items():
+        if isinstance(said := config.get(name), bool):
+            yield name, said is meaning
+
+
+def activation_of(config: Mapping[str, Any]) -> str | None:
+    """The activation that a config names, in its own words."""
+    said = (config.get(name) for name in ("activation_function", "hidden_act", "activation"))
+    return next((value for value in said if isinstance(value, str)), None)
 
 
 def _text(value: Any) -> str:

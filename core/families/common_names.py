@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import lecture
-from .claims import ACTIVATIONS, NAMES, TIED
+from .claims import ACTIVATIONS, NAMES, activation_of, tied_fields
 from .family import plain_names
 from .fused import FUSED, LECTURE, SAME, fuse
 from .hf_gpt2 import HF_GPT2
@@ -71,12 +71,10 @@ def places(family: str, names: Iterable[str]) -> dict[str, Place]:
 def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that have the same meaning in most programs, by our names."""
     found = {field: config[name] for field, names in NAMES.items() for name in names if config.get(name) is not None}
-    for name, tied in TIED.items():
-        if isinstance(said := config.get(name), bool):
-            found["tied_head"] = said is tied
-    for name in ("activation_function", "hidden_act", "activation"):
-        if isinstance(said := config.get(name), str):
-            found.setdefault("activation", ACTIVATIONS.get(said, said))
+    for _, tied in tied_fields(config):
+        found["tied_head"] = tied
+    if (said := activation_of(config)) is not None:
+        found["activation"] = ACTIVATIONS.get(said, said)
     return found
 
 

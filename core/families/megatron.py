@@ -69,7 +69,7 @@ def stacked(tensors: dict[str, Sides]) -> dict[str, Sides]:
     }
 
 
-def _family(program: str, tensors: dict[str, Sides], signature: str) -> Family:
+def _family(program: str, tensors: dict[str, Sides]) -> Family:
     layered = any("{i}" in name for name in tensors)
     switches = {
         switch: tuple(name for row in rows if (name := row if layered else row.replace("{i}.", "")) in tensors)
@@ -79,7 +79,7 @@ def _family(program: str, tensors: dict[str, Sides], signature: str) -> Family:
         name="megatron",
         program=program,
         tensors=tensors,
-        signature=(signature,),
+        signature=(next(name for name in tensors if name.endswith("linear_qkv.weight")),),
         embedding="embedding.word_embeddings.weight",
         head="output_layer.weight",
         positions="embedding.position_embeddings.weight",
@@ -94,10 +94,9 @@ def _family(program: str, tensors: dict[str, Sides], signature: str) -> Family:
     )
 
 
-QKV = "decoder.layers.{i}.self_attention.linear_qkv.weight"
 FAMILIES = (
-    _family("Megatron export with local names", LOCAL, QKV),
-    _family("Megatron export with Transformer Engine names", TRANSFORMER_ENGINE, QKV),
-    _family("Megatron torch_dist, local names", stacked(LOCAL), QKV.replace("{i}.", "")),
-    _family("Megatron torch_dist, Transformer Engine names", stacked(TRANSFORMER_ENGINE), QKV.replace("{i}.", "")),
+    _family("Megatron export with local names", LOCAL),
+    _family("Megatron export with Transformer Engine names", TRANSFORMER_ENGINE),
+    _family("Megatron torch_dist, local names", stacked(LOCAL)),
+    _family("Megatron torch_dist, Transformer Engine names", stacked(TRANSFORMER_ENGINE)),
 )

@@ -50,14 +50,14 @@ MEDIUM: dict[str, Sides] = {
 }
 
 
-def _family(name: str, program: str, tensors: dict[str, Sides], signature: str, head: str, before: str = "") -> Family:
+def _family(name: str, program: str, tensors: dict[str, Sides], before: str = "") -> Family:
     return Family(
         name=name,
         program=program,
         tensors=tensors,
-        signature=(signature,),
+        signature=(next(name for name in tensors if ".attn.qkv" in name),),
         embedding=f"{before}embed.weight",
-        head=head,
+        head=next(name for name in tensors if "lm_head" in name),
         tables=tuple(before + name for name in VALUES),
         always=("qk_norm",),
         without={i: before + name for i, name in WITHOUT.items()},
@@ -78,27 +78,13 @@ CLASSIFIER: dict[str, Sides] = {
 """core/networks/classification.py: a GPTBatched, whose tensors are laid out as medium's, and a head of two layers."""
 
 FAMILIES = (
-    _family(
-        "modded_small",
-        "modded-nanogpt train_gpt.py, 2025-06",
-        SMALL_2025_06,
-        "blocks.{i}.attn.qkv_w",
-        "lm_head.weight",
-    ),
-    _family(
-        "modded_small_2025_02",
-        "modded-nanogpt train_gpt.py, 2025-02",
-        SMALL_2025_02,
-        "blocks.{i}.attn.qkv_w",
-        "lm_head.weight",
-    ),
-    _family("modded_medium", "modded-nanogpt train_gpt_medium.py", MEDIUM, "blocks.{i}.attn.qkvo_w", "lm_head_w"),
+    _family("modded_small", "modded-nanogpt train_gpt.py, 2025-06", SMALL_2025_06),
+    _family("modded_small_2025_02", "modded-nanogpt train_gpt.py, 2025-02", SMALL_2025_02),
+    _family("modded_medium", "modded-nanogpt train_gpt_medium.py", MEDIUM),
     _family(
         "classifier",
         "GPTClassification, a modded-nanogpt model with a head that puts texts into classes",
         CLASSIFIER,
-        _PRETRAINED + "blocks.{i}.attn.qkvo_w",
-        _PRETRAINED + "lm_head_w",
         before=_PRETRAINED,
     ),
 )

@@ -16,7 +16,7 @@ from ...errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from ..blocks import blocks_fault, read_at, spec_of_blocks
 from ..container import Check, Container, is_plain, listing, member, reading
 from ..pickles.foreign import foreign_calls
-from ..pickles.inert import as_text
+from ..pickles.inert import as_name, as_text
 from ..spec import Chunk, TensorSpec
 from ..torch_files.items import Items, find_items
 from ..torch_files.storages import LARGEST_PICKLE, TorchArchive
@@ -84,8 +84,9 @@ def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
             count += len(find_items(file, str(path / name)))
     return CheckpointDamaged(
         f"{path / METADATA}: missing. The {SUFFIX} files ({len(names)}) hold {count} whole items, but only {METADATA} "
-        "has their names and their positions in their tensors. Copy it from where the folder was written; "
-        "convert_checkpoints.py --metadata_from DIR rebuilds it if that is exact."
+        "has their names and their positions in their tensors. Copy it from where the folder was written, or let "
+        "convert_checkpoints.py rebuild it: --metadata_from names the folder of another step that the same program "
+        "wrote on as many ranks, or a torch file of the model (its tensors in the order of the modules)."
     )
 
 
@@ -147,7 +148,7 @@ class _Folder:
         with self.reading(name) as file:
             size = self.files[name] = file.seek(0, os.SEEK_END)
             for place, entry in places:
-                shown = f"{where}: {_shown(entry)}"
+                shown = f"{where}: {as_name(entry.name)}"
                 begin, between = place.offset, between + place.offset - end
                 if begin < end:
                     raise CheckpointDamaged(f"{shown} begins at byte {begin}, the item before it ends at {end}.")
@@ -170,7 +171,7 @@ class _Folder:
                 last = depth + 1 == len(entry.path)
                 if key in branch and (last or under not in branches):
                     raise CheckpointDamaged(
-                        f"{self.path / METADATA}: {_shown(entry)} belongs at {as_text(entry.path, 80)}, where "
+                        f"{self.path / METADATA}: {as_name(entry.name)} belongs at {as_text(entry.path, 80)}, where "
                         "something else is."
                     )
                 if last:
@@ -186,7 +187,7 @@ class _Folder:
         """The spec of a tensor from its blocks, or a record when they are not plain tensors."""
         assert entry.dtype
         if fault := blocks_fault(entry.shape, [(place.begin, place.shape) for place in entry.places]):
-            raise CheckpointDamaged(f"{self.path / METADATA}: {_shown(entry)}: {fault}.")
+            raise CheckpointDamaged(f"{self.path / METADATA}: {as_name(entry.name)}: {fault}.")
         chunks = []
         for place in entry.places:
             item = self.items[place.file, place.offset]
@@ -194,11 +195,11 @@ class _Folder:
             if item.unused or not isinstance(spec, TensorSpec):
                 self.foreign |= dict.fromkeys(foreign_calls([spec, *item.unused]))
             if not isinstance(spec, TensorSpec):
-                self.notes.append(f"{_shown(entry)} is {as_text(spec, 80)}, not a plain tensor: left out.")
+                self.notes.append(f"{as_name(entry.name)} is {as_text(spec, 80)}, not a plain tensor: left out.")
                 return spec
             if (spec.dtype, spec.shape) != (entry.dtype, place.shape):
                 raise CheckpointDamaged(
-                    f"{self.path / place.file}: {_shown(entry)} at {place.begin} is {spec.dtype} {spec.shape}, "
+                    f"{self.path / place.file}: {as_name(entry.name)} at {place.begin} is {spec.dtype} {spec.shape}, "
                     f"{METADATA} says {entry.dtype} {place.shape}."
                 )
             self.check(place.file, item, {f"data/{spec.storage}": (entry.name,)})
@@ -231,7 +232,3 @@ class _Folder:
         for short, held in names.items():
             record = item.records[short]
             self.checks.append(Check(file, record.offset, record.size, record.checksum, held))
-
-
-def _shown(entry: Entry) -> str:
-    return as_text(entry.name, 80)[1:-1]

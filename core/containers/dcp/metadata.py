@@ -6,21 +6,20 @@ filesystem.py in that package; older torch had some of them elsewhere. Nothing i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import naturals
 from ..pickles.foreign import attributes
-from ..pickles.inert import Call, Global, as_text
+from ..pickles.inert import Call, Global, as_name, as_text
 from ..pickles.reader import parse_pickle
 from ..pickles.reductions import Reductions
-from ..spec import ITEM_SIZES
-from .dtensor import foreign_within, is_distributed
+from ..spec import ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS
+from .dtensor import class_name, foreign_within, is_distributed
 
 METADATA = ".metadata"
-_MOST_DIMENSIONS = 64
-_LONGEST_NAME = 1000
 _DEEPEST = 32  # levels of the nested state dict
 _DATA = frozenset(
     {"torch.Size", "torch.serialization._get_layout", *(f"torch.{dtype}" for dtype in ITEM_SIZES)}
@@ -124,14 +123,14 @@ def _stored(storage: dict[Any, Any], where: str) -> dict[str, tuple[str, int, in
                 "and length, all whole numbers of at least 0."
             )
         if not isinstance(file, str):
-            raise CheckpointDamaged(f"{where}: {_shown(name)} is in a file called {as_text(file, 40)}.")
+            raise CheckpointDamaged(f"{where}: {as_name(name)} is in a file called {as_text(file, 40)}.")
         if transforms := place.get("transform_descriptors"):
             raise CheckpointError(
-                f"{where}: {_shown(name)} was written through {as_text(transforms, 60)}, which this program "
+                f"{where}: {as_name(name)} was written through {as_text(transforms, 60)}, which this program "
                 "cannot undo. Load and save it again with torch, without extensions."
             )
         if (item := _key(name, begin)) in stored:
-            raise CheckpointDamaged(f"{where}: {_shown(name)} at {begin} is stored twice.")
+            raise CheckpointDamaged(f"{where}: {as_name(name)} at {begin} is stored twice.")
         stored[item] = (file, numbers[0], numbers[1])
     return stored
 
@@ -144,10 +143,10 @@ class _Reader:
         self.used: set[str] = set()
 
     def entry(self, name: Any, value: Any, path: Any) -> Entry:
-        if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        if not isinstance(name, str) or len(name) > LONGEST_NAME:
             raise CheckpointDamaged(f"{self.where}: an item called {as_text(name, 80)}, expected a short text.")
-        where = f"{self.where}: {_shown(name)}"
-        kind = _class(value)
+        where = f"{self.where}: {as_name(name)}"
+        kind = class_name(value)
         if kind == "BytesStorageMetadata":
             return Entry(name, _path(name, path), None, (), [self.place(name, None, (), where)])
         if kind != "TensorStorageMetadata":
@@ -185,10 +184,6 @@ class _Reader:
         return Place(begin or (), size, *found)
 
 
-def _shown(name: str) -> str:
-    return as_text(name, 80)[1:-1]
-
-
 def _path(name: str, path: Any) -> tuple[str | int, ...]:
     """The path of an item in its state dict; planners that do not flatten record none, or something else."""
     whole = isinstance(path, tuple) and 0 < len(path) < _DEEPEST
@@ -206,24 +201,13 @@ def _dtype(properties: Any) -> str | None:
     return dtype if dtype in ITEM_SIZES and state[1] == "torch.strided" else None
 
 
-def _class(value: Any) -> str:
-    """The short name of the class of a record."""
-    known = isinstance(value, Call) and isinstance(value.callable, Global)
-    return value.callable.path.rpartition(".")[2] if known else ""
-
-
 def _shape(shape: tuple[Any, ...], item: int) -> bool:
-    if not _is_place(shape):
-        return False
-    nbytes = item
-    for size in shape:
-        nbytes *= max(size, 1)
-    return nbytes < 1 << 63
+    return _is_place(shape) and item * math.prod(max(size, 1) for size in shape) < 1 << 63
 
 
 def _is_place(numbers: Any) -> TypeGuard[tuple[int, ...]]:
     """Whether a value has one whole number per dimension; a longer one could be shared thousands of times."""
-    return isinstance(numbers, tuple) and len(numbers) <= _MOST_DIMENSIONS and naturals(numbers)
+    return isinstance(numbers, tuple) and len(numbers) <= MOST_DIMENSIONS and naturals(numbers)
 
 
 def _size(sizes: Any = ()) -> Any:

@@ -8,15 +8,16 @@ the order of its modules, in which each rank writes its part. Anything else is r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...console.words import listed_names
-from ...errors import CheckpointDamaged, CheckpointMismatch
+from ...errors import CheckpointMismatch
 from ..container import Container, listing, member, reading
 from ..open import open_container
-from ..pickles.inert import as_text
+from ..pickles.inert import as_name
 from ..spec import TensorSpec
 from ..torch_files.items import Items, find_items
 from .folder import SUFFIX, is_dcp, metadata_of
@@ -98,7 +99,7 @@ def _after_layout(path: Path, found: dict[str, list[StoredItem]], like: Path) ->
         for number, (item, (place, entry)) in enumerate(zip(mine, theirs[name], strict=True)):
             if (item.dtype, item.shape) != (entry.dtype, place.shape if entry.dtype else ()):
                 wanted = f"{entry.dtype} {place.shape}" if entry.dtype else "a value"
-                shown = as_text(entry.name, 80)[1:-1]
+                shown = as_name(entry.name)
                 raise _unlike(path, like, f"{name}: item {number} is {item}, expected {shown}, {wanted}")
             moved[id(place)] = replace(place, offset=item.offset, length=item.length)
     return [replace(entry, places=[moved[id(place)] for place in entry.places]) for entry in entries]
@@ -150,7 +151,7 @@ def _matched(found: dict[str, list[StoredItem]], reference: Container, by_size: 
     for spec in specs:
         ways = _ways(spec, files, queues, at)
         if len(ways) != 1:
-            shown = as_text(spec.name, 80)[1:-1]
+            shown = as_name(spec.name)
             heads = ", ".join(str(queues[f][at[f]]) if at[f] < len(queues[f]) else "nothing" for f in files[:4])
             problem = "fits nowhere" if not ways else "fits in several ways"
             raise CheckpointMismatch(f"{shown} {spec.shape} {problem}, the files go on with {heads}")
@@ -210,7 +211,7 @@ def _sorted_rows(queues: dict[str, list[StoredItem]], specs: list[TensorSpec]) -
     for file in files:
         mine = [(spec, *_rows(spec.shape, files).get(file, ((), spec.shape))) for spec in specs]
         mine = [one for one in mine if 0 not in one[2]]
-        mine.sort(key=lambda one: _numel(one[2]))
+        mine.sort(key=lambda one: math.prod(one[2]))
         if [shape for _, _, shape in mine] != [item.shape for item in queues[file]]:
             raise CheckpointMismatch(f"{file}: its {len(queues[file])} items are not these tensors by their size")
         for (spec, begin, shape), item in zip(mine, queues[file], strict=True):
@@ -219,13 +220,6 @@ def _sorted_rows(queues: dict[str, list[StoredItem]], specs: list[TensorSpec]) -
     if any(len(held) != 1 for held in dtypes.values()) or len(set().union(*dtypes.values())) != 1:
         raise CheckpointMismatch("its tensors have different dtypes, and their order by size is not known")
     return [_entry(spec, (places[spec.name], next(iter(dtypes[spec.name])) or "")) for spec in specs]
-
-
-def _numel(shape: Shape) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _entry(spec: TensorSpec, way: Way) -> Entry:
@@ -246,14 +240,3 @@ def sibling(path: Path) -> Path | None:
     other = {"model_sharded": "ema_sharded", "ema_sharded": "model_sharded"}.get(path.name)
     there = path.parent / other if other else None
     return there if there and there.is_dir() and METADATA in listing(there) else None
-
-
-def refuse_lost(path: Path) -> CheckpointDamaged:
-    """Make the error for a folder that lost its metadata and has nothing to rebuild it from."""
-    found = items_of(path)
-    count = sum(map(len, found.values()))
-    return CheckpointDamaged(
-        f"{path / METADATA}: missing. The {SUFFIX} files ({len(found)}) hold {count} whole items without names. "
-        "--metadata_from names their source: the folder of another step that the same program wrote on as many ranks, "
-        "or a torch file of the model (its tensors in the order of the modules)."
-    )

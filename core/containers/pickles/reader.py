@@ -66,7 +66,7 @@ def parse_pickle(
 
     Raises: PickleCutOff when it does not end within `data`, CheckpointDamaged for anything else that is not sound.
     """
-    reader = _Reader(data, where, start, persistent, resolve or _unresolved, {**PLAIN, **(reductions or {})})
+    reader = _Reader(data, where, start, persistent, resolve or (lambda name: name), {**PLAIN, **(reductions or {})})
     value = reader.run()
     held = check_structure(value, where, reader.position - start)
     return ParsedPickle(value, reader.position, [lost for lost in reader.unheld if id(lost) not in held])
@@ -330,10 +330,6 @@ class _Reader:
     def new_with_keywords(self) -> None:
         callable, args, keywords = self.pop_many(3)
         self.call(callable, args if keywords == {} else (*args, keywords) if isinstance(args, tuple) else args)
-
-
-def _unresolved(name: Global) -> Any:
-    return name
 
 
 _OPCODES = opcode_table(_Reader)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError
 from .. import checksum
-from ..pickles.inert import as_text
+from ..pickles.inert import as_name
 from ..spec import ITEM_SIZES, reach
 from .dtypes import decode
 from .views import Block, View, is_in_order, slice_axis
@@ -74,7 +74,7 @@ def pieces(view: View, size: int = PIECE) -> Iterator[memoryview]:
     """
     if fault := inflated(view):
         source = next(block.source for block in view.blocks if block.source is not None)
-        raise CheckpointError(f"{source.path}: {as_text(view.names[0], 80)[1:-1]} {fault}.")
+        raise CheckpointError(f"{source.path}: {as_name(view.names[0])} {fault}.")
     item = ITEM_SIZES[view.dtype]
     with Gatherer(1, ROOM) as gatherer:
         yield from gatherer.pieces(view, max(size // item, 1) * item)

@@ -59,10 +59,6 @@ class View:
         """Whether it has no data from any file."""
         return bool(self.blocks) and all(block.source is None for block in self.blocks)
 
-    def same_elements(self, other: View) -> bool:
-        """Whether both are the same bytes of the same file, as tied tensors are."""
-        return self.place == other.place
-
     @property
     def place(self) -> tuple[object, ...]:
         """A key that is equal for views of the same bytes of the same file, as tied tensors are."""

@@ -205,32 +205,6 @@ def directory(entries: Sequence[Entry], start: int) -> bytes:
     return data + tail + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, start, 0)
 
 
-class ZipLayout:
-    """A zip of stored, aligned records, written in one pass; the CRC32 of each follows its bytes."""
-
-    def __init__(self, sink: Sink) -> None:
-        self.sink = sink
-        self._entries: list[Entry] = []
-
-    def record(self, name: str, size: int, pieces: Iterable[bytes | memoryview]) -> int:
-        """Append a record whose bytes come in pieces, `size` in all, and return its CRC32."""
-        path, offset = f"{FOLDER}/{name}".encode(), self.sink.size
-        self.sink.write(local_header(path, size, offset))
-        crc = done = 0
-        for piece in pieces:
-            crc = combine(crc, self.sink.write(piece), len(piece))
-            done += len(piece)
-        if done != size:
-            raise CheckpointMismatch(f"{name} has {done} bytes, expected {size}")
-        self.sink.write(descriptor(size, crc))
-        self._entries.append(Entry(path, offset, size, crc))
-        return crc
-
-    def close(self) -> None:
-        """Append the directory; nothing may follow."""
-        self.sink.write(directory(self._entries, self.sink.size))
-
-
 Pieces = tuple[int, Iterable[bytes | memoryview]]
 """The number of bytes of a storage, and the bytes in pieces."""
 
@@ -243,13 +217,22 @@ def write_torch_file(sink: Sink, data_pkl: bytes, storages: Iterable[Pieces]) ->
 
     Raises: CheckpointMismatch when a storage has more or fewer bytes than stated.
     """
-    layout, digest = ZipLayout(sink), 0
+    digest, entries = 0, list[Entry]()
     for name, record in records(data_pkl, storages):
         size, pieces = (len(record), [record]) if isinstance(record, bytes) else record
-        crc = layout.record(name, size, pieces)
+        path, offset = f"{FOLDER}/{name}".encode(), sink.size
+        sink.write(local_header(path, size, offset))
+        crc = done = 0
+        for piece in pieces:
+            crc = combine(crc, sink.write(piece), len(piece))
+            done += len(piece)
+        if done != size:
+            raise CheckpointMismatch(f"{name} has {done} bytes, expected {size}")
+        sink.write(descriptor(size, crc))
+        entries.append(Entry(path, offset, size, crc))
         if not isinstance(record, bytes):
             digest = zlib.crc32(crc.to_bytes(4, "little"), digest)
-    layout.close()
+    sink.write(directory(entries, sink.size))
     return f"{digest:08x}"
 
 

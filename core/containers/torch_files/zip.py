@@ -12,7 +12,7 @@ from typing import BinaryIO
 from ...console.words import listed_names
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import read_at
-from ..pickles.inert import as_text
+from ..pickles.inert import as_name, as_text
 from .storages import LARGEST_PICKLE, TensorLoader, TorchArchive, name_tensors
 from .zip_directory import Record, read_directory, read_head
 
@@ -50,7 +50,7 @@ def _odd(records: dict[str, Record], loader: TensorLoader, loose: int, behind: i
     known = {*_KNOWN, *(f"data/{key}" for key in loader.storages)}
     others = [name for name in records if name not in known]
     if others:
-        shown = listed_names(others, 5, show=lambda name: as_text(name, 60)[1:-1])
+        shown = listed_names(others, 5, show=lambda name: as_name(name, 60))
         said.append(f"{len(others)} records that nothing here refers to: {shown}.")
     if loose:
         said.append(f"{loose} bytes of the zip belong to no record.")
@@ -83,7 +83,7 @@ def _storage_offsets(loader: TensorLoader, records: dict[str, Record]) -> dict[s
             raise CheckpointDamaged(f"{loader.where}: {loader.shown(key)} is missing, its tensors cannot be read.")
         if record.size != storage.nbytes or not record.stored:
             raise CheckpointDamaged(
-                f"{loader.where}: {as_text(record.name)[1:-1]} has {record.size} bytes, data.pkl says {storage.nbytes}."
+                f"{loader.where}: {as_name(record.name, 200)} has {record.size} bytes, data.pkl says {storage.nbytes}."
             )
         offsets[key] = record.offset
     return offsets

@@ -86,7 +86,7 @@ def _is_tied(model: Source, options: Options, head: str, table: str, is_said: bo
 
 def _is_one(model: Source) -> bool:
     """Whether head and token table of a Megatron model share their bytes."""
-    return HEAD in model.tensors and model.tensors[HEAD].same_elements(model.tensors[TABLE])
+    return HEAD in model.tensors and model.tensors[HEAD].place == model.tensors[TABLE].place
 
 
 def to_hf(model: Source, options: Options) -> dict[str, Any]:
