@@ -142,8 +142,8 @@ class Claims:
         for name, says_tied in tied_fields(self.config):
             if tied not in (None, says_tied):
                 what = "absent or the token table itself" if tied else "a tensor of its own"
-                value = str(self.config[name]).lower()
-                self.conflicts.append(f"{name} is {value} in the config, but {family.head} is {what}")
+                shown = str(self.config[name]).lower()
+                self.conflicts.append(f"{name} is {shown} in the config, but {family.head} is {what}")
 
     def _shown(self, field: str) -> int | None:
         measure = self.found.measures.get(field)
