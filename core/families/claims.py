@@ -80,7 +80,7 @@ class Claims:
 
     def heads(self, q_size: int | None, kv_size: int | None) -> dict[str, int | None]:
         """Derive n_head, n_kv_head and head_size from shapes, from the program, or from the config."""
-        unknown: dict[str, int | None] = dict.fromkeys(("n_head", "n_kv_head", "head_size"))
+        unknown: dict[str, int | None] = dict.fromkeys(HEADS)
         if not q_size or not kv_size:
             return unknown
         shown = self._head_size(q_size, kv_size)
@@ -94,11 +94,7 @@ class Claims:
                 whose = "it" if source in self._names else f"a head of {size}"
                 self._contradict(source, f"the tensors have {rows} rows of {what}, no multiple of {whose}", word)
                 return unknown
-        result: dict[str, int | None] = {
-            "n_head": q_size // size,
-            "n_kv_head": kv_size // size,
-            "head_size": size,
-        }
+        result: dict[str, int | None] = dict(zip(HEADS, (q_size // size, kv_size // size, size), strict=True))
         for field, value in result.items():
             if self.number(field) not in (None, value):
                 whose = "" if field == "head_size" else f" of size {size}"

@@ -5,7 +5,6 @@ For GPT-2 these are ours: the fused qkv, Linear weights [out, in].
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from . import lecture
 from .claims import ACTIVATIONS, NAMES, activation_of, tied_fields
 from .family import plain_names
 from .fused import FUSED, LECTURE, SAME, fuse
+from .gpt import row_of
 from .hf_gpt2 import HF_GPT2
 from .identify import FAMILIES
 from .megatron_tables import TRANSFORMER_ENGINE
@@ -65,7 +65,7 @@ def places(family: str, names: Iterable[str]) -> dict[str, Place]:
     rows = TABLES[table][1]
     turned = {ours for _, ours, rule in rows if rule == TRANSPOSE}
     sources = fuse(family, rows, {}, names).sources
-    return {common: Place(parts, _row(common) in turned) for common, parts in sources.items()}
+    return {common: Place(parts, row_of(common) in turned) for common, parts in sources.items()}
 
 
 def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,3 @@ def head_and_table(family: str) -> tuple[str, str] | None:
 
 def _table(family: str) -> str:
     return _OF_STYLE[family].name if family in _OF_STYLE else family
-
-
-def _row(name: str) -> str:
-    return re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)

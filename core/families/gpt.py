@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ..console.words import differences
@@ -60,19 +61,16 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     fields = {**config.architecture(), "3 n_embd": 3 * config.n_embd, "4 n_embd": 4 * config.n_embd}
     absent = {name for switch, names in SWITCHES.items() if not fields[switch] for name in names}
     found: dict[str, tuple[int, ...]] = {}
-    for name, sides in TENSORS.items():
-        layers = range(config.n_layer) if "{i}" in name else (0,)
-        if name not in absent:
-            found.update({name.replace("{i}", str(i)): tuple(fields[s] for s in sides) for i in layers})
-    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+    for is_layer, rows in groupby((name for name in TENSORS if name not in absent), lambda name: "{i}" in name):
+        sides = {name: tuple(fields[side] for side in TENSORS[name]) for name in rows}
+        for i in range(config.n_layer if is_layer else 1):
+            found |= {name.replace("{i}", str(i)): shape for name, shape in sides.items()}
+    return found
 
 
-def _order(name: str) -> tuple[int, int]:
-    layer = re.match(r"blocks\.(\d+)\.", name)
-    key = list(TENSORS).index(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name))
-    if layer:
-        return 2 + int(layer[1]), key
-    return (0 if key < 2 else 10**9), key
+def row_of(name: str) -> str:
+    """The row of TENSORS for the name of a tensor: `{i}` in place of the layer."""
+    return re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
 
 
 def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
@@ -99,7 +97,7 @@ def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
         remedy = f". Set n_layer to {count}" if whole else ""
         faults.append(f"n_layer is {config.n_layer}, but the tensors have {count} layers{remedy}")
     for switch, names in SWITCHES.items():
-        here = [name for name in found if re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name) in names]
+        here = [name for name in found if row_of(name) in names]
         if here and not fields[switch]:
             faults.append(f"{switch} is false, but {here[0]} is there. Set {switch} to true")
         if not here and fields[switch]:

@@ -11,16 +11,10 @@ HEAD_SIDES: Sides = ("head_size", "n_embd")
 MASK: Sides = ("block_size", "block_size")
 
 
-def _lecture(feed_forward: str) -> dict[str, Sides]:
-    other = {"ffwd": ".fwd.", "fwd": ".ffwd."}[feed_forward]
-    rows = gpt.sides_of(lecture.LECTURE)
-    return {
-        name: HEAD_SIDES[: len(sides)] if "{j}" in name else sides for name, sides in rows.items() if other not in name
-    }
-
-
 def _lecture_family(feed_forward: str) -> Family:
-    tensors = _lecture(feed_forward)
+    other = {"ffwd": ".fwd.", "fwd": ".ffwd."}[feed_forward]
+    rows = {name: sides for name, sides in gpt.sides_of(lecture.LECTURE).items() if other not in name}
+    tensors = {name: HEAD_SIDES[: len(sides)] if "{j}" in name else sides for name, sides in rows.items()}
     return Family(
         name=LECTURE,
         program="our GPT, lecture style",

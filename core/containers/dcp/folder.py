@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
-from ..blocks import blocks_fault, read_at, spec_of_blocks
+from ..blocks import blocks_fault, read_whole, spec_of_blocks
 from ..container import Check, Container, is_plain, listing, member, reading
 from ..pickles.foreign import foreign_calls
 from ..pickles.inert import as_name, as_text
@@ -43,7 +43,7 @@ def open_dcp(path: Path, rebuilt: Metadata | None = None, opened: Mapping[str, B
     if rebuilt is not None:
         folder = _Folder(path, rebuilt, None)
     elif opened is not None:
-        data = _whole(opened[METADATA], str(path / METADATA))
+        data = read_whole(opened[METADATA], LARGEST_PICKLE, str(path / METADATA))
         folder = _Folder(path, read_metadata(data, str(path / METADATA)), len(data), opened)
     elif METADATA in names:
         folder = _Folder(path, *metadata_of(path))
@@ -63,15 +63,8 @@ def metadata_of(path: Path) -> tuple[Metadata, int]:
     """
     where = str(path / METADATA)
     with reading(member(path, METADATA, where)) as file:
-        data = _whole(file, where)
+        data = read_whole(file, LARGEST_PICKLE, where)
     return read_metadata(data, where), len(data)
-
-
-def _whole(file: BinaryIO, where: str) -> bytes:
-    size = file.seek(0, os.SEEK_END)
-    if size > LARGEST_PICKLE:
-        raise CheckpointError(f"{where}: has {size} bytes, at most {LARGEST_PICKLE} are read.")
-    return read_at(file, 0, size, where)
 
 
 def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
@@ -115,11 +108,7 @@ class _Folder:
 
     def read_items(self) -> None:
         """Open every item, file by file in the order of their bytes."""
-        by_file: dict[str, list[tuple[Place, Entry]]] = {}
-        items = Items()
-        for entry in self.metadata.entries:
-            for place in entry.places:
-                by_file.setdefault(place.file, []).append((place, entry))
+        by_file, items = self.metadata.by_file(), Items()
         missing = [name for name in by_file if is_plain(name) and not self.has(name)]
         if missing:
             count = sum(len(by_file[name]) for name in missing)
@@ -128,7 +117,7 @@ class _Folder:
                 f"{as_text(sorted(missing))}. Copy them again."
             )
         for name, places in sorted(by_file.items()):
-            self.read_file(name, sorted(places, key=lambda pair: pair[0].offset), items)
+            self.read_file(name, places, items)
 
     def has(self, name: str) -> bool:
         return os.path.lexists(self.path / name) if self.opened is None else name in self.opened

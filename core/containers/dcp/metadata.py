@@ -58,6 +58,14 @@ class Metadata:
     foreign: list[str]  # names in it besides the classes of every `.metadata`
     notes: list[str]
 
+    def by_file(self) -> dict[str, list[tuple[Place, Entry]]]:
+        """List the places of each file in the order of their bytes, with the entry of each."""
+        found: dict[str, list[tuple[Place, Entry]]] = {}
+        for entry in self.entries:
+            for place in entry.places:
+                found.setdefault(place.file, []).append((place, entry))
+        return {file: sorted(places, key=lambda pair: pair[0].offset) for file, places in found.items()}
+
 
 def read_metadata(data: bytes, where: str) -> Metadata:
     """Read the bytes of a `.metadata`; `where` is its path, for messages.

@@ -82,16 +82,12 @@ def _rank(name: str) -> tuple[int, str]:
 
 def _after_layout(path: Path, found: dict[str, list[StoredItem]], like: Path) -> list[Entry]:
     """The entries of another folder, located in the files of this one."""
-    entries = metadata_of(like)[0].entries
-    theirs: dict[str, list[tuple[Place, Entry]]] = {}
-    for entry in entries:
-        for place in entry.places:
-            theirs.setdefault(place.file, []).append((place, entry))
+    metadata, _ = metadata_of(like)
+    theirs = metadata.by_file()
     found = {name: mine for name, mine in found.items() if mine}  # a rank without rows writes an empty file, or none
     if theirs.keys() != found.keys():
         raise _unlike(path, like, f"found the files {_some(found)}, expected {_some(theirs)}")
     for name, mine in found.items():
-        theirs[name].sort(key=lambda pair: pair[0].offset)
         if len(mine) != len(theirs[name]):
             raise _unlike(path, like, f"{name}: found {len(mine)} items, expected {len(theirs[name])}")
     moved: dict[int, Place] = {}
@@ -102,7 +98,7 @@ def _after_layout(path: Path, found: dict[str, list[StoredItem]], like: Path) ->
                 shown = as_name(entry.name)
                 raise _unlike(path, like, f"{name}: item {number} is {item}, expected {shown}, {wanted}")
             moved[id(place)] = replace(place, offset=item.offset, length=item.length)
-    return [replace(entry, places=[moved[id(place)] for place in entry.places]) for entry in entries]
+    return [replace(entry, places=[moved[id(place)] for place in entry.places]) for entry in metadata.entries]
 
 
 def _unlike(path: Path, like: Path, reason: str) -> CheckpointMismatch:
@@ -174,20 +170,14 @@ def _ways(spec: TensorSpec, files: list[str], queues: dict[str, list[StoredItem]
         return [([], spec.dtype)]
     heads = {file: queues[file][at[file]] for file in files if at[file] < len(queues[file])}
     found: dict[tuple[str, ...], Way] = {}
-    _add(found, {file: box for file, box in _rows(spec.shape, files).items() if 0 not in box[1]}, heads)
-    for file in files:
-        _add(found, {file: ((0,) * len(spec.shape), spec.shape)}, heads)
+    rows = {file: box for file, box in _rows(spec.shape, files).items() if 0 not in box[1]}
+    for wanted in (rows, *({file: ((0,) * len(spec.shape), spec.shape)} for file in files)):
+        fits = wanted and all(file in heads and heads[file].shape == shape for file, (_, shape) in wanted.items())
+        dtypes = {heads[file].dtype for file in wanted} if fits else set()
+        if len(dtypes) == 1 and (dtype := dtypes.pop()):
+            places = [Place(b, s, file, heads[file].offset, heads[file].length) for file, (b, s) in wanted.items()]
+            found[tuple(wanted)] = (places, dtype)
     return list(found.values())
-
-
-def _add(
-    found: dict[tuple[str, ...], Way], wanted: dict[str, tuple[Shape, Shape]], heads: dict[str, StoredItem]
-) -> None:
-    fits = wanted and all(file in heads and heads[file].shape == shape for file, (_, shape) in wanted.items())
-    dtypes = {heads[file].dtype for file in wanted} if fits else set()
-    if len(dtypes) == 1 and (dtype := dtypes.pop()):
-        places = [Place(b, s, file, heads[file].offset, heads[file].length) for file, (b, s) in wanted.items()]
-        found[tuple(wanted)] = (places, dtype)
 
 
 def _rows(shape: Shape, files: list[str]) -> dict[str, tuple[Shape, Shape]]:

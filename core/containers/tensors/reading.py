@@ -24,7 +24,6 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError
@@ -109,9 +108,7 @@ class Gatherer:
     def __enter__(self) -> Gatherer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._held.close()
 
     def pieces(self, view: View, size: int = PIECE) -> Iterator[memoryview]:
