@@ -35,10 +35,9 @@ GATED = {
 
 def _family(qkv: dict[str, Sides], up: dict[str, Sides]) -> Family:
     tensors = {**COMMON, **qkv, **up}
-    program = "litgpt" if qkv is CONCATENATED else "litgpt, with interleaved q, k and v"
     return Family(
         name="litgpt",
-        program=program,
+        program="litgpt" if qkv is CONCATENATED else "litgpt, with interleaved q, k and v",
         tensors=tensors,
         signature=(next(iter(qkv)),),
         embedding="transformer.wte.weight",

@@ -6,9 +6,9 @@ directories of these zips are read too: they record where in the zip the tensor 
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,9 +51,12 @@ def open_dcp(path: Path, rebuilt: Metadata | None = None, opened: Mapping[str, B
         raise _without_metadata(path, [name for name in names if name.endswith(SUFFIX)])
     folder.read_items()
     folder.put_entries()
-    surplus = [name for name in names if name.endswith(SUFFIX) and name not in folder.files]
-    folder.notes += [f"{name}: {METADATA} names nothing in it. It may be of another save." for name in surplus]
-    return folder.container()
+    whole = folder.whole
+    surplus = [name for name in names if name.endswith(SUFFIX) and name not in whole.files]
+    whole.notes += [f"{name}: {METADATA} names nothing in it. It may be of another save." for name in surplus]
+    count = len(whole.files) - (METADATA in whole.files)
+    whole.kind, whole.foreign = f"DCP folder, {count} file{'s' * (count != 1)}", list(folder.foreign)
+    return whole
 
 
 def metadata_of(path: Path) -> tuple[Metadata, int]:
@@ -90,21 +93,12 @@ class _Folder:
         self, path: Path, metadata: Metadata, size: int | None, opened: Mapping[str, BinaryIO] | None = None
     ) -> None:
         self.path, self.metadata, self.opened = path, metadata, opened
-        self.files = {} if size is None else {METADATA: size}
-        what = ("names, shapes and places of all items",)
-        self.checks = [] if size is None else [Check(METADATA, 0, size, None, what)]
+        self.whole = Container("", path, {}, {}, {}, notes=list(metadata.notes))
+        if size is not None:
+            self.whole.files[METADATA] = size
+            self.whole.checks.append(Check(METADATA, 0, size, None, ("names, shapes and places of all items",)))
         self.foreign = dict.fromkeys(metadata.foreign)
-        self.notes = list(metadata.notes)
-        self.tensors: dict[str, TensorSpec] = {}
         self.items: dict[tuple[str, int], TorchArchive] = {}  # by file and offset
-        self.content: Any = {}
-
-    def container(self) -> Container:
-        count = len(self.files) - (METADATA in self.files)
-        kind = f"DCP folder, {count} file{'s' * (count != 1)}"
-        return Container(
-            kind, self.path, self.tensors, self.content, self.files, self.checks, list(self.foreign), self.notes
-        )
 
     def read_items(self) -> None:
         """Open every item, file by file in the order of their bytes."""
@@ -122,20 +116,17 @@ class _Folder:
     def has(self, name: str) -> bool:
         return os.path.lexists(self.path / name) if self.opened is None else name in self.opened
 
-    @contextlib.contextmanager
-    def reading(self, name: str) -> Iterator[BinaryIO]:
+    def reading(self, name: str) -> AbstractContextManager[BinaryIO]:
         if self.opened is not None:
-            yield self.opened[name]
-            return
-        with reading(member(self.path, name, str(self.path / METADATA))) as file:
-            yield file
+            return nullcontext(self.opened[name])
+        return reading(member(self.path, name, str(self.path / METADATA)))
 
     def read_file(self, name: str, places: list[tuple[Place, Entry]], items: Items) -> None:
         """Open the items of one file."""
         where = str(self.path / name)
         end = between = 0
         with self.reading(name) as file:
-            size = self.files[name] = file.seek(0, os.SEEK_END)
+            size = self.whole.files[name] = file.seek(0, os.SEEK_END)
             for place, entry in places:
                 shown = f"{where}: {as_name(entry.name)}"
                 begin, between = place.offset, between + place.offset - end
@@ -149,7 +140,7 @@ class _Folder:
                     )
                 self.items[name, begin] = items.open(file, begin, place.length, shown)
         if between + size - end:
-            self.notes.append(f"{name}: {between + size - end} of its {size} bytes belong to no item.")
+            self.whole.notes.append(f"{name}: {between + size - end} of its {size} bytes belong to no item.")
 
     def put_entries(self) -> None:
         """Give each entry its spec or value, nested as saved."""
@@ -170,7 +161,7 @@ class _Folder:
         for at, branch in reversed(branches.items()):  # the innermost first
             if at and branch.keys() == set(range(len(branch))):
                 branches[at[:-1]][at[-1]] = [branch[i] for i in range(len(branch))]
-        self.content = branches[()]
+        self.whole.content = branches[()]
 
     def tensor(self, entry: Entry) -> Any:
         """The spec of a tensor from its blocks, or a record when they are not plain tensors."""
@@ -184,7 +175,7 @@ class _Folder:
             if item.unused or not isinstance(spec, TensorSpec):
                 self.foreign |= dict.fromkeys(foreign_calls([spec, *item.unused]))
             if not isinstance(spec, TensorSpec):
-                self.notes.append(f"{as_name(entry.name)} is {as_text(spec, 80)}, not a plain tensor: left out.")
+                self.whole.notes.append(f"{as_name(entry.name)} is {as_text(spec, 80)}, not a plain tensor: left out.")
                 return spec
             if (spec.dtype, spec.shape) != (entry.dtype, place.shape):
                 raise CheckpointDamaged(
@@ -211,13 +202,13 @@ class _Folder:
         return item.content
 
     def named(self, spec: TensorSpec) -> TensorSpec:
-        if spec.name in self.tensors:
+        if spec.name in self.whole.tensors:
             raise CheckpointDamaged(f"{self.path / METADATA}: two tensors are called {as_text(spec.name, 80)}.")
-        self.tensors[spec.name] = spec
+        self.whole.tensors[spec.name] = spec
         return spec
 
     def check(self, file: str, item: TorchArchive, names: dict[str, tuple[str, ...]]) -> None:
         """List the records of an item that hold tensors; the others were checked when it was opened."""
         for short, held in names.items():
             record = item.records[short]
-            self.checks.append(Check(file, record.offset, record.size, record.checksum, held))
+            self.whole.checks.append(Check(file, record.offset, record.size, record.checksum, held))

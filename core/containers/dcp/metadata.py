@@ -12,20 +12,15 @@ from typing import Any, TypeGuard
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import naturals
-from ..pickles.foreign import attributes
+from ..pickles.foreign import DATA, attributes
 from ..pickles.inert import Call, Global, as_name, as_text
 from ..pickles.reader import parse_pickle
-from ..pickles.reductions import Reductions
+from ..pickles.reductions import Reductions, as_size
 from ..spec import ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS
 from .dtensor import class_name, foreign_within, is_distributed
 
 METADATA = ".metadata"
 _DEEPEST = 32  # levels of the nested state dict
-_DATA = frozenset(
-    {"torch.Size", "torch.serialization._get_layout", *(f"torch.{dtype}" for dtype in ITEM_SIZES)}
-    | {f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "Path")}
-)
-"""Names that it may contain besides the classes of torch.distributed."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -79,7 +74,7 @@ def read_metadata(data: bytes, where: str) -> Metadata:
         named[name.path] = None
         return name
 
-    reductions: Reductions = {"torch.Size": _size, "torch.serialization._get_layout": _layout}
+    reductions: Reductions = {"torch.Size": as_size, "torch.serialization._get_layout": _layout}
     parsed = parse_pickle(data, where, resolve=resolve, reductions=reductions)
     root = attributes(parsed.value) if isinstance(parsed.value, Call) else None
     if root is None or not isinstance(root.get("state_dict_metadata"), dict):
@@ -104,7 +99,7 @@ def read_metadata(data: bytes, where: str) -> Metadata:
         notes.append(f"{len(surplus)} stored items belong to no tensor or value: {as_text(sorted(surplus))}.")
     if behind := len(data) - parsed.end:
         notes.append(f"{METADATA}: {behind} bytes stand behind the end of its pickle, and were not read.")
-    usual = all(name in _DATA or is_distributed(name) for name in named)
+    usual = all(name in DATA or is_distributed(name) for name in named)
     foreign = [] if usual else foreign_within([parsed.value, *parsed.unused])
     return Metadata(entries, foreign, notes)
 
@@ -216,10 +211,6 @@ def _shape(shape: tuple[Any, ...], item: int) -> bool:
 def _is_place(numbers: Any) -> TypeGuard[tuple[int, ...]]:
     """Whether a value has one whole number per dimension; a longer one could be shared thousands of times."""
     return isinstance(numbers, tuple) and len(numbers) <= MOST_DIMENSIONS and naturals(numbers)
-
-
-def _size(sizes: Any = ()) -> Any:
-    return tuple(sizes) if isinstance(sizes, (tuple, list)) else NotImplemented
 
 
 def _layout(name: Any) -> Any:

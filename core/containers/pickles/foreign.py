@@ -18,7 +18,7 @@ def _names(modules: str, names: str) -> set[str]:
     return {f"{module}.{name}" for module in modules.split() for name in names.split()}
 
 
-_DATA = frozenset(
+DATA = frozenset(
     {"argparse.Namespace", "types.SimpleNamespace", "uuid.UUID"}
     | {"pickle.key"}  # what the reader of pickles itself makes of an unusual key
     | {"torch.device", "torch.Size", "torch.serialization._get_layout", *(f"torch.{dtype}" for dtype in ITEM_SIZES)}
@@ -41,7 +41,7 @@ _DATA = frozenset(
 def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False) -> list[str]:
     """List the calls and names in a content that are not known to be plain data, as text.
 
-    At most 20 are listed, with a last entry that counts the others. Known are the classes of `_DATA`, and every class
+    At most 20 are listed, with a last entry that counts the others. Known are the classes of `DATA`, and every class
     whose name ends in Config, made without arguments: in any module, its record is only a set of attributes. Quantized
     and other unusual tensors are foreign: they stay calls because no tensor spec can describe them. An empty list means
     that the content may be loaded. `also` tells of further classes, by their full name, that they are data.
@@ -110,7 +110,7 @@ def _makes_data(call: Call) -> bool:
 
 
 def _is_data(name: Global) -> bool:
-    return name.path in _DATA or _is_config(name)
+    return name.path in DATA or _is_config(name)
 
 
 def _is_config(name: Global) -> bool:

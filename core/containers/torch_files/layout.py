@@ -99,7 +99,7 @@ def _put(value: Any, emit: Callable[[bytes], None]) -> None:
     elif isinstance(value, TensorRecord):
         _put_tensor(value, emit)
     elif isinstance(value, GlobalRecord):
-        _put_global(value.module, value.name, emit)
+        emit(f"c{value.module}\n{value.name}\n".encode())
     elif isinstance(value, CallRecord):
         _put_made(value, emit)
     elif isinstance(value, Mapping):
@@ -138,20 +138,13 @@ def _put_int(value: int, emit: Callable[[bytes], None]) -> None:
         emit(b"\x8a" + bytes([len(data)]) + data)
 
 
-def _put_global(module: str, name: str, emit: Callable[[bytes], None]) -> None:
-    emit(f"c{module}\n{name}\n".encode())
-
-
 def _put_tensor(tensor: TensorRecord, emit: Callable[[bytes], None]) -> None:
     """A call of the function that rebuilds a tensor from (storage, offset, shape, strides, requires_grad, hooks)."""
     kind = _STORAGES.get(tensor.dtype)
-    _put_global("torch._utils", "_rebuild_tensor_v2" if kind else "_rebuild_tensor_v3", emit)
+    _put(GlobalRecord("torch._utils", "_rebuild_tensor_v2" if kind else "_rebuild_tensor_v3"), emit)
     emit(b"((")
     _put("storage", emit)
-    if kind:
-        _put_global("torch", kind, emit)
-    else:
-        _put_global("torch.storage", "UntypedStorage", emit)
+    _put(GlobalRecord("torch", kind) if kind else GlobalRecord("torch.storage", "UntypedStorage"), emit)
     _put(str(tensor.key), emit)
     _put("cpu", emit)
     _put_int(math.prod(tensor.shape) if kind else tensor.nbytes, emit)
@@ -160,10 +153,10 @@ def _put_tensor(tensor: TensorRecord, emit: Callable[[bytes], None]) -> None:
     _put(tensor.shape, emit)
     _put(dense_strides(tensor.shape), emit)
     _put(False, emit)
-    _put_global("collections", "OrderedDict", emit)
+    _put(GlobalRecord("collections", "OrderedDict"), emit)
     emit(b")R")
     if not kind:
-        _put_global("torch", tensor.dtype, emit)
+        _put(GlobalRecord("torch", tensor.dtype), emit)
     emit(b"tR")
 
 

@@ -14,7 +14,7 @@ from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import naturals
 from ..pickles.inert import Call, Global, as_name, as_text
 from ..pickles.reader import ParsedPickle, parse_pickle
-from ..pickles.reductions import Reductions
+from ..pickles.reductions import Reductions, as_size
 from ..spec import DTYPES, ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS, TensorSpec, reach
 from .zip_directory import Record
 
@@ -77,7 +77,7 @@ class TensorLoader:
                 "torch._utils._rebuild_parameter": _first,
                 "torch._utils._rebuild_parameter_with_state": _first,
                 "torch._tensor._rebuild_from_type_v2": self.subclass,
-                "torch.Size": _size,
+                "torch.Size": as_size,
             },
         )
 
@@ -181,10 +181,6 @@ class TensorLoader:
 def _first(data: Any, *_: Any) -> Any:
     """A parameter is its tensor."""
     return data
-
-
-def _size(sizes: Any = ()) -> Any:
-    return sizes if isinstance(sizes, tuple) else NotImplemented
 
 
 def _resolve(name: Global) -> Any:
