@@ -6,8 +6,10 @@ before 4.31.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import nanogpt
-from .family import Family, Sides
+from .family import Sides
 from .rules import TRANSPOSE, Table
 
 TRANSPOSED = {name for name, sides in nanogpt.TENSORS.items() if "{i}" in name and len(sides) == 2}
@@ -25,20 +27,18 @@ HF_GPT2: Table = tuple(
 """Hugging Face GPT-2: nanoGPT's names, and Conv1D weights [in, out]."""
 
 FAMILIES = (
-    Family(
+    replace(
+        nanogpt.FAMILIES[0],
         name="hf_gpt2",
         program="Hugging Face GPT-2",
         tensors=TENSORS,
-        signature=("transformer.h.{i}.attn.c_attn.weight",),
-        embedding="transformer.wte.weight",
-        head="lm_head.weight",
-        positions="transformer.wpe.weight",
         switches={"head": ("lm_head.weight",)},
-        always=("qkv_bias", "proj_bias", "mlp_bias", "norm_bias"),
+        always=tuple(nanogpt.BIASES),
         buffers={
-            "transformer.h.{i}.attn.bias": (("1", "1", "block_size", "block_size"), "the causal mask"),
+            **nanogpt.FAMILIES[0].buffers,
             "transformer.h.{i}.attn.masked_bias": (None, "what masked places are filled with"),
         },
         base="transformer.",
+        claims={},
     ),
 )
