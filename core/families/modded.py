@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..config.variants import HEAD_SIZE, WITHOUT_ATTENTION
 from ..containers.tensors.views import View, concatenate, filled, slice_axis, split, squeeze, unsqueeze
 from .family import Family, Sides, linear
-from .rules import RENAME, Row, Sizes, Table
+from .rules import RENAME, Concat, Row, Sizes, Table
 
 WITHOUT = {WITHOUT_ATTENTION: "blocks.{i}.attn."}
 VALUES = tuple(f"value_embeds.{n}.weight" for n in range(3))
@@ -110,16 +110,11 @@ class Append:
         return [first, squeeze(last, 0)]
 
 
-@dataclass(frozen=True)
-class Scalars:
+class Scalars(Concat):
     """Concatenate a skip weight for each layer, then twice two numbers for each layer."""
 
     def __str__(self) -> str:
         return "concatenate skip weights, blends and mixes"
-
-    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
-        """Concatenate."""
-        return [concatenate(views)]
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Split."""
