@@ -8,6 +8,7 @@ import gc
 import io
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -221,7 +222,7 @@ def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int
     """Print facts, and faults on stderr; returns the exit code."""
     if args.json:
         shown = [facts.get("past", facts) for facts in shown]
-        documents = [plain(facts, room=Room(facts["bytes"]) if "bytes" in facts else None) for facts in shown]
+        documents = [plain(facts, room=Room(facts.get("bytes", math.inf))) for facts in shown]
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2, allow_nan=False))
     else:
         print("\n\n".join("\n".join(lines(facts, args.tensors is not None)) for facts in shown))

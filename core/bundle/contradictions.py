@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from ..config.gpt import NEUTRAL, GPTConfig
+from ..config.gpt import GPTConfig
 from ..config.modded import CLASSES
 from ..console.words import listed
-from ..containers.torch_files.zip import TorchZip
+from ..containers.torch_files.storages import TorchArchive
 from ..errors import CheckpointDamaged, CheckpointMismatch
 from ..families import gpt
 from ..families.family import plain_names
@@ -84,12 +84,13 @@ def _edits(bundle: Bundle, config: GPTConfig) -> list[str]:
     """
     recorded, found = bundle.state.architecture, config.architecture()
     header, saved = bundle.weights.source.header, bundle.state.files.get(MODEL, {})
-    same = not isinstance(header, TorchZip) or saved.get("tensors") == tensors_digest(header)
+    is_zip = isinstance(header, TorchArchive) and header.container == "zip"
+    same = not is_zip or saved.get("tensors") == tensors_digest(header)
     if not isinstance(recorded, dict) or not same:
         return []
     return [
         f"{bundle.path(CONFIG)}: {name} is {found[name]}, step {bundle.step} was saved with {then}. Set it to {then}"
-        for name, then in {**NEUTRAL, **recorded}.items()
+        for name, then in {**GPTConfig.NEUTRAL, **recorded}.items()
         if name in found and found[name] != then
     ]
 

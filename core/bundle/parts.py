@@ -15,8 +15,7 @@ from ..containers.dcp.metadata import METADATA
 from ..containers.pickles.foreign import foreign_calls
 from ..containers.spec import TensorSpec
 from ..containers.torch_files.file import open_torch_file
-from ..containers.torch_files.stream import TorchStream
-from ..containers.torch_files.zip import TorchZip
+from ..containers.torch_files.storages import TorchArchive
 from ..errors import CheckpointError
 from ..families.family import Shape
 
@@ -32,7 +31,7 @@ class TorchFile:
         self.path = path
 
     @functools.cached_property
-    def header(self) -> TorchZip | TorchStream:
+    def header(self) -> TorchArchive:
         """What the file describes: its structure, with a spec for each tensor.
 
         Raises: CheckpointError when it is not a torch file, or is damaged.

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config.gpt import CHOICES_VERSION, FORMAT_VERSION
+from ..config.fields import FORMAT_VERSION, NEWEST_VERSION
 from ..containers.json_files import dump_json, parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch
 
@@ -209,9 +209,9 @@ def check_version(values: dict[str, Any], where: str) -> None:
     version = values.get("format_version", 1)
     if not isinstance(version, int) or version < 1:
         raise CheckpointDamaged(f"{where}: format_version is {version!r}, expected a whole number of at least 1.")
-    if version > CHOICES_VERSION:
+    if version > NEWEST_VERSION:
         raise CheckpointMismatch(
-            f"{where}: format_version {version}, this program reads up to {CHOICES_VERSION}. Update the program."
+            f"{where}: format_version {version}, this program reads up to {NEWEST_VERSION}. Update the program."
         )
 
 

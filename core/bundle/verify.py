@@ -11,8 +11,7 @@ from typing import Any, BinaryIO
 
 from ..containers.checksum import crc32_file, crc32_range
 from ..containers.torch_files.file import open_torch_file
-from ..containers.torch_files.stream import TorchStream
-from ..containers.torch_files.zip import TorchZip
+from ..containers.torch_files.storages import TorchArchive
 from ..errors import CheckpointDamaged, CheckpointError
 from .bundle import ALL_PARTS, OPTIMIZER, TOKENIZER, Bundle
 from .folder import shown
@@ -92,7 +91,7 @@ def _damaged_shard(bundle: Bundle, name: str, found: str) -> CheckpointDamaged:
     return CheckpointDamaged(f"{shown(bundle.path(name))}: {what} ({found}).")
 
 
-def verify_records(file: BinaryIO, path: Path, unused: Container[str] = ()) -> TorchZip | TorchStream:
+def verify_records(file: BinaryIO, path: Path, unused: Container[str] = ()) -> TorchArchive:
     """Check every record of a torch file against the CRC32 in its directory, except storages that are not used.
 
     The old stream format recorded none. Returns the header.
@@ -116,7 +115,7 @@ def verify_records(file: BinaryIO, path: Path, unused: Container[str] = ()) -> T
     return archive
 
 
-def tensors_digest(archive: TorchZip | TorchStream) -> str:
+def tensors_digest(archive: TorchArchive) -> str:
     """CRC32 of the CRC32s of the storages of a torch file, in their order: what `integrity` records as `tensors`."""
     digest = 0
     for record in archive.records.values():

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
 from ..errors import CheckpointError, InputError
 from .words import printable
 
+N = TypeVar("N", int, float)
+
 DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: 75 is EX_TEMPFAIL, which batch queues read as "run me again"; 130 is the shell's 128 + SIGINT."""
-
-
-def _near(word: str, words: Iterable[str], n: int, cutoff: float) -> list[str]:
-    """The closest of some words; the library for this is imported only when a flag is wrong."""
-    from difflib import get_close_matches
-
-    return get_close_matches(word, words, n, cutoff)
 
 
 def _wide(prog: str) -> argparse.HelpFormatter:
@@ -64,19 +60,20 @@ class Parser(argparse.ArgumentParser):
         from_file = self._from_file(Path(config_file)) if config_file else []
         args, unknown = self.parse_known_args(from_file + argv)
         if unknown:
-            self._refuse(unknown[0])
+            if not unknown[0].startswith("-"):
+                self.error(f"unexpected word {unknown[0]!r}")
+            self._refuse(unknown[0].split("=")[0])
         return args
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line; the usage of thirty flags would hide it."""
         self.exit(WRONG_USE, f"{self.prog}: error: {message} (--help shows the flags)\n")
 
-    def _refuse(self, word: str) -> NoReturn:
-        flag = word.split("=")[0]
-        if not flag.startswith("-"):
-            self.error(f"unexpected word {word!r}")
-        near = _near(flag.replace("-", "_").replace("__", "--", 1), self._flags(), n=1, cutoff=0.5)
-        self.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+    def _refuse(self, flag: str, where: str = "") -> NoReturn:
+        from difflib import get_close_matches  # only when a flag is wrong
+
+        near = get_close_matches(flag.replace("-", "_").replace("__", "--", 1), self._flags(), n=1, cutoff=0.5)
+        self.error(f"{where}unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
 
     def _flags(self) -> dict[str, argparse.Action]:
         return self._option_string_actions
@@ -86,8 +83,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in read_settings(path).items():
             action = self._flags().get(f"--{name}")
             if action is None or name in ("help", "version", "config_file"):
-                near = _near(f"--{name}", self._flags(), n=1, cutoff=0.5)
-                self.error(f"{path}: unknown flag {name!r}" + (f"; did you mean {near[0][2:]!r}?" if near else ""))
+                self._refuse(f"--{name}", f"{path}: ")
             if isinstance(value, bool):
                 negative = f"--no_{name}"
                 if value or negative in self._flags():
@@ -106,24 +102,6 @@ def add_check_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--check_loss", metavar="X", type=positive, help=loss)
 
 
-def count(word: str) -> int:
-    """Parse a whole number of at least 1, as a flag's type."""
-    if not word.isascii() or not word.isdigit() or not int(word):
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number of at least 1")
-    return int(word)
-
-
-def positive(word: str) -> float:
-    """Parse a number above 0, as a flag's type."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected a number above 0")
-    return value
-
-
 def size(word: str, least: int = 1) -> int:
     """Parse a number of bytes such as 5GB, as a flag's type."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", word.upper())
@@ -136,23 +114,23 @@ def size(word: str, least: int = 1) -> int:
     return value
 
 
-def number(kind: Callable[[str], float], low: float, high: float, allowed: str) -> Callable[[str], float]:
+def number(kind: Callable[[str], N], low: float, high: float, allowed: str) -> Callable[[str], N]:
     """Make a flag's type: a number from low to high, both included."""
 
-    def parse(word: str) -> float:
-        try:
+    def parse(word: str) -> N:
+        with contextlib.suppress(ValueError):
             value = kind(word)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"found {word!r}, expected {allowed}")
-        return value
+            if low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected {allowed}")
 
     return parse
 
 
-seed_number = number(int, 0, 2**62, "a whole number from 0 to 2**62")
+count = number(int, 1, 2**62, "a whole number of at least 1")
 whole = number(int, 0, 2**62, "a whole number of at least 0")
+seed_number = number(int, 0, 2**62, "a whole number from 0 to 2**62")
+positive = number(float, math.nextafter(0.0, 1.0), sys.float_info.max, "a number above 0")
 above_or_zero = number(float, 0, sys.float_info.max, "0 or a number above 0")
 below_one = number(float, 0, math.nextafter(1.0, 0.0), "a number from 0 up to but not including 1")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, BinaryIO, TypeGuard
@@ -64,6 +65,17 @@ def spec_of_blocks(name: str, dtype: str, shape: tuple[int, ...], chunks: Sequen
         strides = one.strides if one.shape == shape else dense_strides(shape)
         return TensorSpec(name, dtype, shape, strides, one.offset, nbytes, storage, one.file)
     return TensorSpec(name, dtype, shape, dense_strides(shape), 0, nbytes, storage, "", tuple(chunks))
+
+
+def read_whole(file: BinaryIO, most: int, where: str) -> bytes:
+    """Read a file of at most `most` bytes.
+
+    Raises: CheckpointDamaged when it is larger, or ends while it is read.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size > most:
+        raise CheckpointDamaged(f"{where}: has {size} bytes, at most {most} are read.")
+    return read_at(file, 0, size, where)
 
 
 def read_at(file: BinaryIO, offset: int, size: int, where: str) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from ..errors import CheckpointDamaged, CheckpointNotFound
-from .pickles.inert import as_text
+from .pickles.inert import as_name, as_text
 from .spec import TensorSpec
 
 
@@ -66,7 +66,7 @@ def open_file(path: Path) -> BinaryIO:
         return path.open("rb", buffering=0)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointNotFound(f"{as_text(str(path))[1:-1]}: cannot be opened ({reason}).") from error
+        raise CheckpointNotFound(f"{as_name(str(path), 200)}: cannot be opened ({reason}).") from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ..console.words import listed_names
 from ..errors import CheckpointDamaged, CheckpointNotFound
 from .container import Container, is_plain, listing, member
 from .joined import read_json
-from .pickles.inert import as_text
+from .pickles.inert import as_name, as_text
 from .safetensors import METADATA, open_safetensors
 from .series import Series, choose_series, series_of
 from .spec import TensorSpec
@@ -157,7 +157,7 @@ def _weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
         raise CheckpointDamaged(f"{where}: its weight_map is {as_text(found, 80)}, expected a file for each tensor.")
     for name, file in found.items():
         if not isinstance(file, str):
-            raise CheckpointDamaged(f"{where}: places {_shown(name)} in {as_text(file, 80)}, expected a file's name.")
+            raise CheckpointDamaged(f"{where}: places {as_name(name)} in {as_text(file, 80)}, expected a file's name.")
     return found
 
 
@@ -185,7 +185,7 @@ def _merge(shards: dict[str, Container], where: str, series: Series | None) -> d
     """The tensors of all files, each with its file; those of which several of torch's shards have a part are joined."""
     pieces: dict[str, list[Piece]] = {}
     for file, shard in shards.items():
-        offsets = offsets_of(shard, f"{where}: {_shown(file)}")
+        offsets = offsets_of(shard, f"{where}: {as_name(file)}")
         for name, spec in shard.tensors.items():
             spec.file, spec.storage = file, f"{file}/{spec.storage}"
             pieces.setdefault(name, []).append(Piece(spec, offsets.get(name)))
@@ -198,12 +198,12 @@ def _compare(weight_map: dict[str, str], tensors: dict[str, TensorSpec], where: 
     if lost:
         raise CheckpointDamaged(
             f"{where}: lists {len(weight_map)} tensors, its files hold {len(weight_map) - len(lost)} of them: "
-            f"{_shown(lost[0])} is not in {_shown(weight_map[lost[0]])}."
+            f"{as_name(lost[0])} is not in {as_name(weight_map[lost[0]])}."
         )
     for name, file in weight_map.items():
         holders = [block.file for block in tensors[name].blocks]
         if file not in holders:
-            raise CheckpointDamaged(f"{where}: places {_shown(name)} in {file}, it is in {holders[0]}.")
+            raise CheckpointDamaged(f"{where}: places {as_name(name)} in {file}, it is in {holders[0]}.")
     extra = [name for name in tensors if name not in weight_map]
     if not extra:
         return []
@@ -228,8 +228,4 @@ def _without_tensors(content: Any) -> Any:
 
 
 def _some(names: list[str]) -> str:
-    return listed_names(names, 3, show=_shown)
-
-
-def _shown(name: str) -> str:
-    return as_text(name, 80)[1:-1]
+    return listed_names(names, 3, show=as_name)

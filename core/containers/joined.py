@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointDamaged
-from .blocks import read_at
+from .blocks import read_whole
 from .container import Container, member, reading
 from .pickles.inert import as_text, check_structure
 
@@ -28,7 +27,8 @@ def join(whole: Container, part: Container, name: str = "") -> None:
     for spec in part.tensors.values():
         spec.name = f"{name}.{spec.name}" if name else spec.name
         if spec.name in whole.tensors:
-            raise CheckpointDamaged(f"{whole.path}: two tensors are called {as_text(spec.name, 80)}.")
+            first = whole.tensors[spec.name].blocks[0].file
+            raise CheckpointDamaged(f"{whole.path}: two tensors are called {as_text(spec.name, 80)}, one in {first}.")
         if not spec.chunks:
             spec.file = before + (part.path.name if single else spec.file)
         spec.chunks = tuple(replace(chunk, file=before + chunk.file) for chunk in spec.chunks)
@@ -63,10 +63,8 @@ def read_json(folder: Path, name: str, files: dict[str, int]) -> dict[str, Any]:
 
     path = member(folder, name, str(folder))
     with reading(path) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size > _LARGEST_JSON:
-            raise CheckpointDamaged(f"{path}: has {size} bytes, at most {_LARGEST_JSON} are read.")
-        values = parse_json(read_at(file, 0, size, str(path)), str(path))
-    check_structure(values, str(path), size)
-    files[name] = size
+        data = read_whole(file, _LARGEST_JSON, str(path))
+    values = parse_json(data, str(path))
+    check_structure(values, str(path), len(data))
+    files[name] = len(data)
     return values

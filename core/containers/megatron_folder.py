@@ -160,8 +160,8 @@ def _sizes(content: Any, ranks: list[str]) -> list[int]:
 def _missing(ranks: list[str], sizes: list[int]) -> list[str]:
     """Name the missing folders of ranks: below the sizes of the run, or between those that exist."""
     numbers = [tuple(map(int, name.split("_")[2:4])) for name in ranks]
-    tensor = max(sizes[0], *(one[0] + 1 for one in numbers))
-    pipeline = max(sizes[1], *(one[1] + 1 if len(one) > 1 else 1 for one in numbers))
-    there = {(one[0], one[1] if len(one) > 1 else 0) for one in numbers}
+    there = {(number, stage[0] if stage else 0) for number, *stage in numbers}
+    tensor = max(sizes[0], *(number + 1 for number, _ in there))
+    pipeline = max(sizes[1], *(stage + 1 for _, stage in there))
     lost = [(t, p) for t in range(tensor) for p in range(pipeline) if (t, p) not in there]
     return [f"mp_rank_{t:02}_{p:03}" if pipeline > 1 else f"mp_rank_{t:02}" for t, p in lost][:_MOST_NAMED]

@@ -10,7 +10,7 @@ from ..console.words import listed_names
 from ..errors import CheckpointError, CheckpointNotFound
 from .container import Container, listing, member, reading
 from .part import rank_pattern
-from .pickles.inert import as_text
+from .pickles.inert import as_name
 
 _HEAD = 512  # bytes
 
@@ -63,21 +63,16 @@ def _open_file(path: Path) -> Container:
     if path.name == ".metadata" or path.suffix == ".distcp":
         return _open_folder(path.parent)
     if head.lstrip()[:1] == b"{" or path.suffix == ".json":
-        return _open_json(path)
-    from .torch_files.container import open_torch_single
+        from .hf_folder import INDEX, open_hf_folder
 
-    return open_torch_single(path)
-
-
-def _open_json(path: Path) -> Container:
-    """Open an index of shards; any other JSON is not a checkpoint."""
-    from .hf_folder import INDEX, open_hf_folder
-
-    if not path.name.endswith(INDEX):
+        if path.name.endswith(INDEX):
+            return open_hf_folder(path)
         raise CheckpointError(
             f"{path}: a JSON text, not a checkpoint. Name the folder that holds it, or an index (*{INDEX})."
         )
-    return open_hf_folder(path)
+    from .torch_files.container import open_torch_single
+
+    return open_torch_single(path)
 
 
 def _open_folder(folder: Path) -> Container:
@@ -92,24 +87,20 @@ def _open_folder(folder: Path) -> Container:
         return _open_file(member(folder, single[0], str(folder)))
     if single and (pattern := rank_pattern(single[0])) and all(re.fullmatch(pattern, name) for name in single):
         raise CheckpointError(
-            f"{folder}: the files of {len(single)} ranks ({listed_names(single, 5, show=_shown)}), which cannot be "
+            f"{folder}: the files of {len(single)} ranks ({listed_names(single, 5, show=as_name)}), which cannot be "
             "joined here. Join them with the program that wrote them; if each has the whole model, copy one to a "
             "folder of its own."
         )
     if len({_NUMBER.sub("0", name) for name in single}) == 1 < len(single) and _PART.search(single[0]):
         raise CheckpointNotFound(
             f"{folder}: {len(single)} files that are parts of one checkpoint by their names: "
-            f"{listed_names(single, 5, show=_shown)}. No index says how they fit together, and one alone is not the "
+            f"{listed_names(single, 5, show=as_name)}. No index says how they fit together, and one alone is not the "
             "model. Put them together with the program that wrote them, and name the result."
         )
     if single:
         raise CheckpointNotFound(
             f"{folder}: not a single checkpoint, but {len(single)} files that may each be one: "
-            f"{listed_names(single, 5, show=_shown)}. Name one of them."
+            f"{listed_names(single, 5, show=as_name)}. Name one of them."
         )
-    found = listed_names(list(names), 5, show=_shown) if names else "nothing"
+    found = listed_names(list(names), 5, show=as_name) if names else "nothing"
     raise CheckpointNotFound(f"{folder}: no checkpoint here. Looked for {_LOOKED_FOR}; found {found}.")
-
-
-def _shown(name: str) -> str:
-    return as_text(name, 80)[1:-1]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..console.words import listed_names
 from .container import Container, listing
-from .pickles.inert import as_text
 from .series import Series, series_of
 from .spec import TensorSpec
 from .torch_shards import offsets_of
@@ -48,9 +47,9 @@ def _placeholders(tensors: Mapping[str, TensorSpec], folder: Path) -> str:
     empty = [name for name, spec in parameters.items() if spec.shape == (0,)]
     if len(empty) < 2 or 2 * len(empty) < len(parameters):
         return ""
-    said = f"{len(empty)} of {len(parameters)} parameters have the shape (0,), such as {_shown(empty[0])}: "
+    said = f"{len(empty)} of {len(parameters)} parameters have the shape (0,), such as {as_name(empty[0])}: "
     if flat := next((name for name in tensors if _FLAT.search(name)), None):
-        return f"{said}their values are in {_shown(flat)}, of which each rank of FSDP has a part. {_FLAT_REMEDY}"
+        return f"{said}their values are in {as_name(flat)}, of which each rank of FSDP has a part. {_FLAT_REMEDY}"
     at = next((place for place in (folder, folder.parent) if (place / _SCRIPT).is_file()), None)
     how = (
         f"`python {at / _SCRIPT} {at} OUT` joins them"
@@ -72,7 +71,7 @@ def _flat(tensors: Mapping[str, TensorSpec]) -> str:
     name = next((name for name in tensors if _FLAT.search(name)), None)
     if name is None:
         return _vectors(tensors)
-    said = f"{_shown(name)} {tensors[name].shape} holds many parameters end to end, without their names and shapes: "
+    said = f"{as_name(name)} {tensors[name].shape} holds many parameters end to end, without their names and shapes: "
     if "_groups" in name:
         return f"{said}a rank's part of DeepSpeed's ZeRO. Run {_SCRIPT}, which lies beside its global_step*/ folder."
     return f"{said}a rank's part of FSDP. {_FLAT_REMEDY}"
@@ -85,7 +84,7 @@ def _vectors(tensors: Mapping[str, TensorSpec]) -> str:
     if len(others) < _FEW or any(len(shape) != 1 for shape in weights.values()):
         return ""
     return (
-        f"none of its {len(weights)} weights has two dimensions ({_shown(others[0])} is {weights[others[0]]}): they "
+        f"none of its {len(weights)} weights has two dimensions ({as_name(others[0])} is {weights[others[0]]}): they "
         f"are a rank's part of FSDP, end to end. {_FLAT_REMEDY}"
     )
 
@@ -99,7 +98,7 @@ def _numbered(path: Path) -> str:
     if len(beside.ranks) == 1:
         return _lone(beside)
     what = f"the shards of {len(beside.ranks)} ranks" if one.ranked else f"{one.total} files"
-    said = f"one of {what} of one model ({_shown(one.label)})"
+    said = f"one of {what} of one model ({as_name(one.label)})"
     if beside.missing:
         return f"{said}; not there: {_some(beside.missing)}. Copy them beside it, and name the folder."
     return f"{said}, which lie beside it. Name the folder, {path.parent}."
@@ -112,7 +111,7 @@ def _displaced(container: Container) -> str:
     if name is None:
         return ""
     return (
-        f"{_shown(name)} begins at {offsets[name]} of the whole tensor: a rank's shard of torch's "
+        f"{as_name(name)} begins at {offsets[name]} of the whole tensor: a rank's shard of torch's "
         "HuggingFaceStorageWriter. Name the folder with the shards of all ranks."
     )
 
@@ -127,9 +126,9 @@ def _lone(one: Series) -> str:
     rank = max(one.ranks)
     lost = [f"shard-{k:05}-{one.stem}-*.safetensors" for k in (*range(1, rank), rank + 1)]
     return (
-        f"{_shown(one.names[0])} has rank {rank}'s part of each tensor, and no other rank's is here: {_some(lost)} and "
-        "on are missing. Copy the shards of all ranks into one folder and name it; if one rank saved the whole model, "
-        "rename the file to model.safetensors."
+        f"{as_name(one.names[0])} has rank {rank}'s part of each tensor, and no other rank's is here: {_some(lost)} "
+        "and on are missing. Copy the shards of all ranks into one folder and name it; if one rank saved the whole "
+        "model, rename the file to model.safetensors."
     )
 
 
@@ -178,8 +177,4 @@ def _names(folder: Path) -> Iterable[str]:
 
 
 def _some(names: list[str]) -> str:
-    return listed_names(names, 3, show=_shown)
-
-
-def _shown(name: str) -> str:
-    return as_text(name, 120)[1:-1]
+    return listed_names(names, 3, show=as_name)

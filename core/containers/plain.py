@@ -15,7 +15,7 @@ ROOM = 2_000_000
 class Room:
     """A budget of JSON characters: parts that a pickle shares are written at each use, and could grow without bound."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: float) -> None:
         self.left = ROOM + 16 * size  # bytes of the files
 
     def take(self, text: str, depth: int) -> None:
@@ -23,7 +23,10 @@ class Room:
         self.left -= len(text) * (1 if text.isascii() and text.isprintable() else 12) + 2 * depth + 4
 
 
-def plain(value: Any, depth: int = 0, room: Room | None = None) -> Any:
+UNLIMITED = Room(math.inf)
+
+
+def plain(value: Any, depth: int = 0, room: Room = UNLIMITED) -> Any:
     """Convert content to JSON values; tensors, records and numbers that JSON lacks become text.
 
     So do values nested deeper than in any real checkpoint, since readers of the JSON have to follow them. When `room`
@@ -32,18 +35,17 @@ def plain(value: Any, depth: int = 0, room: Room | None = None) -> Any:
     if depth <= DEPTH and isinstance(value, dict):
         found: dict[str, Any] = {}
         for key, item in value.items():
-            if depth and room is not None and room.left < 0:
+            if depth and room.left < 0:
                 found["..."] = _left_out(len(value) - len(found))
                 break
             name = key if isinstance(key, str) else as_text(key)
-            if room is not None:
-                room.take(name, depth)
+            room.take(name, depth)
             found[name] = plain(item, depth + 1, room)
         return found
     if depth <= DEPTH and isinstance(value, (list, tuple, set, frozenset)):
         listed: list[Any] = []
         for item in value:
-            if room is not None and room.left < 0:
+            if room.left < 0:
                 listed.append(_left_out(len(value) - len(listed)))
                 break
             listed.append(plain(item, depth + 1, room))
@@ -51,8 +53,7 @@ def plain(value: Any, depth: int = 0, room: Room | None = None) -> Any:
     records = (Call, Global, TensorSpec, bytes, dict, list, tuple, set, frozenset)
     if isinstance(value, records) or (isinstance(value, float) and not math.isfinite(value)):
         value = as_text(value)
-    if room is not None:
-        room.take(value if isinstance(value, str) else str(value), depth)
+    room.take(value if isinstance(value, str) else str(value), depth)
     return value
 
 

@@ -20,10 +20,11 @@ from .blocks import blocks_fault, spec_of_blocks
 from .container import Check, Container, listing, member, reading
 from .dcp.dtensor import Shard, foreign_within, shard_of
 from .joined import join
-from .pickles.inert import Call, as_text
+from .pickles.inert import Call, as_name
 from .spec import Chunk, TensorSpec
+from .torch_files.container import record_checks
 from .torch_files.file import open_torch_file
-from .torch_files.zip import TorchZip
+from .torch_files.storages import TorchArchive
 from .trees import map_paths
 
 _RANK_FILE = re.compile(r"(\w+)_rank(\d{5})\.pt|(\w+)_world_size_(\d{1,5})_rank_(\d{1,5})\.pt")
@@ -116,12 +117,12 @@ class _Ranks:
         with reading(member(self.path, name, where)) as file:
             archive = open_torch_file(file, where)
             self.sizes[name] = file.seek(0, os.SEEK_END)
-        if not isinstance(archive, TorchZip):
+        if archive.container != "zip":
             raise CheckpointError(f"{where}: torch's old stream format; expected a zip, as ranks write it.")
         shards: dict[str, Shard] = {}
 
         def collect(held: str, call: Call) -> Any:
-            if shard := shard_of(call, f"{where}: {as_text(held, 80)[1:-1]}"):
+            if shard := shard_of(call, f"{where}: {as_name(held)}"):
                 shards[held] = shard
             return call
 
@@ -137,15 +138,12 @@ class _Ranks:
                 self.add(held, name, None, spec, archive)
                 in_record.setdefault(f"data/{spec.storage}", []).append(held)
                 spec.file, spec.storage = name, f"{name}/{spec.storage}"
-        for short, record in archive.records.items():
-            crc = record.crc32 or (None if record.size else 0)
-            held_here = tuple(in_record.get(short, ())) or (f"{name}: {short}",)
-            self.checks.append(Check(name, record.offset, record.size, crc if record.stored else None, held_here))
+        self.checks += record_checks(archive.records, name, in_record, f"{name}: ")
         self.foreign |= dict.fromkeys(foreign_within([archive.content, *archive.unused]))
         self.content = self.content if self.files else archive.content
         self.files[rank] = name
 
-    def add(self, name: str, file: str, shard: Shard | None, local: TensorSpec, archive: TorchZip) -> None:
+    def add(self, name: str, file: str, shard: Shard | None, local: TensorSpec, archive: TorchArchive) -> None:
         record = archive.records[f"data/{local.storage}"]
         parts = self.parts.setdefault(name, [])
         parts.append(_Part(file, shard, local, record.crc32))
@@ -153,7 +151,7 @@ class _Ranks:
         same = (first.shard is None) == (shard is None) and first.local.dtype == local.dtype
         if not same or (shard and first.shard and shard.shape != first.shard.shape):
             raise CheckpointDamaged(
-                f"{self.path / file}: {as_text(name, 80)[1:-1]} is {_described(parts[-1])}, in {first.file} it is "
+                f"{self.path / file}: {as_name(name)} is {_described(parts[-1])}, in {first.file} it is "
                 f"{_described(first)}. The files are of different saves."
             )
 
@@ -175,7 +173,7 @@ class _Ranks:
             chunks = [part.chunk() for part in copies.values()]
             shape = first.shard.shape
             if fault := blocks_fault(shape, [(chunk.begin, chunk.shape) for chunk in chunks]):
-                faults.append(f"{as_text(name, 80)[1:-1]}: {fault}")
+                faults.append(f"{as_name(name)}: {fault}")
             else:
                 storage = f"{first.file}/{first.local.storage}"
                 tensors[name] = spec_of_blocks(name, first.local.dtype, shape, chunks, storage)

@@ -12,41 +12,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CheckpointDamaged, CheckpointError
-from .blocks import read_at
+from .blocks import naturals, read_at
 from .container import Check, Container, reading
 from .json_files import parse_json
-from .pickles.inert import as_text
-from .spec import ITEM_SIZES, TensorSpec, dense_strides
+from .pickles.inert import as_name, as_text
+from .spec import DTYPES, ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS, TensorSpec, dense_strides
 
 METADATA = "__metadata__"
 
 _LENGTH = 8  # bytes of the header's length
 _LONGEST_HEADER = 100_000_000
-_MOST_DIMENSIONS = 64
-_LONGEST_NAME = 1000
 
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F4": "float4_e2m1fn_x2",
-    "C64": "complex64",
-}
+_DTYPES = {code: dtype for dtype, (*_, code) in DTYPES.items() if code}
 """Torch's names of the dtypes; F4 counts single numbers, and an element of torch holds two of them."""
 
 _UNKNOWN_TO_TORCH = ("F6_E2M3", "F6_E3M2")
@@ -101,15 +78,15 @@ def _read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any],
 
 def _spec(name: str, entry: Any, begin: int, size: int, where: str) -> TensorSpec:
     """Check one tensor of the header by itself; `begin` is the offset of the bytes of all tensors."""
-    shown = as_text(name, 80)[1:-1]
-    if len(name) > _LONGEST_NAME or not _is_text(name):
+    shown = as_name(name)
+    if len(name) > LONGEST_NAME or not _is_text(name):
         raise CheckpointDamaged(f"{where}: a tensor is called {as_text(name, 80)}, which is not a valid name.")
     if not isinstance(entry, dict):
         raise CheckpointDamaged(f"{where}: {shown} is {as_text(entry, 80)}, expected dtype, shape and data_offsets.")
     code, sizes, offsets = entry.get("dtype"), _naturals(entry.get("shape")), _naturals(entry.get("data_offsets"))
-    if sizes is None or len(sizes) > _MOST_DIMENSIONS:
+    if sizes is None or len(sizes) > MOST_DIMENSIONS:
         raise CheckpointDamaged(
-            f"{where}: {shown} has the shape {as_text(entry.get('shape'), 80)}, expected at most {_MOST_DIMENSIONS} "
+            f"{where}: {shown} has the shape {as_text(entry.get('shape'), 80)}, expected at most {MOST_DIMENSIONS} "
             "whole numbers of at least 0."
         )
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -148,7 +125,7 @@ def _check_layout(specs: list[TensorSpec], begin: int, size: int, where: str) ->
     """Refuse tensors that overlap, or bytes that belong to none."""
     position, before = begin, "the header"
     for spec in sorted(specs, key=lambda s: (s.offset, s.nbytes)):
-        shown = as_text(spec.name, 80)[1:-1]
+        shown = as_name(spec.name)
         if spec.offset != position:
             raise CheckpointDamaged(f"{where}: {before} ends at byte {position}, and {shown} begins at {spec.offset}.")
         position, before = position + spec.nbytes, shown
@@ -161,8 +138,7 @@ def _check_layout(specs: list[TensorSpec], begin: int, size: int, where: str) ->
 
 def _naturals(values: Any) -> tuple[int, ...] | None:
     """A tuple of whole numbers of at least 0; None for anything else."""
-    natural = isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
-    return tuple(values) if natural else None
+    return tuple(values) if isinstance(values, list) and naturals(tuple(values)) else None
 
 
 def _is_text(value: Any) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..console.words import listed_names
 from ..errors import CheckpointNotFound
-from .pickles.inert import as_text
+from .pickles.inert import as_name
 
 _NUMBERED = re.compile(r"(?:shard-(\d{5})-)?(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)", re.DOTALL)
 
@@ -70,13 +70,13 @@ def choose_series(names: Iterable[str], where: str) -> tuple[Series | None, str]
         return (found[0] if found else None), ""
     complete = [one for one in found if not one.missing]
     if len(complete) == 1:
-        lacking = [f"{_shown(one.label)} lacks {_some(one.missing)}" for one in found if one.missing]
+        lacking = [f"{as_name(one.label)} lacks {_some(one.missing)}" for one in found if one.missing]
         count = len(complete[0].names)
         return complete[0], (
-            f"{where}: holds {len(found)} series of numbered files; {_shown(complete[0].label)} ({count} "
+            f"{where}: holds {len(found)} series of numbered files; {as_name(complete[0].label)} ({count} "
             f"file{'s' * (count != 1)}) is taken, the only complete one: {listed_names(lacking, 3)}"
         )
-    sets = [f"{_shown(one.label)} ({_state(one)})" for one in found]
+    sets = [f"{as_name(one.label)} ({_state(one)})" for one in found]
     raise CheckpointNotFound(
         f"{where}: holds {len(found)} series of numbered files, and no index says which is the model: "
         f"{listed_names(sets, 5)}. Move the files of all but one to another folder, or name the index of one "
@@ -89,8 +89,4 @@ def _state(one: Series) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return listed_names(names, 3, show=_shown)
-
-
-def _shown(name: str) -> str:
-    return as_text(name, 200)[1:-1]
+    return listed_names(names, 3, show=as_name)

@@ -5,30 +5,39 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-ITEM_SIZES = {
-    "bool": 1,
-    "uint8": 1,
-    "int8": 1,
-    "uint16": 2,
-    "int16": 2,
-    "uint32": 4,
-    "int32": 4,
-    "uint64": 8,
-    "int64": 8,
-    "float16": 2,
-    "bfloat16": 2,
-    "float32": 4,
-    "float64": 8,
-    "float8_e4m3fn": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2": 1,
-    "float8_e5m2fnuz": 1,
-    "float8_e8m0fnu": 1,
-    "float4_e2m1fn_x2": 1,
-    "complex32": 4,
-    "complex64": 8,
-    "complex128": 16,
+DTYPES: dict[str, tuple[int, str, str, str]] = {
+    "bool": (1, "u1", "Bool", "BOOL"),
+    "uint8": (1, "u1", "Byte", "U8"),
+    "int8": (1, "i1", "Char", "I8"),
+    "uint16": (2, "<u2", "", "U16"),
+    "int16": (2, "<i2", "Short", "I16"),
+    "uint32": (4, "<u4", "", "U32"),
+    "int32": (4, "<i4", "Int", "I32"),
+    "uint64": (8, "<u8", "", "U64"),
+    "int64": (8, "<i8", "Long", "I64"),
+    "float16": (2, "<f2", "Half", "F16"),
+    "bfloat16": (2, "", "BFloat16", "BF16"),
+    "float32": (4, "<f4", "Float", "F32"),
+    "float64": (8, "<f8", "Double", "F64"),
+    "float8_e4m3fn": (1, "", "", "F8_E4M3"),
+    "float8_e4m3fnuz": (1, "", "", "F8_E4M3FNUZ"),
+    "float8_e5m2": (1, "", "", "F8_E5M2"),
+    "float8_e5m2fnuz": (1, "", "", "F8_E5M2FNUZ"),
+    "float8_e8m0fnu": (1, "", "", "F8_E8M0"),
+    "float4_e2m1fn_x2": (1, "", "", "F4"),
+    "complex32": (4, "", "", ""),
+    "complex64": (8, "<c8", "ComplexFloat", "C64"),
+    "complex128": (16, "<c16", "ComplexDouble", ""),
 }
+"""By torch's name of a dtype: bytes of an element, NumPy's name, torch's word for its storages, safetensors' code."""
+
+MOST_DIMENSIONS = 64
+"""Dimensions that a tensor may have."""
+
+LONGEST_NAME = 1000
+"""Characters that the name of a tensor may have."""
+
+ITEM_SIZES = {dtype: size for dtype, (size, *_) in DTYPES.items()}
 """Bytes of one element, by torch's name of the dtype."""
 
 
@@ -79,7 +88,7 @@ class TensorSpec:
     @property
     def contiguous(self) -> bool:
         """Whether the elements are dense and in row-major order: the `nbytes` bytes at `offset` are the tensor."""
-        return self.strides == dense_strides(self.shape) or _same_order(self.shape, self.strides)
+        return is_dense(self.shape, self.strides)
 
     @property
     def extent(self) -> int:
@@ -103,8 +112,11 @@ def reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
-def _same_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether strides are dense, apart from those of dimensions of size 1, which are never used."""
-    return 0 in shape or all(
-        size == 1 or stride == dense for size, stride, dense in zip(shape, strides, dense_strides(shape), strict=True)
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether strides are those of a row-major tensor, apart from dimensions of size 1, where they are never used."""
+    dense = dense_strides(shape)
+    return (
+        strides == dense
+        or 0 in shape
+        or all(n == 1 or stride == step for n, stride, step in zip(shape, strides, dense, strict=True))
     )

@@ -21,12 +21,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """Copy the dicts, lists and tuples of a value, replacing each leaf by the result of `function`."""
-    if isinstance(value, Mapping):
-        return {key: map_leaves(function, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [map_leaves(function, item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return function(value)
+    return map_paths(lambda _, leaf: function(leaf), value)
 
 
 def map_paths(function: Callable[[str, Any], Any], value: Any, path: str = "") -> Any:

@@ -140,7 +140,7 @@ class Source:
     def is_tied(self, head: str, table: str, said: bool | None = None) -> bool:
         """Whether the head is the token table, by their values and by what the program says (see families/tie.py)."""
         own, whole = self.tensors.get(head), self.tensors[table]
-        shares = own is not None and own.same_elements(whole)
+        shares = own is not None and own.place == whole.place
         return bool(
             is_tied(
                 said, stored=own is not None, shares=shares, same=lambda: own is not None and same_elements(own, whole)

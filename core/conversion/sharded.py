@@ -15,7 +15,7 @@ from ..bundle.choice import has_bundle
 from ..containers.container import Container
 from ..containers.dcp.folder import SUFFIX, is_dcp, open_dcp
 from ..containers.dcp.metadata import METADATA
-from ..containers.dcp.rebuilt import lost, rebuild, refuse_lost, sibling
+from ..containers.dcp.rebuilt import lost, rebuild, sibling
 from ..containers.hf_folder import is_hf_folder
 from ..containers.megatron_folder import is_megatron_folder
 from ..containers.part import part_of_model
@@ -66,12 +66,8 @@ def open_sharded(path: Path, options: Options) -> Inspection:
     def open_part(part: Path) -> Container:
         if not part.is_dir():
             return open_safetensors(part)
-        if not lost(part):
-            return open_dcp(part)
-        like = options.more.get("metadata_from") or sibling(part)
-        if like is None:
-            raise refuse_lost(part)
-        return open_dcp(part, rebuild(part, Path(like)))
+        like = (options.more.get("metadata_from") or sibling(part)) if lost(part) else None
+        return open_dcp(part, rebuild(part, Path(like)) if like else None)
 
     if is_step_folder(path):
         container = open_step_folder(path, _wanted(path, options), open_part)

@@ -23,7 +23,7 @@ from ..containers.checksum import combine
 from ..containers.dcp.folder import SUFFIX
 from ..containers.dcp.metadata import METADATA
 from ..containers.tensors.reading import PIECE, Gatherer, cast
-from ..containers.torch_files.layout import Stored, pickled, write_torch_file
+from ..containers.torch_files.layout import TensorRecord, pickled, write_torch_file
 from ..containers.trees import map_leaves
 from ..errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from .meaning import check_meaning
@@ -215,14 +215,14 @@ def _append(output: Output, pieces: Iterator[memoryview]) -> None:
 def write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> str:
     """Write a torch file, tensor by tensor, and return the digest of its tensors."""
     keys: list[Target] = []
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorRecord] = {}
     seen: dict[Any, int] = {}  # tied tensors share one storage
     for target in file.targets:
         is_one = file.ties and target.is_weight and target.view.names
         key = seen.setdefault((target.dtype, target.view.place) if is_one else target.path, len(keys))
         if key == len(keys):
             keys.append(target)
-        tensors[target.path] = Stored(key, target.dtype, target.view.shape, target.nbytes)
+        tensors[target.path] = TensorRecord(key, target.dtype, target.view.shape, target.nbytes)
     data_pkl = pickled(map_leaves(lambda leaf: tensors[leaf.path] if isinstance(leaf, Ref) else leaf, file.content))
     return write_torch_file(output, data_pkl, ((t.nbytes, elements(gatherer, t, progress)) for t in keys))
 

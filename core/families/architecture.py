@@ -71,7 +71,7 @@ def describe(
     total, tables, notes = _count(found, shapes, tied)
     rows = sizes.get("vocab_size")
     result = Architecture(
-        n_layer=found.n_layer,
+        n_layer=sizes.get("n_layer"),
         **heads,
         n_embd=n_embd,
         n_ffn=n_ffn,

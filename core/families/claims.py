@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .match import Match
@@ -58,8 +58,8 @@ class Claims:
 
     def activation(self) -> str:
         """The config's activation in our terms, "" if it has none."""
-        said = (self.config.get(name) for name in ("activation_function", "hidden_act", "activation"))
-        return next((ACTIVATIONS.get(value, _text(value)) for value in said if isinstance(value, str)), "")
+        said = activation_of(self.config)
+        return "" if said is None else ACTIVATIONS.get(said, _text(said))
 
     def norm(self) -> str:
         """The kind of norm that the config names, "" if it names none."""
@@ -68,13 +68,12 @@ class Claims:
 
     def says_tied(self) -> bool | None:
         """Whether the config ties the head to the token table."""
-        said = ((self.config.get(name), meaning) for name, meaning in TIED.items())
-        return next((value is meaning for value, meaning in said if isinstance(value, bool)), None)
+        return next((tied for _, tied in tied_fields(self.config)), None)
 
     def tied(self) -> bool | None:
         """The same, where the tensors do not show it."""
         said = self.says_tied()
-        self.used += ["tied_head"] if said is not None else []
+        self.used += [] if said is None else ["tied_head"]
         return said
 
     def context(self) -> int | None:
@@ -85,7 +84,7 @@ class Claims:
 
     def heads(self, q_size: int | None, kv_size: int | None) -> dict[str, int | None]:
         """Derive n_head, n_kv_head and head_size from shapes, from the program, or from the config."""
-        unknown: dict[str, int | None] = dict.fromkeys(("n_head", "n_kv_head", "head_size"))
+        unknown: dict[str, int | None] = dict.fromkeys(HEADS)
         if not q_size or not kv_size:
             return unknown
         shown = self._head_size(q_size, kv_size)
@@ -99,11 +98,7 @@ class Claims:
                 whose = "it" if source in self._names else f"a head of {size}"
                 self._contradict(source, f"the tensors have {rows} rows of {what}, no multiple of {whose}", word)
                 return unknown
-        result: dict[str, int | None] = {
-            "n_head": q_size // size,
-            "n_kv_head": kv_size // size,
-            "head_size": size,
-        }
+        result: dict[str, int | None] = dict(zip(HEADS, (q_size // size, kv_size // size, size), strict=True))
         for field, value in result.items():
             if self.number(field) not in (None, value):
                 whose = "" if field == "head_size" else f" of size {size}"
@@ -144,10 +139,11 @@ class Claims:
                 what = family.switches[switch][0] if switch in family.switches else "a gate"
                 there = "is there" if switches[switch] else "is not there"
                 self.conflicts.append(f"{name} is {str(said).lower()} in the config, but {what} {there}")
-        for name, meaning in TIED.items():
-            if isinstance(said := self.config.get(name), bool) and tied not in (None, said is meaning):
+        for name, says_tied in tied_fields(self.config):
+            if tied not in (None, says_tied):
                 what = "absent or the token table itself" if tied else "a tensor of its own"
-                self.conflicts.append(f"{name} is {str(said).lower()} in the config, but {family.head} is {what}")
+                shown = str(self.config[name]).lower()
+                self.conflicts.append(f"{name} is {shown} in the config, but {family.head} is {what}")
 
     def _shown(self, field: str) -> int | None:
         measure = self.found.measures.get(field)
@@ -160,6 +156,19 @@ class Claims:
         said = f"{name} is {self.number(field)} in the config, but " if field in self._names else ""
         witness = f" ({measure.name} is {measure.shape})" if measure and measure.shape else ""
         self.conflicts.append(f"{said}{what}{witness}")
+
+
+def tied_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Yield each field of a config that tells whether the head is the token table, and what it tells."""
+    for name, meaning in TIED.items():
+        if isinstance(said := config.get(name), bool):
+            yield name, said is meaning
+
+
+def activation_of(config: Mapping[str, Any]) -> str | None:
+    """The activation that a config names, in its own words."""
+    said = (config.get(name) for name in ("activation_function", "hidden_act", "activation"))
+    return next((value for value in said if isinstance(value, str)), None)
 
 
 def _text(value: Any) -> str:

@@ -5,15 +5,15 @@ For GPT-2 these are ours: the fused qkv, Linear weights [out, in].
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from . import lecture
-from .claims import ACTIVATIONS, NAMES, TIED
+from .claims import ACTIVATIONS, NAMES, activation_of, tied_fields
 from .family import plain_names
 from .fused import FUSED, LECTURE, SAME, fuse
+from .gpt import row_of
 from .hf_gpt2 import HF_GPT2
 from .identify import FAMILIES
 from .megatron_tables import TRANSFORMER_ENGINE
@@ -65,18 +65,16 @@ def places(family: str, names: Iterable[str]) -> dict[str, Place]:
     rows = TABLES[table][1]
     turned = {ours for _, ours, rule in rows if rule == TRANSPOSE}
     sources = fuse(family, rows, {}, names).sources
-    return {common: Place(parts, _row(common) in turned) for common, parts in sources.items()}
+    return {common: Place(parts, row_of(common) in turned) for common, parts in sources.items()}
 
 
 def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that have the same meaning in most programs, by our names."""
     found = {field: config[name] for field, names in NAMES.items() for name in names if config.get(name) is not None}
-    for name, tied in TIED.items():
-        if isinstance(said := config.get(name), bool):
-            found["tied_head"] = said is tied
-    for name in ("activation_function", "hidden_act", "activation"):
-        if isinstance(said := config.get(name), str):
-            found.setdefault("activation", ACTIVATIONS.get(said, said))
+    for _, tied in tied_fields(config):
+        found["tied_head"] = tied
+    if (said := activation_of(config)) is not None:
+        found["activation"] = ACTIVATIONS.get(said, said)
     return found
 
 
@@ -93,7 +91,3 @@ def head_and_table(family: str) -> tuple[str, str] | None:
 
 def _table(family: str) -> str:
     return _OF_STYLE[family].name if family in _OF_STYLE else family
-
-
-def _row(name: str) -> str:
-    return re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)

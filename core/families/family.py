@@ -58,6 +58,16 @@ class Family:
     claims: Mapping[str, str] = field(default_factory=dict)  # field of the config beside it: switch that it controls
 
 
+def linear(name: str, rows: str, columns: str) -> dict[str, Sides]:
+    """Name the weight and the bias of a linear layer, with their sides."""
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def norm(name: str) -> dict[str, Sides]:
+    """Name the weight and the bias of a norm, with their sides."""
+    return {f"{name}.weight": ("n_embd",), f"{name}.bias": ("n_embd",)}
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Length:
     """One side of a shape: times * symbol / over (+ 2 more), or at least that."""

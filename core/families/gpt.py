@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ..console.words import differences
-from .family import Shape
+from .family import Shape, Sides, linear, norm
+from .rules import Table, each
 
 if TYPE_CHECKING:
     from ..config.gpt import GPTConfig
 
-TENSORS: dict[str, tuple[str, ...]] = {
+TENSORS: dict[str, Sides] = {
     "token_embedding_table.weight": ("vocab_size", "n_embd"),
     "position_embedding_table.weight": ("block_size", "n_embd"),
-    "blocks.{i}.ln1.weight": ("n_embd",),
-    "blocks.{i}.ln1.bias": ("n_embd",),
-    "blocks.{i}.sa.qkv.weight": ("3 n_embd", "n_embd"),
-    "blocks.{i}.sa.qkv.bias": ("3 n_embd",),
-    "blocks.{i}.sa.proj.weight": ("n_embd", "n_embd"),
-    "blocks.{i}.sa.proj.bias": ("n_embd",),
-    "blocks.{i}.ln2.weight": ("n_embd",),
-    "blocks.{i}.ln2.bias": ("n_embd",),
-    "blocks.{i}.fwd.net.0.weight": ("4 n_embd", "n_embd"),
-    "blocks.{i}.fwd.net.0.bias": ("4 n_embd",),
-    "blocks.{i}.fwd.net.2.weight": ("n_embd", "4 n_embd"),
-    "blocks.{i}.fwd.net.2.bias": ("n_embd",),
-    "ln_f.weight": ("n_embd",),
-    "ln_f.bias": ("n_embd",),
-    "lm_head.weight": ("vocab_size", "n_embd"),
-    "lm_head.bias": ("vocab_size",),
+    **norm("blocks.{i}.ln1"),
+    **linear("blocks.{i}.sa.qkv", "3 n_embd", "n_embd"),
+    **linear("blocks.{i}.sa.proj", "n_embd", "n_embd"),
+    **norm("blocks.{i}.ln2"),
+    **linear("blocks.{i}.fwd.net.0", "4 n_embd", "n_embd"),
+    **linear("blocks.{i}.fwd.net.2", "n_embd", "4 n_embd"),
+    **norm("ln_f"),
+    **linear("lm_head", "vocab_size", "n_embd"),
 }
 """Every tensor of a GPT and the config fields that are its sides, in the order of the module."""
 
@@ -57,24 +51,26 @@ MEASURED = {
 """Fields that can be read from a shape: tensor, axis, and the name of the axis."""
 
 
+def sides_of(table: Table) -> dict[str, Sides]:
+    """Give the names of a table's left side the sides of our tensors beside them."""
+    return {name: TENSORS[each(ours)[0]] for theirs, ours, _ in table for name in each(theirs)}
+
+
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Name every tensor of a model with its shape; a tied head is listed like any other."""
     fields = {**config.architecture(), "3 n_embd": 3 * config.n_embd, "4 n_embd": 4 * config.n_embd}
     absent = {name for switch, names in SWITCHES.items() if not fields[switch] for name in names}
     found: dict[str, tuple[int, ...]] = {}
-    for name, sides in TENSORS.items():
-        layers = range(config.n_layer) if "{i}" in name else (0,)
-        if name not in absent:
-            found.update({name.replace("{i}", str(i)): tuple(fields[s] for s in sides) for i in layers})
-    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+    for is_layer, rows in groupby((name for name in TENSORS if name not in absent), lambda name: "{i}" in name):
+        sides = {name: tuple(fields[side] for side in TENSORS[name]) for name in rows}
+        for i in range(config.n_layer if is_layer else 1):
+            found |= {name.replace("{i}", str(i)): shape for name, shape in sides.items()}
+    return found
 
 
-def _order(name: str) -> tuple[int, int]:
-    layer = re.match(r"blocks\.(\d+)\.", name)
-    key = list(TENSORS).index(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name))
-    if layer:
-        return 2 + int(layer[1]), key
-    return (0 if key < 2 else 10**9), key
+def row_of(name: str) -> str:
+    """The row of TENSORS for the name of a tensor: `{i}` in place of the layer."""
+    return re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
 
 
 def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
@@ -101,7 +97,7 @@ def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
         remedy = f". Set n_layer to {count}" if whole else ""
         faults.append(f"n_layer is {config.n_layer}, but the tensors have {count} layers{remedy}")
     for switch, names in SWITCHES.items():
-        here = [name for name in found if re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name) in names]
+        here = [name for name in found if row_of(name) in names]
         if here and not fields[switch]:
             faults.append(f"{switch} is false, but {here[0]} is there. Set {switch} to true")
         if not here and fields[switch]:

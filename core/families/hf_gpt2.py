@@ -6,56 +6,39 @@ before 4.31.
 
 from __future__ import annotations
 
-from .family import Family, Sides
-from .nanogpt import NANOGPT
+from dataclasses import replace
+
+from . import nanogpt
+from .family import Sides
 from .rules import TRANSPOSE, Table
 
-TENSORS: dict[str, Sides] = {
-    "transformer.wte.weight": ("vocab_size", "n_embd"),
-    "transformer.wpe.weight": ("block_size", "n_embd"),
-    "transformer.h.{i}.ln_1.weight": ("n_embd",),
-    "transformer.h.{i}.ln_1.bias": ("n_embd",),
-    "transformer.h.{i}.attn.c_attn.weight": ("n_embd", "3 n_embd"),
-    "transformer.h.{i}.attn.c_attn.bias": ("3 n_embd",),
-    "transformer.h.{i}.attn.c_proj.weight": ("n_embd", "n_embd"),
-    "transformer.h.{i}.attn.c_proj.bias": ("n_embd",),
-    "transformer.h.{i}.ln_2.weight": ("n_embd",),
-    "transformer.h.{i}.ln_2.bias": ("n_embd",),
-    "transformer.h.{i}.mlp.c_fc.weight": ("n_embd", "n_ffn"),
-    "transformer.h.{i}.mlp.c_fc.bias": ("n_ffn",),
-    "transformer.h.{i}.mlp.c_proj.weight": ("n_ffn", "n_embd"),
-    "transformer.h.{i}.mlp.c_proj.bias": ("n_embd",),
-    "transformer.ln_f.weight": ("n_embd",),
-    "transformer.ln_f.bias": ("n_embd",),
-    "lm_head.weight": ("vocab_size", "n_embd"),
-}
-
-TRANSPOSED = (
-    "transformer.h.{i}.attn.c_attn.weight",
-    "transformer.h.{i}.attn.c_proj.weight",
-    "transformer.h.{i}.mlp.c_fc.weight",
-    "transformer.h.{i}.mlp.c_proj.weight",
-)
+TRANSPOSED = {name for name, sides in nanogpt.TENSORS.items() if "{i}" in name and len(sides) == 2}
 """The Conv1D weights: the transpose of a Linear's."""
 
-HF_GPT2: Table = tuple((theirs, ours, TRANSPOSE if theirs in TRANSPOSED else rule) for theirs, ours, rule in NANOGPT)
+TENSORS: dict[str, Sides] = {
+    name: tuple(side.replace("4 n_embd", "n_ffn") for side in (sides[::-1] if name in TRANSPOSED else sides))
+    for name, sides in nanogpt.TENSORS.items()
+}
+"""Those of nanoGPT; the width of the feed-forward part is a field of its own."""
+
+HF_GPT2: Table = tuple(
+    (theirs, ours, TRANSPOSE if theirs in TRANSPOSED else rule) for theirs, ours, rule in nanogpt.NANOGPT
+)
 """Hugging Face GPT-2: nanoGPT's names, and Conv1D weights [in, out]."""
 
 FAMILIES = (
-    Family(
+    replace(
+        nanogpt.FAMILIES[0],
         name="hf_gpt2",
         program="Hugging Face GPT-2",
         tensors=TENSORS,
-        signature=("transformer.h.{i}.attn.c_attn.weight",),
-        embedding="transformer.wte.weight",
-        head="lm_head.weight",
-        positions="transformer.wpe.weight",
         switches={"head": ("lm_head.weight",)},
-        always=("qkv_bias", "proj_bias", "mlp_bias", "norm_bias"),
+        always=tuple(nanogpt.BIASES),
         buffers={
-            "transformer.h.{i}.attn.bias": (("1", "1", "block_size", "block_size"), "the causal mask"),
+            **nanogpt.FAMILIES[0].buffers,
             "transformer.h.{i}.attn.masked_bias": (None, "what masked places are filled with"),
         },
         base="transformer.",
+        claims={},
     ),
 )

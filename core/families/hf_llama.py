@@ -6,45 +6,30 @@ rotary embedding as in versions before 4.32.
 
 from __future__ import annotations
 
-from .family import Family, Sides, Style
+from .family import Family, Sides, Style, linear
 
 TENSORS: dict[str, Sides] = {
     "model.embed_tokens.weight": ("vocab_size", "n_embd"),
     "model.layers.{i}.input_layernorm.weight": ("n_embd",),
-    "model.layers.{i}.self_attn.q_proj.weight": ("q_size", "n_embd"),
-    "model.layers.{i}.self_attn.q_proj.bias": ("q_size",),
-    "model.layers.{i}.self_attn.k_proj.weight": ("kv_size", "n_embd"),
-    "model.layers.{i}.self_attn.k_proj.bias": ("kv_size",),
-    "model.layers.{i}.self_attn.v_proj.weight": ("kv_size", "n_embd"),
-    "model.layers.{i}.self_attn.v_proj.bias": ("kv_size",),
+    **linear("model.layers.{i}.self_attn.q_proj", "q_size", "n_embd"),
+    **linear("model.layers.{i}.self_attn.k_proj", "kv_size", "n_embd"),
+    **linear("model.layers.{i}.self_attn.v_proj", "kv_size", "n_embd"),
     "model.layers.{i}.self_attn.q_norm.weight": ("head_size",),
     "model.layers.{i}.self_attn.k_norm.weight": ("head_size",),
-    "model.layers.{i}.self_attn.o_proj.weight": ("n_embd", "q_size"),
-    "model.layers.{i}.self_attn.o_proj.bias": ("n_embd",),
+    **linear("model.layers.{i}.self_attn.o_proj", "n_embd", "q_size"),
     "model.layers.{i}.post_attention_layernorm.weight": ("n_embd",),
-    "model.layers.{i}.mlp.gate_proj.weight": ("n_ffn", "n_embd"),
-    "model.layers.{i}.mlp.gate_proj.bias": ("n_ffn",),
-    "model.layers.{i}.mlp.up_proj.weight": ("n_ffn", "n_embd"),
-    "model.layers.{i}.mlp.up_proj.bias": ("n_ffn",),
-    "model.layers.{i}.mlp.down_proj.weight": ("n_embd", "n_ffn"),
-    "model.layers.{i}.mlp.down_proj.bias": ("n_embd",),
+    **linear("model.layers.{i}.mlp.gate_proj", "n_ffn", "n_embd"),
+    **linear("model.layers.{i}.mlp.up_proj", "n_ffn", "n_embd"),
+    **linear("model.layers.{i}.mlp.down_proj", "n_embd", "n_ffn"),
     "model.norm.weight": ("n_embd",),
     "lm_head.weight": ("vocab_size", "n_embd"),
 }
 
 SWITCHES: dict[str, tuple[str, ...]] = {
-    "qkv_bias": (
-        "model.layers.{i}.self_attn.q_proj.bias",
-        "model.layers.{i}.self_attn.k_proj.bias",
-        "model.layers.{i}.self_attn.v_proj.bias",
-    ),
+    "qkv_bias": tuple(f"model.layers.{{i}}.self_attn.{part}_proj.bias" for part in "qkv"),
     "proj_bias": ("model.layers.{i}.self_attn.o_proj.bias",),
     "qk_norm": ("model.layers.{i}.self_attn.q_norm.weight", "model.layers.{i}.self_attn.k_norm.weight"),
-    "mlp_bias": (
-        "model.layers.{i}.mlp.gate_proj.bias",
-        "model.layers.{i}.mlp.up_proj.bias",
-        "model.layers.{i}.mlp.down_proj.bias",
-    ),
+    "mlp_bias": tuple(f"model.layers.{{i}}.mlp.{part}_proj.bias" for part in ("gate", "up", "down")),
     "head": ("lm_head.weight",),
 }
 

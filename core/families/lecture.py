@@ -6,6 +6,7 @@ whose feed-forward part is called `ffwd`, and `fwd` in some later files.
 
 from __future__ import annotations
 
+from . import gpt
 from .rules import RENAME, Concat, Table
 
 
@@ -13,30 +14,14 @@ def _heads(part: str) -> tuple[str, ...]:
     return tuple(f"blocks.{{i}}.sa.heads.{{j}}.{word}.{part}" for word in ("query", "key", "value"))
 
 
-LECTURE: Table = (
-    ("token_embedding_table.weight", "token_embedding_table.weight", RENAME),
-    ("position_embedding_table.weight", "position_embedding_table.weight", RENAME),
-    (_heads("weight"), "blocks.{i}.sa.qkv.weight", Concat(0)),
-    (_heads("bias"), "blocks.{i}.sa.qkv.bias", Concat(0)),
-    ("blocks.{i}.sa.proj.weight", "blocks.{i}.sa.proj.weight", RENAME),
-    ("blocks.{i}.sa.proj.bias", "blocks.{i}.sa.proj.bias", RENAME),
-    ("blocks.{i}.ffwd.net.0.weight", "blocks.{i}.fwd.net.0.weight", RENAME),
-    ("blocks.{i}.ffwd.net.0.bias", "blocks.{i}.fwd.net.0.bias", RENAME),
-    ("blocks.{i}.ffwd.net.2.weight", "blocks.{i}.fwd.net.2.weight", RENAME),
-    ("blocks.{i}.ffwd.net.2.bias", "blocks.{i}.fwd.net.2.bias", RENAME),
-    ("blocks.{i}.fwd.net.0.weight", "blocks.{i}.fwd.net.0.weight", RENAME),
-    ("blocks.{i}.fwd.net.0.bias", "blocks.{i}.fwd.net.0.bias", RENAME),
-    ("blocks.{i}.fwd.net.2.weight", "blocks.{i}.fwd.net.2.weight", RENAME),
-    ("blocks.{i}.fwd.net.2.bias", "blocks.{i}.fwd.net.2.bias", RENAME),
-    ("blocks.{i}.ln1.weight", "blocks.{i}.ln1.weight", RENAME),
-    ("blocks.{i}.ln1.bias", "blocks.{i}.ln1.bias", RENAME),
-    ("blocks.{i}.ln2.weight", "blocks.{i}.ln2.weight", RENAME),
-    ("blocks.{i}.ln2.bias", "blocks.{i}.ln2.bias", RENAME),
-    ("ln_f.weight", "ln_f.weight", RENAME),
-    ("ln_f.bias", "ln_f.bias", RENAME),
-    ("lm_head.weight", "lm_head.weight", RENAME),
-    ("lm_head.bias", "lm_head.bias", RENAME),
-)
+def _rows(ours: str) -> Table:
+    if ".sa.qkv." in ours:
+        return ((_heads(ours.rpartition(".")[2]), ours, Concat(0)),)
+    names = (ours.replace(".fwd.", ".ffwd."), ours) if ".fwd." in ours else (ours,)
+    return tuple((theirs, ours, RENAME) for theirs in names)
+
+
+LECTURE: Table = tuple(row for ours in gpt.TENSORS for row in _rows(ours))
 """The rows of qkv are q | k | v, each of them head by head; the feed-forward part is `ffwd` or `fwd`."""
 
 DROPPED: dict[str, str] = {

@@ -7,58 +7,37 @@ from __future__ import annotations
 
 from itertools import product
 
-from .family import Family, Sides
+from .family import Family, Sides, linear, norm
 
 COMMON: dict[str, Sides] = {
     "transformer.wte.weight": ("vocab_size", "n_embd"),
-    "transformer.h.{i}.norm_1.weight": ("n_embd",),
-    "transformer.h.{i}.norm_1.bias": ("n_embd",),
+    **norm("transformer.h.{i}.norm_1"),
     "transformer.h.{i}.attn.norm_q.weight": ("head_size",),
     "transformer.h.{i}.attn.norm_k.weight": ("head_size",),
-    "transformer.h.{i}.attn.proj.weight": ("n_embd", "q_size"),
-    "transformer.h.{i}.attn.proj.bias": ("n_embd",),
+    **linear("transformer.h.{i}.attn.proj", "n_embd", "q_size"),
     "transformer.h.{i}.post_attention_norm.weight": ("n_embd",),
-    "transformer.h.{i}.norm_2.weight": ("n_embd",),
-    "transformer.h.{i}.norm_2.bias": ("n_embd",),
-    "transformer.h.{i}.mlp.proj.weight": ("n_embd", "n_ffn"),
-    "transformer.h.{i}.mlp.proj.bias": ("n_embd",),
+    **norm("transformer.h.{i}.norm_2"),
+    **linear("transformer.h.{i}.mlp.proj", "n_embd", "n_ffn"),
     "transformer.h.{i}.post_mlp_norm.weight": ("n_embd",),
-    "transformer.ln_f.weight": ("n_embd",),
-    "transformer.ln_f.bias": ("n_embd",),
-    "lm_head.weight": ("vocab_size", "n_embd"),
-    "lm_head.bias": ("vocab_size",),
+    **norm("transformer.ln_f"),
+    **linear("lm_head", "vocab_size", "n_embd"),
 }
 
-CONCATENATED: dict[str, Sides] = {
-    "transformer.h.{i}.attn.qkv.weight": ("q_size + 2 kv_size", "n_embd"),
-    "transformer.h.{i}.attn.qkv.bias": ("q_size + 2 kv_size",),
-}
-
-INTERLEAVED: dict[str, Sides] = {
-    "transformer.h.{i}.attn.attn.weight": ("q_size + 2 kv_size", "n_embd"),
-    "transformer.h.{i}.attn.attn.bias": ("q_size + 2 kv_size",),
-}
-
-PLAIN: dict[str, Sides] = {
-    "transformer.h.{i}.mlp.fc.weight": ("n_ffn", "n_embd"),
-    "transformer.h.{i}.mlp.fc.bias": ("n_ffn",),
-}
-
-GATED: dict[str, Sides] = {
-    "transformer.h.{i}.mlp.fc_1.weight": ("n_ffn", "n_embd"),
-    "transformer.h.{i}.mlp.fc_1.bias": ("n_ffn",),
-    "transformer.h.{i}.mlp.fc_2.weight": ("n_ffn", "n_embd"),
-    "transformer.h.{i}.mlp.fc_2.bias": ("n_ffn",),
+CONCATENATED = linear("transformer.h.{i}.attn.qkv", "q_size + 2 kv_size", "n_embd")
+INTERLEAVED = linear("transformer.h.{i}.attn.attn", "q_size + 2 kv_size", "n_embd")
+PLAIN = linear("transformer.h.{i}.mlp.fc", "n_ffn", "n_embd")
+GATED = {
+    **linear("transformer.h.{i}.mlp.fc_1", "n_ffn", "n_embd"),
+    **linear("transformer.h.{i}.mlp.fc_2", "n_ffn", "n_embd"),
 }
 """fc_1 is the gate, fc_2 goes up."""
 
 
 def _family(qkv: dict[str, Sides], up: dict[str, Sides]) -> Family:
     tensors = {**COMMON, **qkv, **up}
-    program = "litgpt" if qkv is CONCATENATED else "litgpt, with interleaved q, k and v"
     return Family(
         name="litgpt",
-        program=program,
+        program="litgpt" if qkv is CONCATENATED else "litgpt, with interleaved q, k and v",
         tensors=tensors,
         signature=(next(iter(qkv)),),
         embedding="transformer.wte.weight",

@@ -57,11 +57,6 @@ class Match:
         """Number of tensors that have a place, buffers too."""
         return len(self.rows) + len(self.buffers)
 
-    @property
-    def n_layer(self) -> int | None:
-        """Number of layers; None when some in between are absent and nothing else shows it."""
-        return self.measures["n_layer"].value if "n_layer" in self.measures else None
-
 
 def skeleton(name: str) -> str:
     """Write `#` for every number of a name: `h.11.ln_1.weight` becomes `h.#.ln_1.weight`."""

@@ -7,33 +7,26 @@ group its queries, its key and its value.
 
 from __future__ import annotations
 
-from .family import Family, Sides, Style
+from .family import Family, Sides, Style, linear, norm
 
 COMMON: dict[str, Sides] = {
     "embedding.word_embeddings.weight": ("vocab_size", "n_embd"),
     "embedding.position_embeddings.weight": ("block_size", "n_embd"),
-    "decoder.layers.{i}.self_attention.linear_qkv.weight": ("q_size + 2 kv_size", "n_embd"),
-    "decoder.layers.{i}.self_attention.linear_qkv.bias": ("q_size + 2 kv_size",),
+    **linear("decoder.layers.{i}.self_attention.linear_qkv", "q_size + 2 kv_size", "n_embd"),
     "decoder.layers.{i}.self_attention.q_layernorm.weight": ("head_size",),
     "decoder.layers.{i}.self_attention.k_layernorm.weight": ("head_size",),
-    "decoder.layers.{i}.self_attention.linear_proj.weight": ("n_embd", "q_size"),
-    "decoder.layers.{i}.self_attention.linear_proj.bias": ("n_embd",),
-    "decoder.layers.{i}.mlp.linear_fc1.weight": ("fc1_rows", "n_embd"),
-    "decoder.layers.{i}.mlp.linear_fc1.bias": ("fc1_rows",),
-    "decoder.layers.{i}.mlp.linear_fc2.weight": ("n_embd", "n_ffn"),
-    "decoder.layers.{i}.mlp.linear_fc2.bias": ("n_embd",),
-    "decoder.final_layernorm.weight": ("n_embd",),
-    "decoder.final_layernorm.bias": ("n_embd",),
+    **linear("decoder.layers.{i}.self_attention.linear_proj", "n_embd", "q_size"),
+    **linear("decoder.layers.{i}.mlp.linear_fc1", "fc1_rows", "n_embd"),
+    **linear("decoder.layers.{i}.mlp.linear_fc2", "n_embd", "n_ffn"),
+    **norm("decoder.final_layernorm"),
     "output_layer.weight": ("vocab_size", "n_embd"),
 }
 """`fc1_rows` is n_ffn, or twice that where it is gated: [gate; up]."""
 
 LOCAL: dict[str, Sides] = {
     **COMMON,
-    "decoder.layers.{i}.input_layernorm.weight": ("n_embd",),
-    "decoder.layers.{i}.input_layernorm.bias": ("n_embd",),
-    "decoder.layers.{i}.pre_mlp_layernorm.weight": ("n_embd",),
-    "decoder.layers.{i}.pre_mlp_layernorm.bias": ("n_embd",),
+    **norm("decoder.layers.{i}.input_layernorm"),
+    **norm("decoder.layers.{i}.pre_mlp_layernorm"),
 }
 
 FUSED_NORMS = {
@@ -46,14 +39,6 @@ FUSED_NORMS = {
 
 TRANSFORMER_ENGINE: dict[str, Sides] = {**COMMON, **{name: LOCAL[local] for name, local in FUSED_NORMS.items()}}
 
-NORM_BIASES = (
-    "decoder.layers.{i}.input_layernorm.bias",
-    "decoder.layers.{i}.pre_mlp_layernorm.bias",
-    "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_bias",
-    "decoder.layers.{i}.mlp.linear_fc1.layer_norm_bias",
-    "decoder.final_layernorm.bias",
-)
-
 SWITCHES: dict[str, tuple[str, ...]] = {
     "positions": ("embedding.position_embeddings.weight",),
     "qkv_bias": ("decoder.layers.{i}.self_attention.linear_qkv.bias",),
@@ -63,7 +48,7 @@ SWITCHES: dict[str, tuple[str, ...]] = {
         "decoder.layers.{i}.self_attention.k_layernorm.weight",
     ),
     "mlp_bias": ("decoder.layers.{i}.mlp.linear_fc1.bias", "decoder.layers.{i}.mlp.linear_fc2.bias"),
-    "norm_bias": NORM_BIASES,
+    "norm_bias": tuple(name for name in {**LOCAL, **TRANSFORMER_ENGINE} if "norm" in name and name.endswith("bias")),
     "head": ("output_layer.weight",),
 }
 
@@ -84,7 +69,7 @@ def stacked(tensors: dict[str, Sides]) -> dict[str, Sides]:
     }
 
 
-def _family(program: str, tensors: dict[str, Sides], signature: str) -> Family:
+def _family(program: str, tensors: dict[str, Sides]) -> Family:
     layered = any("{i}" in name for name in tensors)
     switches = {
         switch: tuple(name for row in rows if (name := row if layered else row.replace("{i}.", "")) in tensors)
@@ -94,7 +79,7 @@ def _family(program: str, tensors: dict[str, Sides], signature: str) -> Family:
         name="megatron",
         program=program,
         tensors=tensors,
-        signature=(signature,),
+        signature=(next(name for name in tensors if name.endswith("linear_qkv.weight")),),
         embedding="embedding.word_embeddings.weight",
         head="output_layer.weight",
         positions="embedding.position_embeddings.weight",
@@ -102,7 +87,6 @@ def _family(program: str, tensors: dict[str, Sides], signature: str) -> Family:
         buffers={"*._extra_state": (None, "what Transformer Engine keeps for FP8")},
         styles=tuple(Style(f"megatron_{key}", f"{program}, {words}", needs) for key, words, needs in STYLES),
         rotary=True,
-        norm="LayerNorm",
         norm_without_bias="RMSNorm",
         gated="SwiGLU",
         pads=True,
@@ -110,10 +94,9 @@ def _family(program: str, tensors: dict[str, Sides], signature: str) -> Family:
     )
 
 
-QKV = "decoder.layers.{i}.self_attention.linear_qkv.weight"
 FAMILIES = (
-    _family("Megatron export with local names", LOCAL, QKV),
-    _family("Megatron export with Transformer Engine names", TRANSFORMER_ENGINE, QKV),
-    _family("Megatron torch_dist, local names", stacked(LOCAL), QKV.replace("{i}.", "")),
-    _family("Megatron torch_dist, Transformer Engine names", stacked(TRANSFORMER_ENGINE), QKV.replace("{i}.", "")),
+    _family("Megatron export with local names", LOCAL),
+    _family("Megatron export with Transformer Engine names", TRANSFORMER_ENGINE),
+    _family("Megatron torch_dist, local names", stacked(LOCAL)),
+    _family("Megatron torch_dist, Transformer Engine names", stacked(TRANSFORMER_ENGINE)),
 )

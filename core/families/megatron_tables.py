@@ -6,7 +6,7 @@ Megatron's names are those of its local layers; TRANSFORMER_ENGINE and `unstacke
 from __future__ import annotations
 
 from . import megatron
-from .rules import RENAME, TRANSPOSE, Chain, Concat, Interleave, Inverse, Row, Stack, Table
+from .rules import RENAME, TRANSPOSE, Chain, Concat, Interleave, Inverse, Row, Stack, Table, layer
 
 TRANSFORMER_ENGINE: Table = tuple((name, local, RENAME) for name, local in megatron.FUSED_NORMS.items())
 
@@ -21,53 +21,34 @@ def unstacked(n_layer: int) -> Table:
     return tuple(rows)
 
 
-class _Unstack(Inverse):
-    """A tensor of all layers becomes one for each."""
-
-    def __str__(self) -> str:
-        return "take out of the stack of layers"
-
-
-class _Split(Inverse):
-    """A tensor is split into the parts that it was made from."""
-
-    def __str__(self) -> str:
-        return f"split: {self.rule}"
-
-
-UNSTACK = _Unstack(Stack(0))
-QKV = _Split(Interleave())
-GATE_UP = _Split(Concat(0))
+INTERLEAVE, CONCAT = Interleave(), Concat(0)
+UNSTACK = Inverse(Stack(0), "take out of the stack of layers")
+QKV = Inverse(INTERLEAVE, f"split: {INTERLEAVE}")
+GATE_UP = Inverse(CONCAT, f"split: {CONCAT}")
 QKV_ROWS = Chain((QKV, Concat(0, ("q_size", "kv_size", "kv_size"))))
 QKV_COLUMNS = Chain((*QKV_ROWS.rules, TRANSPOSE))
-
-
-def _parts(kind: str) -> tuple[str, ...]:
-    return tuple(f"model.layers.{{i}}.self_attn.{part}_proj.{kind}" for part in "qkv")
 
 
 LLAMA: Table = (
     ("embedding.word_embeddings.weight", "model.embed_tokens.weight", RENAME),
     ("decoder.layers.{i}.input_layernorm.weight", "model.layers.{i}.input_layernorm.weight", RENAME),
-    ("decoder.layers.{i}.self_attention.linear_qkv.weight", _parts("weight"), QKV),
-    ("decoder.layers.{i}.self_attention.linear_qkv.bias", _parts("bias"), QKV),
+    *layer(
+        "decoder.layers.{i}.self_attention.linear_qkv",
+        tuple(f"model.layers.{{i}}.self_attn.{part}_proj" for part in "qkv"),
+        QKV,
+        QKV,
+    ),
     ("decoder.layers.{i}.self_attention.q_layernorm.weight", "model.layers.{i}.self_attn.q_norm.weight", RENAME),
     ("decoder.layers.{i}.self_attention.k_layernorm.weight", "model.layers.{i}.self_attn.k_norm.weight", RENAME),
-    ("decoder.layers.{i}.self_attention.linear_proj.weight", "model.layers.{i}.self_attn.o_proj.weight", RENAME),
-    ("decoder.layers.{i}.self_attention.linear_proj.bias", "model.layers.{i}.self_attn.o_proj.bias", RENAME),
+    *layer("decoder.layers.{i}.self_attention.linear_proj", "model.layers.{i}.self_attn.o_proj"),
     ("decoder.layers.{i}.pre_mlp_layernorm.weight", "model.layers.{i}.post_attention_layernorm.weight", RENAME),
-    (
-        "decoder.layers.{i}.mlp.linear_fc1.weight",
-        ("model.layers.{i}.mlp.gate_proj.weight", "model.layers.{i}.mlp.up_proj.weight"),
+    *layer(
+        "decoder.layers.{i}.mlp.linear_fc1",
+        ("model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"),
+        GATE_UP,
         GATE_UP,
     ),
-    (
-        "decoder.layers.{i}.mlp.linear_fc1.bias",
-        ("model.layers.{i}.mlp.gate_proj.bias", "model.layers.{i}.mlp.up_proj.bias"),
-        GATE_UP,
-    ),
-    ("decoder.layers.{i}.mlp.linear_fc2.weight", "model.layers.{i}.mlp.down_proj.weight", RENAME),
-    ("decoder.layers.{i}.mlp.linear_fc2.bias", "model.layers.{i}.mlp.down_proj.bias", RENAME),
+    *layer("decoder.layers.{i}.mlp.linear_fc2", "model.layers.{i}.mlp.down_proj"),
     ("decoder.final_layernorm.weight", "model.norm.weight", RENAME),
     ("output_layer.weight", "lm_head.weight", RENAME),
 )
@@ -76,20 +57,13 @@ LLAMA: Table = (
 GPT2: Table = (
     ("embedding.word_embeddings.weight", "transformer.wte.weight", RENAME),
     ("embedding.position_embeddings.weight", "transformer.wpe.weight", RENAME),
-    ("decoder.layers.{i}.input_layernorm.weight", "transformer.h.{i}.ln_1.weight", RENAME),
-    ("decoder.layers.{i}.input_layernorm.bias", "transformer.h.{i}.ln_1.bias", RENAME),
-    ("decoder.layers.{i}.self_attention.linear_qkv.weight", "transformer.h.{i}.attn.c_attn.weight", QKV_COLUMNS),
-    ("decoder.layers.{i}.self_attention.linear_qkv.bias", "transformer.h.{i}.attn.c_attn.bias", QKV_ROWS),
-    ("decoder.layers.{i}.self_attention.linear_proj.weight", "transformer.h.{i}.attn.c_proj.weight", TRANSPOSE),
-    ("decoder.layers.{i}.self_attention.linear_proj.bias", "transformer.h.{i}.attn.c_proj.bias", RENAME),
-    ("decoder.layers.{i}.pre_mlp_layernorm.weight", "transformer.h.{i}.ln_2.weight", RENAME),
-    ("decoder.layers.{i}.pre_mlp_layernorm.bias", "transformer.h.{i}.ln_2.bias", RENAME),
-    ("decoder.layers.{i}.mlp.linear_fc1.weight", "transformer.h.{i}.mlp.c_fc.weight", TRANSPOSE),
-    ("decoder.layers.{i}.mlp.linear_fc1.bias", "transformer.h.{i}.mlp.c_fc.bias", RENAME),
-    ("decoder.layers.{i}.mlp.linear_fc2.weight", "transformer.h.{i}.mlp.c_proj.weight", TRANSPOSE),
-    ("decoder.layers.{i}.mlp.linear_fc2.bias", "transformer.h.{i}.mlp.c_proj.bias", RENAME),
-    ("decoder.final_layernorm.weight", "transformer.ln_f.weight", RENAME),
-    ("decoder.final_layernorm.bias", "transformer.ln_f.bias", RENAME),
+    *layer("decoder.layers.{i}.input_layernorm", "transformer.h.{i}.ln_1"),
+    *layer("decoder.layers.{i}.self_attention.linear_qkv", "transformer.h.{i}.attn.c_attn", QKV_COLUMNS, QKV_ROWS),
+    *layer("decoder.layers.{i}.self_attention.linear_proj", "transformer.h.{i}.attn.c_proj", TRANSPOSE),
+    *layer("decoder.layers.{i}.pre_mlp_layernorm", "transformer.h.{i}.ln_2"),
+    *layer("decoder.layers.{i}.mlp.linear_fc1", "transformer.h.{i}.mlp.c_fc", TRANSPOSE),
+    *layer("decoder.layers.{i}.mlp.linear_fc2", "transformer.h.{i}.mlp.c_proj", TRANSPOSE),
+    *layer("decoder.final_layernorm", "transformer.ln_f"),
     ("output_layer.weight", "lm_head.weight", RENAME),
 )
 """GPT-2: q | k | v on top of each other, and Conv1D weights [in, out]."""

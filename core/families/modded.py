@@ -10,18 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.variants import HEAD_SIZE, WITHOUT_ATTENTION
-from ..containers.tensors.views import View, concatenate, filled, slice_axis, squeeze, unsqueeze
-from .family import Family, Sides
-from .rules import RENAME, Row, Sizes, Table
+from ..containers.tensors.views import View, concatenate, filled, slice_axis, split, squeeze, unsqueeze
+from .family import Family, Sides, linear
+from .rules import RENAME, Concat, Row, Sizes, Table
 
 WITHOUT = {WITHOUT_ATTENTION: "blocks.{i}.attn."}
 VALUES = tuple(f"value_embeds.{n}.weight" for n in range(3))
 
 EMBEDDINGS: dict[str, Sides] = {
     "embed.weight": ("vocab_size", "n_embd"),
-    "value_embeds.0.weight": ("vocab_size", "n_embd"),
-    "value_embeds.1.weight": ("vocab_size", "n_embd"),
-    "value_embeds.2.weight": ("vocab_size", "n_embd"),
+    **dict.fromkeys(VALUES, ("vocab_size", "n_embd")),
 }
 
 SMALL: dict[str, Sides] = {
@@ -52,14 +50,14 @@ MEDIUM: dict[str, Sides] = {
 }
 
 
-def _family(name: str, program: str, tensors: dict[str, Sides], signature: str, head: str, before: str = "") -> Family:
+def _family(name: str, program: str, tensors: dict[str, Sides], before: str = "") -> Family:
     return Family(
         name=name,
         program=program,
         tensors=tensors,
-        signature=(signature,),
+        signature=(next(name for name in tensors if ".attn.qkv" in name),),
         embedding=f"{before}embed.weight",
-        head=head,
+        head=next(name for name in tensors if "lm_head" in name),
         tables=tuple(before + name for name in VALUES),
         always=("qk_norm",),
         without={i: before + name for i, name in WITHOUT.items()},
@@ -74,35 +72,19 @@ _PRETRAINED = "pretrained_model."
 
 CLASSIFIER: dict[str, Sides] = {
     **{_PRETRAINED + name: sides for name, sides in MEDIUM.items()},
-    "head.1.weight": ("n_embd / 2", "n_embd"),
-    "head.1.bias": ("n_embd / 2",),
-    "head.4.weight": ("classes", "n_embd / 2"),
-    "head.4.bias": ("classes",),
+    **linear("head.1", "n_embd / 2", "n_embd"),
+    **linear("head.4", "classes", "n_embd / 2"),
 }
 """core/networks/classification.py: a GPTBatched, whose tensors are laid out as medium's, and a head of two layers."""
 
 FAMILIES = (
-    _family(
-        "modded_small",
-        "modded-nanogpt train_gpt.py, 2025-06",
-        SMALL_2025_06,
-        "blocks.{i}.attn.qkv_w",
-        "lm_head.weight",
-    ),
-    _family(
-        "modded_small_2025_02",
-        "modded-nanogpt train_gpt.py, 2025-02",
-        SMALL_2025_02,
-        "blocks.{i}.attn.qkv_w",
-        "lm_head.weight",
-    ),
-    _family("modded_medium", "modded-nanogpt train_gpt_medium.py", MEDIUM, "blocks.{i}.attn.qkvo_w", "lm_head_w"),
+    _family("modded_small", "modded-nanogpt train_gpt.py, 2025-06", SMALL_2025_06),
+    _family("modded_small_2025_02", "modded-nanogpt train_gpt.py, 2025-02", SMALL_2025_02),
+    _family("modded_medium", "modded-nanogpt train_gpt_medium.py", MEDIUM),
     _family(
         "classifier",
         "GPTClassification, a modded-nanogpt model with a head that puts texts into classes",
         CLASSIFIER,
-        _PRETRAINED + "blocks.{i}.attn.qkvo_w",
-        _PRETRAINED + "lm_head_w",
         before=_PRETRAINED,
     ),
 )
@@ -124,28 +106,20 @@ class Append:
 
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Split off the last one."""
-        last = views[0].shape[0] - 1
-        return [slice_axis(views[0], 0, 0, last), squeeze(slice_axis(views[0], 0, last, last + 1), 0)]
+        first, last = split(views[0], 0, [views[0].shape[0] - 1, 1])
+        return [first, squeeze(last, 0)]
 
 
-@dataclass(frozen=True)
-class Scalars:
+class Scalars(Concat):
     """Concatenate a skip weight for each layer, then twice two numbers for each layer."""
 
     def __str__(self) -> str:
         return "concatenate skip weights, blends and mixes"
 
-    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
-        """Concatenate."""
-        return [concatenate(views)]
-
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Split."""
-        half, parts, at = sizes["n_layer"] // 2, [], 0
-        for length in (half, half, *[2] * (2 * sizes["n_layer"])):
-            parts.append(slice_axis(views[0], 0, at, at + length))
-            at += length
-        return parts
+        half = sizes["n_layer"] // 2
+        return split(views[0], 0, [half, half, *[2] * (2 * sizes["n_layer"])])
 
 
 def _same(names: Iterable[str]) -> tuple[Row, ...]:

@@ -5,49 +5,25 @@ Names as in karpathy/nanoGPT, model.py; the buffer `attn.bias` as in its version
 
 from __future__ import annotations
 
+from . import gpt
 from .family import Family, Sides
-from .rules import RENAME, Table
+from .rules import RENAME, Table, layer
 
 NANOGPT: Table = (
     ("transformer.wte.weight", "token_embedding_table.weight", RENAME),
     ("transformer.wpe.weight", "position_embedding_table.weight", RENAME),
-    ("transformer.h.{i}.ln_1.weight", "blocks.{i}.ln1.weight", RENAME),
-    ("transformer.h.{i}.ln_1.bias", "blocks.{i}.ln1.bias", RENAME),
-    ("transformer.h.{i}.attn.c_attn.weight", "blocks.{i}.sa.qkv.weight", RENAME),
-    ("transformer.h.{i}.attn.c_attn.bias", "blocks.{i}.sa.qkv.bias", RENAME),
-    ("transformer.h.{i}.attn.c_proj.weight", "blocks.{i}.sa.proj.weight", RENAME),
-    ("transformer.h.{i}.attn.c_proj.bias", "blocks.{i}.sa.proj.bias", RENAME),
-    ("transformer.h.{i}.ln_2.weight", "blocks.{i}.ln2.weight", RENAME),
-    ("transformer.h.{i}.ln_2.bias", "blocks.{i}.ln2.bias", RENAME),
-    ("transformer.h.{i}.mlp.c_fc.weight", "blocks.{i}.fwd.net.0.weight", RENAME),
-    ("transformer.h.{i}.mlp.c_fc.bias", "blocks.{i}.fwd.net.0.bias", RENAME),
-    ("transformer.h.{i}.mlp.c_proj.weight", "blocks.{i}.fwd.net.2.weight", RENAME),
-    ("transformer.h.{i}.mlp.c_proj.bias", "blocks.{i}.fwd.net.2.bias", RENAME),
-    ("transformer.ln_f.weight", "ln_f.weight", RENAME),
-    ("transformer.ln_f.bias", "ln_f.bias", RENAME),
+    *layer("transformer.h.{i}.ln_1", "blocks.{i}.ln1"),
+    *layer("transformer.h.{i}.attn.c_attn", "blocks.{i}.sa.qkv"),
+    *layer("transformer.h.{i}.attn.c_proj", "blocks.{i}.sa.proj"),
+    *layer("transformer.h.{i}.ln_2", "blocks.{i}.ln2"),
+    *layer("transformer.h.{i}.mlp.c_fc", "blocks.{i}.fwd.net.0"),
+    *layer("transformer.h.{i}.mlp.c_proj", "blocks.{i}.fwd.net.2"),
+    *layer("transformer.ln_f", "ln_f"),
     ("lm_head.weight", "lm_head.weight", RENAME),
 )
 """nanoGPT: Linear weights [out, in] as ours, q | k | v on top of each other as ours."""
 
-TENSORS: dict[str, Sides] = {
-    "transformer.wte.weight": ("vocab_size", "n_embd"),
-    "transformer.wpe.weight": ("block_size", "n_embd"),
-    "transformer.h.{i}.ln_1.weight": ("n_embd",),
-    "transformer.h.{i}.ln_1.bias": ("n_embd",),
-    "transformer.h.{i}.attn.c_attn.weight": ("3 n_embd", "n_embd"),
-    "transformer.h.{i}.attn.c_attn.bias": ("3 n_embd",),
-    "transformer.h.{i}.attn.c_proj.weight": ("n_embd", "n_embd"),
-    "transformer.h.{i}.attn.c_proj.bias": ("n_embd",),
-    "transformer.h.{i}.ln_2.weight": ("n_embd",),
-    "transformer.h.{i}.ln_2.bias": ("n_embd",),
-    "transformer.h.{i}.mlp.c_fc.weight": ("4 n_embd", "n_embd"),
-    "transformer.h.{i}.mlp.c_fc.bias": ("4 n_embd",),
-    "transformer.h.{i}.mlp.c_proj.weight": ("n_embd", "4 n_embd"),
-    "transformer.h.{i}.mlp.c_proj.bias": ("n_embd",),
-    "transformer.ln_f.weight": ("n_embd",),
-    "transformer.ln_f.bias": ("n_embd",),
-    "lm_head.weight": ("vocab_size", "n_embd"),
-}
+TENSORS: dict[str, Sides] = gpt.sides_of(NANOGPT)
 
 BIASES: dict[str, tuple[str, ...]] = {
     "qkv_bias": ("transformer.h.{i}.attn.c_attn.bias",),

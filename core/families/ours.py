@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import gpt, lecture
 from .family import Family, Sides
 from .fused import FUSED, LECTURE
-from .rules import each
 
 FUSED_SWITCHES = {"qkv_bias" if switch == "bias" else switch: names for switch, names in gpt.SWITCHES.items()}
 HEAD_SIDES: Sides = ("head_size", "n_embd")
 MASK: Sides = ("block_size", "block_size")
 
 
-def _lecture(feed_forward: str) -> dict[str, Sides]:
-    other = {"ffwd": ".fwd.", "fwd": ".ffwd."}[feed_forward]
-    rows = {name: gpt.TENSORS[each(ours)[0]] for theirs, ours, _ in lecture.LECTURE for name in each(theirs)}
-    return {
-        name: HEAD_SIDES[: len(sides)] if "{j}" in name else sides for name, sides in rows.items() if other not in name
-    }
+OURS = Family(
+    name=FUSED,
+    program="our GPT",
+    tensors=gpt.TENSORS,
+    signature=("blocks.{i}.sa.qkv.weight",),
+    embedding="token_embedding_table.weight",
+    head="lm_head.weight",
+    positions="position_embedding_table.weight",
+    switches={**FUSED_SWITCHES, "head": ("lm_head.weight",)},
+    buffers={name: (MASK, reason) for name, reason in gpt.DROPPED.items()},
+    claims=dict(zip(gpt.SWITCHES, FUSED_SWITCHES, strict=True)),
+)
 
 
 def _lecture_family(feed_forward: str) -> Family:
-    tensors = _lecture(feed_forward)
-    return Family(
+    other = {"ffwd": ".fwd.", "fwd": ".ffwd."}[feed_forward]
+    rows = {name: sides for name, sides in gpt.sides_of(lecture.LECTURE).items() if other not in name}
+    tensors = {name: HEAD_SIDES[: len(sides)] if "{j}" in name else sides for name, sides in rows.items()}
+    return replace(
+        OURS,
         name=LECTURE,
         program="our GPT, lecture style",
         tensors=tensors,
         signature=tuple(name for name in tensors if "{j}" in name and name.endswith(".weight")),
-        embedding="token_embedding_table.weight",
-        head="lm_head.weight",
-        positions="position_embedding_table.weight",
         switches={
+            **OURS.switches,
             "qkv_bias": tuple(name for name in tensors if "{j}" in name and name.endswith(".bias")),
-            "proj_bias": ("blocks.{i}.sa.proj.bias",),
             "mlp_bias": tuple(name for name in tensors if ".net." in name and name.endswith(".bias")),
-            "norm_bias": gpt.SWITCHES["norm_bias"],
-            "head_bias": ("lm_head.bias",),
-            "head": ("lm_head.weight",),
         },
         buffers={name: (MASK, reason) for name, reason in lecture.DROPPED.items()},
         activation="ReLU",
@@ -44,19 +48,4 @@ def _lecture_family(feed_forward: str) -> Family:
     )
 
 
-FAMILIES = (
-    Family(
-        name=FUSED,
-        program="our GPT",
-        tensors=gpt.TENSORS,
-        signature=("blocks.{i}.sa.qkv.weight",),
-        embedding="token_embedding_table.weight",
-        head="lm_head.weight",
-        positions="position_embedding_table.weight",
-        switches={**FUSED_SWITCHES, "head": ("lm_head.weight",)},
-        buffers={name: (MASK, reason) for name, reason in gpt.DROPPED.items()},
-        claims=dict(zip(gpt.SWITCHES, FUSED_SWITCHES, strict=True)),
-    ),
-    _lecture_family("ffwd"),
-    _lecture_family("fwd"),
-)
+FAMILIES = (OURS, _lecture_family("ffwd"), _lecture_family("fwd"))

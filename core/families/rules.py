@@ -19,7 +19,7 @@ from ..containers.tensors.views import (
     concatenate,
     merge_axes,
     permute,
-    slice_axis,
+    split,
     split_axis,
     squeeze,
     unsqueeze,
@@ -94,11 +94,7 @@ class Concat:
         lengths = [sizes[word] for word in self.words] or [whole // count] * count
         if sum(lengths) != whole:
             raise CheckpointMismatch(f"{whole} along axis {self.axis} cannot be split into {lengths}")
-        parts, at = [], 0
-        for length in lengths:
-            parts.append(slice_axis(view, self.axis, at, at + length))
-            at += length
-        return parts
+        return split(view, self.axis, lengths)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -117,7 +113,7 @@ class Stack:
     def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Unstack."""
         (view,) = views
-        return [squeeze(slice_axis(view, self.axis, k, k + 1), self.axis) for k in range(view.shape[self.axis])]
+        return [squeeze(part, self.axis) for part in split(view, self.axis, [1] * view.shape[self.axis])]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,11 +144,7 @@ class Interleave:
         rows = [sizes[word] // groups for word in self.words]
         if sum(rows) * groups != view.shape[0]:
             raise CheckpointMismatch(f"{view.shape[0]} rows are not {groups} groups of {' + '.join(map(str, rows))}")
-        grouped, parts, at = split_axis(view, 0, sum(rows)), [], 0
-        for length in rows:
-            parts.append(merge_axes(slice_axis(grouped, 1, at, at + length), 0))
-            at += length
-        return parts
+        return [merge_axes(part, 0) for part in split(split_axis(view, 0, sum(rows)), 1, rows)]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -201,9 +193,10 @@ class Inverse:
     """The inverse of a rule: several of ours in one of theirs."""
 
     rule: Rule
+    words: str = ""
 
     def __str__(self) -> str:
-        return f"undo: {self.rule}"
+        return self.words or f"undo: {self.rule}"
 
     def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
         """Undo the rule."""
@@ -222,6 +215,15 @@ RENAME, TRANSPOSE = Rename(), Permute((1, 0))
 Names = str | tuple[str, ...]
 Row = tuple[Names, Names, Rule]
 Table = tuple[Row, ...]
+
+
+def layer(theirs: Names, ours: Names, weight: Rule = RENAME, bias: Rule = RENAME) -> Table:
+    """Make the rows for the weight and for the bias of a layer."""
+
+    def named(names: Names, end: str) -> Names:
+        return names + end if isinstance(names, str) else tuple(name + end for name in names)
+
+    return tuple((named(theirs, end), named(ours, end), rule) for end, rule in ((".weight", weight), (".bias", bias)))
 
 
 @dataclass(eq=False, repr=False)

@@ -16,7 +16,7 @@ from ..bundle.contradictions import check_fit, rearrange_optimizer
 from ..bundle.optimizer_state import groups_of, names_in_order
 from ..bundle.parts import Part, ShardedFile, TorchFile, once
 from ..console.words import counted, differences, listed
-from ..containers.torch_files.zip import TorchZip
+from ..containers.torch_files.storages import TorchArchive
 from ..data.tokenizer import tokenizer_from_state
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from ..families.family import plain_name
@@ -40,7 +40,7 @@ def read_part(part: Part) -> Any:
     part.source.refuse_foreign()
     if isinstance(part.source, ShardedFile):
         return part.of(read_shards(part.source))
-    if isinstance(part.source.header, TorchZip):
+    if isinstance(part.source.header, TorchArchive) and part.source.header.container == "zip":
         # torch refuses plain data that it does not know, like the object of a config, which our own reader reads.
         with contextlib.suppress(pickle.UnpicklingError):
             return part.of(_torch_load(part.source))

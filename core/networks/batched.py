@@ -8,7 +8,7 @@ it: left padding, right padding and none compute the same, and attention needs n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from . import generation
 from .bound import bound
 from .layout import as_medium
 from .modded import IGNORED, SCALE, ModdedGPT
-from .windows import block_mask, compiled_flex, cuts, mask
+from .windows import cuts
 
 if TYPE_CHECKING:
     from .flex import GPTFlexAttention
@@ -141,23 +141,19 @@ class GPTBatched(ModdedGPT):
     def _all(self, tokens: Tensor, cache: BatchedCache | None, lengths: Tensor | None) -> Tensor:
         """Compute all positions of rows whose padding, if any, is at their end."""
         T = tokens.size(1)
-        windows = dict(zip((True, False), windows_of(self.variant, self.config.window), strict=True))
+        window = self.config.window
         # Without a window that hides anything, SDPA has the fastest kernel; with one, flex attention skips blocks.
-        flex = tokens.is_cuda and any(cuts(T, window) for window in windows.values())
+        flex = tokens.is_cuda and any(cuts(T, blocks) for blocks in windows_of(self.variant, window))
         if flex:
             tokens = F.pad(tokens, (0, -T % BLOCK))
-        make = block_mask if flex else mask
-        masks = {wide: make(tokens.size(1), None, window, tokens.device) for wide, window in windows.items()}
+        attend = self.attention(tokens.size(1), None, window, flex, tokens.device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend_and_fill(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if cache is not None:
                 cache.fill(layer, k[:, :, :T], v[:, :, :T])
-            seen: Any = masks[self.is_long(layer)]
-            if flex:
-                return compiled_flex()(q, k, v, block_mask=seen, scale=SCALE)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=SCALE)
+            return attend(layer, q, k, v)
 
-        features = self.stream(tokens, torch.arange(tokens.size(1), device=tokens.device), attend)[:, :T]
+        features = self.stream(tokens, torch.arange(tokens.size(1), device=tokens.device), attend_and_fill)[:, :T]
         if cache is not None:
             cache.length = T
             cache.lengths.copy_(lengths if lengths is not None else torch.full_like(cache.lengths, T))
@@ -174,7 +170,7 @@ class GPTBatched(ModdedGPT):
             if window is not None:
                 seen &= at // BLOCK - keys // BLOCK < window
             masks.append(seen[:, None, None])
-        short, long = masks[1], masks[0]
+        long, short = masks
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = cache.append(layer, k, v)

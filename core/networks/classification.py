@@ -103,12 +103,11 @@ def accuracy(counts: Tensor) -> float:
 
 def class_scores(counts: Tensor) -> list[ClassScore]:
     """Precision, recall and F-score of each class of a confusion matrix [K, K]; a fraction of nothing is 0."""
-    scores = []
-    for k in range(len(counts)):
-        right, called, there = int(counts[k, k]), int(counts[:, k].sum()), int(counts[k].sum())
-        f_score = _share(2 * right, called + there)
-        scores.append(ClassScore(_share(right, called), _share(right, there), f_score, there))
-    return scores
+    columns = (counts.diagonal().tolist(), counts.sum(0).tolist(), counts.sum(1).tolist())
+    return [
+        ClassScore(_share(right, called), _share(right, there), _share(2 * right, called + there), there)
+        for right, called, there in zip(*columns, strict=True)
+    ]
 
 
 def macro_f(counts: Tensor) -> float:

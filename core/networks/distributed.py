@@ -291,11 +291,14 @@ def _leave() -> NoReturn:
 
 @contextlib.contextmanager
 def _silent(quiet: bool) -> Iterator[None]:
-    with contextlib.ExitStack() as held:
-        if quiet:
-            nowhere = held.enter_context(open(os.devnull, "w"))  # noqa: PTH123
-            held.enter_context(contextlib.redirect_stderr(nowhere))
-            held.enter_context(contextlib.redirect_stdout(nowhere))
+    if not quiet:
+        yield
+        return
+    with (
+        open(os.devnull, "w") as nowhere,  # noqa: PTH123
+        contextlib.redirect_stderr(nowhere),
+        contextlib.redirect_stdout(nowhere),
+    ):
         yield
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config.variants import BLOCK, windows_of
+from ..config.variants import BLOCK
 from ..errors import InputError
 from .bound import bound
-from .modded import SCALE, Attend, ModdedGPT
-from .windows import block_mask, compiled_flex, documents, mask
+from .modded import ModdedGPT
+from .windows import documents
 
 KERNELS = ("auto", "flex", "sdpa")
 """The kernels for the attention of GPTFlexAttention: auto is flex on CUDA, and SDPA elsewhere."""
@@ -45,7 +45,10 @@ class GPTFlexAttention(ModdedGPT):
             raise InputError(f"ids: found {T} positions, expected at most max_seq_len {self.config.block_size}.")
         docs = documents(ids, self.config.eos_token_id)
         ids, docs = F.pad(ids, (0, -T % BLOCK)), F.pad(docs, (0, -T % BLOCK), value=T + 1)
-        attend = self._attend(docs, self.config.window if window is None else window)
+        if self.kernel not in KERNELS:
+            raise InputError(f"kernel: found {self.kernel!r}, expected {', '.join(KERNELS)}.")
+        flex = self.kernel == "flex" or (self.kernel == "auto" and docs.is_cuda)
+        attend = self.attention(len(docs), docs, self.config.window if window is None else window, flex, docs.device)
         positions = torch.arange(len(ids), device=ids.device)
         return self.stream(ids[None], positions, attend)[0, :T]
 
@@ -58,22 +61,6 @@ class GPTFlexAttention(ModdedGPT):
         """
         logits = self.logits(self.forward_features(ids, window))
         return logits, None if targets is None else self.loss(logits, targets)
-
-    def _attend(self, docs: Tensor, window: int | str) -> Attend:
-        long, short = windows_of(self.variant, window)
-        if self.kernel not in KERNELS:
-            raise InputError(f"kernel: found {self.kernel!r}, expected {', '.join(KERNELS)}.")
-        flex = self.kernel == "flex" or (self.kernel == "auto" and docs.is_cuda)
-        make = block_mask if flex else mask
-        masks = {True: make(len(docs), docs, long, docs.device), False: make(len(docs), docs, short, docs.device)}
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            seen = masks[self.is_long(layer)]
-            if flex:
-                return compiled_flex()(q, k, v, block_mask=seen, scale=SCALE)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=SCALE)
-
-        return attend
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue a prompt; see `networks.generation.generate`."""

@@ -102,8 +102,8 @@ def generate(
     """
     ids = _prompt_ids(model, prompt)
     real = None if attention_mask is None else attention_mask.to(ids.device, torch.bool)
-    steps = _tokens(model, ids, real, max_new_tokens, temperature, top_k, top_p, seed, generator, use_cache)
-    new = list(steps)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    new = list(_tokens(model, ids, real, max_new_tokens, use_cache, generator or _generator(seed), **sampling))
     if isinstance(prompt, str):
         text = text_after(_tokenizer(model), ids[0].tolist())
         return prompt + "".join(text.push(int(i)) for i in new) + text.flush()
@@ -134,7 +134,8 @@ def stream(
     ids = _prompt_ids(model, prompt)
     if ids.size(0) != 1:
         raise InputError(f"prompt: found {ids.size(0)} sequences, expected 1 to stream. Use generate for several.")
-    for new in _tokens(model, ids, None, max_new_tokens, temperature, top_k, top_p, seed, generator, use_cache):
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for new in _tokens(model, ids, None, max_new_tokens, use_cache, generator or _generator(seed), **sampling):
         yield int(new)
 
 
@@ -187,27 +188,27 @@ def sample(
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
 
 
+def _generator(seed: int | None) -> torch.Generator:
+    """A generator that starts from a seed, or from the system's randomness."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(seed)
+
+
 @torch.inference_mode()
 def _tokens(
     model: Writer,
     ids: Tensor,
     real: Tensor | None,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    generator: torch.Generator | None,
     use_cache: bool,
+    generator: torch.Generator,
+    **sampling: Any,
 ) -> Iterator[Tensor]:
-    """Yield the ids [B] of each new position that follows ids [B, T]."""
-    check_settings(max_new_tokens, temperature, top_k, top_p)
-    if generator is None:
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+    """Yield the ids [B] of each new position that follows ids [B, T]; `sampling` goes to `sample`."""
+    check_settings(max_new_tokens, **sampling)
     block_size = model.config.block_size
     drawable = model.config.vocab_size
     if model.tokenizer is not None:
@@ -229,7 +230,7 @@ def _tokens(
             padded = {"attention_mask": real} if real is not None and (cache is None or unseen is window) else {}
             hidden = model.features(window if cache is None else unseen, cache=cache, **padded)
             logits = model.logits(hidden[:, -1])
-            new = sample(logits[:, :drawable], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            new = sample(logits[:, :drawable], generator=generator, **sampling)
             unseen = new[:, None]
             window = torch.cat([window, unseen], dim=1)
             real = None if real is None else torch.cat([real, real.new_ones(len(real), 1)], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -38,14 +39,11 @@ def _view(name: str, tensor: Tensor) -> View:
 
 
 def _tensor(view: View, tensors: Mapping[str, Tensor]) -> Tensor:
-    first, *others = (tensors[name] for name in view.names)
     parts = [tensors[b.name].as_strided(b.shape, b.strides, b.offset) if b.source else None for b in view.blocks]
     if len(parts) == 1 and parts[0] is not None:
         return parts[0]
-    dtype = first.dtype
-    for other in others:
-        dtype = torch.promote_types(dtype, other.dtype)
-    made = first.new_empty(view.shape, dtype=dtype)
+    sources = [tensors[name] for name in view.names]
+    made = sources[0].new_empty(view.shape, dtype=reduce(torch.promote_types, (t.dtype for t in sources)))
     for block, part in zip(view.blocks, parts, strict=True):
         place = made[tuple(slice(at, at + side) for at, side in zip(block.begin, block.shape, strict=True))]
         place.fill_(block.value) if part is None else place.copy_(part)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -15,8 +16,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..config.modded import GPT2_END, ModdedConfig
-from ..config.variants import BLOCK, HEAD_SIZE, VALUE_TABLES, WITHOUT_ATTENTION, Variant, is_long, skips_of, value_table
+from ..config.variants import (
+    BLOCK,
+    HEAD_SIZE,
+    VALUE_TABLES,
+    WITHOUT_ATTENTION,
+    Variant,
+    is_long,
+    skips_of,
+    value_table,
+    windows_of,
+)
 from ..families.family import plain_names
+from .windows import block_mask, compiled_flex, mask
 
 SCALE = 0.12
 """The scale of attention scores, in place of 1 / sqrt(D)."""
@@ -53,10 +65,18 @@ def rotate(x: Tensor, turn: Turn) -> Tensor:
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1).type_as(x)
 
 
+@torch.no_grad()
 def uniform(weight: Tensor) -> Tensor:
-    """Fill a weight [..., C_in] as upstream does: uniform, with deviation 0.5 / sqrt(C_in)."""
+    """Fill a weight [..., C_in] as upstream does: uniform, with deviation 0.5 / sqrt(C_in); not on meta."""
     bound = math.sqrt(3) * 0.5 * weight.size(-1) ** -0.5
-    return weight.uniform_(-bound, bound)
+    return weight if weight.is_meta else weight.uniform_(-bound, bound)
+
+
+@torch.no_grad()
+def zero(weight: Tensor) -> None:
+    """Fill a weight with zeros; not on meta."""
+    if not weight.is_meta:
+        weight.zero_()
 
 
 class CastedLinear(nn.Linear):
@@ -67,16 +87,11 @@ class CastedLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Fill the weight; the model itself zeroes those that start at zero."""
-        if not self.weight.is_meta:
-            with torch.no_grad():
-                uniform(self.weight)
+        uniform(self.weight)
 
 
 class Attention(nn.Module):
-    """Attention of one layer, for any layout of its weights: `qkv` [3h, C] and `out` [C, h]."""
-
-    qkv: Tensor
-    out: Tensor
+    """Attention of one layer, for any layout of its weights."""
 
     def __init__(self, config: ModdedConfig) -> None:
         super().__init__()
@@ -88,16 +103,21 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Mix positions: x [B, T, C] to [B, T, C]; mix [2] weighs the values and the value embeddings [B, T, C]."""
         B, T, _ = x.shape
+        rows, out = self.weights()
         if self.variant.normed_input:
             x = rms(x)
-        qkv = F.linear(x, self.qkv.type_as(x)).view(B, T, 3, self.n_head, HEAD_SIZE)
+        qkv = F.linear(x, rows.type_as(x)).view(B, T, 3, self.n_head, HEAD_SIZE)
         q, k, v = qkv.unbind(2)
         q, k = rotate(rms(q), turn), rotate(rms(k), turn)
         if self.variant.normed_values:
             v = rms(v)
         v = mix[0] * v if values is None else mix[0] * v + mix[1] * values.view_as(v)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out.type_as(x))
+        return F.linear(y.transpose(1, 2).reshape(B, T, -1), out.type_as(x))
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The rows of queries, keys and values [3h, C], and the output projection [C, h]."""
+        raise NotImplementedError
 
 
 class MergedAttention(Attention):
@@ -106,19 +126,11 @@ class MergedAttention(Attention):
     def __init__(self, config: ModdedConfig) -> None:
         super().__init__(config)
         self.qkvo_w = nn.Parameter(torch.empty(4, config.n_embd, config.n_embd))
-        if not self.qkvo_w.is_meta:
-            with torch.no_grad():
-                uniform(self.qkvo_w)[3].zero_()
+        zero(uniform(self.qkvo_w)[3])
 
-    @property
-    def qkv(self) -> Tensor:  # type: ignore[override]
-        """Rows of queries, keys and values."""
-        return self.qkvo_w[:3].flatten(end_dim=1)
-
-    @property
-    def out(self) -> Tensor:  # type: ignore[override]
-        """The output projection, [out, in]."""
-        return self.qkvo_w[3]
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Cut both from the one parameter."""
+        return self.qkvo_w[:3].flatten(end_dim=1), self.qkvo_w[3]
 
 
 class TrainingScriptAttention(Attention):
@@ -130,34 +142,28 @@ class TrainingScriptAttention(Attention):
         self.c_proj = CastedLinear(config.n_embd, config.n_embd)
         if config.variant == "small_2025_02":
             self.lambdas = nn.Parameter(torch.tensor([0.5, 0.5]))
-        if not self.qkv_w.is_meta:
-            with torch.no_grad():
-                uniform(self.qkv_w)
-                self.c_proj.weight.zero_()
+        uniform(self.qkv_w)
+        zero(self.c_proj.weight)
 
-    @property
-    def qkv(self) -> Tensor:  # type: ignore[override]
-        """Rows of queries, keys and values."""
-        return self.qkv_w.flatten(end_dim=1)
-
-    @property
-    def out(self) -> Tensor:  # type: ignore[override]
-        """The output projection, [out, in]."""
-        return self.c_proj.weight
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Those of the parameter and of the layer."""
+        return self.qkv_w.flatten(end_dim=1), self.c_proj.weight
 
 
 class MLP(nn.Module):
-    """Feed-forward of one layer, for any layout of its weights: `fc` [4C, C] and `proj` [C, 4C]."""
-
-    fc: Tensor
-    proj: Tensor
+    """Feed-forward of one layer, for any layout of its weights."""
 
     def __init__(self, config: ModdedConfig) -> None:
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position by itself: x [B, T, C] to [B, T, C]."""
-        return F.linear(F.relu(F.linear(x, self.fc.type_as(x))).square(), self.proj.type_as(x))
+        first, second = self.weights()
+        return F.linear(F.relu(F.linear(x, first.type_as(x))).square(), second.type_as(x))
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The first matrix [4C, C], and the second [C, 4C]."""
+        raise NotImplementedError
 
 
 class MergedMLP(MLP):
@@ -167,19 +173,11 @@ class MergedMLP(MLP):
         super().__init__(config)
         self.fc_w = nn.Parameter(torch.empty(4 * config.n_embd, config.n_embd))
         self.proj_w = nn.Parameter(torch.zeros(config.n_embd, 4 * config.n_embd))
-        if not self.fc_w.is_meta:
-            with torch.no_grad():
-                uniform(self.fc_w)
+        uniform(self.fc_w)
 
-    @property
-    def fc(self) -> Tensor:  # type: ignore[override]
-        """The first matrix."""
-        return self.fc_w
-
-    @property
-    def proj(self) -> Tensor:  # type: ignore[override]
-        """The second matrix."""
-        return self.proj_w
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The parameters."""
+        return self.fc_w, self.proj_w
 
 
 class TrainingScriptMLP(MLP):
@@ -189,18 +187,11 @@ class TrainingScriptMLP(MLP):
         super().__init__(config)
         self.c_fc = CastedLinear(config.n_embd, 4 * config.n_embd)
         self.c_proj = CastedLinear(4 * config.n_embd, config.n_embd)
-        if not self.c_proj.weight.is_meta:
-            nn.init.zeros_(self.c_proj.weight)
+        zero(self.c_proj.weight)
 
-    @property
-    def fc(self) -> Tensor:  # type: ignore[override]
-        """The first matrix."""
-        return self.c_fc.weight
-
-    @property
-    def proj(self) -> Tensor:  # type: ignore[override]
-        """The second matrix."""
-        return self.c_proj.weight
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Those of the layers."""
+        return self.c_fc.weight, self.c_proj.weight
 
 
 class Block(nn.Module):
@@ -289,8 +280,7 @@ class ModdedGPT(nn.Module):
             self.lm_head_w = nn.Parameter(torch.zeros(config.head_rows, config.n_embd))
         else:
             self.lm_head = CastedLinear(config.n_embd, config.head_rows)
-            if not self.lm_head.weight.is_meta:
-                nn.init.zeros_(self.lm_head.weight)
+            zero(self.lm_head.weight)
         if self.apart:
             self.skip_weights = nn.Parameter(torch.ones(config.n_layer // 2))
         else:
@@ -341,11 +331,7 @@ class ModdedGPT(nn.Module):
                 number, source = skips[i]
                 x = x + weights[number] * outputs[source]
             values = None if (table := value_table(L, i)) is None else tables[table]
-
-            def mixed(q: Tensor, k: Tensor, v: Tensor, layer: int = i) -> Tensor:
-                return attend(layer, q, k, v)
-
-            inputs = (x, start, values, blends[i], mixes[i], turn, mixed)
+            inputs = (x, start, values, blends[i], mixes[i], turn, partial(attend, i))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -361,6 +347,24 @@ class ModdedGPT(nn.Module):
         if self.variant.signed:
             return cap * raw * torch.rsqrt(raw.square() + cap**2)
         return cap * torch.sigmoid(raw / (7.5 * features.size(-1) ** 0.5))
+
+    def attention(self, T: int, docs: Tensor | None, window: int | str, flex: bool, device: torch.device) -> Attend:
+        """Make the attention of all layers over T positions, through the windows of a wish (`windows_of`).
+
+        `docs` [T] has the document number of each position, None is one document. With `flex` it is compiled flex
+        attention, for which T is a multiple of 128.
+        """
+        make: Callable[..., Any] = block_mask if flex else mask
+        long, short = windows_of(self.variant, window)
+        masks = {True: make(T, docs, long, device), False: make(T, docs, short, device)}
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            seen = masks[self.is_long(layer)]
+            if flex:
+                return compiled_flex()(q, k, v, block_mask=seen, scale=SCALE)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=SCALE)
+
+        return attend
 
     def is_long(self, i: int) -> bool:
         """Whether layer i has the long window."""

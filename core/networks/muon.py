@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .modded import ModdedGPT
 
-Named = list[tuple[str, nn.Parameter]]
+NamedParameters = list[tuple[str, nn.Parameter]]
 Coefficients = Sequence[tuple[float, float, float]]
 
 MOMENTUM = (0.85, 0.95)
@@ -131,10 +131,10 @@ def configure_muon(model: ModdedGPT, learning_rate: float, weight_decay: float |
     )
 
 
-def parameters_by_kind(model: ModdedGPT) -> tuple[Named, dict[str, Named]]:
+def parameters_by_kind(model: ModdedGPT) -> tuple[NamedParameters, dict[str, NamedParameters]]:
     """Separate the matrices of the layers from the rest: head, embed and scalar, each in the model's order."""
-    matrices: Named = []
-    rest: dict[str, Named] = {"head": [], "embed": [], "scalar": []}
+    matrices: NamedParameters = []
+    rest: dict[str, NamedParameters] = {"head": [], "embed": [], "scalar": []}
     for name, p in model.named_parameters():
         if p.dim() < 2:
             rest["scalar"].append((name, p))

@@ -14,7 +14,7 @@ from ..bundle.write import Content, Writer, write_bundle
 from ..containers.spec import TensorSpec
 from ..containers.tensors.reading import Gatherer
 from ..containers.tensors.views import stored
-from ..containers.torch_files.layout import Stored, pickled, write_torch_file
+from ..containers.torch_files.layout import TensorRecord, pickled, write_torch_file
 from ..containers.trees import map_leaves
 
 
@@ -60,7 +60,7 @@ def _writer(name: str, part: Part) -> Writer:
             if not isinstance(value, TensorSpec):
                 return value
             specs.append(value)
-            return Stored(len(specs) - 1, value.dtype, value.shape, value.nbytes)
+            return TensorRecord(len(specs) - 1, value.dtype, value.shape, value.nbytes)
 
         data_pkl = pickled(map_leaves(put, content))
         with Gatherer() as gatherer:

@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ..containers.dcp.writer import WrittenItem, flattened
 from ..containers.torch_files.image import Image
-from ..containers.torch_files.layout import Stored, pickled, records
+from ..containers.torch_files.layout import TensorRecord, pickled, records
 from ..families.family import plain_name
 from .torch_file import bytes_of
 
@@ -90,7 +90,7 @@ def _records(value: Any) -> list[tuple[str, Any]]:
         return list(records(pickled(value), []))
     value = value.contiguous()
     start = value.storage_offset() * value.element_size()
-    header = pickled(Stored(0, _dtype(value), tuple(value.shape), value.nbytes))
+    header = pickled(TensorRecord(0, _dtype(value), tuple(value.shape), value.nbytes))
     data = bytes_of(value.untyped_storage())[start : start + value.nbytes]  # in place: a shard may be padded
     return list(records(header, [data]))
 

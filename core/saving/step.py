@@ -24,7 +24,8 @@ from ..bundle.retention import Retention, best_of, better
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
 from ..bundle.writing import lock
-from ..config.gpt import EDITABLE, FORMAT_VERSION, GPTConfig, same_architecture, without_neutral
+from ..config.fields import FORMAT_VERSION
+from ..config.gpt import EDITABLE, GPTConfig, same_architecture
 from ..config.modded import ModdedConfig
 from ..console.words import size_text
 from ..containers.json_files import dump_json, parse_json
@@ -135,7 +136,7 @@ class StepSave:
         config = self._texts[CONFIG]
         if config.get("model_class", "GPT") == "GPT":
             known = GPTConfig.from_dict(config)
-            architecture = without_neutral(known.architecture())
+            architecture = known.without_neutral(known.architecture())
             state = state.having(architecture=architecture, format_version=known.format_version)
         if seen := seen_files(self.place.path, top.legacy or []):
             state = state.having(legacy=seen)

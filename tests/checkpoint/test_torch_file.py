@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from core.bundle.storage import DISK
 from core.containers.torch_files import layout as torch_zip_layout
-from core.containers.torch_files.zip import TorchZip
+from core.containers.torch_files.zip import open_torch_zip
 from core.saving.torch_file import write_torch_zip
 
 DTYPES = [
@@ -98,7 +98,7 @@ def test_our_own_reader_agrees_with_torch_on_names_shapes_and_bytes(tmp_path, mo
     content = example()
     write(tmp_path / "a.pt", content)
     with (tmp_path / "a.pt").open("rb") as file:
-        archive = TorchZip.open(file, "a.pt")
+        archive = open_torch_zip(file, "a.pt")
         for name, spec in archive.tensors.items():
             value = content[name]
             assert spec.shape == tuple(value.shape) and spec.dtype == str(value.dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ import torch
 
 from core.containers.pickles.inert import as_text
 from core.containers.spec import ITEM_SIZES
-from core.containers.torch_files.stream import MAGIC, TorchStream
+from core.containers.torch_files.stream import MAGIC, open_torch_stream
 from tests.makers import torch_files
 from tests.makers.torch_files import (
     Reference,
@@ -197,7 +197,7 @@ def test_only_the_beginning_and_the_counts_of_a_large_file_are_read(tmp_path):
         file.truncate(len(data) + 8 + 4 * numel)
     tracemalloc.start()
     with path.open("rb") as file:
-        archive = TorchStream.open(file, str(path))
+        archive = open_torch_stream(file, str(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert archive.tensors["w"].nbytes == 3_000_000_000

@@ -11,12 +11,13 @@ import torch
 
 from core.containers.pickles.inert import as_text
 from core.containers.spec import ITEM_SIZES
-from core.containers.torch_files.zip import TorchZip
+from core.containers.torch_files.storages import TorchArchive
+from core.containers.torch_files.zip import open_torch_zip
 from tests.makers.torch_files import assert_same_as_torch, example, saved
 
 
-def opened(data: bytes) -> TorchZip:
-    return TorchZip.open(io.BytesIO(data), "x.pt")
+def opened(data: bytes) -> TorchArchive:
+    return open_torch_zip(io.BytesIO(data), "x.pt")
 
 
 @pytest.mark.parametrize("dtype", ITEM_SIZES)
@@ -99,5 +100,5 @@ def test_only_headers_are_read():
             return data
 
     file = Watched(saved({"w": torch.zeros(1_000_000), "v": torch.zeros(1_000_000)}))
-    TorchZip.open(file, "x.pt")
+    open_torch_zip(file, "x.pt")
     assert file.bytes_read < 5000

@@ -11,8 +11,7 @@ import torch
 
 from core.containers.spec import TensorSpec
 from core.containers.torch_files.file import open_torch_file
-from core.containers.torch_files.stream import TorchStream
-from core.containers.torch_files.zip import TorchZip
+from core.containers.torch_files.storages import TorchArchive
 from core.errors import CheckpointDamaged, CheckpointError
 
 
@@ -70,7 +69,7 @@ def rebuilt(spec: TensorSpec, data: bytes) -> torch.Tensor:
     return flat.as_strided(spec.shape, spec.strides)
 
 
-def assert_same_as_torch(data: bytes, archive: TorchZip | TorchStream) -> None:
+def assert_same_as_torch(data: bytes, archive: TorchArchive) -> None:
     """Names, types, shapes, strides and bytes are those that torch reads."""
     expected = flattened(torch.load(io.BytesIO(data), weights_only=False))
     assert list(archive.tensors) == list(expected)
@@ -83,7 +82,7 @@ def assert_same_as_torch(data: bytes, archive: TorchZip | TorchStream) -> None:
         assert torch.equal(bits(rebuilt(spec, data)), bits(tensor))
 
 
-def opened(data: bytes) -> TorchZip | TorchStream:
+def opened(data: bytes) -> TorchArchive:
     return open_torch_file(io.BytesIO(data), "x.pt")
 
 

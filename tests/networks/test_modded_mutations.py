@@ -24,7 +24,8 @@ CLASSES = ("GPTFlexAttention", "GPTBatched")
 def transposed_output(model, patch) -> None:
     for block in model.blocks:
         if block.attn is not None:
-            block.attn.out.data.copy_(block.attn.out.data.T.clone())
+            out = block.attn.weights()[1].data
+            out.copy_(out.T.clone())
 
 
 def other_kind(**change) -> Callable[..., None]:

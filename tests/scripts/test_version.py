@@ -31,7 +31,7 @@ def test_a_file_of_settings_asks_for_no_version(tmp_path):
     (tmp_path / "flags.json").write_text(json.dumps({"version": True}))
     command = [sys.executable, ROOT / "train.py", "--config_file", tmp_path / "flags.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and "unknown flag 'version'" in done.stderr
+    assert (done.returncode, done.stdout) == (2, "") and "unknown flag --version" in done.stderr
 
 
 def test_the_package_has_the_same_version():

@@ -8,14 +8,13 @@ mesh's dimensions (torch.distributed.tensor, _dtensor_spec.py and placement_type
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import naturals
 from ..pickles.foreign import attributes, foreign_calls
-from ..pickles.inert import Call, Global, as_text, children
+from ..pickles.inert import Call, Global, as_text
 from ..spec import ITEM_SIZES, TensorSpec
 
 _HOMES = ("torch.distributed.", "megatron.core.dist_checkpointing.strategies.torch.")
@@ -41,22 +40,15 @@ def is_distributed(path: str) -> bool:
     return path.startswith(_HOMES) and path.rpartition(".")[2] in _CLASSES
 
 
-def foreign_within(roots: Iterable[Any]) -> list[str]:
+def class_name(value: Any) -> str:
+    """The short name of the class of a record; "" for anything else."""
+    known = isinstance(value, Call) and isinstance(value.callable, Global)
+    return value.callable.path.rpartition(".")[2] if known else ""
+
+
+def foreign_within(content: Any) -> list[str]:
     """What `foreign_calls` finds in a content in which records of distributed classes are data too."""
-    left, seen, pending = [], set(), list(roots)
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        name = value.callable if isinstance(value, Call) else value
-        if isinstance(name, Global) and (is_distributed(name.path) or name.path in _BUILDERS):
-            pending += (children(value) or [])[1:]
-        elif isinstance(value, (Call, Global)):
-            left.append(value)
-        else:
-            pending += children(value) or []
-    return foreign_calls(left)
+    return foreign_calls(content, lambda path: is_distributed(path) or path in _BUILDERS)
 
 
 @dataclass(slots=True)
@@ -135,9 +127,8 @@ def _cuts(placements: tuple[Any, ...], sizes: tuple[int, ...], dims: int, where:
     plain: list[tuple[int, int]] = []
     late: list[tuple[int, int]] = []
     for mesh_dim, placement in reversed(list(enumerate(placements))):
-        name = placement.callable.path if _is_record(placement) else ""
         says = attributes(placement) or {}
-        kind, cut = name.rpartition(".")[2], says.get("dim")
+        kind, cut = class_name(placement), says.get("dim")
         if kind == "Replicate":
             continue
         if kind not in ("Shard", "_StridedShard"):
@@ -164,7 +155,3 @@ def _unreadable(where: str, layout: Any) -> CheckpointError:
         f"{where}: a DTensor is laid out as {as_text(layout, 120)}; only whole copies and shards of consecutive rows "
         "can be put together. Save it with torch.distributed.checkpoint instead."
     )
-
-
-def _is_record(value: Any) -> bool:
-    return isinstance(value, Call) and isinstance(value.callable, Global)

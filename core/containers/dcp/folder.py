@@ -6,20 +6,20 @@ directories of these zips are read too: they record where in the zip the tensor 
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
-from ..blocks import blocks_fault, read_at, spec_of_blocks
+from ..blocks import blocks_fault, read_whole, spec_of_blocks
 from ..container import Check, Container, is_plain, listing, member, reading
 from ..pickles.foreign import foreign_calls
-from ..pickles.inert import as_text
+from ..pickles.inert import as_name, as_text
 from ..spec import Chunk, TensorSpec
-from ..torch_files.items import Item, Items, find_items
-from ..torch_files.storages import LARGEST_PICKLE
+from ..torch_files.items import Items, find_items
+from ..torch_files.storages import LARGEST_PICKLE, TorchArchive
 from .metadata import METADATA, Entry, Metadata, Place, read_metadata
 
 SUFFIX = ".distcp"
@@ -43,7 +43,7 @@ def open_dcp(path: Path, rebuilt: Metadata | None = None, opened: Mapping[str, B
     if rebuilt is not None:
         folder = _Folder(path, rebuilt, None)
     elif opened is not None:
-        data = _whole(opened[METADATA], str(path / METADATA))
+        data = read_whole(opened[METADATA], LARGEST_PICKLE, str(path / METADATA))
         folder = _Folder(path, read_metadata(data, str(path / METADATA)), len(data), opened)
     elif METADATA in names:
         folder = _Folder(path, *metadata_of(path))
@@ -51,9 +51,12 @@ def open_dcp(path: Path, rebuilt: Metadata | None = None, opened: Mapping[str, B
         raise _without_metadata(path, [name for name in names if name.endswith(SUFFIX)])
     folder.read_items()
     folder.put_entries()
-    surplus = [name for name in names if name.endswith(SUFFIX) and name not in folder.files]
-    folder.notes += [f"{name}: {METADATA} names nothing in it. It may be of another save." for name in surplus]
-    return folder.container()
+    whole = folder.whole
+    surplus = [name for name in names if name.endswith(SUFFIX) and name not in whole.files]
+    whole.notes += [f"{name}: {METADATA} names nothing in it. It may be of another save." for name in surplus]
+    count = len(whole.files) - (METADATA in whole.files)
+    whole.kind, whole.foreign = f"DCP folder, {count} file{'s' * (count != 1)}", list(folder.foreign)
+    return whole
 
 
 def metadata_of(path: Path) -> tuple[Metadata, int]:
@@ -63,15 +66,8 @@ def metadata_of(path: Path) -> tuple[Metadata, int]:
     """
     where = str(path / METADATA)
     with reading(member(path, METADATA, where)) as file:
-        data = _whole(file, where)
+        data = read_whole(file, LARGEST_PICKLE, where)
     return read_metadata(data, where), len(data)
-
-
-def _whole(file: BinaryIO, where: str) -> bytes:
-    size = file.seek(0, os.SEEK_END)
-    if size > LARGEST_PICKLE:
-        raise CheckpointError(f"{where}: has {size} bytes, at most {LARGEST_PICKLE} are read.")
-    return read_at(file, 0, size, where)
 
 
 def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
@@ -84,8 +80,9 @@ def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
             count += len(find_items(file, str(path / name)))
     return CheckpointDamaged(
         f"{path / METADATA}: missing. The {SUFFIX} files ({len(names)}) hold {count} whole items, but only {METADATA} "
-        "has their names and their positions in their tensors. Copy it from where the folder was written; "
-        "convert_checkpoints.py --metadata_from DIR rebuilds it if that is exact."
+        "has their names and their positions in their tensors. Copy it from where the folder was written, or let "
+        "convert_checkpoints.py rebuild it: --metadata_from names the folder of another step that the same program "
+        "wrote on as many ranks, or a torch file of the model (its tensors in the order of the modules)."
     )
 
 
@@ -96,29 +93,16 @@ class _Folder:
         self, path: Path, metadata: Metadata, size: int | None, opened: Mapping[str, BinaryIO] | None = None
     ) -> None:
         self.path, self.metadata, self.opened = path, metadata, opened
-        self.files = {} if size is None else {METADATA: size}
-        what = ("names, shapes and places of all items",)
-        self.checks = [] if size is None else [Check(METADATA, 0, size, None, what)]
+        self.whole = Container("", path, {}, {}, {}, notes=list(metadata.notes))
+        if size is not None:
+            self.whole.files[METADATA] = size
+            self.whole.checks.append(Check(METADATA, 0, size, None, ("names, shapes and places of all items",)))
         self.foreign = dict.fromkeys(metadata.foreign)
-        self.notes = list(metadata.notes)
-        self.tensors: dict[str, TensorSpec] = {}
-        self.items: dict[tuple[str, int], Item] = {}  # by file and offset
-        self.content: Any = {}
-
-    def container(self) -> Container:
-        count = len(self.files) - (METADATA in self.files)
-        kind = f"DCP folder, {count} file{'s' * (count != 1)}"
-        return Container(
-            kind, self.path, self.tensors, self.content, self.files, self.checks, list(self.foreign), self.notes
-        )
+        self.items: dict[tuple[str, int], TorchArchive] = {}  # by file and offset
 
     def read_items(self) -> None:
         """Open every item, file by file in the order of their bytes."""
-        by_file: dict[str, list[tuple[Place, Entry]]] = {}
-        items = Items()
-        for entry in self.metadata.entries:
-            for place in entry.places:
-                by_file.setdefault(place.file, []).append((place, entry))
+        by_file, items = self.metadata.by_file(), Items()
         missing = [name for name in by_file if is_plain(name) and not self.has(name)]
         if missing:
             count = sum(len(by_file[name]) for name in missing)
@@ -127,27 +111,24 @@ class _Folder:
                 f"{as_text(sorted(missing))}. Copy them again."
             )
         for name, places in sorted(by_file.items()):
-            self.read_file(name, sorted(places, key=lambda pair: pair[0].offset), items)
+            self.read_file(name, places, items)
 
     def has(self, name: str) -> bool:
         return os.path.lexists(self.path / name) if self.opened is None else name in self.opened
 
-    @contextlib.contextmanager
-    def reading(self, name: str) -> Iterator[BinaryIO]:
+    def reading(self, name: str) -> AbstractContextManager[BinaryIO]:
         if self.opened is not None:
-            yield self.opened[name]
-            return
-        with reading(member(self.path, name, str(self.path / METADATA))) as file:
-            yield file
+            return nullcontext(self.opened[name])
+        return reading(member(self.path, name, str(self.path / METADATA)))
 
     def read_file(self, name: str, places: list[tuple[Place, Entry]], items: Items) -> None:
         """Open the items of one file."""
         where = str(self.path / name)
         end = between = 0
         with self.reading(name) as file:
-            size = self.files[name] = file.seek(0, os.SEEK_END)
+            size = self.whole.files[name] = file.seek(0, os.SEEK_END)
             for place, entry in places:
-                shown = f"{where}: {_shown(entry)}"
+                shown = f"{where}: {as_name(entry.name)}"
                 begin, between = place.offset, between + place.offset - end
                 if begin < end:
                     raise CheckpointDamaged(f"{shown} begins at byte {begin}, the item before it ends at {end}.")
@@ -159,7 +140,7 @@ class _Folder:
                     )
                 self.items[name, begin] = items.open(file, begin, place.length, shown)
         if between + size - end:
-            self.notes.append(f"{name}: {between + size - end} of its {size} bytes belong to no item.")
+            self.whole.notes.append(f"{name}: {between + size - end} of its {size} bytes belong to no item.")
 
     def put_entries(self) -> None:
         """Give each entry its spec or value, nested as saved."""
@@ -170,7 +151,7 @@ class _Folder:
                 last = depth + 1 == len(entry.path)
                 if key in branch and (last or under not in branches):
                     raise CheckpointDamaged(
-                        f"{self.path / METADATA}: {_shown(entry)} belongs at {as_text(entry.path, 80)}, where "
+                        f"{self.path / METADATA}: {as_name(entry.name)} belongs at {as_text(entry.path, 80)}, where "
                         "something else is."
                     )
                 if last:
@@ -180,13 +161,13 @@ class _Folder:
         for at, branch in reversed(branches.items()):  # the innermost first
             if at and branch.keys() == set(range(len(branch))):
                 branches[at[:-1]][at[-1]] = [branch[i] for i in range(len(branch))]
-        self.content = branches[()]
+        self.whole.content = branches[()]
 
     def tensor(self, entry: Entry) -> Any:
         """The spec of a tensor from its blocks, or a record when they are not plain tensors."""
         assert entry.dtype
         if fault := blocks_fault(entry.shape, [(place.begin, place.shape) for place in entry.places]):
-            raise CheckpointDamaged(f"{self.path / METADATA}: {_shown(entry)}: {fault}.")
+            raise CheckpointDamaged(f"{self.path / METADATA}: {as_name(entry.name)}: {fault}.")
         chunks = []
         for place in entry.places:
             item = self.items[place.file, place.offset]
@@ -194,11 +175,11 @@ class _Folder:
             if item.unused or not isinstance(spec, TensorSpec):
                 self.foreign |= dict.fromkeys(foreign_calls([spec, *item.unused]))
             if not isinstance(spec, TensorSpec):
-                self.notes.append(f"{_shown(entry)} is {as_text(spec, 80)}, not a plain tensor: left out.")
+                self.whole.notes.append(f"{as_name(entry.name)} is {as_text(spec, 80)}, not a plain tensor: left out.")
                 return spec
             if (spec.dtype, spec.shape) != (entry.dtype, place.shape):
                 raise CheckpointDamaged(
-                    f"{self.path / place.file}: {_shown(entry)} at {place.begin} is {spec.dtype} {spec.shape}, "
+                    f"{self.path / place.file}: {as_name(entry.name)} at {place.begin} is {spec.dtype} {spec.shape}, "
                     f"{METADATA} says {entry.dtype} {place.shape}."
                 )
             self.check(place.file, item, {f"data/{spec.storage}": (entry.name,)})
@@ -221,18 +202,13 @@ class _Folder:
         return item.content
 
     def named(self, spec: TensorSpec) -> TensorSpec:
-        if spec.name in self.tensors:
+        if spec.name in self.whole.tensors:
             raise CheckpointDamaged(f"{self.path / METADATA}: two tensors are called {as_text(spec.name, 80)}.")
-        self.tensors[spec.name] = spec
+        self.whole.tensors[spec.name] = spec
         return spec
 
-    def check(self, file: str, item: Item, names: dict[str, tuple[str, ...]]) -> None:
+    def check(self, file: str, item: TorchArchive, names: dict[str, tuple[str, ...]]) -> None:
         """List the records of an item that hold tensors; the others were checked when it was opened."""
         for short, held in names.items():
             record = item.records[short]
-            crc = record.crc32 if record.crc32 or not record.size else None
-            self.checks.append(Check(file, record.offset, record.size, crc, held))
-
-
-def _shown(entry: Entry) -> str:
-    return as_text(entry.name, 80)[1:-1]
+            self.whole.checks.append(Check(file, record.offset, record.size, record.checksum, held))

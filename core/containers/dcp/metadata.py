@@ -6,27 +6,21 @@ filesystem.py in that package; older torch had some of them elsewhere. Nothing i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import naturals
-from ..pickles.foreign import attributes
-from ..pickles.inert import Call, Global, as_text
+from ..pickles.foreign import DATA, attributes
+from ..pickles.inert import Call, Global, as_name, as_text
 from ..pickles.reader import parse_pickle
-from ..pickles.reductions import Reductions
-from ..spec import ITEM_SIZES
-from .dtensor import foreign_within, is_distributed
+from ..pickles.reductions import Reductions, as_size
+from ..spec import ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS
+from .dtensor import class_name, foreign_within, is_distributed
 
 METADATA = ".metadata"
-_MOST_DIMENSIONS = 64
-_LONGEST_NAME = 1000
 _DEEPEST = 32  # levels of the nested state dict
-_DATA = frozenset(
-    {"torch.Size", "torch.serialization._get_layout", *(f"torch.{dtype}" for dtype in ITEM_SIZES)}
-    | {f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "Path")}
-)
-"""Names that it may contain besides the classes of torch.distributed."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -59,6 +53,14 @@ class Metadata:
     foreign: list[str]  # names in it besides the classes of every `.metadata`
     notes: list[str]
 
+    def by_file(self) -> dict[str, list[tuple[Place, Entry]]]:
+        """List the places of each file in the order of their bytes, with the entry of each."""
+        found: dict[str, list[tuple[Place, Entry]]] = {}
+        for entry in self.entries:
+            for place in entry.places:
+                found.setdefault(place.file, []).append((place, entry))
+        return {file: sorted(places, key=lambda pair: pair[0].offset) for file, places in found.items()}
+
 
 def read_metadata(data: bytes, where: str) -> Metadata:
     """Read the bytes of a `.metadata`; `where` is its path, for messages.
@@ -72,7 +74,7 @@ def read_metadata(data: bytes, where: str) -> Metadata:
         named[name.path] = None
         return name
 
-    reductions: Reductions = {"torch.Size": _size, "torch.serialization._get_layout": _layout}
+    reductions: Reductions = {"torch.Size": as_size, "torch.serialization._get_layout": _layout}
     parsed = parse_pickle(data, where, resolve=resolve, reductions=reductions)
     root = attributes(parsed.value) if isinstance(parsed.value, Call) else None
     if root is None or not isinstance(root.get("state_dict_metadata"), dict):
@@ -97,7 +99,7 @@ def read_metadata(data: bytes, where: str) -> Metadata:
         notes.append(f"{len(surplus)} stored items belong to no tensor or value: {as_text(sorted(surplus))}.")
     if behind := len(data) - parsed.end:
         notes.append(f"{METADATA}: {behind} bytes stand behind the end of its pickle, and were not read.")
-    usual = all(name in _DATA or is_distributed(name) for name in named)
+    usual = all(name in DATA or is_distributed(name) for name in named)
     foreign = [] if usual else foreign_within([parsed.value, *parsed.unused])
     return Metadata(entries, foreign, notes)
 
@@ -124,14 +126,14 @@ def _stored(storage: dict[Any, Any], where: str) -> dict[str, tuple[str, int, in
                 "and length, all whole numbers of at least 0."
             )
         if not isinstance(file, str):
-            raise CheckpointDamaged(f"{where}: {_shown(name)} is in a file called {as_text(file, 40)}.")
+            raise CheckpointDamaged(f"{where}: {as_name(name)} is in a file called {as_text(file, 40)}.")
         if transforms := place.get("transform_descriptors"):
             raise CheckpointError(
-                f"{where}: {_shown(name)} was written through {as_text(transforms, 60)}, which this program "
+                f"{where}: {as_name(name)} was written through {as_text(transforms, 60)}, which this program "
                 "cannot undo. Load and save it again with torch, without extensions."
             )
         if (item := _key(name, begin)) in stored:
-            raise CheckpointDamaged(f"{where}: {_shown(name)} at {begin} is stored twice.")
+            raise CheckpointDamaged(f"{where}: {as_name(name)} at {begin} is stored twice.")
         stored[item] = (file, numbers[0], numbers[1])
     return stored
 
@@ -144,10 +146,10 @@ class _Reader:
         self.used: set[str] = set()
 
     def entry(self, name: Any, value: Any, path: Any) -> Entry:
-        if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        if not isinstance(name, str) or len(name) > LONGEST_NAME:
             raise CheckpointDamaged(f"{self.where}: an item called {as_text(name, 80)}, expected a short text.")
-        where = f"{self.where}: {_shown(name)}"
-        kind = _class(value)
+        where = f"{self.where}: {as_name(name)}"
+        kind = class_name(value)
         if kind == "BytesStorageMetadata":
             return Entry(name, _path(name, path), None, (), [self.place(name, None, (), where)])
         if kind != "TensorStorageMetadata":
@@ -185,10 +187,6 @@ class _Reader:
         return Place(begin or (), size, *found)
 
 
-def _shown(name: str) -> str:
-    return as_text(name, 80)[1:-1]
-
-
 def _path(name: str, path: Any) -> tuple[str | int, ...]:
     """The path of an item in its state dict; planners that do not flatten record none, or something else."""
     whole = isinstance(path, tuple) and 0 < len(path) < _DEEPEST
@@ -206,28 +204,13 @@ def _dtype(properties: Any) -> str | None:
     return dtype if dtype in ITEM_SIZES and state[1] == "torch.strided" else None
 
 
-def _class(value: Any) -> str:
-    """The short name of the class of a record."""
-    known = isinstance(value, Call) and isinstance(value.callable, Global)
-    return value.callable.path.rpartition(".")[2] if known else ""
-
-
 def _shape(shape: tuple[Any, ...], item: int) -> bool:
-    if not _is_place(shape):
-        return False
-    nbytes = item
-    for size in shape:
-        nbytes *= max(size, 1)
-    return nbytes < 1 << 63
+    return _is_place(shape) and item * math.prod(max(size, 1) for size in shape) < 1 << 63
 
 
 def _is_place(numbers: Any) -> TypeGuard[tuple[int, ...]]:
     """Whether a value has one whole number per dimension; a longer one could be shared thousands of times."""
-    return isinstance(numbers, tuple) and len(numbers) <= _MOST_DIMENSIONS and naturals(numbers)
-
-
-def _size(sizes: Any = ()) -> Any:
-    return tuple(sizes) if isinstance(sizes, (tuple, list)) else NotImplemented
+    return isinstance(numbers, tuple) and len(numbers) <= MOST_DIMENSIONS and naturals(numbers)
 
 
 def _layout(name: Any) -> Any:

@@ -8,15 +8,16 @@ the order of its modules, in which each rank writes its part. Anything else is r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...console.words import listed_names
-from ...errors import CheckpointDamaged, CheckpointMismatch
+from ...errors import CheckpointMismatch
 from ..container import Container, listing, member, reading
 from ..open import open_container
-from ..pickles.inert import as_text
+from ..pickles.inert import as_name
 from ..spec import TensorSpec
 from ..torch_files.items import Items, find_items
 from .folder import SUFFIX, is_dcp, metadata_of
@@ -81,16 +82,12 @@ def _rank(name: str) -> tuple[int, str]:
 
 def _after_layout(path: Path, found: dict[str, list[StoredItem]], like: Path) -> list[Entry]:
     """The entries of another folder, located in the files of this one."""
-    entries = metadata_of(like)[0].entries
-    theirs: dict[str, list[tuple[Place, Entry]]] = {}
-    for entry in entries:
-        for place in entry.places:
-            theirs.setdefault(place.file, []).append((place, entry))
+    metadata, _ = metadata_of(like)
+    theirs = metadata.by_file()
     found = {name: mine for name, mine in found.items() if mine}  # a rank without rows writes an empty file, or none
     if theirs.keys() != found.keys():
         raise _unlike(path, like, f"found the files {_some(found)}, expected {_some(theirs)}")
     for name, mine in found.items():
-        theirs[name].sort(key=lambda pair: pair[0].offset)
         if len(mine) != len(theirs[name]):
             raise _unlike(path, like, f"{name}: found {len(mine)} items, expected {len(theirs[name])}")
     moved: dict[int, Place] = {}
@@ -98,10 +95,10 @@ def _after_layout(path: Path, found: dict[str, list[StoredItem]], like: Path) ->
         for number, (item, (place, entry)) in enumerate(zip(mine, theirs[name], strict=True)):
             if (item.dtype, item.shape) != (entry.dtype, place.shape if entry.dtype else ()):
                 wanted = f"{entry.dtype} {place.shape}" if entry.dtype else "a value"
-                shown = as_text(entry.name, 80)[1:-1]
+                shown = as_name(entry.name)
                 raise _unlike(path, like, f"{name}: item {number} is {item}, expected {shown}, {wanted}")
             moved[id(place)] = replace(place, offset=item.offset, length=item.length)
-    return [replace(entry, places=[moved[id(place)] for place in entry.places]) for entry in entries]
+    return [replace(entry, places=[moved[id(place)] for place in entry.places]) for entry in metadata.entries]
 
 
 def _unlike(path: Path, like: Path, reason: str) -> CheckpointMismatch:
@@ -150,7 +147,7 @@ def _matched(found: dict[str, list[StoredItem]], reference: Container, by_size: 
     for spec in specs:
         ways = _ways(spec, files, queues, at)
         if len(ways) != 1:
-            shown = as_text(spec.name, 80)[1:-1]
+            shown = as_name(spec.name)
             heads = ", ".join(str(queues[f][at[f]]) if at[f] < len(queues[f]) else "nothing" for f in files[:4])
             problem = "fits nowhere" if not ways else "fits in several ways"
             raise CheckpointMismatch(f"{shown} {spec.shape} {problem}, the files go on with {heads}")
@@ -173,20 +170,14 @@ def _ways(spec: TensorSpec, files: list[str], queues: dict[str, list[StoredItem]
         return [([], spec.dtype)]
     heads = {file: queues[file][at[file]] for file in files if at[file] < len(queues[file])}
     found: dict[tuple[str, ...], Way] = {}
-    _add(found, {file: box for file, box in _rows(spec.shape, files).items() if 0 not in box[1]}, heads)
-    for file in files:
-        _add(found, {file: ((0,) * len(spec.shape), spec.shape)}, heads)
+    rows = {file: box for file, box in _rows(spec.shape, files).items() if 0 not in box[1]}
+    for wanted in (rows, *({file: ((0,) * len(spec.shape), spec.shape)} for file in files)):
+        fits = wanted and all(file in heads and heads[file].shape == shape for file, (_, shape) in wanted.items())
+        dtypes = {heads[file].dtype for file in wanted} if fits else set()
+        if len(dtypes) == 1 and (dtype := dtypes.pop()):
+            places = [Place(b, s, file, heads[file].offset, heads[file].length) for file, (b, s) in wanted.items()]
+            found[tuple(wanted)] = (places, dtype)
     return list(found.values())
-
-
-def _add(
-    found: dict[tuple[str, ...], Way], wanted: dict[str, tuple[Shape, Shape]], heads: dict[str, StoredItem]
-) -> None:
-    fits = wanted and all(file in heads and heads[file].shape == shape for file, (_, shape) in wanted.items())
-    dtypes = {heads[file].dtype for file in wanted} if fits else set()
-    if len(dtypes) == 1 and (dtype := dtypes.pop()):
-        places = [Place(b, s, file, heads[file].offset, heads[file].length) for file, (b, s) in wanted.items()]
-        found[tuple(wanted)] = (places, dtype)
 
 
 def _rows(shape: Shape, files: list[str]) -> dict[str, tuple[Shape, Shape]]:
@@ -210,7 +201,7 @@ def _sorted_rows(queues: dict[str, list[StoredItem]], specs: list[TensorSpec]) -
     for file in files:
         mine = [(spec, *_rows(spec.shape, files).get(file, ((), spec.shape))) for spec in specs]
         mine = [one for one in mine if 0 not in one[2]]
-        mine.sort(key=lambda one: _numel(one[2]))
+        mine.sort(key=lambda one: math.prod(one[2]))
         if [shape for _, _, shape in mine] != [item.shape for item in queues[file]]:
             raise CheckpointMismatch(f"{file}: its {len(queues[file])} items are not these tensors by their size")
         for (spec, begin, shape), item in zip(mine, queues[file], strict=True):
@@ -219,13 +210,6 @@ def _sorted_rows(queues: dict[str, list[StoredItem]], specs: list[TensorSpec]) -
     if any(len(held) != 1 for held in dtypes.values()) or len(set().union(*dtypes.values())) != 1:
         raise CheckpointMismatch("its tensors have different dtypes, and their order by size is not known")
     return [_entry(spec, (places[spec.name], next(iter(dtypes[spec.name])) or "")) for spec in specs]
-
-
-def _numel(shape: Shape) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _entry(spec: TensorSpec, way: Way) -> Entry:
@@ -246,14 +230,3 @@ def sibling(path: Path) -> Path | None:
     other = {"model_sharded": "ema_sharded", "ema_sharded": "model_sharded"}.get(path.name)
     there = path.parent / other if other else None
     return there if there and there.is_dir() and METADATA in listing(there) else None
-
-
-def refuse_lost(path: Path) -> CheckpointDamaged:
-    """Make the error for a folder that lost its metadata and has nothing to rebuild it from."""
-    found = items_of(path)
-    count = sum(map(len, found.values()))
-    return CheckpointDamaged(
-        f"{path / METADATA}: missing. The {SUFFIX} files ({len(found)}) hold {count} whole items without names. "
-        "--metadata_from names their source: the folder of another step that the same program wrote on as many ranks, "
-        "or a torch file of the model (its tensors in the order of the modules)."
-    )

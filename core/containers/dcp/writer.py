@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..torch_files.layout import CallRecord, Named, Pieces, Sink, Stored, pickled, write_torch_file
+from ..torch_files.layout import CallRecord, GlobalRecord, Pieces, Sink, pickled, write_torch_file
 
 
 def file_of(rank: int) -> str:
@@ -23,9 +23,9 @@ FILE = file_of(0)
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 
-_SIZE = Named("torch", "Size")
-_STRIDED = CallRecord(Named("torch.serialization", "_get_layout"), ("torch.strided",))
-_CONTIGUOUS = CallRecord(Named(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+_SIZE = GlobalRecord("torch", "Size")
+_STRIDED = CallRecord(GlobalRecord("torch.serialization", "_get_layout"), ("torch.strided",))
+_CONTIGUOUS = CallRecord(GlobalRecord(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
 
 Shape = tuple[int, ...]
 Keys = tuple[str | int, ...]
@@ -60,17 +60,8 @@ class _Part:
         return self.sink.write(data)
 
 
-def write_tensor(sink: Sink, dtype: str, shape: Shape, nbytes: int, pieces: Iterable[bytes | memoryview]) -> int:
-    """Append the torch zip of one tensor, whose bytes come in pieces; returns its length."""
-    return _write(sink, Stored(0, dtype, shape, nbytes), [(nbytes, pieces)])
-
-
-def write_value(sink: Sink, value: Any) -> int:
-    """Append the torch zip of a plain value; returns its length."""
-    return _write(sink, value, [])
-
-
-def _write(sink: Sink, content: Any, storages: list[Pieces]) -> int:
+def write_item(sink: Sink, content: Any, storages: Iterable[Pieces] = ()) -> int:
+    """Append the torch zip of a value, or of a `TensorRecord` and its bytes in pieces; returns its length."""
     part = _Part(sink)
     write_torch_file(part, pickled(content), storages)
     return part.size
@@ -115,11 +106,8 @@ def _described(parts: list[WrittenItem]) -> CallRecord:
     item = parts[0]
     if item.dtype is None:
         return _record(_METADATA, "BytesStorageMetadata", {})
-    properties = (Named("torch", item.dtype), _STRIDED, False, _CONTIGUOUS, False)
-    chunks = [
-        {"offsets": _size(_begin(part)), "sizes": _size(part.shape if part.block is None else part.block)}
-        for part in parts
-    ]
+    properties = (GlobalRecord("torch", item.dtype), _STRIDED, False, _CONTIGUOUS, False)
+    chunks = [{"offsets": _size(_begin(part)), "sizes": _size(part.block or part.shape)} for part in parts]
     says = {
         "properties": _record(_METADATA, "TensorProperties", properties),
         "size": _size(item.shape),
@@ -129,7 +117,7 @@ def _described(parts: list[WrittenItem]) -> CallRecord:
 
 
 def _begin(item: WrittenItem) -> Shape:
-    return (0,) * len(item.shape) if item.begin is None else item.begin
+    return item.begin or (0,) * len(item.shape)
 
 
 def _stored(item: WrittenItem, number: int) -> tuple[CallRecord, CallRecord]:
@@ -140,7 +128,7 @@ def _stored(item: WrittenItem, number: int) -> tuple[CallRecord, CallRecord]:
 
 
 def _record(module: str, name: str, state: Mapping[str, Any] | tuple[Any, ...]) -> CallRecord:
-    return CallRecord(Named(module, name), None, state)
+    return CallRecord(GlobalRecord(module, name), None, state)
 
 
 def _size(shape: Shape) -> CallRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..spec import ITEM_SIZES
@@ -17,7 +18,7 @@ def _names(modules: str, names: str) -> set[str]:
     return {f"{module}.{name}" for module in modules.split() for name in names.split()}
 
 
-_DATA = frozenset(
+DATA = frozenset(
     {"argparse.Namespace", "types.SimpleNamespace", "uuid.UUID"}
     | {"pickle.key"}  # what the reader of pickles itself makes of an unusual key
     | {"torch.device", "torch.Size", "torch.serialization._get_layout", *(f"torch.{dtype}" for dtype in ITEM_SIZES)}
@@ -37,13 +38,13 @@ _DATA = frozenset(
 """Classes whose instances are values, and functions that build one."""
 
 
-def foreign_calls(content: Any) -> list[str]:
+def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False) -> list[str]:
     """List the calls and names in a content that are not known to be plain data, as text.
 
-    At most 20 are listed, with a last entry that counts the others. Known are the classes of `_DATA`, and every class
+    At most 20 are listed, with a last entry that counts the others. Known are the classes of `DATA`, and every class
     whose name ends in Config, made without arguments: in any module, its record is only a set of attributes. Quantized
     and other unusual tensors are foreign: they stay calls because no tensor spec can describe them. An empty list means
-    that the content may be loaded.
+    that the content may be loaded. `also` tells of further classes, by their full name, that they are data.
     """
     found: dict[str, None] = {}
     seen: set[int] = set()
@@ -53,7 +54,7 @@ def foreign_calls(content: Any) -> list[str]:
         value = pending.pop()
         held = children(value)
         if held is None:
-            if isinstance(value, Global) and not _is_data(value):
+            if isinstance(value, Global) and not (_is_data(value) or also(value.path)):
                 if len(found) < _MOST:
                     found[as_text(value)] = None
                 else:
@@ -64,7 +65,7 @@ def foreign_calls(content: Any) -> list[str]:
         seen.add(id(value))
         if isinstance(value, Call):
             # the name that is called is judged with its call; those it is given are, when it is foreign
-            known = _makes_data(value)
+            known = _makes_data(value) or (isinstance(value.callable, Global) and also(value.callable.path))
             if not known and len(found) < _MOST:
                 found[as_text(value)] = None
             elif not known:
@@ -109,7 +110,7 @@ def _makes_data(call: Call) -> bool:
 
 
 def _is_data(name: Global) -> bool:
-    return name.path in _DATA or _is_config(name)
+    return name.path in DATA or _is_config(name)
 
 
 def _is_config(name: Global) -> bool:

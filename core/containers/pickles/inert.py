@@ -107,6 +107,11 @@ def as_text(value: Any, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def as_name(name: str, limit: int = 80) -> str:
+    """Show a name as `as_text` does, without quotes."""
+    return as_text(name, limit)[1:-1]
+
+
 def _write(value: Any, parts: list[str], room: int) -> int:
     """Append the text of a value to `parts`; returns the room that is left, and stops when there is none."""
     if room < 0:

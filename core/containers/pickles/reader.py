@@ -34,7 +34,7 @@ class PickleCutOff(CheckpointDamaged):
     """A pickle needs more bytes than there are."""
 
 
-class Parsed(NamedTuple):
+class ParsedPickle(NamedTuple):
     """One pickle as read."""
 
     value: Any
@@ -58,7 +58,7 @@ def parse_pickle(
     persistent: Callable[[Any], Any] | None = None,
     resolve: Callable[[Global], Any] | None = None,
     reductions: Reductions | None = None,
-) -> Parsed:
+) -> ParsedPickle:
     """Read the pickle that begins at byte `start`, and report where it ends.
 
     `persistent` gives the value of a persistent id, `resolve` what to put for a name; `reductions` adds to PLAIN, and
@@ -66,10 +66,10 @@ def parse_pickle(
 
     Raises: PickleCutOff when it does not end within `data`, CheckpointDamaged for anything else that is not sound.
     """
-    reader = _Reader(data, where, start, persistent, resolve or _unresolved, {**PLAIN, **(reductions or {})})
+    reader = _Reader(data, where, start, persistent, resolve or (lambda name: name), {**PLAIN, **(reductions or {})})
     value = reader.run()
     held = check_structure(value, where, reader.position - start)
-    return Parsed(value, reader.position, [lost for lost in reader.unheld if id(lost) not in held])
+    return ParsedPickle(value, reader.position, [lost for lost in reader.unheld if id(lost) not in held])
 
 
 class _Ends(Malformed):
@@ -330,10 +330,6 @@ class _Reader:
     def new_with_keywords(self) -> None:
         callable, args, keywords = self.pop_many(3)
         self.call(callable, args if keywords == {} else (*args, keywords) if isinstance(args, tuple) else args)
-
-
-def _unresolved(name: Global) -> Any:
-    return name
 
 
 _OPCODES = opcode_table(_Reader)

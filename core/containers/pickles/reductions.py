@@ -27,6 +27,11 @@ def as_dict(pairs: Any = ()) -> Any:
     return {as_key(key): value for key, value in pairs}
 
 
+def as_size(sizes: Any = ()) -> Any:
+    """torch.Size((2, 3)); not a callable of PLAIN, because only files of torch have it."""
+    return tuple(sizes) if isinstance(sizes, (tuple, list)) else NotImplemented
+
+
 def _default_dict(factory: Any = None, pairs: Any = ()) -> Any:
     """Build it without its factory if that makes empty values; a record with any other factory stays visible."""
     harmless = factory is None or (isinstance(factory, Global) and factory.path in _FACTORIES)

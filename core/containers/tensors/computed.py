@@ -1,4 +1,4 @@
-"""Computed: small tensors whose values are computed while a conversion is planned, in a file without a name."""
+"""ComputedTensors: small tensors whose values are computed while a conversion is planned, in a file without a name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import tempfile
 import weakref
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..container import Container
 from ..spec import TensorSpec, dense_strides
@@ -14,11 +14,14 @@ from .dtypes import decode
 from .reading import Gatherer
 from .views import View, stored
 
+if TYPE_CHECKING:
+    import numpy as np
+
 GAMMA = {"float16": "float32", "bfloat16": "float32"}
 """The dtype in which 1 + a number of this dtype is exact (to within 2**-24), when it is another one."""
 
 
-class Computed(Container):
+class ComputedTensors(Container):
     """Tensors that no file of the source holds; `what` describes how they were made."""
 
     def __init__(self, what: str) -> None:
@@ -39,21 +42,20 @@ class Computed(Container):
         return stored(self, TensorSpec(name, dtype, shape, dense_strides(shape), offset, len(data), "computed"))
 
 
+def _numbers(view: View) -> np.ndarray:
+    """The elements of a small tensor."""
+    with Gatherer() as gatherer:
+        return decode(b"".join(piece.tobytes() for piece in gatherer.pieces(view)), view.dtype)
+
+
 def mean(view: View) -> float:
     """Compute the mean of the elements of a small tensor."""
-    import numpy as np
-
-    with Gatherer() as gatherer:
-        data = b"".join(piece.tobytes() for piece in gatherer.pieces(view))
-    return float(np.mean(decode(data, view.dtype), dtype=np.float64)) if data else 0.0
+    numbers = _numbers(view)
+    return float(numbers.mean(dtype="float64")) if numbers.size else 0.0
 
 
-def plus_one(view: View, into: Computed, name: str) -> View:
+def plus_one(view: View, into: ComputedTensors, name: str) -> View:
     """Add 1 to every element, rounding once; a 16-bit tensor becomes float32."""
-    import numpy as np
-
     dtype = GAMMA.get(view.dtype, view.dtype)
-    with Gatherer() as gatherer:
-        data = b"".join(piece.tobytes() for piece in gatherer.pieces(view))
-    made = (decode(data, view.dtype).astype(np.float64) + 1.0).astype({"float32": "<f4", "float64": "<f8"}[dtype])
+    made = (_numbers(view).astype("float64") + 1.0).astype({"float32": "<f4", "float64": "<f8"}[dtype])
     return into.put(name, dtype, view.shape, made.tobytes())

@@ -5,26 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from ..spec import DTYPES
+
 if TYPE_CHECKING:
     import numpy as np
 
-_DIRECT = {
-    "bool": "u1",
-    "uint8": "u1",
-    "int8": "i1",
-    "uint16": "<u2",
-    "int16": "<i2",
-    "uint32": "<u4",
-    "int32": "<i4",
-    "uint64": "<u8",
-    "int64": "<i8",
-    "float16": "<f2",
-    "float32": "<f4",
-    "float64": "<f8",
-    "complex64": "<c8",
-    "complex128": "<c16",
-}
-"""NumPy's name of each dtype."""
+_DIRECT = {dtype: code for dtype, (_, code, *_) in DTYPES.items() if code}
+"""NumPy's name of each dtype that it has."""
 
 INTEGERS = frozenset(name for name, code in _DIRECT.items() if code.lstrip("<")[0] in "iu")
 

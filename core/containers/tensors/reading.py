@@ -24,13 +24,12 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError
 from .. import checksum
-from ..pickles.inert import as_text
-from ..spec import ITEM_SIZES
+from ..pickles.inert import as_name
+from ..spec import ITEM_SIZES, reach
 from .dtypes import decode
 from .views import Block, View, is_in_order, slice_axis
 
@@ -74,7 +73,7 @@ def pieces(view: View, size: int = PIECE) -> Iterator[memoryview]:
     """
     if fault := inflated(view):
         source = next(block.source for block in view.blocks if block.source is not None)
-        raise CheckpointError(f"{source.path}: {as_text(view.names[0], 80)[1:-1]} {fault}.")
+        raise CheckpointError(f"{source.path}: {as_name(view.names[0])} {fault}.")
     item = ITEM_SIZES[view.dtype]
     with Gatherer(1, ROOM) as gatherer:
         yield from gatherer.pieces(view, max(size // item, 1) * item)
@@ -109,9 +108,7 @@ class Gatherer:
     def __enter__(self) -> Gatherer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._held.close()
 
     def pieces(self, view: View, size: int = PIECE) -> Iterator[memoryview]:
@@ -248,11 +245,11 @@ class Gatherer:
 
     def _slabs(self, block: Block, box: np.ndarray, strides: tuple[int, ...], offset: int) -> Iterator[Job]:
         """Yield the jobs that fill a box, its axes sorted by their strides in the file; each job reads one slab."""
-        item, extent = box.itemsize, _extent(box.shape, strides)
+        item, extent = box.itemsize, reach(box.shape, strides)
         if box.ndim == 0 or (extent * item <= SLAB and extent <= _MOST_SPARSE * box.size + SMALL):
             yield partial(self._fill, block, box, strides, offset)
             return
-        inner = _extent(box.shape[1:], strides[1:])
+        inner = reach(box.shape[1:], strides[1:])
         rows = (SLAB // item - inner) // max(strides[0], 1) + 1
         if rows >= box.shape[0] or rows < 2 or strides[0] > _MOST_SPARSE * inner + SMALL:
             rows = 0  # the bytes in between would be read in vain
@@ -268,7 +265,7 @@ class Gatherer:
             slab = self._idle.pop()
         except IndexError:  # the first of a thread
             slab = bytearray(SLAB)
-        data = memoryview(slab)[: _extent(box.shape, strides) * box.itemsize]
+        data = memoryview(slab)[: reach(box.shape, strides) * box.itemsize]
         self._read(block, offset, data)
         flat = np.frombuffer(data, box.dtype)
         steps = tuple(stride * box.itemsize for stride in strides)
@@ -315,10 +312,6 @@ def _put(box: np.ndarray, values: np.ndarray) -> None:
     for k in range(0, out.shape[-2], rows):
         for j in range(0, out.shape[-1], columns):
             out[..., k : k + rows, j : j + columns] = given[..., k : k + rows, j : j + columns]
-
-
-def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
 
 
 def _where(block: Block) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..container import Container
-from ..spec import ITEM_SIZES, TensorSpec, dense_strides
+from ..spec import ITEM_SIZES, TensorSpec, is_dense
 
 Shape = tuple[int, ...]
 
@@ -59,10 +59,6 @@ class View:
         """Whether it has no data from any file."""
         return bool(self.blocks) and all(block.source is None for block in self.blocks)
 
-    def same_elements(self, other: View) -> bool:
-        """Whether both are the same bytes of the same file, as tied tensors are."""
-        return self.place == other.place
-
     @property
     def place(self) -> tuple[object, ...]:
         """A key that is equal for views of the same bytes of the same file, as tied tensors are."""
@@ -97,9 +93,9 @@ def concatenate(views: Sequence[View], axis: int = 0) -> View:
     blocks: list[Block] = []
     end = 0
     for view in views:
-        blocks += [replace(b, begin=_with(b.begin, axis, b.begin[axis] + end)) for b in view.blocks]
+        blocks += [replace(b, begin=_put(b.begin, axis, 1, b.begin[axis] + end)) for b in view.blocks]
         end += view.shape[axis]
-    return View(views[0].dtype, _with(views[0].shape, axis, end), tuple(blocks))
+    return View(views[0].dtype, _put(views[0].shape, axis, 1, end), tuple(blocks))
 
 
 def slice_axis(view: View, axis: int, start: int, stop: int) -> View:
@@ -110,8 +106,14 @@ def slice_axis(view: View, axis: int, start: int, stop: int) -> View:
         low, high = max(block.begin[axis], start), min(block.begin[axis] + block.shape[axis], stop)
         if low < high:
             part = _part(block, axis, low - block.begin[axis], high - block.begin[axis], item)
-            blocks.append(replace(part, begin=_with(part.begin, axis, low - start)))
-    return View(view.dtype, _with(view.shape, axis, stop - start), tuple(blocks))
+            blocks.append(replace(part, begin=_put(part.begin, axis, 1, low - start)))
+    return View(view.dtype, _put(view.shape, axis, 1, stop - start), tuple(blocks))
+
+
+def split(view: View, axis: int, lengths: Sequence[int]) -> list[View]:
+    """Split a tensor along an axis into parts of these lengths, which `concatenate` puts together."""
+    edges = itertools.pairwise([0, *itertools.accumulate(lengths)])
+    return [slice_axis(view, axis, start, stop) for start, stop in edges]
 
 
 def split_axis(view: View, axis: int, inner: int) -> View:
@@ -121,15 +123,9 @@ def split_axis(view: View, axis: int, inner: int) -> View:
         for part in _aligned(block, axis, inner, item):
             begin, size, stride = part.begin[axis], part.shape[axis], part.strides[axis]
             rows = max(size // inner, 1)
-            blocks.append(
-                replace(
-                    part,
-                    begin=_spread(part.begin, axis, begin // inner, begin % inner),
-                    shape=_spread(part.shape, axis, rows, size // rows),
-                    strides=_spread(part.strides, axis, stride * inner, stride),
-                )
-            )
-    return View(view.dtype, _spread(view.shape, axis, view.shape[axis] // inner, inner), tuple(blocks))
+            halves = (begin // inner, begin % inner), (rows, size // rows), (stride * inner, stride)
+            blocks.append(_with_axes(part, axis, 1, *halves))
+    return View(view.dtype, _put(view.shape, axis, 1, view.shape[axis] // inner, inner), tuple(blocks))
 
 
 def merge_axes(view: View, axis: int) -> View:
@@ -140,40 +136,22 @@ def merge_axes(view: View, axis: int) -> View:
         regular = whole and (n == 1 or block.strides[axis] == block.strides[axis + 1] * inner)
         parts = [block] if regular else [_part(block, axis, k, k + 1, item) for k in range(n)]
         for part in parts:
+            begin = part.begin[axis] * inner + part.begin[axis + 1]
             stride = part.strides[axis + 1] if inner > 1 else part.strides[axis]
-            blocks.append(
-                replace(
-                    part,
-                    begin=_fused(part.begin, axis, part.begin[axis] * inner + part.begin[axis + 1]),
-                    shape=_fused(part.shape, axis, part.shape[axis] * part.shape[axis + 1]),
-                    strides=_fused(part.strides, axis, stride),
-                )
-            )
-    return View(view.dtype, _fused(view.shape, axis, view.shape[axis] * inner), tuple(blocks))
+            blocks.append(_with_axes(part, axis, 2, (begin,), (part.shape[axis] * part.shape[axis + 1],), (stride,)))
+    return View(view.dtype, _put(view.shape, axis, 2, view.shape[axis] * inner), tuple(blocks))
 
 
 def unsqueeze(view: View, axis: int) -> View:
     """Insert an axis of length 1 (unsqueeze)."""
-
-    def wider(values: Shape, value: int) -> Shape:
-        return (*values[:axis], value, *values[axis:])
-
-    blocks = (
-        replace(b, begin=wider(b.begin, 0), shape=wider(b.shape, 1), strides=wider(b.strides, 0)) for b in view.blocks
-    )
-    return View(view.dtype, wider(view.shape, 1), tuple(blocks))
+    blocks = (_with_axes(block, axis, 0, (0,), (1,), (0,)) for block in view.blocks)
+    return View(view.dtype, _put(view.shape, axis, 0, 1), tuple(blocks))
 
 
 def squeeze(view: View, axis: int) -> View:
     """Remove an axis of length 1 (squeeze)."""
-
-    def narrower(values: Shape) -> Shape:
-        return (*values[:axis], *values[axis + 1 :])
-
-    blocks = (
-        replace(b, begin=narrower(b.begin), shape=narrower(b.shape), strides=narrower(b.strides)) for b in view.blocks
-    )
-    return View(view.dtype, narrower(view.shape), tuple(blocks))
+    blocks = (_with_axes(block, axis, 1, (), (), ()) for block in view.blocks)
+    return View(view.dtype, _put(view.shape, axis, 1), tuple(blocks))
 
 
 def _part(block: Block, axis: int, low: int, high: int, item: int) -> Block:
@@ -181,8 +159,8 @@ def _part(block: Block, axis: int, low: int, high: int, item: int) -> Block:
     step = block.strides[axis] if block.source is not None else 0
     return replace(
         block,
-        begin=_with(block.begin, axis, block.begin[axis] + low),
-        shape=_with(block.shape, axis, high - low),
+        begin=_put(block.begin, axis, 1, block.begin[axis] + low),
+        shape=_put(block.shape, axis, 1, high - low),
         offset=block.offset + low * step * item,
     )
 
@@ -196,31 +174,27 @@ def _aligned(block: Block, axis: int, inner: int, item: int) -> Iterator[Block]:
         yield _part(block, axis, low - begin, high - begin, item)
 
 
-def _with(values: Shape, axis: int, value: int) -> Shape:
-    return (*values[:axis], value, *values[axis + 1 :])
+def _with_axes(block: Block, axis: int, count: int, begin: Shape, shape: Shape, strides: Shape) -> Block:
+    """Replace `count` axes of a block from `axis` on by others."""
+    return replace(
+        block,
+        begin=_put(block.begin, axis, count, *begin),
+        shape=_put(block.shape, axis, count, *shape),
+        strides=_put(block.strides, axis, count, *strides),
+    )
 
 
-def _spread(values: Shape, axis: int, outer: int, inner: int) -> Shape:
-    return (*values[:axis], outer, inner, *values[axis + 1 :])
-
-
-def _fused(values: Shape, axis: int, value: int) -> Shape:
-    return (*values[:axis], value, *values[axis + 2 :])
+def _put(values: Shape, axis: int, count: int, *new: int) -> Shape:
+    """Replace `count` values from `axis` on by new ones."""
+    return (*values[:axis], *new, *values[axis + count :])
 
 
 def is_in_order(view: View) -> bool:
     """Whether its blocks, one after another, are its elements in row-major order, so that bytes are only copied."""
     at = 0
     for block in sorted(view.blocks, key=lambda b: b.begin):
-        rows = block.shape[1:] == view.shape[1:] and _dense(block) and (not block.shape or block.begin[0] == at)
-        if not rows:
+        dense = block.source is None or is_dense(block.shape, block.strides)
+        if not dense or block.shape[1:] != view.shape[1:] or (block.shape and block.begin[0] != at):
             return False
         at += block.shape[0] if block.shape else 0
     return True
-
-
-def _dense(block: Block) -> bool:
-    return block.source is None or all(
-        size == 1 or stride == dense
-        for size, stride, dense in zip(block.shape, block.strides, dense_strides(block.shape), strict=True)
-    )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..container import Check, Container, reading
 from ..pickles.foreign import foreign_calls
 from ..spec import TensorSpec
 from .file import open_torch_file
-from .stream import TorchStream
-from .zip import TorchZip
+from .storages import TorchArchive
+from .zip_directory import Record
 
 
 def open_torch_single(path: Path) -> Container:
@@ -26,7 +27,7 @@ def open_torch_single(path: Path) -> Container:
     return container_of(archive, path, size)
 
 
-def container_of(archive: TorchZip | TorchStream, path: Path, size: int) -> Container:
+def container_of(archive: TorchArchive, path: Path, size: int) -> Container:
     """Present an opened torch file of `size` bytes as a container."""
     return Container(
         kind=f"torch {archive.container}",
@@ -40,22 +41,26 @@ def container_of(archive: TorchZip | TorchStream, path: Path, size: int) -> Cont
     )
 
 
-def _checks(archive: TorchZip | TorchStream, file: str) -> list[Check]:
+def _checks(archive: TorchArchive, file: str) -> list[Check]:
     """Each record of a zip with its checksum; of a stream, which has none, the bytes of each storage."""
     in_storage: dict[str, list[TensorSpec]] = defaultdict(list)
     for spec in archive.tensors.values():
-        in_storage[spec.storage].append(spec)
+        in_storage[f"data/{spec.storage}"].append(spec)
+    if archive.container == "zip":
+        return record_checks(archive.records, file, {key: [s.name for s in specs] for key, specs in in_storage.items()})
     checks = []
-    if isinstance(archive, TorchZip):
-        for name, record in archive.records.items():
-            specs = in_storage.get(name.removeprefix("data/"), []) if name.startswith("data/") else []
-            # the CRC32 of nothing is 0, which otherwise means that none was recorded; compressed bytes have another one
-            crc32 = record.crc32 or (None if record.size else 0)
-            names = tuple(spec.name for spec in specs) or (name,)
-            checks.append(Check(file, record.offset, record.size, crc32 if record.stored else None, names))
-        return checks
     for specs in in_storage.values():
         begin = min(spec.offset for spec in specs)
         end = max(spec.offset + spec.extent for spec in specs)
         checks.append(Check(file, begin, end - begin, None, tuple(spec.name for spec in specs)))
     return checks
+
+
+def record_checks(
+    records: Mapping[str, Record], file: str, tensors: Mapping[str, Sequence[str]], before: str = ""
+) -> list[Check]:
+    """List the records of a zip with their checksums; `tensors` has the names of those in a record."""
+    return [
+        Check(file, record.offset, record.size, record.checksum, tuple(tensors.get(name, ())) or (before + name,))
+        for name, record in records.items()
+    ]

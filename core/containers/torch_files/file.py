@@ -9,8 +9,9 @@ from typing import BinaryIO
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import read_at
 from ..pickles.inert import as_text
-from .stream import MAGIC, TorchStream
-from .zip import TorchZip
+from .storages import TorchArchive
+from .stream import MAGIC, open_torch_stream
+from .zip import open_torch_zip
 
 _HEAD = 512  # bytes: one block of a tar
 
@@ -36,7 +37,7 @@ _LONGEST_HEADER = 1 << 27
 _TAR_OF_TORCH = (b"sys_info", b"pickle", b"storages", b"tensors")
 
 
-def open_torch_file(file: BinaryIO, where: str) -> TorchZip | TorchStream:
+def open_torch_file(file: BinaryIO, where: str) -> TorchArchive:
     """Read the contents of a torch file without its tensors; `where` is its path, for messages.
 
     Raises: CheckpointDamaged when it is cut off, contradicts itself or is not recognized; CheckpointError with the kind
@@ -47,9 +48,9 @@ def open_torch_file(file: BinaryIO, where: str) -> TorchZip | TorchStream:
         raise CheckpointDamaged(f"{where}: empty (0 bytes), expected a torch file.")
     head = read_at(file, 0, min(size, _HEAD), where)
     if head.startswith(b"PK") or head == b"P":
-        return TorchZip.open(file, where)
+        return open_torch_zip(file, where)
     if (head[0] == 0x80 and head[1:2] <= b"\5") or head.startswith(b"L%dL" % MAGIC):
-        return TorchStream.open(file, where)
+        return open_torch_stream(file, where)
     raise _other_kind(head, where)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from ...errors import CheckpointDamaged
 from ..blocks import read_at
-from ..pickles.inert import Call
 from ..spec import TensorSpec
-from .zip import TorchZip
+from .storages import TorchArchive
+from .zip import open_torch_zip
 from .zip_directory import Record
 
 _EDGE = 1024
@@ -25,28 +25,20 @@ _END64 = struct.Struct("<4s36xQQ")  # as _END
 _CRC_BEFORE_NAME = 46 - 16  # in an entry of the directory, whose fixed part has 46 bytes
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class Item:
-    """The contents of one torch zip; offsets in its specs and records count from the start of the enclosing file."""
-
-    content: Any
-    tensors: dict[str, TensorSpec]
-    records: dict[str, Record]
-    unused: list[Call]
-
-
 class Items:
     """Opens such zips. Most repeat the layout of an earlier one: then comparing bytes replaces parsing."""
 
     def __init__(self) -> None:
         self.layouts: dict[int, list[_Layout]] = {}  # by length
 
-    def open(self, file: BinaryIO, offset: int, length: int, where: str) -> Item:
+    def open(self, file: BinaryIO, offset: int, length: int, where: str) -> TorchArchive:
         """Open the torch zip in these bytes of a file; `where` names file and item, for messages.
+
+        Offsets in its specs and records count from the start of the file.
 
         For a zip with the layout of an earlier one, only the records that hold tensors are listed.
 
-        Raises: CheckpointDamaged, CheckpointError as TorchZip.open does.
+        Raises: CheckpointDamaged, CheckpointError as `open_torch_zip`.
         """
         window = _Window(file, offset, length, where)
         known = self.layouts.setdefault(length, [])
@@ -57,15 +49,15 @@ class Items:
                     "", like.dtype, like.shape, like.strides, like.offset + offset, like.nbytes, like.storage
                 )
                 record = Record(at.name, at.offset + offset, at.size, crc)
-                return Item(spec, {"": spec}, {f"data/{spec.storage}": record}, [])
-        found = TorchZip.open(cast(BinaryIO, window), where)
+                return TorchArchive("zip", where, spec, {"": spec}, [], {f"data/{spec.storage}": record})
+        found = open_torch_zip(cast(BinaryIO, window), where)
         if len(known) < _MOST_LAYOUTS and (made := _layout(found, window)):
             known.append(made)
         for spec in found.tensors.values():
             spec.offset += offset
         for record in found.records.values():
             record.offset += offset
-        return Item(found.content, found.tensors, found.records, found.unused)
+        return found
 
 
 class _Window:
@@ -115,7 +107,7 @@ class _Layout:
         return int.from_bytes(found[self.holes[0] : self.holes[0] + 4], "little") if alike else None
 
 
-def _layout(archive: TorchZip, window: _Window) -> _Layout | None:
+def _layout(archive: TorchArchive, window: _Window) -> _Layout | None:
     """The layout to compare other zips with, if this one holds a plain tensor and its edges cover everything else."""
     spec, records = archive.content, archive.records
     if not isinstance(spec, TensorSpec) or archive.unused:

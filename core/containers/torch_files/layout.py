@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from ...errors import CheckpointMismatch
 from ..checksum import combine
-from ..spec import dense_strides
+from ..spec import DTYPES, dense_strides
 
 FOLDER = "archive"
 """The folder in the zip that holds all records."""
@@ -30,20 +30,7 @@ _DESCRIPTOR_FOLLOWS, _UTF8 = 0x0008, 0x0800
 _PADDING_ID = 0xD935
 _DOS_DATE = 0x0021  # 1980-01-01: no clock in the bytes
 
-_STORAGES = {
-    "bool": "BoolStorage",
-    "uint8": "ByteStorage",
-    "int8": "CharStorage",
-    "int16": "ShortStorage",
-    "int32": "IntStorage",
-    "int64": "LongStorage",
-    "float16": "HalfStorage",
-    "bfloat16": "BFloat16Storage",
-    "float32": "FloatStorage",
-    "float64": "DoubleStorage",
-    "complex64": "ComplexFloatStorage",
-    "complex128": "ComplexDoubleStorage",
-}
+_STORAGES = {dtype: f"{word}Storage" for dtype, (_, _, word, _) in DTYPES.items() if word}
 """Torch's class of a storage; dtypes that have none are rebuilt from bytes (`_rebuild_tensor_v3`)."""
 
 
@@ -51,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorRecord:
     """Stands in a content where a tensor is: its dtype and shape, and the key of the storage that it fills."""
 
     key: int
@@ -61,7 +48,7 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
-class Named:
+class GlobalRecord:
     """Stands in a content where a class or function of a program is, or one of its constants."""
 
     module: str
@@ -72,7 +59,7 @@ class Named:
 class CallRecord:
     """Stands in a content where a record is: `kind(*args)` or, without args, a new one that gets this state."""
 
-    kind: Named
+    kind: GlobalRecord
     args: tuple[Any, ...] | None = None
     state: Any = None
 
@@ -87,7 +74,7 @@ class Sink(Protocol):
 
 
 def pickled(content: Any) -> bytes:
-    """Pickle plain values and `Stored` tensors as torch.save does, by protocol 2.
+    """Pickle plain values and `TensorRecord` tensors as torch.save does, by protocol 2.
 
     Raises: CheckpointMismatch for a value of another type.
     """
@@ -109,10 +96,10 @@ def _put(value: Any, emit: Callable[[bytes], None]) -> None:
     elif isinstance(value, str):
         data = value.encode("utf-8", "surrogatepass")
         emit(b"X" + struct.pack("<I", len(data)) + data)
-    elif isinstance(value, Stored):
+    elif isinstance(value, TensorRecord):
         _put_tensor(value, emit)
-    elif isinstance(value, Named):
-        _put_global(value.module, value.name, emit)
+    elif isinstance(value, GlobalRecord):
+        emit(f"c{value.module}\n{value.name}\n".encode())
     elif isinstance(value, CallRecord):
         _put_made(value, emit)
     elif isinstance(value, Mapping):
@@ -151,20 +138,13 @@ def _put_int(value: int, emit: Callable[[bytes], None]) -> None:
         emit(b"\x8a" + bytes([len(data)]) + data)
 
 
-def _put_global(module: str, name: str, emit: Callable[[bytes], None]) -> None:
-    emit(f"c{module}\n{name}\n".encode())
-
-
-def _put_tensor(tensor: Stored, emit: Callable[[bytes], None]) -> None:
+def _put_tensor(tensor: TensorRecord, emit: Callable[[bytes], None]) -> None:
     """A call of the function that rebuilds a tensor from (storage, offset, shape, strides, requires_grad, hooks)."""
     kind = _STORAGES.get(tensor.dtype)
-    _put_global("torch._utils", "_rebuild_tensor_v2" if kind else "_rebuild_tensor_v3", emit)
+    _put(GlobalRecord("torch._utils", "_rebuild_tensor_v2" if kind else "_rebuild_tensor_v3"), emit)
     emit(b"((")
     _put("storage", emit)
-    if kind:
-        _put_global("torch", kind, emit)
-    else:
-        _put_global("torch.storage", "UntypedStorage", emit)
+    _put(GlobalRecord("torch", kind) if kind else GlobalRecord("torch.storage", "UntypedStorage"), emit)
     _put(str(tensor.key), emit)
     _put("cpu", emit)
     _put_int(math.prod(tensor.shape) if kind else tensor.nbytes, emit)
@@ -173,10 +153,10 @@ def _put_tensor(tensor: Stored, emit: Callable[[bytes], None]) -> None:
     _put(tensor.shape, emit)
     _put(dense_strides(tensor.shape), emit)
     _put(False, emit)
-    _put_global("collections", "OrderedDict", emit)
+    _put(GlobalRecord("collections", "OrderedDict"), emit)
     emit(b")R")
     if not kind:
-        _put_global("torch", tensor.dtype, emit)
+        _put(GlobalRecord("torch", tensor.dtype), emit)
     emit(b"tR")
 
 
@@ -218,32 +198,6 @@ def directory(entries: Sequence[Entry], start: int) -> bytes:
     return data + tail + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, start, 0)
 
 
-class ZipLayout:
-    """A zip of stored, aligned records, written in one pass; the CRC32 of each follows its bytes."""
-
-    def __init__(self, sink: Sink) -> None:
-        self.sink = sink
-        self._entries: list[Entry] = []
-
-    def record(self, name: str, size: int, pieces: Iterable[bytes | memoryview]) -> int:
-        """Append a record whose bytes come in pieces, `size` in all, and return its CRC32."""
-        path, offset = f"{FOLDER}/{name}".encode(), self.sink.size
-        self.sink.write(local_header(path, size, offset))
-        crc = done = 0
-        for piece in pieces:
-            crc = combine(crc, self.sink.write(piece), len(piece))
-            done += len(piece)
-        if done != size:
-            raise CheckpointMismatch(f"{name} has {done} bytes, expected {size}")
-        self.sink.write(descriptor(size, crc))
-        self._entries.append(Entry(path, offset, size, crc))
-        return crc
-
-    def close(self) -> None:
-        """Append the directory; nothing may follow."""
-        self.sink.write(directory(self._entries, self.sink.size))
-
-
 Pieces = tuple[int, Iterable[bytes | memoryview]]
 """The number of bytes of a storage, and the bytes in pieces."""
 
@@ -256,13 +210,22 @@ def write_torch_file(sink: Sink, data_pkl: bytes, storages: Iterable[Pieces]) ->
 
     Raises: CheckpointMismatch when a storage has more or fewer bytes than stated.
     """
-    layout, digest = ZipLayout(sink), 0
+    digest, entries = 0, list[Entry]()
     for name, record in records(data_pkl, storages):
         size, pieces = (len(record), [record]) if isinstance(record, bytes) else record
-        crc = layout.record(name, size, pieces)
+        path, offset = f"{FOLDER}/{name}".encode(), sink.size
+        sink.write(local_header(path, size, offset))
+        crc = done = 0
+        for piece in pieces:
+            crc = combine(crc, sink.write(piece), len(piece))
+            done += len(piece)
+        if done != size:
+            raise CheckpointMismatch(f"{name} has {done} bytes, expected {size}")
+        sink.write(descriptor(size, crc))
+        entries.append(Entry(path, offset, size, crc))
         if not isinstance(record, bytes):
             digest = zlib.crc32(crc.to_bytes(4, "little"), digest)
-    layout.close()
+    sink.write(directory(entries, sink.size))
     return f"{digest:08x}"
 
 

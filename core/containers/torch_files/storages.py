@@ -5,20 +5,34 @@ The documentation of torch.serialization describes how torch writes tensors, sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import CheckpointDamaged, CheckpointError
-from ..pickles.inert import Call, Global, as_text
-from ..pickles.reader import Parsed, parse_pickle
-from ..spec import ITEM_SIZES, TensorSpec, reach
+from ..blocks import naturals
+from ..pickles.inert import Call, Global, as_name, as_text
+from ..pickles.reader import ParsedPickle, parse_pickle
+from ..pickles.reductions import Reductions, as_size
+from ..spec import DTYPES, ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS, TensorSpec, reach
+from .zip_directory import Record
 
 LARGEST_PICKLE = 1 << 28
 """Bytes of a pickle: structure and names; ten thousand tensors take about two million."""
 
-_MOST_DIMENSIONS = 64
-_LONGEST_NAME = 1000
+
+@dataclass(slots=True, eq=False, repr=False)
+class TorchArchive:
+    """An opened torch file: its content with a TensorSpec for each tensor, and the tensors by their path in it."""
+
+    container: str  # "zip" or "stream"
+    where: str
+    content: Any
+    tensors: dict[str, TensorSpec]
+    unused: list[Any]  # calls whose results are not in the content: how code is hidden in a sound file
+    records: dict[str, Record] = field(default_factory=dict)  # of a zip, without the archive's folder: "data/0"
+    odd: list[str] = field(default_factory=list)  # parts that torch.save does not write, a sentence each
 
 
 class Storage(Call):
@@ -43,8 +57,13 @@ class TensorLoader:
         self.prefix = prefix  # precedes the key of a storage in messages
         self.storages: dict[str, Storage] = {}
         self.specs: list[TensorSpec] = []
+        self.builders: Reductions = {
+            "torch._utils._rebuild_tensor": self.tensor,
+            "torch._utils._rebuild_tensor_v2": self.tensor,
+            "torch._utils._rebuild_tensor_v3": self.typed_tensor,
+        }
 
-    def read(self, data: bytes, start: int = 0) -> Parsed:
+    def read(self, data: bytes, start: int = 0) -> ParsedPickle:
         """Read the pickle that begins at byte `start`; offsets in its specs count from the beginning of the storage."""
         self.storages, self.specs = {}, []
         return parse_pickle(
@@ -54,13 +73,11 @@ class TensorLoader:
             persistent=self.storage,
             resolve=_resolve,
             reductions={
-                "torch._utils._rebuild_tensor": self.tensor,
-                "torch._utils._rebuild_tensor_v2": self.tensor,
-                "torch._utils._rebuild_tensor_v3": self.typed_tensor,
+                **self.builders,
                 "torch._utils._rebuild_parameter": _first,
                 "torch._utils._rebuild_parameter_with_state": _first,
                 "torch._tensor._rebuild_from_type_v2": self.subclass,
-                "torch.Size": _size,
+                "torch.Size": as_size,
             },
         )
 
@@ -69,16 +86,28 @@ class TensorLoader:
         for spec in self.specs:
             spec.offset += offsets[spec.storage]
 
+    def needs_more(self, size: int) -> str:
+        """A sentence about the size of the tensors, if they alone are larger than a file that was cut off."""
+        needed = sum(storage.nbytes for storage in self.storages.values())
+        return f" Its tensors alone need {needed} bytes." if needed > size else ""
+
+    def refuse_big_endian(self) -> CheckpointError:
+        """Make the error for a file whose bytes are in the other order."""
+        return CheckpointError(
+            f"{self.where}: written on a big-endian machine, this program reads little-endian files. "
+            "Load and save it again with torch."
+        )
+
     def shown(self, key: str) -> str:
         """The name of a storage in a message."""
-        return f"{self.prefix}{as_text(key, 40)[1:-1]}"
+        return f"{self.prefix}{as_name(key, 40)}"
 
     def storage(self, identity: Any) -> Any:
         """The storage of a persistent id: ("storage", torch.FloatStorage, key, device, number of elements)."""
         if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage"):
             raise CheckpointDamaged(f"{self.where}: a reference {as_text(identity, 80)}, expected one to a storage.")
         _, kind, key, _, numel = identity
-        if not (isinstance(kind, Global) and isinstance(key, str) and _natural(numel)):
+        if not (isinstance(kind, Global) and isinstance(key, str) and naturals((numel,))):
             raise CheckpointDamaged(f"{self.where}: a malformed reference to a storage: {as_text(identity, 80)}.")
         if kind.path not in _STORAGES:
             return Call(kind, (key, numel))
@@ -124,27 +153,21 @@ class TensorLoader:
 
     def subclass(self, function: Any, kind: Any, args: Any, state: Any) -> Any:
         """A tensor with attributes of its own; of another class than torch's two it stays a Call."""
-        builders: dict[str, Callable[..., Any]] = {
-            "torch._utils._rebuild_tensor_v2": self.tensor,
-            "torch._utils._rebuild_tensor_v3": self.typed_tensor,
-        }
-        build = builders.get(function.path) if isinstance(function, Global) else None
+        build = self.builders.get(function.path) if isinstance(function, Global) else None
         plain = isinstance(kind, Global) and kind.path in ("torch.Tensor", "torch.nn.parameter.Parameter")
         return build(*args) if build and plain and isinstance(args, tuple) else NotImplemented
 
     def spec(self, storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any) -> TensorSpec:
         """Check a tensor's geometry against its storage."""
         numbers = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
-        if not numbers or len(shape) > _MOST_DIMENSIONS or not _natural(offset, *shape, *strides):
+        if not numbers or len(shape) > MOST_DIMENSIONS or not naturals((offset, *shape, *strides)):
             raise CheckpointDamaged(
                 f"{self.where}: a tensor in {self.shown(storage.key)} of shape {as_text(shape, 60)}, "
                 f"strides {as_text(strides, 60)}, offset {as_text(offset, 30)}: expected as many strides as sizes, "
                 "all whole numbers of at least 0."
             )
         item = ITEM_SIZES[dtype]
-        nbytes, last = item, (offset + reach(shape, strides)) * item
-        for size in shape:
-            nbytes *= size
+        nbytes, last = math.prod(shape) * item, (offset + reach(shape, strides)) * item
         if last > storage.nbytes or nbytes >= 1 << 63:
             raise CheckpointDamaged(
                 f"{self.where}: a tensor {dtype} of shape {as_text(shape, 60)}, strides {as_text(strides, 60)}, offset "
@@ -160,14 +183,6 @@ def _first(data: Any, *_: Any) -> Any:
     return data
 
 
-def _size(sizes: Any = ()) -> Any:
-    return sizes if isinstance(sizes, tuple) else NotImplemented
-
-
-def _natural(*values: Any) -> bool:
-    return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
-
-
 def _resolve(name: Global) -> Any:
     """The names of dtypes become text."""
     return name.path if name.path.removeprefix("torch.") in ITEM_SIZES else name
@@ -176,18 +191,7 @@ def _resolve(name: Global) -> Any:
 _STORAGES: dict[str, tuple[str | None, int]] = {  # dtype and bytes of an element
     "torch.storage.UntypedStorage": (None, 1),
     "torch.UntypedStorage": (None, 1),
-    "torch.DoubleStorage": ("float64", 8),
-    "torch.FloatStorage": ("float32", 4),
-    "torch.HalfStorage": ("float16", 2),
-    "torch.BFloat16Storage": ("bfloat16", 2),
-    "torch.LongStorage": ("int64", 8),
-    "torch.IntStorage": ("int32", 4),
-    "torch.ShortStorage": ("int16", 2),
-    "torch.CharStorage": ("int8", 1),
-    "torch.ByteStorage": ("uint8", 1),
-    "torch.BoolStorage": ("bool", 1),
-    "torch.ComplexFloatStorage": ("complex64", 8),
-    "torch.ComplexDoubleStorage": ("complex128", 16),
+    **{f"torch.{word}Storage": (dtype, size) for dtype, (size, _, word, _) in DTYPES.items() if word},
     # quantized numbers have no value without their scale: their tensors stay records
     "torch.QInt8Storage": (None, 1),
     "torch.QUInt8Storage": (None, 1),
@@ -211,9 +215,9 @@ def name_tensors(content: Any, where: str) -> dict[str, TensorSpec]:
 
     def walk(value: Any, path: str) -> None:
         nonlocal room
-        path = path[: _LONGEST_NAME + 1]  # or a long key in front of many values would be copied for each of them
+        path = path[: LONGEST_NAME + 1]  # or a long key in front of many values would be copied for each of them
         if isinstance(value, TensorSpec):
-            if path in tensors or len(path) > _LONGEST_NAME:
+            if path in tensors or len(path) > LONGEST_NAME:
                 problem = "two tensors are called" if path in tensors else "a tensor has the endless name"
                 raise CheckpointError(f"{where}: {problem} {as_text(path, 80)}.")
             room -= max(0, len(path) - _USUAL_NAME)

@@ -13,11 +13,9 @@ from typing import Any, BinaryIO
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import read_at
-from ..pickles.inert import Call, as_text
-from ..pickles.reader import Parsed, PickleCutOff, parse_pickle
-from ..spec import TensorSpec
-from .storages import LARGEST_PICKLE, Storage, TensorLoader, name_tensors
-from .zip_directory import Record
+from ..pickles.inert import as_text
+from ..pickles.reader import ParsedPickle, PickleCutOff, parse_pickle
+from .storages import LARGEST_PICKLE, Storage, TensorLoader, TorchArchive, name_tensors
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
@@ -27,47 +25,30 @@ _FIRST_READ = 1 << 20
 _COUNT = 8  # bytes of the count before each storage
 
 
-class TorchStream:
-    """An opened stream file of torch: its content with a TensorSpec for each tensor, and the tensors by name."""
+def open_torch_stream(file: BinaryIO, where: str) -> TorchArchive:
+    """Read the pickles of a stream file; `where` is its path, for messages.
 
-    container = "stream"
-
-    def __init__(self, where: str, content: Any, tensors: dict[str, TensorSpec], unused: list[Call]) -> None:
-        self.where = where
-        self.records: dict[str, Record] = {}  # only a zip has records
-        self.content = content
-        self.tensors = tensors
-        self.odd: list[str] = []
-        self.unused = unused  # calls whose results are not in the content: how code is hidden in a sound file
-
-    @classmethod
-    def open(cls, file: BinaryIO, where: str) -> TorchStream:
-        """Read the pickles of a stream file; `where` is its path, for messages, and `tensors` go by their path.
-
-        Raises: CheckpointDamaged when it is cut off or contradicts itself, CheckpointError for another kind of file.
-        """
-        head = _Head(file, where)
-        _check_magic(head.data, where)
-        head.next("magic number")
-        protocol, system = head.next("version"), head.next("description of the machine")
-        if protocol != PROTOCOL:
-            raise CheckpointError(
-                f"{where}: a stream file of version {as_text(protocol, 40)}, this program reads {PROTOCOL}. "
-                "Load and save it again with the torch that wrote it."
-            )
-        order = system.get("little_endian") if isinstance(system, dict) else None
-        if order is False:
-            raise CheckpointError(
-                f"{where}: written on a big-endian machine, this program reads little-endian files. "
-                "Load and save it again with torch."
-            )
-        if order is not True:
-            raise CheckpointDamaged(f"{where}: {as_text(system, 80)} does not say the order of bytes (little_endian).")
-        loader = _Loader(where, "content", "storage ")
-        content = head.next("content", loader.read, loader)
-        keys = head.next("list of storages", loader=loader)
-        loader.place(_storage_offsets(file, head, loader, keys))
-        return cls(where, content, name_tensors(content, where), head.unused)
+    Raises: CheckpointDamaged when it is cut off or contradicts itself, CheckpointError for another kind of file.
+    """
+    head = _Head(file, where)
+    _check_magic(head.data, where)
+    head.next("magic number")
+    protocol, system = head.next("version"), head.next("description of the machine")
+    if protocol != PROTOCOL:
+        raise CheckpointError(
+            f"{where}: a stream file of version {as_text(protocol, 40)}, this program reads {PROTOCOL}. "
+            "Load and save it again with the torch that wrote it."
+        )
+    loader = _Loader(where, "content", "storage ")
+    order = system.get("little_endian") if isinstance(system, dict) else None
+    if order is False:
+        raise loader.refuse_big_endian()
+    if order is not True:
+        raise CheckpointDamaged(f"{where}: {as_text(system, 80)} does not say the order of bytes (little_endian).")
+    content = head.next("content", loader.read, loader)
+    keys = head.next("list of storages", loader=loader)
+    loader.place(_storage_offsets(file, head, loader, keys))
+    return TorchArchive("stream", where, content, name_tensors(content, where), head.unused)
 
 
 def _check_magic(data: bytes, where: str) -> None:
@@ -100,10 +81,10 @@ class _Head:
         self.size = file.seek(0, os.SEEK_END)
         self.data = read_at(file, 0, min(self.size, _FIRST_READ), where)
         self.position = 0
-        self.unused: list[Call] = []
+        self.unused: list[Any] = []
 
     def next(
-        self, what: str, read: Callable[[bytes, int], Parsed] | None = None, loader: TensorLoader | None = None
+        self, what: str, read: Callable[[bytes, int], ParsedPickle] | None = None, loader: TensorLoader | None = None
     ) -> Any:
         """Read the pickle at the current position and move behind it; a read that ends too soon gets more bytes."""
         while True:
@@ -125,8 +106,7 @@ class _Head:
         Raises: CheckpointDamaged when there are no more, or too many.
         """
         if len(self.data) == self.size:
-            needed = sum(storage.nbytes for storage in loader.storages.values()) if loader else 0
-            hint = f" Its tensors alone need {needed} bytes." if needed > self.size else ""
+            hint = loader.needs_more(self.size) if loader else ""
             raise CheckpointDamaged(
                 f"{self.where}: cut off after {self.size} bytes: the pickle of its {what} does not end.{hint}"
             ) from error

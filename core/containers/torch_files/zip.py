@@ -7,67 +7,38 @@ documentation of torch.serialization and in the docstring of `core/containers/to
 from __future__ import annotations
 
 import zlib
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ...console.words import listed_names
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import read_at
-from ..pickles.inert import Call, as_text
-from ..spec import TensorSpec
-from .storages import LARGEST_PICKLE, TensorLoader, name_tensors
+from ..pickles.inert import as_name, as_text
+from .storages import LARGEST_PICKLE, TensorLoader, TorchArchive, name_tensors
 from .zip_directory import Record, read_directory, read_head
 
 
-class TorchZip:
-    """An opened torch file: its records, its content with a TensorSpec for each tensor, and the tensors by name."""
+def open_torch_zip(file: BinaryIO, where: str) -> TorchArchive:
+    """Read the directory and data.pkl of a torch file; `where` is its path, for messages.
 
-    container = "zip"
-
-    def __init__(
-        self,
-        where: str,
-        records: dict[str, Record],
-        content: Any,
-        tensors: dict[str, TensorSpec],
-        unused: list[Call],
-        odd: list[str] | None = None,
-    ) -> None:
-        self.where = where
-        self.records = records
-        self.content = content
-        self.tensors = tensors
-        self.odd = odd or []  # parts that torch.save does not write, a sentence each
-        self.unused = unused  # calls whose results are not in the content: how code is hidden in a sound file
-
-    @classmethod
-    def open(cls, file: BinaryIO, where: str) -> TorchZip:
-        """Read the directory and data.pkl of a torch file; `where` is its path, for messages.
-
-        `records` go by their name without the archive's folder ("data/0"), `tensors` by the path to them in the
-        content, joined with dots.
-
-        Raises: CheckpointDamaged when it is cut off or contradicts itself, CheckpointError for another kind of file.
-        """
-        records, loose = read_directory(file, where, _least_size)
-        if "data.pkl" not in records:
-            raise CheckpointError(
-                f"{where}: a zip without data.pkl, so not one that torch.save wrote; it holds "
-                f"{as_text(sorted(records)[:5])}."
-            )
-        order = _read(file, records, "byteorder", where) if "byteorder" in records else b"little"
-        if order == b"big":
-            raise CheckpointError(
-                f"{where}: written on a big-endian machine, this program reads little-endian files. "
-                "Load and save it again with torch."
-            )
-        if order != b"little":
-            raise CheckpointDamaged(f"{where}: its byteorder is {as_text(order)}, expected little or big.")
-        loader = TensorLoader(where)
-        data = _read(file, records, "data.pkl", where)
-        parsed = loader.read(data)
-        loader.place(_storage_offsets(loader, records))
-        odd = _odd(records, loader, loose, len(data) - parsed.end)
-        return cls(where, records, parsed.value, name_tensors(parsed.value, where), parsed.unused, odd)
+    Raises: CheckpointDamaged when it is cut off or contradicts itself, CheckpointError for another kind of file.
+    """
+    records, loose = read_directory(file, where, _least_size)
+    if "data.pkl" not in records:
+        raise CheckpointError(
+            f"{where}: a zip without data.pkl, so not one that torch.save wrote; it holds "
+            f"{as_text(sorted(records)[:5])}."
+        )
+    loader = TensorLoader(where)
+    order = _read(file, records, "byteorder", where) if "byteorder" in records else b"little"
+    if order == b"big":
+        raise loader.refuse_big_endian()
+    if order != b"little":
+        raise CheckpointDamaged(f"{where}: its byteorder is {as_text(order)}, expected little or big.")
+    data = _read(file, records, "data.pkl", where)
+    parsed = loader.read(data)
+    loader.place(_storage_offsets(loader, records))
+    odd = _odd(records, loader, loose, len(data) - parsed.end)
+    return TorchArchive("zip", where, parsed.value, name_tensors(parsed.value, where), parsed.unused, records, odd)
 
 
 _KNOWN = ("data.pkl", "byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id")
@@ -79,7 +50,7 @@ def _odd(records: dict[str, Record], loader: TensorLoader, loose: int, behind: i
     known = {*_KNOWN, *(f"data/{key}" for key in loader.storages)}
     others = [name for name in records if name not in known]
     if others:
-        shown = listed_names(others, 5, show=lambda name: as_text(name, 60)[1:-1])
+        shown = listed_names(others, 5, show=lambda name: as_name(name, 60))
         said.append(f"{len(others)} records that nothing here refers to: {shown}.")
     if loose:
         said.append(f"{loose} bytes of the zip belong to no record.")
@@ -112,7 +83,7 @@ def _storage_offsets(loader: TensorLoader, records: dict[str, Record]) -> dict[s
             raise CheckpointDamaged(f"{loader.where}: {loader.shown(key)} is missing, its tensors cannot be read.")
         if record.size != storage.nbytes or not record.stored:
             raise CheckpointDamaged(
-                f"{loader.where}: {as_text(record.name)[1:-1]} has {record.size} bytes, data.pkl says {storage.nbytes}."
+                f"{loader.where}: {as_name(record.name, 200)} has {record.size} bytes, data.pkl says {storage.nbytes}."
             )
         offsets[key] = record.offset
     return offsets
@@ -128,5 +99,4 @@ def _least_size(file: BinaryIO, size: int, where: str) -> str:
         loader.read(read_at(file, begin, min(size - begin, LARGEST_PICKLE), where))
     except CheckpointError:  # cut off within data.pkl: nothing more is known
         return ""
-    needed = sum(storage.nbytes for storage in loader.storages.values())
-    return f" Its tensors alone need {needed} bytes." if needed > size - begin else ""
+    return loader.needs_more(size - begin)

@@ -35,6 +35,11 @@ class Record:
     crc32: int
     stored: bool = True  # False: compressed, which torch does to code, never to tensors
 
+    @property
+    def checksum(self) -> int | None:
+        """The CRC32 of its bytes in the file; None where none was recorded: that of nothing is 0."""
+        return self.crc32 or (None if self.size else 0) if self.stored else None
+
 
 def read_head(file: BinaryIO, offset: int, where: str) -> tuple[bytes, int]:
     """Read the head of the record at `offset`: its name, and where its bytes begin.
@@ -133,13 +138,9 @@ def _wide(extra: bytes, narrow: tuple[int, int, int]) -> list[int]:
         kind, length = struct.unpack_from("<HH", extra, position)
         position += 4
         if kind == 1:
-            for i, value in enumerate(values):
-                if value == 0xFFFFFFFF:
-                    if length < 8 or position + 8 > len(extra):
-                        break
-                    values[i] = int.from_bytes(extra[position : position + 8], "little")
-                    position, length = position + 8, length - 8
-            return values
+            count = min(length, len(extra) - position) // 8
+            wide = iter(struct.unpack_from(f"<{count}Q", extra, position))
+            return [next(wide, value) if value == 0xFFFFFFFF else value for value in values]
         position += length
     return values
 

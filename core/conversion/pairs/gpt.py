@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...config.gpt import ACTIVATIONS, NEUTRAL, GPTConfig
+from ...config.gpt import ACTIVATIONS, GPTConfig
 from ...containers.tensors.views import filled
 from ...families import gpt, hf_gpt2, lecture, nanogpt
 from ...families.choices import ACTIVATIONS as SPELLINGS
@@ -157,9 +157,9 @@ def _add_zero_biases(model: Source) -> None:
 def _refuse_other_choices(model: Source, config: GPTConfig, target: str, *names: str) -> None:
     """Refuse choices for which a target has no setting."""
     for name in names:
-        if getattr(config, name) != NEUTRAL[name]:
+        if getattr(config, name) != GPTConfig.NEUTRAL[name]:
             raise model.refuse(
-                f"{name} is {getattr(config, name)}, and {target} computes {NEUTRAL[name]}: other logits. "
+                f"{name} is {getattr(config, name)}, and {target} computes {GPTConfig.NEUTRAL[name]}: other logits. "
                 "--to bundle keeps it."
             )
 
@@ -205,7 +205,7 @@ def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
 def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
     """Write model_args; refuse a model that nanoGPT does not compute: another activation, an untied head."""
     config = GPTConfig.from_dict(model.config, str(model.path))
-    _refuse_other_choices(model, config, "nanoGPT", *NEUTRAL)
+    _refuse_other_choices(model, config, "nanoGPT", *GPTConfig.NEUTRAL)
     if config.activation != "gelu":
         shown = {"gelu_tanh": "the tanh form of GELU (gelu_new)", "relu": "ReLU"}[config.activation]
         raise model.refuse(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...containers.tensors.computed import Computed, mean, plus_one
+from ...containers.tensors.computed import ComputedTensors, mean, plus_one
 from ...containers.tensors.views import filled
 from ...families import megatron_tables
 from ..plan import Options, Pair, Source
@@ -49,7 +49,7 @@ def _refuse_void(model: Source, options: Options, flag: str, why: str) -> None:
 def _norms(model: Source, options: Options) -> None:
     norms = [name for name in model.tensors if name.endswith("layernorm.weight")]
     if setting(model, options, "layernorm_1p", False, is_said=False):
-        into = Computed(f"{model.path.name}, plus 1")
+        into = ComputedTensors(f"{model.path.name}, plus 1")
         for name in norms:
             made = plus_one(model.tensors[name], into, model.tensors[name].names[0])
             model.sources[name] = made

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...containers.dcp import writer as dcp_writer
 from ...containers.dcp.metadata import METADATA
 from ...containers.dcp.writer import WrittenItem
-from ...containers.torch_files.layout import Sink
+from ...containers.torch_files.layout import Sink, TensorRecord
 from ..plan import Options, Plan, Ref, Source, Target, WeightFile
 from .torch import plan_pt
 
@@ -37,11 +37,11 @@ def write_items(file: WeightFile, sink: Sink, elements: Callable[[Target], Itera
         begin = sink.size
         if isinstance(value, Ref):
             target = targets[name]
-            shape = tuple(target.view.shape)
-            length = dcp_writer.write_tensor(sink, target.dtype, shape, target.nbytes, elements(target))
-            placed.append(WrittenItem(name, path, begin, length, target.dtype, shape))
+            record = TensorRecord(0, target.dtype, tuple(target.view.shape), target.nbytes)
+            length = dcp_writer.write_item(sink, record, [(target.nbytes, elements(target))])
+            placed.append(WrittenItem(name, path, begin, length, record.dtype, record.shape))
         else:
-            placed.append(WrittenItem(name, path, begin, dcp_writer.write_value(sink, value)))
+            placed.append(WrittenItem(name, path, begin, dcp_writer.write_item(sink, value)))
     return dcp_writer.metadata(placed)
 
 
