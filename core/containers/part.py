@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..console.words import listed_names
 from .container import Container, listing
+from .pickles.inert import as_name
 from .series import Series, series_of
 from .spec import TensorSpec
 from .torch_shards import offsets_of

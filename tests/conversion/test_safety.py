@@ -385,3 +385,27 @@ def test_the_script_converts_says_so_and_lists_the_matrix(source, tmp_path, caps
         with pytest.raises(SystemExit):
             convert_checkpoints.main(["a", "b", "--to", "hf", f"--shard_size={word}"])
     capsys.readouterr()
+
+
+TWICE = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
+"""The other spelling of a field in a config.json for transformers."""
+
+
+@pytest.mark.parametrize("to", ["bundle", "hf"])
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("n_head", 2, "heads is 2 in it (from config.json), and was heads 4 (from model_args)"),
+    ("n_layer", 2, " is 2"),
+])  # fmt: skip
+def test_a_result_that_its_readers_would_take_for_another_model_never_appears(shared, tmp_path, to, field, value, said):
+    """The bytes of the tensors are right, and compared; what is written beside them says otherwise."""
+    source = shared / "fixtures/nanogpt_char_biasFalse/ckpt.pt"
+    with ExitStack() as held:
+        plan = plan_conversion(source, tmp_path / "out", to, Options(), held)
+        config = json.loads(plan.texts["config.json"])
+        others = {TWICE[field]: value} if to == "hf" else {}
+        plan.texts["config.json"] = json.dumps({**config, field: value, **others}).encode()
+        with pytest.raises(CheckpointMismatch) as caught:
+            engine.convert(plan)
+    assert str(caught.value).startswith(f"{tmp_path}/out: the result would not be read as the model it was made from: ")
+    assert said in str(caught.value) and str(caught.value).endswith("Nothing was published.")
+    assert names(tmp_path) == []
