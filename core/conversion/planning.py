@@ -18,6 +18,7 @@ from .aside import entries_left_out
 from .match_original import plan_matched
 from .opening import FAMILY, open_model
 from .pairs import PAIRS, ways
+from .pairs.gpt import complete
 from .pairs.megatron_settings import FLAGS
 from .plan import TORCH_ENDINGS, Options, Plan, Source
 from .sharded import take_parts
@@ -119,6 +120,8 @@ def _carry(model: Source, kind: Format, options: Options) -> None:
     if model.family == "hf_gpt2" and not way and "model_type" not in model.config:  # made from the choices
         (there_and_back,) = (pair for pair in PAIRS if (pair.theirs, pair.ours) == ("hf_gpt2", FUSED))
         way = [(there_and_back, False), (there_and_back, True)]
+    if model.family == FUSED and not way and not model.config.keys() >= {"n_head", "activation"}:
+        complete(model)
     for pair, back in way:
         pair.carry(model, options, back)
     if way:

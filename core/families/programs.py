@@ -154,7 +154,24 @@ _LECTURE = (
     ),
 )
 
-_OURS = (Program("our GPT", lambda marks: True, USUAL | {"activation": Row("gelu", "before the field existed")}),)
+_FIRST = "a model converted from the lecture's first code has another"
+_OURS = (
+    Program(
+        "our GPT", lambda marks: bool(marks.place), USUAL | {"activation": Row("gelu", "before the field existed")}
+    ),
+    Program(
+        "our GPT",
+        lambda marks: True,
+        {
+            "activation": Row(
+                None, fits=("gelu (new models)", "gelu_tanh (from OpenAI's GPT-2)", "relu (lecture style)")
+            ),
+            "attention_scale": Row("head_size", "in new models", "n_embd", _FIRST),
+            "norm_placement": Row("before", "in new models", "after", _FIRST),
+            "norm_eps": USUAL["norm_eps"],
+        },
+    ),
+)
 
 _THETA = Row(None, fits=("10000 (Megatron's default, Llama 2)", "500000 (Llama 3)", "1000000 (Qwen)"))
 

@@ -79,7 +79,7 @@ class TextCheck:
         if self.expected is not None:
             beside.insert(0, f"expected {self.expected:.4f}")
         left_out = f", {self.skipped:,} characters outside the vocabulary skipped" if self.skipped else ""
-        verdict = "not what was trained" if self.faults else "proven on a text"
+        verdict = "not proven" if self.faults else "proven on a text"
         what = f"{self.tokens:,} tokens of {self.text}{left_out}"
         return f"{verdict}: loss {self.loss:.4f} over {what} ({', '.join(beside)})"
 

@@ -202,6 +202,24 @@ def test_old_mathematics_under_the_lectures_names_is_computed_once_it_is_told(
     assert (config["n_head"], config["dropout"]) == (4, 0.2 if has_config else 0.0)  # a file of ours has our default
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_our_own_names_without_their_config_are_asked_about_too(tmp_path, activation):
+    made = SmallGPT(activation=activation)
+    source = saved(tmp_path / "state.pt", made.nanogpt())
+    bundle_of(tmp_path, source, n_head=4, activation=activation)
+    for to, alone in (("safetensors", tmp_path / "m.safetensors"), ("pt", tmp_path / "m.pt")):
+        converted(tmp_path / "bundle", alone, to)
+        with pytest.raises(
+            CheckpointMismatch, match=r"its heads and activation, .* Add --n_head 1, 2, 4, 8, 16 or 32; "
+        ):
+            converted(alone, tmp_path / "again", "bundle")
+        facts = converted(alone, tmp_path / to, "bundle", choices={"n_head": 4, "activation": activation})
+        assert {one["name"] for one in facts["choices"] if one["warning"]} == {"attention_scale", "norm_placement"}
+        assert worst(our_logits(tmp_path / to, made.ids()), made.logits(made.ids())) < EXACT
+        before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("bundle", to))
+        assert {**after, "proj_bias": None} == {**before, "proj_bias": None}
+
+
 def test_a_file_of_ours_with_its_tokenizer_is_asked_and_warned_of_nothing(shared, tmp_path):
     facts = converted(shared / "fixtures/lecture_char/legacy/latest.pt", tmp_path / "bundle", "bundle")
     assert not any(choice["warning"] for choice in facts["choices"])

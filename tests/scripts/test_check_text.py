@@ -92,7 +92,7 @@ def test_a_conversion_whose_model_is_worse_than_a_guess_ends_in_1_and_says_the_n
     out, err = capsys.readouterr()
     uniform = math.log(len(CHARS))
     assert re.search(
-        rf"\nnot what was trained: loss [0-9.]+ over 134 tokens of {text} \(recorded 1\.5000, a uniform guess has "
+        rf"\nnot proven: loss [0-9.]+ over 134 tokens of {text} \(recorded 1\.5000, a uniform guess has "
         rf"{uniform:.4f}\)\n",
         out,
     )

@@ -47,7 +47,15 @@ def _ours(model: Source, **fields: Any) -> dict[str, Any]:
 
 def lecture_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Complete the config, which is already that of our GPT where the file has one."""
-    on = _lecture_biases(model)
+    return _completed(model, _lecture_biases(model))
+
+
+def complete(model: Source) -> None:
+    """Complete the config of a model that has our names already, as a file of its state dict does not have one."""
+    model.config = _completed(model, _biases(model))
+
+
+def _completed(model: Source, on: dict[str, bool]) -> dict[str, Any]:
     tied = model.is_tied(HEAD, TABLE, model.config.get("tied_head") is True)
     said = {name: value for name, value in model.config.items() if name not in ("format_version", "model_class")}
     return _ours(
