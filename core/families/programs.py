@@ -178,7 +178,11 @@ _THETA = Row(None, fits=("10000 (Megatron's default, Llama 2)", "500000 (Llama 3
 
 def _megatron(eps: float, **rows: Row) -> tuple[Program, ...]:
     return (
-        Program("Megatron", lambda marks: True, {"norm_eps": Row(eps, "default of its arguments or of Qwen"), **rows}),
+        Program(
+            "Megatron",
+            lambda marks: True,
+            {"norm_eps": Row(eps, "its default" if eps == 1e-5 else "its default for Qwen"), **rows},
+        ),
     )
 
 

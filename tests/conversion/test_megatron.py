@@ -48,8 +48,8 @@ def test_transformers_computes_the_logits_of_megatron(fixtures, tmp_path, name):
     expected = load_file(fixtures / of / "expected.safetensors")
     facts = converted(export_of(fixtures, name), tmp_path / "hf", "hf", **flags)
     assert off_by(tmp_path / "hf", expected["input_ids"], expected["logits_fp32"]) < 2e-6
-    eps = 1e-6 if of == QWEN else 1e-5
-    assert f"norm epsilon {eps} (Megatron, default of its arguments or of Qwen)" in texts(facts)
+    eps = "1e-06 (Megatron, its default for Qwen)" if of == QWEN else "1e-05 (Megatron, its default)"
+    assert f"norm epsilon {eps}" in texts(facts)
     states = [reason for name, reason in facts["dropped"].items() if name.endswith("_extra_state")]
     assert len(states) >= 9 and all(reason.startswith("what Transformer Engine keeps for FP8") for reason in states)
 
@@ -306,7 +306,7 @@ def test_the_script_prints_the_defaults_that_it_takes(fixtures, tmp_path, capsys
     words = [str(export_of(fixtures, LLAMA)), str(tmp_path / "hf"), "--to", "hf", "--rope_theta", "5e5"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "norm epsilon 1e-05 (Megatron, default of its arguments or of Qwen)\n" in out
+    assert "norm epsilon 1e-05 (Megatron, its default)\n" in out
     assert "rope base 500000.0 (from --rope_theta)\n" in out and re.search(
         "read back and compared with the source, bit for bit", out
     )
