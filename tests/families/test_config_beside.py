@@ -144,3 +144,12 @@ def test_padding_is_only_claimed_where_a_vocabulary_explains_it(rows, vocabulary
 )
 def test_key_of_the_weights_in_a_flat_list(names, key):
     assert weights_key(names) == key
+
+
+@pytest.mark.parametrize(
+    ("width", "conflicts"), [(256, []), (200, ["n_inner is 200 in the config, but the tensors have 256"])]
+)
+def test_a_feed_forward_of_four_times_the_width_is_held_against_the_config(width, conflicts):
+    shapes = build(named("nanoGPT"), n_layer=2, n_embd=64, vocab_size=96, block_size=32)
+    found = identify(shapes, {"n_inner": width, "n_head": 4})
+    assert [conflict.split(" (")[0] for conflict in found.conflicts] == conflicts

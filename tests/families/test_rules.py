@@ -190,3 +190,22 @@ def test_what_does_not_fit_is_said_with_names(scratch):
     assert "n_kv_head" in error([(("a",), "c", Interleave())], {"a": a})
     unfit = error([(("a", "b"), "c", Concat())], {"c": a}, back=True)
     assert "3 along axis 0 cannot be split into [1, 1]" in unfit
+
+
+@pytest.mark.parametrize(
+    ("row", "sizes", "back", "said"),
+    [
+        (
+            (("q", "k", "v"), "qkv", Interleave("n_kv_head", ("q_size", "kv_size", "kv_size"))),
+            {"n_kv_head": 2, "q_size": 4, "kv_size": 2},
+            True,
+            r"q cannot be made of qkv \(6, 3\) .*: 6 rows are not 2 groups of 2 \+ 1 \+ 1",
+        ),
+        (("a", ("b", "c"), Concat(0)), {}, False, "a gives 1 tensors, expected 2"),
+    ],
+)
+def test_what_a_rule_cannot_make_is_named_with_its_shapes(scratch, row, sizes, back, said):
+    name = row[1] if back else row[0]
+    tensors = {name: scratch.put(name, np.zeros((6, 3), dtype=np.uint32))}
+    with pytest.raises(CheckpointMismatch, match=said):
+        apply((row,), tensors, sizes, back)

@@ -199,3 +199,23 @@ def test_wrong_shapes_are_refused_by_name():
         model(torch.zeros(1, 5, dtype=torch.int64), attention_mask=torch.ones(1, 4))
     with pytest.raises(InputError, match="at most max_seq_len 2048"):
         model(torch.zeros(1, 2049, dtype=torch.int64))
+    cache = model.make_cache(1, 8)
+    model.forward_features(torch.zeros(1, 3, dtype=torch.int64), cache=cache)
+    with pytest.raises(InputError, match="found 2 positions after a filled cache, expected 1"):
+        model.forward_features(torch.zeros(1, 2, dtype=torch.int64), cache=cache)
+
+
+def test_packed_ids_of_another_shape_or_too_many_are_refused():
+    model = random_flex("small")
+    with pytest.raises(InputError, match=r"ids: found shape \(1, 4\), expected one packed sequence"):
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    model.config.block_size = 3
+    with pytest.raises(InputError, match="ids: found 4 positions, expected at most max_seq_len 3"):
+        model(torch.zeros(4, dtype=torch.int64))
+
+
+def test_the_window_is_that_of_the_config_and_may_be_another():
+    model = random_batched("small")
+    assert model.window == model.config.window == "exact"
+    model.window = "full"
+    assert model.window == model.config.window == "full"

@@ -239,6 +239,24 @@ def test_wrong_prompts_are_named(model, prompt, message):
         model.generate(prompt, 5)
 
 
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1]], r"attention_mask: found shape \(1, 2\) for ids of \(1, 3\), expected the same"),
+        ([[0, 0, 0]], "with a real id in every row"),
+    ],
+)
+def test_wrong_masks_are_named(model, mask, message):
+    with pytest.raises(InputError, match=message):
+        model.generate(torch.ones(1, 3, dtype=torch.int64), 2, attention_mask=torch.tensor(mask))
+
+
+def test_a_padded_prompt_without_room_is_refused(model):
+    long = model.config.block_size + 1
+    with pytest.raises(InputError, match=f"prompt: found {long} positions, expected at most "):
+        model.generate(torch.ones(1, long, dtype=torch.int64), 2, attention_mask=torch.ones(1, long, dtype=torch.int64))
+
+
 def test_a_character_without_an_id_is_shown(speaker):
     with pytest.raises(InputError, match=r"'é'"):
         speaker.generate("caf\u00e9", 5)

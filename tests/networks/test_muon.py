@@ -116,6 +116,15 @@ def test_every_parameter_has_one_group_and_its_rate(variant, rates):
         assert group["betas"] == (0.8, 0.95) and group["eps"] == 1e-10 and group["weight_decay"] == 0
 
 
+def test_a_matrix_without_a_gradient_stays_as_it_is():
+    model = toy()
+    optimizer = configure_muon(model, 0.05)
+    first, second = (p for group in optimizer._muon.param_groups for p in group["params"][:2])
+    first.grad, before = torch.ones_like(first), second.detach().clone()
+    optimizer._muon.step()
+    assert torch.equal(second, before) and second not in optimizer._muon.state and first in optimizer._muon.state
+
+
 def test_what_is_not_a_matrix_is_updated_as_adamw_does():
     model = toy("medium")
     rest = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("blocks.")}

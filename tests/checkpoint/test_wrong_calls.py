@@ -1,0 +1,82 @@
+"""Calls of the manager that cannot be meant, and those that have nothing to do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from core.checkpoint import CheckpointManager
+from core.errors import CheckpointMismatch, InputError
+from core.loading.optimizer import load_optimizer_state
+from core.pretrained import load_pretrained_checkpoint
+from tests.checkpoint.test_optimizer import make, trained
+from tests.makers.models import manager, started
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"keep": -1}, "keep is -1 and keep_every None: expected at least 0 and 1."),
+        ({"keep_every": 0}, "keep is 1 and keep_every 0: expected at least 0 and 1."),
+        ({"save_policy": "later"}, "save_policy is 'later' and stage_memory None: expected wait or skip, and bytes."),
+        ({"stage_memory": -5}, "save_policy is 'wait' and stage_memory -5: expected wait or skip, and bytes."),
+    ],
+)
+def test_impossible_settings_are_named(tmp_path, settings, said):
+    with pytest.raises(InputError) as caught:
+        manager(tmp_path, **settings)
+    assert str(caught.value) == said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("named", [".", "../dante"])
+def test_a_folder_may_be_named_from_within(tmp_path, monkeypatch, named):
+    (tmp_path / "dante").mkdir()
+    monkeypatch.chdir(tmp_path / "dante")
+    assert CheckpointManager.of_folder(named).checkpoint_dir.resolve() == tmp_path / "dante"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    with made:
+        made.save(model, optimizer, step=1)
+        made.wait()
+        yield made
+
+
+def test_plain_files_are_plain_already(saved, tmp_path):
+    before = {path.name: path.read_bytes() for path in (tmp_path / "dante").iterdir() if path.is_file()}
+    saved.consolidate()
+    after = {path.name: path.read_bytes() for path in (tmp_path / "dante").iterdir() if path.is_file()}
+    assert after == before
+
+
+def test_metrics_are_of_the_newest_step_and_have_free_names(saved, tmp_path):
+    with pytest.raises(InputError, match=r"dante: the newest step is 1, expected 2\."):
+        saved.add_metrics(2, {"val_loss": 1.0})
+    with pytest.raises(InputError, match=r"metrics: best, step cannot be names of metrics\."):
+        saved.add_metrics(1, {"step": 3.0, "best": 1.0})
+    saved.add_metrics(1, {"accuracy": 0.5})
+    assert json.loads((tmp_path / "dante/training_state.json").read_text())["accuracy"] == 0.5
+
+
+def test_a_gpt_is_no_pretrained_modded_model(saved, tmp_path):
+    with pytest.raises(CheckpointMismatch, match=r"dante: its model is a GPT, expected one of GPTFlexAttention, "):
+        load_pretrained_checkpoint(tmp_path / "dante")
+
+
+def test_an_optimizer_state_of_another_number_of_parameters_is_counted():
+    optimizer = trained()[1]
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group.pop("param_names", None)
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    with pytest.raises(CheckpointMismatch, match=rf"found {len(numbers)} parameters for 2 names"):
+        load_optimizer_state(optimizer, state, names=["a", "b"])
+    state["param_groups"] = [{**state["param_groups"][0], "params": numbers[:3]}]
+    fewer = torch.optim.AdamW(list(make().parameters()))
+    with pytest.raises(CheckpointMismatch, match=r"found 3 parameters without names, expected "):
+        load_optimizer_state(fewer, state)
