@@ -290,7 +290,7 @@ def test_fields_of_a_later_program_are_left_out():
         (("constant", 0.0), r"learning_rate: found 0\.0"),
         (("constant", float("nan")), "learning_rate: found nan"),
         (("constant", 1.0, -1), "warmup_iters: found -1"),
-        (("cosine", 1.0, 5), "Give --lr_decay_iters"),
+        (("cosine", 1.0, 5), "cosine needs --lr_decay_iters, the step at which the rate is lowest"),
         (("cosine", 1.0, 5, 5), "lr_decay_iters: found 5, expected more than warmup_iters 5"),
         (("cosine", 1.0, 0, 5, 2.0), r"min_learning_rate \(--min_lr\): found 2\.0"),
     ],

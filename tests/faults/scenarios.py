@@ -22,7 +22,7 @@ from core.bundle.bundle import open_bundle
 from core.bundle.commit import MODEL
 from core.bundle.folder import COMMITTED
 from core.bundle.storage import DISK
-from core.bundle.training_state import STATE
+from core.bundle.training_state import STATE, TrainingState
 from core.bundle.verify import verify
 from core.conversion.migration.migrate import migrate
 from core.conversion.migration.plan import find
@@ -153,7 +153,7 @@ def saving(step_again: bool = False, optimizer: bool = True, **settings: Any) ->
 def saving_and_pruning_two(root: Path) -> Act:
     """Save a step, where none of the older ones is to stay but the newest."""
     made, model, optimizer = started(root)
-    made.resumed = {}
+    made.resumed = TrainingState()
     update(model, optimizer)
 
     def act() -> None:

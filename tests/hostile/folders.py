@@ -98,7 +98,7 @@ FOLDERS = {
     "an index nested 100,000 deep": Case(folder_of(hf_index("[" * 100_000)), refused="not valid JSON"),
     "a tensor in two files": Case(
         folder_of(hf_index({"w": "a.safetensors", "x": "b.safetensors"}) | {"b.safetensors": SOUND_TENSORS}),
-        refused='two tensors are called "w", one in a.safetensors',
+        refused="w is in a.safetensors and in b.safetensors",
     ),
     "a file of 99,999 by its name": Case(
         folder_of({"model-00001-of-99999.safetensors": SOUND_TENSORS}), refused="99998 not there"
