@@ -19,7 +19,7 @@ from tests.training.test_resume import start
 
 NAME, KILLS, STEPS, SEED = "killed", 20, 500, 7
 LINE = [
-    "train.py", "--model_name", NAME, "--max_iters", str(STEPS), "--n_layer", "2", "--n_head", "2", "--n_embd", "32",
+    "train.py", "--model_name", NAME, "--n_layer", "2", "--n_head", "2", "--n_embd", "32",
     "--block_size", "32", "--batch_size", "8", "--dropout", "0.2", "--eval_interval", "100", "--save_interval", "1",
     "--eval_iters", "2", "--device", "cpu",
 ]  # fmt: skip
@@ -43,15 +43,16 @@ def kill_at_random(run: subprocess.Popen, root: Path, chance: random.Random, is_
     run.send_signal(signal.SIGKILL)
 
 
-def run(folder: Path, kills: int = KILLS) -> Tally:
+def run(folder: Path, kills: int = KILLS, steps: int = STEPS) -> Tally:
     """Kill a run over and over, let it end, and compare it bit for bit."""
+    line = [*LINE, "--max_iters", str(steps)]
     text, tally, chance = folder / "text.txt", Tally(), random.Random(SEED)
     text.write_text("".join(random.Random(3).choices(TEXT, k=20_000)))
     whole, killed = folder / "whole", folder / "often"
-    beside = start(whole, text, LINE)
+    beside = start(whole, text, line)
     committed = 0
     for number in range(kills):
-        process = start(killed, text, LINE)
+        process = start(killed, text, line)
         kill_at_random(process, killed, chance, number % 4 == 3)
         ended = process.wait()
         said = killed.with_suffix(".said").read_text()[-300:]
@@ -62,13 +63,13 @@ def run(folder: Path, kills: int = KILLS) -> Tally:
         tally.counts["kills"] += 1
         committed = step
     tally.counts["steps committed by killed runs"] += committed
-    ends = start(killed, text, LINE).wait(), beside.wait()
+    ends = start(killed, text, line).wait(), beside.wait()
     tally.check(ends == (0, 0), f"the last runs ended with {ends}")
     tally.check(same(bits(whole / NAME), bits(killed / NAME)), "the final bits differ from those of a run never killed")
     tally.check(losses(whole, NAME) == losses(killed, NAME), "the losses differ from those of a run never killed")
     logs = [root / NAME / "metrics.jsonl" for root in (whole, killed)]
     tally.check(logs[0].read_bytes() == logs[1].read_bytes(), "the logs differ")
     tally.check(best(whole) == best(killed), "another step is the best one")
-    tally.check(len(losses(whole, NAME)) == STEPS, "steps are missing from the log")
-    tally.counts["steps compared bit for bit"] += STEPS
+    tally.check(len(losses(whole, NAME)) == steps, "steps are missing from the log")
+    tally.counts["steps compared bit for bit"] += steps
     return tally

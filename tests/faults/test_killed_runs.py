@@ -6,9 +6,11 @@ from tests.faults import killed_runs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.full)])
-def test_a_run_that_saves_at_every_step_killed_often_ends_with_the_bits_of_one_never_killed(kills, tmp_path, tell):
-    tally = killed_runs.run(tmp_path, kills)
+@pytest.mark.parametrize(("kills", "steps"), [(7, 150), pytest.param(20, 500, marks=pytest.mark.full)])
+def test_a_run_that_saves_at_every_step_killed_often_ends_with_the_bits_of_one_never_killed(
+    kills, steps, tmp_path, tell
+):
+    tally = killed_runs.run(tmp_path, kills, steps)
     tell(f"killed runs: {tally}")
     assert tally.losses == []
     assert tally.counts["kills"] == kills and tally.counts["steps committed by killed runs"] >= kills
