@@ -37,6 +37,7 @@ class Options:
     vocab_size: int | None = None
     include_optimizer: bool = False
     meta: Path | None = None
+    bpe_file: Path | None = None  # of GPT-2's ranks
     choices: Mapping[str, Any] = field(default_factory=dict)  # by names of `families.choices.FLAGS`
     more: Mapping[str, Any] = field(default_factory=dict)
 

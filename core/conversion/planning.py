@@ -92,6 +92,8 @@ def _refuse_flags(model: Source, kind: Format, options: Options) -> None:
     """Refuse flags that would have no effect."""
     if options.shard_size is not None and kind.name not in ("hf", "safetensors"):
         raise model.refuse(f"--shard_size cuts safetensors, and --to {kind.name} writes none. Leave it out.")
+    if options.bpe_file is not None and (kind.name != "hf" or (model.tokenizer or {}).get("token_kind") != "gpt2"):
+        raise model.refuse("--bpe_file: only a tokenizer.json of --to hf is made of GPT-2's ranks. Leave it out.")
     if options.include_optimizer and kind.name == "hf":
         raise model.refuse("--include_optimizer: a folder of transformers has no optimizer state. Leave it out.")
     if options.tied and model.family not in FAMILY:

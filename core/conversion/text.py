@@ -69,7 +69,7 @@ def summary(plan: Plan) -> Iterable[str]:
 def _totals(plan: Plan) -> Iterable[str]:
     model = plan.model
     for note in model.notes:
-        yield printable(note if note.startswith("contradiction: ") else f"note: {note}")
+        yield printable(note if note.startswith(("contradiction: ", "WARNING: ")) else f"note: {note}")
     yield from choice_lines(choice_facts(model.choices))
     for name, what in plan.aside.items():
         yield f"left out: {printable(name)} ({printable(what)})"
