@@ -253,6 +253,7 @@ class Plan:
     texts: dict[str, bytes] = field(default_factory=dict)  # further files, by name
     copies: dict[str, Path] = field(default_factory=dict)  # files copied along, by name
     beside: dict[str, Path] = field(default_factory=dict)  # files copied beside a target that is one file
+    texts_beside: dict[str, bytes] = field(default_factory=dict)  # further files beside such a target, by name
     seal: SealTexts | None = None  # makes texts from the size and CRC32 of each file
     is_folder: bool = True
     aside: dict[str, str] = field(default_factory=dict)  # entries of the source that are not written: what each is

@@ -39,7 +39,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "choices": choice_facts(model.choices),
         "dropped": {**model.dropped, **plan.aside},
         "filled": plan.filled,
-        "files": [*(file.name for file in plan.files), *plan.texts, *plan.copies],
+        "files": [*(file.name for file in plan.files), *plan.texts, *plan.copies, *plan.texts_beside],
         "notes": model.notes,
     }
 

@@ -13,6 +13,7 @@ from ...families import gpt, hf_gpt2, lecture, nanogpt
 from ...families.choices import ACTIVATIONS as SPELLINGS
 from ...families.fused import FUSED, LECTURE
 from ..plan import Options, Pair, Source
+from ..run import Run
 
 TABLE, HEAD, HEAD_BIAS = "token_embedding_table.weight", "lm_head.weight", "lm_head.bias"
 HF_TABLE = "transformer.wte.weight"
@@ -222,6 +223,9 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
     has_bias = any(value for switch, value in _biases(model).items() if switch != "head_bias")
     if has_bias:
         _add_zero_biases(model)
+    if model.run is None and model.state.training:
+        arithmetic = (model.state.environment or {}).get("dtype")  # of the machine, so no setting of the run
+        model.run = Run({"dtype": arithmetic, **model.state.training}, batch_size=config.batch_size)
     return {
         "n_layer": config.n_layer,
         "n_head": config.n_head,
