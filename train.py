@@ -59,7 +59,7 @@ def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
                 return prune(manager, args)
             if args.resume_from is not None:
                 manager.go_back(args.resume_from)
-            with manager.newest_intact() or contextlib.nullcontext() as bundle:
+            with manager.newest_intact(args.init_from_checkpoint) or contextlib.nullcontext() as bundle:
                 return train(manager, bundle, args, stop)
 
 
@@ -162,7 +162,8 @@ def open_data(manager: CheckpointManager, bundle: Bundle | None, args: argparse.
     from core.data.tokenizer import tokenizer_from_state
 
     so_far = bundle.state.data if bundle else None
-    source = find_source(args.input_file, args.dataset_dir, so_far, manager.model_name)
+    weights = bundle.folder if bundle else None
+    source = find_source(args.input_file, args.dataset_dir, so_far, manager.model_name, weights=weights)
     say(source.line())
     if changed := source.changed(so_far):
         say(f"WARNING: {changed}")

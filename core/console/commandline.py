@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, Unspecified
 from .words import printable
 
 DONE, FAILED, WRONG_USE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -181,7 +181,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         sys.stdout.flush()
     except CheckpointError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        code = FAILED
+        code = WRONG_USE if isinstance(error, Unspecified) else FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED

@@ -49,6 +49,21 @@ def open_container(path: Path) -> Container:
         raise CheckpointNotFound(f"{path}: cannot be opened ({error.strerror}).") from error
 
 
+def is_checkpoint_folder(folder: Path) -> bool:
+    """Whether a folder as a whole is a checkpoint: of Hugging Face, DCP, Megatron, or one file for each rank."""
+    return any(getattr(import_module(f".{name}", __package__), knows)(folder) for name, knows, _ in _FOLDERS)
+
+
+def is_file_of_tensors(path: Path) -> bool:
+    """Whether a file begins as a zip, a pickle or safetensors does; other files are not opened further."""
+    from .safetensors import is_safetensors
+
+    with reading(path) as file:
+        head = file.read(_HEAD)
+    is_pickle = head[:1] == b"\x80" and head[1:2] <= b"\x05"
+    return is_pickle or head.startswith(b"PK") or is_safetensors(head) or path.suffix == ".safetensors"
+
+
 # readers are imported on demand: those of torch's pickles would cost a reader of safetensors time and memory
 
 
