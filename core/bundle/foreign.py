@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..containers.container import Container, listing
-from ..containers.open import is_checkpoint_folder, is_file_of_tensors, open_container
+from ..containers.open import SINGLE, is_checkpoint_folder, is_file_of_tensors, open_container
 from ..containers.tensors.reading import FLOATS
 from ..errors import CheckpointDamaged, CheckpointError, Unspecified
 from ..families.identify import UNKNOWN, identify, weights_key
@@ -56,7 +56,8 @@ def _said(path: Path, folder: Path) -> str | None:
     try:
         container = open_container(path)
     except CheckpointDamaged as error:
-        return f"{error} It is not a checkpoint of this program: copy it again, or move it away."
+        is_meant = path == folder or path.suffix in SINGLE
+        return f"{error} It is not of this program: copy it again, or move it away." if is_meant else None
     except CheckpointError as error:
         return str(error) if path == folder else None
     if not _is_model(container):

@@ -23,7 +23,7 @@ _FOLDERS = (
 )
 """Modules that read folders, with their tests and openers; the first whose test succeeds opens the folder."""
 
-_SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Suffixes of files that each hold a whole checkpoint."""
 
 _NUMBER = re.compile(r"\d+")
@@ -102,7 +102,7 @@ def _open_folder(folder: Path) -> Container:
         module = import_module(f".{name}", __package__)
         if getattr(module, knows)(folder):
             return getattr(module, opens)(folder)
-    single = [name for name, size in names.items() if size is not None and name.endswith(_SINGLE)]
+    single = [name for name, size in names.items() if size is not None and name.endswith(SINGLE)]
     if len(single) == 1:
         return _open_file(member(folder, single[0], str(folder)))
     if single and (pattern := rank_pattern(single[0])) and all(re.fullmatch(pattern, name) for name in single):

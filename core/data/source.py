@@ -118,8 +118,8 @@ def find_source(
 ) -> Source:
     """Choose a run's text: a flag, else what the checkpoint recorded, else data/<model_name>.txt, else the default.
 
-    The default is the Python language reference, written once to data/python_reference.txt; it is for a new model, never
-    for `weights` without a recorded text.
+    The default is the Python language reference, written once to data/python_reference.txt; it is for a new model, and
+    never for `weights` without a recorded text.
 
     Raises: InputError when the chosen one does not exist, or is of the other kind; Unspecified when none is chosen.
     """
@@ -149,8 +149,8 @@ def find_source(
         return _text(named, "found by the model's name; use another with --input_file FILE", recorded)
     if weights is not None and not recorded.get("path"):
         raise Unspecified(
-            f"{weights}: which text it was trained on is not recorded, and the text that comes with Python is not taken "
-            f"for it. Name it with --input_file FILE or --dataset_dir DIR, or put it at {named}."
+            f"{weights}: the text of its training is not recorded, and the one that comes with Python is not taken "
+            f"instead. Name it with --input_file FILE or --dataset_dir DIR, or put it at {named}."
         )
     if not default.exists():
         _write_default(default)
