@@ -6,6 +6,7 @@ without that file decodes tokens as GPT-2's. Its train.py reads no setting of `c
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ...containers.torch_files.layout import pickled
+from ...errors import CheckpointError
 from ..plan import Options, Plan, Source
 from ..run import Run, config_of
+from ..vocabulary import characters
 from .torch import CKPT, plan_torch_file
 
 META = "meta.pkl"
@@ -73,8 +76,11 @@ def _add_vocabulary(plan: Plan, dataset: str) -> None:
         chars = list((model.tokenizer or {})["chars"])
         itos = dict(enumerate(chars))
         meta = pickled({"vocab_size": len(chars), "itos": itos, "stoi": {char: i for i, char in itos.items()}})
-        (plan.texts if plan.is_folder else plan.texts_beside)[META] = meta
         folder = plan.target if plan.is_folder else plan.target.parent
+        if plan.is_folder:
+            plan.texts[META] = meta
+        elif not _holds(folder / META, chars):
+            plan.texts_beside[META] = meta
         model.notes.append(
             f"its characters are in {folder / META}; copy it to {place} in nanoGPT's folder, where sample.py looks for "
             "them: without them it decodes tokens as GPT-2's"
@@ -92,6 +98,13 @@ def _add_vocabulary(plan: Plan, dataset: str) -> None:
             f"WARNING: its tokenizer is {what}: without a {place} sample.py decodes its tokens as GPT-2's. "
             + ("--to hf keeps it" if kind == "hf" else "--meta FILE includes one of characters")
         )
+
+
+def _holds(path: Path, chars: list[str]) -> bool:
+    """Whether a meta.pkl is there with these characters, whoever pickled it."""
+    with contextlib.suppress(CheckpointError):
+        return bool(characters(path, None)["chars"] == chars)
+    return False
 
 
 def _say_how_to_resume(plan: Plan, options: Options, config: Mapping[str, Any]) -> None:
