@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.console.commandline import DONE, STOPPED, run, spin_briefly
 from core.console.signals import StopSignal
-from core.training.flags import CONFIG_FLAGS, make_parser
+from core.training.flags import CONFIG_FLAGS, EXPORTABLE, make_parser
 
 if TYPE_CHECKING:
     from core.bundle.bundle import Bundle
@@ -86,7 +86,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
 
     # 1. The model and its device: the kind of the checkpoint, or of --arch.
     manager.keep_as(bundle.state if bundle else {}, args.keep, args.keep_every)
-    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags}
+    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags} | (EXPORTABLE if args.tied_head else {})
     fresh_file = args.init_from_checkpoint if bundle is None else None
     origin = open_origin(fresh_file, args.arch) if fresh_file else None
     kind = kind_of(bundle, origin.arch if origin else args.arch, world)

@@ -181,7 +181,7 @@ class Pair:
         if made.unused:
             target = self.theirs if back else self.ours
             faults = [f"{name} has no place in {target}" for name in made.unused]
-            raise model.refuse(f"{listed(faults, 5)}. No tensor is left out silently.")
+            raise model.refuse(f"{listed(faults, 5)}. No tensor is left out silently; --to safetensors keeps all.")
         rows = tuple(made.rows.values())
         before = {old.names: model.rules[name] for name, old in reversed(model.tensors.items()) if name in model.rules}
         model.rules = {name: _said(before.get(v.names), made.rules[name]) for name, v in made.tensors.items()}

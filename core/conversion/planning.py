@@ -52,7 +52,7 @@ def _planned(source: Path, target: Path, to: str, options: Options, held: ExitSt
     if kind.families:
         add_tokenizer(model, options)
     elif options.meta is not None:
-        raise model.refuse(f"--meta is the vocabulary of a model, and --to {to} has no place for one.")
+        raise model.refuse(f"--meta is the vocabulary of a model, and --to {to} has no place for one. Leave it out.")
     _refuse_flags(model, kind, options)
     if options.vocab_size is not None:
         _set_rows(model, options.vocab_size)
@@ -148,7 +148,9 @@ def _set_rows(model: Source, rows: int) -> None:
     """
     family = FAMILY.get(model.family)
     if family is None:
-        raise model.refuse("--vocab_size needs to know which tensor is the token table, and the program is not known.")
+        raise model.refuse(
+            "--vocab_size needs to know which tensor is the token table, and the program is not known. Leave it out."
+        )
     said = model.config.get("vocab_size") if family.pads else None
     tokens = tokens_of(model.tokenizer) or (said if isinstance(said, int) else 0)
     if rows < tokens:
@@ -182,7 +184,7 @@ def _set_tied(model: Source, options: Options) -> None:
     head, table = family.head, family.embedding
     if options.tied and head in model.tensors:
         if not model.is_tied(head, table):
-            raise model.refuse(f"{head} has other values than {table}: --tied would change the model.")
+            raise model.refuse(f"{head} has other values than {table}: --tied would change the model. Leave it out.")
         model.tie(head, table)
     if not options.tied and head not in model.tensors:
         model.replace(head, model.tensors[table], f"copy of {table}")
