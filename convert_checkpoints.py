@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.bundle.find import model_names
+from core.bundle.foreign import foreign_checkpoint
 from core.console.commandline import DONE, FAILED, Parser, run
 from core.console.progress import byte_bar
 from core.console.words import columns, printable, size_text
@@ -89,6 +90,8 @@ def main(argv: list[str]) -> int:
         print("\n".join(text_of(outcomes, args.dry_run)))
     else:
         print(f"{where}: no single-file checkpoint here; nothing to migrate")
+        for said in filter(None, map(foreign_checkpoint, places)):
+            print(printable(said))
     for error in dict.fromkeys(o.error for o in outcomes if o.error):
         print(f"error: {printable(error)}", file=sys.stderr)
     return FAILED if any(o.error for o in outcomes) else DONE

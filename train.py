@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.console.commandline import DONE, STOPPED, run, spin_briefly
 from core.console.signals import StopSignal
-from core.training.flags import CONFIG_FLAGS, make_parser
+from core.training.flags import CONFIG_FLAGS, EXPORTABLE, make_parser
 
 if TYPE_CHECKING:
     from core.bundle.bundle import Bundle
@@ -59,7 +59,7 @@ def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
                 return prune(manager, args)
             if args.resume_from is not None:
                 manager.go_back(args.resume_from)
-            with manager.newest_intact() or contextlib.nullcontext() as bundle:
+            with manager.newest_intact(args.init_from_checkpoint) or contextlib.nullcontext() as bundle:
                 return train(manager, bundle, args, stop)
 
 
@@ -86,7 +86,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
 
     # 1. The model and its device: the kind of the checkpoint, or of --arch.
     manager.keep_as(bundle.state if bundle else {}, args.keep, args.keep_every)
-    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags}
+    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags} | (EXPORTABLE if args.tied_head else {})
     fresh_file = args.init_from_checkpoint if bundle is None else None
     origin = open_origin(fresh_file, args.arch) if fresh_file else None
     kind = kind_of(bundle, origin.arch if origin else args.arch, world)
@@ -162,7 +162,8 @@ def open_data(manager: CheckpointManager, bundle: Bundle | None, args: argparse.
     from core.data.tokenizer import tokenizer_from_state
 
     so_far = bundle.state.data if bundle else None
-    source = find_source(args.input_file, args.dataset_dir, so_far, manager.model_name)
+    weights = bundle.folder if bundle else None
+    source = find_source(args.input_file, args.dataset_dir, so_far, manager.model_name, weights=weights)
     say(source.line())
     if changed := source.changed(so_far):
         say(f"WARNING: {changed}")

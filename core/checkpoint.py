@@ -17,6 +17,7 @@ from .bundle.choice import LEGACY_FILES, holds_bundle
 from .bundle.commit import MODEL, ModelFolder
 from .bundle.find import file_in, model_folder
 from .bundle.folder import top_state
+from .bundle.foreign import refuse_foreign
 from .bundle.lock import hold
 from .bundle.retention import Retention, best_step
 from .bundle.training_state import TrainingState
@@ -160,15 +161,19 @@ class CheckpointManager:
         with writing(self._folder) if self.ranks.world.is_first else contextlib.nullcontext():
             yield
 
-    def newest_intact(self) -> Bundle | None:
+    def newest_intact(self, origin: Path | None = None) -> Bundle | None:
         """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
 
         A damaged newest step is renamed aside and replaced by the newest intact one; both are reported. Where there are
         steps and none is intact, `allow_fresh` sets all of them aside and returns None. Every rank calls it.
 
-        Raises: NoneIntact when there are steps and none is intact; nothing is changed then.
+        Raises: NoneIntact when there are steps and none is intact; Unspecified when another program's checkpoint is
+            here, unless `allow_fresh` or it is the `origin` of a new run. Nothing is changed then.
         """
-        return self.ranks.newest_intact(self._folder, self._reopen, self.verify)
+        bundle = self.ranks.newest_intact(self._folder, self._reopen, self.verify)
+        if bundle is None:
+            refuse_foreign(self.checkpoint_dir, origin, self.allow_fresh, self.say)
+        return bundle
 
     def _reopen(self, check: bool, damage: str | None) -> Bundle | None:
         """Open the newest intact step as the only writer; `damage` is the known damage of the newest one."""
@@ -246,7 +251,7 @@ class CheckpointManager:
         Raises: CheckpointMismatch when the architecture or the tokenizer contradicts the checkpoint; both are shown.
         """
         self.acquire()
-        bundle = bundle or self.newest_intact()
+        bundle = bundle or self.newest_intact(request.origin.path if request.origin else None)
         if bundle is not None:
             with bundle:
                 model = kind.load(bundle, request, self.say)

@@ -8,6 +8,7 @@ CheckpointError
 ├── CheckpointLocked       another process writes here: wait for it, or use another name
 ├── SaveFailed             nothing new is on disk, nothing old is lost: remove the cause, save again
 └── InputError             a text, tokenizer or setting that cannot be used: correct it
+    └── Unspecified        it would be guessed what a command means: add the flag, or run the command, that is named
 
 A message reads *where: found, expected. What to do, or what stays true.*
 """
@@ -45,6 +46,10 @@ class SaveFailed(CheckpointError):
 
 class InputError(CheckpointError):
     """A text, a tokenizer or a setting that cannot be used as given."""
+
+
+class Unspecified(InputError):
+    """A command leaves open what it means, and nothing is guessed; scripts exit with the code of wrong use."""
 
 
 class TrainingDiverged(CheckpointError):

@@ -101,6 +101,11 @@ def choose_model(args: argparse.Namespace) -> str | None:
     root = Path(args.checkpoint_root)
     names = model_names(root)
     if not names:
+        from .foreign import foreign_checkpoint  # opens files, which a script that finds a model need not
+
+        for folder in sorted(root.iterdir()) if root.is_dir() else ():
+            if folder.is_dir() and (found := foreign_checkpoint(folder)):
+                raise CheckpointNotFound(found)
         raise CheckpointNotFound(f"{root}: no models here. Train one: python train.py --model_name dante")
     if len(names) == 1:
         print(f"model: {names[0]} (the only one in {root})", file=sys.stderr)

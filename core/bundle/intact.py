@@ -13,6 +13,7 @@ from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, o
 from .choice import Candidate, Say, choose, open_choice
 from .commit import CONFIG, MODEL, ModelFolder
 from .folder import MODEL_SHARDS
+from .foreign import foreign_checkpoint
 from .legacy import open_legacy
 from .training_state import STATE
 from .verify import verify
@@ -56,7 +57,10 @@ def open_chosen(
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
     """
-    chosen = open_choice(folder, say, step, single) or open_bundle(folder)  # without one, this reports what is missing
+    chosen = open_choice(folder, say, step, single)
+    if chosen is None and (found := foreign_checkpoint(folder)):
+        raise CheckpointNotFound(found)
+    chosen = chosen or open_bundle(folder)  # without one, this reports what is missing
     return verified(chosen, say, used, check)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, Unspecified
 from .words import printable
 
 N = TypeVar("N", int, float)
@@ -168,7 +168,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         sys.stdout.flush()
     except CheckpointError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        code = FAILED
+        code = WRONG_USE if isinstance(error, Unspecified) else FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED

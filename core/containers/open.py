@@ -23,7 +23,7 @@ _FOLDERS = (
 )
 """Modules that read folders, with their tests and openers; the first whose test succeeds opens the folder."""
 
-_SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Suffixes of files that each hold a whole checkpoint."""
 
 _NUMBER = re.compile(r"\d+")
@@ -47,6 +47,21 @@ def open_container(path: Path) -> Container:
         return _open_folder(path) if path.is_dir() else _open_file(path)
     except OSError as error:  # the path leads through a folder without permission
         raise CheckpointNotFound(f"{path}: cannot be opened ({error.strerror}).") from error
+
+
+def is_checkpoint_folder(folder: Path) -> bool:
+    """Whether a folder as a whole is a checkpoint: of Hugging Face, DCP, Megatron, or one file for each rank."""
+    return any(getattr(import_module(f".{name}", __package__), knows)(folder) for name, knows, _ in _FOLDERS)
+
+
+def is_file_of_tensors(path: Path) -> bool:
+    """Whether a file begins as a zip, a pickle or safetensors does; other files are not opened further."""
+    from .safetensors import is_safetensors
+
+    with reading(path) as file:
+        head = file.read(_HEAD)
+    is_pickle = head[:1] == b"\x80" and head[1:2] <= b"\x05"
+    return is_pickle or head.startswith(b"PK") or is_safetensors(head) or path.suffix == ".safetensors"
 
 
 # readers are imported on demand: those of torch's pickles would cost a reader of safetensors time and memory
@@ -82,7 +97,7 @@ def _open_folder(folder: Path) -> Container:
         module = import_module(f".{name}", __package__)
         if getattr(module, knows)(folder):
             return getattr(module, opens)(folder)
-    single = [name for name, size in names.items() if size is not None and name.endswith(_SINGLE)]
+    single = [name for name, size in names.items() if size is not None and name.endswith(SINGLE)]
     if len(single) == 1:
         return _open_file(member(folder, single[0], str(folder)))
     if single and (pattern := rank_pattern(single[0])) and all(re.fullmatch(pattern, name) for name in single):

@@ -41,6 +41,8 @@ def add_flags(parser: Parser) -> None:
     optimizer = "include the optimizer state (--to bundle always does)"
     group.add_argument("--include_optimizer", action="store_true", help=optimizer)
     group.add_argument("--meta", metavar="FILE", type=Path, help="nanoGPT's meta.pkl: the characters of a vocabulary")
+    ranks = "the file of GPT-2's ranks, of which --to hf makes tokenizer.json (default: those on this machine)"
+    group.add_argument("--bpe_file", metavar="FILE", type=Path, help=ranks)
     add_choice_flags(parser)
     _add_megatron_flags(parser)
     add_sharded_flags(parser)
@@ -98,6 +100,7 @@ def options_of(args: argparse.Namespace) -> Options:
         vocab_size=args.vocab_size,
         include_optimizer=args.include_optimizer,
         meta=args.meta,
+        bpe_file=args.bpe_file,
         choices={name: value for name in CHOICES if (value := getattr(args, name)) is not None},
         more={name: value for name in FLAGS if (value := getattr(args, name)) is not None} | more_of(args),
     )

@@ -37,6 +37,7 @@ class Options:
     vocab_size: int | None = None
     include_optimizer: bool = False
     meta: Path | None = None
+    bpe_file: Path | None = None  # of GPT-2's ranks
     choices: Mapping[str, Any] = field(default_factory=dict)  # by names of `families.choices.FLAGS`
     more: Mapping[str, Any] = field(default_factory=dict)
 
@@ -180,7 +181,7 @@ class Pair:
         if made.unused:
             target = self.theirs if back else self.ours
             faults = [f"{name} has no place in {target}" for name in made.unused]
-            raise model.refuse(f"{listed(faults, 5)}. No tensor is left out silently.")
+            raise model.refuse(f"{listed(faults, 5)}. No tensor is left out silently; --to safetensors keeps all.")
         rows = tuple(made.rows.values())
         before = {old.names: model.rules[name] for name, old in reversed(model.tensors.items()) if name in model.rules}
         model.rules = {name: _said(before.get(v.names), made.rules[name]) for name, v in made.tensors.items()}
@@ -252,6 +253,7 @@ class Plan:
     texts: dict[str, bytes] = field(default_factory=dict)  # further files, by name
     copies: dict[str, Path] = field(default_factory=dict)  # files copied along, by name
     beside: dict[str, Path] = field(default_factory=dict)  # files copied beside a target that is one file
+    texts_beside: dict[str, bytes] = field(default_factory=dict)  # further files beside such a target, by name
     seal: SealTexts | None = None  # makes texts from the size and CRC32 of each file
     is_folder: bool = True
     aside: dict[str, str] = field(default_factory=dict)  # entries of the source that are not written: what each is

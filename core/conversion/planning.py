@@ -53,7 +53,7 @@ def _planned(source: Path, target: Path, to: str, options: Options, held: ExitSt
     if kind.families:
         add_tokenizer(model, options)
     elif options.meta is not None:
-        raise model.refuse(f"--meta is the vocabulary of a model, and --to {to} has no place for one.")
+        raise model.refuse(f"--meta is the vocabulary of a model, and --to {to} has no place for one. Leave it out.")
     _refuse_flags(model, kind, options)
     if options.vocab_size is not None:
         _set_rows(model, options.vocab_size)
@@ -93,6 +93,8 @@ def _refuse_flags(model: Source, kind: Format, options: Options) -> None:
     """Refuse flags that would have no effect."""
     if options.shard_size is not None and kind.name not in ("hf", "safetensors"):
         raise model.refuse(f"--shard_size cuts safetensors, and --to {kind.name} writes none. Leave it out.")
+    if options.bpe_file is not None and (kind.name != "hf" or (model.tokenizer or {}).get("token_kind") != "gpt2"):
+        raise model.refuse("--bpe_file: only a tokenizer.json of --to hf is made of GPT-2's ranks. Leave it out.")
     if options.include_optimizer and kind.name == "hf":
         raise model.refuse("--include_optimizer: a folder of transformers has no optimizer state. Leave it out.")
     if options.tied and model.family not in FAMILY:
@@ -149,7 +151,9 @@ def _set_rows(model: Source, rows: int) -> None:
     """
     family = FAMILY.get(model.family)
     if family is None:
-        raise model.refuse("--vocab_size needs to know which tensor is the token table, and the program is not known.")
+        raise model.refuse(
+            "--vocab_size needs to know which tensor is the token table, and the program is not known. Leave it out."
+        )
     said = model.config.get("vocab_size") if family.pads else None
     tokens = tokens_of(model.tokenizer) or (said if isinstance(said, int) else 0)
     if rows < tokens:
@@ -183,7 +187,7 @@ def _set_tied(model: Source, options: Options) -> None:
     head, table = family.head, family.embedding
     if options.tied and head in model.tensors:
         if not model.is_tied(head, table):
-            raise model.refuse(f"{head} has other values than {table}: --tied would change the model.")
+            raise model.refuse(f"{head} has other values than {table}: --tied would change the model. Leave it out.")
         model.tie(head, table)
     if not options.tied and head not in model.tensors:
         model.replace(head, model.tensors[table], f"copy of {table}")

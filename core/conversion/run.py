@@ -1,4 +1,4 @@
-"""How another program trained: the settings of its file in the terms of train.py, and what has no place here.
+"""How a program trained: the settings of nanoGPT's file in the terms of train.py, and back, and what has no place.
 
 nanoGPT's learning rate is that of our cosine: a linear warm-up, half a cosine from learning_rate to min_lr at
 lr_decay_iters, and constant, without a warm-up, when decay_lr is off. Its optimizer records the rate of the step at
@@ -157,6 +157,40 @@ def _compare_rate(run: Run, config: Mapping[str, Any], step: int, rate: Any) -> 
         f"WARNING: its optimizer has the learning rate {rate:.6g}, its config at step {step} {here:.6g}: train.py "
         "follows the config"
     )
+
+
+def config_of(run: Run, betas: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a run by nanoGPT's names, of the types that its flags require, and those without a place there.
+
+    A constant rate after a warm-up is a cosine between equal rates, which nanoGPT computes.
+    """
+    found: dict[str, Any] = {**run.settings, "batch_size": run.batch_size}
+    fitting = {name: found[name] for name, fits in _SAME.items() if fits(found.get(name))}
+    config: dict[str, Any] = {name: _TYPES.get(name, int)(value) for name, value in fitting.items()}
+    placed = {*config, "batch_size"}
+    kind, rate, warmup = found.get("lr_schedule"), config.get("learning_rate"), found.get("warmup_iters") or 0
+    decay, lowest = found.get("lr_decay_iters") or 0, found.get("min_lr")
+    warmup = round(warmup * decay if 0 < warmup < 1 else warmup)
+    if kind == "constant" and not warmup:
+        config |= {"decay_lr": False}
+    elif kind == "constant" and rate is not None:
+        decay = max(config.get("max_iters", 0), warmup + 1)
+        config |= {"decay_lr": True, "warmup_iters": warmup, "lr_decay_iters": decay, "min_lr": rate}
+    elif kind == "cosine" and rate is not None and _is_count(decay):
+        lowest = rate / 10 if lowest is None else float(lowest)
+        config |= {"decay_lr": True, "warmup_iters": warmup, "lr_decay_iters": decay, "min_lr": lowest}
+    if "decay_lr" in config:
+        placed |= {"lr_schedule", "warmup_iters", "lr_decay_iters", "min_lr"}
+    names = {ours: name for name, ours in _DTYPES.items()} | {name: name for name in _DTYPES}
+    if found.get("dtype") in names:
+        config["dtype"] = names[found["dtype"]]
+        placed.add("dtype")
+    if isinstance(betas, (list, tuple)) and len(betas) == len(_BETAS) and all(map(_is_size, betas)):
+        config |= dict(zip(_BETAS, map(float, betas), strict=True))
+    return config, {name: value for name, value in found.items() if name not in placed and value}
+
+
+_TYPES: dict[str, type] = dict.fromkeys(("learning_rate", "weight_decay", "grad_clip"), float)
 
 
 def rate_at(settings: Mapping[str, Any], step: int) -> float | None:

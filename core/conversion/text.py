@@ -39,7 +39,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "choices": choice_facts(model.choices),
         "dropped": {**model.dropped, **plan.aside},
         "filled": plan.filled,
-        "files": [*(file.name for file in plan.files), *plan.texts, *plan.copies],
+        "files": [*(file.name for file in plan.files), *plan.texts, *plan.copies, *plan.texts_beside],
         "notes": model.notes,
     }
 
@@ -69,7 +69,7 @@ def summary(plan: Plan) -> Iterable[str]:
 def _totals(plan: Plan) -> Iterable[str]:
     model = plan.model
     for note in model.notes:
-        yield printable(note if note.startswith("contradiction: ") else f"note: {note}")
+        yield printable(note if note.startswith(("contradiction: ", "WARNING: ")) else f"note: {note}")
     yield from choice_lines(choice_facts(model.choices))
     for name, what in plan.aside.items():
         yield f"left out: {printable(name)} ({printable(what)})"

@@ -10,14 +10,13 @@ from ..containers.json_files import parse_json
 from ..containers.pickles.inert import Call, Global, as_text
 from ..containers.pickles.reader import read_pickle
 from ..errors import CheckpointMismatch
+from .hf_tokenizer import characters_of
 from .plan import Options, Source
 
 GPT2_ROWS = range(50257, 50305)
 """Numbers of rows for GPT-2's 50257 tokens: exact, or padded to a multiple of 64 or 128."""
 
 GPT2_FAMILIES = ("hf_gpt2", "nanogpt", "modded_")
-
-_EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
 
 _GPT2_TOKENS = {"!": 0, "\u0120t": 256, "\u0120the": 262, "\u0120gazed": 50255, "<|endoftext|>": 50256}
 """Some of its tokens, including the first and the last: no other vocabulary of 50257 has the same ids for them."""
@@ -76,29 +75,6 @@ def tokens_of(state: dict[str, Any] | None) -> int:
     model = definition.get("model") if isinstance(definition, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else None
     return len(vocab) if isinstance(vocab, (dict, list)) else 0
-
-
-def definition_of(chars: list[str]) -> dict[str, Any]:
-    """Write characters as a Hugging Face tokenizer.json: each is a token, and an unknown one is an error."""
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": _EACH_CHARACTER,
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": {c: k for k, c in enumerate(chars)}, "unk_token": "<unk>"},
-    }
-
-
-def characters_of(definition: dict[str, Any]) -> list[str] | None:
-    """Read the characters that `definition_of` wrote; None for any other tokenizer."""
-    model = definition.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    chars = list(vocab) if isinstance(vocab, dict) else []
-    return chars if chars and definition == definition_of(chars) and all(len(c) == 1 for c in chars) else None
 
 
 def characters(path: Path, rows: int | None) -> dict[str, Any]:

@@ -139,6 +139,13 @@ def refuse_target(plan: Plan, overwrite: bool) -> None:
     if target.is_relative_to(source) or source.is_relative_to(target):
         inside = "in the source" if target.is_relative_to(source) else "around the source"
         raise CheckpointMismatch(f"{plan.target}: lies {inside} {plan.model.path}. Name a place beside it.")
+    for name, text in plan.texts_beside.items():
+        path = plan.target.parent / name
+        if os.path.lexists(path) and not (path.is_file() and DISK.read(path) == text):
+            raise CheckpointMismatch(
+                f"{path}: is there already with another content, and nothing is overwritten. Name another place, or "
+                "move the file away."
+            )
     if os.path.lexists(plan.target) and not overwrite:
         raise CheckpointMismatch(
             f"{plan.target}: is there already, and nothing is overwritten. Name another place, or add --overwrite, "
@@ -253,18 +260,19 @@ def _commit(plan: Plan, place: Path, overwrite: bool) -> list[str]:
             raise CheckpointMismatch(f"{plan.target}: appeared while it was written. Nothing was overwritten.")
         aside = plan.target.parent / f"aside_{plan.target.name}_{new_id()}"
         said.append(f"{plan.target}: what was there is now {aside.name}")
-    for name, source in plan.beside.items():
-        said += _copy_beside(plan.target.parent / name, source, place.parent / f"{place.name}.{name}")
+    beside = {name: (DISK.read(source), str(source)) for name, source in plan.beside.items()}
+    beside |= {name: (text, "what belongs to the result") for name, text in plan.texts_beside.items()}
+    for name, (data, what) in beside.items():
+        said += _put_beside(plan.target.parent / name, data, what, place.parent / f"{place.name}.{name}")
     DISK.publish(place, plan.target, aside=aside)
     return said
 
 
-def _copy_beside(path: Path, source: Path, stage: Path) -> list[str]:
-    """Copy a file beside the target; an existing one stays, and is reported if it differs."""
-    data = DISK.read(source)
+def _put_beside(path: Path, data: bytes, what: str, stage: Path) -> list[str]:
+    """Put a file beside the target; an existing one stays, and is reported if it differs."""
     if os.path.lexists(path):
         same = path.is_file() and DISK.read(path) == data
-        return [] if same else [f"{path}: was there already, other than {source}. It was left as it is."]
+        return [] if same else [f"{path}: was there already, other than {what}. It was left as it is."]
     DISK.write(stage, data)
     DISK.rename(stage, path)
     return []

@@ -10,7 +10,6 @@ import json
 import os
 import tempfile
 import threading
-import urllib.request
 from pathlib import Path
 
 from ..bundle.storage import DISK
@@ -29,20 +28,13 @@ PATIENCE = 15.0
 
 
 def find_ranks(bpe_file: Path | None = None) -> dict[bytes, int]:
-    """Find GPT-2's ranks: the given file, data/gpt2.tiktoken, tiktoken's cache, then a download into that cache.
+    """Find GPT-2's ranks on this machine, else download them into tiktoken's cache.
 
-    Raises: InputError for a file that was given, or lies in data/, with other content; and when there is no file at
-        all, naming every place.
+    Raises: InputError as `local_ranks`, and when there is no file at all, naming every place.
     """
-    for path in (bpe_file, BESIDE):
-        if path is not None and (path == bpe_file or path.exists()):
-            return read_ranks(path)
+    if (found := local_ranks(bpe_file)) is not None:
+        return found
     cache = cache_folder()
-    kept = [cache / hashlib.sha1(url.encode()).hexdigest() for url in (URL, OLD_URL)] if cache else []
-    for path in kept:
-        # A damaged file in the cache does not belong to the user: the download below replaces it.
-        with contextlib.suppress(InputError):
-            return read_ranks(path)
     data, reason = _download(URL, PATIENCE)
     if hashlib.sha256(data).hexdigest() != FINGERPRINT:
         raise InputError(
@@ -51,9 +43,30 @@ def find_ranks(bpe_file: Path | None = None) -> dict[bytes, int]:
             f"({reason or 'other bytes than expected'}): fetch that address where there is a network and name the "
             "file with --bpe_file."
         )
-    if kept:
+    if kept := _cached():
         _keep(kept[0], data)
     return parse_ranks(data, URL)
+
+
+def local_ranks(bpe_file: Path | None = None) -> dict[bytes, int] | None:
+    """Find GPT-2's ranks without a network: the given file, data/gpt2.tiktoken, tiktoken's cache; None in none of them.
+
+    Raises: InputError for a file that was given, or lies in data/, with other content.
+    """
+    for path in (bpe_file, BESIDE):
+        if path is not None and (path == bpe_file or path.exists()):
+            return read_ranks(path)
+    for path in _cached():
+        # A damaged file in the cache does not belong to the user: a download replaces it.
+        with contextlib.suppress(InputError):
+            return read_ranks(path)
+    return None
+
+
+def _cached() -> list[Path]:
+    """Where tiktoken keeps the ranks of either format; empty where its cache is switched off."""
+    cache = cache_folder()
+    return [cache / hashlib.sha1(url.encode()).hexdigest() for url in (URL, OLD_URL)] if cache else []
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -117,14 +130,14 @@ def _parse_json(data: bytes, where: str) -> dict[bytes, int]:
     """OpenAI's encoder.json writes each byte of a token as one printable character."""
     try:
         entries = json.loads(data)
-        byte_of = _printable_bytes()
+        byte_of = printable_bytes()
         return {bytes(byte_of[c] for c in token): int(r) for token, r in entries.items() if token != "<|endoftext|>"}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: not GPT-2's encoder.json ({error}).") from error
 
 
 @functools.cache
-def _printable_bytes() -> dict[str, int]:
+def printable_bytes() -> dict[str, int]:
     """Printable bytes stand for themselves, the others for the characters from U+0100 on, in order."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
@@ -133,6 +146,8 @@ def _printable_bytes() -> dict[str, int]:
 
 def _download(url: str, patience: float) -> tuple[bytes, str]:
     """The bytes at a URL, or none and the reason, within `patience` seconds."""
+    import urllib.request  # takes as long as reading the ranks
+
     result = [(b"", f"no answer within {patience:g} seconds")]
 
     def fetch() -> None:

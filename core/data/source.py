@@ -12,7 +12,7 @@ from typing import Any
 
 from ..bundle.storage import DISK
 from ..console.progress import byte_bar
-from ..errors import InputError, SaveFailed
+from ..errors import InputError, SaveFailed, Unspecified
 from .text import CHUNK, readable
 from .token_shards import MANIFEST, is_dataset, open_dataset
 
@@ -114,12 +114,14 @@ def find_source(
     recorded: Mapping[str, Any] | None,
     model_name: str,
     data_dir: Path = Path("data"),
+    weights: Path | None = None,
 ) -> Source:
     """Choose a run's text: a flag, else what the checkpoint recorded, else data/<model_name>.txt, else the default.
 
-    The default is the Python language reference, written once to data/python_reference.txt.
+    The default is the Python language reference, written once to data/python_reference.txt; it is for a new model, and
+    never for `weights` without a recorded text.
 
-    Raises: InputError when the chosen one does not exist, or is of the other kind.
+    Raises: InputError when the chosen one does not exist, or is of the other kind; Unspecified when none is chosen.
     """
     recorded = recorded or {}
     default = data_dir / DEFAULT_TEXT
@@ -145,6 +147,11 @@ def find_source(
     named = data_dir / f"{model_name}.txt"
     if not recorded.get("path") and Path(model_name).name == model_name and named.exists():
         return _text(named, "found by the model's name; use another with --input_file FILE", recorded)
+    if weights is not None and not recorded.get("path"):
+        raise Unspecified(
+            f"{weights}: the text of its training is not recorded, and the one that comes with Python is not taken "
+            f"instead. Name it with --input_file FILE or --dataset_dir DIR, or put it at {named}."
+        )
     if not default.exists():
         _write_default(default)
     return _text(default, f"the language reference that comes with Python; {own}", recorded)

@@ -229,5 +229,5 @@ def _refuse_other_size(bundle: Bundle, tokenization: str | Tokenizer) -> None:
     if model_vocab_size(tokenization) != rows and tokenization.vocab_size != rows:
         raise CheckpointMismatch(
             f"{bundle.path(TOKENIZER)}: no tokenizer is recorded; the model has {rows} ids, this run's tokenizer "
-            f"{tokenization.vocab_size}. Give the text or the tokenizer it was trained with."
+            f"{tokenization.vocab_size}. Name its text with --input_file, or its tokenizer with --tokenization."
         )

@@ -148,6 +148,6 @@ def arch_of(bundle: Bundle | None, arch: str | None) -> str:
     if name == "GPTBatched":
         raise CheckpointMismatch(
             f"{where}: model_class is GPTBatched; train.py trains GPT and {MODDED_CLASS}. "
-            "Train under another --model_name."
+            "Train from the file of its program: --init_from_checkpoint FILE, under another --model_name."
         )
     return found

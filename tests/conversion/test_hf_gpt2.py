@@ -117,7 +117,8 @@ def test_a_lecture_bundle_becomes_hugging_face_once_its_head_has_no_bias(shared,
         converted(source, tmp_path / "hf", "hf")
     assert str(caught.value) == (
         f"{source}: lm_head.bias has values other than 0, and HF GPT-2 has no bias in its head: it would compute other "
-        "logits. --to safetensors and --to bundle keep it."
+        "logits. --to safetensors and --to bundle keep it; python train.py --tied_head starts a model that GPT-2 and "
+        "nanoGPT compute."
     )
     plan = converted(zero_head_bias(source, tmp_path / "zero"), tmp_path / "hf", "hf")
     assert plan["dropped"]["lm_head.bias"] == "all zeros; HF GPT-2 has no bias in its head"

@@ -91,7 +91,8 @@ def test_nanogpt_refuses_a_head_of_its_own_and_gets_zero_biases(tmp_path):
     with pytest.raises(CheckpointMismatch) as caught:
         converted(tmp_path / "untied", tmp_path / "ckpt.pt", "nanogpt")
     assert str(caught.value).endswith(
-        "its head is not its token table, and nanoGPT has one tensor for both. --to bundle and --to hf keep two."
+        "its head is not its token table, and nanoGPT has one tensor for both. --to bundle and --to hf keep two; "
+        "python train.py --tied_head starts a model that GPT-2 and nanoGPT compute."
     )
     GPT(config(head_bias=False, tied_head=True)).save_checkpoint_bundle(tmp_path / "tied")
     converted(tmp_path / "tied", tmp_path / "ckpt.pt", "nanogpt")

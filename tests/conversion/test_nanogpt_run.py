@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from core.conversion.run import run_of
+from core.conversion.run import Run, config_of, run_of
+from core.errors import CheckpointMismatch
 from core.training.settings import Settings
 from tests.makers.conversions import converted
 from tests.makers.nanogpt_files import CHARS, CONFIG, SORTED, TODAY, ckpt, names_of, rate_of
@@ -238,3 +239,98 @@ def test_a_state_that_no_longer_fits_the_parameters_is_left_out_and_reported(tmp
     facts = converted(tmp_path / "ckpt.pt", tmp_path / "untied", "bundle", tied=False)
     assert any("left out: --untied adds a parameter" in note for note in facts["notes"])
     assert math.isclose(rate_of(CONFIG, 40), 0.00730763, rel_tol=1e-5)
+
+
+@st.composite
+def own_settings(draw):
+    kind, peak = draw(st.sampled_from(["constant", "cosine"])), draw(st.floats(1e-6, 1.0))
+    decay = draw(st.integers(100, 200))
+    warmup = draw(st.integers(0, 60).map(float) | (st.just(0.0) if kind == "constant" else st.floats(0.01, 0.5)))
+    found = {"lr_schedule": kind, "learning_rate": peak, "warmup_iters": warmup, "max_iters": draw(st.integers(1, 300))}
+    if kind == "cosine":
+        found |= {
+            "lr_decay_iters": decay,
+            "min_lr": draw(st.none() | st.floats(0.0, 1.0).map(lambda part: part * peak)),
+        }
+    return found | draw(st.sampled_from([{}, {"grad_clip": 0}, {"grad_clip": 1, "weight_decay": 0.25, "seed": 7}]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(own_settings(), st.integers(0, 300))
+def test_nanogpt_has_the_learning_rate_of_a_run_of_ours_at_every_step(found, step):
+    config, rest = config_of(Run(found, batch_size=5), (0.8, 0.75))
+    assert rate_of(config, step) == pytest.approx(Settings.resolve({}, found).schedule().at(step), rel=1e-9, abs=1e-15)
+    types = {name: type(value) for name, value in config.items()}  # its flags take a value of the default's type
+    whole = {"max_iters", "batch_size", "warmup_iters", "lr_decay_iters"}
+    assert all(types[name] is (int if name in whole else bool if name == "decay_lr" else float) for name in types)
+    assert (config["batch_size"], config["beta1"], config["beta2"]) == (5, 0.8, 0.75)
+    assert rest == {name: value for name, value in found.items() if name == "seed"}
+    assert config.get("grad_clip", 0.0) == found.get("grad_clip", 0)
+
+
+def test_the_settings_of_nanogpt_come_back_through_a_bundle(tmp_path):
+    config = {**CONFIG, "dtype": "bfloat16", "device": "cuda"}
+    ckpt(tmp_path / "ckpt.pt", order=TODAY, rows=len(CHARS), config=config)
+    meta = {"vocab_size": len(CHARS), "itos": {i: c for c, i in CHARS.items()}, "stoi": CHARS}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    converted(tmp_path / "ckpt.pt", tmp_path / "b", "bundle", meta=tmp_path / "meta.pkl")
+    facts = converted(tmp_path / "b", tmp_path / "out", "nanogpt", include_optimizer=True)
+    made = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["config"]
+    lost = {"device", "compile", "dataset"}
+    assert {name: made[name] for name in config if name not in lost} == {
+        n: v for n, v in config.items() if n not in lost
+    }
+    (command,) = (note for note in facts["notes"] if "python train.py" in note)
+    assert f"--init_from=resume --out_dir={tmp_path / 'out'} --dataset=b --block_size=8" in command
+    for name in ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters", "grad_clip", "dtype", "beta2"):
+        assert f" --{name}={config[name]}" in command
+    again = converted(tmp_path / "ckpt.pt", tmp_path / "again.pt", "nanogpt")
+    assert torch.load(tmp_path / "again.pt", weights_only=True)["config"]["dataset"] == "letters"
+    assert any("resumes it when --include_optimizer is given" in note for note in again["notes"])
+
+
+@pytest.mark.parametrize(("target", "place"), [("out", "out/meta.pkl"), ("out/model.pt", "out/meta.pkl")])
+def test_sample_py_decodes_characters_with_the_meta_pkl_of_a_conversion(target, place, tmp_path):
+    ckpt(tmp_path / "ckpt.pt", order=TODAY, rows=len(CHARS))
+    meta = {"vocab_size": len(CHARS), "itos": {i: c for c, i in CHARS.items()}, "stoi": CHARS}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    converted(tmp_path / "ckpt.pt", tmp_path / "dante", "bundle", meta=tmp_path / "meta.pkl")
+    (tmp_path / "out").mkdir()
+    facts = converted(tmp_path / "dante", tmp_path / target, "nanogpt", overwrite=True)
+    file = tmp_path / target if target.endswith(".pt") else tmp_path / target / "ckpt.pt"
+    dataset = torch.load(file, weights_only=True)["config"]["dataset"]
+    assert dataset == "dante" and f"copy it to data/{dataset}/meta.pkl in nanoGPT's folder" in " ".join(facts["notes"])
+    found = pickle.loads((tmp_path / place).read_bytes())
+    assert found == meta and [type(value) for value in found.values()] == [int, dict, dict]
+    if target.endswith(".pt"):
+        (tmp_path / place).write_bytes(pickle.dumps(meta, protocol=0))  # the same characters may be there
+        converted(tmp_path / "dante", tmp_path / "out/again.pt", "nanogpt")
+        assert (tmp_path / place).read_bytes() == pickle.dumps(meta, protocol=0)
+        (tmp_path / place).write_bytes(b"other")
+        with pytest.raises(CheckpointMismatch, match=r"meta\.pkl: is there already with another content"):
+            converted(tmp_path / "dante", tmp_path / "out/third.pt", "nanogpt")
+        assert (tmp_path / place).read_bytes() == b"other" and not (tmp_path / "out/third.pt").exists()
+
+
+def test_what_sample_py_cannot_decode_is_reported(tmp_path):
+    for rows, said in (
+        (50304, "sample.py decodes its tokens as GPT-2's; nanoGPT's folder must have no data/"),
+        (65, "not known"),
+    ):
+        ckpt(tmp_path / "ckpt.pt", order=TODAY, width=8, rows=rows, config=None)
+        facts = converted(tmp_path / "ckpt.pt", tmp_path / f"{rows}.pt", "nanogpt", include_optimizer=True)
+        assert any(said in note for note in facts["notes"])
+        assert not (tmp_path / "meta.pkl").exists()
+    lost = "decay_lr, grad_clip, batch_size, gradient_accumulation_steps, dtype"
+    assert f"WARNING: not recorded, so nanoGPT resumes with its own: {lost}" in facts["notes"]
+    assert any("(rename 65.pt to ckpt.pt)" in note for note in facts["notes"])
+
+
+def test_rows_without_a_character_are_reported_because_sample_py_draws_them(tmp_path):
+    ckpt(tmp_path / "ckpt.pt", order=TODAY, rows=len(CHARS))
+    meta = {"vocab_size": len(CHARS), "itos": {i: c for c, i in CHARS.items()}, "stoi": CHARS}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    converted(tmp_path / "ckpt.pt", tmp_path / "b", "bundle", meta=tmp_path / "meta.pkl", vocab_size=16)
+    said = " ".join(converted(tmp_path / "b", tmp_path / "wide", "nanogpt")["notes"])
+    assert "WARNING: 6 rows have no character" in said and "--vocab_size 10 crops them" in said
+    assert "WARNING" not in " ".join(converted(tmp_path / "b", tmp_path / "cut", "nanogpt", vocab_size=10)["notes"])

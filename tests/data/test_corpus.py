@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from core.data import corpus, text
 from core.data.corpus import find_source, open_corpus
 from core.data.tokenizer import Gpt2Tokenizer, make_char
-from core.errors import InputError, SaveFailed
+from core.errors import InputError, SaveFailed, Unspecified
 from tests.makers.datasets import ids, shard
 
 
@@ -43,6 +43,24 @@ class TestFindSource:
         Path("data/dante.txt").write_text("x")
         assert find_source(None, None, None, "dante").path == Path("data/dante.txt")
         assert find_source(None, None, None, "other").path == Path("data/python_reference.txt")
+
+    @pytest.mark.parametrize("record", [None, {}, {"kind": "text"}])
+    def test_weights_without_a_recorded_text_never_get_the_default(self, home, record):
+        with pytest.raises(Unspecified) as caught:
+            find_source(None, None, record, "m", weights=Path("checkpoints/m"))
+        said = str(caught.value)
+        assert said.startswith("checkpoints/m: the text of its training is not recorded")
+        assert "--input_file FILE or --dataset_dir DIR, or put it at data/m.txt." in said and not Path("data").exists()
+        Path("data").mkdir()
+        Path("data/m.txt").write_text("x")
+        assert find_source(None, None, record, "m", weights=Path("checkpoints/m")).path == Path("data/m.txt")
+        assert find_source("data/m.txt", None, record, "x", weights=Path("checkpoints/x")).path == Path("data/m.txt")
+
+    def test_weights_with_the_default_recorded_get_it_again(self, home):
+        record = find_source(None, None, None, "m").record()
+        shutil.rmtree("data")
+        found = find_source(None, None, record, "m", weights=Path("checkpoints/m"))
+        assert found.path == Path("data/python_reference.txt") and found.changed(record) is None
 
     def test_default_is_written_once_and_then_used_as_it_is(self, home):
         found = find_source(None, None, None, "default")

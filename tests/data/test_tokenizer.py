@@ -259,7 +259,7 @@ def test_gpt2_damaged_cache_is_passed_over(nowhere, bpe_file):
 
 
 def test_gpt2_ranks_in_openais_first_format(nowhere, bpe_file, monkeypatch):
-    printable = {byte: char for char, byte in ranks._printable_bytes().items()}
+    printable = {byte: char for char, byte in ranks.printable_bytes().items()}
     found = ranks.read_ranks(bpe_file)
     entries = {"".join(printable[b] for b in token): rank for token, rank in found.items()} | {"<|endoftext|>": 50256}
     cached = nowhere / "cache" / hashlib.sha1(ranks.OLD_URL.encode()).hexdigest()

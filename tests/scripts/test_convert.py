@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import convert_checkpoints
+import train
 from core.bundle.training_state import STATE
+from core.errors import CheckpointMismatch, InputError
 from tests.conftest import ROOT
 from tests.makers.migrations import fresh, listing, write
 from tests.makers.models import kept, state_of
@@ -130,3 +132,21 @@ def test_nothing_to_migrate_is_said_and_is_no_failure(folder, tmp_path, capsys):
     with pytest.raises(convert_checkpoints.CheckpointNotFound, match=r"Models in .*: dante"):
         write(folder, "latest.pt", 1)
         convert_checkpoints.main(["--checkpoint_root", str(folder.parent), "--model_name", "nobody"])
+
+
+def test_a_model_with_a_tied_head_is_what_other_programs_compute(tmp_path):
+    (tmp_path / "text.txt").write_text("abc def gh\n" * 200)
+    root = ["--checkpoint_root", str(tmp_path)]
+    sizes = ["--n_layer", "1", "--n_embd", "8", "--n_head", "2", "--block_size", "8", "--batch_size", "2"]
+    text = [*sizes, "--input_file", str(tmp_path / "text.txt"), "--eval_iters", "1", "--device", "cpu"]
+    for name, more in (("tied", ["--tied_head"]), ("own", [])):
+        assert train.main([*root, "--model_name", name, *text, *more, "--max_iters", "1"]) == 0
+    for to, target in (("hf", "hf"), ("nanogpt", "out"), ("megatron", "m")):
+        assert convert_checkpoints.main([str(tmp_path / "tied"), str(tmp_path / target), "--to", to]) == 0
+        with pytest.raises(CheckpointMismatch, match=r"python train\.py --tied_head starts a model"):
+            convert_checkpoints.main([str(tmp_path / "own"), str(tmp_path / f"own-{target}"), "--to", to])
+    assert train.main([*root, "--model_name", "tied", "--tied_head", "--max_iters", "2", "--eval_iters", "1"]) == 0
+    with pytest.raises(CheckpointMismatch, match="tied_head is True here and False in the checkpoint"):
+        train.main([*root, "--model_name", "own", "--tied_head", "--max_iters", "2"])
+    with pytest.raises(InputError, match="--tied_head: these models have a head of their own"):
+        train.main([*root, "--model_name", "flex", "--arch", "flex_small", *text[-6:], "--tied_head"])

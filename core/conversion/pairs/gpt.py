@@ -13,9 +13,13 @@ from ...families import gpt, hf_gpt2, lecture, nanogpt
 from ...families.choices import ACTIVATIONS as SPELLINGS
 from ...families.fused import FUSED, LECTURE
 from ..plan import Options, Pair, Source
+from ..run import Run
 
 TABLE, HEAD, HEAD_BIAS = "token_embedding_table.weight", "lm_head.weight", "lm_head.bias"
 HF_TABLE = "transformer.wte.weight"
+
+NEW_HEAD = "python train.py --tied_head starts a model that GPT-2 and nanoGPT compute"
+"""The way out for a model whose head neither GPT-2 of transformers nor nanoGPT computes."""
 
 TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
@@ -106,11 +110,12 @@ def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
     model.ask()
     if model.choice("activation") not in ACTIVATIONS:
         raise model.refuse(
-            f"activation_function is {model.choice('activation')!r}; our GPT computes {', '.join(SPELLINGS)}."
+            f"activation_function is {model.choice('activation')!r}; our GPT computes {', '.join(SPELLINGS)}. "
+            "--to safetensors keeps it."
         )
     for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
         if config.get(name, value) is not value:
-            raise model.refuse(f"{name} is {config[name]!r}; our GPT computes {value}.")
+            raise model.refuse(f"{name} is {config[name]!r}; our GPT computes {value}. --to safetensors keeps it.")
     if model.sizes.get("n_ffn", 4 * model.sizes["n_embd"]) != 4 * model.sizes["n_embd"]:
         ffn, ours = model.sizes["n_ffn"], 4 * model.sizes["n_embd"]
         raise model.refuse(f"its feed-forward part is {ffn} wide; our GPT has 4 n_embd, {ours}. --to hf keeps it.")
@@ -139,7 +144,7 @@ def _drop_head_bias(model: Source, target: str) -> None:
     if not model.is_zero(HEAD_BIAS):
         raise model.refuse(
             f"{HEAD_BIAS} has values other than 0, and {target} has no bias in its head: it would compute other "
-            "logits. --to safetensors and --to bundle keep it."
+            f"logits. --to safetensors and --to bundle keep it; {NEW_HEAD}."
         )
     model.drop(HEAD_BIAS, f"all zeros; {target} has no bias in its head")
 
@@ -220,8 +225,10 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
             f"it computes {shown}, nanoGPT the exact GELU: other logits. --to bundle and --to hf keep it."
         )
     if options.tied is False or not model.is_tied(HEAD, TABLE):
+        has_bias = HEAD_BIAS in model.tensors and not model.is_zero(HEAD_BIAS)
+        keep = "--to bundle and --to safetensors" if has_bias else "--to bundle and --to hf"  # which has no bias there
         raise model.refuse(
-            "its head is not its token table, and nanoGPT has one tensor for both. --to bundle and --to hf keep two."
+            f"its head is not its token table, and nanoGPT has one tensor for both. {keep} keep two; {NEW_HEAD}."
         )
     _drop_head_bias(model, "nanoGPT")
     if HEAD in model.tensors:
@@ -230,6 +237,9 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
     has_bias = any(value for switch, value in _biases(model).items() if switch != "head_bias")
     if has_bias:
         _add_zero_biases(model)
+    if model.run is None and model.state.training:
+        arithmetic = (model.state.environment or {}).get("dtype")  # of the machine, so no setting of the run
+        model.run = Run({"dtype": arithmetic, **model.state.training}, batch_size=config.batch_size)
     return {
         "n_layer": config.n_layer,
         "n_head": config.n_head,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ...bundle.commit import CONFIG
 from ...containers.hf_folder import BESIDE
 from ...containers.json_files import dump_json
+from ..hf_tokenizer import add_tokenizer_files
 from ..plan import Options, Plan, Source, folded
-from ..vocabulary import definition_of
+from ..vocabulary import tokens_of
 from .safetensors import add_weights, beside
+
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
+"""Files of a tokenizer that lie beside the weights of another program's model, and go along."""
 
 
 def card(plan: Plan) -> str:
@@ -37,17 +40,12 @@ def card(plan: Plan) -> str:
     lines += [f"- not in it: `{name}`, {reason}" for name, reason in folded(model.dropped).items()]
     lines += [f"- not from the source: `{name}` is {what}" for name, what in folded(plan.filled).items()]
     if model.tokenizer is not None:
-        lines.append(f"- tokenizer: {_tokenizer(model.tokenizer)}")
+        lines.append(f"- tokenizer: {_KINDS.get(str(model.tokenizer.get('token_kind')), '`tokenizer.json`')}")
     return "\n".join(lines) + "\n"
 
 
-def _tokenizer(state: dict[str, object]) -> str:
-    kind = state.get("token_kind")
-    if kind == "gpt2":
-        return "GPT-2 BPE (`AutoTokenizer.from_pretrained('openai-community/gpt2')`)"
-    if kind == "char":
-        return "one token for each character; one that is not in the vocabulary is an error"
-    return "`tokenizer.json`"
+_KINDS = {"gpt2": "GPT-2 BPE", "char": "one token for each character"}
+"""What a card says about a tokenizer, by its kind."""
 
 
 def plan_hf(model: Source, options: Options, target: Path) -> Plan:
@@ -61,18 +59,28 @@ def plan_hf(model: Source, options: Options, target: Path) -> Plan:
     stored_as = {one.dtype for one in plan.targets}
     dtype = next(iter(stored_as)) if len(stored_as) == 1 else "float32"
     plan.copies = beside(model, BESIDE)
+    files: dict[str, bytes] = {}
     config = {**model.config, "torch_dtype": dtype, "dtype": dtype}
-    ids: dict[str, Any] = {
-        name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config
-    }
+    if model.tokenizer is not None and not plan.copies.keys() & TOKENIZER_FILES:
+        _refuse_half_characters(model)
+        files, ids = add_tokenizer_files(model, options.bpe_file)
+        config |= ids
     plan.texts[CONFIG] = dump_json(config)
     if "generation_config.json" not in plan.copies:
-        plan.texts["generation_config.json"] = dump_json({"_from_model_config": True, **ids})
-    if model.tokenizer is not None and "tokenizer.json" not in plan.copies:
-        _refuse_half_characters(model)
-        plan.texts |= _tokenizer_for_hf(model.tokenizer, model.sizes.get("block_size"))
+        plan.texts["generation_config.json"] = dump_json(_generation(model, config))
+    plan.texts |= files
     plan.texts["README.md"] = card(plan).encode(errors="backslashreplace")
     return plan
+
+
+def _generation(model: Source, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `generate` in transformers: the ids of its tokens, and never a row of padding, as here."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids: dict[str, Any] = {name: config[name] for name in names if name in config}
+    padding = range(tokens_of(model.tokenizer), model.sizes.get("vocab_size", 0))
+    if (model.tokenizer or {}).get("token_kind") in ("char", "gpt2") and padding:
+        return {**ids, "suppress_tokens": list(padding)}
+    return {"_from_model_config": True, **ids}
 
 
 def _refuse_half_characters(model: Source) -> None:
@@ -83,16 +91,3 @@ def _refuse_half_characters(model: Source) -> None:
                 f"chars[{index}] of its tokenizer is {char!r}, half of a surrogate pair, which a tokenizer.json of "
                 "Hugging Face cannot hold. --to bundle keeps it."
             )
-
-
-def _tokenizer_for_hf(state: dict[str, Any], context: int | None) -> dict[str, bytes]:
-    """The files of a tokenizer, with which AutoTokenizer opens it; GPT-2's is named in the card instead."""
-    definition = state.get("definition")
-    if state.get("token_kind") == "char":
-        definition = definition_of(state["chars"])
-    if not isinstance(definition, dict):
-        return {}
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    settings |= {"model_max_length": context} if context else {}
-    text = json.dumps(definition, ensure_ascii=False, indent=1).encode()
-    return {"tokenizer.json": text, "tokenizer_config.json": dump_json(settings)}

@@ -1,0 +1,188 @@
+"""The tokenizer in a folder of transformers: GPT-2's byte pairs, characters, and special tokens that have a row."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import core.data.gpt2_ranks as ranks
+from core.conversion.hf_tokenizer import SPECIAL, characters_of, definition_of, gpt2_definition
+from core.conversion.vocabulary import _state_of
+from core.errors import CheckpointError, InputError
+from tests.conftest import ROOT
+from tests.makers.conversions import converted, tensors_of
+from tests.makers.small_gpts import SmallGPT
+
+
+def file_of(path: Path, rows: int) -> Path:
+    """A ckpt.pt with this many rows."""
+    gpt = SmallGPT(vocab_size=rows, n_layer=1, n_head=2, n_embd=8)
+    torch.save({"model": gpt.nanogpt(), "model_args": {**gpt.sizes, "dropout": 0.0}, "iter_num": 3}, path)
+    return path
+
+
+def bundle_of(folder: Path, count: int) -> tuple[Path, list[str]]:
+    """A bundle of a model with a row for each of this many characters."""
+    chars = [chr(ord("0") + i) for i in range(count)]
+    meta = {"vocab_size": count, "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    converted(file_of(folder / "ckpt.pt", count), folder / "bundle", "bundle", meta=folder / "meta.pkl")
+    return folder / "bundle", chars
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_gpt2s_tokens_and_merges_give_the_ids_of_tiktoken(shared):
+    import tiktoken
+
+    found = ranks.read_ranks(shared / "data/gpt2.tiktoken")
+    definition = gpt2_definition(found)
+    assert _state_of(json.loads(json.dumps(definition))) == {"token_kind": "gpt2"}
+    vocab, merges = definition["model"]["vocab"], definition["model"]["merges"]
+    assert sorted(vocab.values()) == list(range(50257)) and len(merges) == len(set(merges)) == 50000
+    byte_of = ranks.printable_bytes()
+    assert {bytes(byte_of[c] for c in token): n for token, n in vocab.items() if n < 50256} == found
+    assert [vocab[merge.replace(" ", "", 1)] for merge in merges] == list(range(256, 50256))  # in order of their ranks
+    order = {tuple(merge.split(" ")): k for k, merge in enumerate(merges)}
+    char_of = {byte: char for char, byte in byte_of.items()}
+    encoding = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]+", mergeable_ranks=found, special_tokens={})
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.binary(min_size=1, max_size=24) | st.text("the lonÄ1 ", min_size=1, max_size=24).map(str.encode))
+    def check(piece: bytes) -> None:
+        parts = [char_of[byte] for byte in piece]
+        while len(parts) > 1:  # as the library `tokenizers` merges: always the first of the merges that apply
+            rank, at = min((order.get(pair, 10**9), i) for i, pair in enumerate(pairwise(parts)))
+            if rank == 10**9:
+                break
+            parts[at : at + 2] = ["".join(parts[at : at + 2])]
+        assert [vocab[part] for part in parts] == encoding._encode_single_piece(piece)
+
+    check()
+
+
+@pytest.mark.parametrize("rows", [50257, 50304])
+def test_a_model_of_gpt2s_tokens_takes_its_tokenizer_along(rows, tmp_path, shared):
+    source = file_of(tmp_path / "ckpt.pt", rows)
+    facts = converted(source, tmp_path / "hf", "hf", bpe_file=shared / "data/gpt2.tiktoken")
+    assert not [note for note in facts["notes"] if note.startswith("WARNING: the folder")]
+    settings = read(tmp_path / "hf/tokenizer_config.json")
+    assert settings["model_max_length"] == 12
+    assert {settings[role] for role in ("bos_token", "eos_token", "unk_token")} == {"<|endoftext|>"}
+    config, generation = read(tmp_path / "hf/config.json"), read(tmp_path / "hf/generation_config.json")
+    assert config["bos_token_id"] == config["eos_token_id"] == generation["eos_token_id"] == 50256
+    assert generation.get("suppress_tokens", []) == list(range(50257, rows))
+    assert tensors_of(tmp_path / "hf")["transformer.wte.weight"][1] == (rows, 32 // 4)
+
+
+def test_without_the_ranks_the_plan_warns_and_nothing_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(ranks, "BESIDE", tmp_path / "gpt2.tiktoken")
+    monkeypatch.setattr(ranks, "_download", lambda *args: pytest.fail("a conversion downloads nothing"))
+    facts = converted(file_of(tmp_path / "ckpt.pt", 50257), tmp_path / "hf", "hf")
+    (warning,) = (note for note in facts["notes"] if note.startswith("WARNING: the folder has no tokenizer"))
+    assert "--bpe_file FILE" in warning and ranks.URL in warning
+    assert not list((tmp_path / "hf").glob("tokenizer*"))
+    with pytest.raises(InputError, match=r"ckpt\.pt: line 1 is .*expected a token in base64"):
+        converted(tmp_path / "ckpt.pt", tmp_path / "other", "hf", bpe_file=tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize(("rows", "to"), [(50257, "bundle"), (30, "hf")])
+def test_ranks_that_would_have_no_effect_are_refused(rows, to, tmp_path):
+    with pytest.raises(CheckpointError, match=r"--bpe_file: only a tokenizer\.json of --to hf"):
+        converted(file_of(tmp_path / "ckpt.pt", rows), tmp_path / "x", to, bpe_file=tmp_path / "ranks")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.characters(exclude_categories=["Cs"]), min_size=1, unique=True), st.integers(0, 3), st.booleans())
+def test_characters_come_back_from_todays_tokenizers_and_from_older_ones(chars, free, is_old):
+    definition = definition_of(chars, SPECIAL[:free])
+    if is_old:  # it named a token that was not there
+        definition = definition_of(chars)
+        definition["model"]["unk_token"] = "<unk>"
+    assert characters_of(json.loads(json.dumps(definition))) == chars
+    vocab, unknown = definition["model"]["vocab"], definition["model"]["unk_token"]
+    assert [token["id"] for token in definition["added_tokens"]] == list(range(len(chars), len(vocab)))
+    assert is_old or unknown == "" or unknown in vocab
+    definition["normalizer"] = {"type": "NFC"}
+    assert characters_of(definition) is None
+
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@pytest.mark.parametrize(
+    ("free", "ids"),
+    [(0, None), (1, (0, 0, 0, 0)), (2, (0, 0, 1, 0)), (3, (0, 0, 1, 2)), (11, (0, 0, 1, 2))],
+)
+def test_special_tokens_of_characters_are_on_rows_that_no_character_has(free, ids, tmp_path):
+    bundle, chars = bundle_of(tmp_path, 13)
+    rows = 13 + free
+    facts = converted(bundle, tmp_path / "hf", "hf", vocab_size=rows)
+    vocab = read(tmp_path / "hf/tokenizer.json")["model"]["vocab"]
+    settings, config = read(tmp_path / "hf/tokenizer_config.json"), read(tmp_path / "hf/config.json")
+    assert list(vocab)[:13] == chars and len(vocab) == 13 + min(free, 3)
+    assert tensors_of(tmp_path / "hf")["transformer.wte.weight"][1] == (rows, 8)
+    notes = " ".join(facts["notes"])
+    if ids is None:
+        assert not settings.keys() & set(ROLES) and config["eos_token_id"] is None
+        assert "no bos, eos, pad and unk token" in notes and "--vocab_size 16 adds" in notes
+    else:
+        assert tuple(vocab[settings[role]] - 13 for role in ROLES) == ids
+        assert (config["bos_token_id"], config["pad_token_id"]) == (13, 13 + ids[3])
+        assert f"<|endoftext|> (row 13: {'bos, eos' if free > 2 else 'bos, eos, '}" in notes
+        assert read(tmp_path / "hf/generation_config.json")["suppress_tokens"] == list(range(13, rows))
+    if free in (1, 2):
+        with pytest.raises(CheckpointError, match=f"{rows} rows for 13 characters.* --vocab_size 13 crops them"):
+            converted(tmp_path / "hf", tmp_path / "back", "bundle")
+    else:  # as many rows as a bundle of characters may have
+        converted(tmp_path / "hf", tmp_path / "back", "bundle")
+        assert read(tmp_path / "back/tokenizer.json") == {"token_kind": "char", "chars": chars}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("free", [0, 1, 3])
+def test_transformers_opens_a_tokenizer_of_characters(free, tmp_path):
+    from transformers import AutoTokenizer, pipeline
+
+    bundle, chars = bundle_of(tmp_path, 13)
+    converted(bundle, tmp_path / "hf", "hf", vocab_size=13 + free)
+    tokenizer, text = AutoTokenizer.from_pretrained(tmp_path / "hf"), "".join(reversed(chars))
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(range(12, -1, -1)) and tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert len(tokenizer) == 13 + free
+    (made,) = pipeline("text-generation", model=str(tmp_path / "hf"))("012", max_new_tokens=8)
+    assert len(made["generated_text"]) == 11 and set(made["generated_text"]) <= set(chars)
+    if not free:
+        assert tokenizer.unk_token is tokenizer.eos_token is tokenizer.pad_token is None
+        with pytest.raises(Exception, match=r"Missing \[UNK\] token"):
+            tokenizer("\u4e2d")
+        return
+    assert tokenizer("0\u4e2d")["input_ids"] == [0, tokenizer.unk_token_id]
+    assert tokenizer(["0", "01"], padding=True)["input_ids"] == [[0, tokenizer.pad_token_id], [0, 1]]
+    assert tokenizer.decode(tokenizer.eos_token_id) == "<|endoftext|>"
+
+
+@pytest.mark.full
+def test_transformers_gives_texts_the_ids_of_tiktoken(tmp_path, shared):
+    from transformers import AutoTokenizer
+
+    from core.data.tokenizer import Gpt2Tokenizer
+
+    ours = Gpt2Tokenizer(shared / "data/gpt2.tiktoken")
+    converted(file_of(tmp_path / "ckpt.pt", 50304), tmp_path / "hf", "hf", bpe_file=shared / "data/gpt2.tiktoken")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    code_points = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x20000))))
+    for text in ("Hello world", "  it's \n\n\t 3.14 ", (ROOT / "docs/convert.md").read_text(), code_points):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == ours.encode(text).tolist() and tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == 50256 and len(tokenizer) == 50257
