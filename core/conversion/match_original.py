@@ -40,7 +40,7 @@ def plan_matched(source: Path, target: Path, to: str, options: Options, held: Ex
         CheckpointError as the readers.
     """
     folder = Path(options.more["match_original"])
-    model = open_model(source, held, needs_family=False, options=options)
+    model = open_model(source, held, options, needs_family=False)
     take_parts(model, source, options)
     _refuse_others(model, to, target, options, folder)
     original = _original(folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -283,23 +285,16 @@ class Plan:
 
         Raises: CheckpointMismatch.
         """
-        faults = []
-        seen: set[tuple[str, str]] = set()
+        counts = Counter((target.file, target.path) for target in self.targets)
+        faults = [f"{path} is made twice" for (_, path), count in counts.items() if count > 1]
         for target in self.targets:
-            if (target.file, target.path) in seen:
-                faults.append(f"{target.path} is made twice")
-            seen.add((target.file, target.path))
-            if sum(_numel(b.shape) for b in target.view.blocks) != target.view.numel:
+            if sum(math.prod(b.shape) for b in target.view.blocks) != target.view.numel:
                 faults.append(f"{target.path} has {target.view.shape}, which its parts do not fill")
             if target.dtype != target.view.dtype and target.view.dtype not in FLOATS:
                 faults.append(f"{target.path} is {target.view.dtype}, which cannot be cast to {target.dtype}")
         used = {name for target in self.targets for name in target.view.names}
-        for view in self.model.sources.values():
-            faults += [
-                f"{name} is neither used nor dropped"
-                for name in view.names
-                if name not in used and name not in self.model.dropped
-            ]
+        needed = [name for view in self.model.sources.values() for name in view.names if name not in self.model.dropped]
+        faults += [f"{name} is neither used nor dropped" for name in needed if name not in used]
         if faults:
             raise CheckpointMismatch(
                 f"{self.model.path}: the plan is not whole: {listed(faults)}. Nothing was written."
@@ -310,13 +305,6 @@ def folded(said: Mapping[str, str]) -> dict[str, str]:
     """Merge names that differ only in their numbers and have equal values: `blocks.{0..5}.ln1.bias`."""
     facts = [{"name": name, "shape": (), "dtype": text} for name, text in said.items()]
     return {name: text for name, _, text in grouped(facts)}
-
-
-def _numel(shape: Iterable[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def target_of(model: Source, name: str, file: str, options: Options, path: str = "") -> Target:

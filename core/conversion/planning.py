@@ -48,7 +48,7 @@ def _planned(source: Path, target: Path, to: str, options: Options, held: ExitSt
     kind = BY_NAME[to]
     if options.more.get("match_original") is not None:
         return plan_matched(source, target, to, options, held)
-    model = open_model(source, held, needs_family=bool(kind.families), options=options)
+    model = open_model(source, held, options, needs_family=bool(kind.families))
     take_parts(model, source, options)
     if kind.families:
         add_tokenizer(model, options)

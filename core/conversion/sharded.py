@@ -7,7 +7,7 @@ opened if they are stored separately, so that a damaged optimizer does not stop 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from ..containers.steps import step_of
 from ..containers.tensors.views import stored
 from ..containers.trees import map_paths
 from ..errors import CheckpointMismatch
-from ..families.parts import AVERAGE, MAIN, OPTIMIZER, RUN, parts_of
+from ..families.identify import UNKNOWN
+from ..families.megatron_iteration import is_iteration
+from ..families.parts import AVERAGE, MAIN, OPTIMIZER, RUN, Words, aside, parts_of
 from ..inspection.inspect import Inspection, identity_of
 from .plan import Options, Ref, Source, Target, WeightFile
 
-REASONS: dict[tuple[str, ...], str] = {
+REASONS: dict[Words, str] = {
     MAIN: "main weights; --save_ema takes the EMA",
     AVERAGE: "EMA; --save_ema takes it instead",
     OPTIMIZER: "optimizer; --include_optimizer keeps it",
@@ -103,7 +105,7 @@ def _wanted(path: Path, options: Options) -> list[str]:
     return [main, "optimizer"] if options.include_optimizer else [main]
 
 
-def _parts(content: Any) -> dict[str, tuple[str, ...]]:
+def _parts(content: Any) -> dict[str, Words]:
     """The parts of a nested checkpoint by name, with the kind of each; of a flat one those of the run."""
     return {
         word: kind
@@ -155,35 +157,45 @@ def _with_names(optimizer: Any) -> Any:
 
 
 def take_parts(model: Source, path: Path, options: Options) -> None:
-    """Drop the parts of a sharded checkpoint that were not requested, with reasons; the optimizer keeps its layout.
+    """Drop the parts beside the weights that were not requested, with reasons; the optimizer keeps its layout.
 
     Raises: CheckpointMismatch when a part is requested from a checkpoint that has no parts.
     """
-    path = _folder(path)
+    path, container = _folder(path), model.container
     if not is_sharded(path):
-        if options.more.get("save_ema") and model.container.kind != "bundle":
+        if options.more.get("save_ema") and container.kind != "bundle":
             raise model.refuse(
                 "--save_ema takes a part of a bundle or of a sharded checkpoint, and this is none. Name the EMA itself."
             )
+        if model.family == UNKNOWN and not is_iteration(container):
+            kinds = aside(container.tensors, container.content)
+            asked = options.include_optimizer
+            _drop_others(model, kinds, {name for name, kind in kinds.items() if asked and kind is OPTIMIZER})
         return
+    parts = _parts(container.content)
+    kept = _optimizer(container)[0] if options.include_optimizer else None
+    words = {name: name.split(".")[0] for name in container.tensors}
+    kinds = {name: parts.get(word, ()) for name, word in words.items()}
+    _drop_others(model, kinds, {name for name, word in words.items() if word == kept})
+    model.notes += [note for note in container.notes if note not in model.notes]
+    apart = step_parts(path) if is_step_folder(path) else []
+    left = [part for part in apart if isinstance(container.content, Mapping) and part not in parts]
+    if left:
+        model.notes.append(f"not opened: {', '.join(left)} of {path}")
+
+
+def _drop_others(model: Source, kinds: Mapping[str, Words], kept: Collection[str]) -> None:
+    """Drop the tensors beside the weights, with the reason of their kind, except the requested ones of an optimizer."""
     used = {name for view in model.tensors.values() for name in view.names}
-    parts = _parts(model.container.content)
-    kept = _optimizer(model.container)[0] if options.include_optimizer else None
     for name, spec in model.container.tensors.items():
-        word = name.split(".")[0]
         if name in used or name in model.dropped or not spec.nbytes:
             continue
         view = stored(model.container, spec)
-        if word == kept:
+        if name in kept:
             model.along[name] = view
         else:
-            model.dropped[name] = REASONS.get(parts.get(word, ()), "not a weight of the model")
+            model.dropped[name] = REASONS.get(kinds.get(name, ()), "not a weight of the model")
             model.sources.setdefault(name, view)
-    model.notes += [note for note in model.container.notes if note not in model.notes]
-    apart = step_parts(path) if is_step_folder(path) else []
-    left = [part for part in apart if isinstance(model.container.content, Mapping) and part not in parts]
-    if left:
-        model.notes.append(f"not opened: {', '.join(left)} of {path}")
 
 
 def add_optimizer_tensors(model: Source, options: Options) -> None:

@@ -5,6 +5,7 @@ The hub is our GPT, whose config has the most settings.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ...config.gpt import ACTIVATIONS, GPTConfig
@@ -182,30 +183,30 @@ def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
         _drop_tied_head(model, "HF GPT-2")
     _add_zero_biases(model)
     end = GPT2_END if (model.tokenizer or {}).get("token_kind") == "gpt2" else None
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "max_position_embeddings": config.block_size,
-        "n_embd": config.n_embd,
-        "hidden_size": config.n_embd,
-        "n_layer": config.n_layer,
-        "num_hidden_layers": config.n_layer,
-        "n_head": config.n_head,
-        "num_attention_heads": config.n_head,
-        "n_inner": None,
+    sizes = {name: getattr(config, name) for name in _SIZES}
+    return hf_config(sizes, config.norm_eps, config.dropout, None) | {
         "activation_function": TO_HF[config.activation],
-        "layer_norm_epsilon": config.norm_eps,
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": tied,
         "bos_token_id": end,
         "eos_token_id": end,
+    }
+
+
+def hf_config(sizes: Mapping[str, int], eps: float, dropout: float, n_inner: int | None) -> dict[str, Any]:
+    """Write what every config of GPT2LMHeadModel has; `n_inner` None is 4 n_embd."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": sizes["vocab_size"],
+        **dict.fromkeys(("n_positions", "n_ctx", "max_position_embeddings"), sizes["block_size"]),
+        **dict.fromkeys(("n_embd", "hidden_size"), sizes["n_embd"]),
+        **dict.fromkeys(("n_layer", "num_hidden_layers"), sizes["n_layer"]),
+        **dict.fromkeys(("n_head", "num_attention_heads"), sizes["n_head"]),
+        "n_inner": n_inner,
+        "layer_norm_epsilon": eps,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout),
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
         "use_cache": True,
     }
 
@@ -231,12 +232,8 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
     if has_bias:
         _add_zero_biases(model)
     return {
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "block_size": config.block_size,
+        **{name: getattr(config, name) for name in _SIZES},
         "bias": has_bias,
-        "vocab_size": config.vocab_size,
         "dropout": config.dropout,
     }
 

@@ -8,7 +8,8 @@ from ...containers.tensors.computed import ComputedTensors, mean, plus_one
 from ...containers.tensors.views import filled
 from ...families import megatron_tables
 from ..plan import Options, Pair, Source
-from .megatron_settings import LLAMA3, TO_HF, activation, ids, refuse_other_models, rope_scaling, setting, unknown
+from .gpt import hf_config
+from .megatron_settings import LLAMA3, TO_HF, activation, ids, refuse_other_models, rope_scaling, setting, sizes_of
 from .megatron_source import localize
 
 TABLE, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -25,14 +26,6 @@ def _has(model: Source, name: str) -> bool:
     return LAYER + name in model.tensors
 
 
-def _numbers(model: Source, *needed: str) -> dict[str, int]:
-    """Sizes of the model that have to be known."""
-    lost = [word for word in needed if word not in model.sizes]
-    if lost:
-        raise unknown(model, lost)
-    return {word: model.sizes[word] for word in needed}
-
-
 def _ready(model: Source, options: Options) -> None:
     """Give tensors the names of the local layers, and norm weights their values."""
     localize(model)
@@ -40,15 +33,9 @@ def _ready(model: Source, options: Options) -> None:
     _norms(model, options)
 
 
-def _refuse_void(model: Source, options: Options, flag: str, why: str) -> None:
-    """Refuse a flag for a setting that the model does not have."""
-    if flag in options.more:
-        raise model.refuse(f"--{flag} has no effect: {why}. Leave it out.")
-
-
 def _norms(model: Source, options: Options) -> None:
     norms = [name for name in model.tensors if name.endswith("layernorm.weight")]
-    if setting(model, options, "layernorm_1p", False, is_said=False):
+    if setting(model, options, "layernorm_1p", False):
         into = ComputedTensors(f"{model.path.name}, plus 1")
         for name in norms:
             made = plus_one(model.tensors[name], into, model.tensors[name].names[0])
@@ -99,7 +86,7 @@ def to_hf(model: Source, options: Options) -> dict[str, Any]:
     if qkv != proj and style != "qwen2":
         raise model.refuse(f"only one of linear_qkv and linear_proj has a bias, and {CLASSES[style]} has both or none.")
     model.ask()
-    size = _numbers(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size")
+    size = sizes_of(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size")
     context = setting(model, options, "max_position_embeddings", None)
     if context is None:
         raise model.refuse("the longest text that it was trained for is unknown. Add --max_position_embeddings N.")
@@ -201,10 +188,11 @@ def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a missing bias becomes zeros."""
     if POSITIONS in model.tensors:
         for flag in ("rotary_percent", "rope_scaling_factor"):
-            _refuse_void(model, options, flag, "its positions are a table")
+            if flag in options.more:
+                raise model.refuse(f"--{flag} has no effect: its positions are a table. Leave it out.")
     _ready(model, options)
     model.ask()
-    size = _numbers(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size", "q_size")
+    size = sizes_of(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size", "q_size")
     if POSITIONS not in model.tensors:
         raise model.refuse("its norms have biases and it has no table of positions: neither Llama nor GPT-2.")
     if _has(model, "self_attention.q_layernorm.weight"):
@@ -220,35 +208,10 @@ def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
         raise model.refuse(f"its table of positions has {positions} rows. Leave out --max_position_embeddings.")
     _zero_biases(model)
     _say_padding(model)
-    return _gpt2_config(size, positions, model.choice("norm_eps")) | {
+    return hf_config(size | {"block_size": positions}, model.choice("norm_eps"), 0.0, size["n_ffn"]) | {
         "activation_function": activation(model),
         "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE),
         **ids(options, model.config),
-    }
-
-
-def _gpt2_config(size: dict[str, int], positions: int, eps: float) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": size["vocab_size"],
-        "n_positions": positions,
-        "n_ctx": positions,
-        "max_position_embeddings": positions,
-        "n_embd": size["n_embd"],
-        "hidden_size": size["n_embd"],
-        "n_layer": size["n_layer"],
-        "num_hidden_layers": size["n_layer"],
-        "n_head": size["n_head"],
-        "num_attention_heads": size["n_head"],
-        "n_inner": size["n_ffn"],
-        "layer_norm_epsilon": eps,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "use_cache": True,
     }
 
 
