@@ -229,6 +229,7 @@ def _model(path: Path, found: Inspection, made: list[Choice]) -> Source:
         tensors=tensors,
         config=config,
         sizes=_sizes(identity.architecture),
+        biases=identity.architecture.biases,
         tokenizer=found.tokenizer,
         step=found.step,
         state=bundle.state.having(**_rounded(bundle)) if bundle is not None else TrainingState(),

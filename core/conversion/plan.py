@@ -63,6 +63,7 @@ class Source:
     tensors: dict[str, View]  # by the family's own names
     config: dict[str, Any]  # as the family's program writes it
     sizes: Sizes
+    biases: Mapping[str, bool] = field(default_factory=dict)  # of the source: whether qkv, proj, mlp, ... have one
     tokenizer: dict[str, Any] | None = None  # as in tokenizer.json of a bundle
     step: int | None = None
     state: TrainingState = field(default_factory=TrainingState)
@@ -149,6 +150,9 @@ class Source:
             )
         )
 
+
+Progress = Callable[[int], object]
+"""Takes a number of bytes that were read, written or compared."""
 
 Translate = Callable[[Source, Options], dict[str, Any]]
 """Returns the config in the other family's terms; may drop and fill tensors, under the present family's names.

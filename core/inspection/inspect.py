@@ -226,6 +226,7 @@ def of_container(path: Path) -> Inspection:
     """Inspect a checkpoint of another program."""
     from ..containers.open import open_container
     from ..containers.part import part_of_model
+    from ..containers.steps import step_of
 
     container = open_container(path)
     key = weights_key(container.tensors)
@@ -233,7 +234,12 @@ def of_container(path: Path) -> Inspection:
     content = container.content if isinstance(container.content, Mapping) else {}
     place, config = config_entry(content)
     optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optimizers") if k in content), None)
-    step, notes, damage = _step_of(container)
+    damage = []
+    try:
+        step, notes = step_of(container)
+    except CheckpointDamaged as error:
+        step, notes = None, []
+        damage.append(str(error))
     if megatron_iteration.is_iteration(container):
         weights, notes = megatron_iteration.model_of(weights)
         place, (config, step) = "common.pt", megatron_iteration.said(container)
@@ -247,16 +253,6 @@ def of_container(path: Path) -> Inspection:
     made.chosen = [*notes, *container.caveats]
     made.partial = part_of_model(container, path)
     return made
-
-
-def _step_of(container: Container) -> tuple[int | None, list[str], list[str]]:
-    """The step of a checkpoint, what else counts in it, and damage to the count."""
-    from ..containers.steps import step_of
-
-    try:
-        return *step_of(container), []
-    except CheckpointDamaged as error:
-        return None, [], [str(error)]
 
 
 def identity_of(

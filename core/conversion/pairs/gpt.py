@@ -10,7 +10,7 @@ from typing import Any
 
 from ...config.gpt import ACTIVATIONS, GPTConfig
 from ...containers.tensors.views import filled
-from ...families import gpt, hf_gpt2, lecture, nanogpt
+from ...families import hf_gpt2, lecture, nanogpt
 from ...families.choices import ACTIVATIONS as SPELLINGS
 from ...families.fused import FUSED, LECTURE
 from ..plan import Options, Pair, Source
@@ -28,9 +28,8 @@ _CHOICES = ("activation", "attention_scale", "norm_placement", "norm_eps")
 
 
 def _biases(model: Source) -> dict[str, bool]:
-    """Which biases exist, as fields of our config, from our names."""
-    names = {switch: [name.replace("{i}", "0") for name in names] for switch, names in gpt.SWITCHES.items()}
-    return {switch: any(name in model.tensors for name in some) for switch, some in names.items()}
+    """Which biases exist, as fields of our config."""
+    return {"bias" if part == "qkv" else f"{part}_bias": on for part, on in model.biases.items()}
 
 
 def _ours(model: Source, **fields: Any) -> dict[str, Any]:
@@ -46,38 +45,16 @@ def _ours(model: Source, **fields: Any) -> dict[str, Any]:
     return GPTConfig.from_dict({**known, **fields}, str(model.path)).to_dict()
 
 
-def lecture_to_ours(model: Source, options: Options) -> dict[str, Any]:
+def complete(model: Source, options: Options) -> dict[str, Any]:
     """Complete the config, which is already that of our GPT where the file has one."""
-    return _completed(model, _lecture_biases(model))
-
-
-def complete(model: Source) -> None:
-    """Complete the config of a model that has our names already, as a file of its state dict does not have one."""
-    model.config = _completed(model, _biases(model))
-
-
-def _completed(model: Source, on: dict[str, bool]) -> dict[str, Any]:
     tied = model.is_tied(HEAD, TABLE, model.config.get("tied_head") is True)
     said = {name: value for name, value in model.config.items() if name not in ("format_version", "model_class")}
-    return _ours(
-        model, **{"dropout": 0.0, **said, **on, "tied_head": tied, **{name: model.choice(name) for name in _CHOICES}}
-    )
-
-
-def _lecture_biases(model: Source) -> dict[str, bool]:
-    """Which biases exist, as fields of our config, from the names of the lecture."""
-    return {
-        "bias": "blocks.0.sa.heads.0.key.bias" in model.tensors,
-        "proj_bias": "blocks.0.sa.proj.bias" in model.tensors,
-        "mlp_bias": any(name.startswith("blocks.0.f") and name.endswith(".net.0.bias") for name in model.tensors),
-        "norm_bias": "ln_f.bias" in model.tensors,
-        "head_bias": HEAD_BIAS in model.tensors,
-    }
+    chosen = {name: model.choice(name) for name in _CHOICES}
+    return _ours(model, **{"dropout": 0.0, **said, **_biases(model), "tied_head": tied, **chosen})
 
 
 def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Read model_args; the head is the token table, and has no bias."""
-    on = {part: f"transformer.h.0.{name}.bias" in model.tensors for part, name in _NANOGPT_PARTS.items()}
     tied = model.is_tied(HEAD, HF_TABLE)
     if tied:
         if HEAD in model.tensors and model.tensors[HEAD].place != model.tensors[HF_TABLE].place:
@@ -86,19 +63,8 @@ def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
     else:
         model.notes.append("its head has other values than its token table: kept as a head of its own")
     dropout = model.config.get("dropout", 0.0)
-    return _ours(
-        model,
-        dropout=dropout if isinstance(dropout, (int, float)) else 0.0,
-        bias=on["qkv"],
-        proj_bias=on["proj"],
-        mlp_bias=on["mlp"],
-        norm_bias=on["norm"],
-        head_bias=False,
-        tied_head=tied,
-    )
-
-
-_NANOGPT_PARTS = {"qkv": "attn.c_attn", "proj": "attn.c_proj", "mlp": "mlp.c_fc", "norm": "ln_1"}
+    dropout = dropout if isinstance(dropout, (int, float)) else 0.0
+    return _ours(model, dropout=dropout, **_biases(model), tied_head=tied)
 
 
 def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
@@ -125,13 +91,8 @@ def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
     if tied:
         model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
     dropout = config.get("resid_pdrop", 0.1)
-    return _ours(
-        model,
-        dropout=dropout if isinstance(dropout, (int, float)) and 0 <= dropout < 1 else 0.0,
-        bias=True,
-        head_bias=False,
-        tied_head=tied,
-    )
+    dropout = dropout if isinstance(dropout, (int, float)) and 0 <= dropout < 1 else 0.0
+    return _ours(model, dropout=dropout, bias=True, head_bias=False, tied_head=tied)
 
 
 def _drop_head_bias(model: Source, target: str) -> None:
@@ -145,22 +106,13 @@ def _drop_head_bias(model: Source, target: str) -> None:
     model.drop(HEAD_BIAS, f"all zeros; {target} has no bias in its head")
 
 
-def _drop_tied_head(model: Source, target: str) -> None:
-    if HEAD in model.tensors:
-        model.drop(HEAD, f"tied to {TABLE}; {target} leaves it out")
-
-
-def _add_zero_biases(model: Source) -> None:
-    """Add a bias of zeros to every part without one, which computes the same."""
-    sizes = {**model.sizes, "3 n_embd": 3 * model.sizes["n_embd"], "4 n_embd": 4 * model.sizes["n_embd"]}
-    dtype = model.tensors["ln_f.weight"].dtype
-    for row, sides in gpt.TENSORS.items():
-        if not row.endswith(".bias") or row == HEAD_BIAS:
-            continue
-        for i in range(model.sizes["n_layer"]) if "{i}" in row else (0,):
-            name = row.replace("{i}", str(i))
-            if name not in model.tensors:
-                model.replace(name, filled(dtype, tuple(sizes[side] for side in sides)), "zeros")
+def add_zero_biases(model: Source, head: str) -> None:
+    """Add a bias of zeros to every linear layer and norm without one, except the head, which computes the same."""
+    weights = [name for name in model.tensors if name.endswith(".weight") and "embedding" not in name and name != head]
+    for name in weights:
+        bias, view = name.removesuffix("weight") + "bias", model.tensors[name]
+        if bias not in model.tensors:
+            model.replace(bias, filled(view.dtype, view.shape[:1]), "zeros")
 
 
 def _refuse_other_choices(model: Source, config: GPTConfig, target: str, *names: str) -> None:
@@ -179,9 +131,9 @@ def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
     _refuse_other_choices(model, config, "HF GPT-2", "attention_scale", "norm_placement")
     tied = config.tied_head and options.tied is not False
     _drop_head_bias(model, "HF GPT-2")
-    if tied:
-        _drop_tied_head(model, "HF GPT-2")
-    _add_zero_biases(model)
+    if tied and HEAD in model.tensors:
+        model.drop(HEAD, f"tied to {TABLE}; HF GPT-2 leaves it out")
+    add_zero_biases(model, HEAD)
     end = GPT2_END if (model.tokenizer or {}).get("token_kind") == "gpt2" else None
     sizes = {name: getattr(config, name) for name in _SIZES}
     return hf_config(sizes, config.norm_eps, config.dropout, None) | {
@@ -228,9 +180,9 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
     if HEAD in model.tensors:
         model.tie(HEAD, TABLE)
     model.tensors[HEAD] = model.tensors[TABLE]
-    has_bias = any(value for switch, value in _biases(model).items() if switch != "head_bias")
+    has_bias = config.bias or config.proj_bias or config.mlp_bias or config.norm_bias
     if has_bias:
-        _add_zero_biases(model)
+        add_zero_biases(model, HEAD)
     return {
         **{name: getattr(config, name) for name in _SIZES},
         "bias": has_bias,
@@ -239,7 +191,7 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
 
 
 PAIRS = (
-    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=lecture_to_ours),
+    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=complete),
     Pair("nanogpt", FUSED, nanogpt.NANOGPT, nanogpt_to_ours, ours_to_nanogpt),
     Pair("hf_gpt2", FUSED, hf_gpt2.HF_GPT2, hf_to_ours, ours_to_hf),
 )

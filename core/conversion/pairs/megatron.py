@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ...containers.tensors.computed import ComputedTensors, mean, plus_one
-from ...containers.tensors.views import filled
 from ...families import megatron_tables
 from ..plan import Options, Pair, Source
-from .gpt import hf_config
+from .gpt import add_zero_biases, hf_config
 from .megatron_settings import LLAMA3, TO_HF, activation, ids, refuse_other_models, rope_scaling, setting, sizes_of
 from .megatron_source import localize
 
@@ -20,10 +19,6 @@ CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Q
 
 FEWER = 0.5
 """Norm weights are near 1 at first; those of a model that stores gamma - 1 average below this."""
-
-
-def _has(model: Source, name: str) -> bool:
-    return LAYER + name in model.tensors
 
 
 def _ready(model: Source, options: Options) -> None:
@@ -76,7 +71,7 @@ def to_hf(model: Source, options: Options) -> dict[str, Any]:
     _ready(model, options)
     if "embedding.position_embeddings.weight" in model.tensors:
         raise model.refuse("it has a table of positions (position_embeddings), and Llama and Qwen have rotary ones.")
-    qkv, proj, mlp = (_has(model, f"{part}.bias") for part in _BIASES)
+    qkv, proj, mlp = (model.biases[part] for part in ("qkv", "proj", "mlp"))
     if not model.sizes["n_ffn"] * 2 == model.tensors[f"{LAYER}mlp.linear_fc1.weight"].shape[0]:
         raise model.refuse("its feed-forward part has no gate (fc1 has the rows of fc2's columns), and Qwen3's has.")
     if model.config.get("swiglu") is False:
@@ -117,9 +112,6 @@ def to_hf(model: Source, options: Options) -> dict[str, Any]:
         **ids(options, model.config),
     }
     return config | ({} if style == "llama" else {"use_sliding_window": False})
-
-
-_BIASES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1")
 
 
 def _say_padding(model: Source) -> None:
@@ -170,15 +162,12 @@ def to_megatron(model: Source, options: Options) -> dict[str, Any]:
         rotary_base=model.choice("rope_theta"),
         rotary_percent=config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)),
         swiglu=True,
-        add_qkv_bias="model.layers.0.self_attn.q_proj.bias" in model.tensors,
-        add_bias_linear=any(f"{part}.bias" in model.tensors for part in _HF_BIASES),
+        add_qkv_bias=model.biases["qkv"],
+        add_bias_linear=model.biases["proj"] or model.biases["mlp"],
         qk_layernorm=style == "qwen3",
         untie_embeddings_and_output_weights=not tied,
         **more,
     )
-
-
-_HF_BIASES = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj")
 
 
 GPT2_TABLE, POSITIONS = "transformer.wte.weight", "embedding.position_embeddings.weight"
@@ -195,7 +184,7 @@ def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
     size = sizes_of(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size", "q_size")
     if POSITIONS not in model.tensors:
         raise model.refuse("its norms have biases and it has no table of positions: neither Llama nor GPT-2.")
-    if _has(model, "self_attention.q_layernorm.weight"):
+    if f"{LAYER}self_attention.q_layernorm.weight" in model.tensors:
         raise model.refuse("it has a norm on q and k, and HF GPT-2 has none.")
     if size["n_kv_head"] != size["n_head"]:
         raise model.refuse(
@@ -206,22 +195,13 @@ def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
     positions = model.tensors[POSITIONS].shape[0]
     if options.more.get("max_position_embeddings", positions) != positions:
         raise model.refuse(f"its table of positions has {positions} rows. Leave out --max_position_embeddings.")
-    _zero_biases(model)
+    add_zero_biases(model, HEAD)
     _say_padding(model)
     return hf_config(size | {"block_size": positions}, model.choice("norm_eps"), 0.0, size["n_ffn"]) | {
         "activation_function": activation(model),
         "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE),
         **ids(options, model.config),
     }
-
-
-def _zero_biases(model: Source) -> None:
-    """Add biases of zeros to linear layers without biases, which computes the same."""
-    weights = [name for name in model.tensors if ".linear_" in name and name.endswith(".weight")]
-    for name in weights:
-        bias, view = name.removesuffix("weight") + "bias", model.tensors[name]
-        if bias not in model.tensors:
-            model.replace(bias, filled(view.dtype, view.shape[:1]), "zeros")
 
 
 def gpt2_to_megatron(model: Source, options: Options) -> dict[str, Any]:
