@@ -27,10 +27,10 @@ _FEW = 3  # weights: fewer vectors may be anything
 _SCRIPT = "zero_to_fp32.py"
 
 
-def part_of_model(container: Container, path: Path) -> str:
+def part_of_model(container: Container) -> str:
     """Say why the tensors are only a part of a model, and what to do; "" when nothing shows that.
 
-    `path` is what was opened: a file that lies among the parts of one model is one of them.
+    A file that lies among the parts of one model is one of them.
     """
     single = container.path.is_file()
     folder = container.path.parent if single else container.path

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..config.gpt import ACTIVATIONS, ATTENTION_SCALES, NORM_PLACEMENTS
 from ..console.commandline import DONE, FAILED, Parser, add_check_flags, count, positive, size
@@ -91,6 +91,8 @@ def options_of(args: argparse.Namespace) -> Options:
     """Make the options from the flags."""
     from .pairs.megatron_settings import FLAGS
 
+    original = Path(args.match_original) if args.match_original else None
+    parts = {"save_ema": args.save_ema, "match_original": original, "metadata_from": args.metadata_from}
     return Options(
         dtype=DTYPES.get(args.dtype),
         shard_size=args.shard_size,
@@ -99,7 +101,7 @@ def options_of(args: argparse.Namespace) -> Options:
         include_optimizer=args.include_optimizer,
         meta=args.meta,
         choices={name: value for name in CHOICES if (value := getattr(args, name)) is not None},
-        more={name: value for name in FLAGS if (value := getattr(args, name)) is not None} | more_of(args),
+        more={name: value for name in FLAGS if (value := getattr(args, name)) is not None} | parts,
     )
 
 
@@ -195,9 +197,3 @@ def take_spelling(parser: Parser, args: argparse.Namespace) -> None:
         args.match_original = args.model_path
     elif args.model_path not in (None, args.match_original):
         parser.error("--match_original and --model_path name two models; give one")
-
-
-def more_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Make `Options.more` from these flags."""
-    original = Path(args.match_original) if args.match_original else None
-    return {"save_ema": args.save_ema, "match_original": original, "metadata_from": args.metadata_from}

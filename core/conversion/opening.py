@@ -22,8 +22,7 @@ from ..families.choices import Choice
 from ..families.identify import FAMILIES, UNKNOWN, Identity
 from ..families.megatron_iteration import is_iteration
 from ..inspection.inspect import Inspection, identity_of, inspect_path
-from ..inspection.marks import choices, marks_of
-from .aside import CONFIG_ENTRY
+from ..inspection.marks import choices, config_of, marks_of
 from .moments import SORTED, moments_of
 from .pairs import megatron_source
 from .pairs.modded import BATCHED
@@ -169,11 +168,7 @@ def _config(found: Inspection) -> dict[str, Any]:
     if found.bundle is not None:
         made = found.bundle.config
         return found.bundle.config_values if made is None else made.to_dict()
-    content = found.container.content if isinstance(found.container.content, Mapping) else {}
-    entry = CONFIG_ENTRY.get(found.identity.family, "")
-    if isinstance(content.get(entry), dict):
-        return {str(key): plain(value) for key, value in content[entry].items()}
-    return dict(found.config or {})
+    return config_of(found)[1]
 
 
 def _contradictions(found: Inspection) -> list[str]:

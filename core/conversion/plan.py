@@ -88,8 +88,8 @@ class Source:
                 views.pop(name, None)
 
     def tie(self, name: str, other: str) -> None:
-        """Drop a tensor that repeats the values of another one."""
-        if self.tensors[name].names != self.tensors[other].names:
+        """Let a tensor be another one again; its own, which repeats the values of that one, is dropped."""
+        if name in self.tensors and self.tensors[name].names != self.tensors[other].names:
             self.drop(name, f"the values of {other}, written once for both")
         self.tensors[name] = self.tensors[other]
 
@@ -112,10 +112,6 @@ class Source:
             config = self.path.parent / "config.json"
             is_beside = self.path.is_file() and self.family.startswith("hf_") and config.exists()
             raise self.refuse(f"{asked} Or name the folder: {config} is not read with a file." if is_beside else asked)
-
-    def choose(self, name: str, value: Any, origin: str) -> None:
-        """Set a choice that is found out on the way."""
-        self.choices = [choice for choice in self.choices if choice.name != name] + [Choice(name, value, origin)]
 
     def refuse(self, reason: str) -> CheckpointMismatch:
         """Make the error that names the source."""
@@ -143,12 +139,9 @@ class Source:
     def is_tied(self, head: str, table: str, said: bool | None = None) -> bool:
         """Whether the head is the token table, by their values and by what the program says (see families/tie.py)."""
         own, whole = self.tensors.get(head), self.tensors[table]
-        shares = own is not None and own.place == whole.place
-        return bool(
-            is_tied(
-                said, stored=own is not None, shares=shares, same=lambda: own is not None and same_elements(own, whole)
-            )
-        )
+        if own is None:
+            return True
+        return bool(is_tied(said, shares=own.place == whole.place, same=lambda: same_elements(own, whole)))
 
 
 Progress = Callable[[int], object]

@@ -18,20 +18,18 @@ from ..containers.dcp.metadata import METADATA
 from ..containers.dcp.rebuilt import lost, rebuild, sibling
 from ..containers.hf_folder import is_hf_folder
 from ..containers.megatron_folder import is_megatron_folder
-from ..containers.part import part_of_model
 from ..containers.pickles.inert import Call, as_text
 from ..containers.rank_files import open_rank_files, rank_files
 from ..containers.safetensors import open_safetensors
 from ..containers.spec import TensorSpec
 from ..containers.step_folder import is_step_folder, open_step_folder, step_parts
-from ..containers.steps import step_of
 from ..containers.tensors.views import stored
 from ..containers.trees import map_paths
 from ..errors import CheckpointMismatch
 from ..families.identify import UNKNOWN
 from ..families.megatron_iteration import is_iteration
 from ..families.parts import AVERAGE, MAIN, OPTIMIZER, RUN, Words, aside, parts_of
-from ..inspection.inspect import Inspection, identity_of
+from ..inspection.inspect import Inspection, of_weights
 from .plan import Options, Ref, Source, Target, WeightFile
 
 REASONS: dict[Words, str] = {
@@ -49,9 +47,7 @@ def is_sharded(path: Path) -> bool:
         return False
     if is_step_folder(path):
         return True
-    if is_hf_folder(path) or is_megatron_folder(path):
-        return False
-    return is_dcp(path) or bool(rank_files(path))
+    return not (is_hf_folder(path) or is_megatron_folder(path)) and (is_dcp(path) or bool(rank_files(path)))
 
 
 def _folder(path: Path) -> Path:
@@ -84,12 +80,10 @@ def open_sharded(path: Path, options: Options) -> Inspection:
         weights = {name: spec for name, spec in weights.items() if not name.startswith(aside)}
     if not weights:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
-    identity = identity_of(weights, None, container)
-    optimizer = _optimizer(container)[1] if options.include_optimizer else None
-    found = Inspection(path, container, weights, key, identity, None, optimizer=_with_names(optimizer))
-    found.step, counts = step_of(container)
-    found.chosen = [*container.notes, *container.caveats, *counts]
-    found.partial = part_of_model(container, path)
+    found = of_weights(path, container, key, weights)
+    found.chosen = [*container.notes, *found.chosen]
+    if options.include_optimizer:
+        found.optimizer = _with_names(_optimizer(container)[1])
     return found
 
 
@@ -216,14 +210,12 @@ def add_optimizer_tensors(model: Source, options: Options) -> None:
 
 
 def add_optimizer(model: Source, file: WeightFile) -> None:
-    """Store a sharded checkpoint's optimizer, with its layout, beside the weights in a torch file.
+    """Store a sharded checkpoint's optimizer, with its layout, in a torch file, beside the weights in its `model`.
 
     Raises: CheckpointMismatch when it holds more than tensors and plain values.
     """
     content = _optimizer(model.container)[1]
-    weights = {f"model.{target.name}": target for target in file.targets}
     names: dict[int, str] = {id(spec): name for name, spec in model.container.tensors.items()}
-    file.targets[:] = [Target(t.name, path, t.file, t.dtype, t.view, t.rule) for path, t in weights.items()]
 
     def laid(path: str, value: Any) -> Any:
         if isinstance(value, Call):
@@ -237,8 +229,7 @@ def add_optimizer(model: Source, file: WeightFile) -> None:
         file.targets.append(Target(name, path, file.name, view.dtype, view, "copy", is_weight=False))
         return Ref(path)
 
-    optimizer = map_paths(laid, content, "optimizer")
-    file.content = {"model": {t.name: Ref(path) for path, t in weights.items()}, "optimizer": optimizer}
+    file.content = {"model": file.content, "optimizer": map_paths(laid, content, "optimizer")}
 
 
 def _values(content: Any) -> int:

@@ -215,8 +215,7 @@ def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
         except CheckpointError as error:
             damage.append(str(error))
             whole.notes.append(str(error))
-    recorded = bundle.state.files
-    for name, entry in recorded.items():
+    for name, entry in bundle.state.files.items():
         if name in bundle.files and name != CONFIG:  # a person may edit the config
             whole.checks.append(Check(name, 0, entry["size"], int(entry["crc32"], 16), (name,)))
     return whole, damage
@@ -225,34 +224,42 @@ def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
 def of_container(path: Path) -> Inspection:
     """Inspect a checkpoint of another program."""
     from ..containers.open import open_container
-    from ..containers.part import part_of_model
-    from ..containers.steps import step_of
 
     container = open_container(path)
     key = weights_key(container.tensors)
     weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
     content = container.content if isinstance(container.content, Mapping) else {}
-    place, config = config_entry(content)
-    optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optimizers") if k in content), None)
-    damage = []
-    try:
-        step, notes = step_of(container)
-    except CheckpointDamaged as error:
-        step, notes = None, []
-        damage.append(str(error))
     if megatron_iteration.is_iteration(container):
-        weights, notes = megatron_iteration.model_of(weights)
-        place, (config, step) = "common.pt", megatron_iteration.said(container)
-    elif not key:
-        others = aside(weights, content)
+        model, notes = megatron_iteration.model_of(weights)
+        config, step = megatron_iteration.said(container)
+        found = of_weights(path, container, key, model, config)
+        found.place, found.step, found.chosen = "common.pt", step, [*notes, *container.caveats]
+    else:
+        others = {} if key else aside(weights, content)
         weights = {name: spec for name, spec in weights.items() if name not in others}
-    if container.kind.startswith("Hugging Face folder"):
-        place = "config.json"
-    identity = identity_of(weights, config, container)
-    made = Inspection(path, container, weights, key, identity, config, place, None, optimizer, step, damage=damage)
-    made.chosen = [*notes, *container.caveats]
-    made.partial = part_of_model(container, path)
-    return made
+        place, config = config_entry(content)
+        found = of_weights(path, container, key, weights, config)
+        found.place = "config.json" if container.kind.startswith("Hugging Face folder") else place
+    words = ("optimizer", "optimizer_state_dict", "optimizers")
+    found.optimizer = next((content[word] for word in words if word in content), None)
+    return found
+
+
+def of_weights(
+    path: Path, container: Container, key: str, weights: dict[str, TensorSpec], config: dict[str, Any] | None = None
+) -> Inspection:
+    """Inspect the tensors of a container that are a model's weights, whose names in it begin with `key`."""
+    from ..containers.part import part_of_model
+    from ..containers.steps import step_of
+
+    found = Inspection(path, container, weights, key, identity_of(weights, config, container), config)
+    try:
+        found.step, counts = step_of(container)
+        found.chosen = [*counts, *container.caveats]
+    except CheckpointDamaged as error:
+        found.damage, found.chosen = [str(error)], list(container.caveats)
+    found.partial = part_of_model(container)
+    return found
 
 
 def identity_of(

@@ -177,9 +177,7 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
             "its head is not its token table, and nanoGPT has one tensor for both. --to bundle and --to hf keep two."
         )
     _drop_head_bias(model, "nanoGPT")
-    if HEAD in model.tensors:
-        model.tie(HEAD, TABLE)
-    model.tensors[HEAD] = model.tensors[TABLE]
+    model.tie(HEAD, TABLE)
     has_bias = config.bias or config.proj_bias or config.mlp_bias or config.norm_bias
     if has_bias:
         add_zero_biases(model, HEAD)
