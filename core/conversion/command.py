@@ -128,7 +128,7 @@ def convert_one(parser: Parser, args: argparse.Namespace, check: Callable[[Plan]
         parser.error(f"--to takes two paths, SRC and DST; found {len(args.paths)}")
     from .planning import plan_conversion
     from .text import plan_facts, plan_text, summary
-    from .writing import convert, work
+    from .writing import convert
 
     source, target = map(Path, args.paths)
     with ExitStack() as held:
@@ -141,7 +141,7 @@ def convert_one(parser: Parser, args: argparse.Namespace, check: Callable[[Plan]
             print(json.dumps(plan_facts(plan), indent=2) if args.json else "\n".join(plan_text(plan)))
             return DONE
         verify = not args.no_verify
-        with byte_bar("converting", work(plan, verify)) as bar:
+        with byte_bar("converting", plan.nbytes * (2 if verify else 1)) as bar:
             said = convert(plan, overwrite=args.overwrite, verify=verify, progress=bar.update)
         found = check(plan) if check is not None else None
     faults = found.faults if found is not None else []

@@ -74,10 +74,9 @@ def open_sharded(path: Path, options: Options) -> Inspection:
     else:
         container = open_rank_files(path)
     key = _chosen(container, options)
-    weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
-    if not key:
-        aside = tuple(f"{word}." for word in _parts(container.content))
-        weights = {name: spec for name, spec in weights.items() if not name.startswith(aside)}
+    others = () if key else tuple(f"{word}." for word in _parts(container.content))
+    mine = [name for name in container.tensors if name.startswith(key) and not name.startswith(others)]
+    weights = {name.removeprefix(key): container.tensors[name] for name in mine}
     if not weights:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
     found = of_weights(path, container, key, weights)

@@ -266,8 +266,3 @@ def _copy_beside(path: Path, source: Path, stage: Path) -> list[str]:
     DISK.write(stage, data)
     DISK.rename(stage, path)
     return []
-
-
-def work(plan: Plan, verify: bool) -> int:
-    """Bytes that `convert` reports as progress."""
-    return plan.nbytes * (2 if verify else 1)

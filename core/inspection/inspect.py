@@ -34,7 +34,7 @@ Facts = dict[str, Any]
 
 
 @dataclass
-class Inspection:
+class Inspection(contextlib.AbstractContextManager["Inspection"]):
     """A checkpoint and everything in its headers; `bundle` is set when it is one of ours."""
 
     path: Path
@@ -76,16 +76,10 @@ class Inspection:
         """Total size of its files in bytes."""
         return sum(self.container.files.values())
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the files of a bundle."""
         if self.bundle is not None:
             self.bundle.close()
-
-    def __enter__(self) -> Inspection:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _OpenFiles(Container):
@@ -153,35 +147,31 @@ def of_bundle(bundle: Bundle) -> Inspection:
     A part that cannot be read becomes a note, so that the rest is still shown. The bundle is closed together with the
     result, or at once if it cannot be inspected.
     """
-    try:
-        return _of_bundle(bundle)
-    except BaseException:
-        bundle.close()
-        raise
-
-
-def _of_bundle(bundle: Bundle) -> Inspection:
-    container, damage = _open_files(bundle)
-    weights: dict[str, TensorSpec] = {}
-    with contextlib.suppress(CheckpointError):  # it is among the damage
-        weights = bundle.weights.tensors
-    optimizer = None
-    with contextlib.suppress(CheckpointError):
-        optimizer = bundle.optimizer.content if bundle.optimizer is not None else None
-    key = f"{bundle.weights.key}." if weights and bundle.weights.key else ""
-    return Inspection(
-        path=bundle.path("") if bundle.single else bundle.folder,
-        container=container,
-        weights=weights,
-        key=key,
-        identity=identity_of(weights, bundle.config_values, container),
-        config=bundle.config_values,
-        tokenizer=bundle.tokenizer,
-        optimizer=optimizer,
-        step=bundle.state.step,
-        bundle=bundle,
-        damage=damage,
-    )
+    with contextlib.ExitStack() as held:
+        held.enter_context(bundle)
+        container, damage = _open_files(bundle)
+        weights: dict[str, TensorSpec] = {}
+        with contextlib.suppress(CheckpointError):  # it is among the damage
+            weights = bundle.weights.tensors
+        optimizer = None
+        with contextlib.suppress(CheckpointError):
+            optimizer = bundle.optimizer.content if bundle.optimizer is not None else None
+        key = f"{bundle.weights.key}." if weights and bundle.weights.key else ""
+        found = Inspection(
+            path=bundle.path("") if bundle.single else bundle.folder,
+            container=container,
+            weights=weights,
+            key=key,
+            identity=identity_of(weights, bundle.config_values, container),
+            config=bundle.config_values,
+            tokenizer=bundle.tokenizer,
+            optimizer=optimizer,
+            step=bundle.state.step,
+            bundle=bundle,
+            damage=damage,
+        )
+        held.pop_all()
+    return found
 
 
 def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ...console.words import size_text
 from ...containers.json_files import parse_json
 from ...containers.tensors.reading import Gatherer
 from ...errors import CheckpointError, SaveFailed
-from ..plan import Progress
+from ..plan import Progress, WeightFile
 from ..writing import write_torch
 from .comparison import check, compare
 from .content import Content
@@ -102,8 +101,7 @@ def _make(place: ModelFolder, steps: Steps, outcome: Outcome, source: Bundle, pr
     texts = {name: values for name, values in documents.items() if name != STATE}
     try:
         with place.storage.removed_on_failure(stage := place.stage()), Gatherer() as gatherer:
-            write = partial(write_torch, gatherer=gatherer, progress=progress)
-            writers: dict[str, Writer] = {name: partial(write, file) for name, file in files.items()}
+            writers = {name: _writer(file, gatherer, progress) for name, file in files.items()}
             write_bundle(place, stage, documents[STATE], {**writers, **texts})
             check(source, plan, stage, documents, progress)
             if not outcome.is_unchanged():
@@ -122,6 +120,10 @@ def _make(place: ModelFolder, steps: Steps, outcome: Outcome, source: Bundle, pr
         if parse_json(place.read(CONFIG), str(place.path / CONFIG)) != documents[CONFIG]:
             outcome.notes.append(f"{place.path / CONFIG}: was here before and fits, so it stays as it is")
     outcome.may_be_deleted = not outcome.left
+
+
+def _writer(file: WeightFile, gatherer: Gatherer, progress: Progress) -> Writer:
+    return lambda output: write_torch(file, output, gatherer, progress)
 
 
 def _clear_the_top(place: ModelFolder, config: dict[str, Any], outcome: Outcome) -> None:

@@ -75,24 +75,37 @@ def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
         raise model.refuse(
             f"activation_function is {model.choice('activation')!r}; our GPT computes {', '.join(SPELLINGS)}."
         )
-    for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if config.get(name, value) is not value:
-            raise model.refuse(f"{name} is {config[name]!r}; our GPT computes {value}.")
+    refuse_other_scales(model, "our GPT")
     if model.sizes.get("n_ffn", 4 * model.sizes["n_embd"]) != 4 * model.sizes["n_embd"]:
         ffn, ours = model.sizes["n_ffn"], 4 * model.sizes["n_embd"]
         raise model.refuse(f"its feed-forward part is {ffn} wide; our GPT has 4 n_embd, {ours}. --to hf keeps it.")
-    says_tied = config.get("tie_word_embeddings", True) is not False
-    tied = model.is_tied(HEAD, HF_TABLE, says_tied)
-    if says_tied and not tied:
-        raise model.refuse(
-            f"tie_word_embeddings is true, but {HEAD} has other values than {HF_TABLE}: transformers would leave it "
-            "out. Set it to false if the model was trained with a head of its own."
-        )
+    tied = is_tied(model, HEAD, HF_TABLE, config.get("tie_word_embeddings", True) is not False)
     if tied:
         model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
     dropout = config.get("resid_pdrop", 0.1)
     dropout = dropout if isinstance(dropout, (int, float)) and 0 <= dropout < 1 else 0.0
     return _ours(model, dropout=dropout, bias=True, head_bias=False, tied_head=tied)
+
+
+def refuse_other_scales(model: Source, target: str) -> None:
+    """Refuse a config of GPT2LMHeadModel that scales its attention in another way than a target."""
+    for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if model.config.get(name, value) is not value:
+            raise model.refuse(f"{name} is {model.config[name]!r}; {target} computes {value}.")
+
+
+def is_tied(model: Source, head: str, table: str, said: bool | None) -> bool:
+    """Whether the head of a model of transformers is its token table; `said` is what its config says.
+
+    Raises: CheckpointMismatch for a head of other values than the table, which transformers would not use.
+    """
+    tied = model.is_tied(head, table, said)
+    if said and not tied:
+        raise model.refuse(
+            f"its config ties head and token table, but {head} has other values than {table}: transformers would leave "
+            "it out. Set tie_word_embeddings to false if the model was trained with a head of its own."
+        )
+    return tied
 
 
 def _drop_head_bias(model: Source, target: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from ...containers.tensors.computed import ComputedTensors, mean, plus_one
 from ...families import megatron_tables
 from ..plan import Options, Pair, Source
-from .gpt import add_zero_biases, hf_config
+from .gpt import add_zero_biases, hf_config, is_tied, refuse_other_scales
 from .megatron_settings import LLAMA3, TO_HF, activation, ids, refuse_other_models, rope_scaling, setting, sizes_of
 from .megatron_source import localize
 
@@ -53,13 +53,7 @@ def _is_tied(model: Source, options: Options, head: str, table: str, said: bool 
     """
     if head not in model.tensors:
         return options.tied is not False
-    tied = model.is_tied(head, table, said)
-    if said and not tied:
-        raise model.refuse(
-            f"its config ties head and token table, but {head} has other values than {table}: transformers would leave "
-            "it out. Set tie_word_embeddings to false if the model was trained with a head of its own."
-        )
-    if tied and options.tied is not False:
+    if is_tied(model, head, table, said) and options.tied is not False:
         model.drop(head, f"tied to {table}")
         return True
     return False
@@ -211,9 +205,7 @@ def gpt2_to_megatron(model: Source, options: Options) -> dict[str, Any]:
     gelu = model.choice("activation")
     if gelu not in TO_HF:
         raise model.refuse(f"activation_function is {gelu!r}; Megatron has gelu, and with a fused bias gelu_new.")
-    for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if config.get(name, value) is not value:
-            raise model.refuse(f"{name} is {config[name]!r}, and Megatron computes {value}.")
+    refuse_other_scales(model, "Megatron")
     tied = _is_tied(model, options, HF_HEAD, GPT2_TABLE, config.get("tie_word_embeddings", True) is not False)
     return _export_config(
         model,
