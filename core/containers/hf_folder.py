@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..console.words import listed_names
 from ..errors import CheckpointDamaged, CheckpointNotFound
 from .container import Container, is_plain, listing, member
 from .joined import read_json
-from .pickles.inert import as_name, as_text
+from .pickles.inert import as_name, as_text, names_text
 from .safetensors import METADATA, open_safetensors
 from .series import Series, choose_series, series_of
 from .spec import TensorSpec
@@ -129,7 +128,7 @@ def _series(
         series = next((one for one in every if one.ranked and used & set(one.names)), None)
         others = [one.label for one in every if not used & set(one.names)]
         others += [name for name in WEIGHTS if name in names and name != main]
-        said = f"{where} is taken; also here: {_some(others)}" if others else ""
+        said = f"{where} is taken; also here: {names_text(others)}" if others else ""
     else:
         series, said = choose_series(names, where)
     caveats = [said] if said else []
@@ -147,7 +146,7 @@ def _beside(names: dict[str, int | None], files: dict[str, int]) -> list[str]:
     files |= known
     surplus = [name for name in names if name.endswith(_WEIGHT_SUFFIXES) and name not in files]
     notes = [f"with {', '.join(known)}"] if known else []
-    return notes + ([f"also here, not part of the model: {_some(surplus)}"] if surplus else [])
+    return notes + ([f"also here, not part of the model: {names_text(surplus)}"] if surplus else [])
 
 
 def _weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
@@ -167,7 +166,7 @@ def _open_shards(folder: Path, names: list[str], where: str, there: Iterable[str
     missing = [name for name in names if is_plain(name) and name not in listed]
     if missing:
         raise CheckpointDamaged(
-            f"{where}: of its {len(names)} files, {len(missing)} not there: {_some(missing)}. "
+            f"{where}: of its {len(names)} files, {len(missing)} not there: {names_text(missing)}. "
             "Download or copy them again; the others were not opened."
         )
     return {name: _open_shard(member(folder, name, where)) for name in names}
@@ -207,7 +206,9 @@ def _compare(weight_map: dict[str, str], tensors: dict[str, TensorSpec], where: 
     extra = [name for name in tensors if name not in weight_map]
     if not extra:
         return []
-    return [f"not in the index, and yet in the files: {_some([f'{n} ({tensors[n].blocks[0].file})' for n in extra])}"]
+    return [
+        f"not in the index, and yet in the files: {names_text([f'{n} ({tensors[n].blocks[0].file})' for n in extra])}"
+    ]
 
 
 def _total_size(metadata: Any, tensors: dict[str, TensorSpec]) -> list[str]:
@@ -225,7 +226,3 @@ def _without_tensors(content: Any) -> Any:
     if not isinstance(content, dict):
         return content
     return {name: value for name, value in content.items() if not isinstance(value, TensorSpec)}
-
-
-def _some(names: list[str]) -> str:
-    return listed_names(names, 3, show=as_name)

@@ -6,11 +6,10 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from ..console.words import listed_names
 from ..errors import CheckpointError, CheckpointNotFound
 from .container import Container, listing, member, reading
 from .part import rank_pattern
-from .pickles.inert import as_name
+from .pickles.inert import names_text
 
 _HEAD = 512  # bytes
 
@@ -102,20 +101,20 @@ def _open_folder(folder: Path) -> Container:
         return _open_file(member(folder, single[0], str(folder)))
     if single and (pattern := rank_pattern(single[0])) and all(re.fullmatch(pattern, name) for name in single):
         raise CheckpointError(
-            f"{folder}: the files of {len(single)} ranks ({listed_names(single, 5, show=as_name)}), which cannot be "
+            f"{folder}: the files of {len(single)} ranks ({names_text(single, 5)}), which cannot be "
             "joined here. Join them with the program that wrote them; if each has the whole model, copy one to a "
             "folder of its own."
         )
     if len({_NUMBER.sub("0", name) for name in single}) == 1 < len(single) and _PART.search(single[0]):
         raise CheckpointNotFound(
             f"{folder}: {len(single)} files that are parts of one checkpoint by their names: "
-            f"{listed_names(single, 5, show=as_name)}. No index says how they fit together, and one alone is not the "
+            f"{names_text(single, 5)}. No index says how they fit together, and one alone is not the "
             "model. Put them together with the program that wrote them, and name the result."
         )
     if single:
         raise CheckpointNotFound(
             f"{folder}: not a single checkpoint, but {len(single)} files that may each be one: "
-            f"{listed_names(single, 5, show=as_name)}. Name one of them."
+            f"{names_text(single, 5)}. Name one of them."
         )
-    found = listed_names(list(names), 5, show=as_name) if names else "nothing"
+    found = names_text(list(names), 5) if names else "nothing"
     raise CheckpointNotFound(f"{folder}: no checkpoint here. Looked for {_LOOKED_FOR}; found {found}.")

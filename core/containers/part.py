@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from ..console.words import listed_names
 from .container import Container, listing
-from .pickles.inert import as_name
+from .pickles.inert import as_name, names_text
 from .series import Series, series_of
 from .spec import TensorSpec
 from .torch_shards import offsets_of
@@ -28,10 +27,10 @@ _FEW = 3  # weights: fewer vectors may be anything
 _SCRIPT = "zero_to_fp32.py"
 
 
-def part_of_model(container: Container, path: Path) -> str:
+def part_of_model(container: Container) -> str:
     """Say why the tensors are only a part of a model, and what to do; "" when nothing shows that.
 
-    `path` is what was opened: a file that lies among the parts of one model is one of them.
+    A file that lies among the parts of one model is one of them.
     """
     single = container.path.is_file()
     folder = container.path.parent if single else container.path
@@ -95,13 +94,13 @@ def _numbered(path: Path) -> str:
     one = next(iter(series_of([path.name])), None)
     if one is None or (one.total == 1 and not one.ranked):
         return ""
-    beside = next((s for s in series_of(_names(path.parent)) if s.label == one.label), one)
+    beside = next((s for s in series_of(listing(path.parent)) if s.label == one.label), one)
     if len(beside.ranks) == 1:
         return _lone(beside)
     what = f"the shards of {len(beside.ranks)} ranks" if one.ranked else f"{one.total} files"
     said = f"one of {what} of one model ({as_name(one.label)})"
     if beside.missing:
-        return f"{said}; not there: {_some(beside.missing)}. Copy them beside it, and name the folder."
+        return f"{said}; not there: {names_text(beside.missing)}. Copy them beside it, and name the folder."
     return f"{said}, which lie beside it. Name the folder, {path.parent}."
 
 
@@ -127,9 +126,9 @@ def _lone(one: Series) -> str:
     rank = max(one.ranks)
     lost = [f"shard-{k:05}-{one.stem}-*.safetensors" for k in (*range(1, rank), rank + 1)]
     return (
-        f"{as_name(one.names[0])} has rank {rank}'s part of each tensor, and no other rank's is here: {_some(lost)} "
-        "and on are missing. Copy the shards of all ranks into one folder and name it; if one rank saved the whole "
-        "model, rename the file to model.safetensors."
+        f"{as_name(one.names[0])} has rank {rank}'s part of each tensor, and no other rank's is here: "
+        f"{names_text(lost)} and on are missing. Copy the shards of all ranks into one folder and name it; if one "
+        "rank saved the whole model, rename the file to model.safetensors."
     )
 
 
@@ -139,7 +138,7 @@ def _of_a_rank(path: Path) -> str:
         pattern = rank_pattern(place.name)
         if pattern is None:
             continue
-        names = [name for name in _names(place.parent) if re.fullmatch(pattern, name)]
+        names = [name for name in listing(place.parent) if re.fullmatch(pattern, name)]
         if place is not path:  # a folder for each rank, with a file of the same name in each
             names = [f"{name}/{path.name}" for name in names if (place.parent / name / path.name).is_file()]
         others = [name for name in names if place.parent / name != path]
@@ -147,7 +146,7 @@ def _of_a_rank(path: Path) -> str:
             continue  # ranks count from 0; other numbers are something else
         if others:
             return (
-                f"the file of one rank; beside it are those of {len(others)} more ({_some(others)}). "
+                f"the file of one rank; beside it are those of {len(others)} more ({names_text(others)}). "
                 f"{_how_to_join(place, path)}; if each has the whole model, copy this one to a folder of its own."
             )
     return ""
@@ -171,11 +170,3 @@ def rank_pattern(name: str) -> str | None:
 
 def _is_first(name: str) -> bool:
     return all(set(match[1]) <= set("0_") for match in _RANK.finditer(name.partition("/")[0]))
-
-
-def _names(folder: Path) -> Iterable[str]:
-    return listing(folder)
-
-
-def _some(names: list[str]) -> str:
-    return listed_names(names, 3, show=as_name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..console.words import listed_names
 from ..errors import CheckpointNotFound
-from .pickles.inert import as_name
+from .pickles.inert import as_name, names_text
 
 _NUMBERED = re.compile(r"(?:shard-(\d{5})-)?(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)", re.DOTALL)
 
@@ -70,7 +70,7 @@ def choose_series(names: Iterable[str], where: str) -> tuple[Series | None, str]
         return (found[0] if found else None), ""
     complete = [one for one in found if not one.missing]
     if len(complete) == 1:
-        lacking = [f"{as_name(one.label)} lacks {_some(one.missing)}" for one in found if one.missing]
+        lacking = [f"{as_name(one.label)} lacks {names_text(one.missing)}" for one in found if one.missing]
         count = len(complete[0].names)
         return complete[0], (
             f"{where}: holds {len(found)} series of numbered files; {as_name(complete[0].label)} ({count} "
@@ -85,8 +85,4 @@ def choose_series(names: Iterable[str], where: str) -> tuple[Series | None, str]
 
 
 def _state(one: Series) -> str:
-    return f"lacks {_some(one.missing)}" if one.missing else f"complete, {len(one.names)} files"
-
-
-def _some(names: list[str]) -> str:
-    return listed_names(names, 3, show=as_name)
+    return f"lacks {names_text(one.missing)}" if one.missing else f"complete, {len(one.names)} files"

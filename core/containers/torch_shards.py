@@ -13,7 +13,7 @@ from ..errors import CheckpointDamaged
 from .blocks import blocks_fault, naturals, spec_of_blocks
 from .container import Container
 from .json_files import parse_json
-from .pickles.inert import as_text, check_structure
+from .pickles.inert import as_name, as_text, check_structure
 from .safetensors import METADATA
 from .series import Series
 from .spec import Chunk, TensorSpec
@@ -55,7 +55,7 @@ def offsets_of(shard: Container, where: str) -> dict[str, tuple[int, ...]]:
         begin = tuple(offsets) if isinstance(offsets, list) else None
         if not naturals(begin) or len(begin) != len(spec.shape):
             raise CheckpointDamaged(
-                f"{where}: its {SHARDING} places {as_text(name, 80)[1:-1]} at {as_text(offsets, 60)}, expected "
+                f"{where}: its {SHARDING} places {as_name(name)} at {as_text(offsets, 60)}, expected "
                 f"{len(spec.shape)} whole numbers, one for each dimension of {spec.shape}."
             )
         found[name] = begin
@@ -71,7 +71,7 @@ def join_pieces(name: str, pieces: list[Piece], where: str, series: Series | Non
     first = pieces[0].spec
     if len(pieces) == 1 and not any(pieces[0].begin or ()):
         return first
-    shown = as_text(name, 80)[1:-1]
+    shown = as_name(name)
     parts = [(piece.begin, piece.spec) for piece in pieces if piece.begin is not None]
     if len(parts) < len(pieces):
         raise CheckpointDamaged(f"{where}: {shown} is in {first.file} and in {pieces[1].spec.file}.")

@@ -12,11 +12,9 @@ from ..containers.trees import leaves
 from ..families.megatron_iteration import is_iteration
 from ..families.parts import OPTIMIZER, parts_of
 from ..inspection.config_entry import KEYS as CONFIG_KEYS
+from ..inspection.marks import ARGUMENTS
 from ..inspection.report import tensors_in
 from .plan import Plan, Source
-
-CONFIG_ENTRY = {"nanogpt": "model_args"}
-"""The entry of a file that holds the model's config, even if other entries look like one."""
 
 _WHOLE = ("torch zip", "torch stream", "DCP folder", "legacy single file")
 """Kinds of containers whose content is the checkpoint; files beside weights are copied, or belong to other programs."""
@@ -65,8 +63,8 @@ def _taken(model: Source, kind: str) -> set[Any]:
         return set()
     if model.container.kind == "legacy single file" and kind == "bundle":
         return set(content)  # training_state.json keeps entries of unknown names
-    entry = CONFIG_ENTRY.get(model.family_of_source, "")
-    found = {entry if entry in content else next((key for key in CONFIG_KEYS if key in content), ""), TOKENIZER_KEY}
+    keys = (ARGUMENTS, *CONFIG_KEYS) if model.family_of_source == "nanogpt" else CONFIG_KEYS
+    found = {next((key for key in keys if key in content), ""), TOKENIZER_KEY}
     if kind in ("bundle", "nanogpt"):
         found |= {*NAMES, *(f"{holder}.{name}" for holder in HOLDERS for name in NAMES)}
         found |= {key for key in HOLDERS if isinstance(content.get(key), Mapping) and content[key].keys() <= {*NAMES}}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..config.gpt import ACTIVATIONS, ATTENTION_SCALES, NORM_PLACEMENTS
 from ..console.commandline import DONE, FAILED, Parser, add_check_flags, count, positive, size
@@ -93,6 +93,8 @@ def options_of(args: argparse.Namespace) -> Options:
     """Make the options from the flags."""
     from .pairs.megatron_settings import FLAGS
 
+    original = Path(args.match_original) if args.match_original else None
+    parts = {"save_ema": args.save_ema, "match_original": original, "metadata_from": args.metadata_from}
     return Options(
         dtype=DTYPES.get(args.dtype),
         shard_size=args.shard_size,
@@ -102,7 +104,7 @@ def options_of(args: argparse.Namespace) -> Options:
         meta=args.meta,
         bpe_file=args.bpe_file,
         choices={name: value for name in CHOICES if (value := getattr(args, name)) is not None},
-        more={name: value for name in FLAGS if (value := getattr(args, name)) is not None} | more_of(args),
+        more={name: value for name in FLAGS if (value := getattr(args, name)) is not None} | parts,
     )
 
 
@@ -129,7 +131,7 @@ def convert_one(parser: Parser, args: argparse.Namespace, check: Callable[[Plan]
         parser.error(f"--to takes two paths, SRC and DST; found {len(args.paths)}")
     from .planning import plan_conversion
     from .text import plan_facts, plan_text, summary
-    from .writing import convert, work
+    from .writing import convert
 
     source, target = map(Path, args.paths)
     with ExitStack() as held:
@@ -142,7 +144,7 @@ def convert_one(parser: Parser, args: argparse.Namespace, check: Callable[[Plan]
             print(json.dumps(plan_facts(plan), indent=2) if args.json else "\n".join(plan_text(plan)))
             return DONE
         verify = not args.no_verify
-        with byte_bar("converting", work(plan, verify)) as bar:
+        with byte_bar("converting", plan.nbytes * (2 if verify else 1)) as bar:
             said = convert(plan, overwrite=args.overwrite, verify=verify, progress=bar.update)
         found = check(plan) if check is not None else None
     faults = found.faults if found is not None else []
@@ -198,9 +200,3 @@ def take_spelling(parser: Parser, args: argparse.Namespace) -> None:
         args.match_original = args.model_path
     elif args.model_path not in (None, args.match_original):
         parser.error("--match_original and --model_path name two models; give one")
-
-
-def more_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Make `Options.more` from these flags."""
-    original = Path(args.match_original) if args.match_original else None
-    return {"save_ema": args.save_ema, "match_original": original, "metadata_from": args.metadata_from}

@@ -21,7 +21,7 @@ from ..families.rules import RENAME, Chain, Merge, Permute, Row, Rule, apply
 from .opening import open_model
 from .plan import Options, Plan, Source, Target
 from .sharded import take_parts
-from .targets.safetensors import INDEX, add_files, in_shards
+from .targets.safetensors import INDEX, add_files, in_shards, is_for_folder
 
 ALONG = ("config.json", "llm_config.json", "vit_config.json", *BESIDE)
 """Files of the original that are copied unchanged."""
@@ -40,7 +40,7 @@ def plan_matched(source: Path, target: Path, to: str, options: Options, held: Ex
         CheckpointError as the readers.
     """
     folder = Path(options.more["match_original"])
-    model = open_model(source, held, needs_family=False, options=options)
+    model = open_model(source, held, options, needs_family=False)
     take_parts(model, source, options)
     _refuse_others(model, to, target, options, folder)
     original = _original(folder)
@@ -152,9 +152,7 @@ def _target(model: Source, name: str, original: View) -> Target:
 
 def _laid_out(model: Source, targets: dict[str, Target], original: Container, target: Path, options: Options) -> Plan:
     """Plan one file, or a folder: in the files of the original, or in others of at most --shard_size."""
-    is_folder = target.suffix != ".safetensors"
-    if not is_folder and options.shard_size is not None:
-        raise model.refuse(f"{target.name} is one file, and --shard_size cuts it. Name a folder.")
+    is_folder = is_for_folder(model, options, target)
     if not is_folder:
         files = {target.name: list(targets)}
     elif options.shard_size is not None or not original.path.is_dir():

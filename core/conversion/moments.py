@@ -111,13 +111,13 @@ def _order_of(
     if not same:
         wanted = " or ".join(dict.fromkeys(_sum(order.sizes) for order in orders))
         raise CheckpointMismatch(f"found {_sum(sizes)} parameters without names, expected {wanted}.")
-    faults = {id(order): _fault(order, numbers, entries, shapes) for order in same}
-    fits = {tuple(order.names): order for order in same if faults[id(order)] is None}
+    faults = [_fault(order, numbers, entries, shapes) for order in same]
+    fits = {tuple(order.names): order for order, fault in zip(same, faults, strict=True) if fault is None}
     if len(fits) > 1:
         rules = "; ".join(order.rule for order in fits.values())
         raise CheckpointMismatch(f"its shapes fit {len(fits)} orders of the parameters ({rules}): nothing decides.")
     if not fits:
-        raise CheckpointMismatch(f"{faults[id(same[0])]}.")
+        raise CheckpointMismatch(f"{faults[0]}.")
     (order,) = fits.values()
     if not order.untied and not model.is_tied(family.head, family.embedding):
         raise CheckpointMismatch(

@@ -21,16 +21,14 @@ from ..families.architecture import Architecture
 from ..families.choices import Choice
 from ..families.identify import FAMILIES, UNKNOWN, Identity
 from ..families.megatron_iteration import is_iteration
-from ..families.parts import OPTIMIZER, aside
 from ..inspection.inspect import Inspection, identity_of, inspect_path
-from ..inspection.marks import choices, marks_of
-from .aside import CONFIG_ENTRY
+from ..inspection.marks import choices, config_of, marks_of
 from .moments import SORTED, moments_of
 from .pairs import megatron_source
 from .pairs.modded import BATCHED
 from .plan import Options, Source
 from .run import Run, missing, run_of
-from .sharded import REASONS, is_sharded, open_sharded
+from .sharded import is_sharded, open_sharded
 
 FAMILY = {
     name: family for family in reversed(FAMILIES) for name in (family.name, *(style.name for style in family.styles))
@@ -46,7 +44,7 @@ _SHOWN = {"learning_rate": "lr", "weight_decay": "weight_decay"}
 """Settings of a run that an optimizer state shows, and their names in its groups."""
 
 
-def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, options: Options | None = None) -> Source:
+def open_model(path: Path, held: ExitStack, options: Options, *, needs_family: bool) -> Source:
     """Open the checkpoint at a path; its files stay open until `held` is closed.
 
     Without `needs_family`, tensors of any names are accepted unchanged.
@@ -54,12 +52,37 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointError when it cannot be read or names more than data;
         CheckpointMismatch when its tensors are not a complete model of a known program.
     """
-    sharded = options is not None and is_sharded(path)
-    found = held.enter_context(open_sharded(path, options) if sharded and options else inspect_path(path))
+    found = held.enter_context(open_sharded(path, options) if is_sharded(path) else inspect_path(path))
     if found.damage:
         raise CheckpointDamaged(found.damage[0])
-    if found.bundle is not None and options is not None and options.more.get("save_ema"):
+    if found.bundle is not None and options.more.get("save_ema"):
         _take_average(found, found.bundle)
+    _refuse_inconvertible(path, found)
+    found.config = _config(found)
+    found.identity = identity_of(found.weights, found.config, found.container)
+    if needs_family and "n_head" in options.choices:
+        _set_heads(found, options.choices["n_head"])
+    identity = found.identity
+    if identity.family == UNKNOWN or identity.unplaced or identity.missing:
+        if needs_family:
+            raise _unfit(path, identity)
+        return _bare(path, found)
+    overridden = _overridden(path, found, needs_family)
+    made = choices(found, options.choices)
+    if needs_family:
+        _refuse_contradicted(path, made, options.choices, marks_of(found).place)
+    model = _model(path, found, made)
+    model.notes += overridden
+    if needs_family:
+        megatron_source.refuse_mixed(model)
+    else:
+        model.notes += _contradictions(found)
+    megatron_source.drop_extra_states(model, found.key)
+    return model
+
+
+def _refuse_inconvertible(path: Path, found: Inspection) -> None:
+    """Refuse a checkpoint that is only a part of a model, or whose pickle names more than data."""
     megatron_source.refuse_classic(found.container)
     if found.partial:
         raise CheckpointMismatch(f"{path}: {found.partial}")
@@ -68,60 +91,44 @@ def open_model(path: Path, held: ExitStack, *, needs_family: bool = True, option
             f"{path}: its pickle names {', '.join(found.container.foreign[:3])}. Nothing was executed, and nothing is "
             "converted; inspect_model.py shows its tensors and plain values."
         )
-    given = options.choices if options is not None else {}
-    config = _config(found)
-    identity = identity_of(found.weights, config, found.container)
-    if needs_family and "n_head" in given:
-        config, identity = _with_heads(found, config, identity, given["n_head"])
-    if identity.family == UNKNOWN or identity.unplaced or identity.missing:
-        if needs_family:
-            raise _unfit(path, identity)
-        return _bare(found, path, config, identity, None if sharded else options)
-    said = []
-    if identity.conflicts:
-        said = megatron_source.conflicts_said(identity, identity_of(found.weights, None, found.container))
-    if identity.conflicts and needs_family and not said:
-        raise CheckpointMismatch(
-            f"{path}: {listed(identity.conflicts, 3)}. Correct the config, or name another source."
-        )
-    found.identity, found.config = identity, config
-    made = choices(found, given)
-    if needs_family:
-        _refuse_contradicted(path, made, given, marks_of(found).place)
-    model = _model(found, path, identity, config, made)
-    model.notes += said
-    if needs_family:
-        megatron_source.refuse_mixed(model)
-    else:
-        model.notes += _contradictions(found, identity)
-    megatron_source.drop_extra_states(model, found.key)
-    return model
 
 
-def _with_heads(
-    found: Inspection, config: dict[str, Any], identity: Identity, heads: int
-) -> tuple[dict[str, Any], Identity]:
-    """The config and the identity of a model with a number of heads that a person specified.
+def _set_heads(found: Inspection, heads: int) -> None:
+    """Give a model the number of heads that a person specified.
 
     Raises: CheckpointMismatch when the tensors or the config have another number, or cannot have this one.
     """
-    shape = identity.architecture
+    shape = found.identity.architecture
     if shape is None:
-        return config, identity
-    is_exported = identity.family.startswith("megatron_")  # its config is what the export was told
+        return
+    is_exported = found.identity.family.startswith("megatron_")  # its config is what the export was told
     if shape.n_head is not None and not (is_exported and "n_head" in shape.from_config):
-        if shape.n_head == heads:
-            return config, identity
-        whose = "its config" if "n_head" in shape.from_config else "its tensors"
-        raise CheckpointMismatch(f"{found.path}: --n_head is {heads}, but {whose} has {shape.n_head}. Leave it out.")
-    fields = {"num_attention_heads" if is_exported else "n_head": heads}
+        if shape.n_head != heads:
+            whose = "its config" if "n_head" in shape.from_config else "its tensors"
+            raise CheckpointMismatch(
+                f"{found.path}: --n_head is {heads}, but {whose} has {shape.n_head}. Leave it out."
+            )
+        return
     width = next((s.shape[-1] for n, s in found.weights.items() if n.endswith(".linear_proj.weight")), shape.n_embd)
     if not width or width % heads:
         raise CheckpointMismatch(f"{found.path}: --n_head is {heads}, which does not divide the width {width}.")
-    if is_exported:
-        fields["kv_channels"] = width // heads
-    config = {**config, **fields}
-    return config, identity_of(found.weights, config, found.container)
+    fields = {"num_attention_heads": heads, "kv_channels": width // heads} if is_exported else {"n_head": heads}
+    found.config = {**(found.config or {}), **fields}
+    found.identity = identity_of(found.weights, found.config, found.container)
+
+
+def _overridden(path: Path, found: Inspection, needs_family: bool) -> list[str]:
+    """What the config says otherwise than the tensors, where the tensors win.
+
+    Raises: CheckpointMismatch when none of them does, and a model of a known program is needed.
+    """
+    conflicts = found.identity.conflicts
+    if not conflicts:
+        return []
+    said = megatron_source.conflicts_said(found.identity, identity_of(found.weights, None, found.container))
+    if needs_family and not said:
+        raise CheckpointMismatch(f"{path}: {listed(conflicts, 3)}. Correct the config, or name another source.")
+    return said
 
 
 def _refuse_contradicted(path: Path, made: list[Choice], given: Mapping[str, Any], place: str) -> None:
@@ -161,82 +168,74 @@ def _config(found: Inspection) -> dict[str, Any]:
     if found.bundle is not None:
         made = found.bundle.config
         return found.bundle.config_values if made is None else made.to_dict()
-    content = found.container.content if isinstance(found.container.content, Mapping) else {}
-    entry = CONFIG_ENTRY.get(found.identity.family, "")
-    if isinstance(content.get(entry), dict):
-        return {str(key): plain(value) for key, value in content[entry].items()}
-    return dict(found.config or {})
+    return config_of(found)[1]
 
 
-def _contradictions(found: Inspection, identity: Identity) -> list[str]:
+def _contradictions(found: Inspection) -> list[str]:
     """What inspect_model.py reports as contradictions, for targets that take tensors of any model."""
     if found.bundle is not None and found.bundle.config is not None:
         return [f"contradiction: {fault}" for fault in contradictions(found.bundle)]
-    return [f"contradiction: {fault}" for fault in (*identity.conflicts, *found.lacks)]
+    return [f"contradiction: {fault}" for fault in (*found.identity.conflicts, *found.lacks)]
 
 
-def _bare(found: Inspection, path: Path, config: dict[str, Any], identity: Identity, options: Options | None) -> Source:
-    """Make a source of an unknown model, with its tensors unchanged; an optimizer goes along if `options` ask for it.
-
-    Without `options` whatever stands beside the model is left to `take_parts`.
+def _bare(path: Path, found: Inspection) -> Source:
+    """Make a source of an unknown model, with its tensors unchanged; what stands beside it is left to `take_parts`.
 
     Raises: CheckpointMismatch for a model of a known family that lacks tensors. Where more are missing than there are,
     it is no model but a selection of tensors under a family's names, which is kept.
     """
+    identity = found.identity
     if identity.family != UNKNOWN and 0 < len(identity.missing) < len(identity.places):
         raise CheckpointMismatch(
             f"{path}: {identity.program}, but it lacks {len(identity.missing)} of its tensors: "
             f"{listed_names(identity.missing, 5)}. Name a checkpoint that has them all."
         )
     tensors = {name: stored(found.container, spec) for name, spec in found.weights.items()}
-    model = Source(path, found.container, UNKNOWN, tensors, config, {}, step=found.step, program="an unknown program")
-    model.sources = dict(tensors)
-    model.notes += [*found.chosen, *_contradictions(found, identity)]
-    used = {spec.name for spec in found.weights.values()}
-    others = [name for name in found.container.tensors if name not in used]
-    kinds = aside(found.container.tensors, found.container.content)
-    for name in others if options is not None and not is_iteration(found.container) else ():
-        view = stored(found.container, found.container.tensors[name])
-        if options and options.include_optimizer and kinds.get(name) is OPTIMIZER:
-            model.along[name] = view
-        else:
-            model.dropped[name] = REASONS.get(kinds.get(name, ()), "not a weight of the model")
-            model.sources.setdefault(name, view)
-    return model
+    return Source(
+        path=path,
+        container=found.container,
+        family=UNKNOWN,
+        tensors=tensors,
+        config=found.config or {},
+        sizes={},
+        step=found.step,
+        sources=dict(tensors),
+        program="an unknown program",
+        notes=[*found.chosen, *_contradictions(found)],
+    )
 
 
-def _model(found: Inspection, path: Path, identity: Identity, config: dict[str, Any], made: list[Choice]) -> Source:
+def _model(path: Path, found: Inspection, made: list[Choice]) -> Source:
+    """Make a source of a model of a known family, with its optimizer state and what is recorded of its run."""
+    identity, config, bundle = found.identity, found.config or {}, found.bundle
     assert identity.architecture is not None
-    tensors = {}
-    dropped = {}
+    tensors, dropped = {}, {}
     for name, spec in found.weights.items():
-        if name in identity.buffers:
-            dropped[spec.name] = identity.buffers[name]
-        elif name in identity.places:
+        if name in identity.places:
             tensors[identity.places[name]] = stored(found.container, spec)
-        else:  # beside a whole model there is only that
-            dropped[spec.name] = "of an optimizer"
-    bundle = found.bundle
+        else:  # beside a whole model there are only buffers and an optimizer
+            dropped[spec.name] = identity.buffers.get(name, "of an optimizer")
+    # a GPTBatched is known by its config, because its tensors have medium's layout
+    family = BATCHED if config.get("model_class") == "GPTBatched" else identity.family
     model = Source(
         path=path,
         container=found.container,
-        family=_family_of(identity, config),
+        family=family,
         tensors=tensors,
         config=config,
         sizes=_sizes(identity.architecture),
+        biases=identity.architecture.biases,
         tokenizer=found.tokenizer,
         step=found.step,
-        state=bundle.state if bundle is not None else TrainingState(),
+        state=bundle.state.having(**_rounded(bundle)) if bundle is not None else TrainingState(),
         sources=dict(tensors),
-        family_of_source=_family_of(identity, config),
+        family_of_source=family,
         dropped=dropped,
         program=identity.program,
         choices=made,
+        notes=list(found.chosen),
     )
-    model.notes += found.chosen
-    if bundle is not None:
-        model.state = model.state.having(**_rounded(bundle))
-    elif identity.family == "nanogpt":
+    if bundle is None and identity.family == "nanogpt":
         model.state = model.state.having(**_best(found))
     if isinstance(found.optimizer, list) and found.optimizer:
         model.notes.append(f"its {len(found.optimizer)} optimizer states are left out: only one can be included")
@@ -263,11 +262,6 @@ def _run_of(found: Inspection, model: Source) -> Run | None:
     run = Run({name: value for name, value in shown.items() if math.isfinite(value) and value >= 0})
     run.notes = missing(run)
     return run
-
-
-def _family_of(identity: Identity, config: Mapping[str, Any]) -> str:
-    """The family; for a GPTBatched it follows from the config, because its tensors have medium's layout."""
-    return BATCHED if config.get("model_class") == "GPTBatched" else identity.family
 
 
 def _rounded(bundle: Bundle) -> dict[str, Any]:

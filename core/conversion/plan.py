@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ class Source:
     tensors: dict[str, View]  # by the family's own names
     config: dict[str, Any]  # as the family's program writes it
     sizes: Sizes
+    biases: Mapping[str, bool] = field(default_factory=dict)  # of the source: whether qkv, proj, mlp, ... have one
     tokenizer: dict[str, Any] | None = None  # as in tokenizer.json of a bundle
     step: int | None = None
     state: TrainingState = field(default_factory=TrainingState)
@@ -86,8 +89,8 @@ class Source:
                 views.pop(name, None)
 
     def tie(self, name: str, other: str) -> None:
-        """Drop a tensor that repeats the values of another one."""
-        if self.tensors[name].names != self.tensors[other].names:
+        """Let a tensor be another one again; its own, which repeats the values of that one, is dropped."""
+        if name in self.tensors and self.tensors[name].names != self.tensors[other].names:
             self.drop(name, f"the values of {other}, written once for both")
         self.tensors[name] = self.tensors[other]
 
@@ -110,10 +113,6 @@ class Source:
             config = self.path.parent / "config.json"
             is_beside = self.path.is_file() and self.family.startswith("hf_") and config.exists()
             raise self.refuse(f"{asked} Or name the folder: {config} is not read with a file." if is_beside else asked)
-
-    def choose(self, name: str, value: Any, origin: str) -> None:
-        """Set a choice that is found out on the way."""
-        self.choices = [choice for choice in self.choices if choice.name != name] + [Choice(name, value, origin)]
 
     def refuse(self, reason: str) -> CheckpointMismatch:
         """Make the error that names the source."""
@@ -141,13 +140,13 @@ class Source:
     def is_tied(self, head: str, table: str, said: bool | None = None) -> bool:
         """Whether the head is the token table, by their values and by what the program says (see families/tie.py)."""
         own, whole = self.tensors.get(head), self.tensors[table]
-        shares = own is not None and own.place == whole.place
-        return bool(
-            is_tied(
-                said, stored=own is not None, shares=shares, same=lambda: own is not None and same_elements(own, whole)
-            )
-        )
+        if own is None:
+            return True
+        return bool(is_tied(said, shares=own.place == whole.place, same=lambda: same_elements(own, whole)))
 
+
+Progress = Callable[[int], object]
+"""Takes a number of bytes that were read, written or compared."""
 
 Translate = Callable[[Source, Options], dict[str, Any]]
 """Returns the config in the other family's terms; may drop and fill tensors, under the present family's names.
@@ -285,23 +284,16 @@ class Plan:
 
         Raises: CheckpointMismatch.
         """
-        faults = []
-        seen: set[tuple[str, str]] = set()
+        counts = Counter((target.file, target.path) for target in self.targets)
+        faults = [f"{path} is made twice" for (_, path), count in counts.items() if count > 1]
         for target in self.targets:
-            if (target.file, target.path) in seen:
-                faults.append(f"{target.path} is made twice")
-            seen.add((target.file, target.path))
-            if sum(_numel(b.shape) for b in target.view.blocks) != target.view.numel:
+            if sum(math.prod(b.shape) for b in target.view.blocks) != target.view.numel:
                 faults.append(f"{target.path} has {target.view.shape}, which its parts do not fill")
             if target.dtype != target.view.dtype and target.view.dtype not in FLOATS:
                 faults.append(f"{target.path} is {target.view.dtype}, which cannot be cast to {target.dtype}")
         used = {name for target in self.targets for name in target.view.names}
-        for view in self.model.sources.values():
-            faults += [
-                f"{name} is neither used nor dropped"
-                for name in view.names
-                if name not in used and name not in self.model.dropped
-            ]
+        needed = [name for view in self.model.sources.values() for name in view.names if name not in self.model.dropped]
+        faults += [f"{name} is neither used nor dropped" for name in needed if name not in used]
         if faults:
             raise CheckpointMismatch(
                 f"{self.model.path}: the plan is not whole: {listed(faults)}. Nothing was written."
@@ -312,13 +304,6 @@ def folded(said: Mapping[str, str]) -> dict[str, str]:
     """Merge names that differ only in their numbers and have equal values: `blocks.{0..5}.ln1.bias`."""
     facts = [{"name": name, "shape": (), "dtype": text} for name, text in said.items()]
     return {name: text for name, _, text in grouped(facts)}
-
-
-def _numel(shape: Iterable[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def target_of(model: Source, name: str, file: str, options: Options, path: str = "") -> Target:

@@ -22,7 +22,7 @@ from .pairs.gpt import complete
 from .pairs.megatron_settings import FLAGS
 from .plan import TORCH_ENDINGS, Options, Plan, Source
 from .sharded import take_parts
-from .targets import FORMATS, Format
+from .targets import FORMATS, Format, formats_of
 from .vocabulary import add_tokenizer, tokens_of
 
 BY_NAME = {one.name: one for one in FORMATS}
@@ -48,7 +48,7 @@ def _planned(source: Path, target: Path, to: str, options: Options, held: ExitSt
     kind = BY_NAME[to]
     if options.more.get("match_original") is not None:
         return plan_matched(source, target, to, options, held)
-    model = open_model(source, held, needs_family=bool(kind.families), options=options)
+    model = open_model(source, held, options, needs_family=bool(kind.families))
     take_parts(model, source, options)
     if kind.families:
         add_tokenizer(model, options)
@@ -117,13 +117,12 @@ def _carry(model: Source, kind: Format, options: Options) -> None:
     found = ways(model.family)
     way = next((found[family] for family in kind.families if family in found), None)
     if way is None:
-        there = [one.name for one in FORMATS if not one.families or found.keys() & set(one.families)]
-        raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(there)}.")
+        raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(formats_of(found))}.")
     if model.family == "hf_gpt2" and not way and "model_type" not in model.config:  # made from the choices
         (there_and_back,) = (pair for pair in PAIRS if (pair.theirs, pair.ours) == ("hf_gpt2", FUSED))
         way = [(there_and_back, False), (there_and_back, True)]
     if model.family == FUSED and not way and not model.config.keys() >= {"n_head", "activation"}:
-        complete(model)
+        model.config = complete(model, options)
     for pair, back in way:
         pair.carry(model, options, back)
     if way:

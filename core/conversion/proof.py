@@ -22,9 +22,8 @@ from ..containers.tensors.reading import FLOATS, PIECE, Gatherer, cast, same_byt
 from ..containers.tensors.views import Block, View, is_in_order, slice_axis, stored
 from ..errors import CheckpointDamaged, CheckpointMismatch
 from ..families.rules import apply
-from .plan import Plan, Target, WeightFile
+from .plan import Plan, Progress, Target, WeightFile
 
-Progress = Callable[[int], object]
 Comparison = tuple[str, View, View]
 Run = tuple[int, str, int, int]
 """A range of bytes in a file: container, name of the file in it, offset, length."""

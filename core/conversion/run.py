@@ -70,7 +70,7 @@ def run_of(config: Mapping[str, Any], step: int, rate: Any, *, has_moments: bool
     run.batch_size = run.settings.pop("batch_size", None)
     _take_schedule(run, config, rate)
     _take_dtype(run, config, refused)
-    _compare_rate(run, config, step, rate)
+    _compare_rate(run, step, rate)
     if is_old and run.settings.get("gradient_accumulation_steps"):
         run.notes.append(
             f"WARNING: gradient_accumulation_steps {run.settings['gradient_accumulation_steps']} may be that of each "
@@ -99,8 +99,7 @@ def _take_schedule(run: Run, config: Mapping[str, Any], rate: Any) -> None:
     if config.get("decay_lr") is False:
         run.settings |= {"lr_schedule": "constant", "warmup_iters": 0.0}
         return
-    found = {name: config[name] for name in _SCHEDULE if name in config}
-    if not found:
+    if config.keys().isdisjoint(_SCHEDULE):
         return
     peak, warmup, decay, lowest = (config.get(name) for name in ("learning_rate", *_SCHEDULE[1:]))
     if fault := _fault_of(config, peak, warmup, decay, lowest):
@@ -112,8 +111,8 @@ def _take_schedule(run: Run, config: Mapping[str, Any], rate: Any) -> None:
             f"{run.settings.get('learning_rate', 'rate of its own')}, unless --lr_schedule and its flags say otherwise"
         )
         return
-    more = {"lr_schedule": "cosine", "warmup_iters": float(warmup or 0), "lr_decay_iters": decay, "min_lr": lowest}
-    run.settings |= more
+    run.settings |= {"lr_schedule": "cosine", "warmup_iters": float(warmup or 0)}
+    run.settings |= {"lr_decay_iters": decay, "min_lr": lowest}
 
 
 def _fault_of(config: Mapping[str, Any], peak: Any, warmup: Any, decay: Any, lowest: Any) -> str | None:
@@ -140,7 +139,7 @@ def _take_dtype(run: Run, config: Mapping[str, Any], refused: dict[str, Any]) ->
         run.settings["dtype"] = _DTYPES[config["dtype"]]
 
 
-def _compare_rate(run: Run, config: Mapping[str, Any], step: int, rate: Any) -> None:
+def _compare_rate(run: Run, step: int, rate: Any) -> None:
     """Compare the rate that the optimizer recorded with the schedule of the config at the same step."""
     here = rate_at(run.settings, step)
     if here is None or not _is_number(rate) or math.isclose(rate, here, rel_tol=1e-6):

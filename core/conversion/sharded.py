@@ -7,7 +7,7 @@ opened if they are stored separately, so that a damaged optimizer does not stop 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,21 @@ from ..containers.dcp.metadata import METADATA
 from ..containers.dcp.rebuilt import lost, rebuild, sibling
 from ..containers.hf_folder import is_hf_folder
 from ..containers.megatron_folder import is_megatron_folder
-from ..containers.part import part_of_model
 from ..containers.pickles.inert import Call, as_text
 from ..containers.rank_files import open_rank_files, rank_files
 from ..containers.safetensors import open_safetensors
 from ..containers.spec import TensorSpec
 from ..containers.step_folder import is_step_folder, open_step_folder, step_parts
-from ..containers.steps import step_of
 from ..containers.tensors.views import stored
 from ..containers.trees import map_paths
 from ..errors import CheckpointMismatch
-from ..families.parts import AVERAGE, MAIN, OPTIMIZER, RUN, parts_of
-from ..inspection.inspect import Inspection, identity_of
+from ..families.identify import UNKNOWN
+from ..families.megatron_iteration import is_iteration
+from ..families.parts import AVERAGE, MAIN, OPTIMIZER, RUN, Words, aside, parts_of
+from ..inspection.inspect import Inspection, of_weights
 from .plan import Options, Ref, Source, Target, WeightFile
 
-REASONS: dict[tuple[str, ...], str] = {
+REASONS: dict[Words, str] = {
     MAIN: "main weights; --save_ema takes the EMA",
     AVERAGE: "EMA; --save_ema takes it instead",
     OPTIMIZER: "optimizer; --include_optimizer keeps it",
@@ -47,9 +47,7 @@ def is_sharded(path: Path) -> bool:
         return False
     if is_step_folder(path):
         return True
-    if is_hf_folder(path) or is_megatron_folder(path):
-        return False
-    return is_dcp(path) or bool(rank_files(path))
+    return not (is_hf_folder(path) or is_megatron_folder(path)) and (is_dcp(path) or bool(rank_files(path)))
 
 
 def _folder(path: Path) -> Path:
@@ -76,18 +74,15 @@ def open_sharded(path: Path, options: Options) -> Inspection:
     else:
         container = open_rank_files(path)
     key = _chosen(container, options)
-    weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
-    if not key:
-        aside = tuple(f"{word}." for word in _parts(container.content))
-        weights = {name: spec for name, spec in weights.items() if not name.startswith(aside)}
+    others = () if key else tuple(f"{word}." for word in _parts(container.content))
+    mine = [name for name in container.tensors if name.startswith(key) and not name.startswith(others)]
+    weights = {name.removeprefix(key): container.tensors[name] for name in mine}
     if not weights:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
-    identity = identity_of(weights, None, container)
-    optimizer = _optimizer(container)[1] if options.include_optimizer else None
-    found = Inspection(path, container, weights, key, identity, None, optimizer=_with_names(optimizer))
-    found.step, counts = step_of(container)
-    found.chosen = [*container.notes, *container.caveats, *counts]
-    found.partial = part_of_model(container, path)
+    found = of_weights(path, container, key, weights)
+    found.chosen = [*container.notes, *found.chosen]
+    if options.include_optimizer:
+        found.optimizer = _with_names(_optimizer(container)[1])
     return found
 
 
@@ -103,7 +98,7 @@ def _wanted(path: Path, options: Options) -> list[str]:
     return [main, "optimizer"] if options.include_optimizer else [main]
 
 
-def _parts(content: Any) -> dict[str, tuple[str, ...]]:
+def _parts(content: Any) -> dict[str, Words]:
     """The parts of a nested checkpoint by name, with the kind of each; of a flat one those of the run."""
     return {
         word: kind
@@ -155,35 +150,45 @@ def _with_names(optimizer: Any) -> Any:
 
 
 def take_parts(model: Source, path: Path, options: Options) -> None:
-    """Drop the parts of a sharded checkpoint that were not requested, with reasons; the optimizer keeps its layout.
+    """Drop the parts beside the weights that were not requested, with reasons; the optimizer keeps its layout.
 
     Raises: CheckpointMismatch when a part is requested from a checkpoint that has no parts.
     """
-    path = _folder(path)
+    path, container = _folder(path), model.container
     if not is_sharded(path):
-        if options.more.get("save_ema") and model.container.kind != "bundle":
+        if options.more.get("save_ema") and container.kind != "bundle":
             raise model.refuse(
                 "--save_ema takes a part of a bundle or of a sharded checkpoint, and this is none. Name the EMA itself."
             )
+        if model.family == UNKNOWN and not is_iteration(container):
+            kinds = aside(container.tensors, container.content)
+            asked = options.include_optimizer
+            _drop_others(model, kinds, {name for name, kind in kinds.items() if asked and kind is OPTIMIZER})
         return
+    parts = _parts(container.content)
+    kept = _optimizer(container)[0] if options.include_optimizer else None
+    words = {name: name.split(".")[0] for name in container.tensors}
+    kinds = {name: parts.get(word, ()) for name, word in words.items()}
+    _drop_others(model, kinds, {name for name, word in words.items() if word == kept})
+    model.notes += [note for note in container.notes if note not in model.notes]
+    apart = step_parts(path) if is_step_folder(path) else []
+    left = [part for part in apart if isinstance(container.content, Mapping) and part not in parts]
+    if left:
+        model.notes.append(f"not opened: {', '.join(left)} of {path}")
+
+
+def _drop_others(model: Source, kinds: Mapping[str, Words], kept: Collection[str]) -> None:
+    """Drop the tensors beside the weights, with the reason of their kind, except the requested ones of an optimizer."""
     used = {name for view in model.tensors.values() for name in view.names}
-    parts = _parts(model.container.content)
-    kept = _optimizer(model.container)[0] if options.include_optimizer else None
     for name, spec in model.container.tensors.items():
-        word = name.split(".")[0]
         if name in used or name in model.dropped or not spec.nbytes:
             continue
         view = stored(model.container, spec)
-        if word == kept:
+        if name in kept:
             model.along[name] = view
         else:
-            model.dropped[name] = REASONS.get(parts.get(word, ()), "not a weight of the model")
+            model.dropped[name] = REASONS.get(kinds.get(name, ()), "not a weight of the model")
             model.sources.setdefault(name, view)
-    model.notes += [note for note in model.container.notes if note not in model.notes]
-    apart = step_parts(path) if is_step_folder(path) else []
-    left = [part for part in apart if isinstance(model.container.content, Mapping) and part not in parts]
-    if left:
-        model.notes.append(f"not opened: {', '.join(left)} of {path}")
 
 
 def add_optimizer_tensors(model: Source, options: Options) -> None:
@@ -204,14 +209,12 @@ def add_optimizer_tensors(model: Source, options: Options) -> None:
 
 
 def add_optimizer(model: Source, file: WeightFile) -> None:
-    """Store a sharded checkpoint's optimizer, with its layout, beside the weights in a torch file.
+    """Store a sharded checkpoint's optimizer, with its layout, in a torch file, beside the weights in its `model`.
 
     Raises: CheckpointMismatch when it holds more than tensors and plain values.
     """
     content = _optimizer(model.container)[1]
-    weights = {f"model.{target.name}": target for target in file.targets}
     names: dict[int, str] = {id(spec): name for name, spec in model.container.tensors.items()}
-    file.targets[:] = [Target(t.name, path, t.file, t.dtype, t.view, t.rule) for path, t in weights.items()]
 
     def laid(path: str, value: Any) -> Any:
         if isinstance(value, Call):
@@ -225,8 +228,7 @@ def add_optimizer(model: Source, file: WeightFile) -> None:
         file.targets.append(Target(name, path, file.name, view.dtype, view, "copy", is_weight=False))
         return Ref(path)
 
-    optimizer = map_paths(laid, content, "optimizer")
-    file.content = {"model": {t.name: Ref(path) for path, t in weights.items()}, "optimizer": optimizer}
+    file.content = {"model": file.content, "optimizer": map_paths(laid, content, "optimizer")}
 
 
 def _values(content: Any) -> int:

@@ -12,7 +12,7 @@ from ..inspection.report_text import choice_lines
 from .pairs import PAIRS, ways
 from .plan import Plan, folded
 from .sharded import REASONS
-from .targets import FORMATS
+from .targets import FORMATS, formats_of
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
@@ -97,10 +97,7 @@ def _sources(names: tuple[str, ...]) -> str:
 def matrix() -> dict[str, list[str]]:
     """The formats to which each family can be converted."""
     families = dict.fromkeys(name for pair in PAIRS for name in (pair.theirs, pair.ours))
-    return {
-        family: [one.name for one in FORMATS if not one.families or ways(family).keys() & set(one.families)]
-        for family in families
-    } | {"any other tensors": [one.name for one in FORMATS if not one.families]}
+    return {family: formats_of(ways(family)) for family in families} | {"any other tensors": formats_of(())}
 
 
 def matrix_text() -> Iterable[str]:

@@ -27,11 +27,9 @@ from ..containers.torch_files.layout import TensorRecord, pickled, write_torch_f
 from ..containers.trees import map_leaves
 from ..errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
 from .meaning import check_meaning
-from .plan import Plan, Ref, Target, WeightFile
+from .plan import Plan, Progress, Ref, Target, WeightFile
 from .proof import prove
 from .targets.dcp import write_items
-
-Progress = Callable[[int], object]
 
 WRITEBACK = hasattr(os, "posix_fadvise")
 """Off (macOS, Windows, tests): writeback starts only when the files are synced."""
@@ -276,8 +274,3 @@ def _put_beside(path: Path, data: bytes, what: str, stage: Path) -> list[str]:
     DISK.write(stage, data)
     DISK.rename(stage, path)
     return []
-
-
-def work(plan: Plan, verify: bool) -> int:
-    """Bytes that `convert` reports as progress."""
-    return plan.nbytes * (2 if verify else 1)

@@ -120,7 +120,7 @@ def _tied(
         return False
     if shared is None:
         return None
-    return is_tied(said, stored=True, shares=shared[table] == shared[head], same=lambda: same(head, table))
+    return is_tied(said, shares=shared[table] == shared[head], same=lambda: same(head, table))
 
 
 def _count(found: Match, shapes: Mapping[str, Shape], tied: bool | None) -> tuple[int, int, list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .architecture import Architecture
 from .identify import Identity
-from .programs import Marks, Row, program_of
+from .programs import Marks, Program, program_of
 
 FLAGS = ("n_head", "activation", "attention_scale", "norm_placement", "norm_eps", "rope_theta")
 """Choices that a person may make where no file shows them."""
@@ -88,31 +88,27 @@ def choices_of(identity: Identity, marks: Marks, flags: Mapping[str, Any]) -> li
     shape = identity.architecture
     if shape is None:
         return []
-    made = [_heads(shape, marks, flags)]
-    if shape.n_kv_head not in (None, shape.n_head):
-        made.append(Choice("n_kv_head", shape.n_kv_head, _shown("n_kv_head", shape, marks)))
-    program = program_of(identity.family, marks)
-    rows = dict(program.rows) if program is not None else {}
-    for name in FIELDS:
-        if name in rows or _said(name, marks) is not None:
-            writer = program.name if program is not None else ""
-            is_export = identity.family.startswith("megatron_")
-            made.append(_choice(name, rows.get(name, Row(None)), writer, marks, flags, is_export))
-    made += [
-        Choice(name, row.value, f"{program.name}, {row.when}")
-        for name, row in rows.items()
-        if program is not None and name not in FIELDS
-    ]
+    program = program_of(identity.family, marks) or Program("", {})
+    known = [name for name in FIELDS if name in program.rows or _said(name, marks) is not None]
+    others = {name: row for name, row in program.rows.items() if name not in FIELDS}
     family = f"{identity.program.split(',')[0]}, always"
-    made.append(Choice("norm", shape.norm, family))
-    made.append(Choice("positions", shape.positions, "from the tensors" if shape.positions == "learned" else family))
-    if shape.tied_head is not None:
-        made.append(Choice("tied_head", shape.tied_head, _shown("tied_head", shape, marks)))
-    there = [part for part, has in shape.biases.items() if has]
-    made.append(Choice("biases", ", ".join(there) or "none", "from the tensors"))
-    rows_said = f"{shape.vocab_size} rows" + (f", {shape.padding}" if shape.padding else "")
-    made.append(Choice("vocab_size", rows_said, "from the tensors"))
-    return made
+    biases = [part for part, has in shape.biases.items() if has]
+    rows = f"{shape.vocab_size} rows" + (f", {shape.padding}" if shape.padding else "")
+    is_export = identity.family.startswith("megatron_")
+    made = [
+        _heads(shape, marks, flags),
+        Choice("n_kv_head", shape.n_kv_head, _shown("n_kv_head", shape, marks)),
+        *(_choice(name, program, marks, flags, is_export) for name in known),
+        *(Choice(name, row.value, f"{program.name}, {row.when}") for name, row in others.items()),
+        Choice("norm", shape.norm, family),
+        Choice("positions", shape.positions, "from the tensors" if shape.positions == "learned" else family),
+        Choice("tied_head", shape.tied_head, _shown("tied_head", shape, marks)),
+        Choice("biases", ", ".join(biases) or "none", "from the tensors"),
+        Choice("vocab_size", rows, "from the tensors"),
+    ]
+    untold = {"n_kv_head"} if shape.n_kv_head in (None, shape.n_head) else set()
+    untold |= {"tied_head"} if shape.tied_head is None else set()
+    return [choice for choice in made if choice.name not in untold]
 
 
 def _heads(shape: Architecture, marks: Marks, flags: Mapping[str, Any]) -> Choice:
@@ -131,9 +127,7 @@ def _shown(name: str, shape: Architecture, marks: Marks) -> str:
     return f"from {marks.place or 'the config'}" if name in shape.from_config else "from the tensors"
 
 
-def _choice(
-    name: str, row: Row, writer: str, marks: Marks, flags: Mapping[str, Any], is_export: bool = False
-) -> Choice:
+def _choice(name: str, program: Program, marks: Marks, flags: Mapping[str, Any], is_export: bool) -> Choice:
     """Make a choice; the config of an export of Megatron is what the export was told, and a flag overrides it."""
     said = _said(name, marks)
     place = marks.place or "the config"
@@ -142,9 +136,10 @@ def _choice(
     if name in flags:
         over = f", overriding {said} in {place}" if said not in (None, flags[name]) else ""
         return Choice(name, flags[name], f"from --{name}{over}")
+    row = program.rows[name]
     if row.value is None:
         return Choice(name, None, "not in the file", fits=row.fits)
-    return Choice(name, row.value, f"{writer}, {row.when}" if writer else row.when, row.other, row.doubt)
+    return Choice(name, row.value, ", ".join(filter(None, (program.name, row.when))), row.other, row.doubt)
 
 
 def _said(name: str, marks: Marks) -> Any:

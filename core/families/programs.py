@@ -42,27 +42,32 @@ class Program:
     """One way in which a family's files are written: how they are told, and what the program computes."""
 
     name: str
-    tells: Callable[[Marks], bool]
     rows: Mapping[str, Row]
+    tells: Callable[[Marks], bool] = lambda marks: True
+
+
+def _has_config(marks: Marks) -> bool:
+    return bool(marks.place)
+
+
+def _has_arguments(marks: Marks) -> bool:
+    return "model_args" in marks.entries
 
 
 def _has_sorted_groups(marks: Marks) -> bool:
     """Whether only the four matrices of each layer decay: later versions of nanoGPT have both tables among them."""
-    return "model_args" in marks.entries and marks.first_group == 4 * marks.n_layer
+    return _has_arguments(marks) and marks.first_group == 4 * marks.n_layer
 
 
-def _usual(when: str) -> dict[str, Row]:
-    return {
+def _gpt2(activation: Row, when: str = "always", **others: Row) -> dict[str, Row]:
+    """What programs of GPT-2's shape compute, with what differs among them."""
+    usual = {
         "attention_scale": Row("head_size", when),
         "norm_placement": Row("before", when),
         "norm_eps": Row(1e-5, when),
     }
+    return usual | {"activation": activation} | others
 
-
-USUAL = _usual("always")
-"""What every program of GPT-2's shape computes."""
-
-_AS_ALL = _usual("as every known program of GPT-2's shape")
 
 _GELUS = (
     "gelu (nanoGPT since 2023-06-14)",
@@ -70,57 +75,48 @@ _GELUS = (
     "relu",
 )
 _OLDER = "nanoGPT computed gelu_tanh before that date"
+_AS_ALL = "as every known program of GPT-2's shape"
+_UNTOLD = Program("", _gpt2(Row(None, fits=_GELUS), _AS_ALL))
 
 _NANOGPT = (
     Program(
         "nanoGPT",
+        _gpt2(Row("gelu_tanh", "before 2023-06-14, told by the groups of its optimizer")),
         _has_sorted_groups,
-        USUAL | {"activation": Row("gelu_tanh", "before 2023-06-14, told by the groups of its optimizer")},
     ),
     Program(
         "nanoGPT",
-        lambda marks: "model_args" in marks.entries and "bias" not in marks.config,
-        USUAL | {"activation": Row("gelu_tanh", "before 2023-06-14, told by model_args without bias")},
+        _gpt2(Row("gelu_tanh", "before 2023-06-14, told by model_args without bias")),
+        lambda marks: _has_arguments(marks) and "bias" not in marks.config,
     ),
     Program(
         "nanoGPT",
-        lambda marks: "model_args" in marks.entries and marks.first_group is not None,
-        USUAL | {"activation": Row("gelu", "since 2023-06-14")},
+        _gpt2(Row("gelu", "since 2023-06-14")),
+        lambda marks: _has_arguments(marks) and marks.first_group is not None,
     ),
-    Program(
-        "nanoGPT",
-        lambda marks: "model_args" in marks.entries,
-        USUAL | {"activation": Row("gelu", "since 2023-06-14", "gelu_tanh", _OLDER)},
-    ),
+    Program("nanoGPT", _gpt2(Row("gelu", "since 2023-06-14", "gelu_tanh", _OLDER)), _has_arguments),
     Program(
         "build-nanogpt",
+        _gpt2(Row("gelu_tanh", "told by its keys")),
         lambda marks: marks.is_object and {"model", "config", "step"} <= marks.entries,
-        USUAL | {"activation": Row("gelu_tanh", "told by its keys")},
     ),
     Program(
         "",
-        lambda marks: bool(marks.place),
-        _AS_ALL | {"activation": Row("gelu", "as nanoGPT since 2023-06-14", "gelu_tanh", f"{_OLDER}, and others do")},
+        _gpt2(Row("gelu", "as nanoGPT since 2023-06-14", "gelu_tanh", f"{_OLDER}, and others do"), _AS_ALL),
+        _has_config,
     ),
-    Program("", lambda marks: True, _AS_ALL | {"activation": Row(None, fits=_GELUS)}),
+    _UNTOLD,
 )
 
+_OF_GPT2 = "default of GPT2Config"
 _HF_GPT2 = (
-    Program(
-        "transformers",
-        lambda marks: bool(marks.place),
-        USUAL
-        | {"activation": Row("gelu_tanh", "default of GPT2Config"), "norm_eps": Row(1e-5, "default of GPT2Config")},
-    ),
-    Program("", lambda marks: True, _AS_ALL | {"activation": Row(None, fits=_GELUS)}),
+    Program("transformers", _gpt2(Row("gelu_tanh", _OF_GPT2), norm_eps=Row(1e-5, _OF_GPT2)), _has_config),
+    _UNTOLD,
 )
 
+_OF_LLAMA = "default of its config"
 _HF_LLAMA = (
-    Program(
-        "transformers",
-        lambda marks: bool(marks.place),
-        {"rope_theta": Row(10000.0, "default of its config"), "norm_eps": Row(1e-6, "default of its config")},
-    ),
+    Program("transformers", {"rope_theta": Row(10000.0, _OF_LLAMA), "norm_eps": Row(1e-6, _OF_LLAMA)}, _has_config),
 )
 
 _SCALES = ("head_size (the lecture since 2023-01-25)", "n_embd (before)")
@@ -129,64 +125,48 @@ _PLACES = ("before (the lecture)", "after (the course before it)")
 _LECTURE = (
     Program(
         "our GPT",
-        lambda marks: bool(marks.place) and "tokenizer" in marks.entries,
-        USUAL | {"activation": Row("relu", "in its first generation")},
+        _gpt2(Row("relu", "in its first generation")),
+        lambda marks: _has_config(marks) and "tokenizer" in marks.entries,
     ),
     Program(
         "the lecture's code",
-        lambda marks: bool(marks.place),
-        {
-            "activation": Row("relu"),
-            "attention_scale": Row("head_size", "since 2023-01-25", "n_embd", "before that date it was n_embd"),
-            "norm_placement": Row("before", "in the lecture", "after", "the course before it has them after the sums"),
-            "norm_eps": USUAL["norm_eps"],
-        },
+        _gpt2(
+            Row("relu"),
+            attention_scale=Row("head_size", "since 2023-01-25", "n_embd", "before that date it was n_embd"),
+            norm_placement=Row("before", "in the lecture", "after", "the course before it has them after the sums"),
+        ),
+        _has_config,
     ),
     Program(
         "the lecture's code",
-        lambda marks: True,
-        {
-            "activation": Row("relu"),
-            "attention_scale": Row(None, fits=_SCALES),
-            "norm_placement": Row(None, fits=_PLACES),
-            "norm_eps": USUAL["norm_eps"],
-        },
+        _gpt2(Row("relu"), attention_scale=Row(None, fits=_SCALES), norm_placement=Row(None, fits=_PLACES)),
     ),
 )
 
 _FIRST = "a model converted from the lecture's first code has another"
+_ACTIVATIONS = ("gelu (new models)", "gelu_tanh (from OpenAI's GPT-2)", "relu (lecture style)")
 _OURS = (
-    Program(
-        "our GPT", lambda marks: bool(marks.place), USUAL | {"activation": Row("gelu", "before the field existed")}
-    ),
+    Program("our GPT", _gpt2(Row("gelu", "before the field existed")), _has_config),
     Program(
         "our GPT",
-        lambda marks: True,
-        {
-            "activation": Row(
-                None, fits=("gelu (new models)", "gelu_tanh (from OpenAI's GPT-2)", "relu (lecture style)")
-            ),
-            "attention_scale": Row("head_size", "in new models", "n_embd", _FIRST),
-            "norm_placement": Row("before", "in new models", "after", _FIRST),
-            "norm_eps": USUAL["norm_eps"],
-        },
+        _gpt2(
+            Row(None, fits=_ACTIVATIONS),
+            attention_scale=Row("head_size", "in new models", "n_embd", _FIRST),
+            norm_placement=Row("before", "in new models", "after", _FIRST),
+        ),
     ),
 )
 
 _THETA = Row(None, fits=("10000 (Megatron's default, Llama 2)", "500000 (Llama 3)", "1000000 (Qwen)"))
 
 
-def _megatron(eps: float, **rows: Row) -> tuple[Program, ...]:
-    return (
-        Program(
-            "Megatron",
-            lambda marks: True,
-            {"norm_eps": Row(eps, "its default" if eps == 1e-5 else "its default for Qwen"), **rows},
-        ),
-    )
+def _megatron(eps: float, rows: Mapping[str, Row]) -> tuple[Program, ...]:
+    when = "its default" if eps == 1e-5 else "its default for Qwen"
+    return (Program("Megatron", {**rows, "norm_eps": Row(eps, when)}),)
 
 
 _FUSED_BIAS = "a model trained with bias_gelu_fusion computes gelu_tanh"
+_MODDED = {"attention_scale": Row(0.12), "activation": Row("relu squared")}
 
 PROGRAMS: dict[str, tuple[Program, ...]] = {
     "nanogpt": _NANOGPT,
@@ -194,23 +174,11 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
     **dict.fromkeys(("hf_llama", "hf_qwen2", "hf_qwen3"), _HF_LLAMA),
     LECTURE: _LECTURE,
     FUSED: _OURS,
-    "megatron_gpt2": _megatron(
-        1e-5,
-        activation=Row("gelu", "without bias_gelu_fusion", "gelu_tanh", _FUSED_BIAS),
-        attention_scale=USUAL["attention_scale"],
-        norm_placement=USUAL["norm_placement"],
-    ),
-    "megatron_llama": _megatron(1e-5, rope_theta=_THETA),
-    "megatron_qwen2": _megatron(1e-6, rope_theta=_THETA),
-    "megatron_qwen3": _megatron(1e-6, rope_theta=_THETA),
+    "megatron_gpt2": _megatron(1e-5, _gpt2(Row("gelu", "without bias_gelu_fusion", "gelu_tanh", _FUSED_BIAS))),
+    "megatron_llama": _megatron(1e-5, {"rope_theta": _THETA}),
+    **dict.fromkeys(("megatron_qwen2", "megatron_qwen3"), _megatron(1e-6, {"rope_theta": _THETA})),
     **{
-        f"modded_{variant.name}": (
-            Program(
-                "modded-nanogpt",
-                lambda marks: True,
-                {"attention_scale": Row(0.12), "logit_cap": Row(variant.cap), "activation": Row("relu squared")},
-            ),
-        )
+        f"modded_{variant.name}": (Program("modded-nanogpt", _MODDED | {"logit_cap": Row(variant.cap)}),)
         for variant in VARIANTS.values()
     },
 }

@@ -34,7 +34,7 @@ Facts = dict[str, Any]
 
 
 @dataclass
-class Inspection:
+class Inspection(contextlib.AbstractContextManager["Inspection"]):
     """A checkpoint and everything in its headers; `bundle` is set when it is one of ours."""
 
     path: Path
@@ -76,16 +76,10 @@ class Inspection:
         """Total size of its files in bytes."""
         return sum(self.container.files.values())
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the files of a bundle."""
         if self.bundle is not None:
             self.bundle.close()
-
-    def __enter__(self) -> Inspection:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _OpenFiles(Container):
@@ -153,35 +147,31 @@ def of_bundle(bundle: Bundle) -> Inspection:
     A part that cannot be read becomes a note, so that the rest is still shown. The bundle is closed together with the
     result, or at once if it cannot be inspected.
     """
-    try:
-        return _of_bundle(bundle)
-    except BaseException:
-        bundle.close()
-        raise
-
-
-def _of_bundle(bundle: Bundle) -> Inspection:
-    container, damage = _open_files(bundle)
-    weights: dict[str, TensorSpec] = {}
-    with contextlib.suppress(CheckpointError):  # it is among the damage
-        weights = bundle.weights.tensors
-    optimizer = None
-    with contextlib.suppress(CheckpointError):
-        optimizer = bundle.optimizer.content if bundle.optimizer is not None else None
-    key = f"{bundle.weights.key}." if weights and bundle.weights.key else ""
-    return Inspection(
-        path=bundle.path("") if bundle.single else bundle.folder,
-        container=container,
-        weights=weights,
-        key=key,
-        identity=identity_of(weights, bundle.config_values, container),
-        config=bundle.config_values,
-        tokenizer=bundle.tokenizer,
-        optimizer=optimizer,
-        step=bundle.state.step,
-        bundle=bundle,
-        damage=damage,
-    )
+    with contextlib.ExitStack() as held:
+        held.enter_context(bundle)
+        container, damage = _open_files(bundle)
+        weights: dict[str, TensorSpec] = {}
+        with contextlib.suppress(CheckpointError):  # it is among the damage
+            weights = bundle.weights.tensors
+        optimizer = None
+        with contextlib.suppress(CheckpointError):
+            optimizer = bundle.optimizer.content if bundle.optimizer is not None else None
+        key = f"{bundle.weights.key}." if weights and bundle.weights.key else ""
+        found = Inspection(
+            path=bundle.path("") if bundle.single else bundle.folder,
+            container=container,
+            weights=weights,
+            key=key,
+            identity=identity_of(weights, bundle.config_values, container),
+            config=bundle.config_values,
+            tokenizer=bundle.tokenizer,
+            optimizer=optimizer,
+            step=bundle.state.step,
+            bundle=bundle,
+            damage=damage,
+        )
+        held.pop_all()
+    return found
 
 
 def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
@@ -215,8 +205,7 @@ def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
         except CheckpointError as error:
             damage.append(str(error))
             whole.notes.append(str(error))
-    recorded = bundle.state.files
-    for name, entry in recorded.items():
+    for name, entry in bundle.state.files.items():
         if name in bundle.files and name != CONFIG:  # a person may edit the config
             whole.checks.append(Check(name, 0, entry["size"], int(entry["crc32"], 16), (name,)))
     return whole, damage
@@ -225,38 +214,42 @@ def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
 def of_container(path: Path) -> Inspection:
     """Inspect a checkpoint of another program."""
     from ..containers.open import open_container
-    from ..containers.part import part_of_model
 
     container = open_container(path)
     key = weights_key(container.tensors)
     weights = {name.removeprefix(key): spec for name, spec in container.tensors.items() if name.startswith(key)}
     content = container.content if isinstance(container.content, Mapping) else {}
-    place, config = config_entry(content)
-    optimizer = next((content[k] for k in ("optimizer", "optimizer_state_dict", "optimizers") if k in content), None)
-    step, notes, damage = _step_of(container)
     if megatron_iteration.is_iteration(container):
-        weights, notes = megatron_iteration.model_of(weights)
-        place, (config, step) = "common.pt", megatron_iteration.said(container)
-    elif not key:
-        others = aside(weights, content)
+        model, notes = megatron_iteration.model_of(weights)
+        config, step = megatron_iteration.said(container)
+        found = of_weights(path, container, key, model, config)
+        found.place, found.step, found.chosen = "common.pt", step, [*notes, *container.caveats]
+    else:
+        others = {} if key else aside(weights, content)
         weights = {name: spec for name, spec in weights.items() if name not in others}
-    if container.kind.startswith("Hugging Face folder"):
-        place = "config.json"
-    identity = identity_of(weights, config, container)
-    made = Inspection(path, container, weights, key, identity, config, place, None, optimizer, step, damage=damage)
-    made.chosen = [*notes, *container.caveats]
-    made.partial = part_of_model(container, path)
-    return made
+        place, config = config_entry(content)
+        found = of_weights(path, container, key, weights, config)
+        found.place = "config.json" if container.kind.startswith("Hugging Face folder") else place
+    words = ("optimizer", "optimizer_state_dict", "optimizers")
+    found.optimizer = next((content[word] for word in words if word in content), None)
+    return found
 
 
-def _step_of(container: Container) -> tuple[int | None, list[str], list[str]]:
-    """The step of a checkpoint, what else counts in it, and damage to the count."""
+def of_weights(
+    path: Path, container: Container, key: str, weights: dict[str, TensorSpec], config: dict[str, Any] | None = None
+) -> Inspection:
+    """Inspect the tensors of a container that are a model's weights, whose names in it begin with `key`."""
+    from ..containers.part import part_of_model
     from ..containers.steps import step_of
 
+    found = Inspection(path, container, weights, key, identity_of(weights, config, container), config)
     try:
-        return *step_of(container), []
+        found.step, counts = step_of(container)
+        found.chosen = [*counts, *container.caveats]
     except CheckpointDamaged as error:
-        return None, [], [str(error)]
+        found.damage, found.chosen = [str(error)], list(container.caveats)
+    found.partial = part_of_model(container)
+    return found
 
 
 def identity_of(

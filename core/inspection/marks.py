@@ -11,18 +11,28 @@ from ..families.choices import Choice, choices_of
 from ..families.programs import Marks
 from .inspect import Inspection
 
+ARGUMENTS = "model_args"
+"""The entry that holds the model's config in nanoGPT and programs after it."""
+
+
+def config_of(found: Inspection) -> tuple[str, dict[str, Any]]:
+    """The place and fields of a file's config: model_args, if it has them, even if other entries look like a config."""
+    content = found.container.content
+    arguments = content.get(ARGUMENTS) if isinstance(content, Mapping) else None
+    if isinstance(arguments, Mapping):
+        return ARGUMENTS, {str(name): plain(value) for name, value in arguments.items()}
+    return found.place, dict(found.config or {})
+
 
 def marks_of(found: Inspection) -> Marks:
     """Collect what a file shows about its program."""
     content = found.container.content if isinstance(found.container.content, Mapping) else {}
     entries = frozenset(name for name in content if isinstance(name, str))
-    place, config = found.place, dict(found.config or {})
+    place, config = config_of(found)
     if found.bundle is not None:
         place = "config" if found.bundle.single else "config.json"
         config = dict(found.bundle.config_values)
         entries |= {"tokenizer"} if found.bundle.tokenizer is not None else set()
-    elif isinstance(content.get("model_args"), Mapping):
-        place, config = "model_args", {str(k): plain(v) for k, v in content["model_args"].items()}
     shape = found.identity.architecture
     return Marks(
         entries=entries,

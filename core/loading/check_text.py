@@ -21,7 +21,7 @@ from ..config.modded import CLASSES
 from ..conversion.plan import Options
 from ..conversion.planning import plan_conversion
 from ..conversion.writing import convert
-from ..data.text import Segment, pieces
+from ..data.text import Segment, pieces, readable
 from ..data.tokenizer import Tokenizer, tokenizer_from_state
 from ..errors import CheckpointMismatch, InputError
 from ..inspection.inspect import inspect_path
@@ -103,7 +103,9 @@ def check_text(
 
     Raises: InputError for a text that cannot be read; CheckpointError for a checkpoint that cannot.
     """
-    beginning = next(pieces([Segment(text, 0, _size(text))]), "")
+    with readable(text, "a text for --check_text"):
+        size = text.stat().st_size
+    beginning = next(pieces([Segment(text, 0, size)]), "")
     with ExitStack() as held:
         try:
             model, own_state, own = _load(path, step, choices or {}, held)
@@ -198,16 +200,6 @@ def mean_loss(model: GPT | GPTBatched, ids: np.ndarray, progress: Progress = lam
     return total / (len(ids) - 1)
 
 
-def _size(text: Path) -> int:
-    try:
-        return text.stat().st_size
-    except OSError as error:
-        raise InputError(f"{text}: {error.strerror}, expected a text for --check_text.") from error
-
-
 def _digest(text: Path) -> str:
-    digest = hashlib.sha256()
     with text.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -140,7 +140,7 @@ def open_upstream(path: Path, dtype: torch.dtype | None = None, *, verify: bool 
     with file:
         source = TorchFile(file, path)
         size = file.seek(0, os.SEEK_END)
-        if reason := part_of_model(container_of(source.header, path, size), path):
+        if reason := part_of_model(container_of(source.header, path, size)):
             raise CheckpointMismatch(f"{path}: {reason}")
         key = weights_key(source.header.tensors)
         specs = {name.removeprefix(key): spec for name, spec in source.header.tensors.items() if name.startswith(key)}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
+from ...console.words import listed_names
 from ...errors import CheckpointDamaged
 
 DEPTH = 200
@@ -110,6 +111,11 @@ def as_text(value: Any, limit: int = 200) -> str:
 def as_name(name: str, limit: int = 80) -> str:
     """Show a name as `as_text` does, without quotes."""
     return as_text(name, limit)[1:-1]
+
+
+def names_text(names: Sequence[str], limit: int = 3) -> str:
+    """Show names as `as_name` does, at most so many: "a, b, c and 4 more"."""
+    return listed_names(names, limit, show=as_name)
 
 
 def _write(value: Any, parts: list[str], room: int) -> int:

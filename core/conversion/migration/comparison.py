@@ -15,9 +15,9 @@ from ...console.words import listed
 from ...containers.spec import TensorSpec
 from ...containers.trees import map_paths
 from ...errors import CheckpointError, CheckpointMismatch
-from ..plan import Plan, Ref
+from ..plan import Plan, Progress, Ref
 from ..proof import prove
-from .content import Content, Progress, same
+from .content import Content, same
 from .plan import Outcome, extras
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,7 @@ from ...families.fused import FUSED, LECTURE
 from ...families.lecture import LECTURE as LECTURE_TABLE
 from ...families.rules import Concat, Row, apply
 from ...inspection.inspect import of_bundle
-from ..plan import Options, Plan, Ref, Source, Target, WeightFile, target_of
-
-Progress = Callable[[int], object]
+from ..plan import Options, Plan, Progress, Ref, Source, Target, WeightFile, target_of
 
 CONCAT = Concat(0)
 

@@ -23,10 +23,10 @@ from ...console.words import size_text
 from ...containers.json_files import parse_json
 from ...containers.tensors.reading import Gatherer
 from ...errors import CheckpointError, SaveFailed
-from ..plan import WeightFile
+from ..plan import Progress, WeightFile
 from ..writing import write_torch
 from .comparison import check, compare
-from .content import Content, Progress
+from .content import Content
 from .documents import documents_of
 from .plan import BUNDLE, COMPARED, KEPT, MIGRATED, Outcome, Steps, in_order, work
 

@@ -214,16 +214,13 @@ def _is_json(value: Any) -> bool:
 
 def in_order(paths: Iterable[Path]) -> list[Outcome]:
     """Inspect a folder's files, the newest step first; of equal steps, those with an optimizer, then latest.pt."""
-    names = (*LEGACY_FILES, "")
-    return sorted(
-        (look(path) for path in paths),
-        key=lambda o: (
-            -(o.step or 0),
-            not o.has_optimizer,
-            names.index(o.path.name if o.path.name in names else ""),
-            o.path.name,
-        ),
-    )
+    place = {name: k for k, name in enumerate(LEGACY_FILES)}
+
+    def key(outcome: Outcome) -> tuple[int, bool, int, str]:
+        name = outcome.path.name
+        return -(outcome.step or 0), not outcome.has_optimizer, place.get(name, len(place)), name
+
+    return sorted(map(look, paths), key=key)
 
 
 @dataclass

@@ -5,11 +5,12 @@ The hub is our GPT, whose config has the most settings.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ...config.gpt import ACTIVATIONS, GPTConfig
 from ...containers.tensors.views import filled
-from ...families import gpt, hf_gpt2, lecture, nanogpt
+from ...families import hf_gpt2, lecture, nanogpt
 from ...families.choices import ACTIVATIONS as SPELLINGS
 from ...families.fused import FUSED, LECTURE
 from ..plan import Options, Pair, Source
@@ -31,9 +32,8 @@ _CHOICES = ("activation", "attention_scale", "norm_placement", "norm_eps")
 
 
 def _biases(model: Source) -> dict[str, bool]:
-    """Which biases exist, as fields of our config, from our names."""
-    names = {switch: [name.replace("{i}", "0") for name in names] for switch, names in gpt.SWITCHES.items()}
-    return {switch: any(name in model.tensors for name in some) for switch, some in names.items()}
+    """Which biases exist, as fields of our config."""
+    return {"bias" if part == "qkv" else f"{part}_bias": on for part, on in model.biases.items()}
 
 
 def _ours(model: Source, **fields: Any) -> dict[str, Any]:
@@ -49,38 +49,16 @@ def _ours(model: Source, **fields: Any) -> dict[str, Any]:
     return GPTConfig.from_dict({**known, **fields}, str(model.path)).to_dict()
 
 
-def lecture_to_ours(model: Source, options: Options) -> dict[str, Any]:
+def complete(model: Source, options: Options) -> dict[str, Any]:
     """Complete the config, which is already that of our GPT where the file has one."""
-    return _completed(model, _lecture_biases(model))
-
-
-def complete(model: Source) -> None:
-    """Complete the config of a model that has our names already, as a file of its state dict does not have one."""
-    model.config = _completed(model, _biases(model))
-
-
-def _completed(model: Source, on: dict[str, bool]) -> dict[str, Any]:
     tied = model.is_tied(HEAD, TABLE, model.config.get("tied_head") is True)
     said = {name: value for name, value in model.config.items() if name not in ("format_version", "model_class")}
-    return _ours(
-        model, **{"dropout": 0.0, **said, **on, "tied_head": tied, **{name: model.choice(name) for name in _CHOICES}}
-    )
-
-
-def _lecture_biases(model: Source) -> dict[str, bool]:
-    """Which biases exist, as fields of our config, from the names of the lecture."""
-    return {
-        "bias": "blocks.0.sa.heads.0.key.bias" in model.tensors,
-        "proj_bias": "blocks.0.sa.proj.bias" in model.tensors,
-        "mlp_bias": any(name.startswith("blocks.0.f") and name.endswith(".net.0.bias") for name in model.tensors),
-        "norm_bias": "ln_f.bias" in model.tensors,
-        "head_bias": HEAD_BIAS in model.tensors,
-    }
+    chosen = {name: model.choice(name) for name in _CHOICES}
+    return _ours(model, **{"dropout": 0.0, **said, **_biases(model), "tied_head": tied, **chosen})
 
 
 def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Read model_args; the head is the token table, and has no bias."""
-    on = {part: f"transformer.h.0.{name}.bias" in model.tensors for part, name in _NANOGPT_PARTS.items()}
     tied = model.is_tied(HEAD, HF_TABLE)
     if tied:
         if HEAD in model.tensors and model.tensors[HEAD].place != model.tensors[HF_TABLE].place:
@@ -89,19 +67,8 @@ def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
     else:
         model.notes.append("its head has other values than its token table: kept as a head of its own")
     dropout = model.config.get("dropout", 0.0)
-    return _ours(
-        model,
-        dropout=dropout if isinstance(dropout, (int, float)) else 0.0,
-        bias=on["qkv"],
-        proj_bias=on["proj"],
-        mlp_bias=on["mlp"],
-        norm_bias=on["norm"],
-        head_bias=False,
-        tied_head=tied,
-    )
-
-
-_NANOGPT_PARTS = {"qkv": "attn.c_attn", "proj": "attn.c_proj", "mlp": "mlp.c_fc", "norm": "ln_1"}
+    dropout = dropout if isinstance(dropout, (int, float)) else 0.0
+    return _ours(model, dropout=dropout, **_biases(model), tied_head=tied)
 
 
 def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
@@ -113,29 +80,39 @@ def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
             f"activation_function is {model.choice('activation')!r}; our GPT computes {', '.join(SPELLINGS)}. "
             "--to safetensors keeps it."
         )
-    for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if config.get(name, value) is not value:
-            raise model.refuse(f"{name} is {config[name]!r}; our GPT computes {value}. --to safetensors keeps it.")
+    refuse_other_scales(model, "our GPT")
     if model.sizes.get("n_ffn", 4 * model.sizes["n_embd"]) != 4 * model.sizes["n_embd"]:
         ffn, ours = model.sizes["n_ffn"], 4 * model.sizes["n_embd"]
         raise model.refuse(f"its feed-forward part is {ffn} wide; our GPT has 4 n_embd, {ours}. --to hf keeps it.")
-    says_tied = config.get("tie_word_embeddings", True) is not False
-    tied = model.is_tied(HEAD, HF_TABLE, says_tied)
-    if says_tied and not tied:
-        raise model.refuse(
-            f"tie_word_embeddings is true, but {HEAD} has other values than {HF_TABLE}: transformers would leave it "
-            "out. Set it to false if the model was trained with a head of its own."
-        )
+    tied = is_tied(model, HEAD, HF_TABLE, config.get("tie_word_embeddings", True) is not False)
     if tied:
         model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
     dropout = config.get("resid_pdrop", 0.1)
-    return _ours(
-        model,
-        dropout=dropout if isinstance(dropout, (int, float)) and 0 <= dropout < 1 else 0.0,
-        bias=True,
-        head_bias=False,
-        tied_head=tied,
-    )
+    dropout = dropout if isinstance(dropout, (int, float)) and 0 <= dropout < 1 else 0.0
+    return _ours(model, dropout=dropout, bias=True, head_bias=False, tied_head=tied)
+
+
+def refuse_other_scales(model: Source, target: str) -> None:
+    """Refuse a config of GPT2LMHeadModel that scales its attention in another way than a target."""
+    for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if model.config.get(name, value) is not value:
+            raise model.refuse(
+                f"{name} is {model.config[name]!r}; {target} computes {value}. --to safetensors keeps it."
+            )
+
+
+def is_tied(model: Source, head: str, table: str, said: bool | None) -> bool:
+    """Whether the head of a model of transformers is its token table; `said` is what its config says.
+
+    Raises: CheckpointMismatch for a head of other values than the table, which transformers would not use.
+    """
+    tied = model.is_tied(head, table, said)
+    if said and not tied:
+        raise model.refuse(
+            f"its config ties head and token table, but {head} has other values than {table}: transformers would leave "
+            "it out. Set tie_word_embeddings to false if the model was trained with a head of its own."
+        )
+    return tied
 
 
 def _drop_head_bias(model: Source, target: str) -> None:
@@ -149,22 +126,13 @@ def _drop_head_bias(model: Source, target: str) -> None:
     model.drop(HEAD_BIAS, f"all zeros; {target} has no bias in its head")
 
 
-def _drop_tied_head(model: Source, target: str) -> None:
-    if HEAD in model.tensors:
-        model.drop(HEAD, f"tied to {TABLE}; {target} leaves it out")
-
-
-def _add_zero_biases(model: Source) -> None:
-    """Add a bias of zeros to every part without one, which computes the same."""
-    sizes = {**model.sizes, "3 n_embd": 3 * model.sizes["n_embd"], "4 n_embd": 4 * model.sizes["n_embd"]}
-    dtype = model.tensors["ln_f.weight"].dtype
-    for row, sides in gpt.TENSORS.items():
-        if not row.endswith(".bias") or row == HEAD_BIAS:
-            continue
-        for i in range(model.sizes["n_layer"]) if "{i}" in row else (0,):
-            name = row.replace("{i}", str(i))
-            if name not in model.tensors:
-                model.replace(name, filled(dtype, tuple(sizes[side] for side in sides)), "zeros")
+def add_zero_biases(model: Source, head: str) -> None:
+    """Add a bias of zeros to every linear layer and norm without one, except the head, which computes the same."""
+    weights = [name for name in model.tensors if name.endswith(".weight") and "embedding" not in name and name != head]
+    for name in weights:
+        bias, view = name.removesuffix("weight") + "bias", model.tensors[name]
+        if bias not in model.tensors:
+            model.replace(bias, filled(view.dtype, view.shape[:1]), "zeros")
 
 
 def _refuse_other_choices(model: Source, config: GPTConfig, target: str, *names: str) -> None:
@@ -183,34 +151,34 @@ def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
     _refuse_other_choices(model, config, "HF GPT-2", "attention_scale", "norm_placement")
     tied = config.tied_head and options.tied is not False
     _drop_head_bias(model, "HF GPT-2")
-    if tied:
-        _drop_tied_head(model, "HF GPT-2")
-    _add_zero_biases(model)
+    if tied and HEAD in model.tensors:
+        model.drop(HEAD, f"tied to {TABLE}; HF GPT-2 leaves it out")
+    add_zero_biases(model, HEAD)
     end = GPT2_END if (model.tokenizer or {}).get("token_kind") == "gpt2" else None
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "max_position_embeddings": config.block_size,
-        "n_embd": config.n_embd,
-        "hidden_size": config.n_embd,
-        "n_layer": config.n_layer,
-        "num_hidden_layers": config.n_layer,
-        "n_head": config.n_head,
-        "num_attention_heads": config.n_head,
-        "n_inner": None,
+    sizes = {name: getattr(config, name) for name in _SIZES}
+    return hf_config(sizes, config.norm_eps, config.dropout, None) | {
         "activation_function": TO_HF[config.activation],
-        "layer_norm_epsilon": config.norm_eps,
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": tied,
         "bos_token_id": end,
         "eos_token_id": end,
+    }
+
+
+def hf_config(sizes: Mapping[str, int], eps: float, dropout: float, n_inner: int | None) -> dict[str, Any]:
+    """Write what every config of GPT2LMHeadModel has; `n_inner` None is 4 n_embd."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": sizes["vocab_size"],
+        **dict.fromkeys(("n_positions", "n_ctx", "max_position_embeddings"), sizes["block_size"]),
+        **dict.fromkeys(("n_embd", "hidden_size"), sizes["n_embd"]),
+        **dict.fromkeys(("n_layer", "num_hidden_layers"), sizes["n_layer"]),
+        **dict.fromkeys(("n_head", "num_attention_heads"), sizes["n_head"]),
+        "n_inner": n_inner,
+        "layer_norm_epsilon": eps,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout),
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
         "use_cache": True,
     }
 
@@ -231,28 +199,22 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
             f"its head is not its token table, and nanoGPT has one tensor for both. {keep} keep two; {NEW_HEAD}."
         )
     _drop_head_bias(model, "nanoGPT")
-    if HEAD in model.tensors:
-        model.tie(HEAD, TABLE)
-    model.tensors[HEAD] = model.tensors[TABLE]
-    has_bias = any(value for switch, value in _biases(model).items() if switch != "head_bias")
+    model.tie(HEAD, TABLE)
+    has_bias = config.bias or config.proj_bias or config.mlp_bias or config.norm_bias
     if has_bias:
-        _add_zero_biases(model)
+        add_zero_biases(model, HEAD)
     if model.run is None and model.state.training:
         arithmetic = (model.state.environment or {}).get("dtype")  # of the machine, so no setting of the run
         model.run = Run({"dtype": arithmetic, **model.state.training}, batch_size=config.batch_size)
     return {
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "block_size": config.block_size,
+        **{name: getattr(config, name) for name in _SIZES},
         "bias": has_bias,
-        "vocab_size": config.vocab_size,
         "dropout": config.dropout,
     }
 
 
 PAIRS = (
-    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=lecture_to_ours),
+    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=complete),
     Pair("nanogpt", FUSED, nanogpt.NANOGPT, nanogpt_to_ours, ours_to_nanogpt),
     Pair("hf_gpt2", FUSED, hf_gpt2.HF_GPT2, hf_to_ours, ours_to_hf),
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ...containers.tensors.computed import ComputedTensors, mean, plus_one
-from ...containers.tensors.views import filled
 from ...families import megatron_tables
 from ..plan import Options, Pair, Source
-from .megatron_settings import LLAMA3, TO_HF, activation, ids, refuse_other_models, rope_scaling, setting, unknown
+from .gpt import add_zero_biases, hf_config, is_tied, refuse_other_scales
+from .megatron_settings import LLAMA3, TO_HF, activation, ids, refuse_other_models, rope_scaling, setting, sizes_of
 from .megatron_source import localize
 
 TABLE, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -21,18 +21,6 @@ FEWER = 0.5
 """Norm weights are near 1 at first; those of a model that stores gamma - 1 average below this."""
 
 
-def _has(model: Source, name: str) -> bool:
-    return LAYER + name in model.tensors
-
-
-def _numbers(model: Source, *needed: str) -> dict[str, int]:
-    """Sizes of the model that have to be known."""
-    lost = [word for word in needed if word not in model.sizes]
-    if lost:
-        raise unknown(model, lost)
-    return {word: model.sizes[word] for word in needed}
-
-
 def _ready(model: Source, options: Options) -> None:
     """Give tensors the names of the local layers, and norm weights their values."""
     localize(model)
@@ -40,15 +28,9 @@ def _ready(model: Source, options: Options) -> None:
     _norms(model, options)
 
 
-def _refuse_void(model: Source, options: Options, flag: str, why: str) -> None:
-    """Refuse a flag for a setting that the model does not have."""
-    if flag in options.more:
-        raise model.refuse(f"--{flag} has no effect: {why}. Leave it out.")
-
-
 def _norms(model: Source, options: Options) -> None:
     norms = [name for name in model.tensors if name.endswith("layernorm.weight")]
-    if setting(model, options, "layernorm_1p", False, is_said=False):
+    if setting(model, options, "layernorm_1p", False):
         into = ComputedTensors(f"{model.path.name}, plus 1")
         for name in norms:
             made = plus_one(model.tensors[name], into, model.tensors[name].names[0])
@@ -71,13 +53,7 @@ def _is_tied(model: Source, options: Options, head: str, table: str, said: bool 
     """
     if head not in model.tensors:
         return options.tied is not False
-    tied = model.is_tied(head, table, said)
-    if said and not tied:
-        raise model.refuse(
-            f"its config ties head and token table, but {head} has other values than {table}: transformers would leave "
-            "it out. Set tie_word_embeddings to false if the model was trained with a head of its own."
-        )
-    if tied and options.tied is not False:
+    if is_tied(model, head, table, said) and options.tied is not False:
         model.drop(head, f"tied to {table}")
         return True
     return False
@@ -89,7 +65,7 @@ def to_hf(model: Source, options: Options) -> dict[str, Any]:
     _ready(model, options)
     if "embedding.position_embeddings.weight" in model.tensors:
         raise model.refuse("it has a table of positions (position_embeddings), and Llama and Qwen have rotary ones.")
-    qkv, proj, mlp = (_has(model, f"{part}.bias") for part in _BIASES)
+    qkv, proj, mlp = (model.biases[part] for part in ("qkv", "proj", "mlp"))
     if not model.sizes["n_ffn"] * 2 == model.tensors[f"{LAYER}mlp.linear_fc1.weight"].shape[0]:
         raise model.refuse("its feed-forward part has no gate (fc1 has the rows of fc2's columns), and Qwen3's has.")
     if model.config.get("swiglu") is False:
@@ -99,7 +75,7 @@ def to_hf(model: Source, options: Options) -> dict[str, Any]:
     if qkv != proj and style != "qwen2":
         raise model.refuse(f"only one of linear_qkv and linear_proj has a bias, and {CLASSES[style]} has both or none.")
     model.ask()
-    size = _numbers(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size")
+    size = sizes_of(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size")
     context = setting(model, options, "max_position_embeddings", None)
     if context is None:
         raise model.refuse("the longest text that it was trained for is unknown. Add --max_position_embeddings N.")
@@ -130,9 +106,6 @@ def to_hf(model: Source, options: Options) -> dict[str, Any]:
         **ids(options, model.config),
     }
     return config | ({} if style == "llama" else {"use_sliding_window": False})
-
-
-_BIASES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1")
 
 
 def _say_padding(model: Source) -> None:
@@ -183,15 +156,12 @@ def to_megatron(model: Source, options: Options) -> dict[str, Any]:
         rotary_base=model.choice("rope_theta"),
         rotary_percent=config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)),
         swiglu=True,
-        add_qkv_bias="model.layers.0.self_attn.q_proj.bias" in model.tensors,
-        add_bias_linear=any(f"{part}.bias" in model.tensors for part in _HF_BIASES),
+        add_qkv_bias=model.biases["qkv"],
+        add_bias_linear=model.biases["proj"] or model.biases["mlp"],
         qk_layernorm=style == "qwen3",
         untie_embeddings_and_output_weights=not tied,
         **more,
     )
-
-
-_HF_BIASES = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj")
 
 
 GPT2_TABLE, POSITIONS = "transformer.wte.weight", "embedding.position_embeddings.weight"
@@ -201,13 +171,14 @@ def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a missing bias becomes zeros."""
     if POSITIONS in model.tensors:
         for flag in ("rotary_percent", "rope_scaling_factor"):
-            _refuse_void(model, options, flag, "its positions are a table")
+            if flag in options.more:
+                raise model.refuse(f"--{flag} has no effect: its positions are a table. Leave it out.")
     _ready(model, options)
     model.ask()
-    size = _numbers(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size", "q_size")
+    size = sizes_of(model, "n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "n_ffn", "vocab_size", "q_size")
     if POSITIONS not in model.tensors:
         raise model.refuse("its norms have biases and it has no table of positions: neither Llama nor GPT-2.")
-    if _has(model, "self_attention.q_layernorm.weight"):
+    if f"{LAYER}self_attention.q_layernorm.weight" in model.tensors:
         raise model.refuse("it has a norm on q and k, and HF GPT-2 has none.")
     if size["n_kv_head"] != size["n_head"]:
         raise model.refuse(
@@ -218,47 +189,13 @@ def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
     positions = model.tensors[POSITIONS].shape[0]
     if options.more.get("max_position_embeddings", positions) != positions:
         raise model.refuse(f"its table of positions has {positions} rows. Leave out --max_position_embeddings.")
-    _zero_biases(model)
+    add_zero_biases(model, HEAD)
     _say_padding(model)
-    return _gpt2_config(size, positions, model.choice("norm_eps")) | {
+    return hf_config(size | {"block_size": positions}, model.choice("norm_eps"), 0.0, size["n_ffn"]) | {
         "activation_function": activation(model),
         "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE),
         **ids(options, model.config),
     }
-
-
-def _gpt2_config(size: dict[str, int], positions: int, eps: float) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": size["vocab_size"],
-        "n_positions": positions,
-        "n_ctx": positions,
-        "max_position_embeddings": positions,
-        "n_embd": size["n_embd"],
-        "hidden_size": size["n_embd"],
-        "n_layer": size["n_layer"],
-        "num_hidden_layers": size["n_layer"],
-        "n_head": size["n_head"],
-        "num_attention_heads": size["n_head"],
-        "n_inner": size["n_ffn"],
-        "layer_norm_epsilon": eps,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "use_cache": True,
-    }
-
-
-def _zero_biases(model: Source) -> None:
-    """Add biases of zeros to linear layers without biases, which computes the same."""
-    weights = [name for name in model.tensors if ".linear_" in name and name.endswith(".weight")]
-    for name in weights:
-        bias, view = name.removesuffix("weight") + "bias", model.tensors[name]
-        if bias not in model.tensors:
-            model.replace(bias, filled(view.dtype, view.shape[:1]), "zeros")
 
 
 def gpt2_to_megatron(model: Source, options: Options) -> dict[str, Any]:
@@ -268,9 +205,7 @@ def gpt2_to_megatron(model: Source, options: Options) -> dict[str, Any]:
     gelu = model.choice("activation")
     if gelu not in TO_HF:
         raise model.refuse(f"activation_function is {gelu!r}; Megatron has gelu, and with a fused bias gelu_new.")
-    for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if config.get(name, value) is not value:
-            raise model.refuse(f"{name} is {config[name]!r}, and Megatron computes {value}.")
+    refuse_other_scales(model, "Megatron")
     tied = _is_tied(model, options, HF_HEAD, GPT2_TABLE, config.get("tie_word_embeddings", True) is not False)
     return _export_config(
         model,

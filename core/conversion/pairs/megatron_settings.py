@@ -1,14 +1,12 @@
 """Settings of a Megatron model that its tensors do not show: from flags, the config beside it, or defaults.
 
-The config is that of an export, which has few settings, or the arguments of a run (common.pt), which have all. Every
-default that is used becomes a note.
+The config is that of an export, which has few settings, or the arguments of a run (common.pt), which have all.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ...errors import CheckpointMismatch
 from ...families.choices import FLAGS as CHOICES
 from ..plan import Options, Source
 
@@ -64,31 +62,32 @@ FACTOR = 8.0
 """Its factor in versions without --rope-scaling-factor."""
 
 
-def setting(model: Source, options: Options, flag: str, default: Any, *, is_said: bool = True) -> Any:
-    """Look up a setting; a note reports a default, or a flag that overrides the config."""
+def setting(model: Source, options: Options, flag: str, default: Any) -> Any:
+    """Look up a setting: a flag, which overrides the config with a note, the config, or a default."""
     said = next((model.config[name] for name in NAMES[flag] if model.config.get(name) is not None), None)
-    asked = options.more.get(flag, options.choices.get(flag))
+    asked = options.more.get(flag)
     if asked is not None:
         if said is not None and said != asked:
             model.notes.append(f"{flag} is {said} in its config; --{flag} {asked} was specified, and overrides it")
         return asked
-    if type(said) in ((bool,) if isinstance(default, bool) else (int, float)):
-        return said
-    if is_said and default is not None:
-        model.notes.append(f"{flag} {default}: a default, because no config beside the tensors has it (--{flag})")
-    return default
+    return said if type(said) in ((bool,) if isinstance(default, bool) else (int, float)) else default
 
 
 def rope_scaling(model: Source, options: Options) -> dict[str, Any]:
-    """The scaling of a model's positions in transformers' terms; {} without scaling.
+    """The scaling of a model's positions in transformers' terms; {} without scaling. A default factor becomes a note.
 
     Raises: CheckpointMismatch for a factor that is not a number of at least 1.
     """
-    factor = options.more.get("rope_scaling_factor")
-    if factor is None and model.config.get("use_rope_scaling") is not True:
+    if options.more.get("rope_scaling_factor") is None and model.config.get("use_rope_scaling") is not True:
         said = model.config.get("rope_scaling")  # only where to_megatron wrote it
         return dict(said) if isinstance(said, dict) else {}
-    factor = setting(model, options, "rope_scaling_factor", FACTOR)
+    factor = setting(model, options, "rope_scaling_factor", None)
+    if factor is None:
+        factor = FACTOR
+        model.notes.append(
+            f"rope_scaling_factor {factor}: a default, because no config beside the tensors has it "
+            "(--rope_scaling_factor)"
+        )
     if factor < 1:
         raise model.refuse(f"rope_scaling_factor is {factor}, expected a number of at least 1: it makes texts longer.")
     return {**LLAMA3, "factor": float(factor)}
@@ -104,7 +103,7 @@ def refuse_other_models(model: Source, options: Options) -> None:
             raise model.refuse(
                 f"{name} is {model.config[name]!r}; Llama, Qwen and GPT-2 of transformers have {values[0]!r}."
             )
-    percent = setting(model, options, "rotary_percent", 1.0, is_said=False)
+    percent = setting(model, options, "rotary_percent", 1.0)
     if percent != 1:
         raise model.refuse(
             f"rotary_percent is {percent}: only that part of a head is rotated, and Llama and Qwen rotate all of it. "
@@ -112,10 +111,17 @@ def refuse_other_models(model: Source, options: Options) -> None:
         )
 
 
-def unknown(model: Source, words: list[str]) -> CheckpointMismatch:
-    """Make the error that names the sizes of a model that nothing shows."""
-    help_ = " Add --n_head N." if model.family.startswith("megatron_") else ""
-    return model.refuse(f"{', '.join(words)} cannot be told from its tensors, and no config beside them has it.{help_}")
+def sizes_of(model: Source, *needed: str) -> dict[str, int]:
+    """The sizes of a model that have to be known.
+
+    Raises: CheckpointMismatch naming those that neither tensors nor config show.
+    """
+    if lost := [word for word in needed if word not in model.sizes]:
+        help_ = " Add --n_head N." if model.family.startswith("megatron_") else ""
+        raise model.refuse(
+            f"{', '.join(lost)} cannot be told from its tensors, and no config beside them has it.{help_}"
+        )
+    return {word: model.sizes[word] for word in needed}
 
 
 def activation(model: Source) -> str:

@@ -86,17 +86,12 @@ def localize(model: Source) -> None:
 
     Sources are renamed and split likewise: after writing they are compared layer by layer, in the memory of one.
     """
-    for table in (_stack_table(model), TRANSFORMER_ENGINE):
+    is_stacked = "decoder.layers.self_attention.linear_qkv.weight" in model.tensors
+    for table in (unstacked(model.sizes["n_layer"]) if is_stacked else (), TRANSFORMER_ENGINE):
         made = _renamed(model, table, model.tensors)
         rules = {name: rule for name, rule in model.rules.items() if name in made[0]}
         model.tensors, model.rules = made[0], rules | made[1]
         model.sources = _renamed(model, table, model.sources)[0]
-
-
-def _stack_table(model: Source) -> Table:
-    if "decoder.layers.self_attention.linear_qkv.weight" not in model.tensors:
-        return ()
-    return unstacked(model.sizes["n_layer"])
 
 
 def _renamed(model: Source, table: Table, tensors: dict[str, View]) -> tuple[dict[str, View], dict[str, str]]:

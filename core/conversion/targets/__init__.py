@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,3 +46,8 @@ FORMATS = (
     Format("dcp", "a folder that torch.distributed.checkpoint loads; names as they are", (), plan_dcp),
 )
 """Everything that --to can be."""
+
+
+def formats_of(families: Collection[str]) -> list[str]:
+    """The names of the formats for a model that can become one of these families."""
+    return [one.name for one in FORMATS if not one.families or not set(one.families).isdisjoint(families)]

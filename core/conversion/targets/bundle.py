@@ -33,7 +33,7 @@ def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
     if model.moments is not None and aliases:
         model.notes.append("its optimizer state is left out: --untied adds a parameter that it does not know")
     elif model.moments is not None:
-        content, moments = optimizer_content(model, options, parameters_of(model), OPTIMIZER, "", named=True)
+        content, moments = optimizer_content(model, parameters_of(model), OPTIMIZER, "", named=True)
         if moments:
             files.append(WeightFile(OPTIMIZER, moments, content))
     config, state = _going_on(model)
@@ -42,11 +42,8 @@ def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
         texts[TOKENIZER] = dump_json(model.tokenizer)
     rounded = () if options.dtype is None else ("checkpoint_dtype", "model_dtype_at_save")
     kept = {name: value for name, value in state.items() if name not in ("integrity", *rounded)}
-    kept |= {
-        "format_version": config.get("format_version"),
-        "step": model.step or 0,
-        "optimizer_file": OPTIMIZER if len(files) > 1 else None,
-    }
+    kept |= {"format_version": config.get("format_version"), "step": model.step or 0}
+    kept["optimizer_file"] = OPTIMIZER if len(files) > 1 else None
     made = TrainingState.from_dict(plain(kept)).committed(
         None,
         saved_at=time_of(),
@@ -58,11 +55,7 @@ def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
             "choices": [str(choice) for choice in model.choices],
         },
     )
-
-    def sealed(recorded: dict[str, dict[str, Any]]) -> dict[str, bytes]:
-        return {STATE: seal(made, recorded)}
-
-    return Plan(model, target, "bundle", files, texts, seal=sealed)
+    return Plan(model, target, "bundle", files, texts, seal=lambda recorded: {STATE: seal(made, recorded)})
 
 
 def _going_on(model: Source) -> tuple[dict[str, Any], TrainingState]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..pairs.megatron_settings import NAMES, ONLY, unknown
+from ..pairs.megatron_settings import NAMES, ONLY, sizes_of
 from ..pairs.megatron_source import localize
 from ..plan import TORCH_ENDINGS, Options, Plan, Ref, Source, WeightFile, target_of
 
@@ -39,17 +39,14 @@ def export_config(model: Source, options: Options) -> dict[str, Any]:
 
     Raises: CheckpointMismatch when neither the tensors nor a config say what the heads are.
     """
-    needed = ("n_layer", "n_embd", "n_head", "n_ffn", "n_kv_head", "head_size", "vocab_size")
-    lost = [word for word in needed if word not in model.sizes]
-    if lost:
-        raise unknown(model, lost)
-    size, said = model.sizes, model.config.get("vocab_size")
+    size = sizes_of(model, "n_layer", "n_embd", "n_head", "n_ffn", "n_kv_head", "head_size", "vocab_size")
+    said = model.config.get("vocab_size")
     config = {
         "num_layers": size["n_layer"],
         "hidden_size": size["n_embd"],
         "num_attention_heads": size["n_head"],
         "vocab_size": said if isinstance(said, int) and 0 < said < size["vocab_size"] else size["vocab_size"],
-        "max_position_embeddings": size.get("block_size"),
+        "max_position_embeddings": model.sizes.get("block_size"),
         "ffn_hidden_size": size["n_ffn"],
         "num_query_groups": size["n_kv_head"],
         "kv_channels": size["head_size"],

@@ -20,9 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 def plan_safetensors(model: Source, options: Options, target: Path) -> Plan:
     """Plan a .safetensors file, or a folder of them when the target has no such name."""
-    is_folder = target.suffix != ".safetensors"
-    if not is_folder and options.shard_size is not None:
-        raise model.refuse(f"{target.name} is one file, and --shard_size cuts it. Name a folder.")
+    is_folder = is_for_folder(model, options, target)
     if options.include_optimizer and model.along:
         add_optimizer_tensors(model, options)
     elif options.include_optimizer and model.moments is None:
@@ -34,6 +32,18 @@ def plan_safetensors(model: Source, options: Options, target: Path) -> Plan:
     if is_folder:
         plan.copies = beside(model, ("config.json", *BESIDE))
     return plan
+
+
+def is_for_folder(model: Source, options: Options, target: Path) -> bool:
+    """Whether a target is a folder of files, by its name.
+
+    Raises: CheckpointMismatch for one file with --shard_size.
+    """
+    if target.suffix != ".safetensors":
+        return True
+    if options.shard_size is not None:
+        raise model.refuse(f"{target.name} is one file, and --shard_size cuts it. Name a folder.")
+    return False
 
 
 def add_weights(plan: Plan, options: Options, name: str = "") -> None:

@@ -17,8 +17,9 @@ def plan_pt(model: Source, options: Options, target: Path) -> Plan:
     """Plan one torch file: a state dict, or with an optimizer `{"model", "optimizer"}`."""
     if options.include_optimizer and not model.along:
         return plan_torch_file(model, options, target, "pt", {})
-    targets = [target_of(model, name, target.name, options) for name in model.tensors]
-    content = {one.path: Ref(one.path) for one in targets}
+    before = "model." if model.along else ""
+    targets = [target_of(model, name, target.name, options, before + name) for name in model.tensors]
+    content = {one.name: Ref(one.path) for one in targets}
     file = WeightFile(target.name, targets, content, ties=options.tied is not False)
     if model.along:
         add_optimizer(model, file)
@@ -32,7 +33,7 @@ def plan_torch_file(model: Source, options: Options, target: Path, kind: str, mo
     content: dict[str, Any] = {"model": {one.name: Ref(one.path) for one in targets}}
     if options.include_optimizer:
         order = parameters_of(model)
-        state, others = optimizer_content(model, options, order, file, "optimizer", named=kind == "pt")
+        state, others = optimizer_content(model, order, file, "optimizer", named=kind == "pt")
         content["optimizer"] = state
         targets += others
     content |= more
@@ -46,7 +47,7 @@ def parameters_of(model: Source) -> list[str]:
 
 
 def optimizer_content(
-    model: Source, options: Options, order: list[str], file: str, prefix: str, named: bool
+    model: Source, order: list[str], file: str, prefix: str, named: bool
 ) -> tuple[dict[str, Any], list[Target]]:
     """Lay out the moments as torch.optim does, in the order of the parameters in each group.
 
