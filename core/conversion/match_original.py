@@ -5,6 +5,7 @@ Tensors that training did not keep are taken from the original and listed; those
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from contextlib import ExitStack
@@ -124,7 +125,8 @@ def _reshape(model: Source, wanted: dict[str, View]) -> None:
         expected = wanted[name].shape
         rule: Rule = RENAME
         if view.shape != expected:
-            if not (name.endswith(PATCHES) and len(view.shape) == 4 and expected == _linear(view.shape)):
+            linear = (view.shape[0], math.prod(view.shape[1:])) if len(view.shape) == 4 else None
+            if not (name.endswith(PATCHES) and expected == linear):
                 faults.append(f"{name} is {view.shape}, in the original {expected}")
                 continue
             _, channels, _, width = view.shape
@@ -137,10 +139,6 @@ def _reshape(model: Source, wanted: dict[str, View]) -> None:
     model.rules = {name: rule for name, rule in made.rules.items() if rule != str(RENAME)}
     model.sources = {name: view for name, view in model.sources.items() if name in wanted or name in model.dropped}
     model.route = [(tuple(rows), False)]
-
-
-def _linear(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], shape[2] * shape[3] * shape[1])
 
 
 def _target(model: Source, name: str, original: View) -> Target:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..bundle.bundle import open_bundle
-from ..bundle.contradictions import contradictions
 from ..console.words import listed
 from ..errors import CheckpointError, CheckpointMismatch
 from ..families.choices import FLAGS
@@ -25,8 +23,8 @@ def check_meaning(plan: Plan, place: Path) -> None:
     if plan.format not in _WITH_MEANING:
         return
     try:
-        faults = _of_bundle(place) if plan.format == "bundle" else []
         with inspect_path(place) as found:
+            faults = found.contradictions if found.bundle is not None else []
             faults = faults or [*found.identity.conflicts, *found.lacks, *_other_choices(plan, found)]
     except CheckpointError as error:
         faults = [str(error)]
@@ -36,11 +34,6 @@ def check_meaning(plan: Plan, place: Path) -> None:
             f"{plan.target}: the result would not be read as the model it was made from: {listed(told, 5)}. "
             "Nothing was published."
         )
-
-
-def _of_bundle(place: Path) -> list[str]:
-    with open_bundle(place) as bundle:
-        return contradictions(bundle) if bundle.config is not None else []
 
 
 def _other_choices(plan: Plan, found: Inspection) -> list[str]:

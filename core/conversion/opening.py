@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle
-from ..bundle.contradictions import contradictions
 from ..bundle.training_state import TrainingState
 from ..console.words import listed, listed_names
 from ..containers.plain import plain
@@ -39,7 +38,6 @@ FAMILY[BATCHED] = FAMILY["modded_medium"]
 _NO_LOSS = 1e9
 """nanoGPT's best loss before the first evaluation."""
 
-
 _SHOWN = {"learning_rate": "lr", "weight_decay": "weight_decay"}
 """Settings of a run that an optimizer state shows, and their names in its groups."""
 
@@ -53,11 +51,9 @@ def open_model(path: Path, held: ExitStack, options: Options, *, needs_family: b
         CheckpointMismatch when its tensors are not a complete model of a known program.
     """
     found = held.enter_context(open_sharded(path, options) if is_sharded(path) else inspect_path(path))
-    if found.damage:
-        raise CheckpointDamaged(found.damage[0])
+    _refuse_unreadable(path, found)
     if found.bundle is not None and options.more.get("save_ema"):
         _take_average(found, found.bundle)
-    _refuse_inconvertible(path, found)
     found.config = _config(found)
     found.identity = identity_of(found.weights, found.config, found.container)
     if needs_family and "n_head" in options.choices:
@@ -76,13 +72,15 @@ def open_model(path: Path, held: ExitStack, options: Options, *, needs_family: b
     if needs_family:
         megatron_source.refuse_mixed(model)
     else:
-        model.notes += _contradictions(found)
+        model.notes += [f"contradiction: {fault}" for fault in found.contradictions]
     megatron_source.drop_extra_states(model, found.key)
     return model
 
 
-def _refuse_inconvertible(path: Path, found: Inspection) -> None:
-    """Refuse a checkpoint that is only a part of a model, or whose pickle names more than data."""
+def _refuse_unreadable(path: Path, found: Inspection) -> None:
+    """Refuse a checkpoint that is damaged, is only a part of a model, or has a pickle that names more than data."""
+    if found.damage:
+        raise CheckpointDamaged(found.damage[0])
     megatron_source.refuse_classic(found.container)
     if found.partial:
         raise CheckpointMismatch(f"{path}: {found.partial}")
@@ -171,13 +169,6 @@ def _config(found: Inspection) -> dict[str, Any]:
     return config_of(found)[1]
 
 
-def _contradictions(found: Inspection) -> list[str]:
-    """What inspect_model.py reports as contradictions, for targets that take tensors of any model."""
-    if found.bundle is not None and found.bundle.config is not None:
-        return [f"contradiction: {fault}" for fault in contradictions(found.bundle)]
-    return [f"contradiction: {fault}" for fault in (*found.identity.conflicts, *found.lacks)]
-
-
 def _bare(path: Path, found: Inspection) -> Source:
     """Make a source of an unknown model, with its tensors unchanged; what stands beside it is left to `take_parts`.
 
@@ -201,7 +192,7 @@ def _bare(path: Path, found: Inspection) -> Source:
         step=found.step,
         sources=dict(tensors),
         program="an unknown program",
-        notes=[*found.chosen, *_contradictions(found)],
+        notes=[*found.chosen, *(f"contradiction: {fault}" for fault in found.contradictions)],
     )
 
 

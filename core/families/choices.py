@@ -14,9 +14,6 @@ from .architecture import Architecture
 from .identify import Identity
 from .programs import Marks, Program, program_of
 
-FLAGS = ("n_head", "activation", "attention_scale", "norm_placement", "norm_eps", "rope_theta")
-"""Choices that a person may make where no file shows them."""
-
 LABELS = {
     "n_head": "heads",
     "n_kv_head": "key and value heads",
@@ -38,6 +35,9 @@ FIELDS = {
     "rope_theta": ("rope_theta", "rotary_base"),
 }
 """Fields of configs that make a choice which tensors never show."""
+
+FLAGS = ("n_head", *FIELDS)
+"""Choices that a person may make where no file shows them."""
 
 ACTIVATIONS = {
     "gelu": "gelu",

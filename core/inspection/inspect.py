@@ -22,7 +22,6 @@ from .config_entry import config_entry
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle, KeptStep
-    from ..bundle.parts import Part
 
 # the readers of our own bundles are imported on demand: that takes as long as opening another program's file
 
@@ -70,6 +69,15 @@ class Inspection(contextlib.AbstractContextManager["Inspection"]):
         groups = (("missing", self.identity.missing), ("not part of the model", self.identity.unplaced))
         said = [f"{what}: {listed_names(names, 3)}" for what, names in groups if names]
         return [f"only a part of a model: {self.partial}", *said] if self.partial else said
+
+    @property
+    def contradictions(self) -> list[str]:
+        """Where the parts of a bundle contradict each other; of a foreign model, its tensors and config."""
+        if self.bundle is None or self.bundle.config is None:
+            return [*self.identity.conflicts, *self.lacks]
+        from ..bundle.contradictions import contradictions
+
+        return contradictions(self.bundle)
 
     @property
     def size(self) -> int:
@@ -185,12 +193,10 @@ def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
     whole = _OpenFiles("legacy single file" if bundle.single else "bundle", path, {}, {}, dict(bundle.sizes))
     whole.opened = bundle.files
     damage: list[str] = []
-    parts: list[tuple[str, Part]] = [("", bundle.weights)]
-    if bundle.optimizer is not None and not bundle.single:
-        parts.append(("optimizer", bundle.optimizer))
-    if bundle.ema is not None:
-        parts.append(("ema", bundle.ema))
-    for name, part in parts:
+    parts = {"": bundle.weights, "optimizer": None if bundle.single else bundle.optimizer, "ema": bundle.ema}
+    for name, part in parts.items():
+        if part is None:
+            continue
         file = part.source.path
         try:
             if isinstance(part.source, ShardedFile):

@@ -8,7 +8,7 @@ from ...containers.tensors.computed import ComputedTensors, mean, plus_one
 from ...families import megatron_tables
 from ..plan import Options, Pair, Source
 from .gpt import add_zero_biases, hf_config, is_tied, refuse_other_scales
-from .megatron_settings import LLAMA3, TO_HF, activation, ids, refuse_other_models, rope_scaling, setting, sizes_of
+from .megatron_settings import LLAMA3, TO_HF, ids, refuse_other_models, rope_scaling, setting, sizes_of
 from .megatron_source import localize
 
 TABLE, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -189,10 +189,13 @@ def to_gpt2(model: Source, options: Options) -> dict[str, Any]:
     positions = model.tensors[POSITIONS].shape[0]
     if options.more.get("max_position_embeddings", positions) != positions:
         raise model.refuse(f"its table of positions has {positions} rows. Leave out --max_position_embeddings.")
+    gelu = model.choice("activation")
+    if gelu not in TO_HF:
+        raise model.refuse(f"activation is {gelu}; the GPT-2 style of Megatron has {' or '.join(TO_HF)}.")
     add_zero_biases(model, HEAD)
     _say_padding(model)
     return hf_config(size | {"block_size": positions}, model.choice("norm_eps"), 0.0, size["n_ffn"]) | {
-        "activation_function": activation(model),
+        "activation_function": TO_HF[gelu],
         "tie_word_embeddings": _is_tied(model, options, HEAD, TABLE),
         **ids(options, model.config),
     }

@@ -124,17 +124,6 @@ def sizes_of(model: Source, *needed: str) -> dict[str, int]:
     return {word: model.sizes[word] for word in needed}
 
 
-def activation(model: Source) -> str:
-    """The GELU of a model in transformers' terms.
-
-    Raises: CheckpointMismatch for another activation.
-    """
-    made = model.choice("activation")
-    if made not in TO_HF:
-        raise model.refuse(f"activation is {made}; the GPT-2 style of Megatron has {' or '.join(TO_HF)}.")
-    return TO_HF[made]
-
-
 def ids(options: Options, config: dict[str, Any]) -> dict[str, Any]:
     """The tokens that begin and end a text, from flags; None if unspecified."""
     return {name: options.more.get(name, config.get(name)) for name in ("bos_token_id", "eos_token_id")}
