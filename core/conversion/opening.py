@@ -102,10 +102,8 @@ def _set_heads(found: Inspection, heads: int) -> None:
     is_exported = found.identity.family.startswith("megatron_")  # its config is what the export was told
     if shape.n_head is not None and not (is_exported and "n_head" in shape.from_config):
         if shape.n_head != heads:
-            whose = "its config" if "n_head" in shape.from_config else "its tensors"
-            raise CheckpointMismatch(
-                f"{found.path}: --n_head is {heads}, but {whose} has {shape.n_head}. Leave it out."
-            )
+            whose = "its config has" if "n_head" in shape.from_config else "its tensors have"
+            raise CheckpointMismatch(f"{found.path}: --n_head is {heads}, but {whose} {shape.n_head}. Leave it out.")
         return
     width = next((s.shape[-1] for n, s in found.weights.items() if n.endswith(".linear_proj.weight")), shape.n_embd)
     if not width or width % heads:

@@ -102,7 +102,7 @@ def test_a_flag_that_the_file_contradicts_is_refused(tmp_path):
     alone = saved(tmp_path / "state.pt", made.nanogpt())
     assert said(alone, tmp_path, n_head=5) == f"{alone}: --n_head is 5, which does not divide the width 32."
     lecture = saved(tmp_path / "lecture.pt", made.lecture())
-    assert said(lecture, tmp_path, n_head=2) == f"{lecture}: --n_head is 2, but its tensors has 4. Leave it out."
+    assert said(lecture, tmp_path, n_head=2) == f"{lecture}: --n_head is 2, but its tensors have 4. Leave it out."
 
 
 # The activation
