@@ -10,6 +10,7 @@ import pytest
 # Threads that wait for work in a loop take the cores of whoever else is at work: two training runs side by side took
 # ten times as long. Read when torch is first imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # thousands of processes start here; each would compile every module
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -41,6 +41,7 @@ def test_n_steps_and_then_m_equal_n_plus_m_at_once(tmp_path, cut, accumulation):
 
 
 @pytest.mark.slow
+@pytest.mark.full  # compilers take a minute; needs no extra
 def test_compiled_training_resumes_to_the_same_bits(tmp_path):
     assert same(train(tmp_path / "once", 8, compile=True), train(tmp_path / "twice", 3, 8, compile=True))
 

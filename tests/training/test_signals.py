@@ -60,6 +60,7 @@ def same_run(a, b):
 
 
 @posix
+@pytest.mark.full  # half a minute; the moments of each kind have tests of their own
 def test_stopped_at_random_moments_the_run_ends_with_the_bits_and_the_log_of_one_never_stopped(tmp_path, text):
     flags = {"max_iters": 60, "eval_interval": 6, "eval_iters": 10, "save_interval": 1, "dropout": 0.2}
     whole = train(tmp_path, text, **{**flags, "save_interval": 6}, model_name="whole")
