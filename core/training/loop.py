@@ -112,7 +112,8 @@ class Loop:
             ranks=self.world.size,
         )
         self._compare_resume(self.settings.strict_resume)
-        self.metrics.cut(self.model.step)
+        if said := self.metrics.cut(self.model.step):
+            say_on_stderr(f"WARNING: {said}")
         self._look_from_here()
         self._bar = tqdm(
             initial=self.model.step,

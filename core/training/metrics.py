@@ -11,6 +11,9 @@ from typing import Any
 from ..bundle.storage import DISK
 from ..errors import SaveFailed
 
+UNREADABLE = "metrics_unreadable.jsonl"
+"""Where lines of the log go that are not JSON."""
+
 
 class Metrics:
     """Append-only log of a training run, in memory until `flush`; without a path (other ranks) it logs nothing."""
@@ -19,18 +22,40 @@ class Metrics:
         self.path = path
         self._lines: list[str] = []
 
-    def cut(self, step: int) -> None:
-        """Drop what was logged after a step, and a line that a crash cut short: the run continues from there."""
+    def cut(self, step: int) -> str | None:
+        """Drop what was logged after a step, and a last line that a crash cut short: the run continues from there.
+
+        Lines that are not JSON objects are moved to a file beside the log, and reported in the sentence that is
+        returned; all others stay, in their order.
+        """
         if self.path is None or not self.path.exists():
-            return
+            return None
         data = self.path.read_bytes()
-        end = 0
-        for line in data.splitlines(keepends=True):
-            if not line.endswith(b"\n") or not _is_up_to(line, step):
-                break
-            end += len(line)
-        if end < len(data):
-            os.truncate(self.path, end)
+        *lines, rest = data.split(b"\n")
+        lines += [rest] if _values(rest) is not None else []  # a person's editor may have left out the last newline
+        unreadable = [line for line in lines if line.strip() and _values(line) is None]
+        kept = [line for line in lines if (values := _values(line)) is not None and _is_up_to(values, step)]
+        whole = b"".join(line + b"\n" for line in kept)
+        if unreadable:
+            self._set_aside(unreadable)
+        if data.startswith(whole):
+            os.truncate(self.path, len(whole))
+        else:
+            new = self.path.with_name(f".{self.path.name}.new")
+            new.unlink(missing_ok=True)  # of a process that was killed here
+            DISK.write(new, whole)
+            DISK.rename(new, self.path)
+        if not unreadable:
+            return None
+        count = "1 line that is" if len(unreadable) == 1 else f"{len(unreadable)} lines that are"
+        return f"{self.path}: {count} not valid JSON went to {UNREADABLE}; the other {len(kept)} stay."
+
+    def _set_aside(self, lines: list[bytes]) -> None:
+        """Append lines to the file beside the log, durably, before they are taken out of it."""
+        assert self.path is not None
+        with self.path.with_name(UNREADABLE).open("ab") as file:
+            file.write(b"".join(line + b"\n" for line in lines))
+            DISK.sync(file)
 
     def add(self, **values: Any) -> None:
         """Log one line; `step` comes first by custom."""
@@ -62,8 +87,16 @@ class Metrics:
         del self._lines[: len(lines)]
 
 
-def _is_up_to(line: bytes, step: int) -> bool:
+def _values(line: bytes) -> dict[str, Any] | None:
+    """The values of a line; None for one that is not a JSON object."""
     try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _is_up_to(values: dict[str, Any], step: int) -> bool:
+    """Whether a line is not ahead of a step; one that names no step is somebody's note."""
+    logged = values.get("step", step)
+    return not isinstance(logged, (int, float)) or logged <= step

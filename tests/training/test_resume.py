@@ -101,6 +101,49 @@ def test_metrics_are_cut_back_to_the_committed_step_when_killed_between_line_and
     assert path.read_bytes() == whole + b'{"step": 11, "loss": 2.0}\n'
 
 
+LINES = [b'{"step": %d, "loss": 1.5}' % step for step in range(1, 11)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "left", "aside"),
+    [
+        ([*LINES[:2], b"# changed the rate here", *LINES[2:]], LINES[:8], [b"# changed the rate here"]),
+        (
+            [LINES[0], b'{"st\xe5p": 2, "loss": 1.5}', *LINES[2:]],
+            [LINES[0], *LINES[2:8]],
+            [b'{"st\xe5p": 2, "loss": 1.5}'],
+        ),
+        ([*LINES[:2], b"", *LINES[2:]], LINES[:8], []),
+        ([b"\0" * 64 + LINES[0], *LINES[1:]], LINES[1:8], [b"\0" * 64 + LINES[0]]),
+        (LINES[::-1], LINES[7::-1], []),
+        ([b'{"note": "another rate"}', *LINES], [b'{"note": "another rate"}', *LINES[:8]], []),
+        ([b"[1, 2]", b"3", *LINES], LINES[:8], [b"[1, 2]", b"3"]),
+    ],
+    ids=["comment", "flipped bit", "blank line", "zeros", "other order", "note", "other JSON"],
+)
+def test_a_log_keeps_every_line_that_can_be_read_and_sets_the_others_aside(tmp_path, changed, left, aside):
+    path, beside = tmp_path / "metrics.jsonl", tmp_path / "metrics_unreadable.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for line in changed) + b'{"step": 11, "lo')
+    said = Metrics(path).cut(8)
+    assert path.read_bytes().splitlines() == left
+    assert (beside.read_bytes().splitlines() if beside.exists() else []) == aside
+    one = "1 line that is" if len(aside) == 1 else f"{len(aside)} lines that are"
+    wanted = f"{path}: {one} not valid JSON went to metrics_unreadable.jsonl; the other {len(left)} stay."
+    assert said == (wanted if aside else None)
+    assert Metrics(path).cut(8) is None and path.read_bytes().splitlines() == left
+    assert sorted(tmp_path.iterdir()) == sorted([path, *([beside] if aside else [])])
+
+
+def test_a_run_goes_on_with_a_log_that_somebody_wrote_into(tmp_path, capsys):
+    train(tmp_path, 10)
+    path = tmp_path / "dante/metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], b"half a li\n", *lines[3:]]))
+    train(tmp_path, 12)
+    assert path.read_bytes().splitlines(keepends=True)[: len(lines)] == lines
+    assert "WARNING: " in (err := capsys.readouterr().err) and "1 line that is not valid JSON went to" in err
+
+
 def test_a_loss_that_is_no_number_stops_with_its_step_and_keeps_the_last_good_checkpoint(tmp_path):
     train(tmp_path, 5)
     before = bits(tmp_path / "dante")
