@@ -40,7 +40,7 @@ from .saving.background import BackgroundSaver
 from .saving.consolidate import consolidate
 from .saving.ranks import Ranks
 from .saving.snapshot import Memory
-from .saving.step import StepContent, StepSave, add_metrics, refuse_unwritable
+from .saving.step import StepContent, StepSave, add_metrics, refuse_unwritable, whole_step
 
 
 class CheckpointManager:
@@ -308,6 +308,7 @@ class CheckpointManager:
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
         CheckpointLocked, InputError.
         """
+        step = whole_step(step)
         if not self.ranks.may_begin(self._saver, self.save_policy == "skip", step, self.say):
             return False
         rules = Retention(self.keep, self.keep_every, self.resumed.step)

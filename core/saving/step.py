@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,10 +30,21 @@ from ..config.gpt import EDITABLE, GPTConfig, same_architecture
 from ..config.modded import ModdedConfig
 from ..console.words import size_text
 from ..containers.json_files import dump_json, parse_json
+from ..containers.trees import map_leaves
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointDamaged, CheckpointError, InputError, SaveFailed
 from ..networks.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
 from .snapshot import Memory, Snapshot
+
+
+def whole_step(step: object) -> int:
+    """Return a step as a Python int: a whole number of at least 0, also of NumPy.
+
+    Raises: InputError for anything else; True is not 1, and 1.0 is not a count.
+    """
+    if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
+        raise InputError(f"step is {step!r}, expected a whole number of at least 0: the optimizer steps completed.")
+    return int(step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +214,9 @@ def add_metrics(place: ModelFolder, step: int, metrics: Mapping[str, float]) -> 
         raise InputError(f"{place.path}: the newest step is {top.step}, expected {step}.")
     if clash := FIELDS & metrics.keys():
         raise InputError(f"metrics: {', '.join(sorted(clash))} cannot be names of metrics.")
-    best = better(best_of(top, history(place.path)), step, metrics.get("val_loss"))
-    place.replace_state(top.having(best=best, **metrics))
+    measured = _plain_numbers(metrics)
+    best = better(best_of(top, history(place.path)), step, measured.get("val_loss"))
+    place.replace_state(top.having(best=best, **measured))
 
 
 def _told(content: StepContent) -> dict[str, Any]:
@@ -215,9 +228,14 @@ def _told(content: StepContent) -> dict[str, Any]:
         raise InputError(f"metrics: {names} means something else in the training state. Use another name.")
     told |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
     try:
-        return json.loads(dump_json(told))
-    except InputError as error:
+        return json.loads(dump_json(_plain_numbers(told)))
+    except (InputError, RecursionError) as error:
         raise InputError(f"metrics or extra of step {step}: {error}") from error
+
+
+def _plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with Python's numbers in the place of NumPy's."""
+    return map_leaves(lambda value: value.item() if isinstance(value, np.generic) else value, values)
 
 
 def refuse_unwritable(folder: Path, module: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +62,36 @@ def test_metrics_are_of_the_newest_step_and_have_free_names(saved, tmp_path):
         saved.add_metrics(1, {"step": 3.0, "best": 1.0})
     saved.add_metrics(1, {"accuracy": 0.5})
     assert json.loads((tmp_path / "dante/training_state.json").read_text())["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("step", [-1, True, 1.0, "5", None, np.float32(2), np.int64(-3)], ids=repr)
+def test_a_step_that_is_no_count_is_refused_at_the_save(tmp_path, step):
+    made, model, optimizer = started(tmp_path)
+    with made, pytest.raises(InputError) as caught:
+        made.save(model, optimizer, step=step)
+    expected = "expected a whole number of at least 0: the optimizer steps completed."
+    assert str(caught.value) == f"step is {step!r}, {expected}"
+    assert not (tmp_path / "dante/model.pt").exists()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    extra = {"seen": [np.int32(3), {"rate": np.float64(0.25)}], "done": np.bool_(True)}
+    with made:
+        made.save(model, optimizer, step=np.int64(7), metrics={"val_loss": np.float32(1.5)}, extra=extra)
+        made.wait()
+        made.add_metrics(7, {"accuracy": np.float32(0.5)})
+    state = json.loads((tmp_path / "dante/training_state.json").read_text())
+    assert (state["step"], state["val_loss"], state["accuracy"], state["best"]["val_loss"]) == (7, 1.5, 0.5, 1.5)
+    assert state["extra"] == {"seen": [3, {"rate": 0.25}], "done": True}
+
+
+def test_an_extra_that_holds_itself_is_refused(saved):
+    extra: dict = {}
+    extra["again"] = extra
+    model, optimizer = make(), None
+    with pytest.raises(InputError, match="metrics or extra of step 2: "):
+        saved.save(model, optimizer, step=2, extra=extra)
 
 
 def test_a_gpt_is_no_pretrained_modded_model(saved, tmp_path):
