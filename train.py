@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.console.commandline import DONE, STOPPED, run, spin_briefly
+from core.console.commandline import DONE, STOPPED, run, spelled, spin_briefly
 from core.console.signals import StopSignal
 from core.training.flags import CONFIG_FLAGS, EXPORTABLE, make_parser
 
@@ -236,7 +236,8 @@ def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Co
     except CheckpointError as error:  # a dataset of GPT-2 tokens trains without the file of ranks that decoding needs
         say(f"no sample: {error}")
     root = manager.checkpoint_dir.parent
-    name = f"--model_name {manager.model_name}" + (f" --checkpoint_root {root}" if root != Path("checkpoints") else "")
+    name = spelled("--model_name", manager.model_name)
+    name += f" {spelled('--checkpoint_root', root)}" if root != Path("checkpoints") else ""
     say(
         f"next:\n  python generate.py {name} --prompt 'The '\n  python inspect_model.py {name}\n"
         f"  python train.py {name} --max_iters {2 * model.step}"

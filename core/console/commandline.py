@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,12 @@ class Parser(argparse.ArgumentParser):
             elif value is not None:
                 words.append(f"--{name}={value}")
         return words
+
+
+def spelled(flag: str, value: object) -> str:
+    """Spell a flag with its value as a shell takes it; a value that begins with a dash is joined to its flag."""
+    word = shlex.quote(str(value))
+    return f"{flag}={word}" if str(value).startswith("-") else f"{flag} {word}"
 
 
 def add_check_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 import train as script
-from core.console.commandline import DONE, FAILED, WRONG_USE
+from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, spelled
 from core.errors import CheckpointError
 from tests.conftest import ROOT
 from tests.makers.models import TEXT
@@ -190,3 +191,9 @@ def test_help_is_one_screen_of_groups_with_examples():
     for said in ("data:", "optimization:", "evaluation and saving:", "machine:", "examples:", "Ctrl-C"):
         assert said in done.stdout
     assert len(done.stdout.splitlines()) < 90
+
+
+@pytest.mark.parametrize("name", ["dante", "-x", "--keep", "a b", "it's", "$HOME", "*"])
+def test_a_name_is_spelled_so_that_a_shell_and_the_parser_give_it_back(name):
+    parser = Parser("train.py", "")
+    assert parser.parse(shlex.split(spelled("--model_name", name))).model_name == name
