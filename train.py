@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import math
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.console.commandline import DONE, STOPPED, run, spelled, spin_briefly
 from core.console.signals import StopSignal
+from core.console.streams import outlive_terminal
 from core.training.flags import CONFIG_FLAGS, EXPORTABLE, make_parser
 
 if TYPE_CHECKING:
@@ -245,6 +245,5 @@ def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Co
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal's encoding lacks
+    outlive_terminal()
     run(main)

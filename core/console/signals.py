@@ -13,8 +13,8 @@ from typing import Any
 
 from .commandline import INTERRUPTED, STOPPED
 
-STOPPING = ("SIGINT", "SIGTERM", "SIGBREAK")
-"""Signals that ask to save and stop; SIGBREAK is Ctrl-Break of Windows."""
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+"""Signals that ask to save and stop; SIGHUP comes when a terminal closes, SIGBREAK is Ctrl-Break of Windows."""
 
 TIME_LIMIT = "stop_after_minutes"
 
@@ -33,11 +33,12 @@ def reason(wishes: set[str]) -> str | None:
 
 
 class StopSignal:
-    """While the block runs, SIGINT and SIGTERM request to save and stop, SIGUSR1 to save and continue.
+    """While the block runs, SIGINT, SIGTERM and SIGHUP request to save and stop, SIGUSR1 to save and continue.
 
-    A second SIGINT ends at once; a second SIGTERM changes nothing. `after_minutes` from now on it asks to stop by
-    itself. With `owns_process` (a script, not a notebook) "at once" is at once: no thread that writes a save is waited
-    for, which loses nothing that is committed, and while there is nothing to save the first signal ends the process.
+    A SIGHUP that was ignored at the start (nohup) stays ignored. A second SIGINT ends at once; a second SIGTERM changes
+    nothing. `after_minutes` from now on it asks to stop by itself. With `owns_process` (a script, not a notebook) "at
+    once" is at once: no thread that writes a save is waited for, which loses nothing that is committed, and while there
+    is nothing to save the first signal ends the process.
     """
 
     def __init__(self, after_minutes: float | None = None, *, owns_process: bool = False) -> None:
@@ -65,7 +66,9 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             for name in (*STOPPING, SAVING):
                 number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) is not None:  # None: C code has taken it
+                if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                    continue
+                if signal.getsignal(number) is not None:  # None: C code has taken it
                     self._before[number] = signal.signal(number, self._on_save if name == SAVING else self._on_stop)
         return self
 
