@@ -110,6 +110,7 @@ def proof_by(args: argparse.Namespace) -> Callable[[Plan], Check]:
                 choices=options_of(args).choices,
                 tokenizer=plan.model.tokenizer,
                 state=plan.model.state,
+                bpe_file=args.bpe_file,
                 progress=bar.update,
             )
 

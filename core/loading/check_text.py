@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -93,13 +94,14 @@ def check_text(
     choices: Mapping[str, Any] | None = None,
     tokenizer: dict[str, Any] | None = None,
     state: TrainingState | None = None,
+    bpe_file: Path | None = None,
     progress: Progress = lambda count: None,
 ) -> TextCheck:
     """Compute the mean loss of a checkpoint of any program over the first tokens of a text, in blocks of its context.
 
     A model of another program is computed by ours: it is converted into a temporary folder with `choices`. `tokenizer`
-    and `state` are those of the model it was made from, used where it has none. `progress` receives the number of
-    tokens computed.
+    and `state` are those of the model it was made from, used where it has none, `bpe_file` the ranks of GPT-2. `progress`
+    receives the number of tokens computed.
 
     Raises: InputError for a text that cannot be read; CheckpointError for a checkpoint that cannot.
     """
@@ -115,7 +117,7 @@ def check_text(
         if known is None:
             reason = "its tokenizer is not known. convert_checkpoints.py --to bundle --meta FILE adds one."
             return TextCheck(str(text), expected=expected, reason=reason)
-        ids, skipped = _encode(tokenizer_from_state(known), beginning, text)
+        ids, skipped = _encode(tokenizer_from_state(known, bpe_file), beginning, text)
         loss = mean_loss(model, ids, progress)
         state = own_state if state is None else state
         recorded = state.val_loss if state.val_loss is not None else (state.best or {}).get("val_loss")
@@ -169,12 +171,9 @@ def _encode(tokenizer: Tokenizer, beginning: str, text: Path) -> tuple[np.ndarra
     if tokenizer.kind != "char":
         return ids, 0
     known = set(tokenizer.decode(np.unique(ids)))
-    read = 0
-    for count, character in enumerate(beginning, 1):
-        read += character in known
-        if read == len(ids):
-            return ids, count - read
-    return ids, len(beginning) - read
+    read = itertools.accumulate(character in known for character in beginning)
+    used = next(count for count, found in enumerate(read, 1) if found == len(ids))
+    return ids, used - len(ids)
 
 
 @torch.inference_mode()

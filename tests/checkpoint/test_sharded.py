@@ -11,6 +11,7 @@ import torch
 
 from core.bundle.bundle import open_bundle
 from core.bundle.verify import verify
+from core.checkpoint import CheckpointManager
 from core.errors import CheckpointDamaged, CheckpointMismatch
 from core.inspection.inspect import inspect_path
 from core.loading.tensors import load_model, read_part
@@ -189,6 +190,14 @@ def test_shards_become_the_plain_files_of_the_same_step_by_the_command(run, tmp_
     assert "already in plain files" in again.stdout
     done = train(tmp_path, run / "text.txt", 0, max_iters=21, **BATCH)
     assert done.returncode == 0 and "resuming at step 20" in done.stderr, done.stderr
+
+
+def test_shards_become_plain_files_by_the_manager(run, tmp_path):
+    copy(run / "dante", tmp_path / "dante")
+    weights, said = whole_of(run)[0], []
+    made = CheckpointManager("dante", tmp_path, say=said.append)
+    made.consolidate()
+    assert same(saved(tmp_path)[0], weights) and "step 20 is in plain files now (" in said[-1]
 
 
 def test_consolidating_damaged_shards_changes_nothing(run, tmp_path):

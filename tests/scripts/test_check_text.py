@@ -16,6 +16,8 @@ from torch.nn import functional as F
 import convert_checkpoints
 import inspect_model
 from core.bundle.training_state import TrainingState, seal, unseal
+from core.checkpoint import CheckpointManager
+from core.errors import InputError
 from core.loading.check_text import TOKENS, check_text
 from tests.makers.models import started
 from tests.makers.small_gpts import SmallGPT
@@ -162,3 +164,38 @@ def test_a_loss_without_a_text_and_a_text_that_is_not_there_are_wrong(script, so
     with pytest.raises(SystemExit) as wrong:
         script.main([*words, "--check_loss", "1.5"])
     assert wrong.value.code == 2 and "--check_loss needs --check_text" in capsys.readouterr().err
+
+
+def test_what_cannot_be_computed_says_why(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    with CheckpointManager("line", tmp_path, say=lambda line: None) as saving:
+        saving.save(torch.nn.Linear(2, 1), step=1)
+    assert "a Linear is not a model of this program" in check_text(tmp_path / "line", text).line
+    (tmp_path / "short.txt").write_text("x")
+    saving, model, optimizer = started(tmp_path)
+    with saving:
+        saving.save(model, optimizer, step=1)
+    with pytest.raises(InputError, match=r"short\.txt: \d tokens of the model's vocabulary, expected at least 2"):
+        check_text(tmp_path / "dante", tmp_path / "short.txt")
+    with pytest.raises(InputError, match=r"none\.txt: No such file or directory, expected a text for --check_text"):
+        check_text(tmp_path / "dante", tmp_path / "none.txt")
+
+
+def test_a_single_file_of_ours_is_computed_as_it_is(shared, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat, and the dog did not. " * 9)
+    single = shared / "fixtures/lecture_char/legacy/latest.pt"
+    converted_ = tmp_path / "bundle"
+    assert convert_checkpoints.main([str(single), str(converted_), "--to", "bundle"]) == 0
+    found, again = check_text(single, text), check_text(converted_, text)
+    assert found.loss is not None and found.loss == pytest.approx(again.loss, abs=1e-6)
+
+
+def test_tokens_of_gpt2_skip_no_character(shared, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
+    made = SmallGPT(vocab_size=50257, n_layer=1)
+    torch.save({"model": made.nanogpt(), "model_args": made.sizes}, tmp_path / "ckpt.pt")
+    found = check_text(tmp_path / "ckpt.pt", text, bpe_file=shared / "data/gpt2.tiktoken")
+    assert found.skipped == 0 and found.tokens > 80 and found.loss is not None
