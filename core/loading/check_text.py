@@ -100,8 +100,8 @@ def check_text(
     """Compute the mean loss of a checkpoint of any program over the first tokens of a text, in blocks of its context.
 
     A model of another program is computed by ours: it is converted into a temporary folder with `choices`. `tokenizer`
-    and `state` are those of the model it was made from, used where it has none, `bpe_file` the ranks of GPT-2. `progress`
-    receives the number of tokens computed.
+    and `state` are those of the model it was made from, used where it has none, and `bpe_file` has the ranks of GPT-2.
+    `progress` receives the number of tokens computed.
 
     Raises: InputError for a text that cannot be read; CheckpointError for a checkpoint that cannot.
     """
