@@ -11,7 +11,9 @@ import torch
 from core.checkpoint import CheckpointManager
 from core.errors import CheckpointMismatch, InputError
 from core.loading.optimizer import load_optimizer_state
+from core.networks.distributed import World
 from core.pretrained import load_pretrained_checkpoint
+from core.saving.ranks import Ranks
 from tests.checkpoint.test_optimizer import make, trained
 from tests.makers.models import manager, started
 
@@ -53,6 +55,17 @@ def test_plain_files_are_plain_already(saved, tmp_path):
     saved.consolidate()
     after = {path.name: path.read_bytes() for path in (tmp_path / "dante").iterdir() if path.is_file()}
     assert after == before
+
+
+def test_only_the_first_rank_changes_the_folder(saved, tmp_path):
+    second = Ranks()
+    second.world = World(rank=1, size=2)
+    other = manager(tmp_path, ranks=second)
+    before = {path: path.read_bytes() for path in (tmp_path / "dante").rglob("*") if path.is_file()}
+    assert other.prune(keep=0) == 0
+    for nothing in (other.consolidate(), other.go_back(1), other.add_metrics(1, {"accuracy": 1.0})):
+        assert nothing is None
+    assert {path: path.read_bytes() for path in (tmp_path / "dante").rglob("*") if path.is_file()} == before
 
 
 def test_metrics_are_of_the_newest_step_and_have_free_names(saved, tmp_path):
