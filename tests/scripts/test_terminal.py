@@ -91,7 +91,7 @@ def test_a_terminal_that_closes_ends_the_run_after_a_save_unless_nohup_was_befor
         cwd=place,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
-        preexec_fn=(lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if is_ignored else None,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL),
     )
     assert run.stderr is not None
     said = b""
