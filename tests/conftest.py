@@ -29,10 +29,11 @@ def pytest_collection_modifyitems(config, items):
     above = TIERS[TIERS.index(config.getoption("--tier")) + 1 :]
     left_out = [item for item in items if any(item.get_closest_marker(tier) for tier in above)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-    for item in items:
-        if item.get_closest_marker("slow"):  # thousands of processes in one test: on a busy machine many minutes
-            item.add_marker(pytest.mark.timeout(1800))
+    slow = {item for item in items if item.get_closest_marker("slow")}
+    for item in slow:  # thousands of processes in one test: on a busy machine many minutes
+        item.add_marker(pytest.mark.timeout(1800))
+    first = {item.path for item in slow}  # else one worker would be alone with the last of them
+    items[:] = sorted((item for item in items if item not in left_out), key=lambda item: item.path not in first)
 
 
 @pytest.fixture

@@ -131,6 +131,7 @@ def test_the_literal_rule_keeps_the_nearest_blocks(window):
 
 
 @pytest.mark.slow
+@pytest.mark.full  # a compiler takes half a minute
 @each_variant
 @torch.no_grad()
 def test_compiled_flex_attention_agrees_with_the_expanded_mask_on_a_cpu(variant):

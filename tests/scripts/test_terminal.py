@@ -93,12 +93,15 @@ def test_a_terminal_that_closes_ends_the_run_after_a_save_unless_nohup_was_befor
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL),
     )
-    assert run.stderr is not None
-    said = b""
-    while b"saved step" not in said and run.poll() is None:
-        said += os.read(run.stderr.fileno(), 65536)
-    run.send_signal(signal.SIGHUP)
-    said += run.communicate(timeout=200)[1]
+    with run:
+        try:
+            said = b""
+            while b"saved step" not in said and run.poll() is None:
+                said += os.read(run.stderr.fileno(), 65536)
+            run.send_signal(signal.SIGHUP)
+            said += run.communicate(timeout=60)[1]
+        finally:
+            run.kill()
     assert run.returncode == (DONE if is_ignored else STOPPED), said
     assert (b"stopped by SIGHUP after step " in said) is not is_ignored
     assert json.loads((place / name / "training_state.json").read_text())["step"] >= 1

@@ -182,6 +182,7 @@ EVERYTHING = [
 
 
 @pytest.mark.slow
+@pytest.mark.full  # half a minute; each of them has a resume of its own
 def test_fp16_average_accumulation_and_cosine_go_on_to_the_same_bits_through_kills(tmp_path, tell):
     """Killed after each of several saves; `--strict_resume` has every start prove that it goes on exactly."""
     text = tmp_path / "text.txt"
