@@ -22,7 +22,7 @@ VALUE_TABLES = 3
 """Tables of value embeddings: the first three layers read them in turn, and the last three again."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Variant:
     """One version of the program: everything in which the same weights compute something else in another version."""
 

@@ -10,7 +10,6 @@ from .container import Container, listing
 from .pickles.inert import as_name, names_text
 from .series import Series, series_of
 from .spec import TensorSpec
-from .torch_shards import offsets_of
 
 _NUMBER = r"\d{1,5}(?:_\d{3}){0,2}"
 _RANK = re.compile(
@@ -106,6 +105,10 @@ def _numbered(path: Path) -> str:
 
 def _displaced(container: Container) -> str:
     """One of torch's shards under another name: a tensor that does not begin at its first element."""
+    if not isinstance(container.content, dict) or "__metadata__" not in container.content:
+        return ""
+    from .torch_shards import offsets_of  # what looks into a torch file does without the readers of safetensors
+
     offsets = offsets_of(container, str(container.path))
     name = next((name for name, begin in offsets.items() if any(begin)), None)
     if name is None:

@@ -18,7 +18,7 @@ from .pickles.inert import as_name, names_text
 _NUMBERED = re.compile(r"(?:shard-(\d{5})-)?(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)", re.DOTALL)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Series:
     """The files of one model that count each other."""
 

@@ -23,7 +23,7 @@ SHARDING = "DCP_SHARDING_INFO"
 _OFFSETS = "saved_offsets"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Piece:
     """A tensor of one file, and where it begins in the whole tensor; None: the file does not say."""
 

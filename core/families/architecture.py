@@ -22,7 +22,7 @@ PADDINGS = (128, 64, 256, 512, 1024, 2048, 4096, 8192)
 """Multiples to which programs pad a vocabulary, the most common first; from 256 on, 128 times the ranks."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Architecture:
     """The sizes of a model; None for those that neither shapes nor config show."""
 

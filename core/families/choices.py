@@ -52,7 +52,7 @@ ACTIVATIONS = {
 """Spellings of the activations that our GPT computes; gelu_fast and gelu_accurate have other constants of the same."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class Choice:
     """One setting; without a value a person has to make it, by its flag."""
 

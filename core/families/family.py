@@ -20,7 +20,7 @@ times head size), `n_kv_head`, `head_size`, `n_ffn`, and `head_rows` where the h
 table; any other word is a number that is only compared."""
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Style:
     """A variant of a family: it has the same table, and is distinguished by its switches."""
 
@@ -29,7 +29,7 @@ class Style:
     switches: Mapping[str, bool]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Family:
     """The names of one program's tensors; in a name `{i}` is a layer, `{j}` a head, `{n}` any number."""
 
@@ -68,7 +68,7 @@ def norm(name: str) -> dict[str, Sides]:
     return {f"{name}.weight": ("n_embd",), f"{name}.bias": ("n_embd",)}
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Length:
     """One side of a shape: times * symbol / over (+ 2 more), or at least that."""
 

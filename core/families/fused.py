@@ -15,7 +15,7 @@ FUSED, LECTURE = "fused", "lecture"
 SAME: Table = tuple((name, name, RENAME) for name in gpt.TENSORS)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Fusing:
     """For each tensor of a model, the tensors of a file that are concatenated along its rows to make it."""
 

@@ -25,7 +25,7 @@ _DEEP = 6  # words that may precede the names of a model's weights
 _LONG = 1000  # characters: no family has longer names
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Identity:
     """The identity of a model: its family, and how well its tensors match that family."""
 

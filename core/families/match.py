@@ -17,7 +17,7 @@ _MANY = 20  # numbers listed in a sentence
 _MOST = 10_000  # missing names listed: names of a few layers and heads ask for their product
 
 
-@dataclass(slots=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Measure:
     """The value of a word of the table, and the tensor that shows it."""
 
@@ -26,7 +26,7 @@ class Measure:
     shape: Shape
 
 
-@dataclass(slots=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Match:
     """The row of a family's table for each tensor of a file, and the tensors that do not fit."""
 

@@ -14,7 +14,7 @@ from ..config.variants import VARIANTS
 from .fused import FUSED, LECTURE
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Row:
     """One setting of a program: its value, and since when; without a value a person has to choose."""
 
@@ -25,7 +25,7 @@ class Row:
     fits: tuple[str, ...] = ()  # without a value: the candidates, each with the programs that compute it
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Marks:
     """What a file shows about the program that wrote it, besides its tensors."""
 
@@ -37,7 +37,7 @@ class Marks:
     n_layer: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Program:
     """One way in which a family's files are written: how they are told, and what the program computes."""
 

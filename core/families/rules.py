@@ -40,7 +40,7 @@ class Rule(Protocol):
         """Make `count` of their tensors from ours."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Rename:
     """Another name for the same tensor."""
 
@@ -54,7 +54,7 @@ class Rename:
     inverse = forward
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Permute:
     """Permute the axes: axis k of ours is axis `axes[k]` of theirs."""
 
@@ -73,7 +73,7 @@ class Permute:
         return [permute(view, back) for view in views]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Concat:
     """Concatenate theirs along an axis; the parts have equal lengths, or those of the sizes named by `words`."""
 
@@ -97,7 +97,7 @@ class Concat:
         return split(view, self.axis, lengths)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Stack:
     """Stack theirs along a new axis."""
 
@@ -116,7 +116,7 @@ class Stack:
         return [squeeze(part, self.axis) for part in split(view, self.axis, [1] * view.shape[self.axis])]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Interleave:
     """Interleave theirs by group along the first axis: for each group its rows of the first, the second, and so on.
 
@@ -147,7 +147,7 @@ class Interleave:
         return [merge_axes(part, 0) for part in split(split_axis(view, 0, sum(rows)), 1, rows)]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Merge:
     """Merge two axes of theirs into one; the size named by `word` is the length of the second."""
 
@@ -166,7 +166,7 @@ class Merge:
         return [split_axis(view, self.axis, sizes[self.word]) for view in views]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Chain:
     """Rules applied one after another, from theirs to ours."""
 
@@ -188,7 +188,7 @@ class Chain:
         return list(views)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Inverse:
     """The inverse of a rule: several of ours in one of theirs."""
 

@@ -32,7 +32,7 @@ Facts = dict[str, Any]
 """The facts of a checkpoint, as JSON values."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Inspection(contextlib.AbstractContextManager["Inspection"]):
     """A checkpoint and everything in its headers; `bundle` is set when it is one of ours."""
 
