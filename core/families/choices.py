@@ -156,7 +156,7 @@ def _said(name: str, marks: Marks) -> Any:
 
 
 def _text(value: Any) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def question(choices: Iterable[Choice]) -> str:

@@ -102,15 +102,7 @@ def test_train_goes_on_with_the_rate_clip_batch_and_accumulation_of_nanogpt(tmp_
     ckpt(tmp_path / "ckpt.pt", order=TODAY, rows=10)
     facts = converted(tmp_path / "ckpt.pt", tmp_path / "root/m", "bundle", meta=tmp_path / "meta.pkl")
     assert "not taken over from its config: dataset 'letters', device 'cpu', compile False" in facts["notes"]
-    flags = [
-        "--checkpoint_root",
-        str(tmp_path / "root"),
-        "--model_name",
-        "m",
-        "--input_file",
-        str(tmp_path / "text.txt"),
-    ]
-    train.main([*flags, "--max_iters", "42"])
+    train.main([*flags_of(tmp_path), "--max_iters", "42"])
     said = capsys.readouterr().err
     assert "continuing with the settings that nanoGPT recorded, unless a flag overrides them: max_iters 100" in said
     assert "WARNING" not in said and "so far" not in said
@@ -123,7 +115,7 @@ def test_train_goes_on_with_the_rate_clip_batch_and_accumulation_of_nanogpt(tmp_
     assert [now[name] for name in ("batch_size", "gradient_accumulation_steps", "grad_clip")] == [12, 5, 1.0]
     assert now["betas"] == [0.9, 0.99] and now["weight_decay"] == [0.1, 0.0]
     assert state["tokens_seen"] == 2 * 5 * 12 * 8 and state["training"]["dtype"] == "fp32"
-    train.main([*flags, "--max_iters", "43"])
+    train.main([*flags_of(tmp_path), "--max_iters", "43"])
     said = capsys.readouterr().err
     assert "resume is exact" in said and "nanoGPT" not in said
 
@@ -138,15 +130,7 @@ def test_a_state_without_a_config_says_what_train_takes_of_its_own(tmp_path, cap
         "learning_rate": rate_of(CONFIG, 40),
         "weight_decay": 0.1,
     }
-    flags = [
-        "--checkpoint_root",
-        str(tmp_path / "root"),
-        "--model_name",
-        "m",
-        "--input_file",
-        str(tmp_path / "text.txt"),
-    ]
-    train.main([*flags, "--max_iters", "41"])
+    train.main([*flags_of(tmp_path), "--max_iters", "41"])
     said = capsys.readouterr().err
     assert "WARNING: nanoGPT recorded no lr_schedule constant, warmup_iters 100.0, grad_clip 1.0, " in said
     assert "of the program that wrote it" not in said

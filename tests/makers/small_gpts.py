@@ -115,17 +115,8 @@ class SmallGPT:
         random = torch.Generator().manual_seed(self.seed + 1)
         return torch.randint(self.vocab_size, (2, self.block_size), generator=random)
 
-    def adam(self, order: list[str]) -> dict:
-        """An AdamW state over parameters in an order, the first group as long as `order` has matrices of its kind."""
-        now = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-        state = {
-            k: {"step": torch.tensor(3.0), **{m: torch.full_like(self.weights[name], k + 1.0) for m in MOMENTS}}
-            for k, name in enumerate(order)
-        }
-        return {"state": state, "param_groups": [now]}
-
     def groups(self, are_old: bool) -> dict:
-        """nanoGPT's optimizer: what has two sides decays, or before 2023-05-06 the matrices of layers, sorted."""
+        """nanoGPT's AdamW state: what has two sides decays, or before 2023-05-06 the matrices of layers, sorted."""
         names = list(self.weights)
         if are_old:
             first = sorted(name for name in names if name.endswith("weight") and (".attn." in name or ".mlp." in name))
@@ -133,14 +124,14 @@ class SmallGPT:
         else:
             first = [name for name in names if self.weights[name].dim() >= 2]
             rest = [name for name in names if name not in first]
-        made = self.adam([*first, *rest])
-        (now,) = made["param_groups"]
-        count = len(first)
-        made["param_groups"] = [
-            {**now, "params": list(range(count))},
-            {**now, "weight_decay": 0.0, "params": list(range(count, len(names)))},
-        ]
-        return made
+        state = {
+            k: {"step": torch.tensor(3.0), **{m: torch.full_like(self.weights[name], k + 1.0) for m in MOMENTS}}
+            for k, name in enumerate([*first, *rest])
+        }
+        now = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
+        decaying, others = list(range(len(first))), list(range(len(first), len(names)))
+        groups = [{**now, "weight_decay": 0.1, "params": decaying}, {**now, "weight_decay": 0.0, "params": others}]
+        return {"state": state, "param_groups": groups}
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
