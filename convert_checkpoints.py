@@ -72,6 +72,8 @@ def main(argv: list[str]) -> int:
     if args.to is not None:
         if args.check_loss is not None and args.check_text is None:
             parser.error("--check_loss needs --check_text, the text whose loss it is")
+        if args.dry_run and args.check_text is not None:
+            parser.error("--check_text computes what was written, and --dry_run writes nothing; leave one out")
         return convert_one(parser, args, proof_by(args) if args.check_text is not None else None)
     set_ = (name for name, value in vars(args).items() if value != parser.get_default(name))
     if asked := [f"--{name}" for name in set_ if name not in MIGRATION]:
@@ -99,7 +101,9 @@ def main(argv: list[str]) -> int:
 
 def proof_by(args: argparse.Namespace) -> Callable[[Plan], Check]:
     """What proves a conversion by the text of --check_text; torch is imported for it alone."""
-    from core.loading.check_text import TOKENS, check_text
+    from core.loading.check_text import TOKENS, beginning_of, check_text
+
+    beginning_of(args.check_text)  # one that cannot be read is refused before anything is written
 
     def check(plan: Plan) -> Check:
         with byte_bar("computing", TOKENS) as bar:

@@ -50,6 +50,8 @@ def main(argv: list[str]) -> int:
         return diff(parser, args)
     if not args.history and (args.keep is not None or args.keep_every is not None):
         parser.error("--keep and --keep_every need --history; they show what they would remove")
+    if args.history and args.check_text is not None:
+        parser.error("--check_text computes one step; leave out --history, or name the step with --step")
     if args.history and args.step is not None:
         parser.error("--history shows every step; leave out --step")
     if args.check_loss is not None and args.check_text is None:
@@ -132,6 +134,8 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
         if names and not is_checkpoint(place):
             from core.inspection.report_ours import model_facts
 
+            if args.check_text is not None:
+                raise CheckpointError(f"{place}: holds {len(names)} models, and --check_text computes one. Name one.")
             return {"root": str(place), "models": [model_facts(place / name) for name in names]}, []
         if args.history:
             return look_back(place, args)

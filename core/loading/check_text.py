@@ -105,9 +105,7 @@ def check_text(
 
     Raises: InputError for a text that cannot be read; CheckpointError for a checkpoint that cannot.
     """
-    with readable(text, "a text for --check_text"):
-        size = text.stat().st_size
-    beginning = next(pieces([Segment(text, 0, size)]), "")
+    beginning = beginning_of(text)
     with ExitStack() as held:
         try:
             model, own_state, own = _load(path, step, choices or {}, held)
@@ -131,6 +129,18 @@ def check_text(
             is_recorded_text=(state.data or {}).get("digest") == _digest(text),
             expected=expected,
         )
+
+
+def beginning_of(text: Path) -> str:
+    """Read the beginning of a text, which is more than is ever computed.
+
+    Raises: InputError when it cannot be read, is not UTF-8, or is empty.
+    """
+    with readable(text, "a text for --check_text"):
+        size = text.stat().st_size
+    if beginning := next(pieces([Segment(text, 0, size)]), ""):
+        return beginning
+    raise InputError(f"{text}: empty, expected a text for --check_text.")
 
 
 def _load(

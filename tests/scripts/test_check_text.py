@@ -17,7 +17,7 @@ import convert_checkpoints
 import inspect_model
 from core.bundle.training_state import TrainingState, seal, unseal
 from core.checkpoint import CheckpointManager
-from core.errors import InputError
+from core.errors import CheckpointError, InputError
 from core.loading.check_text import TOKENS, check_text
 from tests.makers.models import started
 from tests.makers.small_gpts import SmallGPT
@@ -199,3 +199,32 @@ def test_tokens_of_gpt2_skip_no_character(shared, tmp_path):
     torch.save({"model": made.nanogpt(), "model_args": made.sizes}, tmp_path / "ckpt.pt")
     found = check_text(tmp_path / "ckpt.pt", text, bpe_file=shared / "data/gpt2.tiktoken")
     assert found.skipped == 0 and found.tokens > 80 and found.loss is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "No such file"), (b"", "empty, expected a text"), (b"a\xffb", "byte 1 does not belong to UTF-8")],
+)
+def test_a_text_that_cannot_be_read_is_refused_before_anything_is_written(source, tmp_path, content, said):
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        converted(source, tmp_path / "bundle", "--check_text", text)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_where_there_is_nothing_to_compute_the_flag_is_refused(source, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    for command, words, said in (
+        (convert_checkpoints.main, [str(source), "b", "--to", "bundle", "--dry_run"], "--dry_run writes nothing"),
+        (inspect_model.main, [str(source), "--history"], "leave out --history"),
+    ):
+        with pytest.raises(SystemExit) as wrong:
+            command([*words, "--check_text", str(text)])
+        assert wrong.value.code == 2 and said in capsys.readouterr().err
+    for name in ("a", "b"):
+        converted(source, tmp_path / "root" / name)
+    with pytest.raises(CheckpointError, match="root: holds 2 models, and --check_text computes one"):
+        inspect_model.main([str(tmp_path / "root"), "--check_text", str(text)])
