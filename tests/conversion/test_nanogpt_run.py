@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from core.conversion.run import Run, config_of, run_of
+from core.conversion.run import Run, config_of, rate_at, run_of
 from core.errors import CheckpointMismatch
+from core.training.schedule import Schedule
 from core.training.settings import Settings
 from tests.makers.conversions import converted
 from tests.makers.nanogpt_files import CHARS, CONFIG, SORTED, TODAY, ckpt, names_of, rate_of
@@ -89,6 +90,23 @@ def test_a_warm_up_of_before_2024_12_09_and_another_rate_are_told_apart():
 def test_the_arithmetic_is_the_one_that_was_computed(dtype, device, ours):
     values = {**CONFIG, "dtype": dtype, "device": device}
     assert run_of(values, 40, 0.1, has_moments=True, is_old=False).settings["dtype"] == ours
+
+
+@given(
+    peak=st.floats(1e-6, 1.0),
+    part=st.floats(0, 1),
+    warmup=st.integers(0, 50),
+    more=st.integers(1, 200),
+    step=st.integers(0, 400),
+    kind=st.sampled_from(["cosine", "constant"]),
+)
+def test_the_rate_that_a_conversion_compares_is_the_one_that_training_computes(peak, part, warmup, more, step, kind):
+    """Two rooms compute it, because a conversion may not know of training; here they are held to one formula."""
+    lowest, decay, warmup = peak * part, warmup + more, warmup if kind == "cosine" else 0
+    settings = {"learning_rate": peak, "lr_schedule": kind, "warmup_iters": float(warmup)}
+    settings |= {"lr_decay_iters": decay, "min_lr": lowest} if kind == "cosine" else {}
+    ends = (decay, lowest) if kind == "cosine" else (None, None)
+    assert rate_at(settings, step) == pytest.approx(Schedule(kind, peak, warmup, *ends).at(step), rel=1e-12)
 
 
 def flags_of(folder: Path) -> list[str]:
