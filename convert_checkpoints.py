@@ -16,9 +16,9 @@ from typing import Any
 from core.bundle.find import model_names
 from core.bundle.foreign import foreign_checkpoint
 from core.console.commandline import DONE, FAILED, Parser, run
-from core.console.progress import byte_bar
+from core.console.progress import byte_bar, token_bar
 from core.console.words import columns, printable, size_text
-from core.conversion.command import Check, add_flags, convert_one, options_of, print_matrix, take_spelling
+from core.conversion.command import CHOICES, Check, add_flags, convert_one, print_matrix, take_spelling
 from core.conversion.migration.plan import FAILED as NOT_MIGRATED
 from core.conversion.migration.plan import Candidates, Outcome, find, plan, work
 from core.conversion.plan import Plan
@@ -106,12 +106,12 @@ def proof_by(args: argparse.Namespace) -> Callable[[Plan], Check]:
     beginning_of(args.check_text)  # one that cannot be read is refused before anything is written
 
     def check(plan: Plan) -> Check:
-        with byte_bar("computing", TOKENS) as bar:
+        with token_bar("computing", TOKENS) as bar:
             return check_text(
                 plan.target,
                 args.check_text,
                 args.check_loss,
-                choices=options_of(args).choices,
+                choices={choice.name: choice.value for choice in plan.model.choices if choice.name in CHOICES},
                 tokenizer=plan.model.tokenizer,
                 state=plan.model.state,
                 bpe_file=args.bpe_file,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
 from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, add_check_flags, count, run
-from core.console.progress import byte_bar
+from core.console.progress import byte_bar, token_bar
 from core.console.words import printable
 from core.containers.plain import Room, plain
 from core.errors import CheckpointError
@@ -160,7 +160,7 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
             if args.check_text is not None:
                 from core.loading.check_text import TOKENS, check_text
 
-                with byte_bar("computing", TOKENS) as bar:
+                with token_bar("computing", TOKENS) as bar:
                     check = check_text(place, args.check_text, args.check_loss, step=args.step, progress=bar.update)
                 facts["check"] = {**asdict(check), "line": check.line, "faults": check.faults}
                 faults += check.faults

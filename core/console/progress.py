@@ -1,4 +1,4 @@
-"""Progress in bytes, on stderr."""
+"""Progress in bytes or tokens, on stderr."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-def byte_bar(what: str, total: int, show: bool = True) -> tqdm:
+def token_bar(what: str, total: int) -> tqdm:
+    """Begin a bar like `byte_bar` that counts tokens."""
+    return byte_bar(what, total, unit=" tokens")
+
+
+def byte_bar(what: str, total: int, show: bool = True, unit: str = "B") -> tqdm:
     """Begin a progress bar in bytes, which appears when the work takes longer than two seconds, and leaves no trace."""
     from tqdm import tqdm  # not needed by work that ends at once
 
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2.0, leave=False, disable=not show)
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, delay=2.0, leave=False, disable=not show)

@@ -228,3 +228,14 @@ def test_where_there_is_nothing_to_compute_the_flag_is_refused(source, tmp_path,
         converted(source, tmp_path / "root" / name)
     with pytest.raises(CheckpointError, match="root: holds 2 models, and --check_text computes one"):
         inspect_model.main([str(tmp_path / "root"), "--check_text", str(text)])
+
+
+@pytest.mark.parametrize("to", ["safetensors", "pt", "nanogpt", "hf"])
+def test_a_result_without_a_config_is_computed_with_the_choices_of_its_source(made, source, tmp_path, capsys, to):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    assert converted(source, tmp_path / "bundle") == 0
+    target = {"safetensors": "m.safetensors", "pt": "m.pt", "nanogpt": "ckpt2.pt", "hf": "hf"}[to]
+    words = [str(tmp_path / "bundle"), str(tmp_path / target), "--to", to, "--check_text", str(text)]
+    convert_checkpoints.main(words)
+    assert f": loss {loss_of(made, TEXT):.4f} over 134 tokens of " in capsys.readouterr().out
