@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..containers.spec import ITEM_SIZES
 from ..containers.trees import map_paths
+from ..errors import InputError
 from ..families.family import plain_name
 
 
@@ -35,18 +38,55 @@ def export_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in unwrap(module).state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor):
-            found[plain_name(name)] = compact(tensor, compacted)
+            found[plain_name(name)] = compact(tensor, compacted, f"model.pt: {name}")
     return found
 
 
-def compact(tensor: torch.Tensor, seen: dict[tuple[Any, ...], torch.Tensor]) -> torch.Tensor:
-    """Return a tensor whose storage has just its size; equal views (tied weights) give the same tensor."""
-    tensor = tensor.detach()
+def compact(tensor: torch.Tensor, seen: dict[tuple[Any, ...], torch.Tensor], where: str) -> torch.Tensor:
+    """Return a tensor whose storage has just its size; equal views (tied weights) give the same tensor.
+
+    Raises: InputError, beginning with `where`, as `plain`.
+    """
+    tensor = plain(tensor, where).detach()
     key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
     if key not in seen:
         whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         seen[key] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
     return seen[key]
+
+
+def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """Return a tensor that a file can hold: strided numbers in memory.
+
+    Raises: InputError, beginning with `where`, for any other.
+    """
+    if fault := unusual(tensor):
+        raise InputError(
+            f"{where} is {fault}, which `load` could not give back. Expected is a dense tensor in memory: save "
+            "what it is made of; nothing was written, and what was saved before stays."
+        )
+    return tensor
+
+
+def unusual(tensor: torch.Tensor) -> str | None:
+    """Say what a tensor is whose values a file could not give back: "a sparse tensor"; None for a plain one."""
+    kind = type(tensor)
+    if nn.parameter.is_lazy(tensor):
+        return "a parameter that is not initialized yet"
+    if tensor.is_quantized:
+        return "a quantized tensor"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a sparse tensor ({tensor.layout})"
+    if kind not in (torch.Tensor, nn.Parameter):
+        return f"a tensor of class {kind.__module__}.{kind.__qualname__}"
+    if tensor.is_meta:
+        return "a tensor on the meta device, without values"
+    if tensor.is_conj() or tensor.is_neg():
+        return f"a view that {'conjugates' if tensor.is_conj() else 'negates'} another tensor"
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return None if dtype in ITEM_SIZES else f"a tensor of {dtype}"
 
 
 def export_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
@@ -60,7 +100,10 @@ def export_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) 
         saved["param_names"] = [names.get(id(p), f"unnamed.{i}") for i, p in enumerate(live["params"])]
     seen: dict[tuple[Any, ...], torch.Tensor] = {}
     state["state"] = {
-        number: {key: compact(v, seen) if isinstance(v, torch.Tensor) else v for key, v in values.items()}
+        number: {
+            key: compact(v, seen, f"optimizer.pt: state.{number}.{key}") if isinstance(v, torch.Tensor) else v
+            for key, v in values.items()
+        }
         for number, values in state["state"].items()
     }
     return state
@@ -76,18 +119,21 @@ def changed_by_step(optimizer: torch.optim.Optimizer) -> set[int]:
 def copy_others(content: Any, stable: Container[int] | None, live: dict[str, torch.Tensor], name: str) -> Any:
     """Copy the containers of a content, and its tensors except those whose storage is `stable` (None: all are).
 
-    Identical tensors stay identical; those that are not copied go into `live` by name.
+    Identical tensors stay identical; those that are not copied go into `live` by name. NumPy's numbers become Python's.
+
+    Raises: InputError as `plain`.
     """
     copies: dict[int, torch.Tensor] = {}
 
     def copy(path: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
-            return value
+            return value.item() if isinstance(value, np.generic) else value
+        value = plain(value, f"{name}: {path}")
         if stable is None or value.untyped_storage()._cdata in stable:
-            live[path] = value
+            live[f"{name}.{path}"] = value
             return value
         if id(value) not in copies:
             copies[id(value)] = value.detach().clone()
         return copies[id(value)]
 
-    return map_paths(copy, content, name)
+    return map_paths(copy, content)

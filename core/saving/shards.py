@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -14,7 +15,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ..containers.dcp.writer import WrittenItem, flattened
 from ..containers.torch_files.image import Image
 from ..containers.torch_files.layout import TensorRecord, pickled, records
+from ..errors import CheckpointMismatch, InputError
 from ..families.family import plain_name
+from .loadable import refuse_unloadable
 from .torch_file import bytes_of
 
 Shape = tuple[int, ...]
@@ -77,17 +80,29 @@ def _shards(value: Any, first: bool) -> Iterator[Shard]:
             if block.numel():
                 yield Shard(path, block, item)
         elif first:
-            yield Shard(path, item)
+            yield Shard(path, item.item() if isinstance(item, np.generic) else item)
 
 
-def image_of(shards: Iterable[Shard]) -> Image:
-    """Lay out the file of these shards: a torch zip for each, end to end."""
-    return Image(*(_records(shard.value) for shard in shards))
+def image_of(folder: str, shards: Iterable[Shard]) -> Image:
+    """Lay out the file of these shards: a torch zip for each, end to end.
+
+    Raises: InputError, naming the folder and the shard, for a value that `load` could not give back.
+    """
+    return Image(*(_records(folder, shard) for shard in shards))
 
 
-def _records(value: Any) -> list[tuple[str, Any]]:
+def _records(folder: str, shard: Shard) -> list[tuple[str, Any]]:
+    value = shard.value
     if not isinstance(value, Tensor):
-        return list(records(pickled(value), []))
+        try:
+            data_pkl = pickled(value)
+        except CheckpointMismatch as error:
+            raise InputError(
+                f"{folder}: {shard.name}: {error}. Expected are tensors, numbers and texts in dicts, lists and tuples: "
+                "leave it out, or save what it is made of."
+            ) from error
+        refuse_unloadable(folder, {shard.name: value}, data_pkl)
+        return list(records(data_pkl, []))
     value = value.contiguous()
     start = value.storage_offset() * value.element_size()
     header = pickled(TensorRecord(0, _dtype(value), tuple(value.shape), value.nbytes))

@@ -38,6 +38,7 @@ import torch
 from ..containers.checksum import CHUNK, THREADS
 from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Seal
 from ..errors import SaveFailed
+from .loadable import refuse_unloadable, unloadable
 from .torch_file import bytes_of, records_of
 
 BLOCK = 4 * 1024 * 1024
@@ -106,9 +107,9 @@ def free_memory() -> int:
 class SnapshotFile:
     """One file of a snapshot, for its writer."""
 
-    def __init__(self, snapshot: Snapshot, content: Any) -> None:
+    def __init__(self, snapshot: Snapshot, name: str, content: Any) -> None:
         self._snapshot = snapshot
-        self.image = content() if callable(content) else _image_of(content)
+        self.image = content() if callable(content) else _image_of(name, content)
         self.sealed = Seal(self.image)
         self.size = self.image.size
 
@@ -189,9 +190,21 @@ class Snapshot:
     # The writer's thread
 
     def plan(self) -> dict[str, SnapshotFile]:
-        """Lay out the files: from here on their sizes are known."""
-        self._files = {name: SnapshotFile(self, content) for name, content in self._contents.items()}
+        """Lay out the files: from here on their sizes are known.
+
+        Raises: InputError naming what cannot be written.
+        """
+        self._files = {name: SnapshotFile(self, name, content) for name, content in self._contents.items()}
         return self._files
+
+    def refuse_unloadable(self) -> None:
+        """Read the pickle of each planned file as `load` does; its tensors may still be on their way.
+
+        Raises: InputError naming what `load` would not give back.
+        """
+        for name, content in self._contents.items():
+            if not callable(content):
+                refuse_unloadable(name, content, self._files[name].image.first)
 
     def start(self, memory: Memory) -> None:
         """Begin to copy.
@@ -364,8 +377,12 @@ class Snapshot:
                 self._ready.put(None)
 
 
-def _image_of(content: Any) -> Image:
-    return Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records_of(content)])
+def _image_of(file: str, content: Any) -> Image:
+    try:
+        records = records_of(content)
+    except Exception as error:  # the method of any class may have been called
+        raise unloadable(file, content, str(error)) from error
+    return Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records])
 
 
 def _sum(piece: Piece, memory: torch.Tensor, copy: bool) -> int:

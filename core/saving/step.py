@@ -33,8 +33,16 @@ from ..containers.json_files import dump_json, parse_json
 from ..containers.trees import map_leaves
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointDamaged, CheckpointError, InputError, SaveFailed
-from ..networks.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
-from .snapshot import Memory, Snapshot
+from ..networks.state_dict import (
+    changed_by_step,
+    copy_others,
+    export_optimizer_state,
+    export_state_dict,
+    plain,
+    unwrap,
+)
+from .loadable import unloadable
+from .snapshot import Memory, Snapshot, SnapshotFile
 
 
 def whole_step(step: object) -> int:
@@ -100,18 +108,28 @@ class StepSave:
         ema: Mapping[str, torch.Tensor] | None,
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The content of each file, and the tensors in it that are copied later."""
+        if not isinstance(optimizer, (torch.optim.Optimizer, Mapping, type(None))):
+            raise InputError(
+                f"optimizer is of type {type(optimizer).__name__}, expected an optimizer, or a dict of states by name, "
+                'such as {"adam": adam.state_dict(), "muon": muon.state_dict()}. Nothing was written.'
+            )
         contents: dict[str, Any] = {MODEL: export_state_dict(module)}
         if optimizer is not None:
             contents[OPTIMIZER] = optimizer
         if isinstance(optimizer, torch.optim.Optimizer):
             contents[OPTIMIZER] = export_optimizer_state(optimizer, module)
         if ema is not None:
-            contents[EMA] = dict(ema)
+            contents[EMA] = {name: plain(tensor, f"{EMA}: {name}") for name, tensor in ema.items()}
         stable = None
         if isinstance(optimizer, torch.optim.Optimizer):
             stable = changed_by_step(optimizer) | {t.untyped_storage()._cdata for t in (ema or {}).values()}
         live: dict[str, torch.Tensor] = {}
-        return {name: copy_others(content, stable, live, name) for name, content in contents.items()}, live
+        for name, content in contents.items():
+            try:
+                contents[name] = copy_others(content, stable, live, name)
+            except RecursionError as error:
+                raise unloadable(name, content, str(error)) from error
+        return contents, live
 
     def write(self, memory: Memory, say: Callable[[str], None]) -> None:
         """Write, commit and roll forward, and prune the older steps; the caller holds the lock.
@@ -120,8 +138,7 @@ class StepSave:
         """
         started, step = time.perf_counter(), self.step
         with contextlib.closing(self.snapshot):
-            files = self.snapshot.plan()
-            self.snapshot.start(memory)
+            files = self._begin_copy(memory)
             self.place.recover()
             state = self._state()
             texts = {**self._texts, CONFIG: self._with_edits(self._texts[CONFIG])}
@@ -134,6 +151,16 @@ class StepSave:
         self.place.prune([older.step for older in going])
         seconds = time.perf_counter() - started
         say(f"saved step {step} to {self.place.path} ({size_text(size)}, {seconds:.2f} s)")
+
+    def _begin_copy(self, memory: Memory) -> dict[str, SnapshotFile]:
+        """Lay out the files and begin to copy; what `load` could not give back is refused before a byte is written."""
+        try:
+            files = self.snapshot.plan()
+            self.snapshot.start(memory)
+            self.snapshot.refuse_unloadable()
+        except InputError as error:
+            raise self._refused(str(error).removesuffix(".")) from error
+        return files
 
     def _state(self) -> TrainingState:
         """The training state of this step, with its descent from the steps in the folder."""
