@@ -29,7 +29,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +37,7 @@ import torch
 from ..containers.checksum import CHUNK, THREADS
 from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Seal
 from ..errors import SaveFailed
+from .free_memory import free_memory
 from .loadable import refuse_unloadable, unloadable
 from .torch_file import bytes_of, records_of
 
@@ -90,18 +90,6 @@ class Memory:
             self._blocks = None  # before the new ones are made
             self._blocks = Blocks(count, pinned)
         return self._blocks
-
-
-def free_memory() -> int:
-    """Bytes that this process may still allocate, on the machine or in its control group; 0 where unknown."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        line = next(s for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max" is not a number
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, min(found, default=0))
 
 
 class SnapshotFile:
