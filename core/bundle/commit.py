@@ -140,7 +140,13 @@ class ModelFolder(FolderReader):
                 if name in there:
                     self.storage.remove(target)
                 self.storage.write(target, self.storage.read(source))
-            elif name not in there and (self.storage.is_folder(source) or not self.storage.link(source, target)):
+            elif name in there:
+                continue
+            elif (real := self.storage.points_to(source)) is not None:
+                # The file itself: from another folder, what a relative link says leads elsewhere.
+                if not self.storage.link(real, target):
+                    self.storage.symlink(real, target)
+            elif self.storage.is_folder(source) or not self.storage.link(source, target):
                 self.storage.rename(source, target)  # a folder always moves: it has no second name
         self.storage.sync_folder(building)
         self.storage.sync_folder(self.path)

@@ -32,14 +32,35 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def export_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Collect parameters and buffers under plain names; tied ones stay one tensor, views are cut from their storage."""
+def export_state_dict(module: nn.Module) -> dict[str, Any]:
+    """Collect parameters and buffers under plain names; tied ones stay one tensor, views are cut from their storage.
+
+    The extra states of modules are among them, as they are.
+    """
     compacted: dict[tuple[Any, ...], torch.Tensor] = {}
     found = {}
-    for name, tensor in unwrap(module).state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor):
-            found[plain_name(name)] = compact(tensor, compacted, f"model.pt: {name}")
+    for name, value in unwrap(module).state_dict(keep_vars=True).items():
+        where = f"model.pt: {name}"
+        found[plain_name(name)] = compact(value, compacted, where) if is_tensor(name, value, where) else value
     return found
+
+
+def is_extra(name: str) -> bool:
+    """Whether an entry of a module's state dict is what its `get_extra_state` returned."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def is_tensor(name: str, value: Any, where: str) -> bool:
+    """Whether an entry of a module's state dict is a tensor; an extra state may be anything.
+
+    Raises: InputError, beginning with `where`, for anything else: only a hook of the module puts it there.
+    """
+    if not isinstance(value, torch.Tensor) and not is_extra(name):
+        raise InputError(
+            f"{where} is of type {type(value).__name__}, expected a tensor: `load` fills tensors, and hands to "
+            "set_extra_state what get_extra_state returned. Nothing was written."
+        )
+    return isinstance(value, torch.Tensor)
 
 
 def compact(tensor: torch.Tensor, seen: dict[tuple[Any, ...], torch.Tensor], where: str) -> torch.Tensor:

@@ -134,7 +134,7 @@ class ShardedStepSave(StepSave):
             if faults:
                 raise SaveFailed(faults[0])
             if not (files := self._commit_stage(Path(staged), reports)):
-                return f"step {self.step} is already saved in {self.place.path}"
+                return self._already_saved()
         self.place.roll_forward()
         state = top_state(self.place)
         self.place.prune([older.step for older in self.retention.going(state, history(self.place.path))])

@@ -17,6 +17,7 @@ from ..containers.torch_files.image import Image
 from ..containers.torch_files.layout import TensorRecord, pickled, records
 from ..errors import CheckpointMismatch, InputError
 from ..families.family import plain_name
+from ..networks.state_dict import is_tensor
 from .loadable import refuse_unloadable
 from .torch_file import bytes_of
 
@@ -54,7 +55,8 @@ class Shard:
 def weights_of(module: nn.Module, first: bool) -> list[Shard]:
     """List what this rank writes of a module's parameters and buffers; the first rank writes what is not sharded."""
     found = module.state_dict(keep_vars=True)
-    return list(_shards({plain_name(name): t.detach() for name, t in found.items()}, first))
+    detached = {n: v.detach() if is_tensor(n, v, f"model.pt: {n}") else v for n, v in found.items()}
+    return list(_shards({plain_name(name): value for name, value in detached.items()}, first))
 
 
 def moments_of(optimizer: torch.optim.Optimizer, module: nn.Module, first: bool) -> list[Shard]:

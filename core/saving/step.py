@@ -143,7 +143,7 @@ class StepSave:
             state = self._state()
             texts = {**self._texts, CONFIG: self._with_edits(self._texts[CONFIG])}
             if not self._commit(state, {**files, **texts}, sum(file.size for file in files.values())):
-                say(f"step {step} is already saved in {self.place.path}")
+                say(self._already_saved())
                 return
         size = sum(entry.stat().st_size for entry in os.scandir(self.place.committed))
         self.place.roll_forward()
@@ -218,6 +218,13 @@ class StepSave:
             and all(filecmp.cmp(stage / name, self.place.path / name, shallow=False) for name in files)
         )
 
+    def _already_saved(self) -> str:
+        """Record, durably, what the caller says anew of a step that is saved already; returns the line to report."""
+        told = {name: value for name, value in self._told.items() if name not in ("step", "optimizer_file")}
+        changed = _record(self.place, told)
+        recorded = f"; recorded anew: {', '.join(changed)}" if changed else ""
+        return f"step {self.step} is already saved in {self.place.path}{recorded}"
+
     def _failed(self, error: OSError, needed: int) -> SaveFailed:
         sizes = ""
         with contextlib.suppress(OSError):
@@ -241,9 +248,22 @@ def add_metrics(place: ModelFolder, step: int, metrics: Mapping[str, float]) -> 
         raise InputError(f"{place.path}: the newest step is {top.step}, expected {step}.")
     if clash := FIELDS & metrics.keys():
         raise InputError(f"metrics: {', '.join(sorted(clash))} cannot be names of metrics.")
-    measured = _plain_numbers(metrics)
-    best = better(best_of(top, history(place.path)), step, measured.get("val_loss"))
-    place.replace_state(top.having(best=best, **measured))
+    _record(place, _plain_numbers(metrics))
+
+
+def _record(place: ModelFolder, values: Mapping[str, Any]) -> list[str]:
+    """Put values into the training state at the top, durably, and return the names of those that are new."""
+    top, kept = top_state(place), history(place.path)
+    changed = [name for name, value in values.items() if top.to_dict().get(name) != value]
+    if not changed:
+        return []
+    state = top.having(**values)
+    if "val_loss" in changed and top.best is not None and top.best["step"] == top.step:
+        best = best_of(state.having(best=None), kept)  # it was the best by the loss that it had
+    else:
+        best = better(best_of(top, kept), top.step or 0, values.get("val_loss"))
+    place.replace_state(state.having(best=best))
+    return changed
 
 
 def _told(content: StepContent) -> dict[str, Any]:
