@@ -14,6 +14,9 @@ from ..containers.trees import map_paths
 from ..errors import InputError
 from ..families.family import plain_name
 
+UNNAMED = "unnamed."
+"""Begins the name of an optimizer's parameter that is not the module's."""
+
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside torch.compile, DistributedDataParallel and DataParallel, in any order."""
@@ -118,7 +121,7 @@ def export_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) 
     names = {id(p): plain_name(name) for name, p in unwrap(module).named_parameters()}
     state = optimizer.state_dict()
     for saved, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        saved["param_names"] = [names.get(id(p), f"unnamed.{i}") for i, p in enumerate(live["params"])]
+        saved["param_names"] = [names.get(id(p), f"{UNNAMED}{i}") for i, p in enumerate(live["params"])]
     seen: dict[tuple[Any, ...], torch.Tensor] = {}
     state["state"] = {
         number: {

@@ -63,6 +63,11 @@ def moments_of(optimizer: torch.optim.Optimizer, module: nn.Module, first: bool)
     """List what this rank writes of an optimizer's state, by parameter names; the first rank writes plain values."""
     names = {id(p): plain_name(name) for name, p in module.named_parameters()}
     groups = []
+    if outside := sum(id(p) not in names for group in optimizer.param_groups for p in group["params"]):
+        raise InputError(
+            f"the optimizer has {outside} parameters outside the module, which shards have no names for. Save a module "
+            "that holds them."
+        )
     for group in optimizer.param_groups:
         mine = [names[id(p)] for p in group["params"]]
         groups.append({**group, "params": mine, "param_names": mine})

@@ -34,6 +34,7 @@ from ..containers.trees import map_leaves
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointDamaged, CheckpointError, InputError, SaveFailed
 from ..networks.state_dict import (
+    UNNAMED,
     changed_by_step,
     copy_others,
     export_optimizer_state,
@@ -83,6 +84,7 @@ class StepSave:
         self.place, self.step = place, content.step
         self._before_commit = content.before_commit
         self.retention = content.retention
+        self._outside = 0  # parameters of the optimizer that are not the module's
         module = unwrap(content.model)
         self._told = _told(content)
         self._texts = {CONFIG: _config_of(module)}
@@ -118,6 +120,8 @@ class StepSave:
             contents[OPTIMIZER] = optimizer
         if isinstance(optimizer, torch.optim.Optimizer):
             contents[OPTIMIZER] = export_optimizer_state(optimizer, module)
+            names = [name for group in contents[OPTIMIZER]["param_groups"] for name in group["param_names"]]
+            self._outside = sum(name.startswith(UNNAMED) for name in names)
         if ema is not None:
             contents[EMA] = {name: plain(tensor, f"{EMA}: {name}") for name, tensor in ema.items()}
         stable = None
@@ -151,6 +155,11 @@ class StepSave:
         self.place.prune([older.step for older in going])
         seconds = time.perf_counter() - started
         say(f"saved step {step} to {self.place.path} ({size_text(size)}, {seconds:.2f} s)")
+        if self._outside:
+            say(
+                f"WARNING: {self.place.path}: the optimizer of step {step} has {self._outside} parameters outside the "
+                "module. Their moments are saved, their values are not: save a module that holds them."
+            )
 
     def _begin_copy(self, memory: Memory) -> dict[str, SnapshotFile]:
         """Lay out the files and begin to copy; what `load` could not give back is refused before a byte is written."""

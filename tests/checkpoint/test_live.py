@@ -10,6 +10,7 @@ from core.checkpoint import CheckpointManager
 from core.errors import CheckpointMismatch, InputError, SaveFailed
 from core.loading.casts import cast_loss
 from core.loading.optimizer import load_optimizer_state
+from core.saving.shards import moments_of
 from tests.makers.models import SMALL, manager, save_steps, started
 
 NAN, INF = float("nan"), float("inf")
@@ -239,3 +240,20 @@ def test_extra_state_that_would_not_come_back_is_refused_by_save(tmp_path):
         InputError, match=r"^model\.pt: version is of type str, expected a tensor: `load` fills tensors"
     ):
         saved(tmp_path, module)
+
+
+def test_parameters_of_the_optimizer_outside_the_module_are_reported(tmp_path):
+    module, loss = nn.Linear(2, 2), nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW([*module.parameters(), *loss.parameters()])
+    said = []
+    with CheckpointManager("dante", tmp_path, say=said.append) as made:
+        made.save(module, optimizer, step=1)
+        made.wait()
+        made.save(nn.ModuleList([module, loss]), optimizer, step=2)
+    assert said[1] == (
+        f"WARNING: {made.checkpoint_dir}: the optimizer of step 1 has 2 parameters outside the module. Their moments "
+        "are saved, their values are not: save a module that holds them."
+    )
+    assert len(said) == 3 and said[2].startswith("saved step 2")
+    with pytest.raises(InputError, match=r"^the optimizer has 2 parameters outside the module, which shards have no"):
+        moments_of(optimizer, module, True)
