@@ -58,13 +58,9 @@ def hold(folder: Path) -> Iterator[None]:
                 release.close()
 
 
-def hold_if_model(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of what lies at a path when that is a model's folder; do nothing otherwise.
-
-    For moving a folder: its trainer would otherwise continue in the folder that takes the name. Raises: as `hold`.
-    """
-    is_model = any((path / name).exists() for name in (LOCK, OWNER))
-    return hold(path) if is_model else contextlib.nullcontext()
+def is_locked(path: Path) -> bool:
+    """Whether a writer has ever locked what lies at a path, and so may be at work there."""
+    return any((path / name).exists() for name in (LOCK, OWNER))
 
 
 def _forget() -> None:

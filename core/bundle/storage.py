@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 import zlib
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 
 from ..containers.checksum import combine, crc32_file
 from ..errors import CheckpointDamaged
+from .owner import stage_name
 
 try:
     import fcntl
@@ -152,8 +152,7 @@ class Storage:
 
         It is removed when anything fails. `recover` removes what a killed process leaves in a model's folder.
         """
-        part = target.with_name(f".stage-{secrets.token_hex(8)}")
-        with self.removed_on_failure(part):
+        with stage_name() as name, self.removed_on_failure(part := target.with_name(name)):
             yield part
             self.publish(part, target, replace=replace)
 

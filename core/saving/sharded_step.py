@@ -16,11 +16,11 @@ from torch import nn
 from ..bundle.bundle import EMA, OPTIMIZER, history
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, entries
 from ..bundle.folder import top_state
-from ..bundle.lock import hold
 from ..bundle.parts import folder_of
 from ..bundle.storage import Output
 from ..bundle.training_state import STATE, seal
 from ..bundle.write import write_file
+from ..bundle.writing import lock
 from ..console.words import size_text
 from ..containers.dcp.metadata import METADATA, read_metadata
 from ..containers.dcp.writer import WrittenItem, file_of, metadata
@@ -110,10 +110,9 @@ class ShardedStepSave(StepSave):
         return dict(files), {file: placed(shards, files[file].image, name) for file, shards in self._shards.items()}
 
     def _make_stage(self, held: contextlib.ExitStack) -> str:
-        self.place.path.mkdir(parents=True, exist_ok=True)
-        held.enter_context(hold(self.place.path))
+        held.enter_context(lock(self.place))
         self.place.recover()
-        stage = self.place.stage()
+        stage = held.enter_context(self.place.staging())
         for folder in entries(self._shards):
             self.place.storage.make_folder(stage / folder)
         return str(stage)
