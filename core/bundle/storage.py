@@ -251,6 +251,10 @@ class Storage:
         """What a symbolic link points to, by its absolute path; None for anything else, and where that is not there."""
         return path.resolve() if path.is_symlink() and path.exists() else None
 
+    def may_change(self, folder: Path) -> bool:
+        """Whether this process may change a folder: it is its own, and not mounted read-only."""
+        return os.access(folder, os.W_OK)
+
     def is_same(self, a: Path, b: Path) -> bool:
         """Whether two names belong to one file; a missing one is not the same as any."""
         try:
