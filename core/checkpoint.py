@@ -135,13 +135,13 @@ class CheckpointManager:
         self.close()
 
     def acquire(self) -> None:
-        """Become the only writer of this model, until `close`, and finish an interrupted save.
+        """Become the only process that writes this model, until `close`, and finish an interrupted save.
+
+        Other managers and threads of this process may save: one write after the other.
 
         Raises: CheckpointLocked when another process writes here.
         """
-        if self.ranks.world.is_first:
-            with self.writing():
-                self._held.enter_context(hold(self.checkpoint_dir))
+        self._held.enter_context(self.holding())
 
     def close(self) -> None:
         """Wait for the save that is being written, and let other processes write.
@@ -154,11 +154,25 @@ class CheckpointManager:
             self._held.close()
 
     @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keep other processes from writing while the block runs, and finish an interrupted save.
+
+        Other managers and threads of this process may save: one write after the other.
+
+        Raises: CheckpointLocked when another process writes here.
+        """
+        with contextlib.ExitStack() as held:
+            if self.ranks.world.is_first:
+                with self.writing():
+                    held.enter_context(hold(self.checkpoint_dir, self.say))
+            yield
+
+    @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the only writer while the block runs; an interrupted save is finished first."""
+        """Be the only writer while the block runs, in this process too; an interrupted save is finished first."""
         if self.ranks.world.is_first:
             self._saver.join()
-        with writing(self._folder) if self.ranks.world.is_first else contextlib.nullcontext():
+        with writing(self._folder, self.say) if self.ranks.world.is_first else contextlib.nullcontext():
             yield
 
     def newest_intact(self, origin: Path | None = None) -> Bundle | None:
@@ -176,7 +190,14 @@ class CheckpointManager:
         return bundle
 
     def _reopen(self, check: bool, damage: str | None) -> Bundle | None:
-        """Open the newest intact step as the only writer; `damage` is the known damage of the newest one."""
+        """Open the newest intact step, as the only writer where others are set aside.
+
+        `damage` is the known damage of the newest one.
+        """
+        self._saver.join()
+        if not damage:
+            with contextlib.suppress(intact.NeedsRepair), explained(self.checkpoint_dir):
+                return intact.open_unrepaired(self._folder, self.say, check=check)
         with self.writing(), explained(self.checkpoint_dir):
             if damage and not self.allow_fresh:
                 return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say)
@@ -319,7 +340,7 @@ class CheckpointManager:
 
     def _write(self, save: StepSave, optimizer: Any) -> None:
         """Begin to write a step; the optimizer's step waits until its copy is done."""
-        held = save.lock()
+        held = save.lock(self.say)
 
         def write(memory: Memory) -> None:
             with held, explained(self.checkpoint_dir):
@@ -327,9 +348,12 @@ class CheckpointManager:
 
         try:
             self._saver.begin(f"save of step {save.step}", write, save.snapshot, optimizer)
-        except RuntimeError as error:
-            held.close()
-            raise save.not_begun(error) from error
+        except BaseException as error:
+            if not self._saver.busy:
+                held.close()
+            if isinstance(error, RuntimeError):
+                raise save.not_begun(error) from error
+            raise
         if not isinstance(optimizer, torch.optim.Optimizer):
             save.snapshot.wait_copied()
 

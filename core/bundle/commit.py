@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config.gpt import same_architecture
 from ..containers.json_files import parse_json
-from ..errors import CheckpointDamaged, CheckpointMismatch
+from ..errors import CheckpointDamaged, CheckpointMismatch, SaveFailed
 from .folder import (
     COMMITTED,
     CONFIG,
@@ -31,6 +31,7 @@ from .folder import (
     file_names,
     step_folder,
 )
+from .owner import STAGE, is_left_over, new_stage_name, stage_name
 from .storage import MOVING, PIECE
 from .training_state import STATE, TrainingState, new_id, seal, unseal
 
@@ -63,7 +64,7 @@ class ModelFolder(FolderReader):
             else:
                 self._close_commit()
         for name in self.storage.names(self.path):
-            if name.startswith((".stage-", ".trash-")):
+            if name.startswith(".trash-") or (name.startswith(STAGE) and is_left_over(name)):
                 self.storage.remove_tree(self.path / name)
 
     def _finish_moves(self) -> None:
@@ -88,20 +89,50 @@ class ModelFolder(FolderReader):
 
     def stage(self) -> Path:
         """Make a folder for the files of the next step; no reader looks into it."""
-        path = self.path / f".stage-{new_id()}"
+        path = self.path / new_stage_name()
         self.storage.make_folder(path)
         return path
 
-    def commit(self, stage: Path) -> None:
-        """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due."""
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """Make a folder for the files of the next step, which no recovery removes; removed when the block fails."""
+        with stage_name() as name, self.storage.removed_on_failure(path := self.path / name):
+            self.storage.make_folder(path)
+            yield path
+
+    def commit(self, stage: Path, sizes: Mapping[str, int] | None = None) -> None:
+        """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due.
+
+        `sizes` are those of its files, in bytes; those that its training state lists unless given.
+
+        Raises: SaveFailed when a file is not in the stage, whole; nothing is committed then.
+        """
+        if sizes is None:
+            listed = unseal(self.storage.read(stage / STATE), f"{stage / STATE}").files
+            sizes = {name: entry["size"] for name, entry in listed.items()}
+        for name, size in sizes.items():
+            found = self._size(stage / name)
+            if found != size:
+                here = "missing" if found is None else f"{found:,} bytes"
+                raise SaveFailed(
+                    f"{stage / name}: {here}, expected {size:,} bytes as they were written. Another program changes "
+                    "this folder. Nothing was committed."
+                )
         self.storage.sync_tree(stage)
         if not self.storage.renames(stage, self.path / COMMITTED):
             self.storage.sync_folder(self.path)
-            pointer = self.path / f".stage-{new_id()}"
+            pointer = self.path / new_stage_name()
             with self.storage.removed_on_failure(pointer):
                 self.storage.write(pointer, stage.name.encode())
                 self.storage.rename(pointer, self.path / COMMITTED)
         self.storage.sync_folder(self.path)
+
+    def _size(self, path: Path) -> int | None:
+        try:
+            with self.storage.open(path) as file:
+                return file.seek(0, os.SEEK_END)
+        except FileNotFoundError:
+            return None
 
     def replace_state(self, state: Mapping[str, Any]) -> None:
         """Replace the training state at the top, durably, for the same step and files; readers see old or new."""
@@ -125,17 +156,19 @@ class ModelFolder(FolderReader):
     def _preserve_top(self) -> None:
         """Keep the old top before the committed step takes its place; a crash at any call is safe, it starts again."""
         # The five cases in the order of the returns below; step_O is the folder for the step of the old top.
-        #   .committed lacks a listed entry    nothing is due: the old top is in its place, the roll forward has begun
         #   it goes back to a kept step        the top and the later steps move aside, to the names that it lists
+        #   .committed lacks a listed entry    nothing is due: the old top is in its place, the roll forward has begun
         #   it has no parent, or there is no   nothing is due: there is no old step
         #     top, here or half moved in .hist
         #   step_O is the parent itself        nothing is due: it is kept already, or was gone back to
         #   anything else                      the top becomes step_O by way of .hist; another step_O moves aside first
-        state, present = self._committed_state(), set(self.storage.names(self.committed))
-        if not present.issuperset(entries(file_names(state))):
-            return  # the roll forward has begun, and it begins only after the old top is durable in its new place
+        state = self._committed_state()
         if state.went_back is not None:
             self._move_aside(state.went_back)
+            return
+        gone = set(entries(file_names(state))) - set(self.storage.names(self.committed))
+        if gone:
+            self._check_begun(state, gone)
             return
         parent, names = state.parent, self._top_names()
         begun = self.storage.exists(self.path / BUILDING)  # without links the model may have moved there already
@@ -149,6 +182,33 @@ class ModelFolder(FolderReader):
         self._build_history(names)
         self.storage.rename(self.path / BUILDING, target)
         self.storage.sync_folder(self.path)
+
+    def _check_begun(self, state: TrainingState, gone: set[str]) -> None:
+        """Make sure that what is no longer in `.committed` has been rolled forward.
+
+        `commit` renames only a stage that has every listed file, whole and durable. The roll forward begins when the
+        old top is durable in its new place, and renames one after the other to the top, where each is at every moment
+        and after every crash. A file that is not there either was taken by another program, and proves nothing.
+
+        Raises: CheckpointDamaged; nothing is changed then.
+        """
+        taken = [
+            name
+            for name, listed in state.files.items()
+            if name.partition("/")[0] in gone and name != CONFIG and not self._is_file(self.path / name, listed)
+        ]
+        if taken:
+            raise CheckpointDamaged(
+                f"{self.committed}: {' and '.join(taken)} of step {state.step}, which was committed, is gone, and at "
+                f"the top there is another file or none. Another program took it: put it back; or move "
+                f"{self.committed} away, so that the step at the top is the newest again. Nothing was changed."
+            )
+
+    def _is_file(self, path: Path, listed: Mapping[str, Any]) -> bool:
+        if self._size(path) != listed["size"]:
+            return False
+        with self.storage.open(path) as file:
+            return f"{self.storage.crc32(file):08x}" == listed["crc32"]
 
     def _history_name(self) -> str:
         """Where the old top goes: to the folder of its step, or aside if its step is unknown or it is not a bundle."""
@@ -308,7 +368,7 @@ class ModelFolder(FolderReader):
         aside |= {path.name: aside_folder(int(path.name.rpartition("_")[2]), why) for path in later}
         said = {"step": top.step, "commit_id": top.commit_id, "why": why, "aside": aside}
         opened = self.open_kept(folder)
-        with contextlib.closing(opened), self.storage.removed_on_failure(stage := self.stage()):
+        with contextlib.closing(opened), self.staging() as stage:
             for entry in entries(opened.files):
                 if self.storage.is_folder(folder / entry):
                     self.storage.make_folder(stage / entry)
@@ -319,7 +379,8 @@ class ModelFolder(FolderReader):
                             output.write(data)
             state = opened.state if opened.state.integrity is not None else self._adopt(opened)
             self.storage.write(stage / STATE, seal(state.having(**(facts or {}), went_back=said)))
-            self.commit(stage)
+            # A person may have replaced a file of this step since it was written.
+            self.commit(stage, {name: file.seek(0, os.SEEK_END) for name, file in opened.files.items()})
         self.roll_forward()
         return [self.path / name for name in aside.values()]
 

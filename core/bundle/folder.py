@@ -92,7 +92,7 @@ class FolderReader:
         Where folders cannot be renamed, it stays in the folder that it was staged in, and a file leads to it.
         """
         try:
-            stage = re.fullmatch(rb"\.stage-[0-9a-z]+", self.storage.read(self.path / COMMITTED))
+            stage = re.fullmatch(rb"\.stage-[0-9a-z.-]+", self.storage.read(self.path / COMMITTED))
         except (*_NOT_THERE, IsADirectoryError, PermissionError):  # PermissionError: a folder, on Windows
             return self.path / COMMITTED
         return self.path / (stage[0].decode() if stage else COMMITTED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,6 +18,9 @@ from .foreign import foreign_checkpoint
 from .legacy import open_legacy
 from .training_state import STATE
 from .verify import verify
+
+Repair = Callable[[ModelFolder, CheckpointError, Say], Bundle]
+"""Makes an intact step the newest one, in the place of the damaged one, and opens it."""
 
 ANEW = "To start from scratch, use another --model_name, or --allow_fresh, which moves everything here aside."
 NOTHING_ELSE = f"There is no other checkpoint here, and nothing was changed. {ANEW}"
@@ -64,10 +68,36 @@ def open_chosen(
     return verified(chosen, say, used, check)
 
 
-def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> Bundle | None:
+class NeedsRepair(Exception):
+    """The newest step cannot be used as it is, so that the folder has to be changed, or the damage reported."""
+
+
+def open_unrepaired(place: ModelFolder, say: Say, *, check: bool = True) -> Bundle | None:
+    """Open the checkpoint to train on where it is intact, without the lock; None where there is none at all.
+
+    Raises: NeedsRepair where `open_newest_intact` has more to do; nothing is said then. Nothing is ever changed.
+    """
+
+    def refuse(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
+        raise NeedsRepair(str(damage)) from damage
+
+    said: list[str] = []
+    try:
+        bundle = open_newest_intact(place, said.append, check=check, repair=refuse)
+    except NoneIntact as damage:
+        raise NeedsRepair(str(damage)) from damage
+    for line in said:
+        say(line)
+    return bundle
+
+
+def open_newest_intact(
+    place: ModelFolder, say: Say, *, check: bool = True, repair: Repair | None = None
+) -> Bundle | None:
     """Open the checkpoint to train on, walking back from what is damaged; None where there is none at all.
 
-    The caller holds the lock. Without `check` only what cannot be opened counts as damaged.
+    The caller holds the lock. Without `check` only what cannot be opened counts as damaged. `repair` makes an intact
+    step the newest one, as `walk_back` does.
 
     Raises: NoneIntact when checkpoints, or parts of some, are here and none can be used; nothing is changed then.
     """
@@ -76,7 +106,7 @@ def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> B
         say(line)
     for i, candidate in enumerate(choice.candidates):
         try:
-            return _open_or_walk_back(place, candidate, say, check)
+            return _open_or_repair(place, candidate, say, check, repair or walk_back)
         except (CheckpointDamaged, CheckpointNotFound) as damage:
             if i + 1 == len(choice.candidates):
                 if isinstance(damage, NoneIntact):
@@ -102,17 +132,17 @@ def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> B
     return None
 
 
-def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say, check: bool) -> Bundle:
+def _open_or_repair(place: ModelFolder, candidate: Candidate, say: Say, check: bool, repair: Repair) -> Bundle:
     try:
         single, folder = candidate.single, candidate.folder
         bundle = verified(open_legacy(folder / single) if single else open_bundle(folder), say, check=check)
     except (CheckpointDamaged, CheckpointNotFound) as damage:
         if candidate.single is not None:
             raise
-        return walk_back(place, damage, say)
+        return repair(place, damage, say)
     if candidate.single is None and not bundle.state and any(kept.state for kept in history(place.path)):
         bundle.close()  # it would train as step 0, with weights and moments of an unknown step
-        return walk_back(place, CheckpointDamaged(f"{place.path / STATE}: missing, and kept steps have one."), say)
+        return repair(place, CheckpointDamaged(f"{place.path / STATE}: missing, and kept steps have one."), say)
     return bundle
 
 

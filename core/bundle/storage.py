@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import shutil
 import stat
 import zlib
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 
 from ..containers.checksum import combine, crc32_file
 from ..errors import CheckpointDamaged
+from .owner import stage_name
 
 try:
     import fcntl
@@ -217,8 +217,7 @@ class Storage:
 
         It is removed when anything fails. `recover` removes what a killed process leaves in a model's folder.
         """
-        part = target.with_name(f".stage-{secrets.token_hex(8)}")
-        with self.removed_on_failure(part):
+        with stage_name() as name, self.removed_on_failure(part := target.with_name(name)):
             yield part
             self.publish(part, target, replace=replace)
 

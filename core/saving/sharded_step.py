@@ -15,11 +15,11 @@ from torch import nn
 from ..bundle.bundle import EMA, OPTIMIZER, history
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, entries
 from ..bundle.folder import top_state
-from ..bundle.lock import hold
 from ..bundle.parts import folder_of
 from ..bundle.storage import Output
 from ..bundle.training_state import STATE, seal
 from ..bundle.write import write_file
+from ..bundle.writing import lock
 from ..console.words import size_text
 from ..containers.dcp.metadata import METADATA
 from ..containers.dcp.writer import WrittenItem, file_of, metadata
@@ -62,7 +62,7 @@ class ShardedStepSave(StepSave):
             live |= {name: local(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
         return contents, live
 
-    def lock(self) -> contextlib.ExitStack:
+    def lock(self, say: Callable[[str], None]) -> contextlib.ExitStack:
         """Take no lock here: the first rank's thread takes it, and reports the outcome to the others."""
         return contextlib.ExitStack()
 
@@ -81,7 +81,7 @@ class ShardedStepSave(StepSave):
         with contextlib.ExitStack() as held:
             with contextlib.closing(self.snapshot):
                 laid, fault = _attempt(lambda: self._start_copy(memory))
-                stage, refused = _attempt(lambda: self._make_stage(held)) if self.world.is_first else (None, None)
+                stage, refused = _attempt(lambda: self._make_stage(held, say)) if self.world.is_first else (None, None)
                 stage, refused, theirs = self.world.from_first((stage, refused, step))
                 if theirs != step:
                     refused = f"found step {step} in its place, expected {theirs} as on rank 0"
@@ -103,11 +103,10 @@ class ShardedStepSave(StepSave):
         self.snapshot.start(memory)
         return dict(files), {file: placed(shards, files[file].image, name) for file, shards in self._shards.items()}
 
-    def _make_stage(self, held: contextlib.ExitStack) -> str:
-        self.place.path.mkdir(parents=True, exist_ok=True)
-        held.enter_context(hold(self.place.path))
+    def _make_stage(self, held: contextlib.ExitStack, say: Callable[[str], None]) -> str:
+        held.enter_context(lock(self.place, say))
         self.place.recover()
-        stage = self.place.stage()
+        stage = held.enter_context(self.place.staging())
         for folder in entries(self._shards):
             self.place.storage.make_folder(stage / folder)
         return str(stage)

@@ -82,12 +82,14 @@ class StepSave:
             self._texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
         self.snapshot = Snapshot(*self._take(module, content.optimizer, content.ema))
 
-    def lock(self) -> contextlib.ExitStack:
-        """Take the writer's lock, in the loop; the result is closed when the step is written.
+    def lock(self, say: Callable[[str], None]) -> contextlib.ExitStack:
+        """Wait for a write of this process that is under way, and become the only writer, from the loop on.
+
+        The thread that writes the step enters the result, and closes it at the end.
 
         Raises: CheckpointLocked, SaveFailed.
         """
-        return lock(self.place)
+        return lock(self.place, say)
 
     def not_begun(self, error: RuntimeError) -> CheckpointError:
         """The error when no thread can be started to write this step."""
@@ -167,7 +169,7 @@ class StepSave:
         try:
             if self.place.storage.free(self.place.path) < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with self.place.storage.removed_on_failure(stage := self.place.stage()):
+            with self.place.staging() as stage:
                 write_bundle(self.place, stage, state, files)
                 self.snapshot.finish()
                 if self._before_commit is not None:
@@ -178,6 +180,8 @@ class StepSave:
                 self.place.commit(stage)
         except OSError as error:
             raise self._failed(error, size) from error
+        except SaveFailed as error:
+            raise self._refused(str(error).removesuffix(".")) from error
         return True
 
     def _is_newest(self, stage: Path) -> bool:

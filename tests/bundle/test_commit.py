@@ -13,7 +13,7 @@ from core.bundle.folder import step_folder
 from core.bundle.storage import Storage
 from core.bundle.training_state import STATE, seal, unseal
 from core.bundle.write import write_bundle
-from core.errors import CheckpointDamaged
+from core.errors import CheckpointDamaged, SaveFailed
 
 
 @pytest.fixture(params=["links", "moves"])
@@ -253,3 +253,55 @@ def test_going_back_twice_to_the_same_step_whose_files_the_top_then_shares_leave
     assert not folder.committed.exists()
     save(folder, 2, "c")
     assert newest(folder) == whole("c")
+
+
+def interrupted(folder):
+    """A top of step 1, and a commit of step 2 that was not rolled forward."""
+    save(folder, 1, "a")
+    folder.commit(stage_step(folder, 2, "b"))
+
+
+def test_a_file_that_another_program_took_from_a_commit_does_not_cost_the_old_top(folder):
+    interrupted(folder)
+    taken = (folder.committed / "model.pt").rename(folder.path / "taken")
+    before = listing(folder.path)
+    with pytest.raises(CheckpointDamaged) as caught:
+        folder.recover()
+    assert str(caught.value).startswith(f"{folder.committed}: model.pt of step 2, which was committed, is gone")
+    assert listing(folder.path) == before
+    taken.rename(folder.committed / "model.pt")  # as the message says
+    folder.recover()
+    assert newest(folder) == whole("b") and kept(folder, 1) == whole("a")
+
+
+def test_a_commit_that_lost_a_file_can_be_moved_away(folder):
+    interrupted(folder)
+    (folder.committed / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"optimizer\.pt of step 2.*so that the step at the top is the newest"):
+        folder.recover()
+    folder.committed.rename(folder.path / "moved")
+    folder.recover()
+    assert newest(folder) == whole("a")
+
+
+def test_a_roll_forward_that_has_begun_is_recognised_by_its_bytes_and_finished(folder):
+    interrupted(folder)
+    folder._preserve_top()
+    (folder.committed / "model.pt").replace(folder.path / "model.pt")
+    folder.recover()
+    assert newest(folder) == whole("b") and kept(folder, 1) == whole("a")
+    assert not folder.committed.exists()
+
+
+@pytest.mark.parametrize("name", ["model.pt", "config.json"])
+def test_a_stage_without_a_listed_file_is_not_committed(folder, name):
+    save(folder, 1, "a")
+    stage = stage_step(folder, 2, "b")
+    (stage / name).unlink()
+    with pytest.raises(SaveFailed, match=rf"{re.escape(str(stage / name))}: missing, expected \d+ bytes"):
+        folder.commit(stage)
+    assert not folder.committed.exists() and newest(folder) == whole("a")
+
+
+def listing(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
