@@ -26,7 +26,7 @@ from .config.gpt import GPTConfig
 from .console.words import size_text
 from .containers.json_files import dump_json
 from .data.tokenizer import Tokenizer
-from .errors import CheckpointDamaged, InputError
+from .errors import CheckpointDamaged, CheckpointError, InputError
 from .kinds import gpt_kind
 from .kinds.gpt import given_fields
 from .kinds.kind import ModelKind, Request, new_model
@@ -195,9 +195,15 @@ class CheckpointManager:
         `damage` is the known damage of the newest one.
         """
         self._saver.join()
+        found: BaseException | None = CheckpointDamaged(damage) if damage else None
         if not damage:
-            with contextlib.suppress(intact.NeedsRepair), explained(self.checkpoint_dir):
-                return intact.open_unrepaired(self._folder, self.say, check=check)
+            try:
+                with explained(self.checkpoint_dir):
+                    return intact.open_unrepaired(self._folder, self.say, check=check)
+            except intact.NeedsRepair as needed:
+                found = needed.__cause__
+        if isinstance(found, CheckpointError) and not self._folder.storage.may_change(self.checkpoint_dir):
+            return intact.look_back(self._folder, found, self.say)
         with self.writing(), explained(self.checkpoint_dir):
             if damage and not self.allow_fresh:
                 return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say)

@@ -231,6 +231,10 @@ class ModelFolder(FolderReader):
                 if name in there:
                     self.storage.remove(target)
                 self.storage.write(target, self.storage.read(source))
+            elif (real := self.storage.points_to(source)) is not None:
+                # The file itself: from another folder, what a relative link says leads elsewhere.
+                if name not in there and not self.storage.link(real, target):
+                    self.storage.symlink(real, target)
             elif self.storage.is_folder(source):
                 self.storage.rename(source, target)  # a folder always moves: it has no second name
             elif name not in there and not self.storage.link(source, target):

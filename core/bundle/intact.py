@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
-from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, open_bundle
+from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, KeptStep, history, open_bundle
 from .choice import Candidate, Say, choose, open_choice
 from .commit import CONFIG, MODEL, ModelFolder
 from .folder import MODEL_SHARDS
@@ -151,6 +151,33 @@ def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
 
     Raises: NoneIntact when no kept step is intact; nothing is changed then.
     """
+    kept, passed, faults = _newest_intact_kept(place, damage)
+    aside = place.go_back(kept.path, "damaged", passed)
+    where = f" What is damaged was not deleted: {', '.join(map(str, aside))}." if aside else ""
+    say(f"WARNING: {' '.join(faults)} Continuing from step {kept.step}, the newest intact one.{where}")
+    return verified(open_bundle(place.path), say)
+
+
+def look_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
+    """Open the newest intact kept step where the folder cannot be changed; report it.
+
+    Raises: NoneIntact when no kept step is intact.
+    """
+    if isinstance(damage, NoneIntact):
+        raise damage
+    kept, _, faults = _newest_intact_kept(place, damage)
+    say(
+        f"WARNING: {' '.join(faults)} Using step {kept.step}, the newest intact one. {place.path} cannot be changed "
+        "here, and stays as it is."
+    )
+    return verified(open_bundle(kept.path), say)
+
+
+def _newest_intact_kept(place: ModelFolder, damage: CheckpointError) -> tuple[KeptStep, list[Path], list[str]]:
+    """Find the newest intact kept step; returns it with the damaged ones that are newer, and all damage in words.
+
+    Raises: NoneIntact.
+    """
     passed, faults = [], [str(damage)]
     for kept in reversed(history(place.path)):
         try:
@@ -160,10 +187,7 @@ def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
             passed.append(kept.path)
             faults.append(str(error))
             continue
-        aside = place.go_back(kept.path, "damaged", passed)
-        where = f" What is damaged was not deleted: {', '.join(map(str, aside))}." if aside else ""
-        say(f"WARNING: {' '.join(faults)} Continuing from step {kept.step}, the newest intact one.{where}")
-        return verified(open_bundle(place.path), say)
+        return kept, passed, faults
     raise NoneIntact(
         f"{' '.join(faults)} No intact older step is kept in {place.path}, and nothing was changed. {ANEW}"
     )

@@ -162,6 +162,10 @@ class Storage:
             self.links = False
         return self.links
 
+    def symlink(self, source: Path, target: Path) -> None:
+        """Make a symbolic link to a file, by its absolute path."""
+        self.change(os.symlink, source, target)
+
     def remove(self, path: Path) -> None:
         """Remove one file."""
         self.change(os.unlink, path)
@@ -311,6 +315,14 @@ class Storage:
     def is_folder(self, path: Path) -> bool:
         """Whether this name is a folder itself, not a link to one."""
         return path.is_dir() and not path.is_symlink()
+
+    def points_to(self, path: Path) -> Path | None:
+        """What a symbolic link points to, by its absolute path; None for anything else, and where that is not there."""
+        return path.resolve() if path.is_symlink() and path.exists() else None
+
+    def may_change(self, folder: Path) -> bool:
+        """Whether this process may change a folder: it is its own, and not mounted read-only."""
+        return os.access(folder, os.W_OK)
 
     def is_same(self, a: Path, b: Path) -> bool:
         """Whether two names belong to one file; a missing one is not the same as any."""

@@ -255,6 +255,32 @@ def test_going_back_twice_to_the_same_step_whose_files_the_top_then_shares_leave
     assert newest(folder) == whole("c")
 
 
+@pytest.mark.parametrize("to", ["relative", "absolute"])
+def test_a_file_at_the_top_that_is_a_link_stays_valid_in_the_kept_step_and_when_going_back(folder, tmp_path, to):
+    place = ModelFolder(tmp_path / "dante", folder.storage)
+    place.path.mkdir()
+    save(place, 1, "a")
+    big = tmp_path / "big"
+    big.mkdir()
+    (place.path / "model.pt").rename(big / "m.pt")
+    (place.path / "model.pt").symlink_to("../big/m.pt" if to == "relative" else big / "m.pt")
+    save(place, 2, "b")
+    held = place.path / step_folder(1) / "model.pt"
+    assert kept(place, 1) == whole("a") and held.read_bytes() == (big / "m.pt").read_bytes() == b"model.pt a"
+    assert held.is_symlink() is not folder.storage.links and newest(place) == whole("b")
+    place.go_back(place.path / step_folder(1), "abandoned")
+    assert newest(place) == whole("a") and place.asides()
+
+
+def test_a_link_at_the_top_that_leads_nowhere_does_not_stop_a_save(folder):
+    save(folder, 1, "a")
+    (folder.path / "model.pt").unlink()
+    (folder.path / "model.pt").symlink_to("gone.pt")
+    save(folder, 2, "b")
+    assert newest(folder) == whole("b")
+    assert (folder.path / step_folder(1) / "model.pt").readlink().name == "gone.pt"
+
+
 def interrupted(folder):
     """A top of step 1, and a commit of step 2 that was not rolled forward."""
     save(folder, 1, "a")

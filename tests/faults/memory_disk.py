@@ -372,6 +372,9 @@ class MemoryStorage(Storage):
     def exists(self, path: Path) -> bool:
         return self.disk.find(path) is not None
 
+    def points_to(self, path: Path) -> None:
+        return None  # nothing makes symbolic links here
+
     def is_same(self, a: Path, b: Path) -> bool:
         return self.disk.find(a) is not None and self.disk.find(a) == self.disk.find(b)
 
