@@ -164,7 +164,7 @@ class CheckpointManager:
         with contextlib.ExitStack() as held:
             if self.ranks.world.is_first:
                 with self.writing():
-                    held.enter_context(hold(self.checkpoint_dir))
+                    held.enter_context(hold(self.checkpoint_dir, self.say))
             yield
 
     @contextlib.contextmanager
@@ -172,7 +172,7 @@ class CheckpointManager:
         """Be the only writer while the block runs, in this process too; an interrupted save is finished first."""
         if self.ranks.world.is_first:
             self._saver.join()
-        with writing(self._folder) if self.ranks.world.is_first else contextlib.nullcontext():
+        with writing(self._folder, self.say) if self.ranks.world.is_first else contextlib.nullcontext():
             yield
 
     def newest_intact(self, origin: Path | None = None) -> Bundle | None:
@@ -346,7 +346,7 @@ class CheckpointManager:
 
     def _write(self, save: StepSave, optimizer: Any) -> None:
         """Begin to write a step; the optimizer's step waits until its copy is done."""
-        held = save.lock()
+        held = save.lock(self.say)
 
         def write(memory: Memory) -> None:
             with held, explained(self.checkpoint_dir):

@@ -17,6 +17,7 @@ from ..config.gpt import same_architecture
 from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch, SaveFailed
 from .folder import (
+    COMMITTED,
     CONFIG,
     LOG,
     MODEL,
@@ -31,11 +32,13 @@ from .folder import (
     step_folder,
 )
 from .owner import STAGE, is_left_over, new_stage_name, stage_name
-from .storage import PIECE
+from .storage import MOVING, PIECE
 from .training_state import STATE, TrainingState, new_id, seal, unseal
 
 BUILDING = ".hist"
 
+_MOVES = re.compile(r"\.hist$|(step|aside)_\d{8,}")
+"""Names of the folders that may be on their way, file by file, when a writer is killed."""
 
 TOP = "."
 """The name of the top in the list of what is moved aside."""
@@ -54,7 +57,8 @@ class ModelFolder(FolderReader):
         """Finish a commit that was interrupted, then delete what saves that never committed left behind."""
         # The last rename of a killed writer may not be durable, and what follows depends on it.
         self.storage.sync_folder(self.path)
-        if self.storage.exists(self.committed):
+        self._finish_moves()
+        if self.storage.exists(self.path / COMMITTED):
             if self.storage.names(self.committed):
                 self.roll_forward()
             else:
@@ -62,6 +66,26 @@ class ModelFolder(FolderReader):
         for name in self.storage.names(self.path):
             if name.startswith(".trash-") or (name.startswith(STAGE) and is_left_over(name)):
                 self.storage.remove_tree(self.path / name)
+
+    def _finish_moves(self) -> None:
+        """Finish what moves file by file; what moves within the top, `roll_forward` finishes."""
+        folders = [self.path / name for name in self.storage.names(self.path) if _MOVES.match(name)]
+        for folder in folders:
+            target = self.storage.moves_to(folder)
+            if target is not None and target.startswith(".trash-"):
+                self.storage.mark(folder, target)
+                self.storage.remove_tree(folder)
+            elif target is not None and _MOVES.match(target):
+                self.storage.rename(folder, self.path / target)
+        for folder in folders:
+            names = self.storage.names(folder)
+            if MOVING in names and not re.fullmatch(rb"(from|to) [\w.-]+\n", self.storage.read(folder / MOVING)):
+                self.storage.remove(folder / MOVING)  # cut while it was written: nothing has moved
+                self.storage.sync_folder(folder)
+            elif not names and self.storage.exists(folder):
+                self.storage.remove_folder(folder)
+        if folders:
+            self.storage.sync_folder(self.path)
 
     def stage(self) -> Path:
         """Make a folder for the files of the next step; no reader looks into it."""
@@ -94,7 +118,14 @@ class ModelFolder(FolderReader):
                     f"{stage / name}: {here}, expected {size:,} bytes as they were written. Another program changes "
                     "this folder. Nothing was committed."
                 )
-        self.storage.publish(stage, self.committed)
+        self.storage.sync_tree(stage)
+        if not self.storage.renames(stage, self.path / COMMITTED):
+            self.storage.sync_folder(self.path)
+            pointer = self.path / new_stage_name()
+            with self.storage.removed_on_failure(pointer):
+                self.storage.write(pointer, stage.name.encode())
+                self.storage.rename(pointer, self.path / COMMITTED)
+        self.storage.sync_folder(self.path)
 
     def _size(self, path: Path) -> int | None:
         try:
@@ -200,14 +231,14 @@ class ModelFolder(FolderReader):
                 if name in there:
                     self.storage.remove(target)
                 self.storage.write(target, self.storage.read(source))
-            elif name in there:
-                continue
             elif (real := self.storage.points_to(source)) is not None:
                 # The file itself: from another folder, what a relative link says leads elsewhere.
-                if not self.storage.link(real, target):
+                if name not in there and not self.storage.link(real, target):
                     self.storage.symlink(real, target)
-            elif self.storage.is_folder(source) or not self.storage.link(source, target):
+            elif self.storage.is_folder(source):
                 self.storage.rename(source, target)  # a folder always moves: it has no second name
+            elif name not in there and not self.storage.link(source, target):
+                self.storage.rename(source, target)
         self.storage.sync_folder(building)
         self.storage.sync_folder(self.path)
 
@@ -231,25 +262,29 @@ class ModelFolder(FolderReader):
 
     def _roll_forward(self) -> None:
         state = self._committed_state()
-        names, pending, top = entries(file_names(state)), set(self.storage.names(self.committed)), self._top_names()
+        committed = self.committed
+        names, pending, top = entries(file_names(state)), set(self.storage.names(committed)), self._top_names()
         replaces = state.parent is not None or state.went_back is not None
         stale = [name for name in top if name not in names] if replaces else []
-        stale += [name for name in top if name in pending and self.storage.is_folder(self.path / name)]
+        stale += [name for name in top if name in pending and self._is_kept_folder(name)]
         for name in stale:
-            if self.storage.is_folder(self.path / name):
-                self.storage.rename(self.path / name, self.path / f".trash-{name}-{new_id()}")
-            else:
-                self.storage.remove(self.path / name)
+            trash = self.path / f".trash-{name}-{new_id()}"
+            if not self.storage.is_folder(self.path / name) or not self.storage.renames(self.path / name, trash):
+                self.storage.remove_tree(self.path / name)
         if stale:
             self.storage.sync_folder(self.path)  # before the training state that no longer lists them
         for name in names:
             if name not in pending:
                 continue
-            is_there = self.storage.is_same(self.committed / name, self.path / name)  # rename would leave both names
+            is_there = self.storage.is_same(committed / name, self.path / name)  # rename would leave both names
             if is_there or (name == CONFIG and self._top_config_stays()):
-                self.storage.remove(self.committed / name)
+                self.storage.remove(committed / name)
             else:
-                self.storage.rename(self.committed / name, self.path / name)
+                self.storage.rename(committed / name, self.path / name)
+
+    def _is_kept_folder(self, name: str) -> bool:
+        """Whether a name at the top is a folder of the old step, not the committed one that has moved there in part."""
+        return self.storage.is_folder(self.path / name) and self._is_in_place(self.committed / name)
 
     def _top_config_stays(self) -> bool:
         """Whether config.json at the top, which a person may have edited, fits the committed tensors."""
@@ -260,9 +295,13 @@ class ModelFolder(FolderReader):
         return same_architecture(top, parse_json(self.storage.read(self.committed / CONFIG), CONFIG))
 
     def _close_commit(self) -> None:
-        self.storage.sync_folder(self.committed)
+        committed = self.committed
+        self.storage.sync_folder(committed)
         self.storage.sync_folder(self.path)
-        self.storage.remove_folder(self.committed)
+        if committed.name != COMMITTED:
+            self.storage.remove(self.path / COMMITTED)
+            self.storage.sync_folder(self.path)
+        self.storage.remove_folder(committed)
         self.storage.sync_folder(self.path)
 
     def prune(self, steps: Sequence[int]) -> None:
@@ -272,13 +311,19 @@ class ModelFolder(FolderReader):
 
     def remove(self, folders: Sequence[Path]) -> None:
         """Remove folders; each is renamed first, so that a crash never leaves half of one under its name."""
-        doomed = [self.path / f".trash-{folder.name}-{new_id()}" for folder in folders]
-        for folder, trash in zip(folders, doomed, strict=True):
-            self.storage.rename(folder, trash)
+        doomed = []
+        for folder in folders:
+            trash = self.path / f".trash-{folder.name}-{new_id()}"
+            if not self.storage.renames(folder, trash):
+                self.storage.mark(folder, trash.name)
+                trash = folder
+            doomed.append(trash)
         if doomed:
             self.storage.sync_folder(self.path)
         for trash in doomed:
             self.storage.remove_tree(trash)
+        if set(doomed) & set(folders):
+            self.storage.sync_folder(self.path)
 
     def clear_top(self, besides: Iterable[str] = (), *, config_stays: bool = False) -> list[Path]:
         """Move what is at the top, and other files by name, to a folder aside; return it in a list, or [].

@@ -21,7 +21,7 @@ _unfinished: set[str] = set()
 
 @functools.cache
 def boot() -> str | None:
-    """Identify the run of the kernel, which containers share and a reboot ends; None where the system does not say."""
+    """Identify the run of this kernel, which containers share and a reboot ends; None where the system does not say."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return None
@@ -72,7 +72,7 @@ def runs(pid: int, since: int) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    return f"{zlib.crc32(f'{socket.gethostname()} {boot()} {namespace()}'.encode()):08x}"
+    return f"{zlib.crc32(f'{boot() or socket.gethostname()} {namespace()}'.encode()):08x}"
 
 
 @contextlib.contextmanager
@@ -88,8 +88,7 @@ def stage_name() -> Iterator[str]:
 
 def new_stage_name() -> str:
     """A new name that tells the process it belongs to: where it runs, its number, and when it began."""
-    pid = os.getpid()
-    return f"{STAGE}{_machine()}.{pid}.{began()}-{secrets.token_hex(8)}"
+    return f"{STAGE}{_machine()}.{os.getpid()}.{began()}-{secrets.token_hex(8)}"
 
 
 def is_left_over(name: str) -> bool:

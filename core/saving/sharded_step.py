@@ -68,7 +68,7 @@ class ShardedStepSave(StepSave):
                 raise InputError(f"{part}: two entries are called {twice}. Rename one; nothing was written.")
         return contents, live
 
-    def lock(self) -> contextlib.ExitStack:
+    def lock(self, say: Callable[[str], None]) -> contextlib.ExitStack:
         """Take no lock here: the first rank's thread takes it, and reports the outcome to the others."""
         return contextlib.ExitStack()
 
@@ -87,7 +87,7 @@ class ShardedStepSave(StepSave):
         with contextlib.ExitStack() as held:
             with contextlib.closing(self.snapshot):
                 laid, fault = _attempt(lambda: self._start_copy(memory))
-                stage, refused = _attempt(lambda: self._make_stage(held)) if self.world.is_first else (None, None)
+                stage, refused = _attempt(lambda: self._make_stage(held, say)) if self.world.is_first else (None, None)
                 stage, refused, theirs = self.world.from_first((stage, refused, step))
                 if theirs != step:
                     refused = f"found step {step} in its place, expected {theirs} as on rank 0"
@@ -109,8 +109,8 @@ class ShardedStepSave(StepSave):
         self.snapshot.start(memory)
         return dict(files), {file: placed(shards, files[file].image, name) for file, shards in self._shards.items()}
 
-    def _make_stage(self, held: contextlib.ExitStack) -> str:
-        held.enter_context(lock(self.place))
+    def _make_stage(self, held: contextlib.ExitStack, say: Callable[[str], None]) -> str:
+        held.enter_context(lock(self.place, say))
         self.place.recover()
         stage = held.enter_context(self.place.staging())
         for folder in entries(self._shards):

@@ -92,14 +92,14 @@ class StepSave:
             self._texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
         self.snapshot = Snapshot(*self._take(module, content.optimizer, content.ema))
 
-    def lock(self) -> contextlib.ExitStack:
+    def lock(self, say: Callable[[str], None]) -> contextlib.ExitStack:
         """Wait for a write of this process that is under way, and become the only writer, from the loop on.
 
         The thread that writes the step enters the result, and closes it at the end.
 
         Raises: CheckpointLocked, SaveFailed.
         """
-        return lock(self.place)
+        return lock(self.place, say)
 
     def not_begun(self, error: RuntimeError) -> CheckpointError:
         """The error when no thread can be started to write this step."""

@@ -196,13 +196,20 @@ def test_a_stage_that_lost_a_file_is_not_committed(tmp_path, harm):
 
 
 def test_a_save_that_no_thread_can_be_started_for_leaves_the_folder_free(tmp_path, monkeypatch):
-    made = manager(tmp_path)
+    made, start = manager(tmp_path), threading.Thread.start
     for error in (RuntimeError("can't start new thread"), KeyboardInterrupt()):
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", lambda self, error=error: (_ for _ in ()).throw(error))
-            with pytest.raises((SaveFailed, KeyboardInterrupt)):
-                made.save(net(1), step=1)
-        assert not turn._turns
+        for which in ("heartbeat", "save"):
+
+            def fail(thread, which=which, error=error):
+                if thread.name.startswith(which):
+                    raise error
+                start(thread)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", fail)
+                with pytest.raises((SaveFailed, KeyboardInterrupt), match=r"can't start new thread|^$"):
+                    made.save(net(1), step=1)
+            assert not turn._turns and not (tmp_path / "m" / ".lock-owner").exists()
     manager(tmp_path).save(net(1), step=1)
     wait_until(lambda: whole_steps(tmp_path) == {1: 1} if (tmp_path / "m" / "model.pt").exists() else False)
 

@@ -384,3 +384,25 @@ class MemoryStorage(Storage):
     def crc32(self, file: BinaryIO) -> int:
         file.seek(0)
         return zlib.crc32(file.read())
+
+
+class RenamesNoFolder(MemoryStorage):
+    """A bucket that is mounted: files can be renamed, folders cannot."""
+
+    def _replace(self, source: Path, target: Path) -> None:
+        if self.is_folder(source):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(source))
+        super()._replace(source, target)
+
+
+class Overlay(MemoryStorage):
+    """An overlay: folders that were there when it was mounted cannot be renamed, later ones can."""
+
+    def __init__(self, disk: Disk, links: bool = True, watch: Callable[[], None] = lambda: None) -> None:
+        super().__init__(disk, links, watch)
+        self.lower = set(disk.seen)
+
+    def _replace(self, source: Path, target: Path) -> None:
+        if self.disk.find(source) in self.lower and self.is_folder(source):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        super()._replace(source, target)
