@@ -60,13 +60,14 @@ class Record:
         number = 0
         while not self._ended.wait(BEAT):
             number += 1
-            with contextlib.suppress(OSError):  # a disk that fails for a moment is no end
+            with contextlib.suppress(OSError, ValueError):  # a disk that fails for a moment is no end; or closed now
                 self._beat(number)
 
     def close(self) -> None:
         """End the beating, and remove the record, unless the file that has its name now is another writer's."""
         self._ended.set()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # the garbage collector may run in any
+            self._thread.join(timeout=2)  # a disk that hangs must not hang this thread too
         self._file.close()
         with contextlib.suppress(OSError):
             if read(self.path).get("id") == self.values["id"]:
