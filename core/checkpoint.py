@@ -32,7 +32,7 @@ from .kinds.gpt import given_fields
 from .kinds.kind import ModelKind, Request, new_model
 from .loading.inference import load_chosen
 from .loading.live import fill_live
-from .loading.tensors import load_averages
+from .loading.tensors import load_averages, read_through
 from .model import GPT, GPTBatched, GPTFlexAttention
 from .networks.device import resolve_dtype
 from .networks.state_dict import unwrap
@@ -179,9 +179,9 @@ class CheckpointManager:
         """Open the newest intact step as the only writer; `damage` is the known damage of the newest one."""
         with self.writing(), explained(self.checkpoint_dir):
             if damage and not self.allow_fresh:
-                return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say)
+                return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say, read_through)
             open_to_train = rewind.open_or_clear if self.allow_fresh else intact.open_newest_intact
-            return open_to_train(self._folder, self.say, check=check)
+            return open_to_train(self._folder, self.say, read_through, check=check)
 
     def prune(self, keep: int | None = None, keep_every: int | None = None) -> int:
         """Remove and report what was set aside, and return the bytes freed; with a number given, kept steps as well.
@@ -200,7 +200,7 @@ class CheckpointManager:
         """
         if self.ranks.world.is_first:
             with self.writing(), explained(self.checkpoint_dir):
-                rewind.go_back(self._folder, step, self.say, check=self.verify)
+                rewind.go_back(self._folder, step, self.say, read_through, check=self.verify)
 
     def consolidate(self) -> None:
         """Make plain files of the newest step, where it is in shards; after the last save."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, Non
 from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, open_bundle
 from .choice import Candidate, Say, choose, open_choice
 from .commit import CONFIG, MODEL, ModelFolder
+from .damage import behind, config_goes, edited, refuse_mixture, refuse_without_state
 from .folder import MODEL_SHARDS
 from .foreign import foreign_checkpoint
 from .legacy import open_legacy
@@ -20,6 +22,16 @@ from .verify import verify
 
 ANEW = "To start from scratch, use another --model_name, or --allow_fresh, which moves everything here aside."
 NOTHING_ELSE = f"There is no other checkpoint here, and nothing was changed. {ANEW}"
+
+ReadThrough = Callable[[Bundle], object]
+"""Reads a step with a file that was replaced, as a load will; it raises a CheckpointError where it cannot."""
+
+
+def read_headers(bundle: Bundle) -> None:
+    """Read what the files of a step describe, without torch. Raises: CheckpointError."""
+    for part in (bundle.weights, bundle.optimizer, bundle.ema):
+        if part is not None:
+            part.source.refuse_foreign()
 
 
 def say_on_stderr(line: str) -> None:
@@ -44,6 +56,30 @@ def verified(bundle: Bundle, say: Say, used: tuple[str, ...] = ALL_PARTS, check:
     return bundle
 
 
+def trusted(
+    bundle: Bundle, place: ModelFolder, say: Say, read: ReadThrough = read_headers, *, check: bool = True
+) -> Bundle:
+    """Check an open bundle as `verified` does, to train on it; where a file was replaced, also that it is whole.
+
+    Whole is: of one step, as far as the steps beside it show, with a training state, and read by `read`.
+
+    Raises: CheckpointError; the bundle is closed then.
+    """
+    try:
+        kept = history(place.path)
+        refuse_without_state(bundle, kept)
+        if lines := verify(bundle) if check else []:
+            refuse_mixture(bundle, place)
+            read(bundle)
+        lines += edited(bundle, kept)
+    except BaseException:
+        bundle.close()
+        raise
+    for line in lines:
+        say(f"WARNING: {line}")
+    return bundle
+
+
 def open_chosen(
     folder: Path,
     say: Say = say_on_stderr,
@@ -64,10 +100,13 @@ def open_chosen(
     return verified(chosen, say, used, check)
 
 
-def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> Bundle | None:
+def open_newest_intact(
+    place: ModelFolder, say: Say, read: ReadThrough = read_headers, *, check: bool = True
+) -> Bundle | None:
     """Open the checkpoint to train on, walking back from what is damaged; None where there is none at all.
 
-    The caller holds the lock. Without `check` only what cannot be opened counts as damaged.
+    The caller holds the lock. Without `check` only what cannot be opened counts as damaged. A step that can be opened,
+    with a file that is not as it was saved, is used only when `read` reads it.
 
     Raises: NoneIntact when checkpoints, or parts of some, are here and none can be used; nothing is changed then.
     """
@@ -76,7 +115,7 @@ def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> B
         say(line)
     for i, candidate in enumerate(choice.candidates):
         try:
-            return _open_or_walk_back(place, candidate, say, check)
+            return _open_or_walk_back(place, candidate, say, read, check)
         except (CheckpointDamaged, CheckpointNotFound) as damage:
             if i + 1 == len(choice.candidates):
                 if isinstance(damage, NoneIntact):
@@ -102,21 +141,23 @@ def open_newest_intact(place: ModelFolder, say: Say, *, check: bool = True) -> B
     return None
 
 
-def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say, check: bool) -> Bundle:
+def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say, read: ReadThrough, check: bool) -> Bundle:
+    if candidate.single is not None:
+        return verified(open_legacy(candidate.folder / candidate.single), say, check=check)
     try:
-        single, folder = candidate.single, candidate.folder
-        bundle = verified(open_legacy(folder / single) if single else open_bundle(folder), say, check=check)
-    except (CheckpointDamaged, CheckpointNotFound) as damage:
-        if candidate.single is not None:
+        return trusted(open_bundle(candidate.folder), place, say, read, check=check)
+    except CheckpointError as error:
+        if (damage := behind(place, error)) is None:
             raise
-        return walk_back(place, damage, say)
-    if candidate.single is None and not bundle.state and any(kept.state for kept in history(place.path)):
-        bundle.close()  # it would train as step 0, with weights and moments of an unknown step
-        return walk_back(place, CheckpointDamaged(f"{place.path / STATE}: missing, and kept steps have one."), say)
-    return bundle
+        try:
+            return walk_back(place, damage, say, read)
+        except NoneIntact:
+            if damage is not error:
+                raise error from error.__cause__  # what it names, a person can correct
+            raise
 
 
-def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
+def walk_back(place: ModelFolder, damage: CheckpointError, say: Say, read: ReadThrough = read_headers) -> Bundle:
     """Make the newest intact kept step the top again, rename what is damaged aside, report it, and open the step.
 
     Raises: NoneIntact when no kept step is intact; nothing is changed then.
@@ -124,13 +165,12 @@ def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
     passed, faults = [], [str(damage)]
     for kept in reversed(history(place.path)):
         try:
-            with open_bundle(kept.path) as bundle:
-                verify(bundle)
+            trusted(open_bundle(kept.path), place, lambda line: None, read).close()
         except CheckpointError as error:
             passed.append(kept.path)
             faults.append(str(error))
             continue
-        aside = place.go_back(kept.path, "damaged", passed)
+        aside = place.go_back(kept.path, "damaged", passed, config_goes=config_goes(place))
         where = f" What is damaged was not deleted: {', '.join(map(str, aside))}." if aside else ""
         say(f"WARNING: {' '.join(faults)} Continuing from step {kept.step}, the newest intact one.{where}")
         return verified(open_bundle(place.path), say)
