@@ -295,6 +295,9 @@ class CheckpointManager:
     ) -> bool:
         """Begin to commit a step of any module; after `wait` it is durable and older steps are pruned.
 
+        A program that ends waits for it. Where no thread can be started, as in an atexit handler, it is durable on
+        return, and its own error is raised.
+
         Training may continue at once: the next step of the optimizer waits until weights and state are copied.
         Anything else that may change, like buffers, is copied here; without an optimizer that is everything. `ema`
         are averages that change only after the optimizer's step. Returns False when another save is being written
@@ -325,11 +328,7 @@ class CheckpointManager:
             with held, explained(self.checkpoint_dir):
                 save.write(memory, self.say)
 
-        try:
-            self._saver.begin(f"save of step {save.step}", write, save.snapshot, optimizer)
-        except RuntimeError as error:
-            held.close()
-            raise save.not_begun(error) from error
+        self._saver.begin(f"save of step {save.step}", write, save.snapshot, optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             save.snapshot.wait_copied()
 

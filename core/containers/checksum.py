@@ -95,11 +95,14 @@ def crc32_file(fd: int, size: int) -> int:
     spans = list(itertools.pairwise(edges))
     if workers == 1:
         return crc32_range(fd, 0, size)
-    from concurrent.futures import ThreadPoolExecutor  # takes as long to import as a small file to read
+    try:
+        from concurrent.futures import ThreadPoolExecutor  # takes as long to import as a small file to read
 
+        with ThreadPoolExecutor(workers) as pool:
+            parts = list(pool.map(lambda span: crc32_range(fd, *span), spans))
+    except RuntimeError:  # no thread can be started: the interpreter is ending, or the system refuses
+        return crc32_range(fd, 0, size)
     whole = 0
-    with ThreadPoolExecutor(workers) as pool:
-        parts = pool.map(lambda span: crc32_range(fd, *span), spans)
-        for crc, (start, end) in zip(parts, spans, strict=True):
-            whole = combine(whole, crc, end - start)
+    for crc, (start, end) in zip(parts, spans, strict=True):
+        whole = combine(whole, crc, end - start)
     return whole

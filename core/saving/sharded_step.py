@@ -66,10 +66,6 @@ class ShardedStepSave(StepSave):
         """Take no lock here: the first rank's thread takes it, and reports the outcome to the others."""
         return contextlib.ExitStack()
 
-    def not_begun(self, error: RuntimeError) -> CheckpointError:
-        """The error without a thread: not a SaveFailed, since the other ranks have begun and cannot continue."""
-        return CheckpointError(str(super().not_begun(error)))
-
     def write(self, memory: Memory, say: Callable[[str], None]) -> None:
         """Write this rank's shards; the first rank commits the step when all have. Returns when it is committed.
 

@@ -32,7 +32,7 @@ from ..console.words import size_text
 from ..containers.json_files import dump_json, parse_json
 from ..containers.trees import map_leaves
 from ..data.tokenizer import Tokenizer
-from ..errors import CheckpointDamaged, CheckpointError, InputError, SaveFailed
+from ..errors import CheckpointDamaged, InputError, SaveFailed
 from ..networks.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
 from .snapshot import Memory, Snapshot
 
@@ -88,10 +88,6 @@ class StepSave:
         Raises: CheckpointLocked, SaveFailed.
         """
         return lock(self.place)
-
-    def not_begun(self, error: RuntimeError) -> CheckpointError:
-        """The error when no thread can be started to write this step."""
-        return SaveFailed(f"{self.place.path}: save of step {self.step} failed: {error}.")
 
     def _take(
         self,
