@@ -23,6 +23,7 @@ from .bundle.retention import Retention, best_step
 from .bundle.training_state import TrainingState
 from .bundle.writing import explained, writing
 from .config.gpt import GPTConfig
+from .console.anchored import anchored
 from .console.words import size_text
 from .containers.json_files import dump_json
 from .data.tokenizer import Tokenizer
@@ -74,7 +75,7 @@ class CheckpointManager:
         self.model_name = model_name
         """Name of the model, and of its folder."""
         self.checkpoint_dir = model_folder(base_dir, model_name)
-        """The folder of the model: `base_dir/model_name`."""
+        """The folder of the model: `base_dir/model_name`, wherever the process goes later."""
         self.keep = keep
         """How many of the newest older steps are kept."""
         self.keep_every = keep_every
@@ -103,7 +104,7 @@ class CheckpointManager:
     @classmethod
     def of_folder(cls, checkpoint_dir: str | Path, **settings: Any) -> CheckpointManager:
         """Manage the checkpoints of `model_name` below `base_dir`."""
-        folder = Path(checkpoint_dir)
+        folder = anchored(checkpoint_dir)
         if folder.name in ("", ".."):
             folder = folder.resolve()
         return cls(folder.name, folder.parent, **settings)

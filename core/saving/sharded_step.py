@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -106,7 +107,7 @@ class ShardedStepSave(StepSave):
         stage = self.place.stage()
         for folder in entries(self._shards):
             self.place.storage.make_folder(stage / folder)
-        return str(stage)
+        return os.fspath(stage)
 
     def _write_own(self, stage: Path, files: Mapping[str, Any]) -> dict[str, Any]:
         """Write the files of this rank, durably; one without a shard writes none."""
