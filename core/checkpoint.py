@@ -19,6 +19,7 @@ from .bundle.find import file_in, model_folder
 from .bundle.folder import top_state
 from .bundle.foreign import refuse_foreign
 from .bundle.lock import hold
+from .bundle.probe import probe
 from .bundle.retention import Retention, best_step
 from .bundle.training_state import TrainingState
 from .bundle.writing import explained, writing
@@ -27,7 +28,7 @@ from .console.anchored import anchored
 from .console.words import size_text
 from .containers.json_files import dump_json
 from .data.tokenizer import Tokenizer
-from .errors import CheckpointDamaged, InputError
+from .errors import CheckpointDamaged, InputError, SaveFailed
 from .kinds import gpt_kind
 from .kinds.gpt import given_fields
 from .kinds.kind import ModelKind, Request, new_model
@@ -138,11 +139,17 @@ class CheckpointManager:
     def acquire(self) -> None:
         """Become the only writer of this model, until `close`, and finish an interrupted save.
 
-        Raises: CheckpointLocked when another process writes here.
+        Raises: CheckpointLocked when another process writes here, SaveFailed where no checkpoint can be written.
         """
         if self.ranks.world.is_first:
             with self.writing():
                 self._held.enter_context(hold(self.checkpoint_dir))
+                self._probe()
+
+    def _probe(self) -> None:
+        """Find out, the first time, what the file system lacks, and say so; the caller is the only writer."""
+        if line := probe(self._folder):
+            self.say(line)
 
     def close(self) -> None:
         """Wait for the save that is being written, and let other processes write.
@@ -324,6 +331,12 @@ class CheckpointManager:
     def _write(self, save: StepSave, optimizer: Any) -> None:
         """Begin to write a step; the optimizer's step waits until its copy is done."""
         held = save.lock()
+        if self.ranks.world.size == 1:  # in a run of several, `acquire` has done it
+            try:
+                self._probe()
+            except SaveFailed:
+                held.close()
+                raise
 
         def write(memory: Memory) -> None:
             with held, explained(self.checkpoint_dir):

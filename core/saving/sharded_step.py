@@ -18,7 +18,7 @@ from ..bundle.commit import CONFIG, MODEL, ModelFolder, entries
 from ..bundle.folder import top_state
 from ..bundle.lock import hold
 from ..bundle.parts import folder_of
-from ..bundle.storage import Output
+from ..bundle.storage import Output, failed_call
 from ..bundle.training_state import STATE, seal
 from ..bundle.write import write_file
 from ..console.words import size_text
@@ -172,6 +172,6 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return work(), None
     except OSError as error:
-        return None, f"{error.filename or 'writing'}: {error.strerror}"
+        return None, f"{error.filename or 'writing'}: {failed_call(error)}"
     except CheckpointError as error:
         return None, str(error).removesuffix(".")

@@ -22,6 +22,7 @@ from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.folder import top_state
 from ..bundle.retention import Retention, best_of, better
+from ..bundle.storage import failed_call
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
 from ..bundle.writing import lock
@@ -161,7 +162,8 @@ class StepSave:
     def _commit(self, state: TrainingState, files: Mapping[str, Content], size: int) -> bool:
         """Stage the files and make them the newest step; False when the newest step has these very bytes."""
         try:
-            if self.place.storage.free(self.place.path) < size:
+            free = self.place.storage.free(self.place.path)
+            if free is not None and free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with self.place.storage.removed_on_failure(stage := self.place.stage()):
                 write_bundle(self.place, stage, state, files)
@@ -188,11 +190,11 @@ class StepSave:
         )
 
     def _failed(self, error: OSError, needed: int) -> SaveFailed:
-        sizes = ""
+        sizes = f"{size_text(needed)} needed"
         with contextlib.suppress(OSError):
-            free = self.place.storage.free(self.place.path)
-            sizes = f" ({size_text(needed)} needed, {size_text(free)} free)"
-        return self._refused(f"{error.strerror}{sizes}")
+            room = self.place.storage.room(self.place.path)
+            sizes += f", {room}" if room else ""
+        return self._refused(f"{failed_call(error)} ({sizes})")
 
     def _refused(self, why: str) -> SaveFailed:
         top = top_state(self.place)
