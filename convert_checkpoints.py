@@ -124,12 +124,12 @@ def proof_by(args: argparse.Namespace) -> Callable[[Plan], Check]:
 def consolidate_all(places: list[Path]) -> int:
     """Rewrite the newest step of each model as plain files, and report it."""
     from core.bundle.commit import ModelFolder
-    from core.bundle.lock import hold
+    from core.bundle.writing import lock
     from core.saving.consolidate import consolidate
 
     for place in places:
         folder = ModelFolder(place)
-        with hold(place):
+        with lock(folder):
             made = consolidate(folder)
         if made is None:
             print(f"{place}: its newest step is already in plain files")

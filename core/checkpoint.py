@@ -28,7 +28,7 @@ from .console.anchored import anchored
 from .console.words import size_text
 from .containers.json_files import dump_json
 from .data.tokenizer import Tokenizer
-from .errors import CheckpointDamaged, InputError, SaveFailed
+from .errors import CheckpointDamaged, CheckpointError, InputError
 from .kinds import gpt_kind
 from .kinds.gpt import given_fields
 from .kinds.kind import ModelKind, Request, new_model
@@ -137,19 +137,13 @@ class CheckpointManager:
         self.close()
 
     def acquire(self) -> None:
-        """Become the only writer of this model, until `close`, and finish an interrupted save.
+        """Become the only process that writes this model, until `close`, and finish an interrupted save.
+
+        Other managers and threads of this process may save: one write after the other.
 
         Raises: CheckpointLocked when another process writes here, SaveFailed where no checkpoint can be written.
         """
-        if self.ranks.world.is_first:
-            with self.writing():
-                self._held.enter_context(hold(self.checkpoint_dir))
-                self._probe()
-
-    def _probe(self) -> None:
-        """Find out, the first time, what the file system lacks, and say so; the caller is the only writer."""
-        if line := probe(self._folder):
-            self.say(line)
+        self._held.enter_context(self.holding())
 
     def close(self) -> None:
         """Wait for the save that is being written, and let other processes write.
@@ -162,11 +156,31 @@ class CheckpointManager:
             self._held.close()
 
     @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keep other processes from writing while the block runs, and finish an interrupted save.
+
+        Other managers and threads of this process may save: one write after the other.
+
+        Raises: CheckpointLocked when another process writes here.
+        """
+        with contextlib.ExitStack() as held:
+            if self.ranks.world.is_first:
+                with self.writing():
+                    held.enter_context(hold(self.checkpoint_dir, self.say))
+                    self._probe()
+            yield
+
+    def _probe(self) -> None:
+        """Find out, the first time, what the file system lacks, and say so; the caller is the only writer."""
+        if line := probe(self._folder):
+            self.say(line)
+
+    @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the only writer while the block runs; an interrupted save is finished first."""
+        """Be the only writer while the block runs, in this process too; an interrupted save is finished first."""
         if self.ranks.world.is_first:
             self._saver.join()
-        with writing(self._folder) if self.ranks.world.is_first else contextlib.nullcontext():
+        with writing(self._folder, self.say) if self.ranks.world.is_first else contextlib.nullcontext():
             yield
 
     def newest_intact(self, origin: Path | None = None) -> Bundle | None:
@@ -184,7 +198,20 @@ class CheckpointManager:
         return bundle
 
     def _reopen(self, check: bool, damage: str | None) -> Bundle | None:
-        """Open the newest intact step as the only writer; `damage` is the known damage of the newest one."""
+        """Open the newest intact step, as the only writer where others are set aside.
+
+        `damage` is the known damage of the newest one.
+        """
+        self._saver.join()
+        found: BaseException | None = CheckpointDamaged(damage) if damage else None
+        if not damage:
+            try:
+                with explained(self.checkpoint_dir):
+                    return intact.open_unrepaired(self._folder, self.say, read_through, check=check)
+            except intact.NeedsRepair as needed:
+                found = needed.__cause__
+        if isinstance(found, CheckpointError) and not self._folder.storage.may_change(self.checkpoint_dir):
+            return intact.look_back(self._folder, found, self.say, read_through)
         with self.writing(), explained(self.checkpoint_dir):
             if damage and not self.allow_fresh:
                 return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say, read_through)
@@ -330,19 +357,20 @@ class CheckpointManager:
 
     def _write(self, save: StepSave, optimizer: Any) -> None:
         """Begin to write a step; the optimizer's step waits until its copy is done."""
-        held = save.lock()
-        if self.ranks.world.size == 1:  # in a run of several, `acquire` has done it
-            try:
-                self._probe()
-            except SaveFailed:
-                held.close()
-                raise
+        held = save.lock(self.say)
 
         def write(memory: Memory) -> None:
             with held, explained(self.checkpoint_dir):
                 save.write(memory, self.say)
 
-        self._saver.begin(f"save of step {save.step}", write, save.snapshot, optimizer)
+        try:
+            if self.ranks.world.size == 1:  # in a run of several, `acquire` has done it
+                self._probe()
+            self._saver.begin(f"save of step {save.step}", write, save.snapshot, optimizer)
+        except BaseException:
+            if not self._saver.busy:
+                held.close()
+            raise
         if not isinstance(optimizer, torch.optim.Optimizer):
             save.snapshot.wait_copied()
 

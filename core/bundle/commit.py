@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config.gpt import same_architecture
 from ..containers.json_files import parse_json
-from ..errors import CheckpointDamaged, CheckpointMismatch
+from ..errors import CheckpointDamaged, CheckpointMismatch, SaveFailed
 from .folder import (
+    COMMITTED,
     CONFIG,
     LOG,
     MODEL,
@@ -30,11 +31,14 @@ from .folder import (
     file_names,
     step_folder,
 )
-from .storage import PIECE
+from .owner import STAGE, is_left_over, new_stage_name, stage_name
+from .storage import MOVING, PIECE
 from .training_state import STATE, TrainingState, new_id, seal, unseal
 
 BUILDING = ".hist"
 
+_MOVES = re.compile(r"\.hist$|(step|aside)_\d{8,}")
+"""Names of the folders that may be on their way, file by file, when a writer is killed."""
 
 TOP = "."
 """The name of the top in the list of what is moved aside."""
@@ -53,24 +57,82 @@ class ModelFolder(FolderReader):
         """Finish a commit that was interrupted, then delete what saves that never committed left behind."""
         # The last rename of a killed writer may not be durable, and what follows depends on it.
         self.storage.sync_folder(self.path)
-        if self.storage.exists(self.committed):
+        self._finish_moves()
+        if self.storage.exists(self.path / COMMITTED):
             if self.storage.names(self.committed):
                 self.roll_forward()
             else:
                 self._close_commit()
         for name in self.storage.names(self.path):
-            if name.startswith((".stage-", ".trash-")):
+            if name.startswith(".trash-") or (name.startswith(STAGE) and is_left_over(name)):
                 self.storage.remove_tree(self.path / name)
+
+    def _finish_moves(self) -> None:
+        """Finish what moves file by file; what moves within the top, `roll_forward` finishes."""
+        folders = [self.path / name for name in self.storage.names(self.path) if _MOVES.match(name)]
+        for folder in folders:
+            target = self.storage.moves_to(folder)
+            if target is not None and target.startswith(".trash-"):
+                self.storage.mark(folder, target)
+                self.storage.remove_tree(folder)
+            elif target is not None and _MOVES.match(target):
+                self.storage.rename(folder, self.path / target)
+        for folder in folders:
+            names = self.storage.names(folder)
+            if MOVING in names and not re.fullmatch(rb"(from|to) [\w.-]+\n", self.storage.read(folder / MOVING)):
+                self.storage.remove(folder / MOVING)  # cut while it was written: nothing has moved
+                self.storage.sync_folder(folder)
+            elif not names and self.storage.exists(folder):
+                self.storage.remove_folder(folder)
+        if folders:
+            self.storage.sync_folder(self.path)
 
     def stage(self) -> Path:
         """Make a folder for the files of the next step; no reader looks into it."""
-        path = self.path / f".stage-{new_id()}"
+        path = self.path / new_stage_name()
         self.storage.make_folder(path)
         return path
 
-    def commit(self, stage: Path) -> None:
-        """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due."""
-        self.storage.publish(stage, self.committed)
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """Make a folder for the files of the next step, which no recovery removes; removed when the block fails."""
+        with stage_name() as name, self.storage.removed_on_failure(path := self.path / name):
+            self.storage.make_folder(path)
+            yield path
+
+    def commit(self, stage: Path, sizes: Mapping[str, int] | None = None) -> None:
+        """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due.
+
+        `sizes` are those of its files, in bytes; those that its training state lists unless given.
+
+        Raises: SaveFailed when a file is not in the stage, whole; nothing is committed then.
+        """
+        if sizes is None:
+            listed = unseal(self.storage.read(stage / STATE), f"{stage / STATE}").files
+            sizes = {name: entry["size"] for name, entry in listed.items()}
+        for name, size in sizes.items():
+            found = self._size(stage / name)
+            if found != size:
+                here = "missing" if found is None else f"{found:,} bytes"
+                raise SaveFailed(
+                    f"{stage / name}: {here}, expected {size:,} bytes as they were written. Another program changes "
+                    "this folder. Nothing was committed."
+                )
+        self.storage.sync_tree(stage)
+        if not self.storage.renames(stage, self.path / COMMITTED):
+            self.storage.sync_folder(self.path)
+            pointer = self.path / new_stage_name()
+            with self.storage.removed_on_failure(pointer):
+                self.storage.write(pointer, stage.name.encode())
+                self.storage.rename(pointer, self.path / COMMITTED)
+        self.storage.sync_folder(self.path)
+
+    def _size(self, path: Path) -> int | None:
+        try:
+            with self.storage.open(path) as file:
+                return file.seek(0, os.SEEK_END)
+        except FileNotFoundError:
+            return None
 
     def replace_state(self, state: Mapping[str, Any]) -> None:
         """Replace the training state at the top, durably, for the same step and files; readers see old or new."""
@@ -94,17 +156,19 @@ class ModelFolder(FolderReader):
     def _preserve_top(self) -> None:
         """Keep the old top before the committed step takes its place; a crash at any call is safe, it starts again."""
         # The five cases in the order of the returns below; step_O is the folder for the step of the old top.
-        #   .committed lacks a listed entry    nothing is due: the old top is in its place, the roll forward has begun
         #   it goes back to a kept step        the top and the later steps move aside, to the names that it lists
+        #   .committed lacks a listed entry    nothing is due: the old top is in its place, the roll forward has begun
         #   it has no parent, or there is no   nothing is due: there is no old step
         #     top, here or half moved in .hist
         #   step_O is the parent itself        nothing is due: it is kept already, or was gone back to
         #   anything else                      the top becomes step_O by way of .hist; another step_O moves aside first
-        state, present = self._committed_state(), set(self.storage.names(self.committed))
-        if not present.issuperset(entries(file_names(state))):
-            return  # the roll forward has begun, and it begins only after the old top is durable in its new place
+        state = self._committed_state()
         if state.went_back is not None:
             self._move_aside(state.went_back)
+            return
+        gone = set(entries(file_names(state))) - set(self.storage.names(self.committed))
+        if gone:
+            self._check_begun(state, gone)
             return
         parent, names = state.parent, self._top_names()
         begun = self.storage.exists(self.path / BUILDING)  # without links the model may have moved there already
@@ -118,6 +182,33 @@ class ModelFolder(FolderReader):
         self._build_history(names)
         self.storage.rename(self.path / BUILDING, target)
         self.storage.sync_folder(self.path)
+
+    def _check_begun(self, state: TrainingState, gone: set[str]) -> None:
+        """Make sure that what is no longer in `.committed` has been rolled forward.
+
+        `commit` renames only a stage that has every listed file, whole and durable. The roll forward begins when the
+        old top is durable in its new place, and renames one after the other to the top, where each is at every moment
+        and after every crash. A file that is not there either was taken by another program, and proves nothing.
+
+        Raises: CheckpointDamaged; nothing is changed then.
+        """
+        taken = [
+            name
+            for name, listed in state.files.items()
+            if name.partition("/")[0] in gone and name != CONFIG and not self._is_file(self.path / name, listed)
+        ]
+        if taken:
+            raise CheckpointDamaged(
+                f"{self.committed}: {' and '.join(taken)} of step {state.step}, which was committed, is gone, and at "
+                f"the top there is another file or none. Another program took it: put it back; or move "
+                f"{self.committed} away, so that the step at the top is the newest again. Nothing was changed."
+            )
+
+    def _is_file(self, path: Path, listed: Mapping[str, Any]) -> bool:
+        if self._size(path) != listed["size"]:
+            return False
+        with self.storage.open(path) as file:
+            return f"{self.storage.crc32(file):08x}" == listed["crc32"]
 
     def _history_name(self) -> str:
         """Where the old top goes: to the folder of its step, or aside if its step is unknown or it is not a bundle."""
@@ -140,8 +231,14 @@ class ModelFolder(FolderReader):
                 if name in there:
                     self.storage.remove(target)
                 self.storage.write(target, self.storage.read(source))
-            elif name not in there and (self.storage.is_folder(source) or not self.storage.link(source, target)):
+            elif (real := self.storage.points_to(source)) is not None:
+                # The file itself: from another folder, what a relative link says leads elsewhere.
+                if name not in there and not self.storage.link(real, target):
+                    self.storage.symlink(real, target)
+            elif self.storage.is_folder(source):
                 self.storage.rename(source, target)  # a folder always moves: it has no second name
+            elif name not in there and not self.storage.link(source, target):
+                self.storage.rename(source, target)
         self.storage.sync_folder(building)
         self.storage.sync_folder(self.path)
 
@@ -165,26 +262,30 @@ class ModelFolder(FolderReader):
 
     def _roll_forward(self) -> None:
         state = self._committed_state()
-        names, pending, top = entries(file_names(state)), set(self.storage.names(self.committed)), self._top_names()
+        committed = self.committed
+        names, pending, top = entries(file_names(state)), set(self.storage.names(committed)), self._top_names()
         replaces = state.parent is not None or state.went_back is not None
         stale = [name for name in top if name not in names] if replaces else []
-        stale += [name for name in top if name in pending and self.storage.is_folder(self.path / name)]
+        stale += [name for name in top if name in pending and self._is_kept_folder(name)]
         for name in stale:
-            if self.storage.is_folder(self.path / name):
-                self.storage.rename(self.path / name, self.path / f".trash-{name}-{new_id()}")
-            else:
-                self.storage.remove(self.path / name)
+            trash = self.path / f".trash-{name}-{new_id()}"
+            if not self.storage.is_folder(self.path / name) or not self.storage.renames(self.path / name, trash):
+                self.storage.remove_tree(self.path / name)
         if stale:
             self.storage.sync_folder(self.path)  # before the training state that no longer lists them
         config_stays = not (isinstance(state.went_back, dict) and state.went_back.get("config_goes"))
         for name in names:
             if name not in pending:
                 continue
-            is_there = self.storage.is_same(self.committed / name, self.path / name)  # rename would leave both names
+            is_there = self.storage.is_same(committed / name, self.path / name)  # rename would leave both names
             if is_there or (name == CONFIG and config_stays and self._top_config_stays()):
-                self.storage.remove(self.committed / name)
+                self.storage.remove(committed / name)
             else:
-                self.storage.rename(self.committed / name, self.path / name)
+                self.storage.rename(committed / name, self.path / name)
+
+    def _is_kept_folder(self, name: str) -> bool:
+        """Whether a name at the top is a folder of the old step, not the committed one that has moved there in part."""
+        return self.storage.is_folder(self.path / name) and self._is_in_place(self.committed / name)
 
     def _top_config_stays(self) -> bool:
         """Whether config.json at the top, which a person may have edited, fits the committed tensors."""
@@ -195,9 +296,13 @@ class ModelFolder(FolderReader):
         return same_architecture(top, parse_json(self.storage.read(self.committed / CONFIG), CONFIG))
 
     def _close_commit(self) -> None:
-        self.storage.sync_folder(self.committed)
+        committed = self.committed
+        self.storage.sync_folder(committed)
         self.storage.sync_folder(self.path)
-        self.storage.remove_folder(self.committed)
+        if committed.name != COMMITTED:
+            self.storage.remove(self.path / COMMITTED)
+            self.storage.sync_folder(self.path)
+        self.storage.remove_folder(committed)
         self.storage.sync_folder(self.path)
 
     def prune(self, steps: Sequence[int]) -> None:
@@ -207,13 +312,19 @@ class ModelFolder(FolderReader):
 
     def remove(self, folders: Sequence[Path]) -> None:
         """Remove folders; each is renamed first, so that a crash never leaves half of one under its name."""
-        doomed = [self.path / f".trash-{folder.name}-{new_id()}" for folder in folders]
-        for folder, trash in zip(folders, doomed, strict=True):
-            self.storage.rename(folder, trash)
+        doomed = []
+        for folder in folders:
+            trash = self.path / f".trash-{folder.name}-{new_id()}"
+            if not self.storage.renames(folder, trash):
+                self.storage.mark(folder, trash.name)
+                trash = folder
+            doomed.append(trash)
         if doomed:
             self.storage.sync_folder(self.path)
         for trash in doomed:
             self.storage.remove_tree(trash)
+        if set(doomed) & set(folders):
+            self.storage.sync_folder(self.path)
 
     def clear_top(self, besides: Iterable[str] = (), *, config_stays: bool = False) -> list[Path]:
         """Move what is at the top, and other files by name, to a folder aside; return it in a list, or [].
@@ -265,7 +376,7 @@ class ModelFolder(FolderReader):
         said = {"step": top.step, "commit_id": top.commit_id, "why": why, "aside": aside}
         said |= {"config_goes": True} if config_goes else {}
         opened = self.open_kept(folder)
-        with contextlib.closing(opened), self.storage.removed_on_failure(stage := self.stage()):
+        with contextlib.closing(opened), self.staging() as stage:
             for entry in entries(opened.files):
                 if self.storage.is_folder(folder / entry):
                     self.storage.make_folder(stage / entry)
@@ -276,7 +387,8 @@ class ModelFolder(FolderReader):
                             output.write(data)
             state = opened.state if opened.state.integrity is not None else self._adopt(opened)
             self.storage.write(stage / STATE, seal(state.having(**(facts or {}), went_back=said)))
-            self.commit(stage)
+            # A person may have replaced a file of this step since it was written.
+            self.commit(stage, {name: file.seek(0, os.SEEK_END) for name, file in opened.files.items()})
         self.roll_forward()
         return [self.path / name for name in aside.values()]
 

@@ -16,6 +16,12 @@ from .bundle import Bundle, KeptStep, history
 from .commit import CONFIG, ModelFolder
 from .folder import OpenStep, shown, top_state
 from .training_state import STATE
+from .verify import tensors_digest, verify_records
+
+
+class Mixed(CheckpointDamaged):
+    """The files of a step are of two saves."""
+
 
 WITH_STATE = 2
 """The first format version whose steps all have a training state."""
@@ -77,16 +83,16 @@ def refuse_without_state(bundle: Bundle, kept: Iterable[KeptStep]) -> None:
 
 
 def refuse_mixture(bundle: Bundle, place: ModelFolder) -> None:
-    """Raise CheckpointDamaged when the steps beside a bundle prove that its files are of two steps.
+    """Raise Mixed when a file of a bundle is of another save, as in a folder that was copied during one.
 
-    Either a file is what another step recorded, or this is a kept step again, which has the recorded file. So it is
-    in a folder that was copied while a save was rolled forward.
+    It is what another step recorded; or the training state is that of a kept step, which has the recorded file; or it
+    is whole and has the recorded size, but other tensors: what a person or another program writes has another size.
     """
     others = [step for step in (_top(place), *history(place.path)) if step.path != bundle.folder and step.state]
     for name, entry in bundle.state.files.items():
         if not name.endswith(".pt") or _other(bundle, name) is None:
             continue
-        found = _record(bundle, name)
+        found, said = _record(bundle, name), None
         for step in others:
             same_step = step.state.commit_id == bundle.state.commit_id
             holds = step.state.files.get(name)
@@ -94,9 +100,11 @@ def refuse_mixture(bundle: Bundle, place: ModelFolder) -> None:
                 said = f"is the file of step {step.step} ({_named(step, place)})"
             elif same_step and _holds(step, name, entry):
                 said = f"is not the file of step {step.step}, which is in {_named(step, place)}"
-            else:
-                continue
-            raise CheckpointDamaged(
+        if said is None and found[0] == entry["size"] and "tensors" in entry:
+            other = tensors_digest(verify_records(bundle.files[name], bundle.path(name))) != entry["tensors"]
+            said = "is the file of another save" if other else None
+        if said is not None:
+            raise Mixed(
                 f"{bundle.path(name)}: {said}, beside a {STATE} of step {bundle.step}: two steps are mixed, as in a "
                 "copy made during a save."
             )

@@ -15,7 +15,7 @@ from typing import BinaryIO, TypeVar
 
 from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointNotFound
-from .storage import DISK, Storage
+from .storage import DISK, MOVING, Storage
 from .training_state import STATE, TrainingState, new_id, unseal
 
 T = TypeVar("T")
@@ -84,7 +84,18 @@ class FolderReader:
     def __init__(self, path: Path, storage: Storage = DISK) -> None:
         self.path = path
         self.storage = storage
-        self.committed = path / COMMITTED
+
+    @property
+    def committed(self) -> Path:
+        """The committed step that is not yet rolled forward; it need not exist.
+
+        Where folders cannot be renamed, it stays in the folder that it was staged in, and a file leads to it.
+        """
+        try:
+            stage = re.fullmatch(rb"\.stage-[0-9a-z.-]+", self.storage.read(self.path / COMMITTED))
+        except (*_NOT_THERE, IsADirectoryError, PermissionError):  # PermissionError: a folder, on Windows
+            return self.path / COMMITTED
+        return self.path / (stage[0].decode() if stage else COMMITTED)
 
     def read(self, name: str) -> bytes:
         """Read one file of the newest step; a committed step that is not yet rolled forward comes first.
@@ -158,9 +169,14 @@ class FolderReader:
         return OpenStep(folder, state, files)
 
     def kept_steps(self) -> dict[int, Path]:
-        """List the older steps that are kept, oldest first."""
+        """List the older steps that are kept, oldest first, without those that are on their way, file by file."""
         found = (re.fullmatch(r"step_(\d{8,})", name) for name in self.storage.names(self.path))
-        return dict(sorted((int(m[1]), self.path / m[0]) for m in found if m))
+        kept = {int(m[1]): self.path / m[0] for m in found if m}
+        return {step: kept[step] for step in sorted(kept) if self._is_in_place(kept[step])}
+
+    def _is_in_place(self, folder: Path) -> bool:
+        names = self.storage.names(folder)
+        return bool(names) and MOVING not in names
 
     def asides(self) -> list[Path]:
         """List the folders that were set aside, which are never read as checkpoints."""

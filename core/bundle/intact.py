@@ -10,15 +10,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
-from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, history, open_bundle
+from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, KeptStep, history, open_bundle
 from .choice import Candidate, Say, choose, open_choice
 from .commit import CONFIG, MODEL, ModelFolder
-from .damage import behind, config_goes, edited, refuse_mixture, refuse_without_state
+from .damage import Mixed, behind, config_goes, edited, refuse_mixture, refuse_without_state
 from .folder import MODEL_SHARDS
 from .foreign import foreign_checkpoint
 from .legacy import open_legacy
 from .training_state import STATE
 from .verify import verify
+
+Repair = Callable[[ModelFolder, CheckpointError, Say], Bundle]
+"""Makes an intact step the newest one, in the place of the damaged one, and opens it."""
 
 ANEW = "To start from scratch, use another --model_name, or --allow_fresh, which moves everything here aside."
 NOTHING_ELSE = f"There is no other checkpoint here, and nothing was changed. {ANEW}"
@@ -57,11 +60,17 @@ def verified(bundle: Bundle, say: Say, used: tuple[str, ...] = ALL_PARTS, check:
 
 
 def trusted(
-    bundle: Bundle, place: ModelFolder, say: Say, read: ReadThrough = read_headers, *, check: bool = True
+    bundle: Bundle,
+    place: ModelFolder,
+    say: Say,
+    read: ReadThrough = read_headers,
+    *,
+    check: bool = True,
+    mixed: bool = False,
 ) -> Bundle:
     """Check an open bundle as `verified` does, to train on it; where a file was replaced, also that it is whole.
 
-    Whole is: of one step, as far as the steps beside it show, with a training state, and read by `read`.
+    Whole is: with a training state, read by `read` and, unless it may be `mixed`, of one save.
 
     Raises: CheckpointError; the bundle is closed then.
     """
@@ -69,7 +78,8 @@ def trusted(
         kept = history(place.path)
         refuse_without_state(bundle, kept)
         if lines := verify(bundle) if check else []:
-            refuse_mixture(bundle, place)
+            if not mixed:
+                refuse_mixture(bundle, place)
             read(bundle)
         lines += edited(bundle, kept)
     except BaseException:
@@ -100,13 +110,44 @@ def open_chosen(
     return verified(chosen, say, used, check)
 
 
-def open_newest_intact(
+class NeedsRepair(Exception):
+    """The newest step cannot be used as it is, so that the folder has to be changed, or the damage reported."""
+
+
+def open_unrepaired(
     place: ModelFolder, say: Say, read: ReadThrough = read_headers, *, check: bool = True
+) -> Bundle | None:
+    """Open the checkpoint to train on where it is intact, without the lock; None where there is none at all.
+
+    Raises: NeedsRepair where `open_newest_intact` has more to do; nothing is said then. Nothing is ever changed.
+    """
+
+    def refuse(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
+        raise NeedsRepair(str(damage)) from damage
+
+    said: list[str] = []
+    try:
+        bundle = open_newest_intact(place, said.append, read, check=check, repair=refuse)
+    except NoneIntact as damage:
+        raise NeedsRepair(str(damage)) from damage
+    for line in said:
+        say(line)
+    return bundle
+
+
+def open_newest_intact(
+    place: ModelFolder,
+    say: Say,
+    read: ReadThrough = read_headers,
+    *,
+    check: bool = True,
+    repair: Repair | None = None,
 ) -> Bundle | None:
     """Open the checkpoint to train on, walking back from what is damaged; None where there is none at all.
 
     The caller holds the lock. Without `check` only what cannot be opened counts as damaged. A step that can be opened,
-    with a file that is not as it was saved, is used only when `read` reads it.
+    with a file that is not as it was saved, is used only when `read` reads it. `repair` makes an intact step the newest
+    one, as `walk_back` does.
 
     Raises: NoneIntact when checkpoints, or parts of some, are here and none can be used; nothing is changed then.
     """
@@ -115,7 +156,7 @@ def open_newest_intact(
         say(line)
     for i, candidate in enumerate(choice.candidates):
         try:
-            return _open_or_walk_back(place, candidate, say, read, check)
+            return _open_or_repair(place, candidate, say, read, check, repair)
         except (CheckpointDamaged, CheckpointNotFound) as damage:
             if i + 1 == len(choice.candidates):
                 if isinstance(damage, NoneIntact):
@@ -141,7 +182,9 @@ def open_newest_intact(
     return None
 
 
-def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say, read: ReadThrough, check: bool) -> Bundle:
+def _open_or_repair(
+    place: ModelFolder, candidate: Candidate, say: Say, read: ReadThrough, check: bool, repair: Repair | None
+) -> Bundle:
     if candidate.single is not None:
         return verified(open_legacy(candidate.folder / candidate.single), say, check=check)
     try:
@@ -150,8 +193,10 @@ def _open_or_walk_back(place: ModelFolder, candidate: Candidate, say: Say, read:
         if (damage := behind(place, error)) is None:
             raise
         try:
-            return walk_back(place, damage, say, read)
+            return repair(place, damage, say) if repair else walk_back(place, damage, say, read)
         except NoneIntact:
+            if isinstance(damage, Mixed):  # and every file is whole
+                return trusted(open_bundle(candidate.folder), place, say, read, check=check, mixed=True)
             if damage is not error:
                 raise error from error.__cause__  # what it names, a person can correct
             raise
@@ -162,6 +207,35 @@ def walk_back(place: ModelFolder, damage: CheckpointError, say: Say, read: ReadT
 
     Raises: NoneIntact when no kept step is intact; nothing is changed then.
     """
+    kept, passed, faults = _newest_intact_kept(place, damage, read)
+    aside = place.go_back(kept.path, "damaged", passed, config_goes=config_goes(place))
+    where = f" What is damaged was not deleted: {', '.join(map(str, aside))}." if aside else ""
+    say(f"WARNING: {' '.join(faults)} Continuing from step {kept.step}, the newest intact one.{where}")
+    return verified(open_bundle(place.path), say)
+
+
+def look_back(place: ModelFolder, damage: CheckpointError, say: Say, read: ReadThrough = read_headers) -> Bundle:
+    """Open the newest intact kept step where the folder cannot be changed; report it.
+
+    Raises: NoneIntact when no kept step is intact.
+    """
+    if isinstance(damage, NoneIntact):
+        raise damage
+    kept, _, faults = _newest_intact_kept(place, damage, read)
+    say(
+        f"WARNING: {' '.join(faults)} Using step {kept.step}, the newest intact one. {place.path} cannot be changed "
+        "here, and stays as it is."
+    )
+    return verified(open_bundle(kept.path), say)
+
+
+def _newest_intact_kept(
+    place: ModelFolder, damage: CheckpointError, read: ReadThrough
+) -> tuple[KeptStep, list[Path], list[str]]:
+    """Find the newest intact kept step; returns it with the damaged ones that are newer, and all damage in words.
+
+    Raises: NoneIntact.
+    """
     passed, faults = [], [str(damage)]
     for kept in reversed(history(place.path)):
         try:
@@ -170,10 +244,7 @@ def walk_back(place: ModelFolder, damage: CheckpointError, say: Say, read: ReadT
             passed.append(kept.path)
             faults.append(str(error))
             continue
-        aside = place.go_back(kept.path, "damaged", passed, config_goes=config_goes(place))
-        where = f" What is damaged was not deleted: {', '.join(map(str, aside))}." if aside else ""
-        say(f"WARNING: {' '.join(faults)} Continuing from step {kept.step}, the newest intact one.{where}")
-        return verified(open_bundle(place.path), say)
+        return kept, passed, faults
     raise NoneIntact(
         f"{' '.join(faults)} No intact older step is kept in {place.path}, and nothing was changed. {ANEW}"
     )

@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import SaveFailed
 from .commit import ModelFolder
-from .storage import Storage, failed_call
+from .storage import failed_call
 
 try:
     import fcntl
@@ -77,7 +76,7 @@ def _lacking(place: ModelFolder) -> list[str]:
         storage.rename(file, other)
         storage.link(other, file)
         storage.make_folder(inner)
-        _rename_folder(storage, inner, stage / "renamed")
+        storage.renames(inner, stage / "renamed")
         with other.open("r+b") as opened:  # after the names: the folder has nothing left to sync, which takes as long
             storage.sync(opened)
             locks = _has_locks(opened)
@@ -92,15 +91,6 @@ def _lacking(place: ModelFolder) -> list[str]:
         "count of free space (a full disk shows when it is full)": storage.free(place.path) is not None,
     }
     return [lack for lack, there in said.items() if not there]
-
-
-def _rename_folder(storage: Storage, source: Path, target: Path) -> None:
-    try:
-        storage.rename(source, target)
-    except OSError as error:
-        if error.errno not in _NEVER:
-            raise
-        storage.folder_renames = False
 
 
 def _has_locks(file: BinaryIO) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 
 from ..console.words import size_text
-from ..errors import CheckpointNotFound, NoneIntact
+from ..errors import CheckpointError, CheckpointNotFound, NoneIntact
 from . import intact
-from .bundle import EMA, Bundle, KeptStep, history, open_bundle
+from .bundle import ALL_PARTS, EMA, Bundle, KeptStep, history, open_bundle
 from .choice import LEGACY_FILES, seen_files
 from .commit import ModelFolder
 from .folder import LOG, aside_folder, top_state
 from .retention import Retention
+from .verify import verify
 
 
 def go_back(
@@ -82,13 +84,13 @@ def clear(place: ModelFolder, say: intact.Say) -> None:
 def prune(place: ModelFolder, say: intact.Say, keep: int | None = None, keep_every: int | None = None) -> int:
     """Remove and report what was set aside, and return the bytes freed; with a number given, kept steps as well.
 
-    Those are removed that the rules of the run, with these numbers, do not keep. A file that also has another name,
-    such as one of a kept step, frees nothing. The caller holds the lock.
+    Those are removed that the rules of the run, with these numbers, do not keep; the last step that can be loaded
+    stays. A file that also has another name, such as one of a kept step, frees nothing. The caller holds the lock.
     """
     going: list[KeptStep] = []
     if keep is not None or keep_every is not None:
-        newest = top_state(place)
-        going = Retention.of(newest).given(keep, keep_every).going(newest, history(place.path))
+        newest, kept = top_state(place), history(place.path)
+        going = _besides_the_last(place, Retention.of(newest).given(keep, keep_every).going(newest, kept), kept, say)
     doomed = [*place.asides(), *(older.path for older in going)]
     inside = [[file.stat() for file in folder.rglob("*") if file.is_file()] for folder in doomed]
     files = [file for listed in inside for file in listed]
@@ -98,3 +100,31 @@ def prune(place: ModelFolder, say: intact.Say, keep: int | None = None, keep_eve
     for folder, listed in zip(doomed, inside, strict=True):
         say(f"removed {folder} ({size_text(sum(file.st_size for file in listed))})")
     return sum(freed.values())
+
+
+def _besides_the_last(
+    place: ModelFolder, going: list[KeptStep], kept: list[KeptStep], say: intact.Say
+) -> list[KeptStep]:
+    """Those of the steps to remove without which a step that can be loaded still stays; each is read to find out.
+
+    A save need not ask: the step that it has just committed was read.
+    """
+    stays = [step.step for step in reversed(kept) if step not in going]
+    if not going or any(_is_loadable(place, step) for step in (None, *stays)):
+        return going
+    spared = next((older for older in reversed(going) if _is_loadable(place, older.step)), None)
+    if spared is None:
+        return going
+    say(f"WARNING: {spared.path} stays: it is the last step that can be loaded")
+    return [older for older in going if older is not spared]
+
+
+def _is_loadable(place: ModelFolder, step: int | None) -> bool:
+    """Whether every byte of a step, or of the newest one, is as it was written, and can be given back."""
+    with suppress(CheckpointError, OSError), open_bundle(place.path, step) as bundle:
+        verify(bundle, ALL_PARTS)
+        for part in (bundle.weights, bundle.optimizer, bundle.ema):
+            if part is not None:
+                part.source.refuse_foreign()
+        return True
+    return False

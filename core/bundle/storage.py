@@ -1,7 +1,9 @@
 """The file system, as few calls as a commit needs; every change of the disk passes through one method.
 
 A feature that a system may lack has a switch that turns itself off at the first refusal; a fallback then replaces it:
-hard links, fsync of a file or a folder, renames of folders, writes past the page cache, space reserved in advance.
+hard links, renames of folders, fsync of a file or a folder, writes past the page cache, space reserved in advance. A
+folder that cannot be renamed (on most object stores; in the lower layer of an overlay) moves file by file, under a
+marker.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
+import re
 import shutil
 import stat
 import zlib
@@ -20,6 +22,7 @@ from typing import Any, BinaryIO
 from ..console.words import size_text
 from ..containers.checksum import combine, crc32_file
 from ..errors import CheckpointDamaged
+from .owner import stage_name
 
 try:
     import fcntl
@@ -32,6 +35,10 @@ PIECE = 8 * 1024 * 1024
 SECTOR = 4096
 """Offsets, lengths and addresses of unbuffered writes are multiples of this many bytes."""
 
+MOVING = ".moving"
+"""A file in both folders of a move that goes file by file: neither is a step until it is gone."""
+
+_NO_FOLDER_RENAME = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMFILE}  # EMFILE: gcsfuse
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.EACCES}
 _NO_PREALLOCATION = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENODEV, errno.EBADF}
 _NO_FILE_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -91,8 +98,65 @@ class Storage:
             output.write(data)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Rename a file or folder, replacing a target file."""
-        self.change(os.replace, source, target)
+        """Rename a file or folder, replacing a target file.
+
+        A folder that the file system cannot rename moves file by file; a move that is cut goes on when it is called
+        again.
+        """
+        if not self.renames(source, target):
+            self._move(source, target)
+
+    def renames(self, source: Path, target: Path) -> bool:
+        """Rename by one call; False for a folder that the file system cannot rename, or that moves already."""
+        if self.exists(source / MOVING) or (not self.folder_renames and self.is_folder(source)):
+            return False
+        try:
+            self.change(os.replace, source, target)
+        except OSError as error:
+            emptied = error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not self.names(source)  # by a move
+            if not self.is_folder(source) or not (emptied or error.errno in _NO_FOLDER_RENAME):
+                raise
+            self.folder_renames = emptied or error.errno in (errno.EXDEV, errno.EMFILE)  # others may be renamed
+            return False
+        return True
+
+    def _move(self, source: Path, target: Path) -> None:
+        self.mark(source, target.name)
+        if not self.exists(target):
+            self.make_folder(target)
+        if names := [name for name in self.names(source) if name != MOVING]:
+            if not self.exists(target / MOVING):
+                self.write(target / MOVING, f"from {source.name}\n".encode())
+            self.sync_folder(target)
+            self.sync_folder(target.parent)
+            for name in names:
+                self.rename(source / name, target / name)
+        self.sync_folder(source)
+        self.sync_folder(target)
+        if self.exists(target / MOVING):
+            self.remove(target / MOVING)
+            self.sync_folder(target)  # before the source's marker goes: whoever finds that one goes on from there
+        self.sync_folder(target.parent)
+        self.remove(source / MOVING)
+        self.remove_folder(source)
+
+    def mark(self, folder: Path, target: str) -> None:
+        """Say in a folder, durably, what becomes of it: the name that it moves to, file by file."""
+        if self.moves_to(folder) == target:  # said by a writer that was killed, perhaps before it was durable
+            self.sync_folder(folder / MOVING)
+        else:
+            if self.exists(folder / MOVING):
+                self.remove(folder / MOVING)
+            self.write(folder / MOVING, f"to {target}\n".encode())
+        self.sync_folder(folder)
+
+    def moves_to(self, folder: Path) -> str | None:
+        """The name that a folder is moving to; None where it is not, or is the target of a move."""
+        try:
+            found = re.fullmatch(rb"to ([\w.-]+)\n", self.read(folder / MOVING))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found[1].decode() if found else None
 
     def link(self, source: Path, target: Path) -> bool:
         """Give a file a second name; False (and `links` off from now on) where the file system cannot."""
@@ -105,6 +169,10 @@ class Storage:
                 raise
             self.links = False
         return self.links
+
+    def symlink(self, source: Path, target: Path) -> None:
+        """Make a symbolic link to a file, by its absolute path."""
+        self.change(os.symlink, source, target)
 
     def remove(self, path: Path) -> None:
         """Remove one file."""
@@ -119,8 +187,13 @@ class Storage:
         if not self.is_folder(path):
             self.remove(path)
             return
-        for name in self.names(path):
-            self.remove_tree(path / name)
+        names = self.names(path)
+        for name in names:
+            if name != MOVING:
+                self.remove_tree(path / name)
+        if MOVING in names:
+            self.sync_folder(path)  # without its marker, half of a folder would pass for a whole one
+            self.remove(path / MOVING)
         self.remove_folder(path)
 
     @contextlib.contextmanager
@@ -156,8 +229,7 @@ class Storage:
 
         It is removed when anything fails. `recover` removes what a killed process leaves in a model's folder.
         """
-        part = target.with_name(f".stage-{secrets.token_hex(8)}")
-        with self.removed_on_failure(part):
+        with stage_name() as name, self.removed_on_failure(part := target.with_name(name)):
             yield part
             self.publish(part, target, replace=replace)
 
@@ -219,7 +291,7 @@ class Storage:
         self.sync_folder(path)
 
     def sync_folder(self, path: Path) -> None:
-        """Make the names in a folder durable."""
+        """Make the names in a folder durable, or the content of a file that another process wrote."""
         if not self.folder_fsync:
             return
         fd = os.open(path, os.O_RDONLY)
@@ -262,6 +334,14 @@ class Storage:
     def is_folder(self, path: Path) -> bool:
         """Whether this name is a folder itself, not a link to one."""
         return path.is_dir() and not path.is_symlink()
+
+    def points_to(self, path: Path) -> Path | None:
+        """What a symbolic link points to, by its absolute path; None for anything else, and where that is not there."""
+        return path.resolve() if path.is_symlink() and path.exists() else None
+
+    def may_change(self, folder: Path) -> bool:
+        """Whether this process may change a folder: it is its own, and not mounted read-only."""
+        return os.access(folder, os.W_OK)
 
     def is_same(self, a: Path, b: Path) -> bool:
         """Whether two names belong to one file; a missing one is not the same as any."""

@@ -15,8 +15,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from ..bundle.folder import new_id
-from ..bundle.lock import hold_if_model
 from ..bundle.storage import DISK, Output, Storage
+from ..bundle.writing import lock_if_model
 from ..console.words import size_text
 from ..containers import safetensors_writer
 from ..containers.checksum import combine
@@ -166,7 +166,7 @@ def convert(
     refuse_target(plan, overwrite)
     stage = plan.target.with_name(f".convert-{plan.target.name}")
     try:
-        with hold_if_model(plan.target), DISK.workplace(stage, lambda: _refuse_second(plan.target)):
+        with lock_if_model(plan.target), DISK.workplace(stage, lambda: _refuse_second(plan.target)):
             place = stage / "made"
             if plan.is_folder:
                 DISK.make_folder(place)

@@ -13,6 +13,7 @@ from ..bundle.optimizer_state import OTHER_MODEL, groups_of, names_in_order, rec
 from ..console.words import counted, listed
 from ..errors import CheckpointMismatch
 from ..families.family import plain_name
+from .casts import cast_loss
 
 if TYPE_CHECKING:
     from ..model import GPT
@@ -196,6 +197,10 @@ def _fault(label: str, p: Tensor, entry: dict[str, Any], settings: dict[str, Any
         expected = () if key == "step" else tuple(p.shape)
         if isinstance(value, Tensor) and tuple(value.shape) not in ({expected, ()} if not adam else {expected}):
             return f"{label}: {key} is {list(value.shape)}, expected {list(expected)}"
+        if isinstance(value, Tensor) and key != "step" and value.is_floating_point():
+            fault, _ = cast_loss(value, p.dtype)
+            if fault:
+                return f"{label}: {key}: {fault}, the dtype of its parameter"
     return None
 
 

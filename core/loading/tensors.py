@@ -16,11 +16,9 @@ from ..bundle.contradictions import check_fit, rearrange_optimizer
 from ..bundle.intact import read_headers
 from ..bundle.optimizer_state import groups_of, names_in_order
 from ..bundle.parts import Part, ShardedFile, TorchFile, once
-from ..console.words import counted, differences, listed
 from ..containers.torch_files.storages import TorchArchive
 from ..data.tokenizer import tokenizer_from_state
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
-from ..families.family import plain_name
 from ..families.fused import Fusing
 from ..model import GPT
 from ..networks.device import resolve_device
@@ -146,31 +144,6 @@ def load_model(
     model.step = bundle.step
     model.tokenizer = tokenizer
     return model.eval()
-
-
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
-"""Live tensors, each with the tensor to copy into it."""
-
-
-def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> tuple[Pairs, list[str]]:
-    """Pair the tensors of a live module with the weights of a bundle, and report those without a counterpart.
-
-    Unless `strict`, tensors that only one side has are left alone; else they are an error. Different shapes always are.
-
-    Raises: CheckpointMismatch when names or shapes do not fit.
-    """
-    tensors = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
-    live = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-    new, left = [n for n in live if n not in tensors], [n for n in tensors if n not in live]
-    common = [name for name in live if name in tensors]
-    compared = common if common and not strict else {**live, **tensors}
-    expected, found = ({n: t.shape for n, t in side.items() if n in compared} for side in (live, tensors))
-    if faults := differences(expected, found):
-        hint = " What fits is loaded with strict=False." if common and strict and (new or left) else ""
-        raise CheckpointMismatch(f"{bundle.weights.source.path} does not fit this model: {listed(faults)}.{hint}")
-    lines = [f"new: {counted('tensor', new)}, not in the checkpoint; they stay as they are"] if new else []
-    lines += [f"left out: {counted('tensor', left)}, not in the module"] if left else []
-    return [(live[name], tensors[name]) for name in common], lines
 
 
 def recorded_dtype(bundle: Bundle) -> torch.dtype | None:

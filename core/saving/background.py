@@ -22,6 +22,7 @@ class BackgroundSaver:
     def __init__(self, stage_memory: int | None) -> None:
         self.memory = Memory(stage_memory)
         self._thread: threading.Thread | None = None
+        self._starting = threading.RLock()  # a signal may come in between
         self._failure: BaseException | None = None
         self._snapshot: Snapshot | None = None
         self._watched: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -37,7 +38,7 @@ class BackgroundSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, name: str, write: Callable[[Memory], None], snapshot: Snapshot, optimizer: Any) -> None:
-        """Start to write; the previous save has ended.
+        """Start to write, when the previous save has ended.
 
         The next step of an optimizer waits until the snapshot is copied. When anything else
         changes is unknown: then the caller has to wait.
@@ -49,13 +50,17 @@ class BackgroundSaver:
             copied = weakref.WeakMethod(self.wait_copied)  # an optimizer may outlive the manager and its memory
             optimizer.register_step_pre_hook(lambda *_: (wait := copied()) and wait())
             self._watched.add(optimizer)
+        self.join()  # another thread of the program may have begun one
         go = threading.Event()
         thread = threading.Thread(target=self._run, args=(write, go), name=name)
-        self._thread, self._snapshot = thread, snapshot
-        started = _start(thread)
-        go.set()
+        try:
+            with self._starting:
+                self._thread, self._snapshot = thread, snapshot
+                if not (started := _start(thread)):
+                    self._thread = None
+        finally:
+            go.set()
         if not started:
-            self._thread = None
             self._run(write, go)
             self.raise_failure()
 
@@ -73,8 +78,10 @@ class BackgroundSaver:
 
     def join(self) -> None:
         """Wait until the save that is being written has ended, successfully or not."""
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        with self._starting:
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def raise_failure(self) -> None:
         """Raise the error of a failed save, once."""

@@ -38,7 +38,7 @@ def consolidate(place: ModelFolder) -> Bundle | None:
         optimizer_file = OPTIMIZER if OPTIMIZER in files else None
         state = bundle.state.committed(place.newest_id(), optimizer_file=optimizer_file, **bundle.state.descent())
         place.recover()
-        with place.storage.removed_on_failure(stage := place.stage()):
+        with place.staging() as stage:
             write_bundle(place, stage, state, files)
             place.commit(stage)
         place.roll_forward()

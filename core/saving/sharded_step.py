@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,17 @@ from torch import nn
 from ..bundle.bundle import EMA, OPTIMIZER, history
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, entries
 from ..bundle.folder import top_state
-from ..bundle.lock import hold
 from ..bundle.parts import folder_of
 from ..bundle.storage import Output, failed_call
 from ..bundle.training_state import STATE, seal
 from ..bundle.write import write_file
+from ..bundle.writing import lock
 from ..console.words import size_text
-from ..containers.dcp.metadata import METADATA
+from ..containers.dcp.metadata import METADATA, read_metadata
 from ..containers.dcp.writer import WrittenItem, file_of, metadata
-from ..errors import CheckpointError, SaveFailed
+from ..errors import CheckpointError, InputError, SaveFailed
 from ..networks.distributed import World
-from ..networks.state_dict import local
+from ..networks.state_dict import local, plain
 from .shards import Shard, averages_of, image_of, moments_of, placed, weights_of
 from .snapshot import Memory
 from .step import StepContent, StepSave
@@ -57,13 +58,18 @@ class ShardedStepSave(StepSave):
         live: dict[str, torch.Tensor] = {}
         for part, shards in parts.items():
             file = f"{folder_of(part)}/{name}"
-            contents[file] = functools.partial(image_of, shards)  # in the writer's thread: it takes 18 ms for 124M
+            contents[file] = functools.partial(
+                image_of, folder_of(part), shards
+            )  # in the writer's thread: it takes 18 ms for 124M
             self._shards[file] = shards
             tensors = {f"{part}: {shard.name}": shard.value for shard in shards}
-            live |= {name: local(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+            live |= {n: plain(local(value), n) for n, value in tensors.items() if isinstance(value, torch.Tensor)}
+            if len(tensors) < len(shards):
+                twice = Counter(shard.name for shard in shards).most_common(1)[0][0]
+                raise InputError(f"{part}: two entries are called {twice}. Rename one; nothing was written.")
         return contents, live
 
-    def lock(self) -> contextlib.ExitStack:
+    def lock(self, say: Callable[[str], None]) -> contextlib.ExitStack:
         """Take no lock here: the first rank's thread takes it, and reports the outcome to the others."""
         return contextlib.ExitStack()
 
@@ -78,7 +84,7 @@ class ShardedStepSave(StepSave):
         with contextlib.ExitStack() as held:
             with contextlib.closing(self.snapshot):
                 laid, fault = _attempt(lambda: self._start_copy(memory))
-                stage, refused = _attempt(lambda: self._make_stage(held)) if self.world.is_first else (None, None)
+                stage, refused = _attempt(lambda: self._make_stage(held, say)) if self.world.is_first else (None, None)
                 stage, refused, theirs = self.world.from_first((stage, refused, step))
                 if theirs != step:
                     refused = f"found step {step} in its place, expected {theirs} as on rank 0"
@@ -100,11 +106,10 @@ class ShardedStepSave(StepSave):
         self.snapshot.start(memory)
         return dict(files), {file: placed(shards, files[file].image, name) for file, shards in self._shards.items()}
 
-    def _make_stage(self, held: contextlib.ExitStack) -> str:
-        self.place.path.mkdir(parents=True, exist_ok=True)
-        held.enter_context(hold(self.place.path))
+    def _make_stage(self, held: contextlib.ExitStack, say: Callable[[str], None]) -> str:
+        held.enter_context(lock(self.place, say))
         self.place.recover()
-        stage = self.place.stage()
+        stage = held.enter_context(self.place.staging())
         for folder in entries(self._shards):
             self.place.storage.make_folder(stage / folder)
         return os.fspath(stage)
@@ -125,7 +130,7 @@ class ShardedStepSave(StepSave):
             if faults:
                 raise SaveFailed(faults[0])
             if not (files := self._commit_stage(Path(staged), reports)):
-                return f"step {self.step} is already saved in {self.place.path}"
+                return self._already_saved()
         self.place.roll_forward()
         state = top_state(self.place)
         self.place.prune([older.step for older in self.retention.going(state, history(self.place.path))])
@@ -146,7 +151,8 @@ class ShardedStepSave(StepSave):
                 items.setdefault(file.partition("/")[0], []).extend(shards)
         for folder, shards in items.items():
             name = f"{folder}/{METADATA}"
-            recorded[name] = write_file(storage, stage / name, _writer(metadata(shards)))
+            read_metadata(data := metadata(shards), name)  # which raises where a load would
+            recorded[name] = write_file(storage, stage / name, _writer(data))
         for name, text in {**self._texts, CONFIG: self._with_edits(self._texts[CONFIG])}.items():
             recorded[name] = write_file(storage, stage / name, text)
         if self._before_commit is not None:

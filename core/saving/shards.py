@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -14,7 +15,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ..containers.dcp.writer import WrittenItem, flattened
 from ..containers.torch_files.image import Image
 from ..containers.torch_files.layout import TensorRecord, pickled, records
+from ..errors import CheckpointMismatch, InputError
 from ..families.family import plain_name
+from ..networks.state_dict import is_tensor
+from .loadable import refuse_unloadable
 from .torch_file import bytes_of
 
 Shape = tuple[int, ...]
@@ -51,13 +55,19 @@ class Shard:
 def weights_of(module: nn.Module, first: bool) -> list[Shard]:
     """List what this rank writes of a module's parameters and buffers; the first rank writes what is not sharded."""
     found = module.state_dict(keep_vars=True)
-    return list(_shards({plain_name(name): t.detach() for name, t in found.items()}, first))
+    detached = {n: v.detach() if is_tensor(n, v, f"model.pt: {n}") else v for n, v in found.items()}
+    return list(_shards({plain_name(name): value for name, value in detached.items()}, first))
 
 
 def moments_of(optimizer: torch.optim.Optimizer, module: nn.Module, first: bool) -> list[Shard]:
     """List what this rank writes of an optimizer's state, by parameter names; the first rank writes plain values."""
     names = {id(p): plain_name(name) for name, p in module.named_parameters()}
     groups = []
+    if outside := sum(id(p) not in names for group in optimizer.param_groups for p in group["params"]):
+        raise InputError(
+            f"the optimizer has {outside} parameters outside the module, which shards have no names for. Save a module "
+            "that holds them."
+        )
     for group in optimizer.param_groups:
         mine = [names[id(p)] for p in group["params"]]
         groups.append({**group, "params": mine, "param_names": mine})
@@ -77,17 +87,29 @@ def _shards(value: Any, first: bool) -> Iterator[Shard]:
             if block.numel():
                 yield Shard(path, block, item)
         elif first:
-            yield Shard(path, item)
+            yield Shard(path, item.item() if isinstance(item, np.generic) else item)
 
 
-def image_of(shards: Iterable[Shard]) -> Image:
-    """Lay out the file of these shards: a torch zip for each, end to end."""
-    return Image(*(_records(shard.value) for shard in shards))
+def image_of(folder: str, shards: Iterable[Shard]) -> Image:
+    """Lay out the file of these shards: a torch zip for each, end to end.
+
+    Raises: InputError, naming the folder and the shard, for a value that `load` could not give back.
+    """
+    return Image(*(_records(folder, shard) for shard in shards))
 
 
-def _records(value: Any) -> list[tuple[str, Any]]:
+def _records(folder: str, shard: Shard) -> list[tuple[str, Any]]:
+    value = shard.value
     if not isinstance(value, Tensor):
-        return list(records(pickled(value), []))
+        try:
+            data_pkl = pickled(value)
+        except CheckpointMismatch as error:
+            raise InputError(
+                f"{folder}: {shard.name}: {error}. Expected are tensors, numbers and texts in dicts, lists and tuples: "
+                "leave it out, or save what it is made of."
+            ) from error
+        refuse_unloadable(folder, {shard.name: value}, data_pkl)
+        return list(records(data_pkl, []))
     value = value.contiguous()
     start = value.storage_offset() * value.element_size()
     header = pickled(TensorRecord(0, _dtype(value), tuple(value.shape), value.nbytes))

@@ -29,7 +29,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +37,8 @@ import torch
 from ..containers.checksum import CHUNK, THREADS
 from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Seal
 from ..errors import SaveFailed
+from .free_memory import free_memory
+from .loadable import refuse_unloadable, unloadable
 from .torch_file import bytes_of, records_of
 
 BLOCK = 4 * 1024 * 1024
@@ -91,24 +92,12 @@ class Memory:
         return self._blocks
 
 
-def free_memory() -> int:
-    """Bytes that this process may still allocate, on the machine or in its control group; 0 where unknown."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        line = next(s for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max" is not a number
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, min(found, default=0))
-
-
 class SnapshotFile:
     """One file of a snapshot, for its writer."""
 
-    def __init__(self, snapshot: Snapshot, content: Any) -> None:
+    def __init__(self, snapshot: Snapshot, name: str, content: Any) -> None:
         self._snapshot = snapshot
-        self.image = content() if callable(content) else _image_of(content)
+        self.image = content() if callable(content) else _image_of(name, content)
         self.sealed = Seal(self.image)
         self.size = self.image.size
 
@@ -190,9 +179,21 @@ class Snapshot:
     # The writer's thread
 
     def plan(self) -> dict[str, SnapshotFile]:
-        """Lay out the files: from here on their sizes are known."""
-        self._files = {name: SnapshotFile(self, content) for name, content in self._contents.items()}
+        """Lay out the files: from here on their sizes are known.
+
+        Raises: InputError naming what cannot be written.
+        """
+        self._files = {name: SnapshotFile(self, name, content) for name, content in self._contents.items()}
         return self._files
+
+    def refuse_unloadable(self) -> None:
+        """Read the pickle of each planned file as `load` does; its tensors may still be on their way.
+
+        Raises: InputError naming what `load` would not give back.
+        """
+        for name, content in self._contents.items():
+            if not callable(content):
+                refuse_unloadable(name, content, self._files[name].image.first)
 
     def start(self, memory: Memory) -> None:
         """Begin to copy; where no thread can be started, `blocks_of` copies."""
@@ -377,8 +378,12 @@ class Snapshot:
                 self._ready.put(None)
 
 
-def _image_of(content: Any) -> Image:
-    return Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records_of(content)])
+def _image_of(file: str, content: Any) -> Image:
+    try:
+        records = records_of(content)
+    except Exception as error:  # the method of any class may have been called
+        raise unloadable(file, content, str(error)) from error
+    return Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records])
 
 
 def _sums_of(block: _Block) -> list[int]:

@@ -34,8 +34,17 @@ from ..containers.json_files import dump_json, parse_json
 from ..containers.trees import map_leaves
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointDamaged, InputError, SaveFailed
-from ..networks.state_dict import changed_by_step, copy_others, export_optimizer_state, export_state_dict, unwrap
-from .snapshot import Memory, Snapshot
+from ..networks.state_dict import (
+    UNNAMED,
+    changed_by_step,
+    copy_others,
+    export_optimizer_state,
+    export_state_dict,
+    plain,
+    unwrap,
+)
+from .loadable import unloadable
+from .snapshot import Memory, Snapshot, SnapshotFile
 
 
 def whole_step(step: object) -> int:
@@ -76,6 +85,7 @@ class StepSave:
         self.place, self.step = place, content.step
         self._before_commit = content.before_commit
         self.retention = content.retention
+        self._outside = 0  # parameters of the optimizer that are not the module's
         module = unwrap(content.model)
         self._told = _told(content)
         self._texts = {CONFIG: _config_of(module)}
@@ -83,12 +93,14 @@ class StepSave:
             self._texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
         self.snapshot = Snapshot(*self._take(module, content.optimizer, content.ema))
 
-    def lock(self) -> contextlib.ExitStack:
-        """Take the writer's lock, in the loop; the result is closed when the step is written.
+    def lock(self, say: Callable[[str], None]) -> contextlib.ExitStack:
+        """Wait for a write of this process that is under way, and become the only writer, from the loop on.
+
+        The thread that writes the step enters the result, and closes it at the end.
 
         Raises: CheckpointLocked, SaveFailed.
         """
-        return lock(self.place)
+        return lock(self.place, say)
 
     def _take(
         self,
@@ -97,18 +109,30 @@ class StepSave:
         ema: Mapping[str, torch.Tensor] | None,
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The content of each file, and the tensors in it that are copied later."""
+        if not isinstance(optimizer, (torch.optim.Optimizer, Mapping, type(None))):
+            raise InputError(
+                f"optimizer is of type {type(optimizer).__name__}, expected an optimizer, or a dict of states by name, "
+                'such as {"adam": adam.state_dict(), "muon": muon.state_dict()}. Nothing was written.'
+            )
         contents: dict[str, Any] = {MODEL: export_state_dict(module)}
         if optimizer is not None:
             contents[OPTIMIZER] = optimizer
         if isinstance(optimizer, torch.optim.Optimizer):
             contents[OPTIMIZER] = export_optimizer_state(optimizer, module)
+            names = [name for group in contents[OPTIMIZER]["param_groups"] for name in group["param_names"]]
+            self._outside = sum(name.startswith(UNNAMED) for name in names)
         if ema is not None:
-            contents[EMA] = dict(ema)
+            contents[EMA] = {name: plain(tensor, f"{EMA}: {name}") for name, tensor in ema.items()}
         stable = None
         if isinstance(optimizer, torch.optim.Optimizer):
             stable = changed_by_step(optimizer) | {t.untyped_storage()._cdata for t in (ema or {}).values()}
         live: dict[str, torch.Tensor] = {}
-        return {name: copy_others(content, stable, live, name) for name, content in contents.items()}, live
+        for name, content in contents.items():
+            try:
+                contents[name] = copy_others(content, stable, live, name)
+            except RecursionError as error:
+                raise unloadable(name, content, str(error)) from error
+        return contents, live
 
     def write(self, memory: Memory, say: Callable[[str], None]) -> None:
         """Write, commit and roll forward, and prune the older steps; the caller holds the lock.
@@ -117,13 +141,12 @@ class StepSave:
         """
         started, step = time.perf_counter(), self.step
         with contextlib.closing(self.snapshot):
-            files = self.snapshot.plan()
-            self.snapshot.start(memory)
+            files = self._begin_copy(memory)
             self.place.recover()
             state = self._state()
             texts = {**self._texts, CONFIG: self._with_edits(self._texts[CONFIG])}
             if not self._commit(state, {**files, **texts}, sum(file.size for file in files.values())):
-                say(f"step {step} is already saved in {self.place.path}")
+                say(self._already_saved())
                 return
         size = sum(entry.stat().st_size for entry in os.scandir(self.place.committed))
         self.place.roll_forward()
@@ -131,6 +154,21 @@ class StepSave:
         self.place.prune([older.step for older in going])
         seconds = time.perf_counter() - started
         say(f"saved step {step} to {self.place.path} ({size_text(size)}, {seconds:.2f} s)")
+        if self._outside:
+            say(
+                f"WARNING: {self.place.path}: the optimizer of step {step} has {self._outside} parameters outside the "
+                "module. Their moments are saved, their values are not: save a module that holds them."
+            )
+
+    def _begin_copy(self, memory: Memory) -> dict[str, SnapshotFile]:
+        """Lay out the files and begin to copy; what `load` could not give back is refused before a byte is written."""
+        try:
+            files = self.snapshot.plan()
+            self.snapshot.start(memory)
+            self.snapshot.refuse_unloadable()
+        except InputError as error:
+            raise self._refused(str(error).removesuffix(".")) from error
+        return files
 
     def _state(self) -> TrainingState:
         """The training state of this step, with its descent from the steps in the folder."""
@@ -165,7 +203,7 @@ class StepSave:
             free = self.place.storage.free(self.place.path)
             if free is not None and free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with self.place.storage.removed_on_failure(stage := self.place.stage()):
+            with self.place.staging() as stage:
                 write_bundle(self.place, stage, state, files)
                 self.snapshot.finish()
                 if self._before_commit is not None:
@@ -176,6 +214,8 @@ class StepSave:
                 self.place.commit(stage)
         except OSError as error:
             raise self._failed(error, size) from error
+        except SaveFailed as error:
+            raise self._refused(str(error).removesuffix(".")) from error
         return True
 
     def _is_newest(self, stage: Path) -> bool:
@@ -188,6 +228,13 @@ class StepSave:
             and files == held
             and all(filecmp.cmp(stage / name, self.place.path / name, shallow=False) for name in files)
         )
+
+    def _already_saved(self) -> str:
+        """Record, durably, what the caller says anew of a step that is saved already; returns the line to report."""
+        told = {name: value for name, value in self._told.items() if name not in ("step", "optimizer_file")}
+        changed = _record(self.place, told)
+        recorded = f"; recorded anew: {', '.join(changed)}" if changed else ""
+        return f"step {self.step} is already saved in {self.place.path}{recorded}"
 
     def _failed(self, error: OSError, needed: int) -> SaveFailed:
         sizes = f"{size_text(needed)} needed"
@@ -212,9 +259,22 @@ def add_metrics(place: ModelFolder, step: int, metrics: Mapping[str, float]) -> 
         raise InputError(f"{place.path}: the newest step is {top.step}, expected {step}.")
     if clash := FIELDS & metrics.keys():
         raise InputError(f"metrics: {', '.join(sorted(clash))} cannot be names of metrics.")
-    measured = _plain_numbers(metrics)
-    best = better(best_of(top, history(place.path)), step, measured.get("val_loss"))
-    place.replace_state(top.having(best=best, **measured))
+    _record(place, _plain_numbers(metrics))
+
+
+def _record(place: ModelFolder, values: Mapping[str, Any]) -> list[str]:
+    """Put values into the training state at the top, durably, and return the names of those that are new."""
+    top, kept = top_state(place), history(place.path)
+    changed = [name for name, value in values.items() if top.to_dict().get(name) != value]
+    if not changed:
+        return []
+    state = top.having(**values)
+    if "val_loss" in changed and top.best is not None and top.best["step"] == top.step:
+        best = best_of(state.having(best=None), kept)  # it was the best by the loss that it had
+    else:
+        best = better(best_of(top, kept), top.step or 0, values.get("val_loss"))
+    place.replace_state(state.having(best=best))
+    return changed
 
 
 def _told(content: StepContent) -> dict[str, Any]:

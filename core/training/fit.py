@@ -109,7 +109,7 @@ def fit_with(
     loop = Loop(model, loader, optimizer, manager, schedule, settings, dtype, world)
     deterministic = settings.compile and loop.device.type == "cpu"
     with (
-        manager.writing() if manager else contextlib.nullcontext(),
+        manager.holding() if manager else contextlib.nullcontext(),
         _deterministic() if deterministic else contextlib.nullcontext(),
         contextlib.nullcontext(stop) if stop else StopSignal() as stop,
         loop.open(progress),

@@ -11,7 +11,6 @@ from ..bundle.commit import ModelFolder
 from ..bundle.legacy import open_legacy
 from ..bundle.parts import files_of
 from ..bundle.verify import verify
-from ..bundle.writing import writing
 from ..errors import CheckpointError, CheckpointMismatch
 from ..networks.distributed import World
 from ..saving.background import BackgroundSaver
@@ -51,7 +50,7 @@ class WorldRanks(Ranks):
         """
         said = None
         if self.world.is_first:
-            with writing(place), contextlib.suppress(CheckpointError, OSError):
+            with contextlib.suppress(CheckpointError, OSError):
                 candidates = choose(place.path).candidates
                 if candidates and candidates[0].single is None:
                     with open_bundle(place.path) as bundle:

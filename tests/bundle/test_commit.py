@@ -13,7 +13,7 @@ from core.bundle.folder import step_folder
 from core.bundle.storage import Storage
 from core.bundle.training_state import STATE, seal, unseal
 from core.bundle.write import write_bundle
-from core.errors import CheckpointDamaged
+from core.errors import CheckpointDamaged, SaveFailed
 
 
 @pytest.fixture(params=["links", "moves"])
@@ -253,3 +253,81 @@ def test_going_back_twice_to_the_same_step_whose_files_the_top_then_shares_leave
     assert not folder.committed.exists()
     save(folder, 2, "c")
     assert newest(folder) == whole("c")
+
+
+@pytest.mark.parametrize("to", ["relative", "absolute"])
+def test_a_file_at_the_top_that_is_a_link_stays_valid_in_the_kept_step_and_when_going_back(folder, tmp_path, to):
+    place = ModelFolder(tmp_path / "dante", folder.storage)
+    place.path.mkdir()
+    save(place, 1, "a")
+    big = tmp_path / "big"
+    big.mkdir()
+    (place.path / "model.pt").rename(big / "m.pt")
+    (place.path / "model.pt").symlink_to("../big/m.pt" if to == "relative" else big / "m.pt")
+    save(place, 2, "b")
+    held = place.path / step_folder(1) / "model.pt"
+    assert kept(place, 1) == whole("a") and held.read_bytes() == (big / "m.pt").read_bytes() == b"model.pt a"
+    assert held.is_symlink() is not folder.storage.links and newest(place) == whole("b")
+    place.go_back(place.path / step_folder(1), "abandoned")
+    assert newest(place) == whole("a") and place.asides()
+
+
+def test_a_link_at_the_top_that_leads_nowhere_does_not_stop_a_save(folder):
+    save(folder, 1, "a")
+    (folder.path / "model.pt").unlink()
+    (folder.path / "model.pt").symlink_to("gone.pt")
+    save(folder, 2, "b")
+    assert newest(folder) == whole("b")
+    assert (folder.path / step_folder(1) / "model.pt").readlink().name == "gone.pt"
+
+
+def interrupted(folder):
+    """A top of step 1, and a commit of step 2 that was not rolled forward."""
+    save(folder, 1, "a")
+    folder.commit(stage_step(folder, 2, "b"))
+
+
+def test_a_file_that_another_program_took_from_a_commit_does_not_cost_the_old_top(folder):
+    interrupted(folder)
+    taken = (folder.committed / "model.pt").rename(folder.path / "taken")
+    before = listing(folder.path)
+    with pytest.raises(CheckpointDamaged) as caught:
+        folder.recover()
+    assert str(caught.value).startswith(f"{folder.committed}: model.pt of step 2, which was committed, is gone")
+    assert listing(folder.path) == before
+    taken.rename(folder.committed / "model.pt")  # as the message says
+    folder.recover()
+    assert newest(folder) == whole("b") and kept(folder, 1) == whole("a")
+
+
+def test_a_commit_that_lost_a_file_can_be_moved_away(folder):
+    interrupted(folder)
+    (folder.committed / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"optimizer\.pt of step 2.*so that the step at the top is the newest"):
+        folder.recover()
+    folder.committed.rename(folder.path / "moved")
+    folder.recover()
+    assert newest(folder) == whole("a")
+
+
+def test_a_roll_forward_that_has_begun_is_recognised_by_its_bytes_and_finished(folder):
+    interrupted(folder)
+    folder._preserve_top()
+    (folder.committed / "model.pt").replace(folder.path / "model.pt")
+    folder.recover()
+    assert newest(folder) == whole("b") and kept(folder, 1) == whole("a")
+    assert not folder.committed.exists()
+
+
+@pytest.mark.parametrize("name", ["model.pt", "config.json"])
+def test_a_stage_without_a_listed_file_is_not_committed(folder, name):
+    save(folder, 1, "a")
+    stage = stage_step(folder, 2, "b")
+    (stage / name).unlink()
+    with pytest.raises(SaveFailed, match=rf"{re.escape(str(stage / name))}: missing, expected \d+ bytes"):
+        folder.commit(stage)
+    assert not folder.committed.exists() and newest(folder) == whole("a")
+
+
+def listing(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

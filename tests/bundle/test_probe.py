@@ -115,7 +115,8 @@ def test_it_is_made_once_for_each_folder_and_process(tmp_path):
 
 
 def test_a_manager_probes_before_it_trains_and_a_saver_before_it_saves(tmp_path):
-    manager(tmp_path, "one").acquire()
+    with manager(tmp_path, "one"):
+        pass
     assert probing._probed == {str((tmp_path / "one").resolve())}
     made, model, optimizer = started(tmp_path, "two")
     made.close()
@@ -201,7 +202,8 @@ def test_a_free_space_of_all_zeros_is_unknown_not_full(tmp_path, monkeypatch):
 def test_without_locks_an_owners_file_is_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", raising(errno.ENOLCK))
     lines = []
-    CheckpointManager("dante", tmp_path, say=lines.append).acquire()
+    with CheckpointManager("dante", tmp_path, say=lines.append):
+        pass
     assert lines == [f"{tmp_path / 'dante'}: this file system has no locks (a file that names its owner is the lock)"]
 
 

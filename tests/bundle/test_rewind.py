@@ -15,6 +15,7 @@ from core.bundle.rewind import go_back
 from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, FAILED
 from core.errors import CheckpointDamaged, CheckpointLocked, CheckpointNotFound, NoneIntact
+from core.saving.snapshot import Snapshot
 from tests.conftest import ROOT
 from tests.makers.locks import locked
 from tests.makers.models import equal, flip, kept, manager, save_steps, started, state_of, train_and_save, weights
@@ -193,6 +194,28 @@ def test_prune_removes_what_lies_aside_names_it_and_counts_what_it_frees(tmp_pat
 def disk_use(folder):
     files = {p.stat().st_ino: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     return sum(files.values())
+
+
+@pytest.mark.parametrize(("broken", "stays"), [((4,), 3), ((4, 3), 2), ((4, 2), 3), ((), None), ((4, 3, 2, 1), None)])
+def test_the_last_step_that_can_be_loaded_is_never_pruned(tmp_path, monkeypatch, broken, stays):
+    def holding(step):  # an older program saved what no load gives back
+        return {"state": {}, "param_groups": [], "hook": print if step in broken and step % 2 else None}
+
+    monkeypatch.setattr(Snapshot, "refuse_unloadable", lambda self: None)
+    said = []
+    made = CheckpointManager("dante", tmp_path, say=said.append, keep=9)
+    for step in (1, 2, 3, 4):
+        made.save(torch.nn.Linear(step, 1), holding(step), step=step)
+        made.wait()
+    for step in broken:
+        if step % 2 == 0:
+            flip(tmp_path / "dante" / ("model.pt" if step == 4 else f"step_{step:08d}/model.pt"), 900)
+    said.clear()
+    made.prune(keep=0)
+    folder = tmp_path / "dante"
+    assert kept(folder) == ([f"step_{stays:08d}"] if stays else [])
+    spared = [f"WARNING: {path} stays: it is the last step that can be loaded" for path in folder.glob("step_*")]
+    assert [line for line in said if line.startswith("WARNING")] == spared
 
 
 def test_prune_with_a_number_applies_the_rules_of_the_run_with_that_number(tmp_path):

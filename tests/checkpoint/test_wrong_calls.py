@@ -15,7 +15,7 @@ from core.networks.distributed import World
 from core.pretrained import load_pretrained_checkpoint
 from core.saving.ranks import Ranks
 from tests.checkpoint.test_optimizer import make, trained
-from tests.makers.models import manager, started
+from tests.makers.models import kept, manager, started, state_of
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,48 @@ def test_metrics_are_of_the_newest_step_and_have_free_names(saved, tmp_path):
         saved.add_metrics(1, {"step": 3.0, "best": 1.0})
     saved.add_metrics(1, {"accuracy": 0.5})
     assert json.loads((tmp_path / "dante/training_state.json").read_text())["accuracy"] == 0.5
+
+
+@pytest.fixture
+def told(tmp_path):
+    """A manager of a folder whose steps are told by their losses, and what it says."""
+    said = []
+    with CheckpointManager("dante", tmp_path, say=said.append, keep=9) as made:
+        yield made, said
+
+
+def test_saving_the_same_state_again_records_what_is_said_anew_and_nothing_else(told, tmp_path):
+    made, said = told
+    module, folder = torch.nn.Linear(2, 2), tmp_path / "dante"
+    made.save(module, step=1, metrics={"val_loss": 3.0, "accuracy": 0.5}, extra={"epoch": 4})
+    made.wait()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    first = state_of(folder)
+    made.save(module, step=1, metrics={"val_loss": 3.0}, extra={"epoch": 4})
+    made.wait()
+    assert said[1:] == [f"step 1 is already saved in {folder}"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    made.save(module, step=1, metrics={"val_loss": 2.0, "f1": np.float32(0.25)}, extra={"epoch": 5})
+    made.wait()
+    assert said[2:] == [f"step 1 is already saved in {folder}; recorded anew: val_loss, f1, extra"]
+    changed = {"val_loss": 2.0, "f1": 0.25, "extra": {"epoch": 5}, "best": {"step": 1, "val_loss": 2.0}}
+    now = state_of(folder)
+    assert {**now, "integrity": None} == {**first, **changed, "integrity": None}
+    assert now["integrity"]["files"] == first["integrity"]["files"] and kept(folder) == []
+    assert manager(tmp_path).load(module) == 1
+
+
+def test_a_loss_that_is_measured_anew_decides_again_which_step_is_the_best(told, tmp_path):
+    made, _ = told
+    for step, loss in ((1, 2.0), (2, 1.0)):
+        made.save(torch.nn.Linear(step, 1), step=step, metrics={"val_loss": loss})
+        made.wait()
+    made.add_metrics(2, {"accuracy": 0.5})
+    assert state_of(tmp_path / "dante")["best"] == {"step": 2, "val_loss": 1.0}
+    made.add_metrics(2, {"val_loss": 2.5})
+    assert state_of(tmp_path / "dante")["best"] == {"step": 1, "val_loss": 2.0}
+    made.add_metrics(2, {"val_loss": 1.5})
+    assert state_of(tmp_path / "dante")["best"] == {"step": 2, "val_loss": 1.5}
 
 
 @pytest.mark.parametrize("step", [-1, True, 1.0, "5", None, np.float32(2), np.int64(-3)], ids=repr)

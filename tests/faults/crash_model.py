@@ -24,7 +24,7 @@ from core.bundle.write import write_bundle
 from core.containers.json_files import dump_json
 from core.errors import CheckpointDamaged
 from tests.faults.explorer import Action, Explorer, Fault, Run, folder_files, identity, recover
-from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
+from tests.faults.memory_disk import ROOT, Disk, MemoryStorage, Overlay, RenamesNoFolder
 from tests.faults.tally import Tally
 
 
@@ -291,6 +291,14 @@ SCENARIOS: dict[str, Callable[[Explorer], list[Disk]]] = {
 }
 
 
+MODES: dict[str, tuple[bool, type[MemoryStorage]]] = {
+    "links": (True, MemoryStorage),
+    "moves": (False, MemoryStorage),
+    "overlay": (True, Overlay),
+    "bucket": (False, RenamesNoFolder),
+}
+"""Kinds of file systems: whether they have hard links, and which renames they refuse."""
+
 EXHAUSTIVE = (2**30, 1)
 QUICK = (8, 32)
 """`limit` and `share` of a run that takes seconds."""
@@ -300,29 +308,30 @@ def run(folder: Path) -> Tally:
     """Explore every scenario in seconds, until one has a fault; all of it is in memory."""
     tally = Tally()
     for name, scenario in SCENARIOS.items():
-        for links in (True, False):
-            explorer = Explorer(links, *QUICK)
+        for mode, (links, storage_type) in MODES.items():
+            explorer = Explorer(links, *QUICK, storage_type=storage_type)
             try:
                 scenario(explorer)
             except (Fault, OSError) as fault:
-                tally.losses.append(f"{name}, {_mode(links)}: {fault!r}")
+                tally.losses.append(f"{name}, {mode}: {fault!r}")
             tally.counts += explorer.counts
     return tally
 
 
-def explore(task: tuple[str, bool, tuple[int, int]]) -> tuple[tuple[str, bool], Counter[str], float]:
-    """Explore one scenario, with links or without: which one, what was looked at, the seconds.
+def explore(task: tuple[str, str, tuple[int, int]]) -> tuple[tuple[str, str], Counter[str], float]:
+    """Explore one scenario on one kind of file system: which one, what was looked at, the seconds.
 
     Raises: Fault when the protocol broke a promise.
     """
-    name, links, limits = task
-    explorer, started = Explorer(links, *limits), time.perf_counter()
+    name, mode, limits = task
+    links, storage_type = MODES[mode]
+    explorer, started = Explorer(links, *limits, storage_type=storage_type), time.perf_counter()
     SCENARIOS[name](explorer)
-    return (name, links), explorer.counts, time.perf_counter() - started
+    return (name, mode), explorer.counts, time.perf_counter() - started
 
 
 def main(argv: list[str]) -> int:
-    """Explore scenarios with and without links, side by side, and print what was looked at."""
+    """Explore scenarios on each kind of file system, side by side, and print what was looked at."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.crash_model")
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
     parser.add_argument("--exhaustive", action="store_true", help="every crash point instead of a sample")
@@ -330,12 +339,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.scenarios) - set(SCENARIOS):
         parser.error(f"{', '.join(sorted(unknown))}: no such scenario. There are {', '.join(SCENARIOS)}.")
-    tasks = [(name, links) for name in SCENARIOS if name in (args.scenarios or SCENARIOS) for links in (True, False)]
+    tasks = [(name, mode) for name in SCENARIOS if name in (args.scenarios or SCENARIOS) for mode in MODES]
     # Another scenario is the first on each day, so that runs which are too short for all of them reach each in turn.
     first = 7 * date.today().toordinal() % len(tasks)
     tasks = tasks[first:] + tasks[:first]
     limits, stop = EXHAUSTIVE if args.exhaustive else QUICK, time.monotonic() + 60 * args.minutes
-    print(f"{'scenario':30} {'':6} {'crash points':>12} {'disk states':>12} {'outcomes':>12} {'readers':>9} {'s':>6}")
+    print(f"{'scenario':30} {'':7} {'crash points':>12} {'disk states':>12} {'outcomes':>12} {'readers':>9} {'s':>6}")
     left = dict.fromkeys(tasks)
     spawn, out_of_time = multiprocessing.get_context("spawn"), contextlib.suppress(multiprocessing.TimeoutError)
     with out_of_time, spawn.Pool(os.cpu_count()) as pool:
@@ -344,19 +353,13 @@ def main(argv: list[str]) -> int:
             task, c, seconds = found.next(timeout=max(0.0, stop - time.monotonic()))
             del left[task]
             print(
-                f"{task[0]:30} {_mode(task[1]):6} {c['crash points']:12,} {c['disk states']:12,} "
+                f"{task[0]:30} {task[1]:7} {c['crash points']:12,} {c['disk states']:12,} "
                 f"{c['outcomes']:12,} {c['readers']:9,} {seconds:6.1f}",
                 flush=True,
             )
     if left:
-        print(
-            f"not reached in {args.minutes:g} minutes: {', '.join(f'{name} ({_mode(links)})' for name, links in left)}"
-        )
+        print(f"not reached in {args.minutes:g} minutes: {', '.join(f'{name} ({mode})' for name, mode in left)}")
     return 0
-
-
-def _mode(links: bool) -> str:
-    return "links" if links else "moves"
 
 
 if __name__ == "__main__":

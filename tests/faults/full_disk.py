@@ -34,13 +34,7 @@ def run(folder: Path) -> Tally:
     """Fill a small tmpfs up, and mount a folder read-only, in a process that alone sees it."""
     command = [*ENTER, sys.executable, "-W", "ignore", "-m", "tests.faults.full_disk", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    tally = Tally()
-    for line in done.stdout.splitlines():
-        kind, _, text = line.partition(": ")
-        if kind == "loss":
-            tally.losses.append(text)
-        else:
-            tally.counts[kind] += int(text)
+    tally = Tally.parse(done.stdout)
     tally.check(done.returncode == 0 and tally.counts, f"ended with {done.returncode}: {done.stderr[-500:]}")
     return tally
 
@@ -111,6 +105,4 @@ if __name__ == "__main__":
         target = Path(sys.argv[1]) / act.__name__
         target.mkdir()
         act(target, found)
-    print(
-        "\n".join([f"{kind}: {number}" for kind, number in found.counts.items()] + [f"loss: {x}" for x in found.losses])
-    )
+    print(found.lines())

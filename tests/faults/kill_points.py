@@ -9,21 +9,34 @@ A process that has imported torch forks a child for each point, which is killed 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from core.bundle.storage import DISK, SECTOR
-from tests.faults.scenarios import SCENARIOS, Expected, Scenario, in_child, same
+from tests.faults.scenarios import SCENARIOS, Expected, Scenario, in_child, reset_disk, same
 from tests.faults.tally import Tally
 from tests.makers.models import copy
+
+Lay = Callable[[Path, Path], AbstractContextManager[Path]]
+"""Lends a copy of a folder, under a path that is free, for one trial."""
+
+
+@contextlib.contextmanager
+def copied(base: Path, trial: Path) -> Iterator[Path]:
+    """Lend a plain copy."""
+    yield copy(base, trial)
+    shutil.rmtree(trial)
 
 
 class Killer:
@@ -58,7 +71,7 @@ def half(data):
 def expected(scenario: Scenario, base: Path, whole: Path) -> tuple[Expected, list[str]]:
     """Run a scenario on a copy of a folder; say what it leads to, and name its storage calls."""
     copy(base, whole)
-    DISK.links = scenario.links
+    scenario.set_disk()
     act = scenario.prepare(whole)
     DISK.change = killer = Killer()
     act()
@@ -66,8 +79,11 @@ def expected(scenario: Scenario, base: Path, whole: Path) -> tuple[Expected, lis
     return Expected.of(scenario, base, whole), killer.calls
 
 
-def kill_everywhere(name: str, folder: Path, every: int) -> Tally:
-    """Kill one scenario before its first storage call, after each, and in the middle of each write, or at some."""
+def kill_everywhere(name: str, folder: Path, every: int, lay: Lay = copied) -> Tally:
+    """Kill one scenario before its first storage call, after each, and in the middle of each write, or at some.
+
+    Each trial is made by `lay`, and `expected` on a plain copy says what it must come to.
+    """
     scenario, tally = SCENARIOS[name], Tally()
     base = folder / "base"
     base.mkdir()
@@ -78,20 +94,18 @@ def kill_everywhere(name: str, folder: Path, every: int) -> Tally:
         points += [(at, True) for at, call in enumerate(calls) if "write" in call]
         committed = False
         for at, midway in sorted(points)[len(name) % every :: every]:
-            trial = copy(base, folder / "trial")
             where = f"{name}, killed {'in the middle of' if midway else 'before'} call {at} of {len(calls)}"
-            _kill(scenario, trial, Killer(at, midway), tally, where)
-            found = what.check_interrupted(trial, tally, where)
-            if not same(what.old, what.new):
-                tally.check(not committed or same(found, what.new), f"{where}: the commit was undone")
-                committed = committed or same(found, what.new)
-            what.check_finished(trial, found, tally, where)
+            with lay(base, folder / "trial") as trial:
+                _kill(scenario, trial, Killer(at, midway), tally, where)
+                found = what.check_interrupted(trial, tally, where)
+                if not same(what.old, what.new):
+                    tally.check(not committed or same(found, what.new), f"{where}: the commit was undone")
+                    committed = committed or same(found, what.new)
+                what.check_finished(trial, found, tally, where)
             tally.counts["kill points"] += 1
-            shutil.rmtree(trial)
         tally.counts["storage calls"] += len(calls)
     finally:
-        DISK.__dict__.pop("change", None)
-        DISK.links = True
+        reset_disk()
     return tally
 
 
@@ -102,12 +116,12 @@ def _kill(scenario: Scenario, root: Path, killer: Killer, tally: Tally, where: s
         act()
         os.kill(os.getpid(), signal.SIGKILL)  # after the last call
 
-    DISK.links = scenario.links
+    scenario.set_disk()
     status = in_child(work)
     tally.check(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{where}: it was not killed")
 
 
-def run(folder: Path, names: Any = SCENARIOS, every: int = 1) -> Tally:
+def run(folder: Path, names: Any = SCENARIOS, every: int = 1, lay: Lay = copied) -> Tally:
     """Kill every scenario everywhere, or at one of every so many points."""
     torch.set_num_threads(1)
     tally = Tally()
@@ -116,7 +130,7 @@ def run(folder: Path, names: Any = SCENARIOS, every: int = 1) -> Tally:
         for name in names:
             place = folder / name.replace(" ", "_")
             place.mkdir(parents=True)
-            tally.add(kill_everywhere(name, place, every))
+            tally.add(kill_everywhere(name, place, every, lay))
             shutil.rmtree(place)
     return tally
 
@@ -128,15 +142,14 @@ def traced(folder: Path) -> dict[str, int]:
         base = folder / f"traced{number}"
         base.mkdir(parents=True)
         scenario.before(base)
-        DISK.links = scenario.links
+        scenario.set_disk()
         act = scenario.prepare(base)
         counted = []
         DISK.change = lambda call, *args, counted=counted: (counted.append(call), call(*args))[1]
         (folder / f"begin{number}").mkdir()
         act()
         (folder / f"end{number}").mkdir()
-        del DISK.change
-        DISK.links = True
+        reset_disk()
         counts[name] = len(counted)
     return counts
 

@@ -372,6 +372,9 @@ class MemoryStorage(Storage):
     def exists(self, path: Path) -> bool:
         return self.disk.find(path) is not None
 
+    def points_to(self, path: Path) -> None:
+        return None  # nothing makes symbolic links here
+
     def is_same(self, a: Path, b: Path) -> bool:
         return self.disk.find(a) is not None and self.disk.find(a) == self.disk.find(b)
 
@@ -381,3 +384,25 @@ class MemoryStorage(Storage):
     def crc32(self, file: BinaryIO) -> int:
         file.seek(0)
         return zlib.crc32(file.read())
+
+
+class RenamesNoFolder(MemoryStorage):
+    """A bucket that is mounted: files can be renamed, folders cannot."""
+
+    def _replace(self, source: Path, target: Path) -> None:
+        if self.is_folder(source):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(source))
+        super()._replace(source, target)
+
+
+class Overlay(MemoryStorage):
+    """An overlay: folders that were there when it was mounted cannot be renamed, later ones can."""
+
+    def __init__(self, disk: Disk, links: bool = True, watch: Callable[[], None] = lambda: None) -> None:
+        super().__init__(disk, links, watch)
+        self.lower = set(disk.seen)
+
+    def _replace(self, source: Path, target: Path) -> None:
+        if self.disk.find(source) in self.lower and self.is_folder(source):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        super()._replace(source, target)

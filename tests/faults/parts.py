@@ -21,6 +21,7 @@ PARTS = {
     "random_lives": "random sequences of saves, kills, damage, going back",
     "readers": "loads beside saves",
     "damage": "bits flipped, files cut and exchanged",
+    "mounts": "killed on an overlay, in memory, on FUSE",
     "full_disk": "disks that are full or read-only",
 }
 """Every part has a function `run(folder)` that returns a Tally, and may have a `why_not` that says what is missing."""

@@ -23,7 +23,7 @@ from core.bundle.folder import COMMITTED
 from core.bundle.storage import DISK
 from tests.faults.kill_points import Killer
 from tests.faults.memory_disk import ROOT, Disk, MemoryStorage
-from tests.faults.scenarios import NAME, SCENARIOS, Expected, same
+from tests.faults.scenarios import NAME, SCENARIOS, Expected, reset_disk, same
 from tests.faults.tally import Tally
 from tests.makers.models import copy
 
@@ -122,7 +122,7 @@ def lose_power_everywhere(name: str, folder: Path, limit: int, share: int) -> Ta
     base.mkdir()
     scenario.before(base)
     whole = copy(base, folder / "whole")
-    DISK.links = scenario.links
+    scenario.set_disk()
     try:
         act = scenario.prepare(whole)
         DISK.change = recorder = Recorder(whole / NAME)
@@ -153,8 +153,7 @@ def lose_power_everywhere(name: str, folder: Path, limit: int, share: int) -> Ta
                 tally.counts["disk states built and opened"] += 1
                 shutil.rmtree(trial)
     finally:
-        DISK.__dict__.pop("change", None)
-        DISK.links = True
+        reset_disk()
     return tally
 
 

@@ -47,6 +47,11 @@ class Scenario:
     before: Callable[[Path], None]
     prepare: Callable[[Path], Act]
     links: bool = True
+    folder_renames: bool = True
+
+    def set_disk(self) -> None:
+        """Switch off what the file system of this scenario lacks."""
+        DISK.links, DISK.folder_renames = self.links, self.folder_renames
 
 
 # Folders to begin with
@@ -97,14 +102,20 @@ def damaged_top(root: Path) -> None:
     flip(root / NAME / "model.pt", 4000)
 
 
-def killed(at: Callable[..., bool], prepare: Callable[[Path], Act], links: bool = True) -> Callable[[Path], None]:
+def reset_disk() -> None:
+    """Make the disk the real one again."""
+    DISK.__dict__.pop("change", None)
+    DISK.links = DISK.folder_renames = True
+
+
+def killed(at: Callable[..., bool], prepare: Callable[[Path], Act], **lacking: bool) -> Callable[[Path], None]:
     """Three saves, and what a process that was killed right after some call of something left."""
 
     def before(root: Path) -> None:
         three_saves(root)
 
         def work() -> None:
-            DISK.links = links
+            Scenario(three_saves, prepare, **lacking).set_disk()
             act = prepare(root)
             DISK.change = lambda call, *args: (call(*args), at(call, *args) and os.kill(os.getpid(), signal.SIGKILL))[0]
             act()
@@ -244,6 +255,9 @@ SCENARIOS: dict[str, Scenario] = {
     "next save without hard links": Scenario(three_saves, saving(), links=False),
     "save beside training": Scenario(three_saves, saving_beside_training),
     "save that prunes two": Scenario(three_saves, saving_and_pruning_two),
+    "save that prunes two without renames of folders": Scenario(
+        three_saves, saving_and_pruning_two, folder_renames=False
+    ),
     "save without optimizer": Scenario(three_saves, saving(optimizer=False)),
     "another state of the same step": Scenario(three_saves, saving(step_again=True)),
     "migration of a file": Scenario(single_file, migrating),
@@ -254,11 +268,15 @@ SCENARIOS: dict[str, Scenario] = {
     "recovery of a commit without links": Scenario(
         killed(renamed_to(COMMITTED), saving(), links=False), recovering, links=False
     ),
+    "recovery of a commit without renames of folders": Scenario(
+        killed(renamed_to(COMMITTED), saving(), folder_renames=False), recovering, folder_renames=False
+    ),
     "recovery of half a roll forward": Scenario(killed(renamed_to("model.pt"), saving()), recovering),
     "recovery of a half-written step": Scenario(killed(lambda call, *_: call is os.write, saving()), recovering),
     "recovery of a prune": Scenario(killed(lambda call, *_: call is os.unlink, saving_and_pruning_two), recovering),
     "back to an older step": Scenario(three_saves, going_back),
     "back to an older step without hard links": Scenario(three_saves, going_back, links=False),
+    "back to an older step without renames of folders": Scenario(three_saves, going_back, folder_renames=False),
     "walk back": Scenario(damaged_top, resuming),
     "walk back without hard links": Scenario(damaged_top, resuming, links=False),
 }
@@ -360,7 +378,7 @@ class Expected:
     def check_finished(self, root: Path, found: Found, tally: Tally, where: str, again: Act | None = None) -> None:
         """Let the next run do its work, or the same one once more; check that it ends as if nothing had happened."""
         is_done = same(found, self.new) and not same(self.old, self.new)
-        DISK.links = self.scenario.links
+        self.scenario.set_disk()
         try:
             (again or (recovering if is_done else self.scenario.prepare)(root))()
         except (CheckpointError, OSError) as error:

@@ -23,5 +23,22 @@ class Tally:
         self.counts += other.counts
         self.losses += other.losses
 
+    def lines(self) -> str:
+        """The tally as text, for another process to `parse`."""
+        counts = [f"{what}: {number}" for what, number in self.counts.items()]
+        return "\n".join(counts + [f"loss: {sentence}" for sentence in self.losses])
+
+    @classmethod
+    def parse(cls, text: str) -> Tally:
+        """Read what `lines` wrote."""
+        tally = cls()
+        for line in text.splitlines():
+            kind, _, said = line.partition(": ")
+            if kind == "loss":
+                tally.losses.append(said)
+            else:
+                tally.counts[kind] += int(said)
+        return tally
+
     def __str__(self) -> str:
         return ", ".join(f"{number:,} {what}" for what, number in self.counts.items()) + f"; {len(self.losses)} losses"

@@ -66,6 +66,11 @@ class Image:
             self._add_file(records)
         self._starts = [segment.start for segment in self.segments]
 
+    @property
+    def first(self) -> bytes:
+        """The first record of the first file, `data.pkl`."""
+        return self.segments[1].content
+
     def _add_file(self, records: Sequence[tuple[str, Any]]) -> None:
         begin, entries = self.size, []
         for name, content in records:

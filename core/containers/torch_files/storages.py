@@ -57,6 +57,7 @@ class TensorLoader:
         self.prefix = prefix  # precedes the key of a storage in messages
         self.storages: dict[str, Storage] = {}
         self.specs: list[TensorSpec] = []
+        self.names: set[str] = set()  # of classes and functions in the pickle
         self.builders: Reductions = {
             "torch._utils._rebuild_tensor": self.tensor,
             "torch._utils._rebuild_tensor_v2": self.tensor,
@@ -65,13 +66,13 @@ class TensorLoader:
 
     def read(self, data: bytes, start: int = 0) -> ParsedPickle:
         """Read the pickle that begins at byte `start`; offsets in its specs count from the beginning of the storage."""
-        self.storages, self.specs = {}, []
+        self.storages, self.specs, self.names = {}, [], set()
         return parse_pickle(
             data,
             f"{self.where}: {self.source}",
             start,
             persistent=self.storage,
-            resolve=_resolve,
+            resolve=self.resolve,
             reductions={
                 **self.builders,
                 "torch._utils._rebuild_parameter": _first,
@@ -101,6 +102,11 @@ class TensorLoader:
     def shown(self, key: str) -> str:
         """The name of a storage in a message."""
         return f"{self.prefix}{as_name(key, 40)}"
+
+    def resolve(self, name: Global) -> Any:
+        """The names of dtypes become text."""
+        self.names.add(name.path)
+        return name.path if name.path.removeprefix("torch.") in ITEM_SIZES else name
 
     def storage(self, identity: Any) -> Any:
         """The storage of a persistent id: ("storage", torch.FloatStorage, key, device, number of elements)."""
@@ -181,11 +187,6 @@ class TensorLoader:
 def _first(data: Any, *_: Any) -> Any:
     """A parameter is its tensor."""
     return data
-
-
-def _resolve(name: Global) -> Any:
-    """The names of dtypes become text."""
-    return name.path if name.path.removeprefix("torch.") in ITEM_SIZES else name
 
 
 _STORAGES: dict[str, tuple[str | None, int]] = {  # dtype and bytes of an element

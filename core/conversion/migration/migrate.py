@@ -100,7 +100,7 @@ def _make(place: ModelFolder, steps: Steps, outcome: Outcome, source: Bundle, pr
     progress(outcome.size)
     texts = {name: values for name, values in documents.items() if name != STATE}
     try:
-        with place.storage.removed_on_failure(stage := place.stage()), Gatherer() as gatherer:
+        with place.staging() as stage, Gatherer() as gatherer:
             writers = {name: _writer(file, gatherer, progress) for name, file in files.items()}
             write_bundle(place, stage, documents[STATE], {**writers, **texts})
             check(source, plan, stage, documents, progress)
