@@ -44,7 +44,8 @@ class Record:
         self._thread = threading.Thread(target=self._live, name=f"heartbeat of {folder}", daemon=True)
         try:
             self._beat(0)
-            self._thread.start()
+            if threading.main_thread().is_alive():  # else the program ends, in no time, and may start no thread
+                self._thread.start()
         except BaseException as error:
             self._file.close()
             self.path.unlink(missing_ok=True)
@@ -60,13 +61,15 @@ class Record:
         number = 0
         while not self._ended.wait(BEAT):
             number += 1
-            with contextlib.suppress(OSError):  # a disk that fails for a moment is no end
+            with contextlib.suppress(OSError, ValueError):  # a disk that fails for a moment is no end; or closed now
                 self._beat(number)
 
     def close(self) -> None:
         """End the beating, and remove the record, unless the file that has its name now is another writer's."""
         self._ended.set()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # the garbage collector may run in any
+            if self._thread.ident is not None:
+            self._thread.join(timeout=2)  # a disk that hangs must not hang this thread too
         self._file.close()
         with contextlib.suppress(OSError):
             if read(self.path).get("id") == self.values["id"]:

@@ -19,7 +19,7 @@ from ..errors import CheckpointLocked
 from . import heartbeat
 from .heartbeat import RECORD, Record, Values, beats, is_elsewhere, lives, read, this_process
 from .owner import new_stage_name
-from .storage import DISK
+from .storage import Storage
 
 try:
     import fcntl
@@ -36,6 +36,9 @@ COMPLETED = 1.0
 """Seconds in which a writer completes the record that it has begun."""
 
 Say = Callable[[str], None]
+
+_storage = Storage()
+"""Not that of the steps: what makes the lock is no part of a save, which tests stop at each of its calls."""
 
 _held: dict[Path, _Lock] = {}
 """What this process has locked: a save takes the lock that its trainer already has."""
@@ -123,7 +126,7 @@ class _Lock:
         """Have the kernel lock a file, and return it open; None where the file system has no such locks."""
         path = self._folder / LOCK
         for _ in range(3):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -131,8 +134,8 @@ class _Lock:
                 if not self._is_copy():
                     raise self._refused() from error
                 fresh = self._folder / new_stage_name()
-                DISK.write(fresh, b"")
-                DISK.rename(fresh, path)
+                _storage.write(fresh, b"")
+                _storage.rename(fresh, path)
                 continue
             except OSError:
                 os.close(fd)
@@ -218,15 +221,17 @@ def _bury(path: Path, seen: Values) -> None:
     """Remove a dead writer's record; one that another process made in the meantime is put back."""
     grave = path.with_name(f"{path.name}-{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
-        path.rename(grave)
+        _storage.rename(path, grave)
         if {**read(grave), "beat": None} == {**seen, "beat": None}:
-            grave.unlink()
+            _storage.remove(grave)
         else:
-            grave.rename(path)
+            _storage.rename(grave, path)
 
 
 def _close(fd: int) -> None:
     _open.discard(fd)
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a child between its fork and its exec has a copy of this file, and of the lock
     os.close(fd)
 
 

@@ -92,13 +92,14 @@ def prune(place: ModelFolder, say: intact.Say, keep: int | None = None, keep_eve
         newest, kept = top_state(place), history(place.path)
         going = _besides_the_last(place, Retention.of(newest).given(keep, keep_every).going(newest, kept), kept, say)
     doomed = [*place.asides(), *(older.path for older in going)]
-    inside = [[file.stat() for file in folder.rglob("*") if file.is_file()] for folder in doomed]
-    files = [file for listed in inside for file in listed]
+    inside = {folder: [file.stat() for file in folder.rglob("*") if file.is_file()] for folder in doomed}
+    gone = place.removal.remove(doomed)
+    files = [file for folder in gone for file in inside[folder]]
     names = Counter(file.st_ino for file in files)
     freed = {file.st_ino: file.st_size for file in files if names[file.st_ino] == file.st_nlink}
-    place.remove(doomed)
-    for folder, listed in zip(doomed, inside, strict=True):
-        say(f"removed {folder} ({size_text(sum(file.st_size for file in listed))})")
+    for folder in gone:
+        say(f"removed {folder} ({size_text(sum(file.st_size for file in inside[folder]))})")
+    place.removal.report(say)
     return sum(freed.values())
 
 

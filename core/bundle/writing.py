@@ -24,6 +24,7 @@ def writing(place: ModelFolder, say: Say = say_at_once) -> Iterator[None]:
     with lock(place, say):
         with explained(place.path):
             place.recover()
+        place.removal.report(say)
         yield
 
 

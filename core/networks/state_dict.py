@@ -18,6 +18,11 @@ UNNAMED = "unnamed."
 """Begins the name of an optimizer's parameter that is not the module's."""
 
 
+_CLASSES = {torch.Tensor, nn.Parameter}
+_DTYPES = {getattr(torch, dtype) for dtype in ITEM_SIZES}
+"""Classes and dtypes of tensors that a file can hold."""
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside torch.compile, DistributedDataParallel and DataParallel, in any order."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -95,22 +100,24 @@ def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
 def unusual(tensor: torch.Tensor) -> str | None:
     """Say what a tensor is whose values a file could not give back: "a sparse tensor"; None for a plain one."""
     kind = type(tensor)
-    if nn.parameter.is_lazy(tensor):
-        return "a parameter that is not initialized yet"
-    if tensor.is_quantized:
-        return "a quantized tensor"
     if tensor.is_nested:
         return "a nested tensor"
+    if kind not in _CLASSES:
+        lazy = nn.parameter.is_lazy(tensor)
+        return (
+            "a parameter that is not initialized yet"
+            if lazy
+            else f"a tensor of class {kind.__module__}.{kind.__qualname__}"
+        )
     if tensor.layout is not torch.strided:
         return f"a sparse tensor ({tensor.layout})"
-    if kind not in (torch.Tensor, nn.Parameter):
-        return f"a tensor of class {kind.__module__}.{kind.__qualname__}"
     if tensor.is_meta:
         return "a tensor on the meta device, without values"
     if tensor.is_conj() or tensor.is_neg():
         return f"a view that {'conjugates' if tensor.is_conj() else 'negates'} another tensor"
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return None if dtype in ITEM_SIZES else f"a tensor of {dtype}"
+    if tensor.dtype in _DTYPES:
+        return None
+    return "a quantized tensor" if tensor.is_quantized else f"a tensor of {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def export_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
@@ -152,7 +159,8 @@ def copy_others(content: Any, stable: Container[int] | None, live: dict[str, tor
     def copy(path: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value.item() if isinstance(value, np.generic) else value
-        value = plain(value, f"{name}: {path}")
+        if stable is None:  # a state that was not exported, where each tensor was looked at
+            value = plain(value, f"{name}: {path}")
         if stable is None or value.untyped_storage()._cdata in stable:
             live[f"{name}.{path}"] = value
             return value

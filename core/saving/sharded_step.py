@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bundle.bundle import EMA, OPTIMIZER, history
+from ..bundle.bundle import EMA, OPTIMIZER
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, entries
 from ..bundle.folder import top_state
 from ..bundle.parts import folder_of
+from ..bundle.retention import tidy_up
 from ..bundle.storage import Output, failed_call
 from ..bundle.training_state import STATE, seal
 from ..bundle.write import write_file
@@ -94,7 +95,7 @@ class ShardedStepSave(StepSave):
                     written, fault = _attempt(lambda: self._write_own(Path(stage), files))
             reports = self.world.to_first((written, lists, fault))
             if self.world.is_first:
-                said, fault = _attempt(lambda: self._commit_all(stage, reports, started))
+                said, fault = _attempt(lambda: self._commit_all(stage, reports, started, say))
             said, fault = self.world.from_first((said, fault))
         if fault:
             raise self._refused(fault)
@@ -121,7 +122,7 @@ class ShardedStepSave(StepSave):
         self.snapshot.finish()
         return recorded
 
-    def _commit_all(self, staged: str | None, reports: list[Any], started: float) -> str:
+    def _commit_all(self, staged: str | None, reports: list[Any], started: float, say: Callable[[str], None]) -> str:
         """Commit what all ranks have written, or discard it; returns the line to report."""
         faults = [f"rank {rank}: {fault}" for rank, (_, _, fault) in enumerate(reports) if fault]
         if staged is None:
@@ -133,7 +134,7 @@ class ShardedStepSave(StepSave):
                 return self._already_saved()
         self.place.roll_forward()
         state = top_state(self.place)
-        self.place.prune([older.step for older in self.retention.going(state, history(self.place.path))])
+        tidy_up(self.place, self.retention, state, say)
         size, seconds = sum(entry["size"] for entry in files.values()), time.perf_counter() - started
         return (
             f"saved step {state.step} to {self.place.path} in shards of {len(reports)} ranks "

@@ -21,7 +21,7 @@ from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.folder import top_state
-from ..bundle.retention import Retention, best_of, better
+from ..bundle.retention import Retention, best_of, better, tidy_up
 from ..bundle.storage import failed_call
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
@@ -150,10 +150,9 @@ class StepSave:
                 return
         size = sum(entry.stat().st_size for entry in os.scandir(self.place.committed))
         self.place.roll_forward()
-        going = self.retention.going(state, history(self.place.path))
-        self.place.prune([older.step for older in going])
         seconds = time.perf_counter() - started
         say(f"saved step {step} to {self.place.path} ({size_text(size)}, {seconds:.2f} s)")
+        tidy_up(self.place, self.retention, state, say)
         if self._outside:
             say(
                 f"WARNING: {self.place.path}: the optimizer of step {step} has {self._outside} parameters outside the "

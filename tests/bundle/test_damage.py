@@ -48,12 +48,16 @@ def test_a_step_that_lost_its_training_state_is_not_trained_on_as_step_0(tmp_pat
     assert (aside / "model.pt").read_bytes() == newest
 
 
+def named(folder):
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if not p.name.startswith(".lock"))
+
+
 def test_when_no_step_is_intact_nothing_changes_and_nothing_starts_anew(tmp_path):
     save_steps(tmp_path, 2)
     folder = tmp_path / "dante"
     flip(folder / "model.pt", 4000)
     flip(folder / "step_00000001/model.pt", 4000)
-    before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
+    before = named(folder)
     with pytest.raises(NoneIntact) as caught:
         manager(tmp_path).initialize_for_training({}, "char", None, 1e-3)
     # Each fault once, what to do once.
@@ -63,7 +67,7 @@ def test_when_no_step_is_intact_nothing_changes_and_nothing_starts_anew(tmp_path
         rf"No intact older step is kept in {re.escape(str(folder))}, and nothing was changed\. {re.escape(ANEW)}",
         str(caught.value),
     )
-    assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
+    assert named(folder) == before
 
 
 def test_a_slip_in_a_hand_edited_config_is_the_persons_to_mend_and_nothing_is_set_aside(tmp_path):
@@ -71,12 +75,12 @@ def test_a_slip_in_a_hand_edited_config_is_the_persons_to_mend_and_nothing_is_se
     path = tmp_path / "dante/config.json"
     text = path.read_text()
     path.write_text(text.replace(",", "", 1))
-    before = sorted(p.name for p in (tmp_path / "dante").iterdir())
+    before = named(tmp_path / "dante")
     with pytest.raises(
         CheckpointMismatch, match=r"config.json: \d+ bytes that are not valid JSON .* Correct it, or copy"
     ):
         started(tmp_path)
-    assert sorted(p.name for p in (tmp_path / "dante").iterdir()) == before
+    assert named(tmp_path / "dante") == before
     path.write_text(text)
     assert started(tmp_path)[1].step == 2
 

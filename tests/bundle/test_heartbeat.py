@@ -235,7 +235,7 @@ def test_the_heart_beats_while_the_folder_is_held(tmp_path, kind, monkeypatch):
             pass
         failing.rename(path)
     assert not path.exists()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("heartbeat of")]
+    assert not [thread for thread in threading.enumerate() if thread.name == f"heartbeat of {tmp_path}"]
 
 
 def test_a_record_that_cannot_be_written_is_not_left_behind(tmp_path, monkeypatch):
@@ -384,6 +384,21 @@ def test_a_lock_that_is_replaced_while_it_is_taken_is_taken_anew(tmp_path, monke
     monkeypatch.setattr(lock, "_is_file", lambda fd, path: False)  # where no file keeps its number
     with hold(tmp_path):
         assert read(tmp_path / RECORD)["lock"] is None
+
+
+@needs_flock
+def test_a_lock_that_is_a_link_does_not_lead_to_a_file_elsewhere(tmp_path):
+    (tmp_path / "victim").write_text("content")
+    for name in (LOCK, RECORD):
+        (tmp_path / "m").mkdir(exist_ok=True)
+        (tmp_path / "m" / name).symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic link") as caught, hold(tmp_path / "m"):
+        pass
+    assert caught.value.filename == str(tmp_path / "m" / LOCK)
+    (tmp_path / "m" / LOCK).unlink()
+    with hold(tmp_path / "m"):
+        assert not (tmp_path / "m" / RECORD).is_symlink()
+    assert (tmp_path / "victim").read_text() == "content"
 
 
 def test_what_only_looks_takes_no_lock(tmp_path, monkeypatch):

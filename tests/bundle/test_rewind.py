@@ -74,10 +74,10 @@ def test_the_new_branch_says_where_it_left_and_what_lies_aside_is_of_the_old_one
 
 def test_going_back_to_the_newest_step_changes_nothing(tmp_path):
     trained(tmp_path, 2)
-    before = sorted(p.name for p in (tmp_path / "dante").iterdir())
+    before = named(tmp_path / "dante")
     with manager(tmp_path) as made:
         made.go_back(2)
-    assert sorted(p.name for p in (tmp_path / "dante").iterdir()) == before
+    assert named(tmp_path / "dante") == before
 
 
 def test_going_back_from_a_step_just_gone_back_to_keeps_it_once(tmp_path):
@@ -111,13 +111,13 @@ def test_a_step_that_is_not_kept_is_answered_with_those_that_are_and_nothing_cha
     trained(tmp_path, 3)
     with manager(tmp_path) as made:
         made.go_back(1)
-        before = sorted(p.name for p in (tmp_path / "dante").iterdir())
+        before = named(tmp_path / "dante")
         with pytest.raises(CheckpointNotFound, match=r"dante: step 7 is not kept\. Kept steps: 1\."):
             made.go_back(7)
         said = r"step 2 is not kept\. Rename aside_00000002_abandoned_\w+ to step_00000002 to have it back\."
         with pytest.raises(CheckpointNotFound, match=said):
             made.go_back(2)
-        assert sorted(p.name for p in (tmp_path / "dante").iterdir()) == before
+        assert named(tmp_path / "dante") == before
 
 
 def test_a_step_aside_can_be_renamed_and_gone_back_to(tmp_path):
@@ -136,13 +136,13 @@ def test_a_damaged_step_is_not_gone_back_to_and_nothing_changes(tmp_path):
     trained(tmp_path, 3)
     folder = tmp_path / "dante"
     flip(folder / "step_00000001/model.pt", 4000)
-    before = sorted(p.name for p in folder.iterdir())
+    before = named(folder)
     with manager(tmp_path) as made:
         with pytest.raises(CheckpointDamaged, match=r"step_00000001/model\.pt: \S+ is damaged \(CRC32"):
             made.go_back(1)
         with pytest.raises(CheckpointDamaged, match=r"step_00000001/model\.pt: \S+ is damaged \(CRC32"):
             go_back(ModelFolder(folder), 1, print)  # which checks unless told otherwise
-        assert sorted(p.name for p in folder.iterdir()) == before
+        assert named(folder) == before
     with manager(tmp_path, verify=False) as made:
         made.go_back(1)
         assert state_of(folder)["step"] == 1
@@ -272,8 +272,13 @@ def test_the_command_line_goes_back_and_prunes(tmp_path):
     assert nothing.returncode == FAILED and not (tmp_path / "typo").exists()
 
 
+def named(folder):
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".lock"))
+
+
 def files_of(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock"))
+    return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
 def damaged_bundle(folder):

@@ -21,13 +21,16 @@ module = torch.nn.Linear(300, 300)
 optimizer = torch.optim.AdamW(module.parameters())
 """
 
-AS_IN_3_12 = """
+NO_THREAD_AT_THE_END = """
 start = threading.Thread.start
 def refuse(thread):
     if not threading.main_thread().is_alive():
         raise RuntimeError("can't create new thread at interpreter shutdown")
     start(thread)
 threading.Thread.start = refuse
+"""
+
+BEGUN_AT_THE_END = """
 begin, ended = made._saver._run, threading.main_thread()
 def late(*args):
     ended.join()  # the writer begins when the program ends
@@ -47,8 +50,9 @@ def saved_step(tmp_path):
     return CheckpointManager("m", tmp_path).saved_step()
 
 
-def test_a_save_in_an_atexit_handler_is_committed(tmp_path):
-    done = ended(tmp_path, "atexit.register(lambda: made.save(module, optimizer, step=9))")
+@pytest.mark.parametrize("before", ["", NO_THREAD_AT_THE_END], ids=["", "3.12"])
+def test_a_save_in_an_atexit_handler_is_committed(tmp_path, before):
+    done = ended(tmp_path, f"{before}atexit.register(lambda: made.save(module, optimizer, step=9))")
     assert (done.returncode, saved_step(tmp_path)) == (0, 9)
     assert "saved step 9 to " in done.stderr and "Traceback" not in done.stderr
 
@@ -61,7 +65,7 @@ def test_a_save_in_an_atexit_handler_that_fails_is_reported(tmp_path):
 
 def test_a_save_in_flight_is_committed_where_no_thread_starts_at_the_end(tmp_path):
     saves = [f"made.save(module, optimizer, step={step})\n" for step in (1, 2)]
-    done = ended(tmp_path, f"{saves[0]}made.wait()\n{AS_IN_3_12}{saves[1]}")
+    done = ended(tmp_path, f"{saves[0]}made.wait()\n{NO_THREAD_AT_THE_END}{BEGUN_AT_THE_END}{saves[1]}")
     assert (done.returncode, saved_step(tmp_path)) == (0, 2), done.stderr
     assert "saved step 2 to " in done.stderr and "Traceback" not in done.stderr
 

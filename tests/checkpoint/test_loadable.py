@@ -22,12 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.bundle.bundle import open_bundle
+from core.bundle.commit import ModelFolder
 from core.containers.trees import map_leaves
 from core.errors import CheckpointError, InputError, SaveFailed
 from core.loading.tensors import read_optimizer
+from core.networks.distributed import World
 from core.networks.state_dict import copy_others
 from core.saving.loadable import refuse_unloadable
+from core.saving.sharded_step import ShardedStepSave
 from core.saving.shards import Shard, image_of
+from core.saving.step import StepContent
 from core.saving.torch_file import records_of, write_torch_zip
 from tests.makers.models import manager, state_of
 
@@ -307,7 +311,7 @@ def test_state_of_a_live_optimizer_and_buffers_are_named_too(made):
         held.save(module, optimizer, step=2)
     changed = torch.nn.Sequential(torch.nn.Linear(1, 1))
     changed.register_buffer("phase", torch.ones(2, dtype=torch.complex64).conj())
-    with pytest.raises(InputError, match=r"model\.pt: phase is a view that conjugates another tensor"):
+    with pytest.raises(InputError, match=r"model\.pt: phase is a view that conjugates another"):
         held.save(changed, step=2)
     with pytest.raises(InputError, match=r"ema\.pt: a is a quantized tensor"):
         held.save(module, step=2, ema={"a": REFUSED["quantized"][0]})
@@ -338,3 +342,33 @@ def test_names_of_shards_are_compared_with_those_of_plain_files():
     refuse_unloadable("x", content, records_of(content)[0][1])
     with pytest.raises(CheckpointError, match=r"^x: its pickle names builtins\.print"):
         refuse_unloadable("x", {}, b"\x80\x02cbuiltins\nprint\n.")
+
+
+def test_a_sharded_save_refuses_tensors_and_names_like_a_plain_one(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
+    held = optimizer.state[module.bias]
+
+    def begin():
+        return ShardedStepSave(World(), ModelFolder(tmp_path / "dante"), StepContent(module, optimizer, 1))
+
+    held.update({"a.b": 1, "a": {"b": 2}})
+    with pytest.raises(InputError) as caught:
+        begin()
+    assert str(caught.value) == "optimizer.pt: two entries are called state.bias.a.b. Rename one; nothing was written."
+    held.clear()
+    held["phase"] = torch.ones(2, dtype=torch.complex64).conj()
+    with pytest.raises(
+        InputError, match=r"^optimizer\.pt: state\.bias\.phase is a view that conjugates another tensor"
+    ):
+        begin()
+    held.clear()
+    held["scale"] = np.float32(0.5)
+    save = begin()
+    assert next(shard.value for shard in save._shards["optimizer_sharded/__0_0.distcp"]) == 0.5
+    held["hook"] = print
+    save = begin()
+    with pytest.raises(InputError, match=r"^optimizer_sharded: state\.bias\.hook: a builtin_function_or_method cannot"):
+        save.snapshot.plan()
+    save.snapshot.close()
+    assert not (tmp_path / "dante").exists()
