@@ -244,6 +244,31 @@ def test_a_copy_that_mixes_two_steps_is_walked_back_from(base, tmp_path, old):
     assert resumed(folder.parent)[1:] == (2, [])
 
 
+@pytest.mark.parametrize("name", ["model.pt", "optimizer.pt"])
+def test_a_file_of_a_save_that_is_not_here_is_told_by_its_size_and_its_tensors(base, tmp_path, name):
+    root, second = base
+    folder = copy(root, tmp_path / "x") / "dante"
+    data = (folder / "step_00000001" / name).read_bytes()
+    shutil.rmtree(folder / "step_00000001")
+    assert len(data) == (folder / name).stat().st_size
+    replace(folder / name, data)
+    found, step, lines = resumed(folder.parent)
+    assert step == 2 and equal(found, second)
+    said = f"{folder / name}: is the file of another save, beside a {STATE} of step 3: two steps are mixed"
+    assert lines[0].startswith(f"WARNING: {said}")
+
+
+def test_where_no_step_is_whole_a_mixture_of_whole_files_is_used_and_said(base, tmp_path):
+    folder = copy(base[0], tmp_path / "x") / "dante"
+    first = (folder / "step_00000001/model.pt").read_bytes()
+    for kept in folder.glob("step_*"):
+        shutil.rmtree(kept)
+    replace(folder / "model.pt", first)
+    _, step, lines = resumed(folder.parent)
+    assert step == 3 and lines[0].startswith(f"WARNING: {folder}/model.pt: whole, but not the file that was saved")
+    assert "It is used as it is." in lines[0]
+
+
 def test_a_mixed_kept_step_is_passed_over(base, tmp_path):
     folder = copy(base[0], tmp_path / "x") / "dante"
     data = (folder / "model.pt").read_bytes()
