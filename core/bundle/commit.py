@@ -278,11 +278,12 @@ class ModelFolder(FolderReader):
                 self.storage.remove_tree(self.path / name)
         if stale:
             self.storage.sync_folder(self.path)  # before the training state that no longer lists them
+        config_stays = not (isinstance(state.went_back, dict) and state.went_back.get("config_goes"))
         for name in names:
             if name not in pending:
                 continue
             is_there = self.storage.is_same(committed / name, self.path / name)  # rename would leave both names
-            if is_there or (name == CONFIG and self._top_config_stays()):
+            if is_there or (name == CONFIG and config_stays and self._top_config_stays()):
                 self.storage.remove(committed / name)
             else:
                 self.storage.rename(committed / name, self.path / name)
@@ -363,18 +364,21 @@ class ModelFolder(FolderReader):
         later: Iterable[Path] = (),
         *,
         top_stays: bool = False,
+        config_goes: bool = False,
         facts: Mapping[str, Any] | None = None,
     ) -> list[Path]:
         """Make a kept step the newest one again, under the commit id it has; the top and `later` steps go aside.
 
         It is one commit: it lists what goes aside, and those moves are made before it is rolled forward. Returns the
         folders that were moved aside. With `top_stays` the top is already one of the kept steps, and is not kept again.
-        `facts` replace those of the step's training state.
+        `config_goes` says that the config.json at the top is no person's, and does not stay. `facts` replace those of
+        the step's training state.
         """
         top, files = self._top_state() or TrainingState(), {MODEL, STATE} & set(self._top_names())
         aside = {TOP: aside_folder(top.step or 0, why)} if files and not top_stays else {}
         aside |= {path.name: aside_folder(int(path.name.rpartition("_")[2]), why) for path in later}
         said = {"step": top.step, "commit_id": top.commit_id, "why": why, "aside": aside}
+        said |= {"config_goes": True} if config_goes else {}
         opened = self.open_kept(folder)
         with contextlib.closing(opened), self.staging() as stage:
             for entry in entries(opened.files):

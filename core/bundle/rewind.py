@@ -16,7 +16,14 @@ from .retention import Retention
 from .verify import verify
 
 
-def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = True) -> None:
+def go_back(
+    place: ModelFolder,
+    step: int,
+    say: intact.Say,
+    read: intact.ReadThrough = intact.read_headers,
+    *,
+    check: bool = True,
+) -> None:
     """Make a kept step the newest one again, by one commit; later steps are set aside. The caller holds the lock.
 
     Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged when it is damaged; nothing is changed then.
@@ -31,7 +38,7 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
         raise CheckpointNotFound(
             f"{place.path}: step {step} is not kept. {hint}Kept steps: {', '.join(map(str, kept)) or 'none'}."
         )
-    intact.verified(open_bundle(place.path, step), say, check=check).close()
+    intact.trusted(open_bundle(place.path, step), place, say, read, check=check).close()
     later = [older.path for older in kept.values() if older.order > kept[step].order]
     ids = [older.state.commit_id for older in kept.values()]
     # A single file with a higher step that this step does not list would be chosen instead of it.
@@ -49,10 +56,12 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
     )
 
 
-def open_or_clear(place: ModelFolder, say: intact.Say, *, check: bool = True) -> Bundle | None:
+def open_or_clear(
+    place: ModelFolder, say: intact.Say, read: intact.ReadThrough = intact.read_headers, *, check: bool = True
+) -> Bundle | None:
     """Open the checkpoint to train on; where there are some and none is intact, set all of them aside, return None."""
     try:
-        return intact.open_newest_intact(place, say, check=check)
+        return intact.open_newest_intact(place, say, read, check=check)
     except NoneIntact as error:
         say(f"WARNING: {error}")
         clear(place, say)

@@ -1,8 +1,9 @@
 """The file system, as few calls as a commit needs; every change of the disk passes through one method.
 
 A feature that a system may lack has a switch that turns itself off at the first refusal; a fallback then replaces it:
-hard links, renames of folders, fsync of a folder, writes past the page cache, space reserved in advance. A folder that
-cannot be renamed (on most object stores; in the lower layer of an overlay) moves file by file, under a marker.
+hard links, renames of folders, fsync of a file or a folder, writes past the page cache, space reserved in advance. A
+folder that cannot be renamed (on most object stores; in the lower layer of an overlay) moves file by file, under a
+marker.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..console.words import size_text
 from ..containers.checksum import combine, crc32_file
 from ..errors import CheckpointDamaged
 from .owner import stage_name
@@ -39,6 +41,7 @@ MOVING = ".moving"
 _NO_FOLDER_RENAME = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMFILE}  # EMFILE: gcsfuse
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.EACCES}
 _NO_PREALLOCATION = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENODEV, errno.EBADF}
+_NO_FILE_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, errno.EISDIR}
 
 
@@ -47,14 +50,19 @@ class Storage:
 
     def __init__(self) -> None:
         self.links = hasattr(os, "link")
-        self.folder_renames = True
+        self.file_fsync = True
         self.folder_fsync = os.name == "posix"
+        self.folder_renames = True
         self.unbuffered = fcntl is not None and hasattr(os, "O_DIRECT")
         self.preallocation = hasattr(os, "posix_fallocate")
 
     def change(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Make one system call that changes the disk, or makes a change durable."""
-        return call(*args)
+        """Make one system call that changes the disk, or makes a change durable; its error says which one it was."""
+        try:
+            return call(*args)
+        except OSError as error:
+            error.call = getattr(call, "__name__", None)  # type: ignore[attr-defined]
+            raise
 
     def make_folder(self, path: Path) -> None:
         """Make one folder, which must not exist."""
@@ -262,7 +270,18 @@ class Storage:
     def sync(self, file: BinaryIO) -> None:
         """Make durable what was written to an open file."""
         file.flush()
-        self.change(os.fsync, file.fileno())
+        self.sync_content(file.fileno())
+
+    def sync_content(self, fd: int) -> None:
+        """Make the content of an open file durable, where the file system can."""
+        if not self.file_fsync:
+            return
+        try:
+            self.change(os.fsync, fd)
+        except OSError as error:
+            if error.errno not in _NO_FILE_FSYNC:
+                raise
+            self.file_fsync = False
 
     def sync_tree(self, path: Path) -> None:
         """Make the names in a folder, and in the folders in it, durable."""
@@ -331,9 +350,19 @@ class Storage:
         except FileNotFoundError:
             return False
 
-    def free(self, path: Path) -> int:
-        """Free bytes on the file system of a folder."""
-        return shutil.disk_usage(path).free
+    def free(self, path: Path) -> int | None:
+        """Free bytes on the file system of a folder; None where it does not say, like some network mounts."""
+        usage = shutil.disk_usage(path)
+        return usage.free if usage.total else None
+
+    def room(self, path: Path) -> str:
+        """Describe in words what is free on the file system of a folder; "" where it does not say."""
+        if hasattr(os, "statvfs"):
+            found = os.statvfs(path)
+            if found.f_files and not found.f_favail:
+                return f"0 of {found.f_files} inodes free: it has too many files"
+        free = self.free(path)
+        return "" if free is None else f"{size_text(free)} free"
 
     def crc32(self, file: BinaryIO) -> int:
         """CRC32 of an open file."""
@@ -385,7 +414,7 @@ class Output:
         try:
             if kind is None:
                 self._flush()
-                self._storage.change(os.fsync, self._fd)
+                self._storage.sync_content(self._fd)
         finally:
             os.close(self._fd)
 
@@ -455,9 +484,15 @@ class BlockFile:
             if kind is None:
                 if self._end > self._size:
                     self._storage.change(os.ftruncate, self._fd, self._size)
-                self._storage.change(os.fsync, self._fd)
+                self._storage.sync_content(self._fd)
         finally:
             os.close(self._fd)
+
+
+def failed_call(error: OSError) -> str:
+    """What failed, and why: `fsync: Input/output error`."""
+    call, why = getattr(error, "call", None), error.strerror or str(error)
+    return f"{call}: {why}" if call else why
 
 
 DISK = Storage()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from ..bundle.commit import CONFIG, MODEL, ModelFolder, entries
 from ..bundle.folder import top_state
 from ..bundle.parts import folder_of
 from ..bundle.retention import tidy_up
-from ..bundle.storage import Output
+from ..bundle.storage import Output, failed_call
 from ..bundle.training_state import STATE, seal
 from ..bundle.write import write_file
 from ..bundle.writing import lock
@@ -73,10 +74,6 @@ class ShardedStepSave(StepSave):
         """Take no lock here: the first rank's thread takes it, and reports the outcome to the others."""
         return contextlib.ExitStack()
 
-    def not_begun(self, error: RuntimeError) -> CheckpointError:
-        """The error without a thread: not a SaveFailed, since the other ranks have begun and cannot continue."""
-        return CheckpointError(str(super().not_begun(error)))
-
     def write(self, memory: Memory, say: Callable[[str], None]) -> None:
         """Write this rank's shards; the first rank commits the step when all have. Returns when it is committed.
 
@@ -116,7 +113,7 @@ class ShardedStepSave(StepSave):
         stage = held.enter_context(self.place.staging())
         for folder in entries(self._shards):
             self.place.storage.make_folder(stage / folder)
-        return str(stage)
+        return os.fspath(stage)
 
     def _write_own(self, stage: Path, files: Mapping[str, Any]) -> dict[str, Any]:
         """Write the files of this rank, durably; one without a shard writes none."""
@@ -182,6 +179,6 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return work(), None
     except OSError as error:
-        return None, f"{error.filename or 'writing'}: {error.strerror}"
+        return None, f"{error.filename or 'writing'}: {failed_call(error)}"
     except CheckpointError as error:
         return None, str(error).removesuffix(".")
