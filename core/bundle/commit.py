@@ -32,9 +32,10 @@ from .folder import (
     step_folder,
     top_state,
 )
+from .output import PIECE
 from .owner import new_stage_name, stage_name
 from .removal import TRASH, Removal
-from .storage import DISK, MOVING, PIECE, Storage
+from .storage import DISK, MOVING, Storage
 from .training_state import STATE, TrainingState, new_id, seal, unseal
 
 BUILDING = ".hist"
