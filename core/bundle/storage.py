@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from ..console.words import size_text
 from ..containers.checksum import crc32_file
-from ..errors import CheckpointDamaged
+from ..errors import CheckpointDamaged, SaveFailed
 from .output import BlockFile, Output
 from .owner import stage_name
 
@@ -85,6 +85,39 @@ class Storage:
         """Open a new file of known size for blocks; it must not exist."""
         return BlockFile(self, path, size)
 
+    def append(self, path: Path) -> BinaryIO:
+        """Open a file to append to, making it where there is none; what is written goes to no other name.
+
+        A file with other names (a folder that was copied with hard links) is replaced by a copy of itself first.
+
+        Raises: SaveFailed for a link, a pipe or a device.
+        """
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe without a reader does not wait
+        self.refuse_link(path)
+        try:
+            fd = os.open(path, flags, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                raise not_ours(path, "file") from error
+            raise
+        file = os.fdopen(fd, "ab")
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            file.close()
+            raise not_ours(path, "file")
+        if found.st_nlink > 1:
+            file.close()
+            with self.published(path) as copy:
+                self.write(copy, self.read(path))
+            return self.append(path)
+        return file
+
+    def refuse_link(self, path: Path) -> None:
+        """Raise SaveFailed when a name of ours, which need not exist, is a link: what it leads to is not ours."""
+        if path.is_symlink():
+            raise not_ours(path, "file or folder")
+
     def write(self, path: Path, data: bytes) -> None:
         """Write a new file and make its content durable."""
         with self.create(path) as output:
@@ -101,7 +134,7 @@ class Storage:
 
     def renames(self, source: Path, target: Path) -> bool:
         """Rename by one call; False for a folder that the file system cannot rename, or that moves already."""
-        if self.exists(source / MOVING) or (not self.folder_renames and self.is_folder(source)):
+        if self.is_folder(source) and (self.exists(source / MOVING) or not self.folder_renames):
             return False
         try:
             self.change(os.replace, source, target)
@@ -249,7 +282,8 @@ class Storage:
             with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as held:
                 if fcntl is None:  # two processes are then told apart by the rename alone
                     return held
-                fd = os.open(folder, os.O_RDONLY)
+                self.refuse_link(folder)
+                fd = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
                 held.callback(os.close, fd)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -360,6 +394,15 @@ class Storage:
     def crc32(self, file: BinaryIO) -> int:
         """CRC32 of an open file."""
         return crc32_file(file.fileno(), os.fstat(file.fileno()).st_size)
+
+
+def not_ours(path: Path, what: str) -> SaveFailed:
+    """The error for a name of ours under which something lies that leads elsewhere."""
+    kind = f"a link to {path.readlink()}" if path.is_symlink() else "a pipe or a device"
+    return SaveFailed(
+        f"{path}: {kind}, expected a {what} of this program. Nothing is written through it, and nothing was changed. "
+        "Remove it, or move it away."
+    )
 
 
 def failed_call(error: OSError) -> str:

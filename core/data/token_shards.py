@@ -148,7 +148,7 @@ class _Writer:
         while len(tokens):
             if self._file is None:
                 name = f"{self._split}_{len(self.entries):06d}.bin"
-                self._file = (self._folder / name).open("wb")
+                self._file = (self._folder / name).open("xb")
                 self._file.write(bytes(4 * HEADER_INTS))
                 self.entries.append({"file": name, "tokens": 0})
             part = tokens[: self._shard_tokens - self.entries[-1]["tokens"]]

@@ -28,8 +28,9 @@ class Metrics:
         Lines that are not JSON objects are moved to a file beside the log, and reported in the sentence that is
         returned; all others stay, in their order.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None or not (self.path.exists() or self.path.is_symlink()):
             return None
+        DISK.append(self.path).close()  # it is ours, and has no other name
         data = self.path.read_bytes()
         *lines, rest = data.split(b"\n")
         lines += [rest] if _values(rest) is not None else []  # a person's editor may have left out the last newline
@@ -53,7 +54,7 @@ class Metrics:
     def _set_aside(self, lines: list[bytes]) -> None:
         """Append lines to the file beside the log, durably, before they are taken out of it."""
         assert self.path is not None
-        with self.path.with_name(UNREADABLE).open("ab") as file:
+        with DISK.append(self.path.with_name(UNREADABLE)) as file:
             file.write(b"".join(line + b"\n" for line in lines))
             DISK.sync(file)
 
@@ -74,7 +75,7 @@ class Metrics:
             return
         end = None
         try:
-            with self.path.open("ab") as file:
+            with DISK.append(self.path) as file:
                 end = file.tell()
                 file.write("".join(lines).encode())
                 DISK.sync(file)
