@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
 from ..errors import CheckpointError, InputError, Unspecified
+from .files import read_regular
 from .words import printable
 
 N = TypeVar("N", int, float)
@@ -148,7 +149,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises: InputError when the file is missing, is not valid JSON, or is not an object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_regular(path))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. --config_file takes a JSON file of flags by name.") from error
     except ValueError as error:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..bundle.tokenizer_state import State, char_fingerprint, checked_chars, definition_fingerprint
+from ..console.files import read_regular
 from ..errors import CheckpointMismatch, InputError
 from . import gpt2_ranks as ranks
 from .decoding import ByteStream, Stream, WindowStream
@@ -277,7 +278,7 @@ def tokenizer_from_file(path: Path, bpe_file: Path | None = None) -> Tokenizer:
     Raises: InputError when the file is missing or neither; CheckpointMismatch when it contradicts itself.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_regular(path))
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}. --tokenization takes char, gpt2 or a tokenizer's JSON file."

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from core.console.files import open_regular
 from core.data.randomness import draws, mix
 from core.errors import InputError
 
@@ -105,7 +106,8 @@ def read_labelled(path: Path, text_columns: Sequence[str] | None = None, label_c
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{path}: expected a file that ends in {', '.join(FORMATS)}, or a folder of such files.")
     try:
-        content = path.read_bytes().decode("utf-8-sig")
+        with open_regular(path) as file:
+            content = file.read().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. --dataset takes a file, or a folder with a train file.") from error
     except UnicodeDecodeError as error:
