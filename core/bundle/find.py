@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from ..console.commandline import Parser
+from ..console.words import tell
 from ..errors import CheckpointNotFound, InputError
 
 MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
@@ -87,7 +87,7 @@ def legacy_path(parser: Parser, args: argparse.Namespace) -> Path | None:
         raise CheckpointNotFound(f"{name}: no such file, and no model below {root} has one of this name.")
     if len(found) > 1:
         parser.error(f"{len(found)} models have a {name}: {', '.join(found)}; choose one with --model_name")
-    print(f"model: {found[0]} (the only one in {root} with {name})", file=sys.stderr)
+    tell(f"model: {found[0]} (the only one in {root} with {name})")
     return root / found[0] / name
 
 
@@ -108,7 +108,7 @@ def choose_model(args: argparse.Namespace) -> str | None:
                 raise CheckpointNotFound(found)
         raise CheckpointNotFound(f"{root}: no models here. Train one: python train.py --model_name dante")
     if len(names) == 1:
-        print(f"model: {names[0]} (the only one in {root})", file=sys.stderr)
+        tell(f"model: {names[0]} (the only one in {root})")
         return names[0]
-    print(f"{root} holds {len(names)} models; choose one with --model_name: {', '.join(names)}", file=sys.stderr)
+    tell(f"{root} holds {len(names)} models; choose one with --model_name: {', '.join(names)}")
     return None

@@ -17,7 +17,8 @@ from typing import Any, NoReturn, TypeVar
 from .. import __version__
 from ..errors import CheckpointError, InputError, Unspecified
 from .files import read_regular
-from .words import printable
+from .streams import guard_terminal
+from .words import printable, tell
 
 N = TypeVar("N", int, float)
 
@@ -69,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line; the usage of thirty flags would hide it."""
-        self.exit(WRONG_USE, f"{self.prog}: error: {message} (--help shows the flags)\n")
+        self.exit(WRONG_USE, f"{self.prog}: error: {printable(message)} (--help shows the flags)\n")
 
     def _refuse(self, flag: str, where: str = "") -> NoReturn:
         from difflib import get_close_matches  # only when a flag is wrong
@@ -171,11 +172,12 @@ def spin_briefly() -> None:
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a script's main and exit: an error of ours, or of the file system, is one line on stderr and exit code 1."""
+    guard_terminal()
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except CheckpointError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        tell(f"error: {error}")
         code = WRONG_USE if isinstance(error, Unspecified) else FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -185,7 +187,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
+        tell(f"error: {error.filename or 'input or output'}: {error.strerror}")
         code = FAILED
     import signal  # costs a millisecond, so not at the start
 

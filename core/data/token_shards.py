@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from ..bundle.storage import DISK
 from ..console.files import open_regular, read_regular
+from ..console.words import tell
 from ..containers.json_files import dump_json
 from ..containers.pickles.reader import read_pickle
 from ..errors import InputError, SaveFailed
@@ -117,7 +117,7 @@ def write_dataset(
     partial = folder.with_name(folder.name + ".partial")
     wait = f"{partial}: another process is writing this dataset; waiting for it."
     try:
-        with DISK.workplace(partial, lambda: print(wait, file=sys.stderr)):
+        with DISK.workplace(partial, lambda: tell(wait)):
             if (folder / MANIFEST).exists():
                 return
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

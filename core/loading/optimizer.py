@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle.optimizer_state import OTHER_MODEL, groups_of, names_in_order, recorded_names
-from ..console.words import counted, listed
+from ..console.words import counted, listed, tell
 from ..errors import CheckpointMismatch
 from ..families.family import plain_name
 from .casts import cast_loss
@@ -29,16 +28,12 @@ ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 FUSED_DEVICES = ("cpu", "cuda")
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def configure_optimizer(
     model: GPT | nn.Module,
     learning_rate: float,
     weight_decay: float | None = None,
     optimizer_state: dict[str, Any] | None = None,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = tell,
 ) -> torch.optim.AdamW:
     """Make AdamW over the named parameters of a model; matrices and embeddings decay (by 0.1), biases and norms do not.
 
