@@ -22,9 +22,17 @@ def model_folder(root: str | Path, name: str) -> Path:
 
     Raises: InputError when the name is a path.
     """
-    if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
+    if not name or name in (".", "..") or Path(name).name != name or "\\" in name or not _is_possible(name):
         raise InputError(f"model name {name!r}: expected the name of one folder, without a path.")
     return Path(root) / name
+
+
+def _is_possible(name: str) -> bool:
+    """Whether a file system can hold a name: no NUL, and no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def file_in(folder: Path, name: str) -> Path:

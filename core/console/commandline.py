@@ -92,8 +92,23 @@ class Parser(argparse.ArgumentParser):
                 if value or negative in self._flags():
                     words.append(f"--{name}" if value else negative)
             elif value is not None:
-                words.append(f"--{name}={value}")
+                words.append(f"--{name}={_sayable(value, f'{path}: {name}')}")
         return words
+
+
+def _sayable(value: Any, where: str) -> str:
+    """A value from a file as a word; what no command line can hold, no flag is prepared for.
+
+    Raises: InputError for a NUL, half a surrogate pair, and a number of thousands of digits.
+    """
+    try:
+        word = str(value)
+        os.fsencode(word)
+    except ValueError as error:
+        raise InputError(f"{where}: expected what a command line can hold ({error}).") from error
+    if "\0" in word:
+        raise InputError(f"{where} is {word[:80]!r}, expected what a command line can hold, without a NUL.")
+    return word
 
 
 def spelled(flag: str, value: object) -> str:
@@ -117,7 +132,8 @@ def size(word: str, least: int = 1) -> int:
     if not match or (match[3] and not match[2]):
         raise argparse.ArgumentTypeError(f"found {word!r}, expected a size such as 5GB, 500MB or 2GiB")
     base = 1024 if match[3] else 1000
-    value = int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+    number = float(match[1]) * base ** " KMGT".index(match[2] or " ")
+    value = int(number) if number < sys.maxsize else -1
     if value < least:
         raise argparse.ArgumentTypeError(f"found {word!r}, expected a size of at least {least} byte")
     return value
@@ -153,7 +169,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         values = json.loads(read_regular(path))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. --config_file takes a JSON file of flags by name.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise InputError(f'{path}: found a {type(values).__name__}, expected an object like {{"max_iters": 1000}}.')

@@ -33,7 +33,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 def guard_terminal() -> None:
     """Let the rest of the process print control characters to stdout and stderr as their escapes."""
-    sys.stdout, sys.stderr = Guarded(sys.stdout), Guarded(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Guarded(sys.stdout), Guarded(sys.stderr)
 
 
 def unguarded(stream: Any) -> Any:

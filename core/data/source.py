@@ -137,7 +137,7 @@ def find_source(
         return Source("dataset", open_dataset(Path(dataset_dir)).folder, "from --dataset_dir", recorded)
     if recorded.get("path"):
         path = Path(recorded["path"])
-        if path.exists() or path.resolve() != default.resolve():
+        if path.exists() or path.absolute() != default.absolute():
             return _recorded(path, recorded, data_dir)
     named = data_dir / f"{model_name}.txt"
     if not recorded.get("path") and Path(model_name).name == model_name and named.exists():

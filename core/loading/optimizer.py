@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from ..model import GPT
 
 BETAS = (0.9, 0.95)
-CONTINUED = {"betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "fused", "decoupled_weight_decay"}
+SWITCHES = ("amsgrad", "maximize", "foreach", "decoupled_weight_decay")
+CONTINUED = {"betas", "eps", "weight_decay", "fused", *SWITCHES}
 """The settings that a saved group decides; the learning rate is the run's."""
 
 DDP = ("module",)
@@ -97,10 +99,16 @@ def _impossible(number: int, group: dict[str, Any]) -> list[str]:
     whole = isinstance(betas, (tuple, list)) and len(betas) == 2
     numbers = {f"betas[{i}]": beta for i, beta in enumerate(betas)} if whole else {"betas": betas}
     numbers |= {name: group[name] for name in ("eps", "weight_decay") if name in group}
-    return [
-        f"group {number}: {name} is {value!r}, expected a number of at least 0"
+    faults = [
+        f"group {number}: {name} is {value!r}, expected {'two numbers' if name == 'betas' else 'a number'} of at least 0"
         for name, value in numbers.items()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
+        if name == "betas" or isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
+    ]
+    switches = {name: group[name] for name in SWITCHES if group.get(name) is not None}
+    return faults + [
+        f"group {number}: {name} is {value!r}, expected true or false"
+        for name, value in switches.items()
+        if not isinstance(value, bool)
     ]
 
 

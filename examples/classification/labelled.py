@@ -23,6 +23,9 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev
 USUAL_TEXTS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
 """Default text columns: the first of these that a file has."""
 
+_LONGEST_NUMBER = 100
+"""Characters of a class that is sorted as a number; more are a text."""
+
 HELD_OUT = 0.1
 """Fraction of the training rows used for validation where no file is."""
 
@@ -48,7 +51,7 @@ class LabelledTexts:
     def classes(self) -> list[str]:
         """The names of all classes: sorted as numbers if all are numbers, else as text."""
         names = set(self.labels)
-        if all(name.removeprefix("-").isdecimal() for name in names):
+        if all(name.removeprefix("-").isdecimal() and len(name) < _LONGEST_NUMBER for name in names):
             return sorted(names, key=lambda name: (int(name), name))
         return sorted(names)
 
