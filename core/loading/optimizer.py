@@ -95,21 +95,23 @@ def _like(
 
 def _impossible(number: int, group: dict[str, Any]) -> list[str]:
     """List the settings of a group with which no update can be made; torch would fail only at the first one."""
-    betas = group.get("betas", BETAS)
-    whole = isinstance(betas, (tuple, list)) and len(betas) == 2
-    numbers = {f"betas[{i}]": beta for i, beta in enumerate(betas)} if whole else {"betas": betas}
-    numbers |= {name: group[name] for name in ("eps", "weight_decay") if name in group}
-    faults = [
-        f"group {number}: {name} is {value!r}, expected {'two numbers' if name == 'betas' else 'a number'} of at least 0"
+    betas, numbers = group.get("betas", BETAS), {name: group[name] for name in ("eps", "weight_decay") if name in group}
+    faults = []
+    if isinstance(betas, (tuple, list)) and len(betas) == 2:
+        numbers = {f"betas[{i}]": beta for i, beta in enumerate(betas)} | numbers
+    else:
+        faults = [f"betas is {betas!r}, expected two numbers of at least 0"]
+    faults += [
+        f"{name} is {value!r}, expected a number of at least 0"
         for name, value in numbers.items()
-        if name == "betas" or isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
     ]
-    switches = {name: group[name] for name in SWITCHES if group.get(name) is not None}
-    return faults + [
-        f"group {number}: {name} is {value!r}, expected true or false"
-        for name, value in switches.items()
-        if not isinstance(value, bool)
+    faults += [
+        f"{name} is {group[name]!r}, expected true or false"
+        for name in SWITCHES
+        if not isinstance(group.get(name), (bool, type(None)))
     ]
+    return [f"group {number}: {fault}" for fault in faults]
 
 
 def load_optimizer_state(
