@@ -95,7 +95,8 @@ def _like(
 
 def _impossible(number: int, group: dict[str, Any]) -> list[str]:
     """List the settings of a group with which no update can be made; torch would fail only at the first one."""
-    betas, numbers = group.get("betas", BETAS), {name: group[name] for name in ("eps", "weight_decay") if name in group}
+    betas = group.get("betas", BETAS)
+    numbers: dict[str, Any] = {name: group[name] for name in ("eps", "weight_decay") if name in group}
     faults = []
     if isinstance(betas, (tuple, list)) and len(betas) == 2:
         numbers = {f"betas[{i}]": beta for i, beta in enumerate(betas)} | numbers
