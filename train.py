@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.console.commandline import DONE, STOPPED, run, spelled, spin_briefly
-from core.console.signals import StopSignal
+from core.console.signals import StopSignal, decide_exit_code
 from core.console.streams import outlive_terminal
 from core.training.flags import CONFIG_FLAGS, EXPORTABLE, make_parser
 
@@ -246,4 +246,5 @@ def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Co
 
 if __name__ == "__main__":
     outlive_terminal()
+    decide_exit_code()
     run(main)

@@ -19,10 +19,12 @@ from .bundle.find import file_in, model_folder
 from .bundle.folder import top_state
 from .bundle.foreign import refuse_foreign
 from .bundle.lock import hold
+from .bundle.probe import probe
 from .bundle.retention import Retention, best_step
 from .bundle.training_state import TrainingState
 from .bundle.writing import explained, writing
 from .config.gpt import GPTConfig
+from .console.anchored import anchored
 from .console.words import size_text
 from .containers.json_files import dump_json
 from .data.tokenizer import Tokenizer
@@ -32,7 +34,7 @@ from .kinds.gpt import given_fields
 from .kinds.kind import ModelKind, Request, new_model
 from .loading.inference import load_chosen
 from .loading.live import fill_live
-from .loading.tensors import load_averages
+from .loading.tensors import load_averages, read_through
 from .model import GPT, GPTBatched, GPTFlexAttention
 from .networks.device import resolve_dtype
 from .networks.state_dict import unwrap
@@ -74,7 +76,7 @@ class CheckpointManager:
         self.model_name = model_name
         """Name of the model, and of its folder."""
         self.checkpoint_dir = model_folder(base_dir, model_name)
-        """The folder of the model: `base_dir/model_name`."""
+        """The folder of the model: `base_dir/model_name`, wherever the process goes later."""
         self.keep = keep
         """How many of the newest older steps are kept."""
         self.keep_every = keep_every
@@ -103,7 +105,7 @@ class CheckpointManager:
     @classmethod
     def of_folder(cls, checkpoint_dir: str | Path, **settings: Any) -> CheckpointManager:
         """Manage the checkpoints of `model_name` below `base_dir`."""
-        folder = Path(checkpoint_dir)
+        folder = anchored(checkpoint_dir)
         if folder.name in ("", ".."):
             folder = folder.resolve()
         return cls(folder.name, folder.parent, **settings)
@@ -139,7 +141,7 @@ class CheckpointManager:
 
         Other managers and threads of this process may save: one write after the other.
 
-        Raises: CheckpointLocked when another process writes here.
+        Raises: CheckpointLocked when another process writes here, SaveFailed where no checkpoint can be written.
         """
         self._held.enter_context(self.holding())
 
@@ -165,7 +167,13 @@ class CheckpointManager:
             if self.ranks.world.is_first:
                 with self.writing():
                     held.enter_context(hold(self.checkpoint_dir, self.say))
+                    self._probe()
             yield
+
+    def _probe(self) -> None:
+        """Find out, the first time, what the file system lacks, and say so; the caller is the only writer."""
+        if line := probe(self._folder):
+            self.say(line)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -199,16 +207,16 @@ class CheckpointManager:
         if not damage:
             try:
                 with explained(self.checkpoint_dir):
-                    return intact.open_unrepaired(self._folder, self.say, check=check)
+                    return intact.open_unrepaired(self._folder, self.say, read_through, check=check)
             except intact.NeedsRepair as needed:
                 found = needed.__cause__
         if isinstance(found, CheckpointError) and not self._folder.storage.may_change(self.checkpoint_dir):
-            return intact.look_back(self._folder, found, self.say)
+            return intact.look_back(self._folder, found, self.say, read_through)
         with self.writing(), explained(self.checkpoint_dir):
             if damage and not self.allow_fresh:
-                return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say)
+                return intact.walk_back(self._folder, CheckpointDamaged(damage), self.say, read_through)
             open_to_train = rewind.open_or_clear if self.allow_fresh else intact.open_newest_intact
-            return open_to_train(self._folder, self.say, check=check)
+            return open_to_train(self._folder, self.say, read_through, check=check)
 
     def prune(self, keep: int | None = None, keep_every: int | None = None) -> int:
         """Remove and report what was set aside, and return the bytes freed; with a number given, kept steps as well.
@@ -227,7 +235,7 @@ class CheckpointManager:
         """
         if self.ranks.world.is_first:
             with self.writing(), explained(self.checkpoint_dir):
-                rewind.go_back(self._folder, step, self.say, check=self.verify)
+                rewind.go_back(self._folder, step, self.say, read_through, check=self.verify)
 
     def consolidate(self) -> None:
         """Make plain files of the newest step, where it is in shards; after the last save."""
@@ -322,6 +330,9 @@ class CheckpointManager:
     ) -> bool:
         """Begin to commit a step of any module; after `wait` it is durable and older steps are pruned.
 
+        A program that ends waits for it. Where no thread can be started, as in an atexit handler, it is durable on
+        return, and its own error is raised.
+
         Training may continue at once: the next step of the optimizer waits until weights and state are copied.
         Anything else that may change, like buffers, is copied here; without an optimizer that is everything. `ema`
         are averages that change only after the optimizer's step. Returns False when another save is being written
@@ -353,12 +364,12 @@ class CheckpointManager:
                 save.write(memory, self.say)
 
         try:
+            if self.ranks.world.size == 1:  # in a run of several, `acquire` has done it
+                self._probe()
             self._saver.begin(f"save of step {save.step}", write, save.snapshot, optimizer)
-        except BaseException as error:
+        except BaseException:
             if not self._saver.busy:
                 held.close()
-            if isinstance(error, RuntimeError):
-                raise save.not_begun(error) from error
             raise
         if not isinstance(optimizer, torch.optim.Optimizer):
             save.snapshot.wait_copied()

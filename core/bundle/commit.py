@@ -30,9 +30,12 @@ from .folder import (
     entries,
     file_names,
     step_folder,
+    top_state,
 )
-from .owner import STAGE, is_left_over, new_stage_name, stage_name
-from .storage import MOVING, PIECE
+from .output import PIECE
+from .owner import new_stage_name, stage_name
+from .removal import TRASH, Removal
+from .storage import DISK, MOVING, Storage
 from .training_state import STATE, TrainingState, new_id, seal, unseal
 
 BUILDING = ".hist"
@@ -53,28 +56,31 @@ def _is_aside(name: Any, aside: Any) -> bool:
 class ModelFolder(FolderReader):
     """The folder of a model, open for changes."""
 
+    def __init__(self, path: Path, storage: Storage = DISK) -> None:
+        super().__init__(path, storage)
+        self.removal = Removal(path, storage)
+
     def recover(self) -> None:
-        """Finish a commit that was interrupted, then delete what saves that never committed left behind."""
+        """Finish a commit that was interrupted, then remove what saves that never committed left behind."""
         # The last rename of a killed writer may not be durable, and what follows depends on it.
         self.storage.sync_folder(self.path)
         self._finish_moves()
         if self.storage.exists(self.path / COMMITTED):
-            if self.storage.names(self.committed):
+            listed = {*entries(file_names(top_state(self))), *STANDARD, *MORE}
+            if listed & set(self.storage.names(self.committed)):
                 self.roll_forward()
             else:
                 self._close_commit()
-        for name in self.storage.names(self.path):
-            if name.startswith(".trash-") or (name.startswith(STAGE) and is_left_over(name)):
-                self.storage.remove_tree(self.path / name)
+        self.removal.remove_left_over()
 
     def _finish_moves(self) -> None:
         """Finish what moves file by file; what moves within the top, `roll_forward` finishes."""
         folders = [self.path / name for name in self.storage.names(self.path) if _MOVES.match(name)]
         for folder in folders:
             target = self.storage.moves_to(folder)
-            if target is not None and target.startswith(".trash-"):
+            if target is not None and target.startswith(TRASH):
                 self.storage.mark(folder, target)
-                self.storage.remove_tree(folder)
+                self.removal.remove_tree(folder)
             elif target is not None and _MOVES.match(target):
                 self.storage.rename(folder, self.path / target)
         for folder in folders:
@@ -268,16 +274,17 @@ class ModelFolder(FolderReader):
         stale = [name for name in top if name not in names] if replaces else []
         stale += [name for name in top if name in pending and self._is_kept_folder(name)]
         for name in stale:
-            trash = self.path / f".trash-{name}-{new_id()}"
+            trash = self.path / f"{TRASH}{name}-{new_id()}"
             if not self.storage.is_folder(self.path / name) or not self.storage.renames(self.path / name, trash):
                 self.storage.remove_tree(self.path / name)
         if stale:
             self.storage.sync_folder(self.path)  # before the training state that no longer lists them
+        config_stays = not (isinstance(state.went_back, dict) and state.went_back.get("config_goes"))
         for name in names:
             if name not in pending:
                 continue
             is_there = self.storage.is_same(committed / name, self.path / name)  # rename would leave both names
-            if is_there or (name == CONFIG and self._top_config_stays()):
+            if is_there or (name == CONFIG and config_stays and self._top_config_stays()):
                 self.storage.remove(committed / name)
             else:
                 self.storage.rename(committed / name, self.path / name)
@@ -301,29 +308,28 @@ class ModelFolder(FolderReader):
         if committed.name != COMMITTED:
             self.storage.remove(self.path / COMMITTED)
             self.storage.sync_folder(self.path)
-        self.storage.remove_folder(committed)
+        if self.storage.names(committed):
+            self._set_aside(committed)
+        else:
+            self.storage.remove_folder(committed)
         self.storage.sync_folder(self.path)
+
+    def _set_aside(self, committed: Path) -> None:
+        """Free the name of a committed step that has moved to the top; what is in it still is not ours.
+
+        Hidden files are what systems leave: `.nfs…` of a file that is open, `.DS_Store`.
+        """
+        if all(name.startswith(".") for name in self.storage.names(committed)):
+            trash = self.path / f"{TRASH}{COMMITTED}-{new_id()}"
+            self.storage.rename(committed, trash)
+            self.removal.remove_tree(trash)
+        else:
+            self.storage.rename(committed, self.path / aside_folder(top_state(self).step or 0, "displaced"))
 
     def prune(self, steps: Sequence[int]) -> None:
         """Remove kept steps."""
         kept = self.kept_steps()
-        self.remove([kept[step] for step in steps])
-
-    def remove(self, folders: Sequence[Path]) -> None:
-        """Remove folders; each is renamed first, so that a crash never leaves half of one under its name."""
-        doomed = []
-        for folder in folders:
-            trash = self.path / f".trash-{folder.name}-{new_id()}"
-            if not self.storage.renames(folder, trash):
-                self.storage.mark(folder, trash.name)
-                trash = folder
-            doomed.append(trash)
-        if doomed:
-            self.storage.sync_folder(self.path)
-        for trash in doomed:
-            self.storage.remove_tree(trash)
-        if set(doomed) & set(folders):
-            self.storage.sync_folder(self.path)
+        self.removal.remove([kept[step] for step in steps])
 
     def clear_top(self, besides: Iterable[str] = (), *, config_stays: bool = False) -> list[Path]:
         """Move what is at the top, and other files by name, to a folder aside; return it in a list, or [].
@@ -359,18 +365,21 @@ class ModelFolder(FolderReader):
         later: Iterable[Path] = (),
         *,
         top_stays: bool = False,
+        config_goes: bool = False,
         facts: Mapping[str, Any] | None = None,
     ) -> list[Path]:
         """Make a kept step the newest one again, under the commit id it has; the top and `later` steps go aside.
 
         It is one commit: it lists what goes aside, and those moves are made before it is rolled forward. Returns the
         folders that were moved aside. With `top_stays` the top is already one of the kept steps, and is not kept again.
-        `facts` replace those of the step's training state.
+        `config_goes` says that the config.json at the top is no person's, and does not stay. `facts` replace those of
+        the step's training state.
         """
         top, files = self._top_state() or TrainingState(), {MODEL, STATE} & set(self._top_names())
         aside = {TOP: aside_folder(top.step or 0, why)} if files and not top_stays else {}
         aside |= {path.name: aside_folder(int(path.name.rpartition("_")[2]), why) for path in later}
         said = {"step": top.step, "commit_id": top.commit_id, "why": why, "aside": aside}
+        said |= {"config_goes": True} if config_goes else {}
         opened = self.open_kept(folder)
         with contextlib.closing(opened), self.staging() as stage:
             for entry in entries(opened.files):

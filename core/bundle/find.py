@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from ..console.anchored import anchored
 from ..console.commandline import Parser
 from ..console.words import tell
 from ..errors import CheckpointNotFound, InputError
@@ -18,13 +19,13 @@ _STEP = "step_"
 
 
 def model_folder(root: str | Path, name: str) -> Path:
-    """The folder of a model of this name below a checkpoint root.
+    """The folder of a model of this name below a checkpoint root, wherever the process goes later.
 
     Raises: InputError when the name is a path.
     """
     if not name or name in (".", "..") or Path(name).name != name or "\\" in name or not _is_possible(name):
         raise InputError(f"model name {name!r}: expected the name of one folder, without a path.")
-    return Path(root) / name
+    return anchored(root) / name
 
 
 def _is_possible(name: str) -> bool:

@@ -44,7 +44,8 @@ class Record:
         self._thread = threading.Thread(target=self._live, name=f"heartbeat of {folder}", daemon=True)
         try:
             self._beat(0)
-            self._thread.start()
+            if threading.main_thread().is_alive():  # else the program ends, in no time, and may start no thread
+                self._thread.start()
         except BaseException as error:
             self._file.close()
             self.path.unlink(missing_ok=True)
@@ -66,7 +67,8 @@ class Record:
     def close(self) -> None:
         """End the beating, and remove the record, unless the file that has its name now is another writer's."""
         self._ended.set()
-        if self._thread is not threading.current_thread():  # the garbage collector may run in any
+        # The garbage collector may run in any thread; one that was not started need not be waited for.
+        if self._thread is not threading.current_thread() and self._thread.ident is not None:
             self._thread.join(timeout=2)  # a disk that hangs must not hang this thread too
         self._file.close()
         with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, Non
 from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, KeptStep, history, open_bundle
 from .choice import Candidate, Say, choose, open_choice
 from .commit import CONFIG, MODEL, ModelFolder
+from .damage import Mixed, behind, config_goes, edited, refuse_mixture, refuse_without_state
 from .folder import MODEL_SHARDS
 from .foreign import foreign_checkpoint
 from .legacy import open_legacy
@@ -25,6 +26,16 @@ Repair = Callable[[ModelFolder, CheckpointError, Say], Bundle]
 
 ANEW = "To start from scratch, use another --model_name, or --allow_fresh, which moves everything here aside."
 NOTHING_ELSE = f"There is no other checkpoint here, and nothing was changed. {ANEW}"
+
+ReadThrough = Callable[[Bundle], object]
+"""Reads a step with a file that was replaced, as a load will; it raises a CheckpointError where it cannot."""
+
+
+def read_headers(bundle: Bundle) -> None:
+    """Read what the files of a step describe, without torch. Raises: CheckpointError."""
+    for part in (bundle.weights, bundle.optimizer, bundle.ema):
+        if part is not None:
+            part.source.refuse_foreign()
 
 
 def say_on_stderr(line: str) -> None:
@@ -46,6 +57,37 @@ def verified(bundle: Bundle, say: Say, used: tuple[str, ...] = ALL_PARTS, check:
     except BaseException:
         bundle.close()
         raise
+    return bundle
+
+
+def trusted(
+    bundle: Bundle,
+    place: ModelFolder,
+    say: Say,
+    read: ReadThrough = read_headers,
+    *,
+    check: bool = True,
+    mixed: bool = False,
+) -> Bundle:
+    """Check an open bundle as `verified` does, to train on it; where a file was replaced, also that it is whole.
+
+    Whole is: with a training state, read by `read` and, unless it may be `mixed`, of one save.
+
+    Raises: CheckpointError; the bundle is closed then.
+    """
+    try:
+        kept = history(place.path)
+        refuse_without_state(bundle, kept)
+        if lines := verify(bundle) if check else []:
+            if not mixed:
+                refuse_mixture(bundle, place)
+            read(bundle)
+        lines += edited(bundle, kept)
+    except BaseException:
+        bundle.close()
+        raise
+    for line in lines:
+        say(f"WARNING: {line}")
     return bundle
 
 
@@ -73,7 +115,9 @@ class NeedsRepair(Exception):
     """The newest step cannot be used as it is, so that the folder has to be changed, or the damage reported."""
 
 
-def open_unrepaired(place: ModelFolder, say: Say, *, check: bool = True) -> Bundle | None:
+def open_unrepaired(
+    place: ModelFolder, say: Say, read: ReadThrough = read_headers, *, check: bool = True
+) -> Bundle | None:
     """Open the checkpoint to train on where it is intact, without the lock; None where there is none at all.
 
     Raises: NeedsRepair where `open_newest_intact` has more to do; nothing is said then. Nothing is ever changed.
@@ -84,7 +128,7 @@ def open_unrepaired(place: ModelFolder, say: Say, *, check: bool = True) -> Bund
 
     said: list[str] = []
     try:
-        bundle = open_newest_intact(place, said.append, check=check, repair=refuse)
+        bundle = open_newest_intact(place, said.append, read, check=check, repair=refuse)
     except NoneIntact as damage:
         raise NeedsRepair(str(damage)) from damage
     for line in said:
@@ -93,12 +137,18 @@ def open_unrepaired(place: ModelFolder, say: Say, *, check: bool = True) -> Bund
 
 
 def open_newest_intact(
-    place: ModelFolder, say: Say, *, check: bool = True, repair: Repair | None = None
+    place: ModelFolder,
+    say: Say,
+    read: ReadThrough = read_headers,
+    *,
+    check: bool = True,
+    repair: Repair | None = None,
 ) -> Bundle | None:
     """Open the checkpoint to train on, walking back from what is damaged; None where there is none at all.
 
-    The caller holds the lock. Without `check` only what cannot be opened counts as damaged. `repair` makes an intact
-    step the newest one, as `walk_back` does.
+    The caller holds the lock. Without `check` only what cannot be opened counts as damaged. A step that can be opened,
+    with a file that is not as it was saved, is used only when `read` reads it. `repair` makes an intact step the newest
+    one, as `walk_back` does.
 
     Raises: NoneIntact when checkpoints, or parts of some, are here and none can be used; nothing is changed then.
     """
@@ -107,7 +157,7 @@ def open_newest_intact(
         say(line)
     for i, candidate in enumerate(choice.candidates):
         try:
-            return _open_or_repair(place, candidate, say, check, repair or walk_back)
+            return _open_or_repair(place, candidate, say, read, check, repair)
         except (CheckpointDamaged, CheckpointNotFound) as damage:
             if i + 1 == len(choice.candidates):
                 if isinstance(damage, NoneIntact):
@@ -133,40 +183,46 @@ def open_newest_intact(
     return None
 
 
-def _open_or_repair(place: ModelFolder, candidate: Candidate, say: Say, check: bool, repair: Repair) -> Bundle:
+def _open_or_repair(
+    place: ModelFolder, candidate: Candidate, say: Say, read: ReadThrough, check: bool, repair: Repair | None
+) -> Bundle:
+    if candidate.single is not None:
+        return verified(open_legacy(candidate.folder / candidate.single), say, check=check)
     try:
-        single, folder = candidate.single, candidate.folder
-        bundle = verified(open_legacy(folder / single) if single else open_bundle(folder), say, check=check)
-    except (CheckpointDamaged, CheckpointNotFound) as damage:
-        if candidate.single is not None:
+        return trusted(open_bundle(candidate.folder), place, say, read, check=check)
+    except CheckpointError as error:
+        if (damage := behind(place, error)) is None:
             raise
-        return repair(place, damage, say)
-    if candidate.single is None and not bundle.state and any(kept.state for kept in history(place.path)):
-        bundle.close()  # it would train as step 0, with weights and moments of an unknown step
-        return repair(place, CheckpointDamaged(f"{place.path / STATE}: missing, and kept steps have one."), say)
-    return bundle
+        try:
+            return repair(place, damage, say) if repair else walk_back(place, damage, say, read)
+        except NoneIntact:
+            if isinstance(damage, Mixed):  # and every file is whole
+                return trusted(open_bundle(candidate.folder), place, say, read, check=check, mixed=True)
+            if damage is not error:
+                raise error from error.__cause__  # what it names, a person can correct
+            raise
 
 
-def walk_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
+def walk_back(place: ModelFolder, damage: CheckpointError, say: Say, read: ReadThrough = read_headers) -> Bundle:
     """Make the newest intact kept step the top again, rename what is damaged aside, report it, and open the step.
 
     Raises: NoneIntact when no kept step is intact; nothing is changed then.
     """
-    kept, passed, faults = _newest_intact_kept(place, damage)
-    aside = place.go_back(kept.path, "damaged", passed)
+    kept, passed, faults = _newest_intact_kept(place, damage, read)
+    aside = place.go_back(kept.path, "damaged", passed, config_goes=config_goes(place))
     where = f" What is damaged was not deleted: {', '.join(map(str, aside))}." if aside else ""
     say(f"WARNING: {' '.join(faults)} Continuing from step {kept.step}, the newest intact one.{where}")
     return verified(open_bundle(place.path), say)
 
 
-def look_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
+def look_back(place: ModelFolder, damage: CheckpointError, say: Say, read: ReadThrough = read_headers) -> Bundle:
     """Open the newest intact kept step where the folder cannot be changed; report it.
 
     Raises: NoneIntact when no kept step is intact.
     """
     if isinstance(damage, NoneIntact):
         raise damage
-    kept, _, faults = _newest_intact_kept(place, damage)
+    kept, _, faults = _newest_intact_kept(place, damage, read)
     say(
         f"WARNING: {' '.join(faults)} Using step {kept.step}, the newest intact one. {place.path} cannot be changed "
         "here, and stays as it is."
@@ -174,7 +230,9 @@ def look_back(place: ModelFolder, damage: CheckpointError, say: Say) -> Bundle:
     return verified(open_bundle(kept.path), say)
 
 
-def _newest_intact_kept(place: ModelFolder, damage: CheckpointError) -> tuple[KeptStep, list[Path], list[str]]:
+def _newest_intact_kept(
+    place: ModelFolder, damage: CheckpointError, read: ReadThrough
+) -> tuple[KeptStep, list[Path], list[str]]:
     """Find the newest intact kept step; returns it with the damaged ones that are newer, and all damage in words.
 
     Raises: NoneIntact.
@@ -182,8 +240,7 @@ def _newest_intact_kept(place: ModelFolder, damage: CheckpointError) -> tuple[Ke
     passed, faults = [], [str(damage)]
     for kept in reversed(history(place.path)):
         try:
-            with open_bundle(kept.path) as bundle:
-                verify(bundle)
+            trusted(open_bundle(kept.path), place, lambda line: None, read).close()
         except CheckpointError as error:
             passed.append(kept.path)
             faults.append(str(error))

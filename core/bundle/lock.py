@@ -230,6 +230,8 @@ def _bury(path: Path, seen: Values) -> None:
 
 def _close(fd: int) -> None:
     _open.discard(fd)
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a child between its fork and its exec has a copy of this file, and of the lock
     os.close(fd)
 
 

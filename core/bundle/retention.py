@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointNotFound
 from .bundle import KeptStep, history
+from .commit import ModelFolder
 from .folder import FolderReader, top_state
 from .training_state import TrainingState
 
@@ -69,6 +71,28 @@ class Retention:
     def going(self, newest: TrainingState, kept: Sequence[KeptStep]) -> list[KeptStep]:
         """The kept steps that no rule keeps."""
         return [step for step, rules in zip(kept, self.rules(newest, kept), strict=True) if not rules]
+
+
+def tidy_up(place: ModelFolder, rules: Retention, newest: TrainingState, say: Callable[[str], None]) -> None:
+    """Remove the older steps that no rule keeps, and all but the newest of what a step of the same number displaced.
+
+    What cannot be removed is reported once, and stays for the next time. The caller holds the lock.
+    """
+    place.prune([older.step for older in rules.going(newest, history(place.path))])
+    for path in place.removal.remove(surplus(place, rules.keep)):
+        say(f"removed {path}: a newer step of that number was set aside as well")
+    place.removal.report(say)
+
+
+def surplus(place: FolderReader, keep: int) -> list[Path]:
+    """The folders of displaced steps that are not among the newest `keep` of their number; at least one is."""
+    displaced: dict[str, list[tuple[int, Path]]] = {}
+    for path in place.asides():
+        found = re.fullmatch(r"aside_(\d{8,})_displaced_[0-9a-f]+", path.name)
+        state = top_state(FolderReader(path, place.storage)) if found else TrainingState()
+        if found and state.commit_id is not None:  # another folder holds what a person put there
+            displaced.setdefault(found[1], []).append((state.order, path))
+    return [path for steps in displaced.values() for _, path in sorted(steps)[: -max(keep, 1)]]
 
 
 def best_of(newest: TrainingState, kept: Sequence[KeptStep]) -> dict[str, Any] | None:

@@ -16,7 +16,14 @@ from .retention import Retention
 from .verify import verify
 
 
-def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = True) -> None:
+def go_back(
+    place: ModelFolder,
+    step: int,
+    say: intact.Say,
+    read: intact.ReadThrough = intact.read_headers,
+    *,
+    check: bool = True,
+) -> None:
     """Make a kept step the newest one again, by one commit; later steps are set aside. The caller holds the lock.
 
     Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged when it is damaged; nothing is changed then.
@@ -31,7 +38,7 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
         raise CheckpointNotFound(
             f"{place.path}: step {step} is not kept. {hint}Kept steps: {', '.join(map(str, kept)) or 'none'}."
         )
-    intact.verified(open_bundle(place.path, step), say, check=check).close()
+    intact.trusted(open_bundle(place.path, step), place, say, read, check=check).close()
     later = [older.path for older in kept.values() if older.order > kept[step].order]
     ids = [older.state.commit_id for older in kept.values()]
     # A single file with a higher step that this step does not list would be chosen instead of it.
@@ -49,10 +56,12 @@ def go_back(place: ModelFolder, step: int, say: intact.Say, *, check: bool = Tru
     )
 
 
-def open_or_clear(place: ModelFolder, say: intact.Say, *, check: bool = True) -> Bundle | None:
+def open_or_clear(
+    place: ModelFolder, say: intact.Say, read: intact.ReadThrough = intact.read_headers, *, check: bool = True
+) -> Bundle | None:
     """Open the checkpoint to train on; where there are some and none is intact, set all of them aside, return None."""
     try:
-        return intact.open_newest_intact(place, say, check=check)
+        return intact.open_newest_intact(place, say, read, check=check)
     except NoneIntact as error:
         say(f"WARNING: {error}")
         clear(place, say)
@@ -83,13 +92,14 @@ def prune(place: ModelFolder, say: intact.Say, keep: int | None = None, keep_eve
         newest, kept = top_state(place), history(place.path)
         going = _besides_the_last(place, Retention.of(newest).given(keep, keep_every).going(newest, kept), kept, say)
     doomed = [*place.asides(), *(older.path for older in going)]
-    inside = [[file.stat() for file in folder.rglob("*") if file.is_file()] for folder in doomed]
-    files = [file for listed in inside for file in listed]
+    inside = {folder: [file.stat() for file in folder.rglob("*") if file.is_file()] for folder in doomed}
+    gone = place.removal.remove(doomed)
+    files = [file for folder in gone for file in inside[folder]]
     names = Counter(file.st_ino for file in files)
     freed = {file.st_ino: file.st_size for file in files if names[file.st_ino] == file.st_nlink}
-    place.remove(doomed)
-    for folder, listed in zip(doomed, inside, strict=True):
-        say(f"removed {folder} ({size_text(sum(file.st_size for file in listed))})")
+    for folder in gone:
+        say(f"removed {folder} ({size_text(sum(file.st_size for file in inside[folder]))})")
+    place.removal.report(say)
     return sum(freed.values())
 
 

@@ -1,8 +1,9 @@
 """The file system, as few calls as a commit needs; every change of the disk passes through one method.
 
 A feature that a system may lack has a switch that turns itself off at the first refusal; a fallback then replaces it:
-hard links, renames of folders, fsync of a folder, writes past the page cache, space reserved in advance. A folder that
-cannot be renamed (on most object stores; in the lower layer of an overlay) moves file by file, under a marker.
+hard links, renames of folders, fsync of a file or a folder, writes past the page cache, space reserved in advance. A
+folder that cannot be renamed (on most object stores; in the lower layer of an overlay) moves file by file, under a
+marker.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import errno
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..console.files import Irregular, open_regular
-from ..containers.checksum import combine, crc32_file
+from ..console.words import size_text
+from ..containers.checksum import crc32_file
 from ..errors import CheckpointDamaged
+from .output import BlockFile, Output
 from .owner import stage_name
 
 try:
@@ -27,18 +29,12 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PIECE = 8 * 1024 * 1024
-"""Bytes handed to one write call."""
-
-SECTOR = 4096
-"""Offsets, lengths and addresses of unbuffered writes are multiples of this many bytes."""
-
 MOVING = ".moving"
 """A file in both folders of a move that goes file by file: neither is a step until it is gone."""
 
 _NO_FOLDER_RENAME = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMFILE}  # EMFILE: gcsfuse
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.EACCES}
-_NO_PREALLOCATION = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENODEV, errno.EBADF}
+_NO_FILE_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, errno.EISDIR}
 
 
@@ -47,14 +43,19 @@ class Storage:
 
     def __init__(self) -> None:
         self.links = hasattr(os, "link")
-        self.folder_renames = True
+        self.file_fsync = True
         self.folder_fsync = os.name == "posix"
+        self.folder_renames = True
         self.unbuffered = fcntl is not None and hasattr(os, "O_DIRECT")
         self.preallocation = hasattr(os, "posix_fallocate")
 
     def change(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Make one system call that changes the disk, or makes a change durable."""
-        return call(*args)
+        """Make one system call that changes the disk, or makes a change durable; its error says which one it was."""
+        try:
+            return call(*args)
+        except OSError as error:
+            error.call = getattr(call, "__name__", None)  # type: ignore[attr-defined]
+            raise
 
     def make_folder(self, path: Path) -> None:
         """Make one folder, which must not exist."""
@@ -262,7 +263,18 @@ class Storage:
     def sync(self, file: BinaryIO) -> None:
         """Make durable what was written to an open file."""
         file.flush()
-        self.change(os.fsync, file.fileno())
+        self.sync_content(file.fileno())
+
+    def sync_content(self, fd: int) -> None:
+        """Make the content of an open file durable, where the file system can."""
+        if not self.file_fsync:
+            return
+        try:
+            self.change(os.fsync, fd)
+        except OSError as error:
+            if error.errno not in _NO_FILE_FSYNC:
+                raise
+            self.file_fsync = False
 
     def sync_tree(self, path: Path) -> None:
         """Make the names in a folder, and in the folders in it, durable."""
@@ -330,133 +342,29 @@ class Storage:
         except FileNotFoundError:
             return False
 
-    def free(self, path: Path) -> int:
-        """Free bytes on the file system of a folder."""
-        return shutil.disk_usage(path).free
+    def free(self, path: Path) -> int | None:
+        """Free bytes on the file system of a folder; None where it does not say, like some network mounts."""
+        usage = shutil.disk_usage(path)
+        return usage.free if usage.total else None
+
+    def room(self, path: Path) -> str:
+        """Describe in words what is free on the file system of a folder; "" where it does not say."""
+        if hasattr(os, "statvfs"):
+            found = os.statvfs(path)
+            if found.f_files and not found.f_favail:
+                return f"0 of {found.f_files} inodes free: it has too many files"
+        free = self.free(path)
+        return "" if free is None else f"{size_text(free)} free"
 
     def crc32(self, file: BinaryIO) -> int:
         """CRC32 of an open file."""
         return crc32_file(file.fileno(), os.fstat(file.fileno()).st_size)
 
 
-class Output:
-    """A new file that knows its size and CRC32; closing it makes it durable."""
-
-    def __init__(self, storage: Storage, fd: int) -> None:
-        self._storage = storage
-        self._fd = fd
-        self._pending: list[bytes] = []
-        self._pending_size = 0
-        self.size = 0
-        self.crc32 = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append bytes and return their CRC32; small pieces are gathered into large writes."""
-        view = memoryview(data).cast("B")
-        crc = 0
-        for start in range(0, len(view), PIECE):
-            piece = view[start : start + PIECE]
-            crc = zlib.crc32(piece, crc)
-            if len(piece) + self._pending_size < PIECE:
-                self._pending.append(bytes(piece))
-                self._pending_size += len(piece)
-            else:
-                self._flush()
-                self._write_all(piece)
-        self.crc32 = combine(self.crc32, crc, len(view))
-        self.size += len(view)
-        return crc
-
-    def _flush(self) -> None:
-        if self._pending:
-            data = memoryview(b"".join(self._pending))
-            self._pending, self._pending_size = [], 0
-            self._write_all(data)
-
-    def _write_all(self, view: memoryview) -> None:
-        while len(view):
-            view = view[self._storage.change(os.write, self._fd, view) :]
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._flush()
-                self._storage.change(os.fsync, self._fd)
-        finally:
-            os.close(self._fd)
-
-
-class BlockFile:
-    """A new file of known size that is written in blocks, past the page cache where it can; closing makes it durable.
-
-    The blocks of 1.5 GB through the page cache would be copied by a core that training needs.
-    """
-
-    def __init__(self, storage: Storage, path: Path, size: int) -> None:
-        self._storage = storage
-        self._size = size
-        self._fd = storage.descriptor(path)
-        self._end = 0
-        try:
-            # Asked of the open file: an open with O_DIRECT that is refused may leave the file behind.
-            self._unbuffered = storage.unbuffered and size > SECTOR and self._set_unbuffered(True)
-            if self._unbuffered and storage.preallocation:
-                self._reserve()
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def _set_unbuffered(self, wanted: bool) -> bool:
-        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return False
-        return wanted
-
-    def _reserve(self) -> None:
-        # With the space reserved, writes change no metadata, and a full disk shows before the first one.
-        try:
-            self._storage.change(os.posix_fallocate, self._fd, 0, self._size)
-        except OSError as error:
-            if error.errno not in _NO_PREALLOCATION:
-                raise
-            self._storage.preallocation = False
-
-    def write(self, block: memoryview, start: int, length: int) -> None:
-        """Write the first `length` bytes of a block at byte `start`, a multiple of SECTOR.
-
-        A block is as long as a multiple of SECTOR: unbuffered, whole sectors are written, and the file is cut at the
-        end. The block's memory begins at a multiple of SECTOR.
-        """
-        done = 0
-        while done < length:
-            whole = -(-length // SECTOR) * SECTOR if self._unbuffered else length
-            try:
-                done += self._storage.change(os.pwrite, self._fd, block[done:whole], start + done)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not self._unbuffered:
-                    raise
-                # This file system wants larger sectors, or was cut short within one.
-                self._unbuffered = self._set_unbuffered(False)
-        self._end = max(self._end, start + done)
-
-    def __enter__(self) -> BlockFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                if self._end > self._size:
-                    self._storage.change(os.ftruncate, self._fd, self._size)
-                self._storage.change(os.fsync, self._fd)
-        finally:
-            os.close(self._fd)
+def failed_call(error: OSError) -> str:
+    """What failed, and why: `fsync: Input/output error`."""
+    call, why = getattr(error, "call", None), error.strerror or str(error)
+    return f"{call}: {why}" if call else why
 
 
 DISK = Storage()

@@ -159,8 +159,11 @@ def unseal(data: bytes, where: str) -> TrainingState:
         another type than it has.
     """
     state = parse_json(data, where)
-    check_version(state, where)
     integrity = state.get("integrity")
+    inside = integrity if isinstance(integrity, dict) else {}
+    recorded, found = inside.get("self"), _own_crc({**state, "integrity": {**inside, "self": None}})
+    if recorded in (None, found):  # else it is damaged, of whatever version it seems to be
+        check_version(state, where)
     step = state.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         found = f"step is {step!r}" if "step" in state else "no step in it"
@@ -173,8 +176,6 @@ def unseal(data: bytes, where: str) -> TrainingState:
     number = state.get("commit_number", 0)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise CheckpointDamaged(f"{where}: commit_number is {number!r}, expected a whole number of at least 0.")
-    recorded = integrity.get("self")
-    found = _own_crc({**state, "integrity": {**integrity, "self": None}})
     if recorded != found:
         raise CheckpointDamaged(f"{where} is damaged (CRC32 {found}, recorded {recorded}).")
     _check_files(integrity["files"].items(), where, depth=2)

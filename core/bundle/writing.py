@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import SaveFailed
 from .commit import ModelFolder
 from .lock import Say, hold, is_held, is_locked, say_at_once
+from .storage import failed_call
 from .turn import Turn, take
 
 
@@ -23,6 +24,7 @@ def writing(place: ModelFolder, say: Say = say_at_once) -> Iterator[None]:
     with lock(place, say):
         with explained(place.path):
             place.recover()
+        place.removal.report(say)
         yield
 
 
@@ -64,5 +66,5 @@ def explained(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SaveFailed(
-            f"{error.filename or folder}: {error.strerror}. Nothing that was committed is lost."
+            f"{error.filename or folder}: {failed_call(error)}. Nothing that was committed is lost."
         ) from error

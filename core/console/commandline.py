@@ -207,5 +207,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         code = FAILED
     import signal  # costs a millisecond, so not at the start
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is over: an impatient Ctrl-C must not change the exit code
+    # The work is over: neither an impatient Ctrl-C nor a queue's second SIGTERM must change the exit code.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.exit(code)

@@ -36,9 +36,9 @@ class StopSignal:
     """While the block runs, SIGINT, SIGTERM and SIGHUP request to save and stop, SIGUSR1 to save and continue.
 
     A SIGHUP that was ignored at the start (nohup) stays ignored. A second SIGINT ends at once; a second SIGTERM changes
-    nothing. `after_minutes` from now on it asks to stop by itself. With `owns_process` (a script, not a notebook) "at
-    once" is at once: no thread that writes a save is waited for, which loses nothing that is committed, and while there
-    is nothing to save the first signal ends the process.
+    nothing, and from the third on they are not looked at. `after_minutes` from now on it asks to stop by itself. With
+    `owns_process` (a script, not a notebook) "at once" is at once: no thread that writes a save is waited for, which
+    loses nothing that is committed, and while there is nothing to save the first signal ends the process.
     """
 
     def __init__(self, after_minutes: float | None = None, *, owns_process: bool = False) -> None:
@@ -50,6 +50,7 @@ class StopSignal:
         self._interrupts = 0
         self._save = False
         self._before: dict[int, Any] = {}
+        self._said: set[str] = set()
 
     @property
     def requested(self) -> str | None:
@@ -73,6 +74,8 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._owns_process:
+            _Script.is_over = True
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -93,9 +96,34 @@ class StopSignal:
         if self._owns_process and not self.work_to_save:
             _tell(f"{name}: nothing new to save. Run the same command to continue.")
             os._exit(STOPPED)
+        if name in self._said and number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)  # a storm of them would run handlers within handlers
+        self._said.add(name)
         doing = "already stopping" if self.signal else "finishing this step, then saving"
         self.signal = self.signal or name
         _tell(f"{name}: {doing} (a second Ctrl-C ends at once)")
+
+
+class _Script:
+    """What signals do before and after the StopSignal of a script."""
+
+    is_over = False
+
+    @classmethod
+    def on_signal(cls, number: int, frame: FrameType | None) -> None:
+        """Before: there is nothing to save. After: the exit code is decided."""
+        name = signal.Signals(number).name
+        if not cls.is_over and name in STOPPING:
+            _tell(f"{name}: nothing new to save. Run the same command to continue.")
+            os._exit(STOPPED)
+
+
+def decide_exit_code() -> None:
+    """Let no signal that StopSignal handles decide the exit code of a script, from here to its end."""
+    for name in (*STOPPING, SAVING):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _Script.on_signal)
 
 
 def _tell(line: str) -> None:

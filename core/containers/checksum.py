@@ -55,6 +55,16 @@ def combine(first: int, second: int, second_length: int) -> int:
     return _multiply(_shift(second_length), first) ^ second
 
 
+def flipped_bit(data: bytes, crc32: int) -> tuple[int, int] | None:
+    """The byte and the bit that alone make data differ from data of this CRC32; None where more than one bit does."""
+    difference, bit = zlib.crc32(data) ^ crc32, POLYNOMIAL  # what the highest bit of the last byte changes
+    for number in range(8 * len(data)):
+        if bit == difference:
+            return len(data) - 1 - number // 8, 7 - number % 8
+        bit = bit >> 1 ^ (POLYNOMIAL if bit & 1 else 0)
+    return None
+
+
 def read_into(fd: int, buffer: memoryview, position: int) -> int:
     """Read from a position of an open file into a buffer; returns the number of bytes read, 0 at its end."""
     if POSITIONED_READS:
@@ -85,11 +95,14 @@ def crc32_file(fd: int, size: int) -> int:
     spans = list(itertools.pairwise(edges))
     if workers == 1:
         return crc32_range(fd, 0, size)
-    from concurrent.futures import ThreadPoolExecutor  # takes as long to import as a small file to read
+    try:
+        from concurrent.futures import ThreadPoolExecutor  # takes as long to import as a small file to read
 
+        with ThreadPoolExecutor(workers) as pool:
+            parts = list(pool.map(lambda span: crc32_range(fd, *span), spans))
+    except RuntimeError:  # no thread can be started: the interpreter is ending, or the system refuses
+        return crc32_range(fd, 0, size)
     whole = 0
-    with ThreadPoolExecutor(workers) as pool:
-        parts = pool.map(lambda span: crc32_range(fd, *span), spans)
-        for crc, (start, end) in zip(parts, spans, strict=True):
-            whole = combine(whole, crc, end - start)
+    for crc, (start, end) in zip(parts, spans, strict=True):
+        whole = combine(whole, crc, end - start)
     return whole

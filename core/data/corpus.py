@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle.tokenizer_state import describe, same_vocabulary
+from ..console.anchored import anchored
 from ..console.progress import byte_bar
 from ..errors import CheckpointMismatch, InputError
 from .source import Source, find_source
@@ -57,7 +58,7 @@ def open_corpus(
 
     Raises: InputError for text that cannot be decoded or encoded; CheckpointMismatch for a dataset of other tokens.
     """
-    bpe_path = Path(bpe_file) if bpe_file else None
+    bpe_path = anchored(bpe_file) if bpe_file else None
     if source.kind == "dataset":
         return _open_tokens(source, open_dataset(source.path), tokenization, bpe_path, val_fraction)
     tokenizer = choose_tokenizer(source, tokenization, bpe_path, progress)

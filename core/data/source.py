@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.storage import DISK
+from ..console.anchored import anchored
 from ..console.files import open_regular
 from ..console.progress import byte_bar
 from ..errors import InputError, SaveFailed, Unspecified
@@ -124,7 +125,7 @@ def find_source(
 
     Raises: InputError when the chosen one does not exist, or is of the other kind; Unspecified when none is chosen.
     """
-    recorded = recorded or {}
+    recorded, data_dir = recorded or {}, anchored(data_dir)
     default = data_dir / DEFAULT_TEXT
     own = f"use your own with --input_file FILE or as {data_dir / f'{model_name}.txt'}"
     if input_file and dataset_dir:
@@ -132,11 +133,11 @@ def find_source(
             f"--input_file {input_file} and --dataset_dir {dataset_dir}: only one can be used. Leave one out."
         )
     if input_file:
-        return _text(Path(input_file), "from --input_file", recorded)
+        return _text(anchored(input_file), "from --input_file", recorded)
     if dataset_dir:
-        return Source("dataset", open_dataset(Path(dataset_dir)).folder, "from --dataset_dir", recorded)
+        return Source("dataset", open_dataset(anchored(dataset_dir)).folder, "from --dataset_dir", recorded)
     if recorded.get("path"):
-        path = Path(recorded["path"])
+        path = anchored(recorded["path"])
         if path.exists() or path.absolute() != default.absolute():
             return _recorded(path, recorded, data_dir)
     named = data_dir / f"{model_name}.txt"

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..bundle.bundle import TOKENIZER, Bundle
 from ..bundle.contradictions import check_fit, rearrange_optimizer
+from ..bundle.intact import read_headers
 from ..bundle.optimizer_state import groups_of, names_in_order
 from ..bundle.parts import Part, ShardedFile, TorchFile, once
 from ..containers.torch_files.storages import TorchArchive
@@ -43,6 +44,19 @@ def read_part(part: Part) -> Any:
         with contextlib.suppress(pickle.UnpicklingError):
             return part.of(_torch_load(part.source))
     return map_tensors(part.source, part.content)
+
+
+def read_through(bundle: Bundle) -> None:
+    """Read every part of a step as loads do, for a step with a file that is not as it was saved; keep nothing.
+
+    Raises: CheckpointError as a load would, and CheckpointMismatch when the parts of a GPT contradict each other.
+    """
+    read_headers(bundle)
+    for part in (bundle.weights, bundle.optimizer, bundle.ema):
+        if part is not None and not bundle.is_sharded:
+            read_part(part)
+    if bundle.config is not None:
+        check_fit(bundle)
 
 
 def _torch_load(source: TorchFile) -> Any:

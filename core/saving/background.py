@@ -43,7 +43,8 @@ class BackgroundSaver:
         The next step of an optimizer waits until the snapshot is copied. When anything else
         changes is unknown: then the caller has to wait.
 
-        Raises: RuntimeError when no thread can be started; nothing has begun then.
+        Where no thread can be started (the interpreter is ending, or the system refuses), this thread writes, and
+        raises the error of the save.
         """
         if isinstance(optimizer, torch.optim.Optimizer) and optimizer not in self._watched:
             copied = weakref.WeakMethod(self.wait_copied)  # an optimizer may outlive the manager and its memory
@@ -55,12 +56,13 @@ class BackgroundSaver:
         try:
             with self._starting:
                 self._thread, self._snapshot = thread, snapshot
-                thread.start()
-        except RuntimeError:
-            self._thread = self._snapshot = None
-            raise
+                if not (started := _start(thread)):
+                    self._thread = None
         finally:
             go.set()
+        if not started:
+            self._run(write, go)
+            self.raise_failure()
 
     def wait_copied(self) -> None:
         """Wait until the tensors that are being saved may change."""
@@ -91,3 +93,14 @@ class BackgroundSaver:
         """Print an error that was never asked for."""
         if self._failure is not None:
             tell(f"WARNING: {self._failure}")
+
+
+def _start(thread: threading.Thread) -> bool:
+    """Start a thread that the end of the program will wait for; False where there can be none."""
+    if not threading.main_thread().is_alive():  # in atexit: threads have been joined, and this one would be killed
+        return False
+    try:
+        thread.start()
+    except RuntimeError:  # too many; or, from Python 3.12 on, the interpreter is ending
+        return False
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bundle.bundle import EMA, OPTIMIZER, history
+from ..bundle.bundle import EMA, OPTIMIZER
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, entries
 from ..bundle.folder import top_state
+from ..bundle.output import Output
 from ..bundle.parts import folder_of
-from ..bundle.storage import Output
+from ..bundle.retention import tidy_up
+from ..bundle.storage import failed_call
 from ..bundle.training_state import STATE, seal
 from ..bundle.write import write_file
 from ..bundle.writing import lock
@@ -72,10 +75,6 @@ class ShardedStepSave(StepSave):
         """Take no lock here: the first rank's thread takes it, and reports the outcome to the others."""
         return contextlib.ExitStack()
 
-    def not_begun(self, error: RuntimeError) -> CheckpointError:
-        """The error without a thread: not a SaveFailed, since the other ranks have begun and cannot continue."""
-        return CheckpointError(str(super().not_begun(error)))
-
     def write(self, memory: Memory, say: Callable[[str], None]) -> None:
         """Write this rank's shards; the first rank commits the step when all have. Returns when it is committed.
 
@@ -97,7 +96,7 @@ class ShardedStepSave(StepSave):
                     written, fault = _attempt(lambda: self._write_own(Path(stage), files))
             reports = self.world.to_first((written, lists, fault))
             if self.world.is_first:
-                said, fault = _attempt(lambda: self._commit_all(stage, reports, started))
+                said, fault = _attempt(lambda: self._commit_all(stage, reports, started, say))
             said, fault = self.world.from_first((said, fault))
         if fault:
             raise self._refused(fault)
@@ -115,7 +114,7 @@ class ShardedStepSave(StepSave):
         stage = held.enter_context(self.place.staging())
         for folder in entries(self._shards):
             self.place.storage.make_folder(stage / folder)
-        return str(stage)
+        return os.fspath(stage)
 
     def _write_own(self, stage: Path, files: Mapping[str, Any]) -> dict[str, Any]:
         """Write the files of this rank, durably; one without a shard writes none."""
@@ -124,7 +123,7 @@ class ShardedStepSave(StepSave):
         self.snapshot.finish()
         return recorded
 
-    def _commit_all(self, staged: str | None, reports: list[Any], started: float) -> str:
+    def _commit_all(self, staged: str | None, reports: list[Any], started: float, say: Callable[[str], None]) -> str:
         """Commit what all ranks have written, or discard it; returns the line to report."""
         faults = [f"rank {rank}: {fault}" for rank, (_, _, fault) in enumerate(reports) if fault]
         if staged is None:
@@ -136,7 +135,7 @@ class ShardedStepSave(StepSave):
                 return self._already_saved()
         self.place.roll_forward()
         state = top_state(self.place)
-        self.place.prune([older.step for older in self.retention.going(state, history(self.place.path))])
+        tidy_up(self.place, self.retention, state, say)
         size, seconds = sum(entry["size"] for entry in files.values()), time.perf_counter() - started
         return (
             f"saved step {state.step} to {self.place.path} in shards of {len(reports)} ranks "
@@ -181,6 +180,6 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return work(), None
     except OSError as error:
-        return None, f"{error.filename or 'writing'}: {error.strerror}"
+        return None, f"{error.filename or 'writing'}: {failed_call(error)}"
     except CheckpointError as error:
         return None, str(error).removesuffix(".")

@@ -161,6 +161,7 @@ class Snapshot:
         self._taken = 0
         self._threads: list[threading.Thread] = []
         self._copying = self._summing = 0
+        self._alone = False
         self._files: dict[str, SnapshotFile] = {}
         self._stream: Any = None
         self._last: Any = None
@@ -195,10 +196,7 @@ class Snapshot:
                 refuse_unloadable(name, content, self._files[name].image.first)
 
     def start(self, memory: Memory) -> None:
-        """Begin to copy.
-
-        Raises: SaveFailed when no thread can be started.
-        """
+        """Begin to copy; where no thread can be started, `blocks_of` copies."""
         starts = [(file, start) for file in self._files.values() for start in range(0, file.size, BLOCK)]
         for number, (file, start) in enumerate(starts):
             self._left.append(_Span(number, file, start, min(BLOCK, file.size - start)))
@@ -209,17 +207,17 @@ class Snapshot:
         with self._lock:  # no thread may count itself as the last one before all are counted
             if self._device is not None:
                 self._summing = self._start_threads("snapshot: sum", self._sum_arrived, several)
-            self._copying = self._start_threads("snapshot: copy", self._copy, 1 if self._summing else several)
+            if self._device is None or self._summing:
+                self._copying = self._start_threads("snapshot: copy", self._copy, 1 if self._summing else several)
+            self._alone = not self._copying
 
     def _start_threads(self, name: str, target: Callable[[], None], count: int) -> int:
         for i in range(count):
             thread = threading.Thread(target=target, name=name)
             try:
                 thread.start()
-            except RuntimeError as error:
-                if i:
-                    return i  # fewer are enough
-                raise SaveFailed(f"{name}: {error}.") from error
+            except RuntimeError:  # too many; or the interpreter is ending
+                return i
             self._threads.append(thread)
         return count
 
@@ -239,7 +237,7 @@ class Snapshot:
     def _next(self) -> _Block | None:
         """The next block in order; None when all were copied."""
         while self._taken not in self._early:
-            block = self._ready.get()
+            block = self._copied_here() if self._alone else self._ready.get()
             if block is None:
                 if self._error is not None:
                     raise self._error
@@ -247,6 +245,21 @@ class Snapshot:
             self._early[block.span.number] = block
         self._taken += 1
         return self._early.pop(self._taken - 1)
+
+    def _copied_here(self) -> _Block | None:
+        """Copy the next block in this thread; None when all were copied."""
+        claimed = self._claim()
+        if claimed is None:
+            self._compare_versions()
+            self._copied.set()
+            return None
+        if self._device is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._begin)
+        block = self._filled(*claimed)
+        if self._device is not None:
+            torch.cuda.current_stream(self._device).synchronize()
+            block.sums = _sums_of(block)
+        return block
 
     def finish(self) -> None:
         """Check that what was copied is one state; call it when all blocks have been taken.
@@ -355,7 +368,7 @@ class Snapshot:
         while (block := self._arriving.get()) is not None:
             try:
                 block.arrived.synchronize()
-                block.sums = [_sum(piece, block.memory[piece.at :], copy=False) for piece in block.pieces]
+                block.sums = _sums_of(block)
                 self._ready.put(block)
             except BaseException as error:
                 self._fail(error)
@@ -371,6 +384,10 @@ def _image_of(file: str, content: Any) -> Image:
     except Exception as error:  # the method of any class may have been called
         raise unloadable(file, content, str(error)) from error
     return Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records])
+
+
+def _sums_of(block: _Block) -> list[int]:
+    return [_sum(piece, block.memory[piece.at :], copy=False) for piece in block.pieces]
 
 
 def _sum(piece: Piece, memory: torch.Tensor, copy: bool) -> int:

@@ -21,7 +21,8 @@ from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.folder import top_state
-from ..bundle.retention import Retention, best_of, better
+from ..bundle.retention import Retention, best_of, better, tidy_up
+from ..bundle.storage import failed_call
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
 from ..bundle.writing import lock
@@ -32,7 +33,7 @@ from ..console.words import size_text
 from ..containers.json_files import dump_json, parse_json
 from ..containers.trees import map_leaves
 from ..data.tokenizer import Tokenizer
-from ..errors import CheckpointDamaged, CheckpointError, InputError, SaveFailed
+from ..errors import CheckpointDamaged, InputError, SaveFailed
 from ..networks.state_dict import (
     UNNAMED,
     changed_by_step,
@@ -101,10 +102,6 @@ class StepSave:
         """
         return lock(self.place, say)
 
-    def not_begun(self, error: RuntimeError) -> CheckpointError:
-        """The error when no thread can be started to write this step."""
-        return SaveFailed(f"{self.place.path}: save of step {self.step} failed: {error}.")
-
     def _take(
         self,
         module: nn.Module,
@@ -153,10 +150,9 @@ class StepSave:
                 return
         size = sum(entry.stat().st_size for entry in os.scandir(self.place.committed))
         self.place.roll_forward()
-        going = self.retention.going(state, history(self.place.path))
-        self.place.prune([older.step for older in going])
         seconds = time.perf_counter() - started
         say(f"saved step {step} to {self.place.path} ({size_text(size)}, {seconds:.2f} s)")
+        tidy_up(self.place, self.retention, state, say)
         if self._outside:
             say(
                 f"WARNING: {self.place.path}: the optimizer of step {step} has {self._outside} parameters outside the "
@@ -203,7 +199,8 @@ class StepSave:
     def _commit(self, state: TrainingState, files: Mapping[str, Content], size: int) -> bool:
         """Stage the files and make them the newest step; False when the newest step has these very bytes."""
         try:
-            if self.place.storage.free(self.place.path) < size:
+            free = self.place.storage.free(self.place.path)
+            if free is not None and free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with self.place.staging() as stage:
                 write_bundle(self.place, stage, state, files)
@@ -239,11 +236,11 @@ class StepSave:
         return f"step {self.step} is already saved in {self.place.path}{recorded}"
 
     def _failed(self, error: OSError, needed: int) -> SaveFailed:
-        sizes = ""
+        sizes = f"{size_text(needed)} needed"
         with contextlib.suppress(OSError):
-            free = self.place.storage.free(self.place.path)
-            sizes = f" ({size_text(needed)} needed, {size_text(free)} free)"
-        return self._refused(f"{error.strerror}{sizes}")
+            room = self.place.storage.room(self.place.path)
+            sizes += f", {room}" if room else ""
+        return self._refused(f"{failed_call(error)} ({sizes})")
 
     def _refused(self, why: str) -> SaveFailed:
         top = top_state(self.place)

@@ -76,6 +76,17 @@ def test_a_writer_that_ended_leaves_the_folder_free(tmp_path, holder):
         pass
 
 
+@pytest.mark.skipif(not lock.KERNEL_LOCKS, reason="this system has no flock")
+def test_a_lock_that_is_given_back_is_free_though_a_starting_child_has_its_file_open(tmp_path):
+    with hold(tmp_path):
+        copies = [os.dup(fd) for fd in lock._open]  # as between the fork of a child and its exec
+    with (tmp_path / ".lock").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for fd in copies:
+        os.close(fd)
+    assert copies
+
+
 def test_a_killed_writer_is_taken_over(tmp_path, holder, kind):
     holder.send_signal(signal.SIGKILL)
     holder.wait()

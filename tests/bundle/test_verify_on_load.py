@@ -85,7 +85,7 @@ def test_the_same_tensors_in_a_file_of_another_program_are_said_to_be_the_same(s
 
 
 @pytest.mark.parametrize("name", ["model.pt", "optimizer.pt"])
-def test_files_exchanged_between_steps_are_each_said_by_name_and_used(saved, name):
+def test_files_exchanged_between_steps_are_each_said_by_name_and_walked_back_from(saved, name):
     folder, _ = saved
     kept = folder / "step_00000001"
     newest, older = (folder / name).read_bytes(), (kept / name).read_bytes()
@@ -98,8 +98,10 @@ def test_files_exchanged_between_steps_are_each_said_by_name_and_used(saved, nam
     lines = []
     made = CheckpointManager("dante", folder.parent, say=lines.append)
     with made, made.newest_intact() as bundle:
-        assert bundle.step == 3
-    assert lines == [f"WARNING: {said(folder)[0]}"]
+        assert bundle.step == 2
+    (line,) = lines
+    assert f"{folder / name}: is the file of step 1 (step_00000001), beside a training_state.json of step 3: " in line
+    assert "Continuing from step 2, the newest intact one." in line
 
 
 def test_a_tokenizer_that_was_only_formatted_anew_is_replaced_not_damaged(saved):

@@ -205,9 +205,10 @@ def test_a_failed_save_is_raised_once_at_the_edge_of_a_step_and_training_goes_on
     assert state_of(tmp_path / "dante")["step"] == 3
 
 
-@pytest.mark.parametrize("refused", ["save of step", "snapshot: copy"])
-def test_where_no_thread_is_to_be_had_the_save_fails_and_training_goes_on(tmp_path, monkeypatch, refused):
-    made, model, optimizer = started(tmp_path)
+@pytest.mark.parametrize("limit", [None, 0], ids=["all staged", "ring"])
+@pytest.mark.parametrize("refused", ["save of step", "snapshot: copy", ""])
+def test_where_no_thread_is_to_be_had_the_save_is_made_without(tmp_path, monkeypatch, small_blocks, refused, limit):
+    made, model, optimizer = started(tmp_path, stage_memory=limit)
     start = threading.Thread.start
 
     def refuse(thread):
@@ -215,18 +216,56 @@ def test_where_no_thread_is_to_be_had_the_save_fails_and_training_goes_on(tmp_pa
             raise RuntimeError("can't start new thread")
         start(thread)
 
+    for step in (1, 2):
+        update(model, optimizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            made.save(model, optimizer, step=step)
+            if not refused.startswith("snapshot"):
+                assert not made._saver.busy and made.saved_step() == step, "it is durable on return"
+            made.wait()
+        folder = tmp_path / "dante"
+        assert equal(on_disk(folder)["model"], model.state_dict())
+        assert digest_of(on_disk(folder)["optimizer"]) == digest_of(export_optimizer_state(optimizer, model))
+    train_and_save(made, model, optimizer, 1)
+    assert made.saved_step() == 3
+
+
+def test_a_save_without_a_thread_raises_its_own_error_once(tmp_path, monkeypatch):
+    made, model, optimizer = started(tmp_path)
+    save_durably(made, model, optimizer, step=1)
     update(model, optimizer)
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(SaveFailed, match="can't start new thread"):
-            made.save(model, optimizer, step=1)
-            made.wait()
-    training = threading.Thread(target=lambda: update(model, optimizer), daemon=True)
-    training.start()
-    training.join(60)
-    assert not training.is_alive(), "the optimizer waits for a copy that nobody makes"
+        patch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
+        patch.setattr(DISK, "free", lambda path: 0)
+        with pytest.raises(SaveFailed, match=r"save of step 2 failed: No space left on device .* Step 1 is intact\."):
+            made.save(model, optimizer, step=2)
+    made.wait()
     save_durably(made, model, optimizer, step=2)
-    assert state_of(tmp_path / "dante")["step"] == 2
+    made.close()
+
+
+def test_without_a_thread_a_tensor_that_changes_meanwhile_is_still_noticed(tmp_path, monkeypatch):
+    made, model, optimizer = started(tmp_path)
+    update(model, optimizer)
+    copied = snapshot._copy_bytes
+
+    def changes(*args):
+        copied(*args)
+        with torch.no_grad():
+            model.lm_head.weight.add_(1)
+
+    monkeypatch.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
+    monkeypatch.setattr(snapshot, "_copy_bytes", changes)
+    with pytest.raises(SaveFailed, match=r"changed while it was being saved"):
+        made.save(model, optimizer, step=1)
+
+
+def raising(error):
+    def refuse(*_):
+        raise error
+
+    return refuse
 
 
 def test_one_thread_copies_where_there_are_no_more(tmp_path, monkeypatch, small_blocks):

@@ -50,14 +50,14 @@ def save(
         names = [*([MODEL] if shards is None else shards), *(["optimizer.pt"] if optimizer else []), *extra]
         files: dict[str, Any] = {name: _content(f"{name} of {label}") for name in names}
         files[CONFIG] = config(width, saved_with=label)
-        stage = folder.stage()
-        for entry in entries(files):
-            if entry not in files:
-                folder.storage.make_folder(stage / entry)
-        state = {"step": step, "format_version": 2, "commit_id": label, "parent": folder.newest_id()}
-        write_bundle(folder, stage, state, files)
-        run.stage(stage)
-        folder.commit(stage)
+        with folder.staging() as stage:
+            for entry in entries(files):
+                if entry not in files:
+                    folder.storage.make_folder(stage / entry)
+            state = {"step": step, "format_version": 2, "commit_id": label, "parent": folder.newest_id()}
+            write_bundle(folder, stage, state, files)
+            run.stage(stage)
+            folder.commit(stage)
         run.acked = True
         folder.roll_forward()
         kept = folder.kept_steps()

@@ -26,7 +26,7 @@ from tests.makers.models import flip
 
 FLIPS, CUTS, EXCHANGES = 500, 100, 100
 SEED = 7
-FILES = ("model.pt", "optimizer.pt", "tokenizer.json", STATE)
+FILES = ("model.pt", "optimizer.pt", "tokenizer.json", STATE, "config.json")
 USED_FOR_INFERENCE = ("model.pt", "tokenizer.json", STATE)
 SAID = "It is used as it is."
 
@@ -45,8 +45,8 @@ def damage(base: Path, trial: Path, name: str, change: Callable[[Path], object],
             tally.check(any(SAID in line for line in lines), f"{where}: loaded in silence")
     lines = []
     with CheckpointManager(NAME, trial, say=lines.append) as made, made.newest_intact() as bundle:
-        if bundle.step == 2 and any("Continuing from step 2, the newest intact one" in line for line in lines):
-            kept = base / NAME / "step_00000002" / MODEL
+        if any(f"Continuing from step {bundle.step}, the newest intact one" in line for line in lines):
+            kept = base / NAME / f"step_{bundle.step:08d}" / MODEL
             tally.check((folder / MODEL).read_bytes() == kept.read_bytes(), f"{where}: walked back to something else")
             tally.counts["walked back from"] += 1
         else:

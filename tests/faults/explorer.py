@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unittest import mock
 
-from core.bundle import commit, owner, training_state
+from core.bundle import commit, owner, removal, training_state
 from core.bundle import folder as names_of_folders
 from core.bundle.commit import CONFIG, MODEL, ModelFolder, OpenStep
 from core.bundle.training_state import STATE, seal, unseal
@@ -149,7 +149,7 @@ class Explorer:
             return f"{number:04x}"
 
         with contextlib.ExitStack() as patches:
-            for module in (commit, names_of_folders, training_state):
+            for module in (commit, names_of_folders, removal, training_state):
                 patches.enter_context(mock.patch.object(module, "new_id", new_id))
             for module in (commit, owner):
                 patches.enter_context(mock.patch.object(module, "new_stage_name", lambda: f".stage-{new_id()}"))

@@ -17,18 +17,23 @@ from tests.conftest import ROOT
 from tests.makers.models import TEXT
 from tests.scripts.test_train import ENVIRONMENT, SIZES, wait_for_steps
 
-LOOP, SLURM = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL)
+LOOP, SLURM, TORCHRUN = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL)
 
 pytestmark = pytest.mark.skipif(os.name != "posix" or not shutil.which("bash"), reason="needs bash")
 
 
-def start(tmp_path, script, *words):
-    """Run a script, with this Python as `python` and a queue that notes what it is asked."""
+def start(tmp_path, script, *words, torchrun='exec python -m torch.distributed.run "$@"'):
+    """Run a script, with this Python as `python`, a `torchrun`, and a queue that notes what it is asked."""
     (tmp_path / "text.txt").write_text(TEXT * 40)
     (tmp_path / "job.sh").write_text(script)
     programs = tmp_path / "bin"
     programs.mkdir(exist_ok=True)
-    for name, line in (("python", f'exec "{sys.executable}" "$@"'), ("scontrol", f'echo "$@" >> "{tmp_path}/asked"')):
+    lines = {
+        "python": f'exec "{sys.executable}" "$@"',
+        "scontrol": f'echo "$@" >> "{tmp_path}/asked"',
+        "torchrun": torchrun,
+    }
+    for name, line in lines.items():
         (programs / name).write_text(f"#!/bin/sh\n{line}\n")
         (programs / name).chmod(0o755)
     sizes = {**SIZES, "checkpoint_root": tmp_path / "models", "input_file": tmp_path / "text.txt"}
@@ -80,3 +85,24 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_one_that_is_cancelled_i
     assert run.returncode == STOPPED and f"after step {step(tmp_path)}, which is saved" in said
     asked = tmp_path / "asked"
     assert (asked.read_text() if asked.exists() else "") == ("requeue 4711\n" if number == signal.SIGUSR1 else "")
+
+
+SAVED = "stopped by SIGTERM after step 7, which is saved. Run the same command to continue."
+
+
+@pytest.mark.parametrize(
+    ("said", "its", "code"), [(SAVED, 1, STOPPED), ("error: no", 1, FAILED), ("done", 0, DONE), (SAVED, 0, DONE)]
+)
+def test_of_torchrun_what_the_first_rank_said_decides(tmp_path, said, its, code):
+    script = TORCHRUN.replace("run.err", str(tmp_path / "run.err"))
+    run = start(tmp_path, script, torchrun=f"echo '{said}' >&2; exit {its}")
+    assert run.communicate(timeout=60)[1] == f"{said}\n" and run.returncode == code
+
+
+@pytest.mark.full  # two ranks: half a minute
+def test_a_real_torchrun_that_is_stopped_ends_with_75_by_that_script(tmp_path):
+    script = TORCHRUN.replace("run.err", str(tmp_path / "run.err"))
+    run = start(tmp_path, script, "--max_iters", "1000000", "--stop_after_minutes", "0.0001")
+    _, said = run.communicate(timeout=300)
+    assert run.returncode == STOPPED and f"after step {step(tmp_path)}, which is saved" in said
+    assert re.search(r"exitcode\s*: 75", said), "torchrun calls it a failure"

@@ -273,6 +273,60 @@ def test_a_second_interrupt_waits_for_no_thread_that_writes(tmp_path):
 
 
 @posix
+def test_a_storm_of_sigterms_ends_with_75_and_the_step_is_saved(tmp_path, text):
+    run = start(tmp_path, text, save_interval=100_000)
+    wait_for_steps(run)
+    said = []
+    reader = threading.Thread(target=lambda: said.append(run.communicate(timeout=200)[1]))
+    reader.start()
+    sent = 0
+    while reader.is_alive():  # to the very end of the process
+        run.send_signal(signal.SIGTERM)
+        sent += 1
+    assert sent >= 100 and run.returncode == STOPPED, said
+    (step,) = re.findall(r"stopped by SIGTERM after step (\d+), which is saved", said[0])
+    assert state(tmp_path)["step"] == int(step) == max(logged(tmp_path / "default"))
+    assert said[0].count("SIGTERM: ") <= 2, "a storm is not told line by line"
+
+
+AT_THE_END = """
+import os, signal, sys
+from core.console.commandline import STOPPED, run
+from core.console.signals import StopSignal, decide_exit_code
+
+def main(argv):
+    if "before" in argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+    with StopSignal(owns_process=True) as stop:
+        stop.work_to_save = True
+        os.kill(os.getpid(), signal.SIGTERM)
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"):
+        os.kill(os.getpid(), getattr(signal, name))
+    import atexit
+    atexit.register(lambda: [os.kill(os.getpid(), getattr(signal, n)) for n in ("SIGTERM", "SIGHUP", "SIGUSR1")])
+    return int(argv[0])
+
+decide_exit_code()
+run(main)
+"""
+
+
+@posix
+@pytest.mark.parametrize("code", [DONE, FAILED, STOPPED])
+def test_no_signal_after_the_work_changes_the_exit_code(code):
+    done = subprocess.run([sys.executable, "-c", AT_THE_END, str(code)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "nothing new to save" not in done.stderr
+
+
+@posix
+def test_a_signal_before_anything_has_begun_ends_with_75():
+    done = subprocess.run([sys.executable, "-c", AT_THE_END, "0", "before"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == STOPPED
+    assert done.stderr.strip() == "SIGTERM: nothing new to save. Run the same command to continue."
+
+
+@posix
 def test_a_signal_before_the_first_step_ends_with_75_and_nothing_is_lost(tmp_path, text):
     train(tmp_path, text, max_iters=5)
     before = (tmp_path / "default/training_state.json").read_bytes()
