@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.bundle.tokenizer_state import describe
 from core.console.commandline import DONE, Parser, run
+from core.console.files import read_regular
 from core.data.corpus import choose_tokenizer, prepare
 from core.data.source import find_source
 from core.data.token_shards import MANIFEST, SHARD_TOKENS, SPLITS
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
             val_fraction=args.val_fraction,
             shard_tokens=args.shard_tokens,
         )
-    made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    made = json.loads(read_regular(folder / MANIFEST))
     wanted = {"tokenizer": tokenizer.state(), "val_fraction": args.val_fraction, "unknown": args.unknown}
     if made["source"]["digest"] != source.digest or any(made.get(name) != value for name, value in wanted.items()):
         raise InputError(

@@ -10,12 +10,12 @@ import contextlib
 import json
 import os
 import stat
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..console.words import tell
 from ..errors import CheckpointLocked
 from . import heartbeat
 from .heartbeat import RECORD, Record, Values, beats, is_elsewhere, lives, read, this_process
@@ -53,7 +53,7 @@ _holding = threading.RLock()
 
 def say_at_once(line: str) -> None:
     """Print a line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    tell(line)
 
 
 @contextlib.contextmanager

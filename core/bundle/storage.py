@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..console.files import Irregular, open_regular
 from ..console.words import size_text
 from ..containers.checksum import crc32_file
 from ..errors import CheckpointDamaged, SaveFailed
@@ -336,11 +337,10 @@ class Storage:
 
         Raises: CheckpointDamaged for a pipe, whose writer would be waited for, or a device.
         """
-        with contextlib.suppress(OSError):  # opening reports what is wrong with the name
-            kind = path.stat().st_mode
-            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-                raise CheckpointDamaged(f"{path}: a device or a pipe, expected a file.")
-        return path.open("rb", buffering=0)
+        try:
+            return open_regular(path)
+        except Irregular as error:
+            raise CheckpointDamaged(f"{path}: {error.strerror}, expected a file.") from error
 
     def read(self, path: Path) -> bytes:
         """Read a whole file."""

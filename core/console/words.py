@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from ..errors import printable as printable
 
 
 def columns(rows: list[tuple[str, ...]]) -> Iterable[str]:
@@ -23,9 +26,9 @@ def size_text(size: int) -> str:
     return f"{size} bytes"
 
 
-def printable(text: str) -> str:
-    """Replace characters that would move the cursor or change the terminal by their escapes."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def tell(line: str) -> None:
+    """Print one line to stderr, whatever characters its names have."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:

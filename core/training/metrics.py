@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.storage import DISK
-from ..errors import SaveFailed
+from ..console.files import open_regular
+from ..errors import InputError, SaveFailed
 
 UNREADABLE = "metrics_unreadable.jsonl"
 """Where lines of the log go that are not JSON."""
@@ -27,11 +28,17 @@ class Metrics:
 
         Lines that are not JSON objects are moved to a file beside the log, and reported in the sentence that is
         returned; all others stay, in their order.
+
+        Raises: InputError when the log cannot be read.
         """
         if self.path is None or not (self.path.exists() or self.path.is_symlink()):
             return None
         DISK.append(self.path).close()  # it is ours, and has no other name
-        data = self.path.read_bytes()
+        try:
+            with open_regular(self.path) as file:
+                data = file.read()
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}, expected the log of the run. Move it away.") from error
         *lines, rest = data.split(b"\n")
         lines += [rest] if _values(rest) is not None else []  # a person's editor may have left out the last newline
         unreadable = [line for line in lines if line.strip() and _values(line) is None]
