@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..config.gpt import EDITABLE
+from ..console.files import open_regular
 from ..containers.checksum import crc32_file, flipped_bit
 from ..containers.json_files import dump_json
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, InputError
@@ -121,7 +122,7 @@ def _named(step: KeptStep, place: ModelFolder) -> str:
 
 def _holds(step: KeptStep, name: str, entry: dict[str, Any]) -> bool:
     """Whether a step has the very file that a training state recorded."""
-    with contextlib.suppress(FileNotFoundError), (step.path / name).open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), open_regular(step.path / name) as file:
         size = os.fstat(file.fileno()).st_size
         return size == entry["size"] and f"{crc32_file(file.fileno(), size):08x}" == entry["crc32"]
     return False
