@@ -32,15 +32,21 @@ def tell(line: str) -> None:
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """List tensors that are missing, have no place, or have another shape."""
-    missing = [f"{name} is missing" for name in expected if name not in found]
-    surplus = [f"{name} has no place in this model" for name in found if name not in expected]
+    """List tensors that are missing, have no place in this model, or have another shape."""
+    missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected]
     wrong = [
         f"{name} is {tuple(found[name])}, expected {tuple(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
-    return missing + surplus + wrong
+    return on_one_side(missing, surplus, " in this model") + wrong
+
+
+def on_one_side(missing: Sequence[str], surplus: Sequence[str], place: str = "") -> list[str]:
+    """List names that only one of two sides has: "missing: a, b and 4 more", "without a place in this model: c"."""
+    said = {"missing": missing, f"without a place{place}": surplus}
+    return [f"{what}: {listed_names(names, 10)}" for what, names in said.items() if names]
 
 
 def counted(what: str, names: list[str]) -> str:
