@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..console.files import Irregular, open_regular
+from ..console.files import Irregular, open_regular, read_regular
 from ..console.words import size_text
 from ..containers.checksum import crc32_file
 from ..errors import CheckpointDamaged, SaveFailed
@@ -343,9 +343,14 @@ class Storage:
             raise CheckpointDamaged(f"{path}: {error.strerror}, expected a file.") from error
 
     def read(self, path: Path) -> bytes:
-        """Read a whole file."""
-        with self.open(path) as file:
-            return file.read()
+        """Read a whole file of the protocol, or one that people may edit.
+
+        Raises: CheckpointDamaged as `open`, and for one that is larger than any of these.
+        """
+        try:
+            return read_regular(path)
+        except Irregular as error:
+            raise CheckpointDamaged(f"{path}: {error.strerror}, expected a file.") from error
 
     def names(self, path: Path) -> list[str]:
         """List a folder, sorted; a folder that is not there is empty."""

@@ -39,7 +39,7 @@ def read_regular(path: Path, most: int = LARGEST) -> bytes:
     """
     with open_regular(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
-            raise Irregular(errno.EFBIG, f"has {size:,} bytes, and at most {most:,} are read", str(path))
+            raise Irregular(errno.EFBIG, f"a file of {size:,} bytes, of which at most {most:,} are read", str(path))
         return file.read(size)
 
 

@@ -186,7 +186,11 @@ class _Writer:
                 self._file.close()
 
 
-def _ours(folder: Path) -> Dataset:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the dataset.json of a folder of ours: its format, tokenizer and source, and the tokens of each shard.
+
+    Raises: InputError for what data/prepare.py does not write, and for a newer format.
+    """
     path = folder / MANIFEST
     try:
         with readable(path, "what data/prepare.py writes"):
@@ -196,11 +200,21 @@ def _ours(folder: Path) -> Dataset:
             raise InputError(
                 f"{path}: format_version {version}, this program reads up to {VERSION}. Update the program."
             )
-        shards = {split: [_listed(folder, entry) for entry in manifest[split]] for split in SPLITS}
-        tokenizer = dict(manifest["tokenizer"])
+        tokens = [entry["tokens"] for split in SPLITS for entry in manifest[split]]
+        if not isinstance(manifest["tokenizer"], dict) or not all(type(count) is int for count in tokens):
+            raise TypeError("no tokenizer, or no numbers of tokens")
+        return {"source": {}, **manifest}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not what data/prepare.py writes ({error!r}). Prepare the dataset again.") from error
-    return Dataset(folder, tokenizer, shards["train"], shards["val"])
+
+
+def _ours(folder: Path) -> Dataset:
+    path, manifest = folder / MANIFEST, read_manifest(folder)
+    try:
+        shards = {split: [_listed(folder, entry) for entry in manifest[split]] for split in SPLITS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not what data/prepare.py writes ({error!r}). Prepare the dataset again.") from error
+    return Dataset(folder, manifest["tokenizer"], shards["train"], shards["val"])
 
 
 def _listed(folder: Path, entry: dict[str, Any]) -> Path:

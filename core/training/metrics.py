@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.storage import DISK
-from ..console.files import open_regular
+from ..console.files import read_regular
 from ..errors import InputError, SaveFailed
+
+_LARGEST = 2**30
+"""Bytes of the longest log that is read, of some ten million steps."""
 
 UNREADABLE = "metrics_unreadable.jsonl"
 """Where lines of the log go that are not JSON."""
@@ -35,8 +38,7 @@ class Metrics:
             return None
         DISK.append(self.path).close()  # it is ours, and has no other name
         try:
-            with open_regular(self.path) as file:
-                data = file.read()
+            data = read_regular(self.path, _LARGEST)
         except OSError as error:
             raise InputError(f"{self.path}: {error.strerror}, expected the log of the run. Move it away.") from error
         *lines, rest = data.split(b"\n")

@@ -102,18 +102,13 @@ def views(folder: Path, other: Path, out: Path) -> dict[str, Callable[[], object
         "inspect --json": lambda: inspect_model.main([here, "--json", "--verify"]),
         "history": lambda: inspect_model.main([here, "--history"]),
         "models": lambda: inspect_model.main([str(folder.parent)]),
+        "html": lambda: inspect_model.main([here, "--html", str(out / "x.html")]),
         "diff": lambda: inspect_model.main(["--diff", here, there, "--moments"]),
         "convert": lambda: convert_checkpoints.main([here, str(out / "x.pt"), "--to", "pt", "--include_optimizer"]),
         "to bundle": lambda: convert_checkpoints.main([here, str(out / "bundle"), "--to", "bundle", "--dry_run"]),
         "generate": lambda: generate.main([*name, "--max_new_tokens", "1", "--seed", "1"]),
         "train": lambda: train.main([*name, *sizes]),
     }
-
-
-def with_html(folder: Path, out: Path) -> Callable[[], object]:
-    import inspect_model
-
-    return lambda: inspect_model.main([str(folder), "--html", str(out / "x.html")])
 
 
 def fault(view: Callable[[], object]) -> BaseException | None:

@@ -6,11 +6,14 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,20 +23,20 @@ import torch
 from core.checkpoint import CheckpointManager
 from core.config.gpt import GPTConfig
 from core.console.commandline import Parser
+from core.console.files import Irregular, read_regular
 from core.data.tokenizer import Gpt2Tokenizer
 from core.errors import CheckpointError
 from core.kinds.model_methods import save_checkpoint_bundle
 from core.model import GPT
 from core.pretrained import inspect_checkpoint, load_classifier, load_flex_checkpoint, load_pretrained_checkpoint
 from tests.conftest import ROOT
+from tests.fuzz.seeds import MAKERS, write_seeds
 from tests.makers.doors import FILE, FLAGS, FOLDER
 from tests.makers.modded_models import random_batched
-from tests.makers.models import started, update
+from tests.makers.models import TEXT, started, update
 from tests.makers.small_gpts import SmallGPT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc and pipes with names are those of Linux")
-
-TEXT = "To be or not to be, that is the question.\n" * 40
 
 
 def script(name: str):
@@ -123,7 +126,7 @@ def test_the_table_has_every_public_loader():
 def models(tmp_path_factory) -> Path:
     """A working folder: a text, rows, a trained bundle m, models without a tokenizer, and what must not be read."""
     root = tmp_path_factory.mktemp("work")
-    (root / "text.txt").write_text(TEXT)
+    (root / "text.txt").write_text(TEXT * 20)
     (root / "rows.csv").write_text("text,label\n" + "a,1\nb,2\n" * 5)
     made, model, optimizer = started(root / "checkpoints", "m")
     with made:
@@ -257,3 +260,76 @@ def test_no_door_reads_what_is_no_regular_file_in_a_bundle(door, refused, place,
             DOORS[door](folder)
         shown = capsys.readouterr()
         assert "of-the-environment" not in shown.out + shown.err
+
+
+# The files of every other container: DCP, Megatron, rank files, folders of Hugging Face, single files
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("seeds")
+    write_seeds(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_no_reader_of_another_container_waits_for_a_file(name, seeds, place, tmp_path, capsys):
+    sound = seeds / name
+    files = [p.relative_to(sound) for p in sorted(sound.rglob("*")) if p.is_file()] if sound.is_dir() else [Path()]
+    for number, file in enumerate(files):
+        made = tmp_path / str(number) / name
+        made.parent.mkdir()
+        shutil.copytree(sound, made) if sound.is_dir() else shutil.copy(sound, made)
+        (made / file if sound.is_dir() else made).unlink()
+        (made / file if sound.is_dir() else made).symlink_to(place / REFUSED[number % 3])
+        for main, words in ((SCRIPTS["inspect_model.py"].main, [made]), (SCRIPTS["convert_checkpoints.py"].main, [
+            made, made.parent / "out.pt", "--to", "pt"
+        ])):  # fmt: skip
+            with within(20), contextlib.suppress(CheckpointError, SystemExit):
+                main([str(word) for word in words])
+            shown = capsys.readouterr()
+            assert "of-the-environment" not in shown.out + shown.err
+
+
+# Giants, and files that change their kind
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "training_state.json", "metrics.jsonl"])
+def test_a_sparse_giant_is_refused_by_its_size(name, place, tmp_path):
+    folder = tmp_path / "checkpoints/m"
+    shutil.copytree(place / "checkpoints/m", folder, ignore=lambda *_: [".lock", name])
+    (folder / name).touch()
+    os.truncate(folder / name, 3 << 30)
+    out = said(SCRIPTS["train.py"].main, *words_of("train.py", folder))
+    assert f"{folder / name}: " in out and re.search("3221225472|3,221,225,472", out), out
+
+
+def test_a_file_that_becomes_a_pipe_while_it_is_opened_is_never_waited_for(tmp_path):
+    path, pipe, plain = tmp_path / "x", tmp_path / "pipe", tmp_path / "plain"
+    os.mkfifo(pipe)
+    plain.write_bytes(b"content")
+    path.symlink_to(plain)
+    done = threading.Event()
+
+    def swap() -> None:
+        for number in itertools.count():
+            if done.is_set():
+                return
+            other = tmp_path / f"link{number % 2}"
+            other.symlink_to((pipe, plain)[number % 2])
+            other.replace(path)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    found = Counter()
+    try:
+        with within(30):
+            while min(found["content"], found["refused"]) < 200:
+                try:
+                    found[read_regular(path).decode()] += 1
+                except Irregular:
+                    found["refused"] += 1
+    finally:
+        done.set()
+        thread.join()
+    assert found.keys() == {"content", "refused"}
