@@ -22,13 +22,14 @@ import torch
 
 from core.checkpoint import CheckpointManager
 from core.config.gpt import GPTConfig
-from core.console.commandline import Parser
+from core.console.commandline import Parser, size
 from core.console.files import Irregular, read_regular
 from core.data.tokenizer import Gpt2Tokenizer
-from core.errors import CheckpointError
+from core.errors import CheckpointError, CheckpointMismatch, InputError
 from core.kinds.model_methods import save_checkpoint_bundle
 from core.model import GPT
 from core.pretrained import inspect_checkpoint, load_classifier, load_flex_checkpoint, load_pretrained_checkpoint
+from core.training.settings import Settings
 from tests.conftest import ROOT
 from tests.fuzz.seeds import MAKERS, write_seeds
 from tests.makers.doors import FILE, FLAGS, FOLDER
@@ -203,6 +204,54 @@ def test_no_flag_opens_what_is_no_regular_file(name, flag, refused, place):
     kinds = "a device or a pipe|a file that the system makes up|found no file|a file, expected"
     assert re.search(kinds, out), out
     assert not (place / "new").exists() and not (place / "made").exists()
+
+
+SETTINGS = {
+    "too deep": ("[" * 100_000, "not valid JSON"),
+    "a NUL": ('{"model_name": "a\\u0000b"}', "model_name is 'a\\x00b', expected what a command line can hold"),
+    "half a character": ('{"model_name": "\\ud800"}', "model_name: expected what a command line can hold"),
+    "a number of 5,000 digits": ('{"model_name": ' + "9" * 5000 + "}", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in FLAGS if name != "data/prepare.py"])
+def test_settings_that_no_command_line_can_hold_are_one_sentence(name, what, tmp_path):
+    content, expected = SETTINGS[what]
+    (tmp_path / "settings.json").write_text(content)
+    out = said(SCRIPTS[name].main, "--config_file", tmp_path / "settings.json")
+    assert out.startswith(f"{tmp_path / 'settings.json'}: ") and expected in out and len(out) < 500
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "a/b", "..", ""])
+def test_a_name_that_no_folder_can_have_is_refused(name, tmp_path):
+    with pytest.raises(InputError, match="expected the name of one folder"):
+        CheckpointManager(name, tmp_path)
+
+
+def test_a_class_of_thousands_of_digits_is_a_text(tmp_path):
+    labelled = importlib.import_module("examples.classification.labelled")
+    (tmp_path / "rows.csv").write_text(f"text,label\na,{'9' * 5000}\n" + "b,10\nb,9\n" * 5)
+    assert labelled.read_labelled(tmp_path / "rows.csv").classes() == ["10", "9", "9" * 5000]
+
+
+@pytest.mark.parametrize("word", ["9" * 400, "9" * 5000 + "GB", "1e9", "inf"])
+def test_a_size_beyond_all_is_a_wrong_word(word):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a size"):
+        size(word)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ema", {}), ("ema", "x"), ("learning_rate", True), ("learning_rate", float("nan")), ("max_iters", 1.5),
+        ("eval_iters", 2**70), ("lr_schedule", "steep"), ("lr_schedule", []), ("seed", "1"), ("compile", 1),
+    ],
+)  # fmt: skip
+def test_a_recorded_setting_of_another_type_is_named(name, value):
+    with pytest.raises(CheckpointMismatch, match=rf"^training\.{name} in the checkpoint's .* is .*--{name}\."):
+        Settings.resolve({}, {name: value})
+    assert getattr(Settings.resolve({name: 1}, {name: value}), name) == 1
 
 
 # The files of a bundle, through every door of a checkpoint
