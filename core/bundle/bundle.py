@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from ..config.gpt import GPTConfig
 from ..containers.dcp.metadata import METADATA
-from ..containers.json_files import parse_json
+from ..containers.json_files import parse_json, read_json
 from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.fused import recognise
 from .commit import CONFIG, MODEL, ModelFolder, OpenStep
@@ -196,9 +196,7 @@ def _part(opened: OpenStep, name: str, keys: tuple[str, ...] = ()) -> Part | Non
 
 
 def _read_json(opened: OpenStep, name: str) -> dict[str, Any]:
-    file = opened.files[name]
-    file.seek(0)
-    return parse_json(file.read(), str(opened.folder / name))
+    return read_json(opened.files[name], str(opened.folder / name))
 
 
 def newest_tokenizer(folder: Path) -> dict[str, Any] | None:

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..containers.blocks import read_whole
 from ..containers.checksum import combine, crc32_file
+from ..containers.json_files import LARGEST
 from ..errors import CheckpointDamaged
 from .owner import stage_name
 
@@ -297,9 +299,12 @@ class Storage:
         return path.open("rb", buffering=0)
 
     def read(self, path: Path) -> bytes:
-        """Read a whole file."""
+        """Read a whole file of at most LARGEST bytes, or a log of lines, which may have any length.
+
+        Raises: CheckpointDamaged when it is larger.
+        """
         with self.open(path) as file:
-            return file.read()
+            return file.read() if path.suffix == ".jsonl" else read_whole(file, LARGEST, str(path))
 
     def names(self, path: Path) -> list[str]:
         """List a folder, sorted; a folder that is not there is empty."""

@@ -106,13 +106,12 @@ class _OpenFiles(Container):
         """Whether this is a tokenizer with the fingerprint of its vocabulary."""
         from ..bundle.bundle import TOKENIZER
         from ..bundle.tokenizer_state import proves_itself
-        from ..containers.json_files import parse_json
+        from ..containers.json_files import read_json
 
         if name != TOKENIZER:
             return False
         with self.open(name) as file, contextlib.suppress(CheckpointError):
-            file.seek(0)
-            return proves_itself(parse_json(file.read(), name))
+            return proves_itself(read_json(file, name))
         return False
 
 
