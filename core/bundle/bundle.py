@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..config.gpt import GPTConfig
-from ..console.files import LARGEST
-from ..containers.blocks import read_whole
 from ..containers.dcp.metadata import METADATA
-from ..containers.json_files import parse_json
+from ..containers.json_files import parse_json, read_json
 from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.fused import recognise
 from .commit import CONFIG, MODEL, ModelFolder, OpenStep
@@ -198,8 +196,7 @@ def _part(opened: OpenStep, name: str, keys: tuple[str, ...] = ()) -> Part | Non
 
 
 def _read_json(opened: OpenStep, name: str) -> dict[str, Any]:
-    where = str(opened.folder / name)
-    return parse_json(read_whole(opened.files[name], LARGEST, where), where)
+    return read_json(opened.files[name], str(opened.folder / name))
 
 
 def newest_tokenizer(folder: Path) -> dict[str, Any] | None:

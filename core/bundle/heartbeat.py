@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..console.files import LARGEST
 from . import owner
 
 RECORD = ".lock-owner"
@@ -101,7 +102,8 @@ def read(path: Path) -> Values:
     Raises: OSError when the disk fails.
     """
     try:
-        values = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            values = json.loads(file.read(LARGEST))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

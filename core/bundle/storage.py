@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..console.files import Irregular, open_regular, read_regular
+from ..console.files import LARGEST, Irregular, open_regular
 from ..console.words import size_text
+from ..containers.blocks import read_whole
 from ..containers.checksum import crc32_file
 from ..errors import CheckpointDamaged, SaveFailed
 from .output import BlockFile, Output
@@ -343,14 +344,12 @@ class Storage:
             raise CheckpointDamaged(f"{path}: {error.strerror}, expected a file.") from error
 
     def read(self, path: Path) -> bytes:
-        """Read a whole file of the protocol, or one that people may edit.
+        """Read a whole file of at most LARGEST bytes, or a log of lines, which may have any length.
 
-        Raises: CheckpointDamaged as `open`, and for one that is larger than any of these.
+        Raises: CheckpointDamaged when it is larger.
         """
-        try:
-            return read_regular(path)
-        except Irregular as error:
-            raise CheckpointDamaged(f"{path}: {error.strerror}, expected a file.") from error
+        with self.open(path) as file:
+            return file.read() if path.suffix == ".jsonl" else read_whole(file, LARGEST, str(path))
 
     def names(self, path: Path) -> list[str]:
         """List a folder, sorted; a folder that is not there is empty."""

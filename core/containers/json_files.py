@@ -6,19 +6,30 @@ import json
 import math
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, BinaryIO
 
+from ..console.files import LARGEST
 from ..errors import CheckpointDamaged, InputError
+from .blocks import read_whole
+from .pickles.inert import DEPTH
 from .trees import map_paths
 
 _SPLIT_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 """Both halves of a surrogate pair as two characters: JSON would make one character of them."""
 
 
+def read_json(file: BinaryIO, where: str) -> dict[str, Any]:
+    """Read a JSON object from a file of at most LARGEST bytes.
+
+    Raises: CheckpointDamaged when it is larger, or as `parse_json`.
+    """
+    return parse_json(read_whole(file, LARGEST, where), where)
+
+
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object; a duplicate key is refused, because readers disagree on which one counts.
 
-    Raises: CheckpointDamaged with the position where parsing failed.
+    Raises: CheckpointDamaged with the position where parsing failed, or when it is nested deeper than DEPTH.
     """
     try:
         values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
@@ -26,7 +37,19 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise CheckpointDamaged(f"{where}: {len(data)} bytes that are not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise CheckpointDamaged(f"{where}: found a JSON {type(values).__name__}, expected an object.")
+    if data.count(b"[") + data.count(b"{") > DEPTH and _too_deep(values):
+        raise CheckpointDamaged(f"{where}: its JSON is nested deeper than {DEPTH} levels.")
     return values
+
+
+def _too_deep(values: dict[str, Any]) -> bool:
+    level: list[Any] = [values]
+    for _ in range(DEPTH):
+        inner = (value.values() if type(value) is dict else value for value in level)
+        level = [child for held in inner for child in held if type(child) is dict or type(child) is list]
+        if not level:
+            return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

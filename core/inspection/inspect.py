@@ -106,14 +106,12 @@ class _OpenFiles(Container):
         """Whether this is a tokenizer with the fingerprint of its vocabulary."""
         from ..bundle.bundle import TOKENIZER
         from ..bundle.tokenizer_state import proves_itself
-        from ..console.files import LARGEST
-        from ..containers.blocks import read_whole
-        from ..containers.json_files import parse_json
+        from ..containers.json_files import read_json
 
         if name != TOKENIZER:
             return False
         with self.open(name) as file, contextlib.suppress(CheckpointError):
-            return proves_itself(parse_json(read_whole(file, LARGEST, name), name))
+            return proves_itself(read_json(file, name))
         return False
 
 

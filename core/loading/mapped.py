@@ -30,10 +30,26 @@ def mapped(source: TorchFile) -> mmap.mmap:
         ) from error
 
 
+_UNFOLDED = 16
+"""Bytes that all tensors together may have, each laid out densely, for each byte of their file."""
+
+_UNFOLDED_OF_ANY = 1 << 28
+"""Bytes that the tensors of any file may have so: masks and positions are saved expanded."""
+
+
 def map_tensors(source: TorchFile, content: Any) -> Any:
-    """Put mapped tensors in place of the specs in a header's content; tensors that share a storage share memory."""
-    memory = torch.frombuffer(mapped(source), dtype=torch.uint8)
+    """Put mapped tensors in place of the specs in a header's content; tensors that share a storage share memory.
+
+    Raises: CheckpointDamaged when the tensors unfold to far more than the file: whoever copies them would take that.
+    """
     specs = [leaf for leaf in leaves(content) if isinstance(leaf, TensorSpec)]
+    nbytes, size = sum(spec.nbytes for spec in specs), os.fstat(source.file.fileno()).st_size
+    if nbytes > (limit := _UNFOLDED * size + _UNFOLDED_OF_ANY):
+        raise CheckpointDamaged(
+            f"{source.path}: its {len(specs)} tensors share bytes (strides of 0, views) and unfold to {nbytes} bytes; "
+            f"of a file of {size} bytes at most {limit} are loaded. Save the model without its expanded tensors."
+        )
+    memory = torch.frombuffer(mapped(source), dtype=torch.uint8)
     ends: dict[str, int] = {}
     starts: dict[str, int] = {}
     for spec in specs:

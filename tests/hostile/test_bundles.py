@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from core.bundle.bundle import open_bundle
-from core.errors import CheckpointError
+from core.bundle.storage import DISK
+from core.containers.json_files import LARGEST, parse_json, read_json
+from core.errors import CheckpointDamaged, CheckpointError
 from tests.conftest import ROOT
 from tests.fuzz.mutations import sealed
 from tests.hostile.assemble import FOUR, items, tensor, torch_zip
@@ -98,3 +100,35 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name, folder):
         pytest.fail("it waits for somebody to write into the pipe")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "training_state.json"])
+def test_a_sparse_giant_is_refused_by_its_size(name, folder):
+    say(folder)
+    with (folder / name).open("r+b") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(CheckpointError, match=rf"{name}: .*3221225472"):
+        open_bundle(folder).close()
+    assert "3221225472" in shown(folder)
+
+
+@pytest.mark.parametrize(("levels", "opens"), [(199, True), (201, False), (900, False)])
+def test_json_of_over_200_levels_is_refused(levels, opens, tmp_path):
+    data = b'{"[": "{", "deep": ' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
+    if opens:
+        assert parse_json(data, "x.json")["["] == "{"
+    else:
+        with pytest.raises(CheckpointDamaged, match=r"x.json: its JSON is nested deeper than 200 levels"):
+            parse_json(data, "x.json")
+
+
+def test_a_json_file_of_64_megabytes_is_read_and_no_larger_one(tmp_path):
+    with (tmp_path / "x.json").open("w+b") as file:
+        file.write(b'{"a": 1}')
+        file.truncate(LARGEST + 1)
+        with pytest.raises(CheckpointDamaged, match=f"has {LARGEST + 1} bytes, at most {LARGEST} are read"):
+            read_json(file, "x.json")
+        with pytest.raises(CheckpointDamaged, match=f"at most {LARGEST} are read"):
+            DISK.read(tmp_path / "x.json")
+        file.truncate(8)
+        assert read_json(file, "x.json") == {"a": 1}

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..spec import ITEM_SIZES
-from .inert import Call, Global, as_text, children
+from ..spec import ITEM_SIZES, TensorSpec
+from .inert import LEAVES, Call, Global, as_text, children
 
 _MOST = 20
+
+_PLAIN = (LEAVES - {Global}) | {TensorSpec}
+"""Types of values that hold no call and no name."""
 
 _INSTANCES = ("copyreg._reconstructor", "copyreg.__newobj__", "copy_reg._reconstructor")
 """How protocols 0 and 1 write an instance: (class, object, None)."""
@@ -73,7 +76,7 @@ def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False
             called = [] if isinstance(value.callable, Global) else [value.callable]
             args = value.args if known else [a for a in value.args if not isinstance(a, Global)]
             held = [*called, *args, value.state, value.items]
-        pending.extend(reversed(held))
+        pending.extend([inner for inner in reversed(held) if type(inner) not in _PLAIN])
     return [*found, *([f"{more} more calls and names"] if more else [])]
 
 

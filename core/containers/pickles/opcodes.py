@@ -7,9 +7,6 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from .inert import as_key
-from .reductions import as_dict
-
 Operation = Callable[[Any], Any]
 """An operation on the machine."""
 
@@ -54,18 +51,18 @@ def opcode_table(machine: Any) -> dict[int, Operation]:
             "t": machine.make_tuple,
             "\x85": lambda r: r.push(r.pop_many(1)),
             "\x86": machine.pair,
-            "\x87": lambda r: r.push(r.pop_many(3)),
+            "\x87": machine.triple,
             "]": lambda r: r.collection([]),
             "l": lambda r: r.collection(r.pop_mark()),
             "a": lambda r: r.append([r.pop()]),
             "e": lambda r: r.append(r.pop_mark()),
             "}": lambda r: r.collection({}),
-            "d": lambda r: r.collection(as_dict(list(zip(*[iter(r.pop_mark())] * 2, strict=True)))),
+            "d": machine.dictionary,
             "s": lambda r: r.set_items(list(r.pop_many(2))),
             "u": lambda r: r.set_items(r.pop_mark()),
             "\x8f": lambda r: r.collection(set()),
             "\x90": machine.add_items,
-            "\x91": lambda r: r.collection(frozenset(map(as_key, r.pop_mark()))),
+            "\x91": machine.frozen,
             # memo
             "p": lambda r: r.put(int(r.short_line())),
             "q": lambda r: r.put(r.byte()),

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 import struct
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointDamaged
-from .inert import SLACK, Call, Global, Malformed, New, as_key, as_text, check_structure
+from .inert import FEW, SLACK, SLICE, Call, Global, Malformed, New, Watch, as_key, as_text, check_structure, fill
 from .opcodes import old_text, opcode_table, unescape
 from .reductions import PLAIN, Reductions
 
@@ -24,8 +25,20 @@ LONGEST_NAME = 1000
 """Characters of the full name of a class or function."""
 
 
-_BYTES_OF_ONE = 5
-"""Bytes of a pickle to each list, dictionary and set that it may make: each takes 60 to 220 bytes of memory."""
+_KEYS = "keys that are no texts or short numbers"
+
+_MOST = {
+    "lists, dictionaries and sets": (SLACK, 25),  # 60 to 220 bytes of memory each
+    "calls": (40_000, 20),
+    "records of calls": (20_000, 30),
+    "references to storages": (20_000, 20),
+    _KEYS: (SLACK, 40),
+    "names": (20_000, 20),
+    "tuples": (SLACK, 10),
+    "values in them": (10 * SLACK, 4),
+    "stored values": (SLACK, 3),
+}
+"""What a pickle may make of each kind: so many in any case, and one more for so many of its bytes."""
 
 _uint32 = struct.Struct("<I").unpack_from
 
@@ -96,13 +109,16 @@ class _Reader:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.unheld: list[Any] = []  # calls and other values that may not be in the result
-        self.made = 0  # lists, dictionaries and sets
-        self.most = (len(data) - start) // _BYTES_OF_ONE + SLACK
+        self.most = {what: free + (len(data) - start) // share for what, (free, share) in _MOST.items()}
+        self.made = dict.fromkeys(_MOST, 0)
+        self.watch = Watch()
+        self.globals: dict[tuple[str, str], Any] = {}
         self.copied = 0  # elements that reductions took: shared arguments add up
 
     def run(self) -> Any:
         data, table, end = self.data, _OPCODES, len(self.data)
         stack, memo, marks = self.stack, self.memo, self.marks
+        most, ones, most_ones = self.most["stored values"], 0, self.most["tuples"]
         begin = position = self.position
         try:
             while True:
@@ -111,8 +127,10 @@ class _Reader:
                     raise _Ends("it ends without STOP")
                 code = data[begin]
                 position = begin + 1
-                if code == 0x94:  # MEMOIZE; this and the next five are two thirds of all, and need no call
+                if code == 0x94:  # MEMOIZE; this and the next six are two thirds of all, and need no call
                     memo[len(memo)] = stack[-1]
+                    if len(memo) > most:
+                        self.count("stored values", len(memo))
                 elif code == 0x68 and position < end:  # BINGET
                     stack.append(memo[data[position]])
                     position += 1
@@ -123,6 +141,11 @@ class _Reader:
                     stack.append(())
                 elif code == 0x85:  # TUPLE1
                     stack[-1] = (stack[-1],)
+                    ones += 1
+                    if ones > most_ones:
+                        self.count("tuples", ones)
+                elif code == 0x4E:  # NONE
+                    stack.append(None)
                 elif code == 0x28:  # MARK
                     marks.append(len(stack))
                 elif code == 0x2E:  # STOP
@@ -202,6 +225,7 @@ class _Reader:
         start = self.marks.pop()
         values = self.stack[start:]
         del self.stack[start:]
+        self.count("values in them", len(values))
         return values
 
     def top(self, *kinds: type) -> Any:
@@ -217,35 +241,49 @@ class _Reader:
             raise Malformed(f"a call of a {type(callable).__name__}")
         if not isinstance(args, tuple):
             raise Malformed(f"arguments in a {type(args).__name__}")
+        self.count("calls")
         value: Any = NotImplemented
         reduce = self.reductions.get(callable.path) if isinstance(callable, Global) else None
         if reduce and not (args and kind is New):
-            for arg in args:
-                if isinstance(arg, (str, bytes, list, tuple, dict)):
-                    self.copied += len(arg)
+            copied = sum([len(arg) for arg in args if isinstance(arg, (str, bytes, list, tuple, dict))])
+            self.copied += copied
             if self.copied > 16 * (self.position - self.start) + 4096:
                 raise Malformed("its calls copy more than the file holds")
             try:
+                begin = time.process_time() if copied > FEW else 0.0
                 value = reduce(*args)
+                if copied > FEW:
+                    self.watch.add(copied, time.process_time() - begin, copied)
             except TypeError as error:  # another number of arguments than this callable takes
                 raise Malformed(f"{as_text(callable)} with {len(args)} arguments") from error
         if value is NotImplemented:
             value = kind(callable, args)
+            self.count("records of calls")
             self.unheld.append(value)
         self.push(value)
 
     def collection(self, made: Any) -> None:
-        self.made += 1
-        if self.made > self.most:
-            raise Malformed(f"over {self.most} lists, dictionaries and sets, too many for {len(self.data)} bytes")
+        self.count("lists, dictionaries and sets")
         self.stack.append(made)
 
+    def count(self, what: str, more: int = 1) -> None:
+        self.made[what] += more
+        if self.made[what] > self.most[what]:
+            raise Malformed(f"over {self.most[what]} {what}, too many for {len(self.data)} bytes")
+
     def pair(self) -> None:
+        self.count("tuples")
         last = self.stack.pop()
         self.stack[-1] = (self.stack[-1], last)
 
+    def triple(self) -> None:
+        self.count("tuples")
+        self.push(self.pop_many(3))
+
     def make_tuple(self) -> None:
+        self.count("tuples")
         start = self.marks.pop()
+        self.count("values in them", len(self.stack) - start)
         self.stack[start:] = [tuple(self.stack[start:])]
 
     def reduce(self) -> None:
@@ -277,8 +315,18 @@ class _Reader:
             if len(target) == len(keys):
                 return
             target.clear()
+        if len(target) + len(keys) < FEW:
+            self.put_pairs(target, keys, items)
+            return
+        for start in range(0, len(keys), SLICE):
+            begin, tuples = time.process_time(), self.made[_KEYS]
+            self.put_pairs(target, keys[start : start + SLICE], items[start : start + SLICE])
+            seconds = time.process_time() - begin
+            self.watch.add(min(SLICE, len(keys) - start), seconds, self.made[_KEYS] - tuples)
+
+    def put_pairs(self, target: dict[Any, Any], keys: list[Any], items: list[Any]) -> None:
         for key, value in zip(keys, items, strict=True):
-            key = as_key(key)
+            key = self.key(key)
             if isinstance(replaced := target.get(key), Global):
                 self.unheld.append(replaced)
             target[key] = value
@@ -289,10 +337,29 @@ class _Reader:
         if isinstance(target, Call):
             target.extend(values)
         else:
-            target.update(map(as_key, values))
+            fill(target, list(map(self.key, values)), self.watch)
+
+    def key(self, value: Any) -> Any:
+        """A value as a key of a dictionary."""
+        key = as_key(value)
+        if key is not value:
+            self.count(_KEYS)
+        return key
+
+    def frozen(self) -> None:
+        made: set[Any] = set()
+        fill(made, list(map(self.key, self.pop_mark())), self.watch)
+        self.collection(frozenset(made))
+
+    def dictionary(self) -> None:
+        values = self.pop_mark()
+        self.collection({})
+        self.set_items(values)
 
     def put(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
+        if len(self.memo) > self.most["stored values"]:
+            self.count("stored values", len(self.memo))
 
     def integer_line(self) -> int | bool:
         line = self.short_line()
@@ -316,11 +383,16 @@ class _Reader:
     def named(self, module: Any, name: Any) -> Any:
         if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > LONGEST_NAME:
             raise Malformed("a global whose name is not a short text")
-        return self.resolve(Global(module, name))
+        self.count("names")
+        found = self.globals.get((module, name))
+        if found is None:
+            found = self.globals[module, name] = self.resolve(Global(module, name))
+        return found
 
     def persist(self, identity: Any) -> None:
         if self.persistent is None:
             raise Malformed("a persistent id, which only files of torch have")
+        self.count("references to storages")
         self.push(self.persistent(identity))
 
     def obj(self) -> None:

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .inert import ByteArray, Call, Global, Size, as_key
+from .inert import ByteArray, Call, Global, Size, Watch, as_key, fill
 
 Reductions = Mapping[str, Callable[..., Any]]
 """Harmless callables by their full name, each with what to build from its arguments instead of a `Call`."""
@@ -24,7 +24,9 @@ def as_dict(pairs: Any = ()) -> Any:
         return dict(pairs)
     if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
         return NotImplemented
-    return {as_key(key): value for key, value in pairs}
+    made: dict[Any, Any] = {}
+    fill(made, [(as_key(key), value) for key, value in pairs], Watch())
+    return made
 
 
 def as_size(sizes: Any = ()) -> Any:
@@ -39,7 +41,11 @@ def _default_dict(factory: Any = None, pairs: Any = ()) -> Any:
 
 
 def _set(values: Any = ()) -> Any:
-    return {as_key(v) for v in values} if isinstance(values, (list, tuple)) else NotImplemented
+    if not isinstance(values, (list, tuple)):
+        return NotImplemented
+    made: set[Any] = set()
+    fill(made, list(map(as_key, values)), Watch())
+    return made
 
 
 def _frozenset(values: Any = ()) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import naturals
-from ..pickles.inert import Call, DtypeName, Global, as_name, as_text
+from ..pickles.inert import LEAVES, Call, DtypeName, Global, as_name, as_text
 from ..pickles.reader import ParsedPickle, parse_pickle
 from ..pickles.reductions import Reductions, as_size
 from ..spec import DTYPES, ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS, TensorSpec, reach
@@ -20,6 +20,13 @@ from .zip_directory import Record
 
 LARGEST_PICKLE = 1 << 28
 """Bytes of a pickle: structure and names; ten thousand tensors take about two million."""
+
+
+_BYTES_OF_TENSOR = 50
+"""Bytes of a pickle to each tensor that it may make: the shortest that torch writes takes sixty."""
+
+_TENSORS_OF_ANY = 20_000
+"""Tensors that a pickle of any length may make."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -58,6 +65,7 @@ class TensorLoader:
         self.prefix = prefix  # precedes the key of a storage in messages
         self.storages: dict[str, Storage] = {}
         self.specs: list[TensorSpec] = []
+        self.most = _TENSORS_OF_ANY
         self.names: set[str] = set()  # of classes and functions in the pickle
         self.builders: Reductions = {
             "torch._utils._rebuild_tensor": self.tensor,
@@ -68,6 +76,7 @@ class TensorLoader:
     def read(self, data: bytes, start: int = 0) -> ParsedPickle:
         """Read the pickle that begins at byte `start`; offsets in its specs count from the beginning of the storage."""
         self.storages, self.specs, self.names = {}, [], set()
+        self.most = _TENSORS_OF_ANY + (len(data) - start) // _BYTES_OF_TENSOR
         return parse_pickle(
             data,
             f"{self.where}: {self.source}",
@@ -135,7 +144,7 @@ class TensorLoader:
                 f"{self.where}: {self.source} gives {self.shown(key)} both the dtype {found.dtype or 'uint8'} and "
                 f"{storage.dtype or 'uint8'}."
             )
-        return storage
+        return found if found.dtype == storage.dtype else storage  # once, however often it is referred to
 
     def tensor(
         self,
@@ -205,6 +214,10 @@ class TensorLoader:
                 f"{self.where}: a tensor {dtype} of shape {as_text(shape, 60)}, strides {as_text(strides, 60)}, offset "
                 f"{offset} ends at byte {last} of {self.shown(storage.key)}, which has {storage.nbytes}."
             )
+        if len(self.specs) > self.most:
+            raise CheckpointDamaged(
+                f"{self.where}: {self.source} makes over {self.most} tensors, too many for its length."
+            )
         spec = TensorSpec("", dtype, shape, strides, storage.start + offset * item, nbytes, storage.key)
         self.specs.append(spec)
         return spec
@@ -231,6 +244,9 @@ _STORAGES: dict[str, tuple[str | None, int]] = {  # dtype and bytes of an elemen
     "torch.QUInt2x4Storage": (None, 1),
 }
 
+
+_WITHOUT = LEAVES | {Storage}
+"""Types of values in which there is no tensor."""
 
 _USUAL_NAME = 100
 """Characters of a name that cost nothing."""
@@ -264,14 +280,16 @@ def name_tensors(content: Any, where: str) -> dict[str, TensorSpec]:
         before = f"{path}." if path else ""
         if isinstance(value, dict):
             for key, item in value.items():
-                walk(item, before + (key if isinstance(key, str) else as_text(key)))
+                if type(item) not in _WITHOUT:
+                    walk(item, before + (key if isinstance(key, str) else as_text(key)))
         elif isinstance(value, (list, tuple)):
             for i, item in enumerate(value):
-                walk(item, f"{before}{i}")
+                if type(item) not in _WITHOUT:
+                    walk(item, f"{before}{i}")
         elif isinstance(value, Call):
-            walk(value.args, f"{before}args")
-            walk(value.items, f"{before}items")
-            walk(value.state, path)
+            for inner, inside in ((value.args, f"{before}args"), (value.items, f"{before}items"), (value.state, path)):
+                if inner:
+                    walk(inner, inside)
 
     walk(content, "")
     return tensors
