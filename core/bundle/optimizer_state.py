@@ -149,14 +149,14 @@ def _group(group: Mapping[str, Any], number: int, made: list[tuple[str, int, dic
 def _faults(
     entries: Mapping[Any, Any], found: Mapping[str, Any], shapes: Mapping[str, Shape], joined: Collection[str]
 ) -> list[str]:
-    """List the faults of entries: Adam's moments, and all of a part to be joined, must have their parameter's shape.
+    """List the faults of entries: counts, Adam's moments, and all of a part to be joined, where shapes are known.
 
     The state of another optimizer may be of any shape.
     """
     faults = []
     for name, number in found.items():
         for key, value in entries.get(number, {}).items() if name in shapes else ():
-            if key not in MOMENTS and name not in joined:
+            if key not in (*MOMENTS, "step") and name not in joined:
                 continue
             if hasattr(value, "shape"):
                 if tuple(value.shape) not in ((), tuple(shapes[name])):
