@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path
 from core.console.commandline import DONE, WRONG_USE, Parser, above_or_zero, number, run, seed_number
+from core.console.streams import unguarded
 
 if TYPE_CHECKING:
     from core.model import GPT, GPTBatched
@@ -133,20 +134,21 @@ def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], nth: int, a
         seed=seed,
     )
     text = text_after(model.tokenizer, ids)
+    out = sys.stdout if sys.stdout.isatty() else unguarded(sys.stdout)  # a file gets every character as it is
     if args.stream and not args.json:
         if nth:
             print(SEPARATOR)
-        print(args.prompt, end="", flush=True)
+        print(args.prompt, end="", flush=True, file=out)
         for token in new:
-            print(text.push(token), end="", flush=True)
-        print(text.flush(), flush=True)
+            print(text.push(token), end="", flush=True, file=out)
+        print(text.flush(), flush=True, file=out)
         return
     written = "".join(text.push(token) for token in new) + text.flush()
     if args.json:
         sample = {"model": name, "step": model.step, "seed": seed, "prompt": args.prompt, "text": written}
         print(json.dumps(sample, ensure_ascii=False), flush=True)
     else:
-        print((SEPARATOR + "\n" if nth else "") + args.prompt + written, flush=True)
+        print((SEPARATOR + "\n" if nth else "") + args.prompt + written, flush=True, file=out)
 
 
 def say(line: str) -> None:
@@ -156,8 +158,8 @@ def say(line: str) -> None:
 
 def replace_what_stdout_lacks() -> None:
     """Let stdout replace characters that its encoding lacks: a model may draw any character of its vocabulary."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    if isinstance(stream := unguarded(sys.stdout), io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
 
 
 def step_or_best(word: str) -> int | str:

@@ -16,8 +16,17 @@ A message reads *where: found, expected. What to do, or what stays true.*
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Replace characters that would move the cursor or change the terminal by their escapes."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class CheckpointError(Exception):
     """Base of every error this project raises on purpose."""
+
+    def __str__(self) -> str:
+        """The message in one line that can be printed: it may quote what a stranger's file says."""
+        return printable(super().__str__())
 
 
 class CheckpointNotFound(CheckpointError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from core.bundle.tokenizer_state import describe
 from core.console.commandline import DONE, Parser, run
 from core.data.corpus import choose_tokenizer, prepare
 from core.data.source import find_source
-from core.data.token_shards import MANIFEST, SHARD_TOKENS, SPLITS
+from core.data.token_shards import MANIFEST, SHARD_TOKENS, SPLITS, read_manifest
 from core.errors import InputError
 
 
@@ -33,12 +32,13 @@ def main(argv: list[str]) -> int:
             val_fraction=args.val_fraction,
             shard_tokens=args.shard_tokens,
         )
-    made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    made = read_manifest(folder)
+    origin = made["source"] if isinstance(made["source"], dict) else {}
     wanted = {"tokenizer": tokenizer.state(), "val_fraction": args.val_fraction, "unknown": args.unknown}
-    if made["source"]["digest"] != source.digest or any(made.get(name) != value for name, value in wanted.items()):
+    if origin.get("digest") != source.digest or any(made.get(name) != value for name, value in wanted.items()):
         raise InputError(
-            f"{folder}: holds another dataset (of {made['source']['path']}, {describe(made['tokenizer'])}, "
-            f"val_fraction {made['val_fraction']}). Name a new folder; nothing was changed."
+            f"{folder}: holds another dataset (of {origin.get('path')}, {describe(made['tokenizer'])}, "
+            f"val_fraction {made.get('val_fraction')}). Name a new folder; nothing was changed."
         )
     train, val = (sum(entry["tokens"] for entry in made[split]) for split in SPLITS)
     print(f"{folder}: {train:,} tokens to train on, {val:,} to validate with, {describe(tokenizer.state())}")

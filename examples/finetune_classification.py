@@ -25,6 +25,7 @@ from core.bundle.tokenizer_state import describe
 from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, STOPPED, Parser, count, run
 from core.console.signals import StopSignal, reason
+from core.console.streams import unguarded
 from core.console.words import printable
 from core.data.randomness import mix
 from core.data.tokenizer import Tokenizer, named_tokenizer
@@ -209,7 +210,7 @@ class FineTuning:
         self.model.train()
         with (
             StopSignal(owns_process=True) as stop,
-            tqdm(initial=self.step, total=total, unit="step", file=sys.stderr, dynamic_ncols=True) as bar,
+            tqdm(initial=self.step, total=total, unit="step", file=unguarded(sys.stderr), dynamic_ncols=True) as bar,
         ):
             while self.step < total and not stopped_by:
                 loss = self.update()
@@ -259,7 +260,7 @@ class FineTuning:
         counts = torch.zeros(K, K, dtype=torch.int64)
         self.model.eval()
         starts = range(0, len(examples), self.batch_size)
-        for start in tqdm(starts, desc=what, unit="batch", leave=False, file=sys.stderr, dynamic_ncols=True):
+        for start in tqdm(starts, desc=what, unit="batch", leave=False, file=unguarded(sys.stderr), dynamic_ncols=True):
             numbers = np.arange(start, min(start + self.batch_size, len(examples)))
             tokens, mask, labels = examples.batch(numbers, self.device)
             with self.autocast:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..config.gpt import GPTConfig
+from ..console.files import LARGEST
+from ..containers.blocks import read_whole
 from ..containers.dcp.metadata import METADATA
 from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
@@ -196,9 +198,8 @@ def _part(opened: OpenStep, name: str, keys: tuple[str, ...] = ()) -> Part | Non
 
 
 def _read_json(opened: OpenStep, name: str) -> dict[str, Any]:
-    file = opened.files[name]
-    file.seek(0)
-    return parse_json(file.read(), str(opened.folder / name))
+    where = str(opened.folder / name)
+    return parse_json(read_whole(opened.files[name], LARGEST, where), where)
 
 
 def newest_tokenizer(folder: Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from .bundle import Bundle, history, open_bundle
 from .commit import CONFIG, MODEL, ModelFolder
 from .legacy import open_legacy
 from .parts import folder_of
+from .storage import DISK
 from .training_state import STATE, TrainingState, unseal
 
 Say = Callable[[str], None]
@@ -154,5 +155,5 @@ def seen_files(folder: Path, known: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def _crc32(path: Path) -> str:
-    with path.open("rb") as file:
+    with DISK.open(path) as file:
         return f"{crc32_file(file.fileno(), path.stat().st_size):08x}"

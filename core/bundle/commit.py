@@ -32,9 +32,10 @@ from .folder import (
     step_folder,
     top_state,
 )
+from .output import PIECE
 from .owner import new_stage_name, stage_name
 from .removal import TRASH, Removal
-from .storage import DISK, MOVING, PIECE, Storage
+from .storage import DISK, MOVING, Storage
 from .training_state import STATE, TrainingState, new_id, seal, unseal
 
 BUILDING = ".hist"
@@ -61,6 +62,8 @@ class ModelFolder(FolderReader):
 
     def recover(self) -> None:
         """Finish a commit that was interrupted, then remove what saves that never committed left behind."""
+        for name in (COMMITTED, BUILDING):
+            self.storage.refuse_link(self.path / name)
         # The last rename of a killed writer may not be durable, and what follows depends on it.
         self.storage.sync_folder(self.path)
         self._finish_moves()
@@ -75,6 +78,7 @@ class ModelFolder(FolderReader):
     def _finish_moves(self) -> None:
         """Finish what moves file by file; what moves within the top, `roll_forward` finishes."""
         folders = [self.path / name for name in self.storage.names(self.path) if _MOVES.match(name)]
+        folders = [folder for folder in folders if self.storage.is_folder(folder)]  # not links to others
         for folder in folders:
             target = self.storage.moves_to(folder)
             if target is not None and target.startswith(TRASH):

@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..config.gpt import EDITABLE
+from ..console.files import LARGEST
 from ..containers.checksum import crc32_file, flipped_bit
 from ..containers.json_files import dump_json
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, InputError
 from .bundle import Bundle, KeptStep, history
 from .commit import CONFIG, ModelFolder
 from .folder import OpenStep, shown, top_state
+from .storage import DISK
 from .training_state import STATE
 from .verify import tensors_digest, verify_records
 
@@ -121,7 +123,7 @@ def _named(step: KeptStep, place: ModelFolder) -> str:
 
 def _holds(step: KeptStep, name: str, entry: dict[str, Any]) -> bool:
     """Whether a step has the very file that a training state recorded."""
-    with contextlib.suppress(FileNotFoundError), (step.path / name).open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), DISK.open(step.path / name) as file:
         size = os.fstat(file.fileno()).st_size
         return size == entry["size"] and f"{crc32_file(file.fileno(), size):08x}" == entry["crc32"]
     return False
@@ -139,9 +141,10 @@ def _other(opened: OpenStep | Bundle, name: str) -> str | None:
     entry = opened.state.files.get(name)
     if entry is None or name not in opened.files:
         return None
-    size, crc = _record(opened, name)
-    if size != entry["size"]:
+    size = os.fstat(opened.files[name].fileno()).st_size
+    if size != entry["size"]:  # and is not read, however large it is
         return f"{size} bytes; recorded {entry['size']}"
+    _, crc = _record(opened, name)
     return f"CRC32 {crc}, recorded {entry['crc32']}" if crc != entry["crc32"] else None
 
 
@@ -153,9 +156,10 @@ def _as_written(values: dict[str, Any]) -> str | None:
 
 
 def _text(opened: OpenStep | Bundle) -> bytes:
+    """The beginning of config.json; what is longer than any is cut, and so is no JSON."""
     file = opened.files[CONFIG]
     file.seek(0)
-    return file.read()
+    return file.read(LARGEST)
 
 
 def _typed(opened: OpenStep | Bundle) -> bool:

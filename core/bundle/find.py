@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from ..console.anchored import anchored
 from ..console.commandline import Parser
+from ..console.words import tell
 from ..errors import CheckpointNotFound, InputError
 
 MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
@@ -23,9 +23,17 @@ def model_folder(root: str | Path, name: str) -> Path:
 
     Raises: InputError when the name is a path.
     """
-    if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
+    if not name or name in (".", "..") or Path(name).name != name or "\\" in name or not _is_possible(name):
         raise InputError(f"model name {name!r}: expected the name of one folder, without a path.")
     return anchored(root) / name
+
+
+def _is_possible(name: str) -> bool:
+    """Whether a file system can hold a name: no NUL, and no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def file_in(folder: Path, name: str) -> Path:
@@ -88,7 +96,7 @@ def legacy_path(parser: Parser, args: argparse.Namespace) -> Path | None:
         raise CheckpointNotFound(f"{name}: no such file, and no model below {root} has one of this name.")
     if len(found) > 1:
         parser.error(f"{len(found)} models have a {name}: {', '.join(found)}; choose one with --model_name")
-    print(f"model: {found[0]} (the only one in {root} with {name})", file=sys.stderr)
+    tell(f"model: {found[0]} (the only one in {root} with {name})")
     return root / found[0] / name
 
 
@@ -109,7 +117,7 @@ def choose_model(args: argparse.Namespace) -> str | None:
                 raise CheckpointNotFound(found)
         raise CheckpointNotFound(f"{root}: no models here. Train one: python train.py --model_name dante")
     if len(names) == 1:
-        print(f"model: {names[0]} (the only one in {root})", file=sys.stderr)
+        tell(f"model: {names[0]} (the only one in {root})")
         return names[0]
-    print(f"{root} holds {len(names)} models; choose one with --model_name: {', '.join(names)}", file=sys.stderr)
+    tell(f"{root} holds {len(names)} models; choose one with --model_name: {', '.join(names)}")
     return None

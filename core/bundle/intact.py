@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..console.words import printable
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
 from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, KeptStep, history, open_bundle
 from .choice import Candidate, Say, choose, open_choice
@@ -39,7 +40,7 @@ def read_headers(bundle: Bundle) -> None:
 
 def say_on_stderr(line: str) -> None:
     """Print a line without disturbing a progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(printable(line), file=sys.stderr)
 
 
 def verified(bundle: Bundle, say: Say, used: tuple[str, ...] = ALL_PARTS, check: bool = True) -> Bundle:

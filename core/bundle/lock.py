@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..console.words import tell
 from ..errors import CheckpointLocked
 from . import heartbeat
 from .heartbeat import RECORD, Record, Values, beats, is_elsewhere, lives, read, this_process
 from .owner import new_stage_name
-from .storage import Storage
+from .storage import Storage, not_ours
 
 try:
     import fcntl
@@ -52,7 +53,7 @@ _holding = threading.RLock()
 
 def say_at_once(line: str) -> None:
     """Print a line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    tell(line)
 
 
 @contextlib.contextmanager
@@ -125,27 +126,38 @@ class _Lock:
     def _lock_file(self, release: contextlib.ExitStack) -> int | None:
         """Have the kernel lock a file, and return it open; None where the file system has no such locks."""
         path = self._folder / LOCK
+        _storage.refuse_link(path)
         for _ in range(3):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                raise not_ours(path, "file")
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(fd)
                 if not self._is_copy():
                     raise self._refused() from error
-                fresh = self._folder / new_stage_name()
-                _storage.write(fresh, b"")
-                _storage.rename(fresh, path)
+                self._make_fresh(path)
                 continue
             except OSError:
                 os.close(fd)
                 return None
+            if os.fstat(fd).st_nlink > 1:  # what is written to it would go to a file elsewhere as well
+                os.close(fd)
+                self._make_fresh(path)
+                continue
             if _is_file(fd, path):
                 _open.add(fd)
                 release.callback(_close, fd)
                 return fd
             os.close(fd)  # another process has put a fresh file in its place
         return None
+
+    def _make_fresh(self, path: Path) -> None:
+        fresh = self._folder / new_stage_name()
+        _storage.write(fresh, b"")
+        _storage.rename(fresh, path)
 
     def _is_copy(self) -> bool:
         """Whether this folder was copied by hard links, so that the locked file is also that of the original."""
@@ -161,6 +173,8 @@ class _Lock:
             try:
                 return Record(self._folder, self._mine)
             except FileExistsError:
+                if self._record.is_symlink() or (self._record.exists() and not self._record.is_file()):
+                    raise not_ours(self._record, "file") from None
                 seen = _settled(self._record, lambda record: bool(record) or not self._record.exists())
                 if self._is_dead(seen):
                     _bury(self._record, seen)

@@ -14,14 +14,15 @@ import os
 import re
 import shutil
 import stat
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..console.files import Irregular, open_regular, read_regular
 from ..console.words import size_text
-from ..containers.checksum import combine, crc32_file
-from ..errors import CheckpointDamaged
+from ..containers.checksum import crc32_file
+from ..errors import CheckpointDamaged, SaveFailed
+from .output import BlockFile, Output
 from .owner import stage_name
 
 try:
@@ -29,18 +30,11 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PIECE = 8 * 1024 * 1024
-"""Bytes handed to one write call."""
-
-SECTOR = 4096
-"""Offsets, lengths and addresses of unbuffered writes are multiples of this many bytes."""
-
 MOVING = ".moving"
 """A file in both folders of a move that goes file by file: neither is a step until it is gone."""
 
 _NO_FOLDER_RENAME = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMFILE}  # EMFILE: gcsfuse
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.EACCES}
-_NO_PREALLOCATION = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENODEV, errno.EBADF}
 _NO_FILE_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, errno.EISDIR}
 
@@ -92,6 +86,39 @@ class Storage:
         """Open a new file of known size for blocks; it must not exist."""
         return BlockFile(self, path, size)
 
+    def append(self, path: Path) -> BinaryIO:
+        """Open a file to append to, making it where there is none; what is written goes to no other name.
+
+        A file with other names (a folder that was copied with hard links) is replaced by a copy of itself first.
+
+        Raises: SaveFailed for a link, a pipe or a device.
+        """
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe without a reader does not wait
+        self.refuse_link(path)
+        try:
+            fd = os.open(path, flags, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                raise not_ours(path, "file") from error
+            raise
+        file = os.fdopen(fd, "ab")
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            file.close()
+            raise not_ours(path, "file")
+        if found.st_nlink > 1:
+            file.close()
+            with self.published(path) as copy:
+                self.write(copy, self.read(path))
+            return self.append(path)
+        return file
+
+    def refuse_link(self, path: Path) -> None:
+        """Raise SaveFailed when a name of ours, which need not exist, is a link: what it leads to is not ours."""
+        if path.is_symlink():
+            raise not_ours(path, "file or folder")
+
     def write(self, path: Path, data: bytes) -> None:
         """Write a new file and make its content durable."""
         with self.create(path) as output:
@@ -108,7 +135,7 @@ class Storage:
 
     def renames(self, source: Path, target: Path) -> bool:
         """Rename by one call; False for a folder that the file system cannot rename, or that moves already."""
-        if self.exists(source / MOVING) or (not self.folder_renames and self.is_folder(source)):
+        if self.is_folder(source) and (self.exists(source / MOVING) or not self.folder_renames):
             return False
         try:
             self.change(os.replace, source, target)
@@ -256,7 +283,8 @@ class Storage:
             with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as held:
                 if fcntl is None:  # two processes are then told apart by the rename alone
                     return held
-                fd = os.open(folder, os.O_RDONLY)
+                self.refuse_link(folder)
+                fd = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
                 held.callback(os.close, fd)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -309,16 +337,20 @@ class Storage:
 
         Raises: CheckpointDamaged for a pipe, whose writer would be waited for, or a device.
         """
-        with contextlib.suppress(OSError):  # opening reports what is wrong with the name
-            kind = path.stat().st_mode
-            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-                raise CheckpointDamaged(f"{path}: a device or a pipe, expected a file.")
-        return path.open("rb", buffering=0)
+        try:
+            return open_regular(path)
+        except Irregular as error:
+            raise CheckpointDamaged(f"{path}: {error.strerror}, expected a file.") from error
 
     def read(self, path: Path) -> bytes:
-        """Read a whole file."""
-        with self.open(path) as file:
-            return file.read()
+        """Read a whole file of the protocol, or one that people may edit.
+
+        Raises: CheckpointDamaged as `open`, and for one that is larger than any of these.
+        """
+        try:
+            return read_regular(path)
+        except Irregular as error:
+            raise CheckpointDamaged(f"{path}: {error.strerror}, expected a file.") from error
 
     def names(self, path: Path) -> list[str]:
         """List a folder, sorted; a folder that is not there is empty."""
@@ -369,124 +401,13 @@ class Storage:
         return crc32_file(file.fileno(), os.fstat(file.fileno()).st_size)
 
 
-class Output:
-    """A new file that knows its size and CRC32; closing it makes it durable."""
-
-    def __init__(self, storage: Storage, fd: int) -> None:
-        self._storage = storage
-        self._fd = fd
-        self._pending: list[bytes] = []
-        self._pending_size = 0
-        self.size = 0
-        self.crc32 = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append bytes and return their CRC32; small pieces are gathered into large writes."""
-        view = memoryview(data).cast("B")
-        crc = 0
-        for start in range(0, len(view), PIECE):
-            piece = view[start : start + PIECE]
-            crc = zlib.crc32(piece, crc)
-            if len(piece) + self._pending_size < PIECE:
-                self._pending.append(bytes(piece))
-                self._pending_size += len(piece)
-            else:
-                self._flush()
-                self._write_all(piece)
-        self.crc32 = combine(self.crc32, crc, len(view))
-        self.size += len(view)
-        return crc
-
-    def _flush(self) -> None:
-        if self._pending:
-            data = memoryview(b"".join(self._pending))
-            self._pending, self._pending_size = [], 0
-            self._write_all(data)
-
-    def _write_all(self, view: memoryview) -> None:
-        while len(view):
-            view = view[self._storage.change(os.write, self._fd, view) :]
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._flush()
-                self._storage.sync_content(self._fd)
-        finally:
-            os.close(self._fd)
-
-
-class BlockFile:
-    """A new file of known size that is written in blocks, past the page cache where it can; closing makes it durable.
-
-    The blocks of 1.5 GB through the page cache would be copied by a core that training needs.
-    """
-
-    def __init__(self, storage: Storage, path: Path, size: int) -> None:
-        self._storage = storage
-        self._size = size
-        self._fd = storage.descriptor(path)
-        self._end = 0
-        try:
-            # Asked of the open file: an open with O_DIRECT that is refused may leave the file behind.
-            self._unbuffered = storage.unbuffered and size > SECTOR and self._set_unbuffered(True)
-            if self._unbuffered and storage.preallocation:
-                self._reserve()
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def _set_unbuffered(self, wanted: bool) -> bool:
-        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return False
-        return wanted
-
-    def _reserve(self) -> None:
-        # With the space reserved, writes change no metadata, and a full disk shows before the first one.
-        try:
-            self._storage.change(os.posix_fallocate, self._fd, 0, self._size)
-        except OSError as error:
-            if error.errno not in _NO_PREALLOCATION:
-                raise
-            self._storage.preallocation = False
-
-    def write(self, block: memoryview, start: int, length: int) -> None:
-        """Write the first `length` bytes of a block at byte `start`, a multiple of SECTOR.
-
-        A block is as long as a multiple of SECTOR: unbuffered, whole sectors are written, and the file is cut at the
-        end. The block's memory begins at a multiple of SECTOR.
-        """
-        done = 0
-        while done < length:
-            whole = -(-length // SECTOR) * SECTOR if self._unbuffered else length
-            try:
-                done += self._storage.change(os.pwrite, self._fd, block[done:whole], start + done)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not self._unbuffered:
-                    raise
-                # This file system wants larger sectors, or was cut short within one.
-                self._unbuffered = self._set_unbuffered(False)
-        self._end = max(self._end, start + done)
-
-    def __enter__(self) -> BlockFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                if self._end > self._size:
-                    self._storage.change(os.ftruncate, self._fd, self._size)
-                self._storage.sync_content(self._fd)
-        finally:
-            os.close(self._fd)
+def not_ours(path: Path, what: str) -> SaveFailed:
+    """The error for a name of ours under which something lies that leads elsewhere."""
+    kind = f"a link to {path.readlink()}" if path.is_symlink() else "a pipe or a device"
+    return SaveFailed(
+        f"{path}: {kind}, expected a {what} of this program. Nothing is written through it, and nothing was changed. "
+        "Remove it, or move it away."
+    )
 
 
 def failed_call(error: OSError) -> str:

@@ -25,8 +25,8 @@ Values = dict[str, Any]
 class TrainingState(Mapping[str, Any]):
     """What a step records about itself: its fields as attributes, None where absent, and everything as a mapping.
 
-    It is empty where nothing can be read. No field is trusted to have its type but `step`, and in a bundle
-    `commit_number`, `integrity` and `legacy`, which `unseal` checks.
+    It is empty where nothing can be read. `unseal` checks the types of fields, and of entries that are read by name;
+    what is in `training`, `certificate` and `extra` is checked where it is used.
     """
 
     # Written by every save
@@ -156,7 +156,8 @@ def seal(state: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> by
 def unseal(data: bytes, where: str) -> TrainingState:
     """Read a training state; one without an `integrity` entry is of format version 1, and taken as it is.
 
-    Raises: CheckpointDamaged when its own CRC32 does not fit, CheckpointMismatch for a newer format.
+    Raises: CheckpointDamaged when its own CRC32 does not fit; CheckpointMismatch for a newer format, and for a field of
+        another type than it has.
     """
     state = parse_json(data, where)
     integrity = state.get("integrity")
@@ -169,6 +170,7 @@ def unseal(data: bytes, where: str) -> TrainingState:
         found = f"step is {step!r}" if "step" in state else "no step in it"
         raise CheckpointDamaged(f"{where}: {found}, expected a whole number of at least 0.")
     if integrity is None and "format_version" not in state:
+        _check_types(state, _TYPES, where)
         return TrainingState.from_dict(state)
     if not isinstance(integrity, dict) or not isinstance(integrity.get("files"), dict):
         raise CheckpointDamaged(f"{where}: no list of files in its integrity entry.")
@@ -182,7 +184,62 @@ def unseal(data: bytes, where: str) -> TrainingState:
     if not isinstance(seen, list) or not all(isinstance(entry, dict) and "name" in entry for entry in seen):
         raise CheckpointDamaged(f"{where}: legacy is not a list of files.")
     _check_files(((entry["name"], entry) for entry in seen), where)
+    _check_types(state, _TYPES, where)
     return TrainingState.from_dict(state)
+
+
+_TEXT, _COUNT, _NUMBER, _OBJECT = "a text", "a whole number of at least 0", "a number", "an object"
+
+_TYPES: dict[str, Any] = {
+    "optimizer_file": _TEXT,
+    "commit_id": _TEXT,
+    "parent": _TEXT,
+    "run": _TEXT,
+    "commit_number": _COUNT,
+    "branch": {"id": _TEXT, "step": _COUNT, "commit_id": _TEXT},
+    "saved_at": _TEXT,
+    "best": {"step": _COUNT, "val_loss": _NUMBER},
+    "retention": {"keep": _COUNT, "keep_every": _COUNT, "resumed_from": _COUNT},
+    "architecture": _OBJECT,
+    "migrated_from": {"name": _TEXT, "size": _COUNT, "crc32": _TEXT},
+    "went_back": {"step": _COUNT, "commit_id": _TEXT},
+    "data": {"kind": _TEXT, "path": _TEXT, "bytes": _COUNT, "mtime_ns": _NUMBER, "digest": _TEXT},
+    "training": _OBJECT,
+    "schedule": _OBJECT,
+    "seed": _COUNT,
+    "tokens_seen": _COUNT,
+    "elapsed_seconds": _NUMBER,
+    "environment": _OBJECT,
+    "certificate": _OBJECT,
+    "scaler": _OBJECT,
+    "extra": _OBJECT,
+    "val_loss": _NUMBER,
+}
+"""The types of entries; null stands for an entry that is absent."""
+
+_NEEDED = {"best.step"}
+"""Entries without which the object that they are in means nothing."""
+
+
+def _check_types(values: Mapping[str, Any], types: Mapping[str, Any], where: str, inside: str = "") -> None:
+    """Raise CheckpointMismatch naming the entry that has another type."""
+    for name, expected in types.items():
+        path, value = inside + name, values.get(name)
+        kind = _OBJECT if isinstance(expected, dict) else expected
+        if value is None and path not in _NEEDED:
+            continue
+        if not _is_a(kind, value):
+            found = json.dumps(value) if path in _NEEDED or name in values else "absent"
+            raise CheckpointMismatch(f"{where}: {path} is {found[:80]}, expected {kind}. Restore the file.")
+        if isinstance(expected, dict) and isinstance(value, dict):
+            _check_types(value, expected, where, f"{path}.")
+
+
+def _is_a(kind: str, value: Any) -> bool:
+    if kind in (_COUNT, _NUMBER):
+        is_whole = type(value) is int and abs(value) < 1 << 63
+        return (is_whole and value >= 0) if kind == _COUNT else (is_whole or type(value) is float)
+    return isinstance(value, str if kind == _TEXT else dict)
 
 
 def _check_files(listed: Iterable[tuple[Any, Any]], where: str, depth: int = 1) -> None:

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from ..containers.json_files import dump_json
 from .commit import ModelFolder
-from .storage import Output, Storage
+from .output import Output
+from .storage import Storage
 from .training_state import STATE, seal
 
 

@@ -16,7 +16,9 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
 from ..errors import CheckpointError, InputError, Unspecified
-from .words import printable
+from .files import read_regular
+from .streams import guard_terminal
+from .words import printable, tell
 
 N = TypeVar("N", int, float)
 
@@ -68,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line; the usage of thirty flags would hide it."""
-        self.exit(WRONG_USE, f"{self.prog}: error: {message} (--help shows the flags)\n")
+        self.exit(WRONG_USE, f"{self.prog}: error: {printable(message)} (--help shows the flags)\n")
 
     def _refuse(self, flag: str, where: str = "") -> NoReturn:
         from difflib import get_close_matches  # only when a flag is wrong
@@ -90,8 +92,23 @@ class Parser(argparse.ArgumentParser):
                 if value or negative in self._flags():
                     words.append(f"--{name}" if value else negative)
             elif value is not None:
-                words.append(f"--{name}={value}")
+                words.append(f"--{name}={_sayable(value, f'{path}: {name}')}")
         return words
+
+
+def _sayable(value: Any, where: str) -> str:
+    """A value from a file as a word; what no command line can hold, no flag is prepared for.
+
+    Raises: InputError for a NUL, half a surrogate pair, and a number of thousands of digits.
+    """
+    try:
+        word = str(value)
+        os.fsencode(word)
+    except ValueError as error:
+        raise InputError(f"{where}: expected what a command line can hold ({error}).") from error
+    if "\0" in word:
+        raise InputError(f"{where} is {word[:80]!r}, expected what a command line can hold, without a NUL.")
+    return word
 
 
 def spelled(flag: str, value: object) -> str:
@@ -115,7 +132,8 @@ def size(word: str, least: int = 1) -> int:
     if not match or (match[3] and not match[2]):
         raise argparse.ArgumentTypeError(f"found {word!r}, expected a size such as 5GB, 500MB or 2GiB")
     base = 1024 if match[3] else 1000
-    value = int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+    number = float(match[1]) * base ** " KMGT".index(match[2] or " ")
+    value = int(number) if number < sys.maxsize else -1
     if value < least:
         raise argparse.ArgumentTypeError(f"found {word!r}, expected a size of at least {least} byte")
     return value
@@ -148,10 +166,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises: InputError when the file is missing, is not valid JSON, or is not an object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_regular(path))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. --config_file takes a JSON file of flags by name.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise InputError(f'{path}: found a {type(values).__name__}, expected an object like {{"max_iters": 1000}}.')
@@ -170,11 +188,12 @@ def spin_briefly() -> None:
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a script's main and exit: an error of ours, or of the file system, is one line on stderr and exit code 1."""
+    guard_terminal()
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except CheckpointError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        tell(f"error: {error}")
         code = WRONG_USE if isinstance(error, Unspecified) else FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -184,7 +203,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
+        tell(f"error: {error.filename or 'input or output'}: {error.strerror}")
         code = FAILED
     import signal  # costs a millisecond, so not at the start
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from ..errors import printable as printable
 
 
 def columns(rows: list[tuple[str, ...]]) -> Iterable[str]:
@@ -23,21 +26,27 @@ def size_text(size: int) -> str:
     return f"{size} bytes"
 
 
-def printable(text: str) -> str:
-    """Replace characters that would move the cursor or change the terminal by their escapes."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def tell(line: str) -> None:
+    """Print one line to stderr, whatever characters its names have."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """List tensors that are missing, have no place, or have another shape."""
-    missing = [f"{name} is missing" for name in expected if name not in found]
-    surplus = [f"{name} has no place in this model" for name in found if name not in expected]
+    """List tensors that are missing, have no place in this model, or have another shape."""
+    missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected]
     wrong = [
         f"{name} is {tuple(found[name])}, expected {tuple(shape)}"
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
-    return missing + surplus + wrong
+    return on_one_side(missing, surplus, " in this model") + wrong
+
+
+def on_one_side(missing: Sequence[str], surplus: Sequence[str], place: str = "") -> list[str]:
+    """List names that only one of two sides has: "missing: a, b and 4 more", "without a place in this model: c"."""
+    said = {"missing": missing, f"without a place{place}": surplus}
+    return [f"{what}: {listed_names(names, 10)}" for what, names in said.items() if names]
 
 
 def counted(what: str, names: list[str]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from ..console.files import Irregular, open_regular
 from ..errors import CheckpointDamaged, CheckpointNotFound
 from .pickles.inert import as_name, as_text
 from .spec import TensorSpec
@@ -60,13 +61,12 @@ def open_file(path: Path) -> BinaryIO:
     Raises: CheckpointNotFound when it cannot be opened, or is not a regular file: a pipe would wait for its writer.
     """
     try:
-        if path.exists() and not path.is_file():
-            what = "a folder" if path.is_dir() else "a device or a pipe"
-            raise CheckpointNotFound(f"{path}: {what}, expected a file.")
-        return path.open("rb", buffering=0)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointNotFound(f"{as_name(str(path), 200)}: cannot be opened ({reason}).") from error
+        return open_regular(path)
+    except (Irregular, IsADirectoryError) as error:
+        what = "a folder" if isinstance(error, IsADirectoryError) else error.strerror
+        raise CheckpointNotFound(f"{as_name(str(path), 200)}: {what}, expected a file.") from error
+    except OSError as error:
+        raise CheckpointNotFound(f"{as_name(str(path), 200)}: cannot be opened ({error.strerror}).") from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..bundle.training_state import TrainingState
-from ..console.words import listed, listed_names
+from ..console.words import listed, listed_names, on_one_side
 from ..containers.plain import plain
 from ..containers.spec import TensorSpec
 from ..containers.steps import number_of
@@ -153,9 +153,7 @@ def _unfit(path: Path, identity: Identity) -> CheckpointMismatch:
     if identity.family == UNKNOWN:
         reason = identity.reason
     else:
-        faults = [f"{name} is missing" for name in identity.missing]
-        faults += [f"{name} has no place" for name in identity.unplaced]
-        reason = f"{identity.program}, but {listed(faults, 5)}"
+        reason = f"{identity.program}, but {'; '.join(on_one_side(identity.missing, identity.unplaced))}"
     return CheckpointMismatch(f"{path}: {reason}. --to safetensors and --to pt take tensors of any names.")
 
 

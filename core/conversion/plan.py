@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.training_state import TrainingState
-from ..console.words import listed
+from ..console.words import listed, on_one_side
 from ..containers.container import Container
 from ..containers.spec import ITEM_SIZES
 from ..containers.tensors.reading import FLOATS, Gatherer, same_elements
@@ -179,8 +179,8 @@ class Pair:
             raise model.refuse(f"{error}.") from error
         if made.unused:
             target = self.theirs if back else self.ours
-            faults = [f"{name} has no place in {target}" for name in made.unused]
-            raise model.refuse(f"{listed(faults, 5)}. No tensor is left out silently; --to safetensors keeps all.")
+            (unplaced,) = on_one_side((), made.unused, f" in {target}")
+            raise model.refuse(f"{unplaced}. No tensor is left out silently; --to safetensors keeps all.")
         rows = tuple(made.rows.values())
         before = {old.names: model.rules[name] for name, old in reversed(model.tensors.items()) if name in model.rules}
         model.rules = {name: _said(before.get(v.names), made.rules[name]) for name, v in made.tensors.items()}

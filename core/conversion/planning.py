@@ -6,7 +6,7 @@ import re
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..console.words import listed
+from ..console.words import listed, on_one_side
 from ..containers import safetensors_writer
 from ..containers.tensors.views import View, concatenate, filled, slice_axis
 from ..errors import CheckpointMismatch
@@ -200,7 +200,7 @@ def _check_family(plan: Plan) -> None:
     model = plan.model
     shapes = {target.name: target.view.shape for target in plan.targets if target.is_weight}
     found = identify(shapes, model.config)
-    faults = [f"{name} is missing" for name in found.missing] + [f"{name} has no place" for name in found.unplaced]
+    faults = on_one_side(found.missing, found.unplaced)
     if found.family == UNKNOWN:
         faults.append(found.reason)
     elif found.family not in (model.family, FAMILY[model.family].name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..bundle.tokenizer_state import checked_chars
 from ..containers.container import reading
 from ..containers.json_files import parse_json
 from ..containers.pickles.inert import Call, Global, as_text
@@ -70,7 +71,7 @@ def tokens_of(state: dict[str, Any] | None) -> int:
     if state is None or kind == "gpt2":
         return GPT2_ROWS.start if kind == "gpt2" else 0
     if kind == "char":
-        return len(state["chars"])
+        return len(checked_chars(state.get("chars"), "tokenizer.json"))
     definition = state.get("definition")
     model = definition.get("model") if isinstance(definition, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else None

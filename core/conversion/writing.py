@@ -15,7 +15,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from ..bundle.folder import new_id
-from ..bundle.storage import DISK, Output, Storage
+from ..bundle.output import Output
+from ..bundle.storage import DISK, Storage
 from ..bundle.writing import lock_if_model
 from ..console.words import size_text
 from ..containers import safetensors_writer

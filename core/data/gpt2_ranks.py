@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..bundle.storage import DISK
 from ..bundle.tokenizer_state import GPT2_FINGERPRINT as FINGERPRINT
+from ..console.files import read_regular
 from ..errors import InputError
 
 COUNT = 50_256
@@ -75,7 +76,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     Raises: InputError that describes what the file holds instead.
     """
     try:
-        return parse_ranks(path.read_bytes(), str(path))
+        return parse_ranks(read_regular(path), str(path))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. GPT-2's ranks are expected here (r50k_base.tiktoken).") from error
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..bundle.storage import DISK
 from ..console.anchored import anchored
+from ..console.files import open_regular
 from ..console.progress import byte_bar
 from ..errors import InputError, SaveFailed, Unspecified
 from .text import CHUNK, readable
@@ -87,7 +88,7 @@ class Source:
         digest = hashlib.sha256()
         with byte_bar("reading", self.size) as bar:
             for path in [manifest] if self.kind == "dataset" and manifest.exists() else self.files:
-                with readable(path), path.open("rb") as file:
+                with readable(path), open_regular(path) as file:
                     while block := file.read(CHUNK):
                         digest.update(block)
                         bar.update(len(block))
@@ -137,14 +138,8 @@ def find_source(
         return Source("dataset", open_dataset(anchored(dataset_dir)).folder, "from --dataset_dir", recorded)
     if recorded.get("path"):
         path = anchored(recorded["path"])
-        why = "recorded by the checkpoint; change it with --input_file FILE or --dataset_dir DIR"
-        if not path.exists() and path.resolve() != default.resolve():
-            flag = "--dataset_dir DIR" if recorded.get("kind") == "dataset" else "--input_file PATH"
-            raise InputError(f"{path}: not there any more, but the checkpoint was trained on it. Name it with {flag}.")
-        if recorded.get("kind") == "dataset":
-            return Source("dataset", path, why, recorded)
-        if path.exists():
-            return _text(path, why, recorded)
+        if path.exists() or path.absolute() != default.absolute():
+            return _recorded(path, recorded, data_dir)
     named = data_dir / f"{model_name}.txt"
     if not recorded.get("path") and Path(model_name).name == model_name and named.exists():
         return _text(named, "found by the model's name; use another with --input_file FILE", recorded)
@@ -156,6 +151,31 @@ def find_source(
     if not default.exists():
         _write_default(default)
     return _text(default, f"the language reference that comes with Python; {own}", recorded)
+
+
+def _recorded(path: Path, recorded: Mapping[str, Any], data_dir: Path) -> Source:
+    """The source that a checkpoint names. A stranger may have written it, who must not choose what is read here.
+
+    What lies in the data folder is followed, and so is anything that holds what was recorded: whoever wrote the digest
+    had the content. No link out of a recorded folder is followed, unless into the data folder.
+    """
+    flag = "--dataset_dir" if recorded.get("kind") == "dataset" else "--input_file"
+    if not path.exists():
+        raise InputError(f"{path}: not there any more, but the checkpoint was trained on it. Name it with {flag} PATH.")
+    why = "recorded by the checkpoint; change it with --input_file FILE or --dataset_dir DIR"
+    is_dataset = recorded.get("kind") == "dataset"
+    found = Source("dataset", open_dataset(path).folder, why, recorded) if is_dataset else _text(path, why, recorded)
+    inside, data = path.resolve(), data_dir.resolve()
+    real = [file.resolve() for file in found.files]
+    strays = [file for file in real if not (file.is_relative_to(inside) or file.is_relative_to(data))]
+    if strays:
+        raise InputError(f"{path}: recorded by the checkpoint, and leads to {strays[0]}. Name it with {flag} {path}")
+    if not all(file.is_relative_to(data) for file in real) and found.digest != recorded.get("digest"):
+        raise InputError(
+            f"{path}: recorded by the checkpoint, but what it holds is not what was recorded, and it is not in "
+            f"{data_dir}, so it is not used. If it is yours, name it with {flag} {path}"
+        )
+    return found
 
 
 def _text(path: Path, why: str, recorded: Mapping[str, Any]) -> Source:

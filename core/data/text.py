@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ..console.files import open_regular
 from ..errors import InputError
 
 CHUNK = 1 << 20
@@ -76,7 +77,7 @@ def pieces(segments: list[Segment], advance: Callable[[int], object] = lambda co
 def _decoded(segment: Segment, advance: Callable[[int], object]) -> Iterator[str]:
     path, position, end = segment
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with readable(path), path.open("rb") as file:
+    with readable(path), open_regular(path) as file:
         file.seek(position)
         while position < end:
             block = file.read(min(CHUNK, end - position))
@@ -116,7 +117,7 @@ def _size(path: Path) -> int:
 
 def _next_character(path: Path, offset: int) -> int:
     """The offset moved forward over the continuation bytes (10xxxxxx) of UTF-8."""
-    with readable(path), path.open("rb") as file:
+    with readable(path), open_regular(path) as file:
         file.seek(offset)
         following = file.read(3)
     inside = 0

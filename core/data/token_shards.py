@@ -10,7 +10,8 @@ all little-endian. A dataset is a folder of them; ours has a dataset.json, writt
 from __future__ import annotations
 
 import json
-import sys
+import os
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..bundle.storage import DISK
+from ..console.files import open_regular, read_regular
+from ..console.words import tell
 from ..containers.json_files import dump_json
 from ..containers.pickles.reader import read_pickle
 from ..errors import InputError, SaveFailed
@@ -51,9 +54,9 @@ def read_shard(path: Path) -> np.ndarray:
 
     Raises: InputError with the path and both sizes when the header and the file disagree.
     """
-    with readable(path, "a file of tokens"):
-        size = path.stat().st_size
-        magic, version, count = (*np.fromfile(path, dtype="<i4", count=3).tolist(), 0, 0, 0)[:3]
+    with readable(path, "a file of tokens"), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        magic, version, count = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
         dtype = LAYOUTS.get((magic, version))
         if dtype is None and magic in VERSIONS:
             raise InputError(f"{path}: shard version {version}, expected {VERSIONS[magic]}. Prepare it again.")
@@ -66,7 +69,7 @@ def read_shard(path: Path) -> np.ndarray:
             raise InputError(f"{path}: found {size:,} bytes, expected {promise}. Copy or prepare the file again.")
         if not count:
             return np.empty(0, dtype)
-        return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=header, shape=(count,)))
+        return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=header, shape=(count,)))
 
 
 def is_dataset(folder: Path) -> bool:
@@ -114,7 +117,7 @@ def write_dataset(
     partial = folder.with_name(folder.name + ".partial")
     wait = f"{partial}: another process is writing this dataset; waiting for it."
     try:
-        with DISK.workplace(partial, lambda: print(wait, file=sys.stderr)):
+        with DISK.workplace(partial, lambda: tell(wait)):
             if (folder / MANIFEST).exists():
                 return
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -148,7 +151,7 @@ class _Writer:
         while len(tokens):
             if self._file is None:
                 name = f"{self._split}_{len(self.entries):06d}.bin"
-                self._file = (self._folder / name).open("wb")
+                self._file = (self._folder / name).open("xb")
                 self._file.write(bytes(4 * HEADER_INTS))
                 self.entries.append({"file": name, "tokens": 0})
             part = tokens[: self._shard_tokens - self.entries[-1]["tokens"]]
@@ -183,21 +186,35 @@ class _Writer:
                 self._file.close()
 
 
-def _ours(folder: Path) -> Dataset:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the dataset.json of a folder of ours: its format, tokenizer and source, and the tokens of each shard.
+
+    Raises: InputError for what data/prepare.py does not write, and for a newer format.
+    """
     path = folder / MANIFEST
     try:
         with readable(path, "what data/prepare.py writes"):
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = json.loads(read_regular(path))
         version = manifest["format_version"]
         if version > VERSION:
             raise InputError(
                 f"{path}: format_version {version}, this program reads up to {VERSION}. Update the program."
             )
-        shards = {split: [_listed(folder, entry) for entry in manifest[split]] for split in SPLITS}
-        tokenizer = dict(manifest["tokenizer"])
+        tokens = [entry["tokens"] for split in SPLITS for entry in manifest[split]]
+        if not isinstance(manifest["tokenizer"], dict) or not all(type(count) is int for count in tokens):
+            raise TypeError("no tokenizer, or no numbers of tokens")
+        return {"source": {}, **manifest}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not what data/prepare.py writes ({error!r}). Prepare the dataset again.") from error
-    return Dataset(folder, tokenizer, shards["train"], shards["val"])
+
+
+def _ours(folder: Path) -> Dataset:
+    path, manifest = folder / MANIFEST, read_manifest(folder)
+    try:
+        shards = {split: [_listed(folder, entry) for entry in manifest[split]] for split in SPLITS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not what data/prepare.py writes ({error!r}). Prepare the dataset again.") from error
+    return Dataset(folder, manifest["tokenizer"], shards["train"], shards["val"])
 
 
 def _listed(folder: Path, entry: dict[str, Any]) -> Path:
@@ -214,7 +231,7 @@ def _listed(folder: Path, entry: dict[str, Any]) -> Path:
 def _meta_chars(path: Path) -> list[str]:
     """The characters of nanoGPT's meta.pkl {vocab_size, itos, stoi} in the order of their ids; nothing is executed."""
     with readable(path, "nanoGPT's character vocabulary"):
-        meta = read_pickle(path.read_bytes(), str(path))
+        meta = read_pickle(read_regular(path), str(path))
     itos = meta.get("itos") if isinstance(meta, dict) else None
     if not isinstance(itos, dict) or set(itos) != set(range(len(itos))):
         raise InputError(

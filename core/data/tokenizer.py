@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..bundle.tokenizer_state import State, char_fingerprint, checked_chars, definition_fingerprint
+from ..console.files import read_regular
 from ..errors import CheckpointMismatch, InputError
 from . import gpt2_ranks as ranks
 from .decoding import ByteStream, Stream, WindowStream
+from .definition import sound_definition
 
 Ids = Sequence[int] | np.ndarray
 CODE_POINTS = 0x110000
@@ -197,10 +199,8 @@ class HfTokenizer:
             raise InputError(
                 f"{where}: a Hugging Face tokenizer needs the optional library `tokenizers`: pip install tokenizers"
             ) from error
-        try:
-            self._library = Library.from_str(json.dumps(definition))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{where}: not a Hugging Face tokenizer ({error}).") from error
+        self._where = where
+        self._library = Library.from_str(sound_definition(definition, where))
         self._library.no_truncation()
         self._library.no_padding()
         self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -219,12 +219,22 @@ class HfTokenizer:
 
     def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
         """Turn text into ids; the definition determines how unknown text is handled."""
-        ids = self._library.encode(_sound(text), add_special_tokens=False).ids
+        ids = self._used(lambda: self._library.encode(_sound(text), add_special_tokens=False).ids)
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
     def decode(self, ids: Ids) -> str:
         """Turn ids into text (see Tokenizer.decode)."""
-        return self._library.decode(_checked(ids, self).tolist(), skip_special_tokens=False)
+        checked = _checked(ids, self).tolist()
+        return self._used(lambda: self._library.decode(checked, skip_special_tokens=False))
+
+    def _used(self, call: Callable[[], Any]) -> Any:
+        """Call the library, which raises bare Exception, and for a panic what is no Exception."""
+        try:
+            return call()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise InputError(f"{self._where}: this Hugging Face tokenizer fails on the text ({error}).") from error
 
     def stream(self) -> Stream:
         """Begin decoding ids one by one."""
@@ -277,7 +287,7 @@ def tokenizer_from_file(path: Path, bpe_file: Path | None = None) -> Tokenizer:
     Raises: InputError when the file is missing or neither; CheckpointMismatch when it contradicts itself.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_regular(path))
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}. --tokenization takes char, gpt2 or a tokenizer's JSON file."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..console.words import listed
+from ..console.words import listed_names
 from ..errors import CheckpointMismatch
 from . import gpt, lecture
 from .family import Shape, plain_names
@@ -32,8 +32,8 @@ class Fusing:
         if missing:
             total = sum(map(len, self.sources.values()))
             raise CheckpointMismatch(
-                f"{len(missing)} of {total} tensors are missing: it was saved incompletely; "
-                + listed([f"{part} is missing" for part in missing])
+                f"{len(missing)} of {total} tensors are not there: it was saved incompletely; "
+                f"missing: {listed_names(missing, 10)}"
             )
         return {name: _joined(name, parts, found) for name, parts in self.sources.items()}
 

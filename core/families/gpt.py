@@ -114,7 +114,7 @@ def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
     faults = differences(expected, found)
     missing, surplus = len(expected.keys() - found.keys()), len(found.keys() - expected.keys())
     if missing:
-        faults.insert(0, f"{missing} of {len(expected)} tensors are missing: it was saved incompletely")
+        faults.insert(0, f"{missing} of {len(expected)} tensors are not there: it was saved incompletely")
     elif surplus:
         faults.insert(0, f"{surplus} tensors are too many: something was added to the model that saved it")
     return faults

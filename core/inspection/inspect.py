@@ -106,13 +106,14 @@ class _OpenFiles(Container):
         """Whether this is a tokenizer with the fingerprint of its vocabulary."""
         from ..bundle.bundle import TOKENIZER
         from ..bundle.tokenizer_state import proves_itself
+        from ..console.files import LARGEST
+        from ..containers.blocks import read_whole
         from ..containers.json_files import parse_json
 
         if name != TOKENIZER:
             return False
         with self.open(name) as file, contextlib.suppress(CheckpointError):
-            file.seek(0)
-            return proves_itself(parse_json(file.read(), name))
+            return proves_itself(parse_json(read_whole(file, LARGEST, name), name))
         return False
 
 

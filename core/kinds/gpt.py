@@ -14,6 +14,7 @@ from ..bundle.bundle import OPTIMIZER, TOKENIZER, Bundle
 from ..bundle.commit import CONFIG, MODEL
 from ..bundle.contradictions import fits_characters
 from ..bundle.evolution import notes
+from ..bundle.storage import DISK
 from ..bundle.tokenizer_state import describe, same_vocabulary
 from ..config.gpt import EDITABLE, GPTConfig, same_architecture
 from ..containers.json_files import parse_json
@@ -174,11 +175,11 @@ def config_alone(
     path, alone = folder / CONFIG, folder / TOKENIZER
     if not path.exists():
         return {}
-    values = parse_json(path.read_bytes(), str(path))
+    values = parse_json(DISK.read(path), str(path))
     refuse_other_fields(path, GPTConfig.from_dict(values, str(path)).architecture(), given)
     say(f"{path}: no weights beside it; training a new model of this architecture")
     if alone.exists():
-        recorded = parse_json(alone.read_bytes(), str(alone))
+        recorded = parse_json(DISK.read(alone), str(alone))
         if not same_vocabulary(recorded, tokenizer.state()):
             raise CheckpointMismatch(
                 f"{alone}: {describe(recorded)}; this run has {describe(tokenizer.state())}. "
@@ -192,7 +193,7 @@ def refuse_stray_config(bundle: Bundle) -> None:
     path = bundle.folder / CONFIG
     if bundle.single is None or bundle.config is None or (bundle.folder / MODEL).exists() or not path.exists():
         return
-    if not same_architecture(parse_json(path.read_bytes(), str(path)), bundle.config.to_dict()):
+    if not same_architecture(parse_json(DISK.read(path), str(path)), bundle.config.to_dict()):
         raise CheckpointMismatch(
             f"{path}: not the config of {bundle.single}, which is used, and without weights of its own. The next "
             "save would replace it; move it away, or train under another --model_name."

@@ -13,6 +13,7 @@ import torch
 
 from ..bundle.bundle import Bundle
 from ..bundle.commit import CONFIG
+from ..bundle.storage import DISK
 from ..config.modded import ModdedConfig
 from ..config.variants import BLOCK, HEAD_SIZE, VARIANTS
 from ..containers.json_files import parse_json
@@ -229,7 +230,7 @@ def _config_alone(folder: Path, kind: ModdedKind, given: Mapping[str, Any], say:
     path = folder / CONFIG
     values: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError):
-        values = parse_json(path.read_bytes(), str(path))
+        values = parse_json(DISK.read(path), str(path))
     if not values:
         return {}
     name, found = values.get("model_class", "GPT"), values.get("variant")

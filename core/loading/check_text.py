@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..bundle.legacy import open_legacy
 from ..bundle.training_state import TrainingState
 from ..config.modded import CLASSES
+from ..console.files import open_regular
 from ..conversion.plan import Options
 from ..conversion.planning import plan_conversion
 from ..conversion.writing import convert
@@ -210,5 +211,5 @@ def mean_loss(model: GPT | GPTBatched, ids: np.ndarray, progress: Progress = lam
 
 
 def _digest(text: Path) -> str:
-    with text.open("rb") as file:
+    with open_regular(text) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

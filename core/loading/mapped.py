@@ -10,8 +10,9 @@ import torch
 
 from ..bundle.parts import ShardedFile, TorchFile
 from ..containers.spec import Chunk, TensorSpec
-from ..containers.trees import leaves, map_leaves
+from ..containers.trees import leaves
 from ..errors import CheckpointDamaged, CheckpointError
+from .values import live
 
 
 def mapped(source: TorchFile) -> mmap.mmap:
@@ -40,27 +41,23 @@ def map_tensors(source: TorchFile, content: Any) -> Any:
         ends[spec.storage] = max(spec.offset + spec.extent, ends.get(spec.storage, 0))
     storages = {key: _aligned(memory, starts[key], ends[key]) for key in starts}
 
-    def put(value: Any) -> Any:
-        if not isinstance(value, TensorSpec):
-            return value
-        return _strided(storages[value.storage], value, value.offset - starts[value.storage])
+    def put(spec: TensorSpec) -> torch.Tensor:
+        return _strided(storages[spec.storage], spec, spec.offset - starts[spec.storage])
 
-    return map_leaves(put, content)
+    return live(content, put, str(source.path))
 
 
 def read_shards(source: ShardedFile) -> Any:
     """Read a whole folder: its content, each tensor joined from its blocks in memory of its own."""
 
-    def joined(value: Any) -> Any:
-        if not isinstance(value, TensorSpec):
-            return value
-        whole = torch.empty(value.shape, dtype=getattr(torch, value.dtype))
-        for chunk in value.blocks:
+    def joined(spec: TensorSpec) -> torch.Tensor:
+        whole = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+        for chunk in spec.blocks:
             box = tuple(slice(b, b + n) for b, n in zip(chunk.begin, chunk.shape, strict=True))
-            whole[box] = read_block(source, chunk, value.dtype)
+            whole[box] = read_block(source, chunk, spec.dtype)
         return whole
 
-    return map_leaves(joined, source.header.content)
+    return live(source.header.content, joined, str(source.path))
 
 
 def read_block(source: ShardedFile, chunk: Chunk, dtype: str) -> torch.Tensor:

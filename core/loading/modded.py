@@ -17,7 +17,7 @@ from ..bundle.storage import DISK
 from ..bundle.tokenizer_state import describe
 from ..bundle.verify import verify_records
 from ..config.modded import CLASSES, ModdedConfig
-from ..console.words import differences, listed
+from ..console.words import differences, listed, on_one_side
 from ..containers.part import part_of_model
 from ..containers.torch_files.container import container_of
 from ..data.tokenizer import Tokenizer, tokenizer_from_state
@@ -201,8 +201,7 @@ def _config(path: Path, found: Identity, names: list[str]) -> ModdedConfig:
             f"{path}: not a modded-nanogpt checkpoint of a version that this project computes: {what}.{listing} "
             "inspect_model.py shows what it holds."
         )
-    faults = [f"{name} is missing" for name in found.missing]
-    faults += [f"{name} has no place" for name in found.unplaced] + found.conflicts
+    faults = on_one_side(found.missing, found.unplaced) + found.conflicts
     if faults:
         raise CheckpointMismatch(f"{path}: {found.program}, but {listed(faults)}.")
     assert size.n_layer and size.n_head and size.n_embd and size.vocab_size and size.head_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bundle.optimizer_state import OTHER_MODEL, groups_of, names_in_order, recorded_names
-from ..console.words import counted, listed
+from ..console.words import counted, listed, tell
 from ..errors import CheckpointMismatch
 from ..families.family import plain_name
 from ..networks.wrappers import parameter_names
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ..model import GPT
 
 BETAS = (0.9, 0.95)
-CONTINUED = {"betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "fused", "decoupled_weight_decay"}
+SWITCHES = ("amsgrad", "maximize", "foreach", "decoupled_weight_decay")
+CONTINUED = {"betas", "eps", "weight_decay", "fused", *SWITCHES}
 """The settings that a saved group decides; the learning rate is the run's."""
 
 DDP = ("module",)
@@ -31,16 +32,12 @@ ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 FUSED_DEVICES = ("cpu", "cuda")
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def configure_optimizer(
     model: GPT | nn.Module,
     learning_rate: float,
     weight_decay: float | None = None,
     optimizer_state: dict[str, Any] | None = None,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = tell,
 ) -> torch.optim.AdamW:
     """Make AdamW over the named parameters of a model; matrices and embeddings decay (by 0.1), biases and norms do not.
 
@@ -101,14 +98,23 @@ def _like(
 def _impossible(number: int, group: dict[str, Any]) -> list[str]:
     """List the settings of a group with which no update can be made; torch would fail only at the first one."""
     betas = group.get("betas", BETAS)
-    whole = isinstance(betas, (tuple, list)) and len(betas) == 2
-    numbers = {f"betas[{i}]": beta for i, beta in enumerate(betas)} if whole else {"betas": betas}
-    numbers |= {name: group[name] for name in ("eps", "weight_decay") if name in group}
-    return [
-        f"group {number}: {name} is {value!r}, expected a number of at least 0"
+    numbers: dict[str, Any] = {name: group[name] for name in ("eps", "weight_decay") if name in group}
+    faults = []
+    if isinstance(betas, (tuple, list)) and len(betas) == 2:
+        numbers = {f"betas[{i}]": beta for i, beta in enumerate(betas)} | numbers
+    else:
+        faults = [f"betas is {betas!r}, expected two numbers of at least 0"]
+    faults += [
+        f"{name} is {value!r}, expected a number of at least 0"
         for name, value in numbers.items()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
     ]
+    faults += [
+        f"{name} is {group[name]!r}, expected true or false"
+        for name in SWITCHES
+        if not isinstance(group.get(name), (bool, type(None)))
+    ]
+    return [f"group {number}: {fault}" for fault in faults]
 
 
 def load_optimizer_state(

@@ -102,7 +102,7 @@ def _refuse_others(live: Mapping[str, torch.optim.Optimizer], states: Mapping[st
 
 def _told(classes: Any) -> str:
     if not isinstance(classes, Mapping):
-        return str(classes)
+        return str(classes)[:80]
     return ", ".join(f"{name}: {kind}" for name, kind in classes.items())
 
 

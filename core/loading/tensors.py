@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,34 +14,27 @@ from ..bundle.bundle import TOKENIZER, Bundle
 from ..bundle.contradictions import check_fit, rearrange_optimizer
 from ..bundle.intact import read_headers
 from ..bundle.optimizer_state import groups_of, names_in_order
-from ..bundle.parts import Part, ShardedFile, TorchFile, once
-from ..containers.torch_files.storages import TorchArchive
+from ..bundle.parts import Part, ShardedFile, once
 from ..data.tokenizer import tokenizer_from_state
-from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from ..errors import CheckpointError, CheckpointMismatch
 from ..families.fused import Fusing
 from ..model import GPT
 from ..networks.device import resolve_device
-from .mapped import map_tensors, mapped, read_shards
+from .mapped import map_tensors, read_shards
 from .optimizer import load_optimizer_state
-
-DESCRIPTORS = Path("/proc/self/fd")
-"""Where Linux lists open files by number, so that an open file, rather than its name, is mapped."""
 
 
 def read_part(part: Part) -> Any:
-    """Load a part of a checkpoint, its tensors on the CPU and mapped where the system can; nothing is executed.
+    """Load a part of a checkpoint, its tensors on the CPU, mapped from the ranges that the header names.
 
-    Mapped tensors are private: writing to them copies the page, never the file.
+    No other reader sees the file: what was verified is what is loaded, and nothing is executed. Mapped tensors are
+    private: writing to them copies the page, never the file.
 
     Raises: CheckpointError when the file names anything but data, CheckpointDamaged when it cannot be read.
     """
     part.source.refuse_foreign()
     if isinstance(part.source, ShardedFile):
         return part.of(read_shards(part.source))
-    if isinstance(part.source.header, TorchArchive) and part.source.header.container == "zip":
-        # torch refuses plain data that it does not know, like the object of a config, which our own reader reads.
-        with contextlib.suppress(pickle.UnpicklingError):
-            return part.of(_torch_load(part.source))
     return map_tensors(part.source, part.content)
 
 
@@ -57,18 +49,6 @@ def read_through(bundle: Bundle) -> None:
             read_part(part)
     if bundle.config is not None:
         check_fit(bundle)
-
-
-def _torch_load(source: TorchFile) -> Any:
-    name = DESCRIPTORS / str(source.file.fileno())
-    try:
-        if name.exists():
-            mapped(source).close()  # whose error shows what torch's would hide
-            return torch.load(name, map_location="cpu", weights_only=True, mmap=True)
-        source.file.seek(0)
-        return torch.load(source.file, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise CheckpointDamaged(f"{source.path}: not a readable torch file ({error}).") from error
 
 
 @contextlib.contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..console.words import tell
 from ..errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +27,7 @@ def resolve_device(wish: str | torch.device | None, where: str = "device") -> to
     if device.type == "meta":
         raise InputError(f"{where}: meta holds no numbers. Use auto, cpu, cuda or cuda:N.")
     if not _is_here(device):
-        print(f"{where}: {wish} is not on this machine; using the CPU", file=sys.stderr)
+        tell(f"{where}: {wish} is not on this machine; using the CPU")
         return torch.device("cpu")
     return device
 

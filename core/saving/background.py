@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 
 import torch
 
+from ..console.words import tell
 from .snapshot import Memory, Snapshot
 
 
@@ -98,7 +98,7 @@ class BackgroundSaver:
     def last_words(self) -> None:
         """Print an error that was never asked for."""
         if self._failure is not None:
-            print(f"WARNING: {self._failure}", file=sys.stderr)
+            tell(f"WARNING: {self._failure}")
 
 
 def _start(thread: threading.Thread) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..bundle.bundle import ALL_PARTS, EMA, OPTIMIZER, TOKENIZER, Bundle, open_bundle
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
+from ..bundle.output import Output
 from ..bundle.parts import Part, ShardedFile
-from ..bundle.storage import Output
 from ..bundle.verify import verify
 from ..bundle.write import Content, Writer, write_bundle
 from ..containers.spec import TensorSpec

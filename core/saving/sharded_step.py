@@ -17,9 +17,10 @@ from torch import nn
 from ..bundle.bundle import EMA, OPTIMIZER
 from ..bundle.commit import CONFIG, MODEL, ModelFolder, entries
 from ..bundle.folder import top_state
+from ..bundle.output import Output
 from ..bundle.parts import folder_of
 from ..bundle.retention import tidy_up
-from ..bundle.storage import Output, failed_call
+from ..bundle.storage import failed_call
 from ..bundle.training_state import STATE, seal
 from ..bundle.write import write_file
 from ..bundle.writing import lock

@@ -18,6 +18,7 @@ from ..bundle.intact import say_on_stderr
 from ..bundle.training_state import TrainingState
 from ..checkpoint import CheckpointManager
 from ..console.signals import SAVE_BY_CLOCK, SAVING, StopSignal, reason
+from ..console.streams import unguarded
 from ..data.dataloader import DataLoader
 from ..data.randomness import mix
 from ..errors import CheckpointMismatch, TrainingDiverged
@@ -120,7 +121,7 @@ class Loop:
             total=self.settings.max_iters,
             unit="step",
             disable=not progress,
-            file=sys.stderr,
+            file=unguarded(sys.stderr),
             dynamic_ncols=True,
         )
         with self._bar:

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.storage import DISK
-from ..errors import SaveFailed
+from ..console.files import read_regular
+from ..errors import InputError, SaveFailed
+
+_LARGEST = 2**30
+"""Bytes of the longest log that is read, of some ten million steps."""
 
 UNREADABLE = "metrics_unreadable.jsonl"
 """Where lines of the log go that are not JSON."""
@@ -27,10 +31,16 @@ class Metrics:
 
         Lines that are not JSON objects are moved to a file beside the log, and reported in the sentence that is
         returned; all others stay, in their order.
+
+        Raises: InputError when the log cannot be read.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None or not (self.path.exists() or self.path.is_symlink()):
             return None
-        data = self.path.read_bytes()
+        DISK.append(self.path).close()  # it is ours, and has no other name
+        try:
+            data = read_regular(self.path, _LARGEST)
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}, expected the log of the run. Move it away.") from error
         *lines, rest = data.split(b"\n")
         lines += [rest] if _values(rest) is not None else []  # a person's editor may have left out the last newline
         unreadable = [line for line in lines if line.strip() and _values(line) is None]
@@ -53,7 +63,7 @@ class Metrics:
     def _set_aside(self, lines: list[bytes]) -> None:
         """Append lines to the file beside the log, durably, before they are taken out of it."""
         assert self.path is not None
-        with self.path.with_name(UNREADABLE).open("ab") as file:
+        with DISK.append(self.path.with_name(UNREADABLE)) as file:
             file.write(b"".join(line + b"\n" for line in lines))
             DISK.sync(file)
 
@@ -74,7 +84,7 @@ class Metrics:
             return
         end = None
         try:
-            with self.path.open("ab") as file:
+            with DISK.append(self.path) as file:
                 end = file.tell()
                 file.write("".join(lines).encode())
                 DISK.sync(file)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..bundle.training_state import TrainingState
 from ..console.commandline import above_or_zero, below_one, count, positive, seed_number
-from ..errors import InputError
+from ..errors import CheckpointMismatch, InputError
 from .schedule import KINDS, Schedule
 
 
 def _setting(default: Any, kind: Callable[[str], Any] | tuple[str, ...] | None, text: str) -> Any:
     """A field with its flag's type (or choices) and its line in --help; None for a flag that is written by hand."""
     return field(default=default, metadata={"kind": kind, "help": text})
+
+
+def _is_a(kind: Callable[[str], Any] | tuple[str, ...] | None, value: Any) -> bool:
+    """Whether a recorded value has the type of a setting; whether the number is possible is checked with the others."""
+    if isinstance(kind, tuple):
+        return value in kind if isinstance(value, str) else False
+    if kind is None or isinstance(value, bool):
+        return kind is None and isinstance(value, bool)
+    is_whole = isinstance(value, int) and abs(value) < 1 << 63
+    return is_whole or (isinstance(value, float) and math.isfinite(value) and kind not in (count, seed_number))
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,17 @@ class Settings:
     def resolve(
         cls, flags: Mapping[str, Any], recorded: Mapping[str, Any], preset: Mapping[str, Any] | None = None
     ) -> Settings:
-        """Resolve the settings: a flag wins over the run so far, which wins over the preset of its kind."""
+        """Resolve the settings: a flag wins over the run so far, which wins over the preset of its kind.
+
+        Raises: CheckpointMismatch naming a recorded setting of another type, which no flag replaces.
+        """
+        for f in fields(cls):
+            value = recorded.get(f.name)
+            if value is not None and f.name not in flags and not _is_a(f.metadata["kind"], value):
+                raise CheckpointMismatch(
+                    f"training.{f.name} in the checkpoint's training state is {str(value)[:80]!r}, which is no such "
+                    f"setting. Correct it there, or give --{f.name}."
+                )
         told = {**(preset or {}), **recorded, **flags}
         return cls(**{f.name: told[f.name] for f in fields(cls) if f.name in told})
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from core.console.files import open_regular
 from core.data.randomness import draws, mix
 from core.errors import InputError
 
@@ -21,6 +22,9 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev
 
 USUAL_TEXTS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
 """Default text columns: the first of these that a file has."""
+
+_LONGEST_NUMBER = 100
+"""Characters of a class that is sorted as a number; more are a text."""
 
 HELD_OUT = 0.1
 """Fraction of the training rows used for validation where no file is."""
@@ -47,7 +51,7 @@ class LabelledTexts:
     def classes(self) -> list[str]:
         """The names of all classes: sorted as numbers if all are numbers, else as text."""
         names = set(self.labels)
-        if all(name.removeprefix("-").isdecimal() for name in names):
+        if all(name.removeprefix("-").isdecimal() and len(name) < _LONGEST_NUMBER for name in names):
             return sorted(names, key=lambda name: (int(name), name))
         return sorted(names)
 
@@ -105,7 +109,8 @@ def read_labelled(path: Path, text_columns: Sequence[str] | None = None, label_c
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"{path}: expected a file that ends in {', '.join(FORMATS)}, or a folder of such files.")
     try:
-        content = path.read_bytes().decode("utf-8-sig")
+        with open_regular(path) as file:
+            content = file.read().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. --dataset takes a file, or a folder with a train file.") from error
     except UnicodeDecodeError as error:

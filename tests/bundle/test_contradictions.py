@@ -276,23 +276,23 @@ def more(**tensors: torch.Tensor) -> Callable[[dict], dict]:
     return lambda weights: weights | tensors
 
 
-ONE = f"1 of 26 tensors are missing: {LOST}"
+ONE = f"1 of 26 tensors are not there: {LOST}"
 QUERY, VALUE = "blocks.0.sa.heads.1.query.weight", "blocks.1.sa.heads.2.value.weight"
-PARTS = [f"blocks.1.sa.heads.2.{part}.weight is missing" for part in ("query", "key", "value")]
-NO_PLACE = [f"extra.{i} has no place in this model" for i in range(9)]
+PARTS = "missing: " + ", ".join(f"blocks.1.sa.heads.2.{part}.weight" for part in ("query", "key", "value"))
+NO_PLACE = "without a place in this model: " + ", ".join(f"extra.{i}" for i in range(10)) + " and 36 more."
 WEIGHTS: dict[str, tuple[str, Callable[[dict], dict], list[str]]] = {
     "46 more": (
         "fused",
         more(**{f"extra.{i}": torch.ones(1) for i in range(46)}),
-        ["46 tensors are too many: something was added to the model that saved it", *NO_PLACE, "; and 37 more."],
+        ["46 tensors are too many: something was added to the model that saved it", NO_PLACE],
     ),
     "no layer 0": (
         "fused",
         without(r"^blocks\.0\."),
-        [f"10 of 26 tensors are missing: {LOST}", "blocks.0.ln1.weight is missing", "and 1 more."],
+        [f"10 of 26 tensors are not there: {LOST}", "missing: blocks.0.ln1.weight, blocks.0.ln1.bias, "],
     ),
     **{
-        f"no {name}": ("fused", without(f"^{name}$"), [ONE, f"{name} is missing"])
+        f"no {name}": ("fused", without(f"^{name}$"), [ONE, f"missing: {name}"])
         for name in ("blocks.1.sa.qkv.weight", TABLE, "ln_f.bias", "blocks.0.fwd.net.2.weight")
     },
     "no head, which is no tied one": (
@@ -300,11 +300,11 @@ WEIGHTS: dict[str, tuple[str, Callable[[dict], dict], list[str]]] = {
         without("^lm_head.weight"),
         ["tied_head is false, but lm_head.weight is not there. Set tied_head to true if the head was the token table"],
     ),
-    "no matrix of one head": ("lecture", without(VALUE), [f"1 of 44 tensors are missing: {LOST}; {VALUE} is missing"]),
+    "no matrix of one head": ("lecture", without(VALUE), [f"1 of 44 tensors are not there: {LOST}; missing: {VALUE}"]),
     "no head of one layer": (
         "lecture",
         without(r"^blocks\.1\.sa\.heads\.2\."),
-        [f"3 of 44 tensors are missing: {LOST}", *PARTS],
+        [f"3 of 44 tensors are not there: {LOST}", PARTS],
     ),
     "no last head": (
         "lecture",
@@ -351,7 +351,9 @@ def test_weights_of_nanogpt_in_the_place_of_ours_are_told_as_another_programs(sh
     content = torch.load(shared / "fixtures" / "nanogpt_char_biasFalse" / "ckpt.pt", weights_only=True)
     count = len(content["model"])
     said = f"none of its {count} tensors has a name of this model's own: they are another program's"
-    weights_refused(folder, old.fused, content["model"], said, "transformer.wte.weight has no place in this model")
+    weights_refused(
+        folder, old.fused, content["model"], said, "without a place in this model: transformer.wte.weight, "
+    )
 
 
 def test_checkpoint_of_nanogpt_in_the_place_of_ours_is_told_by_its_entries(shared, folder):

@@ -387,20 +387,6 @@ def test_a_lock_that_is_replaced_while_it_is_taken_is_taken_anew(tmp_path, monke
 
 
 @needs_flock
-def test_a_lock_that_is_a_link_does_not_lead_to_a_file_elsewhere(tmp_path):
-    (tmp_path / "victim").write_text("content")
-    for name in (LOCK, RECORD):
-        (tmp_path / "m").mkdir(exist_ok=True)
-        (tmp_path / "m" / name).symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match="symbolic link") as caught, hold(tmp_path / "m"):
-        pass
-    assert caught.value.filename == str(tmp_path / "m" / LOCK)
-    (tmp_path / "m" / LOCK).unlink()
-    with hold(tmp_path / "m"):
-        assert not (tmp_path / "m" / RECORD).is_symlink()
-    assert (tmp_path / "victim").read_text() == "content"
-
-
 def test_what_only_looks_takes_no_lock(tmp_path, monkeypatch):
     saved(tmp_path, 1).close()
     monkeypatch.setattr(lock, "hold", lambda *_: pytest.fail("a lock"))

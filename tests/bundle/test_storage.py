@@ -8,7 +8,8 @@ import os
 
 import pytest
 
-from core.bundle.storage import SECTOR, Storage
+from core.bundle.output import SECTOR
+from core.bundle.storage import Storage
 
 
 class Watched(Storage):

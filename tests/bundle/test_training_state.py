@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 
-from core.bundle.training_state import FIELDS, TrainingState, seal, unseal
+import pytest
+
+from core.bundle.training_state import _TYPES, FIELDS, TrainingState, seal, unseal
 from core.errors import CheckpointDamaged, CheckpointMismatch
 
 STATE = {
@@ -68,3 +70,45 @@ def test_a_state_without_integrity_is_version_one_and_taken_as_it_is():
         "step": 30,
         "optimizer_file": "optimizer.pt",
     }
+
+
+WRONG = {
+    "a text": (5, True, [], {}),
+    "a whole number of at least 0": (-1, True, 1.5, "1", 2**70, {}),
+    "a number": (True, "1", 2**70, []),
+    "an object": (True, 5, "x", [], [{}]),
+}
+"""Values that are none of a kind."""
+
+
+def leaves(types, inside=()):
+    """Every entry whose type is known, and its kind."""
+    for name, kind in types.items():
+        yield (*inside, name), "an object" if isinstance(kind, dict) else kind
+        if isinstance(kind, dict):
+            yield from leaves(kind, (*inside, name))
+
+
+@pytest.mark.parametrize(("path", "kind"), [*leaves(_TYPES)])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_an_entry_of_another_type_is_named(path, kind, is_old):
+    for value in WRONG[kind]:
+        inner = {"step": 1, path[-1]: value} if path[:-1] == ("best",) else {path[-1]: value}
+        state = {"step": 3, **(inner if len(path) == 1 else {path[0]: inner})}
+        data = json.dumps(state).encode() if is_old else seal({**STATE, **state})
+        with pytest.raises((CheckpointMismatch, CheckpointDamaged)) as caught:
+            unseal(data, "runs/m/training_state.json")
+        message = str(caught.value)
+        assert message.startswith(f"runs/m/training_state.json: {'.'.join(path)} is "), message
+        assert f"expected {kind}." in message
+
+
+@pytest.mark.parametrize("best", [{}, {"val_loss": 1.0}, {"step": None}])
+def test_the_best_step_has_a_step(best):
+    with pytest.raises(CheckpointMismatch, match=r"best\.step is (absent|null), expected a whole"):
+        unseal(json.dumps({"step": 4, "best": best}).encode(), "x")
+
+
+def test_null_is_an_entry_that_is_absent():
+    state = {"step": 4, **dict.fromkeys(_TYPES), "retention": {"keep": None}}
+    assert unseal(json.dumps(state).encode(), "x") == state

@@ -111,14 +111,3 @@ def test_a_save_that_cannot_be_made_says_why_and_changes_nothing(tmp_path, model
     with pytest.raises(CheckpointError, match=r"file/below: (Not a directory|File exists)"):
         model.save_checkpoint_bundle(tmp_path / "file" / "below")
     assert (tmp_path / "file").read_text() == "x"
-
-
-def test_where_open_files_have_no_name_they_are_read_instead_of_mapped(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("core.loading.tensors.DESCRIPTORS", tmp_path / "none")
-    optimizer = model.configure_optimizer(learning_rate=1e-3)
-    update(model, optimizer)
-    model.save_checkpoint_bundle(tmp_path / "m", optimizer_state=optimizer.state_dict())
-    loaded, _, step, state = GPT.load(tmp_path / "m")
-    assert equal(loaded.state_dict(), model.state_dict()) and step == 1
-    saved = optimizer.state_dict()["state"]
-    assert all(equal(state["state"][i], saved[i]) for i in saved)

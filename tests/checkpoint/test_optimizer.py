@@ -303,7 +303,9 @@ def test_impossible_schedules_are_named(values, message):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"betas": "x"}, "group 0: betas is 'x', expected a number of at least 0"),
+        ({"betas": "x"}, "group 0: betas is 'x', expected two numbers of at least 0"),
+        ({"betas": 1.5}, "group 0: betas is 1.5, expected two numbers of at least 0"),
+        ({"maximize": [None]}, "group 0: maximize is [None], expected true or false"),
         ({"betas": [0.9]}, "group 0: betas is [0.9]"),
         ({"betas": (0.9, None)}, "group 0: betas[1] is None"),
         ({"eps": "x"}, "group 0: eps is 'x'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -111,12 +112,13 @@ def test_a_later_version_is_refused_with_the_names_without_a_place(tmp_path):
     path = upstream_file(tmp_path / "state.pt", qk_bank=torch.zeros(3, 4), vo_bank=torch.zeros(2))
     with pytest.raises(CheckpointMismatch) as refused:
         quiet(path)
-    assert "qk_bank has no place" in str(refused.value) and "vo_bank has no place" in str(refused.value)
+    assert "without a place: " in str(refused.value)
+    assert {"qk_bank", "vo_bank"} <= set(re.findall(r"\w+_bank", str(refused.value)))
 
 
 def test_an_incomplete_file_is_refused_with_what_is_missing(tmp_path):
     path = upstream_file(tmp_path / "state.pt", **{"blocks.3.mlp.c_fc.weight": None})
-    with pytest.raises(CheckpointMismatch, match=r"blocks\.3\.mlp\.c_fc\.weight is missing"):
+    with pytest.raises(CheckpointMismatch, match=r"missing: \S*blocks\.3\.mlp\.c_fc\.weight\."):
         quiet(path)
 
 

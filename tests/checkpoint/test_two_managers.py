@@ -207,7 +207,9 @@ def test_a_save_that_no_thread_can_be_started_for_leaves_the_folder_free(tmp_pat
 
             with monkeypatch.context() as patch:
                 patch.setattr(threading.Thread, "start", fail)
-                with pytest.raises((SaveFailed, KeyboardInterrupt), match=r"can't start new thread|^$"):
+                alone = which == "save" and isinstance(error, RuntimeError)  # then this thread writes
+                refused = pytest.raises((SaveFailed, KeyboardInterrupt), match=r"can't start new thread|^$")
+                with contextlib.nullcontext() if alone else refused:
                     made.save(net(1), step=1)
             assert not turn._turns and not (tmp_path / "m" / ".lock-owner").exists()
     manager(tmp_path).save(net(1), step=1)

@@ -34,7 +34,8 @@ class TestFindSource:
         for name in ("old.txt", "data/dante.txt"):
             Path(name).parent.mkdir(exist_ok=True)
             Path(name).write_text("x")
-        found = find_source(None, None, {"kind": "text", "path": "old.txt"}, "dante")
+        recorded = find_source("old.txt", None, None, "dante").record()
+        found = find_source(None, None, recorded, "dante")
         assert found.path == Path("old.txt")
         assert "recorded" in found.line()
 
@@ -115,6 +116,73 @@ class TestFindSource:
             open_corpus(find_source("pictures", None, None, "m"))
 
 
+class TestRecordOfAStranger:
+    """What a checkpoint names is followed where a person of this machine could have named it."""
+
+    @pytest.fixture
+    def secret(self, home) -> Path:
+        (home / "private").mkdir()
+        path = home / "private/key.txt"
+        path.write_text("do not print me")
+        (home / "work/data").mkdir(parents=True)
+        os.chdir(home / "work")
+        return path
+
+    def record(self, path: Path | str, kind: str = "text", **changes) -> dict:
+        return {"kind": kind, "path": str(path), "bytes": 15, "mtime_ns": 1, "digest": "00", **changes}
+
+    @pytest.mark.parametrize("spelled", ["{0}", "../private/key.txt", "data/../../private/key.txt", "data/link.txt"])
+    def test_a_text_elsewhere_is_not_read_by_its_name(self, spelled, secret):
+        Path("data/link.txt").symlink_to(secret)
+        with pytest.raises(InputError, match=r"recorded by the checkpoint, but what it holds is not") as caught:
+            find_source(None, None, self.record(spelled.format(secret)), "m")
+        assert "--input_file" in str(caught.value) and "print me" not in str(caught.value)
+
+    def test_a_text_elsewhere_with_the_recorded_content_is_followed(self, secret):
+        recorded = find_source(secret, None, None, "m").record()
+        os.utime(secret, ns=(5, 5))
+        assert find_source(None, None, recorded, "m").path == secret
+        secret.write_text("DO not print me")
+        with pytest.raises(InputError, match=f"name it with --input_file {secret}"):
+            find_source(None, None, recorded, "m")
+
+    def test_a_folder_whose_links_lead_elsewhere_is_not_read(self, secret):
+        Path("data/books").mkdir()
+        Path("data/books/a.txt").symlink_to(secret)
+        with pytest.raises(InputError, match=f"leads to {secret}"):
+            find_source(None, None, self.record("data/books", "folder"), "m")
+        Path("data/books/a.txt").unlink()
+        Path("data/own.txt").write_text("mine")
+        Path("data/books/a.txt").symlink_to(Path("data/own.txt").absolute())
+        assert find_source(None, None, self.record("data/books", "folder"), "m").size == 4
+
+    def test_tokens_whose_links_lead_elsewhere_are_not_read(self, secret):
+        Path("data/set").mkdir()
+        Path("data/set/train.bin").symlink_to(secret)
+        with pytest.raises(InputError, match=r"leads to .*key\.txt\. Name it with --dataset_dir data/set"):
+            find_source(None, None, self.record("data/set", "dataset"), "m")
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are a thing of POSIX")
+    @pytest.mark.parametrize("target", ["pipe", "/dev/zero", "/proc/self/environ"])
+    def test_no_regular_file_is_refused_also_in_the_data_folder(self, target, home):
+        Path("data").mkdir()
+        os.mkfifo("pipe")
+        for place in ("data/x.txt", "data/set/train.bin", "data/books/a.txt"):
+            Path(place).parent.mkdir(exist_ok=True)
+            Path(place).symlink_to(Path(target).absolute())
+        for path, kind in {"data/x.txt": "text", "data/set": "dataset", "data/books": "folder"}.items():
+            with pytest.raises(InputError, match=r"by the checkpoint|a device or a pipe|makes up|no text here"):
+                open_corpus(find_source(None, None, self.record(path, kind), "m"))
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are a thing of POSIX")
+    @pytest.mark.parametrize("name", ["meta.pkl", "dataset.json"])
+    def test_a_dataset_is_not_waited_for(self, name, home):
+        shard(Path("train.bin"), range(9))
+        os.mkfifo(name)
+        with pytest.raises(InputError, match=f"{name}: a device or a pipe, expected"):
+            find_source(None, ".", None, "m")
+
+
 class TestRecord:
     def test_same_contents_are_no_change_wherever_they_are(self, home):
         Path("a.txt").write_text("hello")
@@ -127,18 +195,20 @@ class TestRecord:
         assert json.loads(json.dumps(record)) == record
 
     def test_changed_text_is_said_with_both_sizes(self, home):
-        Path("a.txt").write_text("hello")
-        record = find_source("a.txt", None, None, "m").record()
-        Path("a.txt").write_text("hello you")
+        Path("data").mkdir()
+        Path("data/a.txt").write_text("hello")
+        record = find_source("data/a.txt", None, None, "m").record()
+        Path("data/a.txt").write_text("hello you")
         said = find_source(None, None, record, "m").changed(record)
-        assert "a.txt" in said
+        assert said.startswith("data/a.txt")
         assert "9 bytes" in said
         assert "5 bytes, 2cf24dba5fb0" in said
 
     def test_contents_are_read_again_only_when_size_or_time_moved(self, home):
-        path = Path("a.txt")
+        Path("data").mkdir()
+        path = Path("data/a.txt")
         path.write_text("hello")
-        record = find_source("a.txt", None, None, "m").record() | {"digest": "as recorded"}
+        record = find_source(path, None, None, "m").record() | {"digest": "as recorded"}
         assert find_source(None, None, record, "m").digest == "as recorded"
         os.utime(path, ns=(1, 1))
         assert find_source(None, None, record, "m").digest.startswith("2cf24dba5fb0")

@@ -137,11 +137,11 @@ class TestDataset:
             open_dataset(Path("set"))
 
     def test_record_of_a_dataset_sees_other_tokens(self, home):
-        Path("set").mkdir()
-        shard(Path("set/train.bin"), range(50))
-        record = find_source(None, "set", None, "m").record()
+        Path("data/set").mkdir(parents=True)
+        shard(Path("data/set/train.bin"), range(50))
+        record = find_source(None, "data/set", None, "m").record()
         assert record["kind"] == "dataset"
         assert record["bytes"] == 1124
-        shard(Path("set/train.bin"), range(1, 51))
-        os.utime("set/train.bin", ns=(1, 1))
+        shard(Path("data/set/train.bin"), range(1, 51))
+        os.utime("data/set/train.bin", ns=(1, 1))
         assert "not the text" in find_source(None, None, record, "m").changed(record)

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from core.bundle.storage import DISK, SECTOR
+from core.bundle.output import SECTOR
+from core.bundle.storage import DISK
 from tests.faults.scenarios import SCENARIOS, Expected, Scenario, in_child, reset_disk, same
 from tests.faults.tally import Tally
 from tests.makers.models import copy

@@ -87,6 +87,7 @@ class Record:
     size: int | None = None
     offset: int | None = None
     flags: int = 0
+    attributes: int = 0
     extra: bytes = b""
     gap: bytes = b""  # bytes before it that belong to nothing
     hidden: bool = False  # not in the directory
@@ -131,7 +132,7 @@ def zipped(
                 0,
                 0,
                 0,
-                0,
+                record.attributes,
                 offset,
             )
             entries.append(struct.pack("<4sHHHHIIIIHHHHHII", *entry) + raw + record.extra)

@@ -153,3 +153,70 @@ def tensor_at(path: Path, name: str) -> int:
     """Where the bytes of a tensor begin."""
     with path.open("rb") as file:
         return open_torch_file(file, str(path)).tensors[name].offset
+
+
+# The flags of the scripts, by what they open: each flag that takes a value and is no number stands here
+
+FILE, FOLDER, CHECKPOINT, WRITTEN, NOTHING = "a file", "a file or folder", "a checkpoint", "a file to write", "no file"
+
+SHARED_FLAGS = {"--config_file": FILE, "--model_name": CHECKPOINT, "--checkpoint_root": CHECKPOINT}
+FLAGS: dict[str, dict[str, str]] = {
+    "train.py": {
+        **SHARED_FLAGS,
+        "--input_file": FILE,
+        "--dataset_dir": FOLDER,
+        "--tokenization": FILE,
+        "--bpe_file": FILE,
+        "--init_from_model": CHECKPOINT,
+        "--init_from_checkpoint": CHECKPOINT,
+        "--device": NOTHING,
+    },
+    "generate.py": {
+        **SHARED_FLAGS,
+        "--legacy_checkpoint": CHECKPOINT,
+        "--checkpoint": CHECKPOINT,
+        "--tokenization": FILE,
+        "--bpe_file": FILE,
+        "--device": NOTHING,
+        "--prompt": NOTHING,
+    },
+    "inspect_model.py": {
+        **SHARED_FLAGS,
+        "paths": CHECKPOINT,
+        "--legacy_checkpoint": CHECKPOINT,
+        "--check_text": FILE,
+        "--diff": CHECKPOINT,
+        "--html": WRITTEN,
+        "--tensors": NOTHING,
+        "--stats": NOTHING,
+    },
+    "convert_checkpoints.py": {
+        **SHARED_FLAGS,
+        "paths": CHECKPOINT,
+        "--meta": FILE,
+        "--bpe_file": FILE,
+        "--check_text": FILE,
+        "--match_original": CHECKPOINT,
+        "--metadata_from": CHECKPOINT,
+        "--checkpoint_dir": CHECKPOINT,
+        "--model_path": CHECKPOINT,
+        "--output_path": WRITTEN,
+    },
+    "data/prepare.py": {
+        "--config_file": FILE,
+        "input": FOLDER,
+        "--output_dir": WRITTEN,
+        "--tokenization": FILE,
+        "--bpe_file": FILE,
+    },
+    "examples/finetune_classification.py": {
+        **SHARED_FLAGS,
+        "--dataset": FOLDER,
+        "--pretrained_ckpt_path": CHECKPOINT,
+        "--tokenizer_name": FILE,
+        "--bpe_file": FILE,
+        "--text_columns": NOTHING,
+        "--label_column": NOTHING,
+        "--device": NOTHING,
+    },
+}

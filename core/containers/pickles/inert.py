@@ -38,6 +38,8 @@ class Call:
     """A call that a pickle requests and that is never made: an instance of a class, or the result of a function."""
 
     __slots__ = ("args", "callable", "items", "state")
+    changes = True
+    """Whether the pickle may give it a state and items."""
 
     def __init__(self, callable: Any, args: tuple[Any, ...]) -> None:
         self.callable = callable
@@ -55,6 +57,12 @@ class Call:
         return as_text(self)
 
 
+class New(Call):
+    """A new object of a class, which its constructor has not filled: a set of these values would be empty."""
+
+    __slots__ = ()
+
+
 class Key(tuple):
     """A tuple as a dictionary key, with an unpredictable hash: Python salts only the hashes of text.
 
@@ -70,7 +78,25 @@ class Key(tuple):
         return tuple.__eq__(self, other) is True
 
 
-_BRACKETS = {list: ("[", "]"), tuple: ("(", ")"), Key: ("(", ")")}
+class DtypeName(str):
+    """The full name of a dtype, which is shown as text and loaded as the dtype."""
+
+    __slots__ = ()
+
+
+class Size(tuple):
+    """A shape, which is a tuple to everything here and loaded as a torch.Size."""
+
+    __slots__ = ()
+
+
+class ByteArray(bytes):
+    """Bytes that are loaded as a bytearray."""
+
+    __slots__ = ()
+
+
+_BRACKETS = {list: ("[", "]"), tuple: ("(", ")"), Key: ("(", ")"), Size: ("(", ")")}
 
 _LEAVES = frozenset({str, bytes, int, float, bool, type(None), Global})
 """Types whose values hold nothing."""

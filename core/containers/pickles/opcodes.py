@@ -80,7 +80,7 @@ def opcode_table(machine: Any) -> dict[int, Operation]:
             "i": lambda r: r.call(r.named(r.text_line(), r.text_line()), tuple(r.pop_mark())),
             "o": machine.obj,
             "R": machine.reduce,
-            "\x81": machine.reduce,  # NEWOBJ
+            "\x81": machine.new,
             "\x92": machine.new_with_keywords,
             "b": machine.build,
             "P": lambda r: r.persist(r.text_line()),

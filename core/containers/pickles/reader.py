@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointDamaged
-from .inert import SLACK, Call, Global, Malformed, as_key, as_text, check_structure
+from .inert import SLACK, Call, Global, Malformed, New, as_key, as_text, check_structure
 from .opcodes import old_text, opcode_table, unescape
 from .reductions import PLAIN, Reductions
 
@@ -206,20 +206,20 @@ class _Reader:
 
     def top(self, *kinds: type) -> Any:
         value = self.stack[-1]
-        if not isinstance(value, kinds):
+        if not isinstance(value, kinds) or (isinstance(value, Call) and not value.changes):
             raise Malformed(f"items for a {type(value).__name__}")
         return value
 
     # operations that are more than one line
 
-    def call(self, callable: Any, args: Any) -> None:
+    def call(self, callable: Any, args: Any, kind: type[Call] = Call) -> None:
         if not isinstance(callable, (Global, Call)):
             raise Malformed(f"a call of a {type(callable).__name__}")
         if not isinstance(args, tuple):
             raise Malformed(f"arguments in a {type(args).__name__}")
         value: Any = NotImplemented
         reduce = self.reductions.get(callable.path) if isinstance(callable, Global) else None
-        if reduce:
+        if reduce and not (args and kind is New):
             for arg in args:
                 if isinstance(arg, (str, bytes, list, tuple, dict)):
                     self.copied += len(arg)
@@ -230,7 +230,7 @@ class _Reader:
             except TypeError as error:  # another number of arguments than this callable takes
                 raise Malformed(f"{as_text(callable)} with {len(args)} arguments") from error
         if value is NotImplemented:
-            value = Call(callable, args)
+            value = kind(callable, args)
             self.unheld.append(value)
         self.push(value)
 
@@ -256,7 +256,7 @@ class _Reader:
         state, target = self.pop(), self.stack[-1]
         if state and isinstance(state, (dict, tuple)):
             self.unheld.append(state)  # a function among the attributes can be called, and replaced after that
-        if isinstance(target, Call):
+        if isinstance(target, Call) and target.changes:
             target.state = state
         elif not isinstance(target, dict):  # attributes of a dictionary are dropped: torch's `_metadata`
             raise Malformed(f"a state for a {type(target).__name__}")
@@ -327,9 +327,13 @@ class _Reader:
         values = self.pop_mark()
         self.call(values[0], tuple(values[1:]))
 
+    def new(self) -> None:
+        args = self.stack.pop()
+        self.call(self.stack.pop(), args, New)
+
     def new_with_keywords(self) -> None:
         callable, args, keywords = self.pop_many(3)
-        self.call(callable, args if keywords == {} else (*args, keywords) if isinstance(args, tuple) else args)
+        self.call(callable, args if keywords == {} else (*args, keywords) if isinstance(args, tuple) else args, New)
 
 
 _OPCODES = opcode_table(_Reader)

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .inert import Call, Global, as_key
+from .inert import ByteArray, Call, Global, Size, as_key
 
 Reductions = Mapping[str, Callable[..., Any]]
 """Harmless callables by their full name, each with what to build from its arguments instead of a `Call`."""
@@ -29,7 +29,7 @@ def as_dict(pairs: Any = ()) -> Any:
 
 def as_size(sizes: Any = ()) -> Any:
     """torch.Size((2, 3)); not a callable of PLAIN, because only files of torch have it."""
-    return tuple(sizes) if isinstance(sizes, (tuple, list)) else NotImplemented
+    return Size(sizes) if isinstance(sizes, (tuple, list)) else NotImplemented
 
 
 def _default_dict(factory: Any = None, pairs: Any = ()) -> Any:
@@ -47,7 +47,7 @@ def _frozenset(values: Any = ()) -> Any:
     return found if found is NotImplemented else frozenset(found)
 
 
-def _encoded(text: Any = "", encoding: Any = "latin1") -> Any:
+def _encoded(text: Any = "", encoding: Any = "") -> Any:
     """Bytes as written by protocols 0 to 2."""
     known = isinstance(text, str) and encoding in ("latin1", "latin-1")
     return text.encode("latin-1") if known else NotImplemented
@@ -55,6 +55,11 @@ def _encoded(text: Any = "", encoding: Any = "latin1") -> Any:
 
 def _bytes(value: Any = b"") -> Any:
     return value if isinstance(value, bytes) else NotImplemented
+
+
+def _byte_array(value: Any = b"") -> Any:
+    """bytearray(b"..."); any other call of it, as with a size, makes nothing and stays a record."""
+    return ByteArray(value) if isinstance(value, bytes) else NotImplemented
 
 
 def _numpy_scalar(dtype: Any, data: Any) -> Any:
@@ -72,7 +77,7 @@ def _numpy_scalar(dtype: Any, data: Any) -> Any:
 _FACTORIES = {f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "set", "str", "tuple")}
 _FACTORIES |= {name.replace("builtins", "__builtin__") for name in _FACTORIES}  # as Python 2 called them
 
-_BUILTINS: Reductions = {"set": _set, "frozenset": _frozenset, "bytes": _bytes, "bytearray": _bytes}
+_BUILTINS: Reductions = {"set": _set, "frozenset": _frozenset, "bytes": _bytes, "bytearray": _byte_array}
 
 PLAIN: Reductions = {
     **{f"{module}.{name}": build for module in ("builtins", "__builtin__") for name, build in _BUILTINS.items()},

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import naturals
-from ..pickles.inert import Call, Global, as_name, as_text
+from ..pickles.inert import Call, DtypeName, Global, as_name, as_text
 from ..pickles.reader import ParsedPickle, parse_pickle
 from ..pickles.reductions import Reductions, as_size
 from ..spec import DTYPES, ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS, TensorSpec, reach
@@ -39,6 +39,7 @@ class Storage(Call):
     """The memory of one or more tensors, seen as elements of one type; by itself it is a record like any other."""
 
     __slots__ = ("dtype", "key", "nbytes", "start")
+    changes = False  # torch would give it other memory
 
     def __init__(self, kind: Global, key: str, numel: int, start: int = 0) -> None:
         super().__init__(kind, (key, numel))
@@ -76,7 +77,7 @@ class TensorLoader:
             reductions={
                 **self.builders,
                 "torch._utils._rebuild_parameter": _first,
-                "torch._utils._rebuild_parameter_with_state": _first,
+                "torch._utils._rebuild_parameter_with_state": self.parameter,
                 "torch._tensor._rebuild_from_type_v2": self.subclass,
                 "torch.Size": as_size,
             },
@@ -106,7 +107,8 @@ class TensorLoader:
     def resolve(self, name: Global) -> Any:
         """The names of dtypes become text."""
         self.names.add(name.path)
-        return name.path if name.path.removeprefix("torch.") in ITEM_SIZES else name
+        found = name.path.startswith("torch.") and name.path.removeprefix("torch.") in ITEM_SIZES
+        return DtypeName(name.path) if found else name
 
     def storage(self, identity: Any) -> Any:
         """The storage of a persistent id: ("storage", torch.FloatStorage, key, device, number of elements)."""
@@ -117,11 +119,21 @@ class TensorLoader:
             raise CheckpointDamaged(f"{self.where}: a malformed reference to a storage: {as_text(identity, 80)}.")
         if kind.path not in _STORAGES:
             return Call(kind, (key, numel))
+        read, nul, _ = key.partition("\0")
+        if nul:
+            raise CheckpointDamaged(
+                f"{self.where}: {self.source} names {self.shown(key)}, which torch reads as {self.shown(read)}."
+            )
         storage = Storage(kind, key, numel)
         found = self.storages.setdefault(key, storage)
         if found.nbytes != storage.nbytes:
             raise CheckpointDamaged(
                 f"{self.where}: {self.source} gives {self.shown(key)} both {found.nbytes} and {storage.nbytes} bytes."
+            )
+        if found.dtype != storage.dtype and storage.nbytes:  # torch takes the first of the two for every tensor
+            raise CheckpointDamaged(
+                f"{self.where}: {self.source} gives {self.shown(key)} both the dtype {found.dtype or 'uint8'} and "
+                f"{storage.dtype or 'uint8'}."
             )
         return storage
 
@@ -152,13 +164,27 @@ class TensorLoader:
         metadata: Any = None,
     ) -> Any:
         """A tensor of a type that came after typed storages."""
-        name = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
+        name = dtype.removeprefix("torch.") if isinstance(dtype, DtypeName) else None
         if metadata or not isinstance(storage, Storage) or name not in ITEM_SIZES:
             return NotImplemented
         return self.spec(storage, name, offset, shape, strides)
 
+    def parameter(self, data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
+        """A parameter with attributes of its own is its tensor."""
+        self.check_attributes(state)
+        return data
+
+    def check_attributes(self, state: Any) -> None:
+        """Refuse attributes of a tensor that replace its values: torch sets each by its name."""
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict) and (names := sorted(_VALUES.intersection(part))):
+                raise CheckpointDamaged(
+                    f"{self.where}: {self.source} gives a tensor the attribute {names[0]}, which replaces its values."
+                )
+
     def subclass(self, function: Any, kind: Any, args: Any, state: Any) -> Any:
         """A tensor with attributes of its own; of another class than torch's two it stays a Call."""
+        self.check_attributes(state)
         build = self.builders.get(function.path) if isinstance(function, Global) else None
         plain = isinstance(kind, Global) and kind.path in ("torch.Tensor", "torch.nn.parameter.Parameter")
         return build(*args) if build and plain and isinstance(args, tuple) else NotImplemented
@@ -182,6 +208,10 @@ class TensorLoader:
         spec = TensorSpec("", dtype, shape, strides, storage.start + offset * item, nbytes, storage.key)
         self.specs.append(spec)
         return spec
+
+
+_VALUES = {"data", "real", "imag", "__class__", "__dict__"}
+"""Attributes of a tensor that change what it is."""
 
 
 def _first(data: Any, *_: Any) -> Any:

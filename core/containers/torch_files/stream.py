@@ -121,6 +121,14 @@ class _Head:
 class _Loader(TensorLoader):
     """Tensor specs of a stream, whose references also name modules and parts of storages."""
 
+    def read(self, data: bytes, start: int = 0) -> ParsedPickle:
+        """Read the content; the views of its storages are named apart from them."""
+        self.views: dict[str, tuple[Any, ...]] = {}
+        parsed = super().read(data, start)
+        if both := sorted(self.views.keys() & self.storages.keys()):
+            raise CheckpointDamaged(f"{self.where}: {self.shown(both[0])} is also the name of a view of a storage.")
+        return parsed
+
     def storage(self, identity: Any) -> Any:
         """The storage of ("storage", type, key, device, number of elements, view), the class of ("module", ...)."""
         if not isinstance(identity, tuple) or len(identity) != 6:
@@ -139,12 +147,18 @@ class _Loader(TensorLoader):
     def view(self, root: Storage, view: Any) -> Storage:
         """The part of a storage that very old files treat as a storage of its own: (key, first element, elements)."""
         numel = root.args[1]
-        numbers = view[1:] if isinstance(view, tuple) and len(view) == 3 else ()
+        numbers = view[1:] if isinstance(view, tuple) and len(view) == 3 and isinstance(view[0], str) else ()
         if not numbers or not all(type(n) is int and 0 <= n <= numel for n in numbers) or sum(numbers) > numel:
             raise CheckpointDamaged(
                 f"{self.where}: a view {as_text(view, 80)} of {self.shown(root.key)}, which has {numel} elements."
             )
         first, count = numbers
+        seen = self.views.setdefault(view[0], (root.key, root.dtype, first, count))
+        if seen != (root.key, root.dtype, first, count):  # torch takes the first of the two for every tensor
+            raise CheckpointDamaged(
+                f"{self.where}: the view {as_text(view[0], 40)} is {as_text(seen, 80)} and "
+                f"{as_text((root.key, root.dtype, first, count), 80)}."
+            )
         item = root.nbytes // numel if numel else 1
         return Storage(root.callable, root.key, count, first * item)
 

@@ -28,6 +28,11 @@ def open_torch_zip(file: BinaryIO, where: str) -> TorchArchive:
             f"{where}: a zip without data.pkl, so not one that torch.save wrote; it holds "
             f"{as_text(sorted(records)[:5])}."
         )
+    if other := next((name for name in records if name.lower() in _LOOKED_FOR and name not in _LOOKED_FOR), None):
+        raise CheckpointDamaged(
+            f"{where}: a record is called {as_text(other)}, which torch, without case, reads as "
+            f"{as_text(other.lower())}."
+        )
     loader = TensorLoader(where)
     order = _read(file, records, "byteorder", where) if "byteorder" in records else b"little"
     if order == b"big":
@@ -42,6 +47,9 @@ def open_torch_zip(file: BinaryIO, where: str) -> TorchArchive:
 
 
 _KNOWN = ("data.pkl", "byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id")
+
+_LOOKED_FOR = {*_KNOWN, ".data/version", "constants.pkl"}
+"""Records that torch looks for by name, the last two in files of TorchScript."""
 
 
 def _odd(records: dict[str, Record], loader: TensorLoader, loose: int, behind: int) -> list[str]:
@@ -96,7 +104,7 @@ def _least_size(file: BinaryIO, size: int, where: str) -> str:
         name, begin = read_head(file, 0, where)
         if not name.endswith(b"/data.pkl"):
             return ""
-        loader.read(read_at(file, begin, min(size - begin, LARGEST_PICKLE), where))
+        loader.read(read_at(file, begin, min(max(size - begin, 0), LARGEST_PICKLE), where))
     except CheckpointError:  # cut off within data.pkl: nothing more is known
         return ""
     return loader.needs_more(size - begin)

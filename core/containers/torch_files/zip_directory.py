@@ -19,8 +19,10 @@ from ..pickles.inert import as_text
 _END = struct.Struct("<4sH4xHII2x")  # signature, disk, entries, length and start of the directory
 _END64_LOCATOR = struct.Struct("<4s4xQ4x")  # signature, where the 64-bit end record is
 _END64 = struct.Struct("<4s12xI12xQQQ")  # as _END
-_ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")  # signature, flags, method, CRC, two sizes, three lengths, local head
+_ENTRY = struct.Struct("<4s4xHH4xIIIHHH4xII")  # signature, flags, method, CRC, 2 sizes, 3 lengths, attributes, head
+_FOLDER = 0x10  # among the attributes; torch leaves the memory of what it takes for a folder as it was
 _LOCAL = struct.Struct("<4s22xHH")  # signature, two lengths
+_STARTS = (b"PK\3\4", b"PK\5\6")  # of a record, and of the end of an empty directory: torch looks at these four bytes
 _LONGEST_COMMENT = 0xFFFF
 _DESCRIPTOR = 24  # bytes that may follow a record: its checksum and sizes again, in the 64-bit form
 
@@ -63,7 +65,7 @@ def _find_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[int, 
     if not size:
         raise CheckpointDamaged(f"{where}: empty (0 bytes), a zip has at least {_END.size}.")
     head = read_at(file, 0, min(size, 4), where)
-    if head[:2] != b"PK"[:size]:
+    if not any(start.startswith(head) for start in _STARTS):
         raise CheckpointDamaged(f"{where}: not a torch zip file: it begins with {as_text(head)}, a zip with b'PK'.")
     tail = b""
     at = -1
@@ -110,7 +112,7 @@ def read_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[dict[s
         if position + _ENTRY.size > length:
             raise CheckpointDamaged(f"{where}: its directory ends after {len(entries)} of {count} records.")
         fields = _ENTRY.unpack_from(data, position)
-        sig, flags, method, crc, packed, size, name_length, extra_length, comment_length, offset = fields
+        sig, flags, method, crc, packed, size, name_length, extra_length, comment_length, attributes, offset = fields
         name_end = position + _ENTRY.size + name_length
         extra = data[name_end : name_end + extra_length]
         raw_name = data[position + _ENTRY.size : name_end]
@@ -121,6 +123,8 @@ def read_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[dict[s
         name = _decode(raw_name, where)
         if flags & 1:
             raise CheckpointDamaged(f"{where}: {as_text(name)} is encrypted; torch cannot have written it.")
+        if packed and (attributes & _FOLDER or name.endswith("/")):
+            raise CheckpointDamaged(f"{where}: {as_text(name)} is a folder with {packed} bytes.")
         if method == 0 and packed != size:
             raise CheckpointDamaged(f"{where}: {as_text(name)} has {packed} bytes and claims {size}.")
         entries.append((offset, name, packed, crc, method == 0))
@@ -155,8 +159,9 @@ def _decode(raw: bytes, where: str) -> str:
 def _locate(
     file: BinaryIO, entries: list[tuple[int, str, int, int, bool]], directory: int, where: str
 ) -> tuple[dict[str, Record], int]:
-    """Find where the bytes of each record begin, refuse overlaps and equal names, and count what lies between."""
+    """Find where the bytes of each record begin, refuse overlaps and unclear names, and count what lies between."""
     records: dict[str, Record] = {}
+    named: dict[str, str] = {}  # as torch compares names
     loose = 0
     folder = entries[0][1].partition("/")[0] + "/" if entries else ""
     following = directory
@@ -165,8 +170,8 @@ def _locate(
         if not name.startswith(folder):
             raise CheckpointDamaged(f"{where}: holds {as_text(folder)} and {shown}; a torch file is one folder.")
         short = name[len(folder) :]
-        if short in records:
-            raise CheckpointDamaged(f"{where}: two records are called {shown}.")
+        if fault := _unclear(name, named.setdefault(short.lower(), name) if short not in records else ""):
+            raise CheckpointDamaged(f"{where}: {fault}")
         if offset >= following:
             raise CheckpointDamaged(f"{where}: {shown} begins at byte {offset}, and the next part at {following}.")
         own_name, begin = read_head(file, offset, where)
@@ -181,3 +186,21 @@ def _locate(
         following = offset
         records[short] = Record(name, begin, size, crc, stored)
     return dict(reversed(records.items())), loose + following
+
+
+def _unclear(name: str, first: str) -> str:
+    """Say why readers could take a record for another one; `first` has the name that torch gives it, or is "".
+
+    Torch ignores the case of names and ends them at a NUL; other programs unpack records into folders.
+    """
+    shown = as_text(name)
+    if not first:
+        return f"two records are called {shown}."
+    read, nul, _ = name.partition("\0")
+    if nul:
+        return f"a record is called {shown}, which torch reads as {as_text(read)}."
+    if first != name:
+        return f"its records {as_text(first)} and {shown} have one name for torch, which ignores case."
+    if ".." in name.replace("\\", "/").split("/"):
+        return f"a record is called {shown}, which leads out of the archive's folder {as_text(name.partition('/')[0])}."
+    return ""

@@ -22,6 +22,7 @@ from ...bundle.evolution import notes
 from ...bundle.legacy import PARTS, TOKENIZER_KEY, open_legacy
 from ...bundle.training_state import FIELDS, TrainingState
 from ...containers.checksum import crc32_file
+from ...containers.container import open_file
 from ...containers.pickles.foreign import attributes
 from ...containers.pickles.inert import Call, as_text
 from ...containers.plain import plain
@@ -76,7 +77,7 @@ class Outcome:
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Name, size and checksum, as a training state records the file that it was made from."""
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             size = os.fstat(file.fileno()).st_size
             return {"name": self.path.name, "size": size, "crc32": f"{crc32_file(file.fileno(), size):08x}"}
 

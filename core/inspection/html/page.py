@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle.storage import DISK
+from ...console.files import open_regular
 from ...console.words import printable, size_text
 from ...containers.pickles.inert import as_text
 from ...containers.spec import TensorSpec
@@ -74,7 +75,7 @@ def _refuse(file: Path, overwrite: bool) -> None:
 
 
 def _begins_as_page(file: Path) -> bool:
-    with file.open("rb") as there:
+    with open_regular(file) as there:
         return there.read(len(_START)) == _START
 
 
