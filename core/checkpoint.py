@@ -37,7 +37,7 @@ from .loading.live import fill_live
 from .loading.tensors import load_averages, read_through
 from .model import GPT, GPTBatched, GPTFlexAttention
 from .networks.device import resolve_dtype
-from .networks.state_dict import unwrap
+from .networks.wrappers import Modules, Optimizers, as_module, optimizers_by_name, says_when_it_steps
 from .saving.background import BackgroundSaver
 from .saving.consolidate import consolidate
 from .saving.ranks import Ranks
@@ -318,8 +318,8 @@ class CheckpointManager:
 
     def save(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | Mapping[str, Any] | None = None,
+        model: Modules,
+        optimizer: Optimizers | None = None,
         *,
         step: int,
         tokenizer: Tokenizer | Mapping[str, Any] | None = None,
@@ -339,9 +339,11 @@ class CheckpointManager:
         and the policy is to skip.
 
         Compiled and wrapped modules are saved under their plain names, tied weights once, views without the rest
-        of their storage. Saving the same state at the same step again changes nothing. The `val_loss` in `metrics`
-        decides which step is the best; `extra` is kept in the training state for the caller. `ema` is an average of the
-        weights under the same names. `before_commit` is called when the files are written, in the writer's thread.
+        of their storage. Dicts and lists of modules, and of optimizers, are saved by name. A parameter of an optimizer
+        outside the module is refused. Saving the same state at the same step again changes nothing. The `val_loss` in
+        `metrics` decides which step is the best; `extra` is kept in the training state for the caller. `ema` is an
+        average of the weights under the same names. `before_commit` is called when the files are written, in the
+        writer's thread.
 
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
         CheckpointLocked, InputError.
@@ -355,9 +357,11 @@ class CheckpointManager:
             self._write(save, optimizer)
         return True
 
-    def _write(self, save: StepSave, optimizer: Any) -> None:
-        """Begin to write a step; the optimizer's step waits until its copy is done."""
+    def _write(self, save: StepSave, optimizer: Optimizers | None) -> None:
+        """Begin to write a step; the step of its optimizers waits until its copy is done."""
         held = save.lock(self.say)
+        optimizers = [*(optimizers_by_name(optimizer) or {}).values()]
+        waiting = [one for one in optimizers if says_when_it_steps(one)]
 
         def write(memory: Memory) -> None:
             with held, explained(self.checkpoint_dir):
@@ -366,12 +370,12 @@ class CheckpointManager:
         try:
             if self.ranks.world.size == 1:  # in a run of several, `acquire` has done it
                 self._probe()
-            self._saver.begin(f"save of step {save.step}", write, save.snapshot, optimizer)
+            self._saver.begin(f"save of step {save.step}", write, save.snapshot, waiting)
         except BaseException:
             if not self._saver.busy:
                 held.close()
             raise
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not optimizers or len(waiting) < len(optimizers):
             save.snapshot.wait_copied()
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -411,20 +415,25 @@ class CheckpointManager:
         """The newest committed step; None where nothing is saved."""
         return top_state(self._folder).step
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, strict: bool = True) -> int:
-        """Fill a live module, and its optimizer, from the newest intact step, and return that step; 0 for none.
+    def load(self, model: Modules, optimizer: Optimizers | None = None, *, strict: bool = True) -> int:
+        """Fill live modules, and their optimizers, from the newest intact step, and return that step; 0 for none.
 
-        Moments follow the names of their parameters, in any order and any groups. Those of parameters that were not
-        trained before start from zero, those of frozen ones are dropped; both are reported. `strict=False` is for a
-        module that was changed, like one with a new head: tensors that only one side has are left alone and reported.
+        Everything of an optimizer comes back: its state of any shape, and every value of its groups, the learning rate
+        among them, by the names of parameters, in any order and any groups. What has no counterpart is reported:
+        parameters that were not trained before start from zero, those that are frozen now are dropped, and a value that
+        the groups of the file do not agree on stays as it is. `strict=False` is for a module that was changed, like one
+        with a new head: tensors that only one side has are left alone and reported. Dicts and lists are loaded as they
+        were saved.
 
-        Raises: CheckpointMismatch when names or shapes do not fit; module and optimizer are unchanged then.
+        Raises: CheckpointMismatch when names or shapes do not fit, or the optimizer is of another class; module and
+        optimizer are unchanged then.
         """
+        module = as_module(model)
         if (bundle := self.newest_intact()) is None:
             return 0
         with bundle:
-            fill_live(bundle, unwrap(model), optimizer, self.say, strict)
-            self.went_on_from(bundle, unwrap(model))
+            fill_live(bundle, module, optimizer, self.say, strict)
+            self.went_on_from(bundle, module)
             return bundle.step
 
     @staticmethod

@@ -17,7 +17,7 @@ from ..families.family import plain_names
 from .bundle import OPTIMIZER, TOKENIZER, Bundle
 from .commit import CONFIG, MODEL
 from .evolution import QKV, Evidence, evolve
-from .optimizer_state import rearrange
+from .optimizer_state import rearrange, states_by_name
 from .parts import once
 from .verify import tensors_digest
 
@@ -135,7 +135,7 @@ def _shown_by(evidence: Evidence) -> GPTConfig | None:
 
 
 def rearrange_optimizer(bundle: Bundle, state: Any, join: Any, config: GPTConfig) -> dict[str, Any]:
-    """Give an optimizer state of a bundle the parameters of the model; see `optimizer_state.rearrange`.
+    """Give the optimizer states of a bundle the parameters of the model; see `optimizer_state.rearrange`.
 
     Raises: CheckpointMismatch.
     """
@@ -147,7 +147,8 @@ def rearrange_optimizer(bundle: Bundle, state: Any, join: Any, config: GPTConfig
     if config.tied_head and {"lm_head.weight", "token_embedding_table.weight"} <= names.keys():
         del order[names["lm_head.weight"]]  # one parameter, which was saved twice
     ours = [name for name in gpt.shapes(config) if name in shapes and name not in tied]
-    return rearrange(state, plan, order, ours, join)
+    states = {name: rearrange(one, plan, order, ours, join) for name, one in states_by_name(state).items()}
+    return states if states.keys() != {""} else states[""]
 
 
 def _joined_shape(parts: list[Any]) -> Any:

@@ -7,7 +7,7 @@ matrices and the rest, as nanoGPT makes them. Works on headers (tensor specs) as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ..console.words import listed
@@ -99,7 +99,9 @@ def rearrange(
     found = dict(zip(plain_names(names_in_order(groups, order)), ids, strict=True))
     named = recorded_names(groups) is not None
     strangers = not any(plain.get(part, part) in found for name in ours for part in plan.sources.get(name, (name,)))
-    faults = _faults(state["state"], found, {plain[name]: shape for name, shape in order.items()})
+    sources = [plan.sources.get(name, ()) for name in ours]
+    joined = {plain.get(part, part) for several in sources if len(several) > 1 for part in several}
+    faults = _faults(state["state"], found, {plain[name]: shape for name, shape in order.items()}, joined)
     made: list[tuple[str, int, dict[str, Any]]] = []
     for name in ours:
         parts = [found.pop(plain.get(part, part), None) for part in plan.sources.get(name, (name,))]
@@ -119,9 +121,24 @@ def rearrange(
         raise CheckpointMismatch(f"optimizer state: {listed(faults)}. {OTHER_MODEL}")
     made.sort(key=lambda one: one[1])
     return {
-        "state": {i: entry for i, (_, _, entry) in enumerate(made) if entry},
+        **state,
+        "state": {i: entry for i, (_, _, entry) in enumerate(made) if entry} | of_no_parameter(state),
         "param_groups": [_group(group, g, made) for g, group in enumerate(groups)],
     }
+
+
+def of_no_parameter(state: State) -> dict[Any, Any]:
+    """The entries of a state that belong to the whole optimizer: those that are not under the number of a parameter."""
+    ids = {i for group in state["param_groups"] for i in group["params"]}
+    return {key: value for key, value in state["state"].items() if key not in ids and not isinstance(key, int)}
+
+
+def states_by_name(content: Any) -> dict[str, State]:
+    """The optimizer states of a step by name; that of a single one, or what is none, under ""."""
+    several = isinstance(content, dict) and "param_groups" not in content and len(content) > 0
+    if several and all(isinstance(one, dict) and "param_groups" in one for one in content.values()):
+        return content
+    return {"": content}
 
 
 def _group(group: Mapping[str, Any], number: int, made: list[tuple[str, int, dict[str, Any]]]) -> dict[str, Any]:
@@ -129,11 +146,18 @@ def _group(group: Mapping[str, Any], number: int, made: list[tuple[str, int, dic
     return {**group, "params": [i for i, _ in mine], "param_names": [name for _, name in mine]}
 
 
-def _faults(entries: Mapping[Any, Any], found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[str]:
-    """List the faults of an entry: moments must have the shape of their parameter, and a count must be a number."""
+def _faults(
+    entries: Mapping[Any, Any], found: Mapping[str, Any], shapes: Mapping[str, Shape], joined: Collection[str]
+) -> list[str]:
+    """List the faults of entries: counts, Adam's moments, and all of a part to be joined, where shapes are known.
+
+    The state of another optimizer may be of any shape.
+    """
     faults = []
     for name, number in found.items():
         for key, value in entries.get(number, {}).items() if name in shapes else ():
+            if key not in (*MOMENTS, "step") and name not in joined:
+                continue
             if hasattr(value, "shape"):
                 if tuple(value.shape) not in ((), tuple(shapes[name])):
                     faults.append(f"{name}: {key} is {tuple(value.shape)}, expected {tuple(shapes[name])}")

@@ -32,6 +32,7 @@ class TrainingState(Mapping[str, Any]):
     # Written by every save
     step: int | None = None  # steps of the loop made so far
     optimizer_file: str | None = None  # name of the file or folder; None where the step has no optimizer state
+    optimizer_class: str | Values | None = None  # the name of its class, or of each of several by their names
     format_version: int | None = None  # absent in version 1
     commit_id: str | None = None  # random; stays when the metrics change or the folder goes back
     parent: str | None = None  # commit_id of the step that it replaced at the top, or "crc32:" of a model without one

@@ -106,9 +106,13 @@ def parse(side: str) -> Length:
     raise ValueError(side)
 
 
+HELD = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_original_module", "_forward_module")
+"""Under these names torch.compile, checkpoint_wrapper, FSDP and Fabric hold what they wrap, anywhere in a name."""
+
+
 def plain_name(name: str, wrappers: Collection[str] = ()) -> str:
-    """Remove from a name what torch.compile adds, and the `wrappers` at its beginning."""
-    words = [word for word in name.split(".") if word != "_orig_mod"]  # compiled submodules have it in the middle
+    """Remove from a name what torch.compile and the like add, and the `wrappers` at its beginning."""
+    words = [word for word in name.split(".") if word not in HELD]
     wrapped = next((i for i, word in enumerate(words[:-1]) if word not in wrappers), len(words) - 1)
     return ".".join(words[max(wrapped, 0) :]) or name
 

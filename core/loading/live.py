@@ -14,13 +14,15 @@ from ..bundle.folder import MODEL
 from ..console.words import counted, differences, listed
 from ..containers.trees import map_leaves
 from ..errors import CheckpointMismatch
-from ..families.family import plain_name, plain_names
+from ..families.family import plain_names
 from ..model import GPT
 from ..networks.modded import ModdedGPT
 from ..networks.state_dict import is_extra, local
+from ..networks.wrappers import Optimizers, owners_of_extra, plain_tensors
 from .casts import cast_loss
 from .modded import refuse_other_shapes
-from .tensors import load_moments, load_weights, read_part
+from .restore import load_optimizers
+from .tensors import load_weights, read_part
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Live tensors by name, each with the saved one."""
@@ -38,11 +40,11 @@ class Fit:
 def fill_live(
     bundle: Bundle,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: Optimizers | None,
     say: Callable[[str], None],
     strict: bool = True,
 ) -> None:
-    """Copy the weights of a step into a module and its moments into an optimizer; report what was left alone.
+    """Copy the weights of a step into a module, and all of its optimizers; report what was left alone.
 
     Raises: CheckpointMismatch when names, shapes or values do not fit; module and optimizer are unchanged then.
     """
@@ -51,7 +53,7 @@ def fill_live(
     for line in fit.lines:
         say(f"{bundle.path(MODEL)}: {line}")
     if optimizer is not None:
-        load_moments(bundle, module, optimizer, say, strict)
+        load_optimizers(bundle, module, optimizer, say, strict)
     if isinstance(module, ModdedGPT):
         module.load_state_dict({name: saved for name, (_, saved) in fit.pairs.items()})
         return
@@ -70,9 +72,8 @@ def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> Fit:
     Raises: CheckpointMismatch when names or shapes do not fit.
     """
     saved = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
-    state = module.state_dict(keep_vars=True)
-    live = {plain_name(name): value for name, value in state.items()}
-    owners = {plain_name(name): module.get_submodule(name.rpartition(".")[0]) for name in state if is_extra(name)}
+    live = plain_tensors(module)
+    owners = owners_of_extra(module)
     new, left = [n for n in live if n not in saved], [n for n in saved if n not in live]
     common = [name for name in live if name in saved]
     compared = common if common and not strict else {**live, **saved}

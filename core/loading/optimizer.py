@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from ..bundle.optimizer_state import OTHER_MODEL, groups_of, names_in_order, rec
 from ..console.words import counted, listed, tell
 from ..errors import CheckpointMismatch
 from ..families.family import plain_name
+from ..networks.wrappers import parameter_names
 from .casts import cast_loss
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def configure_optimizer(
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=BETAS, fused=fused)
     saved = groups_of(optimizer_state)
     names = [plain_name(n, DDP) for n in names_in_order(saved, {name: tuple(p.shape) for name, p in named.items()})]
-    _refuse([f"{name} is not in this model" for name in names if name not in everything])
+    refuse([f"{name} is not in this model" for name in names if name not in everything])
     made = _like(saved, names, named, learning_rate, weight_decay, fused)
     for line in load_optimizer_state(made, optimizer_state, names, known=everything):
         say(line)
@@ -87,7 +89,7 @@ def _like(
     for name in new:
         alike = [g for g in groups if any((p.dim() < 2) == (named[name].dim() < 2) for _, p in g["params"])]
         (alike or groups)[-1]["params"].append((name, named[name]))
-    _refuse([fault for number, group in enumerate(groups) for fault in _impossible(number, group)])
+    refuse([fault for number, group in enumerate(groups) for fault in _impossible(number, group)])
     groups = [group for group in groups if group["params"]]
     # Passed to the constructor as well: only then does GradScaler leave it to the kernel to skip an update.
     return torch.optim.AdamW(groups, lr=learning_rate, fused=all(group["fused"] for group in groups) or None)
@@ -136,17 +138,70 @@ def load_optimizer_state(
 
     Raises: CheckpointMismatch naming what is missing, unexpected, or of another shape.
     """
+    matched = match(optimizer, state, names, model=model, known=known, strict=strict)
+    adam = isinstance(optimizer, torch.optim.Adam)
+    refuse(
+        [
+            fault
+            for one in matched.parameters
+            if (fault := _fault(one.label, one.live, one.entry, one.group, adam or "betas" in one.group))
+        ]
+    )
+    for one in matched.parameters:
+        if one.entry:
+            optimizer.state[one.live] = {k: _copy(k, v, one.live, one.group) for k, v in one.entry.items()}
+        elif one.is_new:
+            optimizer.state.pop(one.live, None)
+    return matched.lines
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A live parameter of an optimizer, and what was saved of it."""
+
+    label: str
+    live: Tensor
+    group: dict[str, Any]
+    entry: dict[str, Any]  # empty where it was never updated
+    saved: dict[str, Any] | None  # the group in which it was saved
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The parameters of an optimizer in order, and the lines about those that only one side has."""
+
+    parameters: list[Parameter]
+    lines: list[str]
+
+
+def match(
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    names: Sequence[str] | None = None,
+    *,
+    model: nn.Module | None = None,
+    known: Collection[str] = (),
+    strict: bool = True,
+) -> Matched:
+    """Find what a saved state has of each parameter of an optimizer, as `load_optimizer_state` says; change nothing.
+
+    Raises: CheckpointMismatch naming what is missing or unexpected.
+    """
     groups = groups_of(state)
     here = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     here_names = _names(optimizer.param_groups)
     lines, new = list[str](), list[str]()
     if model is not None:
-        found_names = {id(p): plain_name(name, DDP) for name, p in model.named_parameters()}
+        found_names = parameter_names(model)
         known = known or found_names.values()
-        if here_names is None and all(id(p) in found_names for p, _ in here):
+        if all(id(p) in found_names for p, _ in here):
             here_names = [found_names[id(p)] for p, _ in here]
     there_ids = [i for group in groups for i in group["params"]]
-    there_names = _names(groups) or ([plain_name(n, DDP) for n in names] if names is not None else None)
+    there_names = recorded_names(groups) or (list(names) if names is not None else None)
+    if there_names is not None:  # a name that is here as it stands, like that of a part called module, has no wrapper
+        mine = set(here_names or ())
+        there_names = [name if name in mine else plain_name(name, DDP) for name in there_names]
     if there_names is not None and len(there_names) != len(there_ids):
         raise CheckpointMismatch(
             f"optimizer state: found {len(there_ids)} parameters for {len(there_names)} names. {OTHER_MODEL}"
@@ -164,7 +219,7 @@ def load_optimizer_state(
         gone = [name for name in found if name not in set(labels)]
         foreign = [name for name in gone if name not in set(known)]
         strangers = len(new) == len(labels) > 0 and len(found) > 0  # nothing in common
-        _refuse(
+        refuse(
             [f"{name} is missing" for name in new if strangers]
             + [f"{name} is not in this model" for name in foreign if strict or strangers]
         )
@@ -172,19 +227,16 @@ def load_optimizer_state(
             lines.append(f"reset: {counted('new parameter', new)}; moments start from zero")
         if gone:
             lines.append(f"dropped: the moments of {counted('parameter', gone)}, no longer in the optimizer")
-    entries = [state["state"].get(found.get(label), {}) for label in labels]
-    adam = isinstance(optimizer, torch.optim.Adam)
-    faults = [
-        _fault(label, p, e, group, adam or "betas" in group)
-        for label, (p, group), e in zip(labels, here, entries, strict=True)
-    ]
-    _refuse([fault for fault in faults if fault])
-    for label, (p, group), entry in zip(labels, here, entries, strict=True):
-        if entry:
-            optimizer.state[p] = {key: _copy(key, value, p, group) for key, value in entry.items()}
-        elif label in new:
-            optimizer.state.pop(p, None)
-    return lines
+    home = {i: group for group in groups for i in group["params"]}
+    return Matched(
+        [
+            Parameter(
+                label, p, group, state["state"].get(i := found.get(label), {}), home.get(i), is_new=label in set(new)
+            )
+            for label, (p, group) in zip(labels, here, strict=True)
+        ],
+        lines,
+    )
 
 
 def _names(groups: list[dict[str, Any]]) -> list[str] | None:
@@ -195,6 +247,11 @@ def _names(groups: list[dict[str, Any]]) -> list[str] | None:
 
 def _fault(label: str, p: Tensor, entry: dict[str, Any], settings: dict[str, Any], adam: bool) -> str | None:
     """The fault of the saved entry of parameter p, if any; an empty entry was never updated."""
+    return misfit(label, p, entry, settings, adam) or lossy(label, entry, p.dtype)
+
+
+def misfit(label: str, p: Tensor, entry: dict[str, Any], settings: dict[str, Any], adam: bool) -> str | None:
+    """Say what keys or shapes of a saved entry do not fit parameter p; an empty entry was never updated."""
     if adam and entry and not entry.keys() >= ADAM_KEYS:
         return f"{label} has {', '.join(sorted(map(str, entry)))}, expected {', '.join(sorted(ADAM_KEYS))}"
     if entry and settings.get("amsgrad") and "max_exp_avg_sq" not in entry:
@@ -203,15 +260,24 @@ def _fault(label: str, p: Tensor, entry: dict[str, Any], settings: dict[str, Any
         expected = () if key == "step" else tuple(p.shape)
         if isinstance(value, Tensor) and tuple(value.shape) not in ({expected, ()} if not adam else {expected}):
             return f"{label}: {key} is {list(value.shape)}, expected {list(expected)}"
+    return None
+
+
+def lossy(label: str, entry: dict[str, Any], dtype: torch.dtype) -> str | None:
+    """Say which value of a saved entry a dtype cannot hold, if any."""
+    for key, value in entry.items():
         if isinstance(value, Tensor) and key != "step" and value.is_floating_point():
-            fault, _ = cast_loss(value, p.dtype)
+            fault, _ = cast_loss(value, dtype)
             if fault:
                 return f"{label}: {key}: {fault}, the dtype of its parameter"
     return None
 
 
-def _refuse(faults: list[str]) -> None:
-    """Raise for a list of faults, if there are any."""
+def refuse(faults: list[str]) -> None:
+    """Raise for the faults of a state, if there are any.
+
+    Raises: CheckpointMismatch.
+    """
     if faults:
         raise CheckpointMismatch(f"optimizer state: {listed(faults)}. {OTHER_MODEL}")
 

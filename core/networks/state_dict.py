@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..console.words import counted, listed
 from ..containers.spec import ITEM_SIZES
-from ..containers.trees import map_paths
+from ..containers.trees import leaves, map_paths
 from ..errors import InputError
-from ..families.family import plain_name
-
-UNNAMED = "unnamed."
-"""Begins the name of an optimizer's parameter that is not the module's."""
-
+from .wrappers import parameter_names, plain_tensors
 
 _CLASSES = {torch.Tensor, nn.Parameter}
 _DTYPES = {getattr(torch, dtype) for dtype in ITEM_SIZES}
 """Classes and dtypes of tensors that a file can hold."""
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile, DistributedDataParallel and DataParallel, in any order."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if "_orig_mod" in module._modules:
-            module = module._modules["_orig_mod"]  # type: ignore[assignment]
-        elif isinstance(module, wrappers):
-            module = module.module
-        else:
-            return module
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,9 +33,9 @@ def export_state_dict(module: nn.Module) -> dict[str, Any]:
     """
     compacted: dict[tuple[Any, ...], torch.Tensor] = {}
     found = {}
-    for name, value in unwrap(module).state_dict(keep_vars=True).items():
+    for name, value in plain_tensors(module).items():
         where = f"model.pt: {name}"
-        found[plain_name(name)] = compact(value, compacted, where) if is_tensor(name, value, where) else value
+        found[name] = compact(value, compacted, where) if is_tensor(name, value, where) else value
     return found
 
 
@@ -120,31 +106,91 @@ def unusual(tensor: torch.Tensor) -> str | None:
     return "a quantized tensor" if tensor.is_quantized else f"a tensor of {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def export_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
+def export_optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module, called: str = "") -> dict[str, Any]:
     """Collect an optimizer's state; each group lists the names of its parameters as `param_names`.
 
-    torch.optim matches a state by position alone; the names are what lets a later load check and reorder it.
+    torch.optim matches a state by position alone; the names, found by the identity of each parameter, are what lets a
+    later load check and reorder it. `called` is its name among several, for errors.
+
+    Raises: InputError for what a load could not give back: a parameter that the module does not hold, a state of
+    another form, or one that another optimizer inside this one keeps for itself.
     """
-    names = {id(p): plain_name(name) for name, p in unwrap(module).named_parameters()}
-    state = optimizer.state_dict()
-    for saved, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        saved["param_names"] = [names.get(id(p), f"{UNNAMED}{i}") for i, p in enumerate(live["params"])]
+    where = f"optimizer.pt: {called}." if called else "optimizer.pt: "
+    names = parameter_names(module)
+    _refuse_outside(optimizer, names, where)
+    state = dict(optimizer.state_dict())
+    entries, groups = state.get("state"), state.get("param_groups")
+    if not isinstance(entries, dict) or not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
+        raise InputError(
+            f"{where}state_dict() of {type(optimizer).__name__} has {', '.join(map(str, state)) or 'nothing'}, "
+            "expected state and param_groups (dict, list of dicts), by which a load finds parameters. Nothing was "
+            "written."
+        )
+    state["param_groups"] = [
+        {**group, "param_names": [names[id(p)] for p in live["params"]]}
+        for group, live in zip(groups, optimizer.param_groups, strict=True)
+    ]
     seen: dict[tuple[Any, ...], torch.Tensor] = {}
     state["state"] = {
         number: {
-            key: compact(v, seen, f"optimizer.pt: state.{number}.{key}") if isinstance(v, torch.Tensor) else v
+            key: compact(v, seen, f"{where}state.{number}.{key}") if isinstance(v, torch.Tensor) else v
             for key, v in values.items()
         }
-        for number, values in state["state"].items()
+        if isinstance(values, dict)
+        else values
+        for number, values in entries.items()
     }
     return state
 
 
-def changed_by_step(optimizer: torch.optim.Optimizer) -> set[int]:
-    """Identify the storages that change in the optimizer's step, and by what follows it: its parameters and state."""
-    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {tensor.untyped_storage()._cdata for tensor in (*state, *parameters)}
+def _refuse_outside(optimizer: torch.optim.Optimizer, names: Mapping[int, str], where: str) -> None:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if outside := [str(list(p.shape)) for p in held if id(p) not in names]:
+        raise InputError(
+            f"{where}the optimizer has {counted('parameter', outside)} outside the module, whose values would be lost. "
+            'Save what holds them as well, each module under a name: save({"model": model, "loss": loss}, optimizer, '
+            "...). Nothing was written."
+        )
+    if twice := [names[i] for i, count in Counter(map(id, held)).items() if count > 1]:
+        raise InputError(f"{where}the optimizer has {listed(twice)} twice, expected once. Nothing was written.")
+
+
+def export_optimizers(optimizers: Mapping[str, torch.optim.Optimizer], module: nn.Module) -> dict[str, Any]:
+    """Collect the states of optimizers by name; that of a single one, under "", as it is.
+
+    Raises: InputError as `export_optimizer_state`.
+    """
+    for name, optimizer in optimizers.items():
+        _refuse_hidden(name, optimizer, list(optimizers.values()))
+    if optimizers.keys() == {""}:
+        return export_optimizer_state(optimizers[""], module)
+    return {name: export_optimizer_state(optimizer, module, name) for name, optimizer in optimizers.items()}
+
+
+def _refuse_hidden(name: str, optimizer: torch.optim.Optimizer, all_of_them: list[torch.optim.Optimizer]) -> None:
+    """Refuse an optimizer that steps another one whose state is in no state_dict that is saved."""
+    inside = {key: value for key, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)}
+    hidden = {key: one for key, one in inside.items() if not any(one is other for other in all_of_them)}
+    saved = {id(leaf) for leaf in leaves(optimizer.state_dict())} if any(o.state for o in hidden.values()) else set()
+    for key, one in hidden.items():
+        held = [leaf for leaf in leaves(list(one.state.values())) if isinstance(leaf, torch.Tensor)]
+        if any(id(leaf) not in saved for leaf in held):
+            raise InputError(
+                f"optimizer.pt: {f'{name}: ' if name else ''}{type(optimizer).__name__} holds another optimizer "
+                f"({key}: {type(one).__name__}), whose state its state_dict() leaves out. Save both: "
+                f'{{"outer": optimizer, "{key}": optimizer.{key}}}. Nothing was written.'
+            )
+
+
+def changed_by_step(*optimizers: torch.optim.Optimizer) -> set[int]:
+    """Identify the storages that change in a step of optimizers, and by what follows it: parameters and state."""
+    found: set[int] = set()
+    for optimizer in optimizers:
+        entries = [values for values in optimizer.state.values() if isinstance(values, dict)]
+        state = [v for values in entries for v in values.values() if isinstance(v, torch.Tensor)]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found |= {tensor.untyped_storage()._cdata for tensor in (*state, *parameters)}
+    return found
 
 
 def copy_others(content: Any, stable: Container[int] | None, live: dict[str, torch.Tensor], name: str) -> Any:

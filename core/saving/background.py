@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -37,19 +36,26 @@ class BackgroundSaver:
         """Whether a save is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, name: str, write: Callable[[Memory], None], snapshot: Snapshot, optimizer: Any) -> None:
+    def begin(
+        self,
+        name: str,
+        write: Callable[[Memory], None],
+        snapshot: Snapshot,
+        optimizers: Iterable[torch.optim.Optimizer],
+    ) -> None:
         """Start to write, when the previous save has ended.
 
-        The next step of an optimizer waits until the snapshot is copied. When anything else
+        The next step of each of the optimizers waits until the snapshot is copied. When anything else
         changes is unknown: then the caller has to wait.
 
         Where no thread can be started (the interpreter is ending, or the system refuses), this thread writes, and
         raises the error of the save.
         """
-        if isinstance(optimizer, torch.optim.Optimizer) and optimizer not in self._watched:
-            copied = weakref.WeakMethod(self.wait_copied)  # an optimizer may outlive the manager and its memory
-            optimizer.register_step_pre_hook(lambda *_: (wait := copied()) and wait())
-            self._watched.add(optimizer)
+        for optimizer in optimizers:
+            if optimizer not in self._watched:
+                copied = weakref.WeakMethod(self.wait_copied)  # an optimizer may outlive the manager and its memory
+                optimizer.register_step_pre_hook(lambda *_, copied=copied: (wait := copied()) and wait())
+                self._watched.add(optimizer)
         self.join()  # another thread of the program may have begun one
         go = threading.Event()
         thread = threading.Thread(target=self._run, args=(write, go), name=name)

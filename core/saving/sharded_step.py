@@ -30,6 +30,7 @@ from ..containers.dcp.writer import WrittenItem, file_of, metadata
 from ..errors import CheckpointError, InputError, SaveFailed
 from ..networks.distributed import World
 from ..networks.state_dict import local, plain
+from ..networks.wrappers import Optimizers, optimizers_by_name
 from .shards import Shard, averages_of, image_of, moments_of, placed, weights_of
 from .snapshot import Memory
 from .step import StepContent, StepSave
@@ -45,15 +46,18 @@ class ShardedStepSave(StepSave):
         self._told["optimizer_file"] = self._told["optimizer_file"] and folder_of(OPTIMIZER)
 
     def _take(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer | Mapping[str, Any] | None,
-        ema: Mapping[str, torch.Tensor] | None,
+        self, module: nn.Module, optimizer: Optimizers | None, ema: Mapping[str, torch.Tensor] | None
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         first, name = self.world.is_first, file_of(self.world.rank)
         parts = {MODEL: weights_of(module, first)}
-        if isinstance(optimizer, torch.optim.Optimizer):
-            parts[OPTIMIZER] = moments_of(optimizer, module, first)
+        if optimizer is not None:
+            optimizers = optimizers_by_name(optimizer)
+            if optimizers is None or optimizers.keys() != {""}:
+                raise InputError(
+                    f"optimizer is of type {type(optimizer).__name__}, expected one optimizer where the model is in "
+                    "shards. Nothing was written."
+                )
+            parts[OPTIMIZER] = moments_of(optimizers[""], module, first)
         if ema is not None:
             parts[EMA] = averages_of(ema, first)
         contents: dict[str, Any] = {}

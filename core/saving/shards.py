@@ -16,8 +16,8 @@ from ..containers.dcp.writer import WrittenItem, flattened
 from ..containers.torch_files.image import Image
 from ..containers.torch_files.layout import TensorRecord, pickled, records
 from ..errors import CheckpointMismatch, InputError
-from ..families.family import plain_name
 from ..networks.state_dict import is_tensor
+from ..networks.wrappers import parameter_names, plain_tensors
 from .loadable import refuse_unloadable
 from .torch_file import bytes_of
 
@@ -54,14 +54,14 @@ class Shard:
 
 def weights_of(module: nn.Module, first: bool) -> list[Shard]:
     """List what this rank writes of a module's parameters and buffers; the first rank writes what is not sharded."""
-    found = module.state_dict(keep_vars=True)
+    found = plain_tensors(module)
     detached = {n: v.detach() if is_tensor(n, v, f"model.pt: {n}") else v for n, v in found.items()}
-    return list(_shards({plain_name(name): value for name, value in detached.items()}, first))
+    return list(_shards(detached, first))
 
 
 def moments_of(optimizer: torch.optim.Optimizer, module: nn.Module, first: bool) -> list[Shard]:
     """List what this rank writes of an optimizer's state, by parameter names; the first rank writes plain values."""
-    names = {id(p): plain_name(name) for name, p in module.named_parameters()}
+    names = parameter_names(module)
     groups = []
     if outside := sum(id(p) not in names for group in optimizer.param_groups for p in group["params"]):
         raise InputError(
@@ -71,7 +71,7 @@ def moments_of(optimizer: torch.optim.Optimizer, module: nn.Module, first: bool)
     for group in optimizer.param_groups:
         mine = [names[id(p)] for p in group["params"]]
         groups.append({**group, "params": mine, "param_names": mine})
-    state = {names[id(p)]: values for p, values in optimizer.state.items()}
+    state = {names[id(p)] if isinstance(p, Tensor) else p: values for p, values in optimizer.state.items()}
     return list(_shards({"state": state, "param_groups": groups}, first))
 
 

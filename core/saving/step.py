@@ -34,15 +34,8 @@ from ..containers.json_files import dump_json, parse_json
 from ..containers.trees import map_leaves
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointDamaged, InputError, SaveFailed
-from ..networks.state_dict import (
-    UNNAMED,
-    changed_by_step,
-    copy_others,
-    export_optimizer_state,
-    export_state_dict,
-    plain,
-    unwrap,
-)
+from ..networks.state_dict import changed_by_step, copy_others, export_optimizers, export_state_dict, plain
+from ..networks.wrappers import Modules, Optimizers, as_module, class_names, optimizers_by_name, unwrap
 from .loadable import unloadable
 from .snapshot import Memory, Snapshot, SnapshotFile
 
@@ -61,8 +54,8 @@ def whole_step(step: object) -> int:
 class StepContent:
     """What a caller passes to be saved as a step."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer | Mapping[str, Any] | None
+    model: Modules
+    optimizer: Optimizers | None
     step: int
     tokenizer: Tokenizer | Mapping[str, Any] | None = None  # the model's own unless given
     metrics: Mapping[str, float] | None = None
@@ -85,8 +78,7 @@ class StepSave:
         self.place, self.step = place, content.step
         self._before_commit = content.before_commit
         self.retention = content.retention
-        self._outside = 0  # parameters of the optimizer that are not the module's
-        module = unwrap(content.model)
+        module = as_module(content.model)
         self._told = _told(content)
         self._texts = {CONFIG: _config_of(module)}
         if tokenizer := content.tokenizer or getattr(module, "tokenizer", None):
@@ -103,29 +95,23 @@ class StepSave:
         return lock(self.place, say)
 
     def _take(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer | Mapping[str, Any] | None,
-        ema: Mapping[str, torch.Tensor] | None,
+        self, module: nn.Module, optimizer: Optimizers | None, ema: Mapping[str, torch.Tensor] | None
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The content of each file, and the tensors in it that are copied later."""
-        if not isinstance(optimizer, (torch.optim.Optimizer, Mapping, type(None))):
+        optimizers = optimizers_by_name(optimizer)
+        if optimizers is None and not isinstance(optimizer, (Mapping, type(None))):
             raise InputError(
-                f"optimizer is of type {type(optimizer).__name__}, expected an optimizer, or a dict of states by name, "
-                'such as {"adam": adam.state_dict(), "muon": muon.state_dict()}. Nothing was written.'
+                f"optimizer is of type {type(optimizer).__name__}, expected an optimizer, a dict or list of "
+                'optimizers, or a dict of states by name, such as {"adam": adam.state_dict()}. Nothing was written.'
             )
         contents: dict[str, Any] = {MODEL: export_state_dict(module)}
         if optimizer is not None:
-            contents[OPTIMIZER] = optimizer
-        if isinstance(optimizer, torch.optim.Optimizer):
-            contents[OPTIMIZER] = export_optimizer_state(optimizer, module)
-            names = [name for group in contents[OPTIMIZER]["param_groups"] for name in group["param_names"]]
-            self._outside = sum(name.startswith(UNNAMED) for name in names)
+            contents[OPTIMIZER] = optimizer if optimizers is None else export_optimizers(optimizers, module)
         if ema is not None:
             contents[EMA] = {name: plain(tensor, f"{EMA}: {name}") for name, tensor in ema.items()}
         stable = None
-        if isinstance(optimizer, torch.optim.Optimizer):
-            stable = changed_by_step(optimizer) | {t.untyped_storage()._cdata for t in (ema or {}).values()}
+        if optimizers is not None:
+            stable = changed_by_step(*optimizers.values()) | {t.untyped_storage()._cdata for t in (ema or {}).values()}
         live: dict[str, torch.Tensor] = {}
         for name, content in contents.items():
             try:
@@ -153,11 +139,6 @@ class StepSave:
         seconds = time.perf_counter() - started
         say(f"saved step {step} to {self.place.path} ({size_text(size)}, {seconds:.2f} s)")
         tidy_up(self.place, self.retention, state, say)
-        if self._outside:
-            say(
-                f"WARNING: {self.place.path}: the optimizer of step {step} has {self._outside} parameters outside the "
-                "module. Their moments are saved, their values are not: save a module that holds them."
-            )
 
     def _begin_copy(self, memory: Memory) -> dict[str, SnapshotFile]:
         """Lay out the files and begin to copy; what `load` could not give back is refused before a byte is written."""
@@ -280,6 +261,8 @@ def _told(content: StepContent) -> dict[str, Any]:
     """The caller's metrics and extra of a step, as they are now."""
     step, metrics, extra = content.step, content.metrics, content.extra
     told = {"step": step, "optimizer_file": None if content.optimizer is None else OPTIMIZER, **content.facts}
+    if optimizers := optimizers_by_name(content.optimizer):
+        told["optimizer_class"] = class_names(optimizers)
     if clash := (FIELDS | told.keys()) & (metrics or {}).keys():
         names = ", ".join(sorted(clash))
         raise InputError(f"metrics: {names} means something else in the training state. Use another name.")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..console.words import differences, listed
 from ..errors import CheckpointMismatch, InputError
-from ..families.family import plain_name
-from ..networks.state_dict import local, unwrap
+from ..networks.state_dict import local
+from ..networks.wrappers import plain_tensors
 
 
 class Ema:
@@ -29,11 +29,7 @@ class Ema:
         if not decay:
             raise InputError("ema is 0, which averages nothing: expected a number above 0 and below 1.")
         self.decay = decay
-        live = {
-            plain_name(name): tensor
-            for name, tensor in unwrap(model).state_dict(keep_vars=True).items()
-            if isinstance(tensor, Tensor)
-        }
+        live = {name: tensor for name, tensor in plain_tensors(model).items() if isinstance(tensor, Tensor)}
         if saved is not None:
             shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (live, saved)]
             if faults := differences(shapes[0], shapes[1]):

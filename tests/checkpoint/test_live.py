@@ -244,18 +244,20 @@ def test_extra_state_that_would_not_come_back_is_refused_by_save(tmp_path):
         saved(tmp_path, module)
 
 
-def test_parameters_of_the_optimizer_outside_the_module_are_reported(tmp_path):
+def test_parameters_of_the_optimizer_outside_the_module_are_refused(tmp_path):
     module, loss = nn.Linear(2, 2), nn.Linear(2, 1)
     optimizer = torch.optim.AdamW([*module.parameters(), *loss.parameters()])
-    said = []
-    with CheckpointManager("dante", tmp_path, say=said.append) as made:
-        made.save(module, optimizer, step=1)
-        made.wait()
-        made.save(nn.ModuleList([module, loss]), optimizer, step=2)
-    assert said[1] == (
-        f"WARNING: {made.checkpoint_dir}: the optimizer of step 1 has 2 parameters outside the module. Their moments "
-        "are saved, their values are not: save a module that holds them."
-    )
-    assert len(said) == 3 and said[2].startswith("saved step 2")
+    with CheckpointManager("dante", tmp_path, say=lambda line: None) as made:
+        with pytest.raises(InputError) as caught:
+            made.save(module, optimizer, step=1)
+        assert made.saved_step() is None and not (tmp_path / "dante/optimizer.pt").exists()
+        made.save({"model": module, "loss": loss}, optimizer, step=2)
+    assert str(caught.value) == (
+        "optimizer.pt: the optimizer has 2 parameters ([1, 2], [1]) outside the module, whose values would be lost. "
+        'Save what holds them as well, each module under a name: save({"model": module, "loss": loss}, optimizer, '
+        "...). Nothing was written."
+    ).replace('"model": module', '"model": model')
+    saved = torch.load(tmp_path / "dante/model.pt", weights_only=True)
+    assert torch.equal(saved["loss.weight"], loss.weight) and sorted(saved)[0] == "loss.bias"
     with pytest.raises(InputError, match=r"^the optimizer has 2 parameters outside the module, which shards have no"):
         moments_of(optimizer, module, True)
