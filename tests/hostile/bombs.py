@@ -64,12 +64,12 @@ PRIME = (1 << 61) - 1
 
 PICKLES: dict[str, Callable[[int], bytes]] = {
     "None": lambda n: filled(n, b"(", b"N", 1_000_000 + n / 5),
-    "None, too many": lambda n: b"(" + b"N" * (4 * n) + b"t.",
+    "None, too many": lambda n: b"(" + b"N" * (2 * n) + b"t.",
     "numbers": lambda n: filled(n, b"(", b"M\x01\x02", n),
     "numbers in lines": lambda n: filled(n, b"(", b"I1\n", n),
     "texts": lambda n: filled(n, b"(", b"U\x02ab", n),
-    "empty tuples in tuples": lambda n: filled(n, b"(", b")\x85", n / 11),
-    "pairs": lambda n: filled(n, b"(", b"NN\x86", n / 11),
+    "empty tuples in tuples": lambda n: filled(n, b"(", b")\x85", n / 15),
+    "pairs": lambda n: filled(n, b"(", b"NN\x86", n / 15),
     "pairs, too many": lambda n: filled(n, b"(", b"NN\x86", n),
     "tuples in each other": lambda n: b")" + b"\x85" * n + b".",
     "values stored": lambda n: b"N" + b"\x94" * n + b".",

@@ -1,4 +1,4 @@
-"""What a file may cost: a second of processor time and 200 MB up to 4 MB, and in proportion beyond."""
+"""What a file may cost: less than a second for a megabyte, two for four, and 200 MB."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def speed() -> float:
 
 @pytest.mark.full
 @pytest.mark.parametrize("which", [*PICKLES, "safetensors"])
-def test_four_megabytes_of_anything_take_one_and_a_half_seconds_of_such_a_machine_and_200_megabytes(which, tmp_path):
+def test_four_megabytes_of_anything_take_at_most_two_seconds_of_such_a_machine_and_200_megabytes(which, tmp_path):
     path = tmp_path / ("x.safetensors" if which == "safetensors" else "x.pt")
     path.write_bytes(names_of(4_000_000) if which == "safetensors" else bomb(which, 4_000_000))
     before, found = speed(), opened(path)
-    assert found["seconds"] < max(before, speed(), 0.33) * 4.5, found
+    assert found["seconds"] < max(before, speed(), 0.33) * 6, found
     assert found["megabytes"] < 200, found
 
 

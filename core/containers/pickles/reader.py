@@ -34,7 +34,7 @@ _MOST = {
     "references to storages": (20_000, 20),
     _KEYS: (SLACK, 40),
     "names": (20_000, 20),
-    "tuples": (SLACK, 10),
+    "tuples": (SLACK, 14),
     "values in them": (10 * SLACK, 4),
     "stored values": (SLACK, 3),
 }
