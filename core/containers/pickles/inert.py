@@ -151,7 +151,7 @@ class Watch:
     def add(self, keys: int, seconds: float, tuples: int = 0) -> None:
         """Count keys that were put into one in so many seconds of processor time.
 
-        Raises: Malformed when all so far took ten times as long as others would.
+        Raises: Malformed when all so far took twenty times as long as others would.
         """
         self.left += _SECONDS_OF_KEY * keys + _SECONDS_OF_TUPLE * tuples - seconds
         if self.left < 0:
@@ -164,11 +164,11 @@ FEW = 500
 SLICE = 1000
 """Keys that are put into one before the time is looked at."""
 
-_PATIENCE = 0.1
-"""Seconds that keys may take in any case."""
+_PATIENCE = 0.5
+"""Seconds of processor time that keys may take in any case, on a slow machine too."""
 
-_SECONDS_OF_KEY = 2e-6
-_SECONDS_OF_TUPLE = 1e-5
+_SECONDS_OF_KEY = 4e-6
+_SECONDS_OF_TUPLE = 2e-5
 
 
 def as_text(value: Any, limit: int = 200) -> str:
