@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -50,7 +51,7 @@ class StopSignal:
         self._interrupts = 0
         self._save = False
         self._before: dict[int, Any] = {}
-        self._said: set[str] = set()
+        self._times = {name: itertools.count(1) for name in STOPPING}  # next() is one step, whatever interrupts
 
     @property
     def requested(self) -> str | None:
@@ -96,9 +97,11 @@ class StopSignal:
         if self._owns_process and not self.work_to_save:
             _tell(f"{name}: nothing new to save. Run the same command to continue.")
             os._exit(STOPPED)
-        if name in self._said and number != signal.SIGINT:
+        nth = next(self._times[name])
+        if nth > 1 and number != signal.SIGINT:
             signal.signal(number, signal.SIG_IGN)  # a storm of them would run handlers within handlers
-        self._said.add(name)
+            if nth > 2:  # and has, before this one came so far
+                return
         doing = "already stopping" if self.signal else "finishing this step, then saving"
         self.signal = self.signal or name
         _tell(f"{name}: {doing} (a second Ctrl-C ends at once)")

@@ -20,7 +20,7 @@ LIMITS = EXHAUSTIVE if os.environ.get("CRASH_MODEL") == "exhaustive" else QUICK
 
 RUNS = [(name, mode) for name in SCENARIOS for mode in MODES]
 SLOW = [run for run in RUNS if run[1] in ("overlay", "bucket")] + [("rewind", "moves")]
-SAMPLE = [("three saves", "bucket"), ("shards", "overlay")]
+SAMPLE = [("edited config", "bucket"), ("same step", "overlay")]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from tests.faults import failing_calls
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.full)])
 def test_any_storage_call_that_fails_is_said_in_a_sentence_keeps_what_was_there_and_the_next_save_works(
     every, tmp_path, tell
 ):
