@@ -105,9 +105,20 @@ class ModelFolder(FolderReader):
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
         """Make a folder for the files of the next step, which no recovery removes; removed when the block fails."""
-        with stage_name() as name, self.storage.removed_on_failure(path := self.path / name):
+        with stage_name() as name, self.removed_unless_committed(path := self.path / name):
             self.storage.make_folder(path)
             yield path
+
+    @contextlib.contextmanager
+    def removed_unless_committed(self, stage: Path) -> Iterator[None]:
+        """Remove a stage when the block fails, but not where the commit was made before that and leads to it."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # the next writer removes what is left
+                if self.committed != stage:
+                    self.storage.remove_tree(stage)
+            raise
 
     def commit(self, stage: Path, sizes: Mapping[str, int] | None = None) -> None:
         """Make a staged step the newest one. When this returns it is durable; the roll forward may still be due.
@@ -306,14 +317,15 @@ class ModelFolder(FolderReader):
 
     def _close_commit(self) -> None:
         committed = self.committed
-        self.storage.sync_folder(committed)
+        if self.storage.exists(committed):
+            self.storage.sync_folder(committed)
         self.storage.sync_folder(self.path)
         if committed.name != COMMITTED:
             self.storage.remove(self.path / COMMITTED)
             self.storage.sync_folder(self.path)
         if self.storage.names(committed):
             self._set_aside(committed)
-        else:
+        elif self.storage.exists(committed):
             self.storage.remove_folder(committed)
         self.storage.sync_folder(self.path)
 

@@ -112,7 +112,7 @@ def _impossible(number: int, group: dict[str, Any]) -> list[str]:
     faults += [
         f"{name} is {group[name]!r}, expected true or false"
         for name in SWITCHES
-        if not isinstance(group.get(name), (bool, type(None)))
+        if name in group and not isinstance(group[name], bool) and (name != "foreach" or group[name] is not None)
     ]
     return [f"group {number}: {fault}" for fault in faults]
 

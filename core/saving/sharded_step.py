@@ -132,7 +132,7 @@ class ShardedStepSave(StepSave):
         faults = [f"rank {rank}: {fault}" for rank, (_, _, fault) in enumerate(reports) if fault]
         if staged is None:
             raise SaveFailed(faults[0])
-        with self.place.storage.removed_on_failure(Path(staged)):
+        with self.place.removed_unless_committed(Path(staged)):
             if faults:
                 raise SaveFailed(faults[0])
             if not (files := self._commit_stage(Path(staged), reports)):

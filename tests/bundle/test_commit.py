@@ -331,3 +331,28 @@ def test_a_stage_without_a_listed_file_is_not_committed(folder, name):
 
 def listing(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("renames", [True, False], ids=["renames", "no renames of folders"])
+def test_a_commit_that_fails_after_its_rename_is_finished_by_the_next_writer(folder, renames):
+    folder.storage.folder_renames = renames
+    save(folder, 1, "A")
+    real, made = folder.storage.sync_folder, []
+
+    def fail(path):
+        if made and path == folder.path and folder.storage.exists(folder.path / ".committed"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(path)
+
+    with pytest.raises(OSError, match="Input/output error"), folder.staging() as stage:
+        files = {"model.pt": lambda out: out.write(b"model.pt B") and None, "config.json": {"n_embd": 64, "n_head": 1}}
+        state = {"step": 2, "format_version": 2, "commit_id": "B", "parent": folder.newest_id()}
+        write_bundle(folder, stage, state, files)
+        made.append(stage)
+        folder.storage.sync_folder = fail
+        folder.commit(stage)
+    folder.storage.sync_folder = real
+    assert newest(folder)[0] == "B"
+    ModelFolder(folder.path, folder.storage).recover()
+    assert newest(folder) == ("B", {"model.pt": "model.pt B"}) and kept(folder, 1)[0] == "A"
+    assert not [p.name for p in folder.path.iterdir() if p.name.startswith((".stage", ".committed"))]

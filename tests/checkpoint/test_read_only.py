@@ -98,7 +98,7 @@ def test_a_read_only_mount(folder, tmp_path):
         step, said = load(there)
         assert step == 2 and f"{there} cannot be changed here" in said[0]
     finally:
-        subprocess.run(["umount", mounted], check=True)
+        subprocess.run(["umount", "--lazy", mounted], check=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the rights of a folder do not stop root")

@@ -190,14 +190,6 @@ class MarkRemovedFirst(RenamesNoFolder):
         super().remove_tree(path)
 
 
-class PointerBeforeItsStageIsDurable(ModelFolder):
-    def commit(self, stage):
-        real, self.storage.sync_folder = self.storage.sync_folder, lambda path: path == self.path or real(path)
-        super().commit(stage)
-        self.storage.sync_folder = real
-        self.storage.sync_folder(self.path)
-
-
 class PointerIgnored(ModelFolder):
     committed = property(lambda self: self.path / COMMITTED)
 
@@ -229,7 +221,6 @@ REFUSED = [
     (MoveNotFsynced, "three saves", False),
     (MarkRemovedFirst, "three saves", True),
     (PointerIgnored, "three saves", True),
-    (PointerBeforeItsStageIsDurable, "three saves", True),
 ]
 """Mistakes that matter where folders cannot be renamed."""
 
