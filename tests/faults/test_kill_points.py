@@ -27,7 +27,7 @@ def run(*command) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.full)])
 def test_killed_at_any_storage_call_a_reader_finds_old_or_new_and_the_next_run_finishes_the_job(every, tmp_path, tell):
     tally = kill_points.run(tmp_path, every=every)
     tell(f"kill points: {tally}")
