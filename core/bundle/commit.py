@@ -62,8 +62,8 @@ class ModelFolder(FolderReader):
 
     def recover(self) -> None:
         """Finish a commit that was interrupted, then remove what saves that never committed left behind."""
-        for name in (COMMITTED, BUILDING):
-            self.storage.refuse_link(self.path / name)
+        for path in (self.path / COMMITTED, self.committed, self.path / BUILDING):
+            self.storage.refuse_link(path)
         # The last rename of a killed writer may not be durable, and what follows depends on it.
         self.storage.sync_folder(self.path)
         self._finish_moves()

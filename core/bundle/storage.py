@@ -149,6 +149,7 @@ class Storage:
         return True
 
     def _move(self, source: Path, target: Path) -> None:
+        self.refuse_link(target)
         self.mark(source, target.name)
         if not self.exists(target):
             self.make_folder(target)

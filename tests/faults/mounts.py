@@ -106,7 +106,7 @@ def run(folder: Path) -> Tally:
     for kind in KINDS:
         if lacking(kind) is None:
             (folder / kind).mkdir()
-            tally.add(killed_on(kind, folder / kind, 12))
+            tally.add(killed_on(kind, folder / kind, 4))
     return tally
 
 

@@ -105,6 +105,27 @@ def test_a_link_in_the_place_of_a_folder_leads_no_change_outside(model, victim, 
         assert any(line.startswith(refusal) for line in said)
 
 
+def test_a_commit_that_leads_to_a_link_is_refused(model, victim):
+    before = seen(victim)
+    (model / ".stage-0").symlink_to(victim)
+    (model / ".committed").write_text(".stage-0")
+    said = everything(model)
+    assert seen(victim) == before
+    assert any(line.startswith(f"refused: {model / '.stage-0'}: a link to {victim}, expected a file") for line in said)
+
+
+def test_a_folder_that_moves_file_by_file_enters_no_link(tmp_path, victim):
+    storage = Storage()
+    storage.folder_renames = False
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "notes.txt").write_text("ours")
+    (tmp_path / "target").symlink_to(victim)
+    before = seen(victim)
+    with pytest.raises(SaveFailed, match=r"target: a link to .*victim, expected a file or folder of this program\."):
+        storage.rename(tmp_path / "shards", tmp_path / "target")
+    assert seen(victim) == before and (tmp_path / "shards" / "notes.txt").read_text() == "ours"
+
+
 @pytest.mark.parametrize("kind", ["link", "hard link", "dangling", "folder"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_link_in_the_place_of_a_file_leads_no_change_outside(model, victim, tmp_path, name, kind):
