@@ -13,6 +13,7 @@ from ..bundle.find import is_model
 from ..config.variants import VARIANTS
 from ..console.words import listed_names
 from ..containers.container import Check, Container
+from ..containers.pickles.foreign import Finding
 from ..containers.spec import TensorSpec
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from ..families import megatron_iteration
@@ -113,6 +114,13 @@ class _OpenFiles(Container):
         with self.open(name) as file, contextlib.suppress(CheckpointError):
             return proves_itself(read_json(file, name))
         return False
+
+
+def named(path: Path, call: str) -> Finding:
+    """A sentence about a call or name in a file, which stays a record where it is one."""
+    made = Finding(f"{path}: its pickle names {call}")
+    made.is_record = getattr(call, "is_record", False)
+    return made
 
 
 def inspect_path(path: Path, step: int | None = None) -> Inspection:

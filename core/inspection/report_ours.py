@@ -11,7 +11,7 @@ from ..bundle.contradictions import contradictions
 from ..bundle.evolution import notes
 from ..bundle.training_state import STATE, TrainingState
 from ..errors import CheckpointDamaged, CheckpointError
-from .inspect import Facts, Inspection
+from .inspect import Facts, Inspection, named
 
 
 def facts_of_ours(found: Inspection) -> Facts:
@@ -35,7 +35,7 @@ def facts_of_ours(found: Inspection) -> Facts:
     for part in (bundle.weights, bundle.optimizer):
         with contextlib.suppress(CheckpointError):  # damage is among the notes of the container
             if part is not None:
-                facts["foreign"] += [f"{part.source.path}: its pickle names {call}" for call in part.source.foreign]
+                facts["foreign"] += [named(part.source.path, call) for call in part.source.foreign]
     facts["foreign"] = list(dict.fromkeys(facts["foreign"]))
     try:
         if bundle.config is None:
