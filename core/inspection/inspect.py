@@ -135,7 +135,7 @@ def inspect_path(path: Path, step: int | None = None) -> Inspection:
         if isinstance(found.container.content, dict) and "model_state_dict" in found.container.content:
             from ..bundle.legacy import is_legacy, open_legacy
 
-            if is_legacy(found.container.content):
+            if is_legacy(found.container.content) and not found.container.unpacked:
                 with contextlib.suppress(CheckpointMismatch):  # one that cannot be loaded is still shown
                     return of_bundle(open_legacy(path))
         return found
