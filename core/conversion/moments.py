@@ -17,7 +17,7 @@ from ..containers.pickles.inert import Call, as_name, as_text
 from ..containers.spec import TensorSpec
 from ..containers.tensors.views import stored
 from ..errors import CheckpointMismatch
-from ..families.family import Family, Shape
+from ..families.family import WRAPPERS, Family, Shape, plain_name, plain_names
 from ..families.identify import Identity
 from ..inspection.inspect import Inspection
 from .plan import Moments, Source
@@ -79,11 +79,12 @@ def _named(
     """
     made = Moments([], {}, {}, rule)
     names = iter(recorded)
+    plain = {plain: identity.places[raw] for plain, raw in plain_names(identity.places).items()}
     for group in groups:
         mine = []
         for number in group["params"]:
             raw = next(names)
-            name = identity.places.get(raw) or identity.places.get(_unwrapped(raw, identity.places), raw)
+            name = identity.places.get(raw) or plain.get(plain_name(raw, WRAPPERS), raw)
             mine.append(name)
             _take_entry(made, model, found, name, found.optimizer["state"].get(number, {}))
         rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -158,11 +159,6 @@ def _fault(order: _Order, numbers: list[Any], entries: Mapping[Any, Any], shapes
                     f"program, {shapes[name]}"
                 )
     return None
-
-
-def _unwrapped(name: str, places: Mapping[str, str]) -> str:
-    """The name in the file that ends with a recorded name."""
-    return next((raw for raw in places if raw.endswith(f".{name}")), name)
 
 
 def _take_entry(made: Moments, model: Source, found: Inspection, name: str, entry: Any) -> None:

@@ -96,7 +96,7 @@ def _read(file: BinaryIO, records: dict[str, Record], name: str, where: str, siz
         raise CheckpointDamaged(f"{where}: {record.name} has {record.size} bytes, at most {LARGEST_PICKLE} are read.")
     if not record.stored and record.inflated > size + _SMALL:
         raise CheckpointDamaged(
-            f"{where}: {record.name} is compressed and would have {record.inflated} bytes, far more than the file, {size}."
+            f"{where}: {record.name} is compressed, with {record.inflated} bytes in a file of {size}."
         )
     data = b"".join(pieces_of(file, record, where))
     if record.crc32 and (found := zlib.crc32(data)) != record.crc32:
