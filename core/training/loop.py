@@ -30,6 +30,7 @@ from .certificate import EXACT, certificate_of, differences, make_certificate, s
 from .ema import Ema
 from .grad_scaler import SMALLEST, make_scaler
 from .metrics import Metrics
+from .pair_loader import NOT_REPLAYED, PairLoader
 from .save_timing import RunSaves
 from .schedule import Schedule
 from .settings import Settings
@@ -44,7 +45,7 @@ class Loop:
     def __init__(
         self,
         model: GPT | GPTFlexAttention,
-        data_loader: DataLoader,
+        data_loader: DataLoader | PairLoader,
         optimizer: torch.optim.Optimizer,
         manager: CheckpointManager | None,
         schedule: Schedule | None,
@@ -55,7 +56,10 @@ class Loop:
         self.settings = settings
         self.model = model
         self.world = world
-        self.share = world.share(data_loader.batch_size, settings.gradient_accumulation_steps)
+        if isinstance(data_loader, PairLoader):
+            self.share = data_loader.share(world)
+        else:
+            self.share = world.share(data_loader.batch_size, settings.gradient_accumulation_steps)
         self.forward: Any = world.wrap(model)
         if settings.compile:
             self.forward = torch.compile(self.forward)
@@ -113,6 +117,8 @@ class Loop:
             ranks=self.world.size,
         )
         self._compare_resume(self.settings.strict_resume)
+        if not self.loader.replays:
+            say_on_stderr(NOT_REPLAYED)
         if said := self.metrics.cut(self.model.step):
             say_on_stderr(f"WARNING: {said}")
         self._look_from_here()
@@ -138,11 +144,11 @@ class Loop:
             self.update()
             stop.work_to_save = True
             wishes = self.edge(stop)
-            evaluates = model.step % settings.eval_interval == 0 or model.step == settings.max_iters
-            if model.step % LOG_INTERVAL == 0 or evaluates:
+            at_interval = model.step % settings.eval_interval == 0 or model.step == settings.max_iters
+            if model.step % LOG_INTERVAL == 0 or at_interval:
                 self.look()
             stopping = reason(wishes)
-            if evaluates and not stopping:
+            if at_interval and self.loader.validates and not stopping:
                 stopping = self.evaluate(stop)
             ends = model.step == settings.max_iters or stopping is not None
             if model.step % save_interval == 0 or wishes or ends:
@@ -253,7 +259,8 @@ class Loop:
         """Evaluate the resumed step, if the previous run was stopped before its evaluation; as `evaluate`."""
         state = self.manager.resumed if self.manager else TrainingState()
         at = state.step == self.model.step and self.model.step % eval_interval == 0
-        if not self.saves or not at or state.commit_id is None or state.val_loss is not None:
+        to_do = at and self.loader.validates and state.commit_id is not None and state.val_loss is None
+        if not self.saves or not to_do:
             return None
         self.saves.step = self._begun = self.model.step
         stopping = self.evaluate(stop)
