@@ -52,19 +52,27 @@ _FOLLOWS = {
     "gradient_accumulation_steps": BATCHES,
     "dropout": NOISE,
     "ema": AVERAGE,
+    "skip_steps": BATCHES,
 }
 
 
 def make_certificate(
-    step: int, loader: DataLoader | PairLoader, model: nn.Module, accumulation: int, settings: Mapping[str, Any]
+    step: int,
+    number: int,
+    loader: DataLoader | PairLoader,
+    model: nn.Module,
+    accumulation: int,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Describe the step that follows `step` updates: digests of its tokens and of its dropout, and the settings.
+
+    Its batches are those of `number` in the loader.
 
     Draws from the generator, which the loop seeds again for each batch.
     """
     rate = getattr(getattr(model, "config", None), "dropout", 0.0)
     device = next(model.parameters()).device
-    batches = [loader.batch(step, micro) for micro in range(accumulation)] if loader.replays else None
+    batches = [loader.batch(number, micro) for micro in range(accumulation)] if loader.replays else None
     seed_generator(mix(loader.seed, step, 0), device)
     noise = F.dropout(torch.ones(_DRAWS, device=device), rate) if rate else torch.zeros(0)
     here = {

@@ -34,6 +34,7 @@ from .pair_loader import NOT_REPLAYED, PairLoader
 from .save_timing import RunSaves
 from .schedule import Schedule
 from .settings import Settings
+from .skips import Skips
 
 LOG_INTERVAL = 10
 """Steps between two reads of the loss: each read waits for the device."""
@@ -64,6 +65,7 @@ class Loop:
         if settings.compile:
             self.forward = torch.compile(self.forward)
         self.loader = data_loader
+        self.skips = Skips.parse(settings.skip_steps)
         self.optimizer = optimizer
         self.manager = manager
         self.saves = RunSaves(manager, settings.save_every_minutes, settings.max_failed_saves) if manager else None
@@ -119,6 +121,8 @@ class Loop:
         self._compare_resume(self.settings.strict_resume)
         if not self.loader.replays:
             say_on_stderr(NOT_REPLAYED)
+        if self.skips.ranges:
+            say_on_stderr(f"the batches of steps {self.skips} are left out (--skip_steps)")
         if said := self.metrics.cut(self.model.step):
             say_on_stderr(f"WARNING: {said}")
         self._look_from_here()
@@ -171,16 +175,19 @@ class Loop:
     def _facts(self) -> dict[str, Any]:
         """The facts of this run in a training state, for the run that continues it."""
         settings = settings_of(self.optimizer, self.schedule, self.settings.grad_clip, self.ema)
-        return {
-            "environment": self.environment,
-            "certificate": make_certificate(
-                self.model.step, self.loader, self.model, self.settings.gradient_accumulation_steps, settings
-            ),
-        }
+        settings["skip_steps"] = str(self.skips) or None
+        step, accumulation = self.model.step, self.settings.gradient_accumulation_steps
+        made = make_certificate(step, self._number(step), self.loader, self.model, accumulation, settings)
+        return {"environment": self.environment, "certificate": made}
+
+    def _number(self, step: int) -> int:
+        """The number of the batch, counted from 0, that follows `step` updates."""
+        return self.skips.batch_of(step + 1) - 1
 
     def update(self) -> None:
         """Make one optimizer step: the rank's part of the global batch, micro-step by micro-step."""
         model, step = self.model, self.model.step
+        number = self._number(step)
         rate = self.schedule.at(step) if self.schedule else self.optimizer.param_groups[0]["lr"]
         if self.schedule:
             for group in self.optimizer.param_groups:
@@ -190,7 +197,9 @@ class Loop:
         total = torch.zeros((), device=self.device)
         mine = self.share.micro_steps
         for micro in mine:
-            x, y = self._to_device(self.loader.batch(step, micro, self.share.rows))  # ids and their successors, [B, T]
+            x, y = self._to_device(
+                self.loader.batch(number, micro, self.share.rows)
+            )  # ids and their successors, [B, T]
             # Dropout is seeded again for each micro-step: its noise is then a function of (seed, step, micro-step,
             # rank), and a resume needs no generator state, even if an evaluation or a sample has drawn in between.
             seed_generator(mix(self.loader.seed, step, micro, *self.world.noise), self.device)
@@ -234,7 +243,7 @@ class Loop:
                 what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
                 self._diverged(step, what)
             self._since_evaluation.append(loss)
-            self.metrics.add(step=step, loss=loss, learning_rate=rate, grad_norm=norm)
+            self._log(step, loss, rate, norm)
         if self._unseen:
             tokens, seconds = self._tokens - self._looked[0], time.perf_counter() - self._looked[1]
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
@@ -243,7 +252,12 @@ class Loop:
 
     def _skipped(self, step: int, rate: float, scale: float) -> None:
         say_on_stderr(f"step {step}: gradients overflowed fp16, no update made; loss scale {scale:g}")
-        self.metrics.add(step=step, loss=None, learning_rate=rate, grad_norm=None)
+        self._log(step, None, rate, None)
+
+    def _log(self, step: int, loss: float | None, rate: float, norm: float | None) -> None:
+        batch = self.skips.batch_of(step)
+        shifted = {"batch": batch} if batch != step else {}
+        self.metrics.add(step=step, loss=loss, learning_rate=rate, grad_norm=norm, **shifted)
 
     def _look_from_here(self) -> None:
         self._looked = self._tokens, time.perf_counter()
