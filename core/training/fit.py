@@ -46,6 +46,7 @@ def fit(
     eval_iters: int = 20,
     save_interval: int | None = None,
     save_every_minutes: float | None = None,
+    lose_at_most: float | None = None,
     max_failed_saves: int = 3,
     grad_clip: float = 1.0,
     gradient_accumulation_steps: int = 1,
@@ -71,7 +72,8 @@ def fit(
     exact in all but its batches, which one line reports and `strict_resume` refuses. The validation loss is that of the
     first `eval_iters` batches of `val_loader`; without one it is not measured.
 
-    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. Without a
+    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. With
+    `lose_at_most` it also saves as often as it takes to lose at most so many seconds of work when killed. Without a
     `schedule` the learning rate stays as the optimizer has it. SIGINT and SIGTERM finish the step, save and return,
     SIGUSR1 saves and continues; `stop` may be entered already, and may limit the time. The last step is durable when
     this returns. A failed save is reported and training continues; after `max_failed_saves` failures in a row the run
@@ -91,6 +93,7 @@ def fit(
         eval_iters=eval_iters,
         save_interval=save_interval,
         save_every_minutes=save_every_minutes,
+        lose_at_most=lose_at_most,
         max_iters=max_iters,
         compile=compile,
         max_failed_saves=max_failed_saves,

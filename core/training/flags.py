@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.variants import VARIANTS
-from ..console.commandline import Parser, above_or_zero, below_one, count, positive, seed_number, size, whole
+from ..console.commandline import Parser, above_or_zero, below_one, count, duration, positive, seed_number, size, whole
 from ..networks.distributed import PARALLEL
 from .settings import Settings
 from .skips import step_ranges
@@ -25,6 +25,7 @@ EXPORTABLE = {"tied_head": True, "head_bias": False}
 METAVARS: dict[Any, str] = {
     Path: "PATH",
     str: "NAME",
+    duration: "TIME",
     **dict.fromkeys((count, seed_number, whole), "N"),
     **dict.fromkeys((positive, above_or_zero, below_one), "X"),
 }
@@ -116,7 +117,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_saving(group: argparse._ArgumentGroup) -> None:
-    _add_settings(group, "eval_interval", "eval_iters", "save_interval", "save_every_minutes")
+    _add_settings(group, "eval_interval", "eval_iters", "save_interval", "save_every_minutes", "lose_at_most")
     _add(group, "stop_after_minutes", positive, "this long after the start, finish the step, save, and exit with 75")
     text = "when a save is due while another is being written: wait for it, or skip this one (default: wait)"
     _add(group, "save_policy", ("wait", "skip"), text, default="wait")

@@ -68,12 +68,13 @@ class Loop:
         self.skips = Skips.parse(settings.skip_steps)
         self.optimizer = optimizer
         self.manager = manager
-        self.saves = RunSaves(manager, settings.save_every_minutes, settings.max_failed_saves) if manager else None
         self.schedule = schedule
         self.dtype = dtype
         self._measured: tuple[int, float] | None = None
         self._begun = -1  # the step whose save began last
         self.device = next(model.parameters()).device
+        late = world.size > 1 and self.device.type != "cpu"  # what ranks ask for is read at the next edge
+        self.saves = RunSaves(manager, settings, 2 if late else 1) if manager else None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
         self.metrics = Metrics(manager.get_path(LOG) if manager and world.is_first else None)
@@ -153,10 +154,20 @@ class Loop:
                 self.look()
             stopping = reason(wishes)
             if at_interval and self.loader.validates and not stopping:
-                stopping = self.evaluate(stop)
+                stopping = self._evaluate_in_time(stop)
             ends = model.step == settings.max_iters or stopping is not None
-            if model.step % save_interval == 0 or wishes or ends:
+            if model.step % save_interval == 0 or wishes or ends or self._begun == model.step:
                 self.save(now=SAVING in wishes, last=ends)
+        return stopping
+
+    def _evaluate_in_time(self, stop: StopSignal) -> str | None:
+        """Evaluate, as `evaluate`; a save for which it would be too late after it begins before it."""
+        if not self.saves:
+            return self.evaluate(stop)
+        if self.settings.lose_at_most and self.world.any(self.saves.is_due_before_evaluation()):
+            self.save()
+        stopping = self.evaluate(stop)
+        self.saves.evaluated()
         return stopping
 
     def _compare_resume(self, strict: bool) -> None:
@@ -223,7 +234,7 @@ class Loop:
         wishes = stop.take()
         if self.saves:
             self.saves.check()
-            wishes |= {SAVE_BY_CLOCK} if self.saves.due else set()
+            wishes |= {SAVE_BY_CLOCK} if self.saves.is_due() else set()
         return self.world.at_edge(self._unseen[-1][2], wishes)
 
     def _to_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

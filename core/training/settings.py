@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..bundle.training_state import TrainingState
-from ..console.commandline import above_or_zero, below_one, count, positive, seed_number
+from ..console.commandline import above_or_zero, below_one, count, duration, positive, seed_number
 from ..errors import CheckpointMismatch, InputError
 from .schedule import KINDS, Schedule
 from .skips import Skips, step_ranges
@@ -65,6 +65,9 @@ class Settings:
     save_every_minutes: float | None = _setting(
         None, positive, "also save when the last save was this many minutes ago"
     )  # minutes
+    lose_at_most: float | None = _setting(
+        None, duration, "also save as often as it takes to lose at most this much work when killed: 30s, 5m, 1h"
+    )  # seconds
     skip_steps: str | None = _setting(
         None,
         step_ranges,
@@ -124,6 +127,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1.")
+        if self.lose_at_most is not None and not self.lose_at_most > 0:
+            raise InputError(f"lose_at_most is {self.lose_at_most}, expected a number of seconds above 0.")
 
     def recorded(self, so_far: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The settings that a training state keeps for the continued run; those of the machine are left out.
