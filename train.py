@@ -94,7 +94,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
 
     # 2. The settings: a flag wins over the run so far, which wins over the preset.
     so_far, preset = bundle.settings if bundle else {}, kind.preset(device.type == "cpu")
-    settings = Settings.resolve(flags, so_far, preset)
+    settings = Settings.resolve(flags, so_far, preset, bundle.step if bundle else 0)
     world.refuse_fp16_shards(settings.dtype)
     if bundle and bundle.step >= settings.max_iters:
         kind.refuse_contradictions(bundle, given)

@@ -404,6 +404,11 @@ class CheckpointManager:
         self._saver.join()
         self.raise_failed()
 
+    @property
+    def durable_at(self) -> float | None:
+        """When the last save that succeeded was durable, by time.monotonic; None where none was written here."""
+        return self._saver.durable_at
+
     def raise_failed(self) -> None:
         """Raise the SaveFailed of a save that ended since the last call; at the edge of a step it costs nothing.
 
