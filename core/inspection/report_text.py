@@ -77,6 +77,8 @@ def _of_ours(facts: Facts) -> Iterable[str]:
     for name in ("val_loss", "best", "saved_at"):
         if state.get(name) is not None:
             yield f"{name:<10}: {_value(state[name])}"
+    if state.get("optimizer_removed") is not None:
+        yield f"{'optimizer':<10}: removed ({_value(state['optimizer_removed'])}); this step holds weights only"
     if "ema.pt" in facts["files"]:
         yield f"{'ema':<10}: an average of the weights, in ema.pt{_decay(state)}"
 

@@ -145,8 +145,9 @@ class Loop:
             if evaluates and not stopping:
                 stopping = self.evaluate(stop)
             ends = model.step == settings.max_iters or stopping is not None
-            if model.step % save_interval == 0 or wishes or ends:
-                self.save(now=SAVING in wishes, last=ends)
+            named = self.manager is not None and self.manager.wants(model.step)
+            if model.step % save_interval == 0 or named or wishes or ends:
+                self.save(now=named or SAVING in wishes, last=ends)
         return stopping
 
     def _compare_resume(self, strict: bool) -> None:
