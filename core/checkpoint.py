@@ -26,18 +26,20 @@ from .bundle.writing import explained, writing
 from .config.gpt import GPTConfig
 from .console.anchored import anchored
 from .console.words import size_text
-from .containers.json_files import dump_json
+from .containers.json_files import dump_json, with_infinities
 from .data.tokenizer import Tokenizer
 from .errors import CheckpointDamaged, CheckpointError, InputError
 from .kinds import gpt_kind
 from .kinds.gpt import given_fields
 from .kinds.kind import ModelKind, Request, new_model
+from .loading.also import also_restored
 from .loading.inference import load_chosen
 from .loading.live import fill_live
 from .loading.tensors import load_averages, read_through
 from .model import GPT, GPTBatched, GPTFlexAttention
 from .networks.device import resolve_dtype
 from .networks.wrappers import Modules, Optimizers, as_module, optimizers_by_name, says_when_it_steps
+from .saving.also import captured
 from .saving.background import BackgroundSaver
 from .saving.consolidate import consolidate
 from .saving.ranks import Ranks
@@ -354,6 +356,7 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         extra: Mapping[str, Any] | None = None,
         ema: Mapping[str, torch.Tensor] | None = None,
+        also: Mapping[str, Any] | None = None,
         before_commit: Callable[[], None] | None = None,
     ) -> bool:
         """Begin to commit a step of any module; after `wait` it is durable and older steps are pruned.
@@ -370,17 +373,20 @@ class CheckpointManager:
         of their storage. Dicts and lists of modules, and of optimizers, are saved by name. A parameter of an optimizer
         outside the module is refused. Saving the same state at the same step again changes nothing. The `val_loss` in
         `metrics` decides which step is the best; `extra` is kept in the training state for the caller. `ema` is an
-        average of the weights under the same names. `before_commit` is called when the files are written, in the
-        writer's thread.
+        average of the weights under the same names. `also` are other objects by name, whose states are copied here:
+        anything with state_dict and load_state_dict, random generators, dicts and lists of tensors and arrays, and
+        "all" for the generators of Python, NumPy and torch on every rank. `before_commit` is called when the files are
+        written, in the writer's thread.
 
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
         CheckpointLocked, InputError.
         """
         step = whole_step(step)
+        states = None if also is None else captured(also, self.ranks.world)
         if not self.ranks.may_begin(self._saver, self.save_policy == "skip", step, self.say):
             return False
         content = StepContent(
-            model, optimizer, step, tokenizer, metrics, extra, ema, self.facts, self.rules, before_commit
+            model, optimizer, step, tokenizer, metrics, extra, ema, states, self.facts, self.rules, before_commit
         )
         if (save := self.ranks.step_save(self._folder, content)) is not None:
             self._write(save, optimizer)
@@ -444,7 +450,19 @@ class CheckpointManager:
         """The newest committed step; None where nothing is saved."""
         return top_state(self._folder).step
 
-    def load(self, model: Modules, optimizer: Optimizers | None = None, *, strict: bool = True) -> int:
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The `extra` of the step that was loaded; empty where it has none."""
+        return with_infinities(self.resumed.extra or {})
+
+    def load(
+        self,
+        model: Modules,
+        optimizer: Optimizers | None = None,
+        *,
+        also: Mapping[str, Any] | None = None,
+        strict: bool = True,
+    ) -> int:
         """Fill live modules, and their optimizers, from the newest intact step, and return that step; 0 for none.
 
         Everything of an optimizer comes back: its state of any shape, and every value of its groups, the learning rate
@@ -452,16 +470,17 @@ class CheckpointManager:
         parameters that were not trained before start from zero, those that are frozen now are dropped, and a value that
         the groups of the file do not agree on stays as it is. `strict=False` is for a module that was changed, like one
         with a new head: tensors that only one side has are left alone and reported. Dicts and lists are loaded as they
-        were saved.
+        were saved. `also` are the objects that were saved with the step, by the same names: each is restored in place.
 
-        Raises: CheckpointMismatch when names or shapes do not fit, or the optimizer is of another class; module and
-        optimizer are unchanged then.
+        Raises: CheckpointMismatch when names or shapes do not fit, or when an optimizer or object is of another class;
+        nothing is changed then.
         """
         module = as_module(model)
         if (bundle := self.newest_intact()) is None:
             return 0
         with bundle:
-            fill_live(bundle, module, optimizer, self.say, strict)
+            with also_restored(bundle, also, self.ranks.world, self.say, strict):
+                fill_live(bundle, module, optimizer, self.say, strict)
             self.went_on_from(bundle, module)
             return bundle.step
 

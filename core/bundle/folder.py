@@ -27,7 +27,7 @@ MODEL_SHARDS = "model_sharded"
 LOG = "metrics.jsonl"
 STANDARD = (MODEL, CONFIG, "tokenizer.json", STATE, "optimizer.pt")
 """The files of a bundle whose training state lists none."""
-MORE = ("ema.pt",)
+MORE = ("ema.pt", "also.pt")
 """Files that a bundle may have in addition."""
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)

@@ -12,10 +12,10 @@ from typing import Any
 from ..console.words import size_text
 from ..errors import CheckpointError, CheckpointMismatch, CheckpointNotFound, NoneIntact
 from . import intact
-from .bundle import ALL_PARTS, EMA, Bundle, KeptStep, history, open_bundle
+from .bundle import ALL_PARTS, Bundle, KeptStep, history, open_bundle
 from .choice import LEGACY_FILES, seen_files
 from .commit import ModelFolder
-from .folder import LOG, aside_folder, top_state
+from .folder import LOG, MORE, aside_folder, top_state
 from .retention import Retention, drop_optimizer, optimizer_paths
 from .verify import verify
 
@@ -86,7 +86,7 @@ def clear(place: ModelFolder, say: intact.Say) -> None:
         aside.append(place.path / aside_folder(older.step, "cleared"))
         place.storage.rename(older.path, aside[-1])
     names = place.storage.names(place.path)
-    aside += place.clear_top([name for name in (*LEGACY_FILES, EMA, LOG) if name in names])
+    aside += place.clear_top([name for name in (*LEGACY_FILES, *MORE, LOG) if name in names])
     where = ", ".join(path.name for path in aside)
     found = f" What was here is in {where}." if aside else ""
     say(f"WARNING: {place.path}: starting from scratch (--allow_fresh).{found}")
@@ -149,8 +149,7 @@ def _is_loadable(place: ModelFolder, step: int | None) -> bool:
     """Whether every byte of a step, or of the newest one, is as it was written, and can be given back."""
     with suppress(CheckpointError, OSError), open_bundle(place.path, step) as bundle:
         verify(bundle, ALL_PARTS)
-        for part in (bundle.weights, bundle.optimizer, bundle.ema):
-            if part is not None:
-                part.source.refuse_foreign()
+        for part in bundle.torch_parts.values():
+            part.source.refuse_foreign()
         return True
     return False

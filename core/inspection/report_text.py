@@ -81,6 +81,9 @@ def _of_ours(facts: Facts) -> Iterable[str]:
         yield f"{'optimizer':<10}: removed ({_value(state['optimizer_removed'])}); this step holds weights only"
     if "ema.pt" in facts["files"]:
         yield f"{'ema':<10}: an average of the weights, in ema.pt{_decay(state)}"
+    if facts["also"]:
+        states = ", ".join(f"{name} ({kind})" for name, kind in facts["also"].items())
+        yield f"{'also':<10}: {printable(states)}, in also.pt"
 
 
 def _decay(state: Facts) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, history
+from ..bundle.bundle import ALSO, EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.folder import top_state
@@ -30,7 +30,7 @@ from ..config.fields import FORMAT_VERSION
 from ..config.gpt import EDITABLE, GPTConfig, same_architecture
 from ..config.modded import ModdedConfig
 from ..console.words import size_text
-from ..containers.json_files import dump_json, parse_json
+from ..containers.json_files import dump_json, parse_json, without_infinities
 from ..containers.trees import map_leaves
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointDamaged, InputError, SaveFailed
@@ -61,6 +61,7 @@ class StepContent:
     metrics: Mapping[str, float] | None = None
     extra: Mapping[str, Any] | None = None
     ema: Mapping[str, torch.Tensor] | None = None  # averages under the names of the weights
+    also: dict[str, Any] | None = None  # states of other objects; they may share memory with them
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the training state
     retention: Retention = dataclasses.field(default_factory=Retention)
     before_commit: Callable[[], None] | None = None  # called when the files are written, in the writer's thread
@@ -83,7 +84,10 @@ class StepSave:
         self._texts = {CONFIG: _config_of(module)}
         if tokenizer := content.tokenizer or getattr(module, "tokenizer", None):
             self._texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
-        self.snapshot = Snapshot(*self._take(module, content.optimizer, content.ema))
+        contents, live = self._take(module, content.optimizer, content.ema)
+        if content.also is not None:
+            contents[ALSO] = copy_others(content.also, frozenset(), {}, ALSO)
+        self.snapshot = Snapshot(contents, live)
 
     def lock(self, say: Callable[[str], None]) -> contextlib.ExitStack:
         """Wait for a write of this process that is under way, and become the only writer, from the loop on.
@@ -266,7 +270,7 @@ def _told(content: StepContent) -> dict[str, Any]:
     if clash := (FIELDS | told.keys()) & (metrics or {}).keys():
         names = ", ".join(sorted(clash))
         raise InputError(f"metrics: {names} means something else in the training state. Use another name.")
-    told |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
+    told |= dict(metrics or {}) | ({"extra": without_infinities(_plain_numbers(extra))} if extra else {})
     try:
         return json.loads(dump_json(_plain_numbers(told)))
     except (InputError, RecursionError) as error:
