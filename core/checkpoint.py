@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .bundle.folder import top_state
 from .bundle.foreign import refuse_foreign
 from .bundle.lock import hold
 from .bundle.probe import probe
-from .bundle.retention import Retention, best_step
+from .bundle.retention import RULES, Retention, best_step, numbers_of
 from .bundle.training_state import TrainingState
 from .bundle.writing import explained, writing
 from .config.gpt import GPTConfig
@@ -50,9 +50,9 @@ from .saving.step import StepContent, StepSave, add_metrics, refuse_unwritable, 
 class CheckpointManager:
     """The checkpoints of one model: a folder whose top is always the newest committed step, whole.
 
-    Besides the steps of `keep` and `keep_every`, the best one by validation loss is kept, and the one that was resumed
-    from. `stage_memory` limits the bytes that hold a step on its way to disk; None is half of what is free when the
-    first step is saved, and 48 MB are always allowed. The attributes describe all other arguments.
+    The step that was resumed from is kept besides those of the rules. `stage_memory` limits the bytes that hold a step
+    on its way to disk; None is half of what is free when the first step is saved, and 48 MB are always allowed. The
+    attributes describe all other arguments.
     """
 
     def __init__(
@@ -62,6 +62,10 @@ class CheckpointManager:
         *,
         keep: int = 1,
         keep_every: int | None = None,
+        keep_best: int = 1,
+        best_by: str = "val_loss",
+        keep_steps: Iterable[int] | str = (),
+        keep_optimizer: int | None = None,
         say: Callable[[str], None] = intact.say_on_stderr,
         save_policy: str = "wait",
         stage_memory: int | None = None,
@@ -69,8 +73,6 @@ class CheckpointManager:
         allow_fresh: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
-        if keep < 0 or (keep_every is not None and keep_every < 1):
-            raise InputError(f"keep is {keep} and keep_every {keep_every}: expected at least 0 and 1.")
         if save_policy not in ("wait", "skip") or (stage_memory is not None and stage_memory < 0):
             raise InputError(
                 f"save_policy is {save_policy!r} and stage_memory {stage_memory}: expected wait or skip, and bytes."
@@ -83,10 +85,19 @@ class CheckpointManager:
         """How many of the newest older steps are kept."""
         self.keep_every = keep_every
         """Every older step that this number divides is kept; None for none."""
+        self.keep_best = keep_best
+        """How many of the best steps are kept."""
+        self.best_by = best_by
+        """The metric by which a step is the best: "val_loss", or another with ":min" or ":max" behind it."""
+        self.keep_steps = numbers_of(keep_steps)
+        """Steps that are kept by their numbers, which the loop has to save (`wants`); "log" for 1, 2, 4, 8, ..."""
+        self.keep_optimizer = keep_optimizer
+        """How many of the newest kept steps have their optimizer state; older ones hold weights only. None for all."""
         self.facts: dict[str, Any] = {}
         """Entries of the training state of every later save, by name; `record` adds to them."""
         self.resumed = TrainingState()
         """The training state, also a mapping, of the step that training continues from; empty for a new run."""
+        _ = self.rules
         self.averages: dict[str, torch.Tensor] | None = None
         """The average of the weights at the resumed step, by their names; None where it has none."""
         self.say = say
@@ -220,15 +231,16 @@ class CheckpointManager:
             open_to_train = rewind.open_or_clear if self.allow_fresh else intact.open_newest_intact
             return open_to_train(self._folder, self.say, read_through, check=check)
 
-    def prune(self, keep: int | None = None, keep_every: int | None = None) -> int:
-        """Remove and report what was set aside, and return the bytes freed; with a number given, kept steps as well.
+    def prune(self, keep: int | None = None, keep_every: int | None = None, **rules: Any) -> int:
+        """Remove and report what was set aside, and return the bytes freed; with a rule given, kept steps as well.
 
-        Those are removed that the rules of the run, with these numbers, do not keep.
+        Those are removed that the rules of the run, with the ones given (by the names of the manager's attributes), do
+        not keep, and so are optimizer states.
         """
         if not self.ranks.world.is_first:
             return 0
         with self.writing(), explained(self.checkpoint_dir):
-            return rewind.prune(self._folder, self.say, keep, keep_every)
+            return rewind.prune(self._folder, self.say, keep=keep, keep_every=keep_every, **rules)
 
     def go_back(self, step: int) -> None:
         """Make a kept step the newest one again: training continues from it, and later steps are set aside.
@@ -305,10 +317,26 @@ class CheckpointManager:
         self.resumed = bundle.state
         self.averages = load_averages(bundle, model)
 
-    def keep_as(self, state: Mapping[str, Any], keep: int | None = None, keep_every: int | None = None) -> None:
-        """Keep older steps by the rules of the run that wrote a training state, with the numbers that are given."""
-        rules = Retention.of(TrainingState.from_dict(state)).given(keep, keep_every)
-        self.keep, self.keep_every = rules.keep, rules.keep_every
+    @property
+    def rules(self) -> Retention:
+        """The rules by which older steps are kept, and their optimizer states.
+
+        Raises: InputError for one that is impossible.
+        """
+        rules = {name: getattr(self, name) for name in RULES}
+        return Retention(**rules, resumed_from=self.resumed.step)
+
+    def keep_as(
+        self, state: Mapping[str, Any], keep: int | None = None, keep_every: int | None = None, **rules: Any
+    ) -> None:
+        """Keep older steps by the rules of the run that wrote a training state, with those that are given."""
+        found = Retention.of(TrainingState.from_dict(state)).given(keep=keep, keep_every=keep_every, **rules)
+        for name in RULES:
+            setattr(self, name, getattr(found, name))
+
+    def wants(self, step: int) -> bool:
+        """Whether `keep_steps` names a step, so that a loop has to save it."""
+        return self.rules.names(step)
 
     def record(self, **facts: Any) -> None:
         """Add facts to the training state of every later save, by name.
@@ -357,9 +385,8 @@ class CheckpointManager:
         states = None if also is None else captured(also, self.ranks.world)
         if not self.ranks.may_begin(self._saver, self.save_policy == "skip", step, self.say):
             return False
-        rules = Retention(self.keep, self.keep_every, self.resumed.step)
         content = StepContent(
-            model, optimizer, step, tokenizer, metrics, extra, ema, states, self.facts, rules, before_commit
+            model, optimizer, step, tokenizer, metrics, extra, ema, states, self.facts, self.rules, before_commit
         )
         if (save := self.ranks.step_save(self._folder, content)) is not None:
             self._write(save, optimizer)

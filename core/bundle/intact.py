@@ -238,6 +238,10 @@ def _newest_intact_kept(
     """
     passed, faults = [], [str(damage)]
     for kept in reversed(history(place.path)):
+        if fault := weights_only(kept):
+            passed.append(kept.path)
+            faults.append(fault)
+            continue
         try:
             trusted(open_bundle(kept.path), place, lambda line: None, read).close()
         except CheckpointError as error:
@@ -248,6 +252,13 @@ def _newest_intact_kept(
     raise NoneIntact(
         f"{' '.join(faults)} No intact older step is kept in {place.path}, and nothing was changed. {ANEW}"
     )
+
+
+def weights_only(kept: KeptStep) -> str | None:
+    """A sentence where the optimizer state of a kept step was removed, so that no run goes on from it as it was."""
+    if kept.state.optimizer_removed is None:
+        return None
+    return f"{kept.path}: holds weights only, since its optimizer state was removed ({kept.state.optimizer_removed})."
 
 
 def newest_intact(folder: Path, besides: int | None) -> str:

@@ -79,6 +79,8 @@ def _of_ours(facts: Facts) -> Iterable[str]:
             yield f"{name:<10}: {_value(state[name])}"
     if skipped := (state.get("training") or {}).get("skip_steps"):
         yield f"{'skip_steps':<10}: the batches of steps {_value(skipped)} are left out"
+    if state.get("optimizer_removed") is not None:
+        yield f"{'optimizer':<10}: removed ({_value(state['optimizer_removed'])}); this step holds weights only"
     if "ema.pt" in facts["files"]:
         yield f"{'ema':<10}: an average of the weights, in ema.pt{_decay(state)}"
     if facts["also"]:

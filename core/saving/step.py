@@ -21,7 +21,7 @@ from ..bundle.bundle import ALSO, EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.folder import top_state
-from ..bundle.retention import Retention, best_of, better, tidy_up
+from ..bundle.retention import Retention, tidy_up
 from ..bundle.storage import failed_call
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
@@ -161,8 +161,8 @@ class StepSave:
             self.place.newest_id(),
             **top.descent(step.state for step in kept),
             saved_at=time_of(),
-            best=better(best_of(top, kept), told["step"], told.get("val_loss")),
-            retention=dataclasses.asdict(self.retention),
+            best=self.retention.better(self.retention.best_of(top, kept), told["step"], told),
+            retention=self.retention.recorded(),
         )
         config = self._texts[CONFIG]
         if config.get("model_class", "GPT") == "GPT":
@@ -252,11 +252,11 @@ def _record(place: ModelFolder, values: Mapping[str, Any]) -> list[str]:
     changed = [name for name, value in values.items() if top.to_dict().get(name) != value]
     if not changed:
         return []
-    state = top.having(**values)
-    if "val_loss" in changed and top.best is not None and top.best["step"] == top.step:
-        best = best_of(state.having(best=None), kept)  # it was the best by the loss that it had
+    state, rules = top.having(**values), Retention.of(top)
+    if rules.metric[0] in changed and top.best is not None and top.best["step"] == top.step:
+        best = rules.best_of(state.having(best=None), kept)  # it was the best by the value that it had
     else:
-        best = better(best_of(top, kept), top.step or 0, values.get("val_loss"))
+        best = rules.better(rules.best_of(top, kept), top.step or 0, values)
     place.replace_state(state.having(best=best))
     return changed
 

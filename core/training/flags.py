@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..config.variants import VARIANTS
-from ..console.commandline import Parser, above_or_zero, below_one, count, duration, positive, seed_number, size, whole
+from ..console.commandline import (
+    Parser,
+    above_or_zero,
+    add_rule_flags,
+    below_one,
+    count,
+    duration,
+    positive,
+    seed_number,
+    size,
+    whole,
+)
 from ..networks.distributed import PARALLEL
 from .settings import Settings
 from .skips import step_ranges
@@ -124,8 +135,7 @@ def _add_saving(group: argparse._ArgumentGroup) -> None:
     _add_settings(group, "max_failed_saves")
     text = "memory for a step on its way to disk: 2GB, 500MB, or 0 for 48 MB (default: half of what is free)"
     _add(group, "stage_memory", lambda word: size(word, least=0), text, metavar="SIZE")
-    _add(group, "keep", whole, "older steps to keep besides the best (1)")
-    _add(group, "keep_every", count, "keep every step that N divides")
+    add_rule_flags(group)
     _add_settings(group, "strict_resume")
     _add(group, "consolidate", None, "at the end, write plain files from the shards (fsdp)")
 

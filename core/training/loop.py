@@ -156,8 +156,9 @@ class Loop:
             if at_interval and self.loader.validates and not stopping:
                 stopping = self._evaluate_in_time(stop)
             ends = model.step == settings.max_iters or stopping is not None
-            if model.step % save_interval == 0 or wishes or ends or self._begun == model.step:
-                self.save(now=SAVING in wishes, last=ends)
+            named = self.manager is not None and self.manager.wants(model.step)
+            if model.step % save_interval == 0 or named or wishes or ends or self._begun == model.step:
+                self.save(now=named or SAVING in wishes, last=ends)
         return stopping
 
     def _evaluate_in_time(self, stop: StopSignal) -> str | None:
