@@ -13,6 +13,7 @@ from ..bundle.find import is_model
 from ..config.variants import VARIANTS
 from ..console.words import listed_names
 from ..containers.container import Check, Container
+from ..containers.pickles.foreign import Finding
 from ..containers.spec import TensorSpec
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from ..families import megatron_iteration
@@ -115,6 +116,13 @@ class _OpenFiles(Container):
         return False
 
 
+def named(path: Path, call: str) -> Finding:
+    """A sentence about a call or name in a file, which stays a record where it is one."""
+    made = Finding(f"{path}: its pickle names {call}")
+    made.is_record = getattr(call, "is_record", False)
+    return made
+
+
 def inspect_path(path: Path, step: int | None = None) -> Inspection:
     """Open a checkpoint of any kind: a model's folder (its newest step, or a kept one), another folder, or a file.
 
@@ -127,7 +135,7 @@ def inspect_path(path: Path, step: int | None = None) -> Inspection:
         if isinstance(found.container.content, dict) and "model_state_dict" in found.container.content:
             from ..bundle.legacy import is_legacy, open_legacy
 
-            if is_legacy(found.container.content):
+            if is_legacy(found.container.content) and not found.container.unpacked:
                 with contextlib.suppress(CheckpointMismatch):  # one that cannot be loaded is still shown
                     return of_bundle(open_legacy(path))
         return found

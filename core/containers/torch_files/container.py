@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
-from ..container import Check, Container, reading
+from ..container import Check, Container, Unpacked, reading
 from ..pickles.foreign import foreign_calls
-from ..spec import TensorSpec
+from ..spec import ITEM_SIZES, TensorSpec
 from .file import open_torch_file
 from .storages import TorchArchive
+from .zip import pieces_of
 from .zip_directory import Record
 
 
@@ -22,9 +26,11 @@ def open_torch_single(path: Path) -> Container:
         another kind of file.
     """
     with reading(path) as file:
-        archive = open_torch_file(file, str(path))
+        archive = open_torch_file(file, str(path), unpack=True)
         size = file.seek(0, os.SEEK_END)
-    return container_of(archive, path, size)
+    container = container_of(archive, path, size)
+    container.unpacked = _unpacked(archive, path)
+    return container
 
 
 def container_of(archive: TorchArchive, path: Path, size: int) -> Container:
@@ -41,6 +47,25 @@ def container_of(archive: TorchArchive, path: Path, size: int) -> Container:
     )
 
 
+def _unpacked(archive: TorchArchive, path: Path) -> dict[str, Unpacked]:
+    """What the file holds in another form: arrays in its pickle, and deflated records with tensors."""
+    found = {
+        name: Unpacked(math.prod(array.shape) * ITEM_SIZES[array.dtype], array.write)
+        for name, array in archive.arrays.items()
+    }
+    packed = {spec.file for spec in archive.tensors.values()} - found.keys() - {""}
+    for record in archive.records.values():
+        if record.name in packed:
+            found[record.name] = Unpacked(record.inflated, partial(_inflate, path, record))
+    return found
+
+
+def _inflate(path: Path, record: Record, into: BinaryIO) -> None:
+    with reading(path) as file:
+        for piece in pieces_of(file, record, str(path)):
+            into.write(piece)
+
+
 def _checks(archive: TorchArchive, file: str) -> list[Check]:
     """Each record of a zip with its checksum; of a stream, which has none, the bytes of each storage."""
     in_storage: dict[str, list[TensorSpec]] = defaultdict(list)
@@ -50,6 +75,8 @@ def _checks(archive: TorchArchive, file: str) -> list[Check]:
         return record_checks(archive.records, file, {key: [s.name for s in specs] for key, specs in in_storage.items()})
     checks = []
     for specs in in_storage.values():
+        if specs[0].file:
+            continue
         begin = min(spec.offset for spec in specs)
         end = max(spec.offset + spec.extent for spec in specs)
         checks.append(Check(file, begin, end - begin, None, tuple(spec.name for spec in specs)))
@@ -60,7 +87,10 @@ def record_checks(
     records: Mapping[str, Record], file: str, tensors: Mapping[str, Sequence[str]], before: str = ""
 ) -> list[Check]:
     """List the records of a zip with their checksums; `tensors` has the names of those in a record."""
-    return [
-        Check(file, record.offset, record.size, record.checksum, tuple(tensors.get(name, ())) or (before + name,))
-        for name, record in records.items()
-    ]
+    made = []
+    for name, record in records.items():
+        held, place = tuple(tensors.get(name, ())), (file, record.offset, record.size, record.checksum)
+        if held and not record.stored:
+            place = (record.name, 0, record.inflated, record.crc32 or None)
+        made.append(Check(*place, held or (before + name,)))
+    return made

@@ -37,8 +37,10 @@ _LONGEST_HEADER = 1 << 27
 _TAR_OF_TORCH = (b"sys_info", b"pickle", b"storages", b"tensors")
 
 
-def open_torch_file(file: BinaryIO, where: str) -> TorchArchive:
+def open_torch_file(file: BinaryIO, where: str, unpack: bool = False) -> TorchArchive:
     """Read the contents of a torch file without its tensors; `where` is its path, for messages.
+
+    With `unpack`, tensors may be packed in it, deflated or within a pickle, where the caller can unpack them.
 
     Raises: CheckpointDamaged when it is cut off, contradicts itself or is not recognized; CheckpointError with the kind
         that it seems to be when it is another kind of file.
@@ -48,9 +50,9 @@ def open_torch_file(file: BinaryIO, where: str) -> TorchArchive:
         raise CheckpointDamaged(f"{where}: empty (0 bytes), expected a torch file.")
     head = read_at(file, 0, min(size, _HEAD), where)
     if head.startswith(b"PK") or head == b"P":
-        return open_torch_zip(file, where)
+        return open_torch_zip(file, where, unpack)
     if (head[0] == 0x80 and head[1:2] <= b"\5") or head.startswith(b"L%dL" % MAGIC):
-        return open_torch_stream(file, where)
+        return open_torch_stream(file, where, unpack)
     raise _other_kind(head, where)
 
 
