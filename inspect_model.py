@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
-from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, add_check_flags, count, run
+from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, add_check_flags, add_rule_flags, rules_given, run
 from core.console.progress import byte_bar, token_bar
 from core.console.words import printable
 from core.containers.plain import Room, plain
@@ -52,16 +52,14 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     if args.diff:
         return diff(parser, args)
-    if not args.history and (args.keep is not None or args.keep_every is not None):
-        parser.error("--keep and --keep_every need --history; they show what they would remove")
+    if not args.history and (rules := [f"--{name}" for name, value in rules_given(args).items() if value is not None]):
+        parser.error(f"{' and '.join(rules)} need --history, which shows what they would remove")
     if args.history and args.check_text is not None:
         parser.error("--check_text computes one step; leave out --history, or name the step with --step")
     if args.history and args.step is not None:
         parser.error("--history shows every step; leave out --step")
     if args.check_loss is not None and args.check_text is None:
         parser.error("--check_loss needs --check_text, the text whose loss it is")
-    if args.keep is not None and args.keep < 0:
-        parser.error(f"--keep is {args.keep}, expected at least 0")
     places = find_places(parser, args)
     if places is None:
         return WRONG_USE
@@ -86,8 +84,7 @@ def make_parser() -> Parser:
     views.add_argument(
         "--history", action="store_true", help="every step, kept and aside, with its health and the reason it is kept"
     )
-    views.add_argument("--keep", type=int, metavar="N", help="with --history: what this would remove")
-    views.add_argument("--keep_every", type=count, metavar="N", help="with --history: the same")
+    add_rule_flags(views, "with --history: what this would remove")
     views.add_argument("--verify", action="store_true", help="compare every record with its checksum")
     views.add_argument(
         "--stats", metavar="GLOB", nargs="?", const="*", help="read tensors: min, max, mean, std, zeros, NaN and Inf"
@@ -187,7 +184,7 @@ def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     total = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     with byte_bar("verifying", total, show=args.verify) as bar:
         past = past_of(place, checksums=args.verify, progress=bar.update)
-    facts = past_facts(past, args.verify, args.keep, args.keep_every)
+    facts = past_facts(past, args.verify, rules_given(args))
     return {"past": facts}, past_faults(facts)
 
 

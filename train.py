@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.console.commandline import DONE, STOPPED, run, spelled, spin_briefly
+from core.console.commandline import DONE, STOPPED, rules_given, run, spelled, spin_briefly
 from core.console.signals import StopSignal, decide_exit_code
 from core.console.streams import outlive_terminal
 from core.training.flags import CONFIG_FLAGS, EXPORTABLE, make_parser
@@ -64,10 +64,10 @@ def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
 
 
 def prune(manager: CheckpointManager, args: argparse.Namespace) -> int:
-    """Remove what was set aside and, where --keep or --keep_every is given, kept steps that no rule keeps."""
+    """Remove what was set aside and, where a rule is given, kept steps and optimizer states that none keeps."""
     from core.console.words import size_text
 
-    freed = manager.prune(args.keep, args.keep_every)
+    freed = manager.prune(**rules_given(args))
     print(f"{freed} bytes freed ({size_text(freed)})")
     return DONE
 
@@ -85,7 +85,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     world = manager.ranks.world
 
     # 1. The model and its device: the kind of the checkpoint, or of --arch.
-    manager.keep_as(bundle.state if bundle else {}, args.keep, args.keep_every)
+    manager.keep_as(bundle.state if bundle else {}, **rules_given(args))
     given = {name: flags[name] for name in CONFIG_FLAGS if name in flags} | (EXPORTABLE if args.tied_head else {})
     fresh_file = args.init_from_checkpoint if bundle is None else None
     origin = open_origin(fresh_file, args.arch) if fresh_file else None
@@ -94,7 +94,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
 
     # 2. The settings: a flag wins over the run so far, which wins over the preset.
     so_far, preset = bundle.settings if bundle else {}, kind.preset(device.type == "cpu")
-    settings = Settings.resolve(flags, so_far, preset)
+    settings = Settings.resolve(flags, so_far, preset, bundle.step if bundle else 0)
     world.refuse_fp16_shards(settings.dtype)
     if bundle and bundle.step >= settings.max_iters:
         kind.refuse_contradictions(bundle, given)

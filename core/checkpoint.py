@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,26 @@ from .bundle.folder import top_state
 from .bundle.foreign import refuse_foreign
 from .bundle.lock import hold
 from .bundle.probe import probe
-from .bundle.retention import Retention, best_step
+from .bundle.retention import RULES, Retention, best_step, numbers_of
 from .bundle.training_state import TrainingState
 from .bundle.writing import explained, writing
 from .config.gpt import GPTConfig
 from .console.anchored import anchored
 from .console.words import size_text
-from .containers.json_files import dump_json
+from .containers.json_files import dump_json, with_infinities
 from .data.tokenizer import Tokenizer
 from .errors import CheckpointDamaged, CheckpointError, InputError
 from .kinds import gpt_kind
 from .kinds.gpt import given_fields
 from .kinds.kind import ModelKind, Request, new_model
+from .loading.also import also_restored
 from .loading.inference import load_chosen
 from .loading.live import fill_live
 from .loading.tensors import load_averages, read_through
 from .model import GPT, GPTBatched, GPTFlexAttention
 from .networks.device import resolve_dtype
 from .networks.wrappers import Modules, Optimizers, as_module, optimizers_by_name, says_when_it_steps
+from .saving.also import captured
 from .saving.background import BackgroundSaver
 from .saving.consolidate import consolidate
 from .saving.ranks import Ranks
@@ -48,9 +50,9 @@ from .saving.step import StepContent, StepSave, add_metrics, refuse_unwritable, 
 class CheckpointManager:
     """The checkpoints of one model: a folder whose top is always the newest committed step, whole.
 
-    Besides the steps of `keep` and `keep_every`, the best one by validation loss is kept, and the one that was resumed
-    from. `stage_memory` limits the bytes that hold a step on its way to disk; None is half of what is free when the
-    first step is saved, and 48 MB are always allowed. The attributes describe all other arguments.
+    The step that was resumed from is kept besides those of the rules. `stage_memory` limits the bytes that hold a step
+    on its way to disk; None is half of what is free when the first step is saved, and 48 MB are always allowed. The
+    attributes describe all other arguments.
     """
 
     def __init__(
@@ -60,6 +62,10 @@ class CheckpointManager:
         *,
         keep: int = 1,
         keep_every: int | None = None,
+        keep_best: int = 1,
+        best_by: str = "val_loss",
+        keep_steps: Iterable[int] | str = (),
+        keep_optimizer: int | None = None,
         say: Callable[[str], None] = intact.say_on_stderr,
         save_policy: str = "wait",
         stage_memory: int | None = None,
@@ -67,8 +73,6 @@ class CheckpointManager:
         allow_fresh: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
-        if keep < 0 or (keep_every is not None and keep_every < 1):
-            raise InputError(f"keep is {keep} and keep_every {keep_every}: expected at least 0 and 1.")
         if save_policy not in ("wait", "skip") or (stage_memory is not None and stage_memory < 0):
             raise InputError(
                 f"save_policy is {save_policy!r} and stage_memory {stage_memory}: expected wait or skip, and bytes."
@@ -81,10 +85,19 @@ class CheckpointManager:
         """How many of the newest older steps are kept."""
         self.keep_every = keep_every
         """Every older step that this number divides is kept; None for none."""
+        self.keep_best = keep_best
+        """How many of the best steps are kept."""
+        self.best_by = best_by
+        """The metric by which a step is the best: "val_loss", or another with ":min" or ":max" behind it."""
+        self.keep_steps = numbers_of(keep_steps)
+        """Steps that are kept by their numbers, which the loop has to save (`wants`); "log" for 1, 2, 4, 8, ..."""
+        self.keep_optimizer = keep_optimizer
+        """How many of the newest kept steps have their optimizer state; older ones hold weights only. None for all."""
         self.facts: dict[str, Any] = {}
         """Entries of the training state of every later save, by name; `record` adds to them."""
         self.resumed = TrainingState()
         """The training state, also a mapping, of the step that training continues from; empty for a new run."""
+        _ = self.rules
         self.averages: dict[str, torch.Tensor] | None = None
         """The average of the weights at the resumed step, by their names; None where it has none."""
         self.say = say
@@ -218,15 +231,16 @@ class CheckpointManager:
             open_to_train = rewind.open_or_clear if self.allow_fresh else intact.open_newest_intact
             return open_to_train(self._folder, self.say, read_through, check=check)
 
-    def prune(self, keep: int | None = None, keep_every: int | None = None) -> int:
-        """Remove and report what was set aside, and return the bytes freed; with a number given, kept steps as well.
+    def prune(self, keep: int | None = None, keep_every: int | None = None, **rules: Any) -> int:
+        """Remove and report what was set aside, and return the bytes freed; with a rule given, kept steps as well.
 
-        Those are removed that the rules of the run, with these numbers, do not keep.
+        Those are removed that the rules of the run, with the ones given (by the names of the manager's attributes), do
+        not keep, and so are optimizer states.
         """
         if not self.ranks.world.is_first:
             return 0
         with self.writing(), explained(self.checkpoint_dir):
-            return rewind.prune(self._folder, self.say, keep, keep_every)
+            return rewind.prune(self._folder, self.say, keep=keep, keep_every=keep_every, **rules)
 
     def go_back(self, step: int) -> None:
         """Make a kept step the newest one again: training continues from it, and later steps are set aside.
@@ -303,10 +317,26 @@ class CheckpointManager:
         self.resumed = bundle.state
         self.averages = load_averages(bundle, model)
 
-    def keep_as(self, state: Mapping[str, Any], keep: int | None = None, keep_every: int | None = None) -> None:
-        """Keep older steps by the rules of the run that wrote a training state, with the numbers that are given."""
-        rules = Retention.of(TrainingState.from_dict(state)).given(keep, keep_every)
-        self.keep, self.keep_every = rules.keep, rules.keep_every
+    @property
+    def rules(self) -> Retention:
+        """The rules by which older steps are kept, and their optimizer states.
+
+        Raises: InputError for one that is impossible.
+        """
+        rules = {name: getattr(self, name) for name in RULES}
+        return Retention(**rules, resumed_from=self.resumed.step)
+
+    def keep_as(
+        self, state: Mapping[str, Any], keep: int | None = None, keep_every: int | None = None, **rules: Any
+    ) -> None:
+        """Keep older steps by the rules of the run that wrote a training state, with those that are given."""
+        found = Retention.of(TrainingState.from_dict(state)).given(keep=keep, keep_every=keep_every, **rules)
+        for name in RULES:
+            setattr(self, name, getattr(found, name))
+
+    def wants(self, step: int) -> bool:
+        """Whether `keep_steps` names a step, so that a loop has to save it."""
+        return self.rules.names(step)
 
     def record(self, **facts: Any) -> None:
         """Add facts to the training state of every later save, by name.
@@ -326,6 +356,7 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         extra: Mapping[str, Any] | None = None,
         ema: Mapping[str, torch.Tensor] | None = None,
+        also: Mapping[str, Any] | None = None,
         before_commit: Callable[[], None] | None = None,
     ) -> bool:
         """Begin to commit a step of any module; after `wait` it is durable and older steps are pruned.
@@ -342,17 +373,21 @@ class CheckpointManager:
         of their storage. Dicts and lists of modules, and of optimizers, are saved by name. A parameter of an optimizer
         outside the module is refused. Saving the same state at the same step again changes nothing. The `val_loss` in
         `metrics` decides which step is the best; `extra` is kept in the training state for the caller. `ema` is an
-        average of the weights under the same names. `before_commit` is called when the files are written, in the
-        writer's thread.
+        average of the weights under the same names. `also` are other objects by name, whose states are copied here:
+        anything with state_dict and load_state_dict, random generators, dicts and lists of tensors and arrays, and
+        "all" for the generators of Python, NumPy and torch on every rank. `before_commit` is called when the files are
+        written, in the writer's thread.
 
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
         CheckpointLocked, InputError.
         """
         step = whole_step(step)
+        states = None if also is None else captured(also, self.ranks.world)
         if not self.ranks.may_begin(self._saver, self.save_policy == "skip", step, self.say):
             return False
-        rules = Retention(self.keep, self.keep_every, self.resumed.step)
-        content = StepContent(model, optimizer, step, tokenizer, metrics, extra, ema, self.facts, rules, before_commit)
+        content = StepContent(
+            model, optimizer, step, tokenizer, metrics, extra, ema, states, self.facts, self.rules, before_commit
+        )
         if (save := self.ranks.step_save(self._folder, content)) is not None:
             self._write(save, optimizer)
         return True
@@ -396,6 +431,11 @@ class CheckpointManager:
         self._saver.join()
         self.raise_failed()
 
+    @property
+    def durable_at(self) -> float | None:
+        """When the last save that succeeded was durable, by time.monotonic; None where none was written here."""
+        return self._saver.durable_at
+
     def raise_failed(self) -> None:
         """Raise the SaveFailed of a save that ended since the last call; at the edge of a step it costs nothing.
 
@@ -415,7 +455,19 @@ class CheckpointManager:
         """The newest committed step; None where nothing is saved."""
         return top_state(self._folder).step
 
-    def load(self, model: Modules, optimizer: Optimizers | None = None, *, strict: bool = True) -> int:
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The `extra` of the step that was loaded; empty where it has none."""
+        return with_infinities(self.resumed.extra or {})
+
+    def load(
+        self,
+        model: Modules,
+        optimizer: Optimizers | None = None,
+        *,
+        also: Mapping[str, Any] | None = None,
+        strict: bool = True,
+    ) -> int:
         """Fill live modules, and their optimizers, from the newest intact step, and return that step; 0 for none.
 
         Everything of an optimizer comes back: its state of any shape, and every value of its groups, the learning rate
@@ -423,16 +475,17 @@ class CheckpointManager:
         parameters that were not trained before start from zero, those that are frozen now are dropped, and a value that
         the groups of the file do not agree on stays as it is. `strict=False` is for a module that was changed, like one
         with a new head: tensors that only one side has are left alone and reported. Dicts and lists are loaded as they
-        were saved.
+        were saved. `also` are the objects that were saved with the step, by the same names: each is restored in place.
 
-        Raises: CheckpointMismatch when names or shapes do not fit, or the optimizer is of another class; module and
-        optimizer are unchanged then.
+        Raises: CheckpointMismatch when names or shapes do not fit, or when an optimizer or object is of another class;
+        nothing is changed then.
         """
         module = as_module(model)
         if (bundle := self.newest_intact()) is None:
             return 0
         with bundle:
-            fill_live(bundle, module, optimizer, self.say, strict)
+            with also_restored(bundle, also, self.ranks.world, self.say, strict):
+                fill_live(bundle, module, optimizer, self.say, strict)
             self.went_on_from(bundle, module)
             return bundle.step
 

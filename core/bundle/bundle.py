@@ -24,8 +24,9 @@ from .training_state import STATE, TrainingState, check_version, unseal
 OPTIMIZER = "optimizer.pt"
 TOKENIZER = "tokenizer.json"
 EMA = "ema.pt"
+ALSO = "also.pt"
 
-ALL_PARTS = (MODEL, TOKENIZER, OPTIMIZER, EMA)
+ALL_PARTS = (MODEL, TOKENIZER, OPTIMIZER, EMA, ALSO)
 FOR_INFERENCE = (MODEL, TOKENIZER)
 """The files that a load verifies: only those that it reads."""
 
@@ -46,6 +47,7 @@ class Bundle:
     optimizer: Part | None
     single: str | None = None
     ema: Part | None = None
+    also: Part | None = None
 
     @functools.cached_property
     def evidence(self) -> Evidence:
@@ -87,6 +89,12 @@ class Bundle:
     def is_sharded(self) -> bool:
         """Whether its weights lie in shards."""
         return isinstance(self.weights.source, ShardedFile)
+
+    @property
+    def torch_parts(self) -> dict[str, Part]:
+        """Its torch files, or the folders of shards in their place, by the names of the files."""
+        parts = {MODEL: self.weights, OPTIMIZER: self.optimizer, EMA: self.ema, ALSO: self.also}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -182,8 +190,9 @@ def _bundle(opened: OpenStep, folder: Path) -> Bundle:
         raise CheckpointMismatch(f"{error} Correct it, or copy that of a kept step.") from error
     check_version(values, where)
     tokenizer = _read_json(opened, TOKENIZER) if TOKENIZER in opened.files else None
-    ema = _part(opened, EMA)
-    return Bundle(opened.folder, opened.state, values, tokenizer, opened.files, weights, optimizer, ema=ema)
+    ema, also = _part(opened, EMA), _part(opened, ALSO)
+    files = opened.files
+    return Bundle(opened.folder, opened.state, values, tokenizer, files, weights, optimizer, ema=ema, also=also)
 
 
 def _part(opened: OpenStep, name: str, keys: tuple[str, ...] = ()) -> Part | None:

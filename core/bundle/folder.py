@@ -27,7 +27,7 @@ MODEL_SHARDS = "model_sharded"
 LOG = "metrics.jsonl"
 STANDARD = (MODEL, CONFIG, "tokenizer.json", STATE, "optimizer.pt")
 """The files of a bundle whose training state lists none."""
-MORE = ("ema.pt",)
+MORE = ("ema.pt", "also.pt")
 """Files that a bundle may have in addition."""
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
@@ -154,19 +154,28 @@ class FolderReader:
         if not self.storage.exists(folder):
             kept = ", ".join(str(s) for s in self.kept_steps()) or "none"
             raise CheckpointNotFound(f"{folder}: this step is not kept. Kept steps: {kept}.")
+        opened = self._open_listed(folder)
+        if isinstance(opened, Path) and self.storage.exists(folder):  # a writer removes its optimizer state
+            opened = self._open_listed(folder)
+        if isinstance(opened, Path):
+            raise CheckpointDamaged(f"{shown(opened)}: missing, but {STATE} lists it.")
+        return opened
+
+    def _open_listed(self, folder: Path) -> OpenStep | Path:
+        """Open every file that the training state of a folder lists; the path of one that is missing instead."""
         try:
             state = unseal(self.storage.read(folder / STATE), f"{folder / STATE}")
         except FileNotFoundError:
             state = TrainingState()
-        files: dict[str, BinaryIO] = {}
+        opened = OpenStep(folder, state, {})
         for name in file_names(state)[:-1]:
             try:
-                files[name] = self.storage.open(folder / name)
-            except FileNotFoundError as error:
+                opened.files[name] = self.storage.open(folder / name)
+            except FileNotFoundError:
                 if state.integrity is not None:
-                    OpenStep(folder, state, files).close()
-                    raise CheckpointDamaged(f"{shown(folder / name)}: missing, but {STATE} lists it.") from error
-        return OpenStep(folder, state, files)
+                    opened.close()
+                    return folder / name
+        return opened
 
     def kept_steps(self) -> dict[int, Path]:
         """List the older steps that are kept, oldest first, without those that are on their way, file by file."""

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from ..console.words import printable
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
-from .bundle import ALL_PARTS, EMA, FOR_INFERENCE, OPTIMIZER, Bundle, KeptStep, history, open_bundle
+from .bundle import ALL_PARTS, FOR_INFERENCE, OPTIMIZER, Bundle, KeptStep, history, open_bundle
 from .choice import Candidate, Say, choose, open_choice
 from .commit import CONFIG, MODEL, ModelFolder
 from .damage import Mixed, behind, config_goes, edited, refuse_mixture, refuse_without_state
-from .folder import MODEL_SHARDS
+from .folder import MODEL_SHARDS, MORE
 from .foreign import foreign_checkpoint
 from .legacy import open_legacy
 from .training_state import STATE
@@ -33,9 +33,8 @@ ReadThrough = Callable[[Bundle], object]
 
 def read_headers(bundle: Bundle) -> None:
     """Read what the files of a step describe, without torch. Raises: CheckpointError."""
-    for part in (bundle.weights, bundle.optimizer, bundle.ema):
-        if part is not None:
-            part.source.refuse_foreign()
+    for part in bundle.torch_parts.values():
+        part.source.refuse_foreign()
 
 
 def say_on_stderr(line: str) -> None:
@@ -167,7 +166,7 @@ def open_newest_intact(
             say(f"WARNING: trying {choice.candidates[i + 1].name} instead; nothing was deleted")
     if choice.passed:
         raise NoneIntact(f"{choice.passed[0]} {NOTHING_ELSE}")
-    left = [name for name in (MODEL, MODEL_SHARDS, OPTIMIZER, EMA, STATE) if (place.path / name).exists()]
+    left = [name for name in (MODEL, MODEL_SHARDS, OPTIMIZER, *MORE, STATE) if (place.path / name).exists()]
     if left:
         gone = " and ".join(name for name in (MODEL, CONFIG) if not (place.path / name).exists())
         raise NoneIntact(
@@ -239,6 +238,10 @@ def _newest_intact_kept(
     """
     passed, faults = [], [str(damage)]
     for kept in reversed(history(place.path)):
+        if fault := weights_only(kept):
+            passed.append(kept.path)
+            faults.append(fault)
+            continue
         try:
             trusted(open_bundle(kept.path), place, lambda line: None, read).close()
         except CheckpointError as error:
@@ -249,6 +252,13 @@ def _newest_intact_kept(
     raise NoneIntact(
         f"{' '.join(faults)} No intact older step is kept in {place.path}, and nothing was changed. {ANEW}"
     )
+
+
+def weights_only(kept: KeptStep) -> str | None:
+    """A sentence where the optimizer state of a kept step was removed, so that no run goes on from it as it was."""
+    if kept.state.optimizer_removed is None:
+        return None
+    return f"{kept.path}: holds weights only, since its optimizer state was removed ({kept.state.optimizer_removed})."
 
 
 def newest_intact(folder: Path, besides: int | None) -> str:

@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .owner import STAGE, is_left_over
+from .owner import STAGE, is_left_over, stage_name
 from .storage import Storage
-from .training_state import new_id
+from .training_state import STATE, TrainingState, new_id, seal
 
 TRASH = ".trash-"
 """How the names of folders begin that are being removed."""
@@ -45,6 +45,27 @@ class Removal:
         if any(folder is trash for folder, trash in doomed.items()):
             self.storage.sync_folder(self.path)
         return gone
+
+    def remove_from_step(self, folder: Path, state: TrainingState, doomed: Sequence[Path]) -> bool:
+        """Remove files from a kept step, of which `state` is the training state without them; False where not possible.
+
+        The training state is replaced first, durably, so that the step is whole at every moment: with the files, or
+        without. What a crash leaves of them is listed nowhere, and removed by the next call.
+        """
+        if not self.storage.is_folder(folder):  # a link: what it leads to is not ours
+            return False
+        with self._noting(folder):
+            if self.storage.read(folder / STATE) != (data := seal(state)):
+                with stage_name() as name, self.storage.removed_on_failure(staged := self.path / name):
+                    self.storage.write(staged, data)
+                    self.storage.rename(staged, folder / STATE)
+            self.storage.sync_folder(folder)
+            self.storage.sync_folder(self.path)
+            for path in doomed:
+                self.storage.remove_tree(path)
+            self.storage.sync_folder(folder)
+            return True
+        return False
 
     def remove_left_over(self) -> None:
         """Remove what writers left that were killed: stages that were never committed, and half removed folders."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from ..console.words import size_text
-from ..errors import CheckpointError, CheckpointNotFound, NoneIntact
+from ..errors import CheckpointError, CheckpointMismatch, CheckpointNotFound, NoneIntact
 from . import intact
-from .bundle import ALL_PARTS, EMA, Bundle, KeptStep, history, open_bundle
+from .bundle import ALL_PARTS, Bundle, KeptStep, history, open_bundle
 from .choice import LEGACY_FILES, seen_files
 from .commit import ModelFolder
-from .folder import LOG, aside_folder, top_state
-from .retention import Retention
+from .folder import LOG, MORE, aside_folder, top_state
+from .retention import Retention, drop_optimizer, optimizer_paths
 from .verify import verify
 
 
@@ -26,7 +30,8 @@ def go_back(
 ) -> None:
     """Make a kept step the newest one again, by one commit; later steps are set aside. The caller holds the lock.
 
-    Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged when it is damaged; nothing is changed then.
+    Raises: CheckpointNotFound when the step is not kept, CheckpointMismatch when its optimizer state was removed,
+        CheckpointDamaged when it is damaged; nothing is changed then.
     """
     kept = {older.step: older for older in history(place.path)}
     top = top_state(place)
@@ -39,6 +44,12 @@ def go_back(
             f"{place.path}: step {step} is not kept. {hint}Kept steps: {', '.join(map(str, kept)) or 'none'}."
         )
     intact.trusted(open_bundle(place.path, step), place, say, read, check=check).close()
+    if fault := intact.weights_only(kept[step]):
+        whole = [str(older.step) for older in kept.values() if older.state.optimizer_file]
+        raise CheckpointMismatch(
+            f"{fault} Steps with one: {', '.join(whole) or 'none'}. Its weights alone start a new run: "
+            f"convert_checkpoints.py {kept[step].path} DST --to bundle. Nothing was changed."
+        )
     later = [older.path for older in kept.values() if older.order > kept[step].order]
     ids = [older.state.commit_id for older in kept.values()]
     # A single file with a higher step that this step does not list would be chosen instead of it.
@@ -75,25 +86,34 @@ def clear(place: ModelFolder, say: intact.Say) -> None:
         aside.append(place.path / aside_folder(older.step, "cleared"))
         place.storage.rename(older.path, aside[-1])
     names = place.storage.names(place.path)
-    aside += place.clear_top([name for name in (*LEGACY_FILES, EMA, LOG) if name in names])
+    aside += place.clear_top([name for name in (*LEGACY_FILES, *MORE, LOG) if name in names])
     where = ", ".join(path.name for path in aside)
     found = f" What was here is in {where}." if aside else ""
     say(f"WARNING: {place.path}: starting from scratch (--allow_fresh).{found}")
 
 
-def prune(place: ModelFolder, say: intact.Say, keep: int | None = None, keep_every: int | None = None) -> int:
-    """Remove and report what was set aside, and return the bytes freed; with a number given, kept steps as well.
+def prune(place: ModelFolder, say: intact.Say, **given: Any) -> int:
+    """Remove and report what was set aside, and return the bytes freed; with a rule given, kept steps as well.
 
-    Those are removed that the rules of the run, with these numbers, do not keep; the last step that can be loaded
-    stays. A file that also has another name, such as one of a kept step, frees nothing. The caller holds the lock.
+    Those are removed that the rules of the run, with the ones given, do not keep, and so are optimizer states; the
+    last step that can be loaded stays, with its optimizer. A file that also has another name, such as one of a kept
+    step, frees nothing. The caller holds the lock.
     """
     going: list[KeptStep] = []
-    if keep is not None or keep_every is not None:
-        newest, kept = top_state(place), history(place.path)
-        going = _besides_the_last(place, Retention.of(newest).given(keep, keep_every).going(newest, kept), kept, say)
-    doomed = [*place.asides(), *(older.path for older in going)]
-    inside = {folder: [file.stat() for file in folder.rglob("*") if file.is_file()] for folder in doomed}
-    gone = place.removal.remove(doomed)
+    thinned: list[KeptStep] = []
+    newest, kept = top_state(place), history(place.path)
+    rules = Retention.of(newest).given(**given)
+    if any(value is not None for value in given.values()):
+        going = _besides_the_last(place, rules.going(newest, kept), kept, say, "stays")
+        whole = [step for step in kept if step not in going and step.state.has_optimizer]
+        thinned = _besides_the_last(place, rules.thinned(newest, kept), whole, say, "keeps its optimizer state")
+    folders = [*place.asides(), *(older.path for older in going)]
+    states = {older.step: optimizer_paths(older) for older in thinned}
+    inside = {path: _files_in(path) for path in (*folders, *itertools.chain(*states.values()))}
+    gone = place.removal.remove(folders)
+    for older in thinned:
+        if drop_optimizer(place, older, rules):
+            gone += states[older.step]
     files = [file for folder in gone for file in inside[folder]]
     names = Counter(file.st_ino for file in files)
     freed = {file.st_ino: file.st_size for file in files if names[file.st_ino] == file.st_nlink}
@@ -103,8 +123,13 @@ def prune(place: ModelFolder, say: intact.Say, keep: int | None = None, keep_eve
     return sum(freed.values())
 
 
+def _files_in(path: Path) -> list[os.stat_result]:
+    """The facts of a file, or of those in a folder."""
+    return [file.stat() for file in (path, *path.rglob("*")) if file.is_file()]
+
+
 def _besides_the_last(
-    place: ModelFolder, going: list[KeptStep], kept: list[KeptStep], say: intact.Say
+    place: ModelFolder, going: list[KeptStep], kept: list[KeptStep], say: intact.Say, verb: str
 ) -> list[KeptStep]:
     """Those of the steps to remove without which a step that can be loaded still stays; each is read to find out.
 
@@ -116,7 +141,7 @@ def _besides_the_last(
     spared = next((older for older in reversed(going) if _is_loadable(place, older.step)), None)
     if spared is None:
         return going
-    say(f"WARNING: {spared.path} stays: it is the last step that can be loaded")
+    say(f"WARNING: {spared.path} {verb}: it is the last step that can be loaded")
     return [older for older in going if older is not spared]
 
 
@@ -124,8 +149,7 @@ def _is_loadable(place: ModelFolder, step: int | None) -> bool:
     """Whether every byte of a step, or of the newest one, is as it was written, and can be given back."""
     with suppress(CheckpointError, OSError), open_bundle(place.path, step) as bundle:
         verify(bundle, ALL_PARTS)
-        for part in (bundle.weights, bundle.optimizer, bundle.ema):
-            if part is not None:
-                part.source.refuse_foreign()
+        for part in bundle.torch_parts.values():
+            part.source.refuse_foreign()
         return True
     return False

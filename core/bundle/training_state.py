@@ -32,6 +32,7 @@ class TrainingState(Mapping[str, Any]):
     # Written by every save
     step: int | None = None  # steps of the loop made so far
     optimizer_file: str | None = None  # name of the file or folder; None where the step has no optimizer state
+    optimizer_removed: str | None = None  # the rule that made a kept step one of weights only, as "keep_optimizer 2"
     optimizer_class: str | Values | None = None  # the name of its class, or of each of several by their names
     format_version: int | None = None  # absent in version 1
     commit_id: str | None = None  # random; stays when the metrics change or the folder goes back
@@ -40,8 +41,8 @@ class TrainingState(Mapping[str, Any]):
     commit_number: int | None = None  # 1 more than the largest among the steps that were there
     branch: Values | None = None  # id, and step and commit_id where it left; the first save after going back
     saved_at: str | None = None  # local time with its offset from UTC
-    best: Values | None = None  # step and val_loss (nats a token) of the best step so far
-    retention: Values | None = None  # the rules of this run: keep, keep_every and resumed_from, all in steps
+    best: Values | None = None  # step and val_loss (nats a token), or the run's own metric, of the best step so far
+    retention: Values | None = None  # the rules of this run, and the step it resumed from
     architecture: Values | None = None  # fields of a GPT's config that decide its tensors and its mathematics
     legacy: list[Values] | None = None  # single files that were there: name, size (bytes), mtime_ns, crc32
     # Other writers of a whole state
@@ -189,9 +190,11 @@ def unseal(data: bytes, where: str) -> TrainingState:
 
 
 _TEXT, _COUNT, _NUMBER, _OBJECT = "a text", "a whole number of at least 0", "a number", "an object"
+_STEPS = '"log" or a list of whole numbers of at least 0'
 
 _TYPES: dict[str, Any] = {
     "optimizer_file": _TEXT,
+    "optimizer_removed": _TEXT,
     "commit_id": _TEXT,
     "parent": _TEXT,
     "run": _TEXT,
@@ -199,7 +202,11 @@ _TYPES: dict[str, Any] = {
     "branch": {"id": _TEXT, "step": _COUNT, "commit_id": _TEXT},
     "saved_at": _TEXT,
     "best": {"step": _COUNT, "val_loss": _NUMBER},
-    "retention": {"keep": _COUNT, "keep_every": _COUNT, "resumed_from": _COUNT},
+    "retention": {
+        **dict.fromkeys(("keep", "keep_every", "resumed_from", "keep_best", "keep_optimizer"), _COUNT),
+        "best_by": _TEXT,
+        "keep_steps": _STEPS,
+    },
     "architecture": _OBJECT,
     "migrated_from": {"name": _TEXT, "size": _COUNT, "crc32": _TEXT},
     "went_back": {"step": _COUNT, "commit_id": _TEXT},
@@ -239,6 +246,8 @@ def _is_a(kind: str, value: Any) -> bool:
     if kind in (_COUNT, _NUMBER):
         is_whole = type(value) is int and abs(value) < 1 << 63
         return (is_whole and value >= 0) if kind == _COUNT else (is_whole or type(value) is float)
+    if kind == _STEPS:
+        return value == "log" or (isinstance(value, list) and all(_is_a(_COUNT, step) for step in value))
     return isinstance(value, str if kind == _TEXT else dict)
 
 

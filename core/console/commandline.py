@@ -126,6 +126,34 @@ def add_check_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--check_loss", metavar="X", type=positive, help=loss)
 
 
+def add_rule_flags(group: argparse._ArgumentGroup, what: str = "") -> None:
+    """Add the flags of the rules by which steps are kept; `what` replaces what each says of itself in --help."""
+    group.add_argument("--keep", type=whole, metavar="N", help=what or "older steps to keep besides the best (1)")
+    group.add_argument("--keep_every", type=count, metavar="N", help=what or "keep every step that N divides")
+    group.add_argument("--keep_best", type=whole, metavar="N", help=what or "best steps to keep (1)")
+    text = "save and keep these steps: 100,1000,5000, or log for 1, 2, 4, 8, ..., or none"
+    group.add_argument("--keep_steps", type=_steps, metavar="STEPS", help=what or text)
+    text = "of the kept steps only the N newest keep their optimizer state; older ones hold weights only"
+    group.add_argument("--keep_optimizer", type=whole, metavar="N", help=what or text)
+
+
+def rules_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The rules that the command line gives, by name; None for the others."""
+    return {name: getattr(args, name) for name in _RULES}
+
+
+_RULES = ("keep", "keep_every", "keep_best", "keep_steps", "keep_optimizer")
+
+
+def _steps(word: str) -> str | tuple[int, ...]:
+    """Parse numbers of steps, as a flag's type."""
+    if word in ("log", "none"):
+        return "log" if word == "log" else ()
+    if not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", word):
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected steps such as 100,1000,5000, or log, or none")
+    return tuple(map(int, word.split(",")))
+
+
 def size(word: str, least: int = 1) -> int:
     """Parse a number of bytes such as 5GB, as a flag's type."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", word.upper())
@@ -137,6 +165,15 @@ def size(word: str, least: int = 1) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"found {word!r}, expected a size of at least {least} byte")
     return value
+
+
+def duration(word: str) -> float:
+    """Parse a time such as 30s, 5m or 1h, or a number of seconds, as a flag's type: seconds above 0."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([smh]?)", word)
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a time above 0 such as 30s, 5m or 1h")
+    return seconds
 
 
 def number(kind: Callable[[str], N], low: float, high: float, allowed: str) -> Callable[[str], N]:

@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from ..console.files import LARGEST
 from ..errors import CheckpointDamaged, InputError
 from .blocks import read_whole
 from .pickles.inert import DEPTH
-from .trees import map_paths
+from .trees import map_leaves, map_paths
 
 _SPLIT_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 """Both halves of a surrogate pair as two characters: JSON would make one character of them."""
@@ -94,3 +95,30 @@ def _unwritable(values: dict[str, Any]) -> str:
     except RecursionError:
         return "it is nested too deeply"
     return found[0] if found else ""
+
+
+NUMBER = "__number__"
+"""The key of an object that stands for a number that JSON has not: nan, inf or -inf, as text."""
+
+
+def without_infinities(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy values with objects in the place of numbers that JSON has not."""
+
+    def said(value: Any) -> Any:
+        is_float = isinstance(value, float) and not math.isfinite(value)  # NumPy's double is one too
+        return {NUMBER: repr(float(value))} if is_float else value
+
+    return map_leaves(said, values)
+
+
+def with_infinities(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy values as they were before `without_infinities`."""
+
+    def made(value: Any) -> Any:
+        if isinstance(value, dict):
+            if value.keys() == {NUMBER} and value[NUMBER] in ("nan", "inf", "-inf"):
+                return float(value[NUMBER])
+            return {key: made(item) for key, item in value.items()}
+        return [made(item) for item in value] if isinstance(value, list) else value
+
+    return {key: made(value) for key, value in values.items()}

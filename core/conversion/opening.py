@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..bundle.also import also_kinds
 from ..bundle.bundle import Bundle
 from ..bundle.training_state import TrainingState
 from ..console.words import listed, listed_names, on_one_side
@@ -74,7 +75,7 @@ def open_model(path: Path, held: ExitStack, options: Options, *, needs_family: b
     if needs_family:
         _refuse_contradicted(path, made, options.choices, marks_of(found).place)
     model = _model(path, found, made)
-    model.notes += [*overridden, *left_out]
+    model.notes += [*overridden, *left_out, *_also_left(found)]
     if needs_family:
         megatron_source.refuse_mixed(model)
     else:
@@ -156,6 +157,13 @@ def _take_average(found: Inspection, bundle: Bundle) -> None:
     found.chosen = [*found.chosen, "the average of the weights (ema.pt); the weights and their optimizer are left out"]
 
 
+def _also_left(found: Inspection) -> list[str]:
+    """What is said of the other objects whose states a step has."""
+    kinds = also_kinds(found.bundle) if found.bundle is not None else {}
+    names = ", ".join(kinds)
+    return [f"also.pt is left out ({names}): it belongs to the loop that saved it"] if kinds else []
+
+
 def _unfit(path: Path, identity: Identity) -> CheckpointMismatch:
     if identity.family == UNKNOWN:
         reason = identity.reason
@@ -195,7 +203,7 @@ def _bare(path: Path, found: Inspection) -> Source:
         step=found.step,
         sources=dict(tensors),
         program="an unknown program",
-        notes=[*found.chosen, *(f"contradiction: {fault}" for fault in found.contradictions)],
+        notes=[*found.chosen, *(f"contradiction: {fault}" for fault in found.contradictions), *_also_left(found)],
     )
 
 

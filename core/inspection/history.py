@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import Bundle, KeptStep, history, open_bundle
 from ..bundle.folder import CONFIG, MODEL, FolderReader
-from ..bundle.retention import Retention
+from ..bundle.retention import RULES, Retention, optimizer_paths
 from ..bundle.training_state import STATE, TrainingState, unseal
 from ..bundle.verify import verify
 from ..console.words import columns, printable, size_text
@@ -62,10 +62,12 @@ class Past:
         """The training state at the top."""
         return next((entry.state for entry in self.entries if entry.place == TOP), TrainingState())
 
-    def going(self, keep: int | None, keep_every: int | None) -> list[KeptStep]:
-        """The kept steps that these numbers would remove."""
+    def would_go(self, given: Mapping[str, Any]) -> list[Path]:
+        """The folders of kept steps that these rules would remove, and the optimizer states."""
         kept = [entry for entry in self.entries if entry.place == KEPT]
-        return self.retention.given(keep, keep_every).going(self.newest, kept)
+        rules = self.retention.given(**given)
+        states = (path for step in rules.thinned(self.newest, kept) for path in optimizer_paths(step))
+        return [*(step.path for step in rules.going(self.newest, kept)), *states]
 
 
 def past_of(folder: Path, *, checksums: bool = False, progress: Callable[[int], object] = lambda size: None) -> Past:
@@ -174,25 +176,24 @@ def _before(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     return next((e for e in entries if left and e.state.commit_id == left), None)
 
 
-def past_facts(past: Past, checksums: bool, keep: int | None, keep_every: int | None) -> Facts:
-    """The history as JSON values; with `keep` or `keep_every`, also the steps that they would remove."""
-    asked = keep is not None or keep_every is not None
+def past_facts(past: Past, checksums: bool, given: Mapping[str, Any]) -> Facts:
+    """The history as JSON values; with rules given, by name, also what they would remove."""
+    asked = {name: value for name, value in given.items() if value is not None}
     return {
         "location": str(past.path),
         "run": past.newest.run,
-        "rules": {
-            "keep": past.retention.keep,
-            "keep_every": past.retention.keep_every,
-            "resumed_from": past.retention.resumed_from,
-            "recorded": past.recorded,
-        },
+        "rules": {**asdict(past.retention), "recorded": past.recorded},
         "steps": [_entry_facts(entry) for entry in past.entries],
         "checked": "checksums" if checksums else "headers",
-        "flags": " ".join(
-            f"--{name} {value}" for name, value in (("keep", keep), ("keep_every", keep_every)) if value is not None
-        ),
-        "would_remove": [str(entry.path) for entry in past.going(keep, keep_every)] if asked else None,
+        "flags": _flags(asked),
+        "would_remove": [str(path) for path in past.would_go(asked)] if asked else None,
     }
+
+
+def _flags(rules: Mapping[str, Any]) -> str:
+    """Rules as the flags of train.py."""
+    said = {n: v if isinstance(v, (int, str)) else ",".join(map(str, v)) or "none" for n, v in rules.items()}
+    return " ".join(f"--{name} {value}" for name, value in said.items())
 
 
 def _entry_facts(entry: Entry) -> Facts:
@@ -207,6 +208,7 @@ def _entry_facts(entry: Entry) -> Facts:
         "place": entry.place,
         "why": entry.why,
         "rules": entry.rules,
+        "optimizer_removed": state.optimizer_removed,
         "path": str(entry.path),
         "commit_id": state.commit_id,
         "parent": state.parent,
@@ -229,8 +231,11 @@ def past_lines(facts: Facts) -> Iterable[str]:
     yield "=== HISTORY ==="
     yield f"Location: {printable(facts['location'])}"
     rules = facts["rules"]
-    every = f", --keep_every {rules['keep_every']}" if rules["keep_every"] else ""
-    yield f"rules: --keep {rules['keep']}{every}" + ("" if rules["recorded"] else " (the default: none are recorded)")
+    default = asdict(Retention())
+    said = {n: rules[n] for n in RULES if n == "keep" or (rules[n] != default[n] and n != "best_by")}
+    ranked = f", best by {printable(rules['best_by'])}" if rules["best_by"] != default["best_by"] else ""
+    unknown = "" if rules["recorded"] else " (the default: none are recorded)"
+    yield f"rules: {_flags(said).replace(' --', ', --')}{ranked}{unknown}"
     yield ""
     heading = ("", "step", "val loss", "size", "saved at", "health", "kept by, or where")
     yield from columns([heading, *(_row(step) for step in facts["steps"])])
@@ -255,6 +260,7 @@ def _row(step: Facts) -> tuple[str, ...]:
     loss = f"{step['val_loss']:.4f}" if isinstance(step["val_loss"], (int, float)) else "-"
     saved = str(step["saved_at"] or "-")[:19].replace("T", " ")
     reason = ", ".join(step["rules"]) or ("nothing: removed at the next save" if step["place"] == KEPT else "")
+    reason += " (weights only)" if step["optimizer_removed"] else ""
     reason = step["path"].rpartition("/")[2] if step["place"] == ASIDE else reason
     row = (step["graph"], str(step["step"]), loss, size_text(step["bytes"]), saved, step["health"], reason)
     return tuple(printable(cell) for cell in row)
@@ -262,8 +268,18 @@ def _row(step: Facts) -> tuple[str, ...]:
 
 def _preview(facts: Facts) -> str:
     going = [step for step in facts["steps"] if step["path"] in facts["would_remove"]]
-    if not going:
+    thinned = [step for step in facts["steps"] if any(_inside(path, step) for path in facts["would_remove"])]
+    if not going and not thinned:
         return f"{facts['flags']}: would remove no step"
     size = size_text(sum(step["bytes"] for step in going))
-    numbers = ", ".join(str(step["step"]) for step in going)
-    return f"{facts['flags']}: would remove {numbers} ({size}); train.py --prune {facts['flags']} does"
+    parts = [f"{_numbers(going)} ({size})"] if going else []
+    parts += [f"the optimizer state of {_numbers(thinned)}"] if thinned else []
+    return f"{facts['flags']}: would remove {' and '.join(parts)}; train.py --prune {facts['flags']} does"
+
+
+def _inside(path: str, step: Facts) -> bool:
+    return step["place"] == KEPT and path.rpartition("/")[0] == step["path"]
+
+
+def _numbers(steps: Sequence[Facts]) -> str:
+    return ", ".join(str(step["step"]) for step in steps)

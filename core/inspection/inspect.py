@@ -201,9 +201,8 @@ def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
     whole = _OpenFiles("legacy single file" if bundle.single else "bundle", path, {}, {}, dict(bundle.sizes))
     whole.opened = bundle.files
     damage: list[str] = []
-    parts = {"": bundle.weights, "optimizer": None if bundle.single else bundle.optimizer, "ema": bundle.ema}
-    for name, part in parts.items():
-        if part is None:
+    for name, part in bundle.torch_parts.items():
+        if bundle.single and part is not bundle.weights:
             continue
         file = part.source.path
         try:
@@ -215,7 +214,7 @@ def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
                 whole.tensors, whole.content = made.tensors, made.content
                 whole.checks, whole.foreign, whole.notes = made.checks, made.foreign, made.notes
             else:
-                join(whole, made, name)
+                join(whole, made, "" if part is bundle.weights else name.removesuffix(".pt"))
         except CheckpointError as error:
             damage.append(str(error))
             whole.notes.append(str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from ..bundle.also import also_kinds
 from ..bundle.bundle import KeptStep, open_bundle
 from ..bundle.choice import LEGACY_FILES, choose
 from ..bundle.contradictions import contradictions
@@ -25,6 +26,7 @@ def facts_of_ours(found: Inspection) -> Facts:
     facts: Facts = {
         "tokenizer": bundle.tokenizer,
         "training_state": bundle.state.to_dict(),
+        "also": {},
         "files": files,
         "history": [_kept_facts(kept) for kept in found.history],
         "notes": [note for note in found.container.notes if note not in found.damage],
@@ -32,10 +34,11 @@ def facts_of_ours(found: Inspection) -> Facts:
         "damaged": list(found.damage),
         "contradictions": [],
     }
-    for part in (bundle.weights, bundle.optimizer):
+    for part in bundle.torch_parts.values():
         with contextlib.suppress(CheckpointError):  # damage is among the notes of the container
-            if part is not None:
-                facts["foreign"] += [named(part.source.path, call) for call in part.source.foreign]
+            facts["foreign"] += [named(part.source.path, call) for call in part.source.foreign]
+    with contextlib.suppress(CheckpointError):
+        facts["also"] = also_kinds(bundle)
     facts["foreign"] = list(dict.fromkeys(facts["foreign"]))
     try:
         if bundle.config is None:

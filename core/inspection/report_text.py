@@ -77,8 +77,15 @@ def _of_ours(facts: Facts) -> Iterable[str]:
     for name in ("val_loss", "best", "saved_at"):
         if state.get(name) is not None:
             yield f"{name:<10}: {_value(state[name])}"
+    if skipped := (state.get("training") or {}).get("skip_steps"):
+        yield f"{'skip_steps':<10}: the batches of steps {_value(skipped)} are left out"
+    if state.get("optimizer_removed") is not None:
+        yield f"{'optimizer':<10}: removed ({_value(state['optimizer_removed'])}); this step holds weights only"
     if "ema.pt" in facts["files"]:
         yield f"{'ema':<10}: an average of the weights, in ema.pt{_decay(state)}"
+    if facts["also"]:
+        states = ", ".join(f"{name} ({kind})" for name, kind in facts["also"].items())
+        yield f"{'also':<10}: {printable(states)}, in also.pt"
 
 
 def _decay(state: Facts) -> str:

@@ -59,9 +59,18 @@ def fill_live(
         return
     with torch.no_grad():
         for live, saved in fit.pairs.values():
-            live.copy_(saved)
+            live.copy_(_like(live, saved))
     for owner, state in fit.extra:
         owner.set_extra_state(map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state))
+
+
+def _like(live: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
+    """A saved tensor as the live one is: where that is sharded, this rank's block."""
+    if not hasattr(live, "device_mesh"):
+        return saved
+    from .spread import block_like  # imports torch.distributed, which one process does not need
+
+    return block_like(saved, live)
 
 
 def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> Fit:

@@ -44,8 +44,8 @@ def read_through(bundle: Bundle) -> None:
     Raises: CheckpointError as a load would, and CheckpointMismatch when the parts of a GPT contradict each other.
     """
     read_headers(bundle)
-    for part in (bundle.weights, bundle.optimizer, bundle.ema):
-        if part is not None and not bundle.is_sharded:
+    for part in bundle.torch_parts.values():
+        if not bundle.is_sharded:
             read_part(part)
     if bundle.config is not None:
         check_fit(bundle)
@@ -168,7 +168,10 @@ def read_optimizer(bundle: Bundle) -> dict[str, Any] | None:
     """Load the optimizer state of any module as it was saved, mapped; None where the step has none."""
     if not bundle.has_optimizer or bundle.optimizer is None:
         return None
-    return read_part(bundle.optimizer)
+    state = read_part(bundle.optimizer)
+    if isinstance(bundle.optimizer.source, ShardedFile) and "param_groups" in state:
+        state.setdefault("state", {})  # an empty dict is no item of a shard: no step was made yet
+    return state
 
 
 def load_averages(bundle: Bundle, module: nn.Module) -> dict[str, torch.Tensor] | None:

@@ -51,6 +51,18 @@ class World:
         self.parallel, self._group = parallel, group
         self._unread: torch.Tensor | None = None
 
+    @classmethod
+    def joined(cls, parallel: str = "ddp") -> World:
+        """The ranks of the process group that the program has initialized itself; one process where it has none."""
+        if group_size() == 1:
+            return ALONE
+        from torch import distributed
+
+        gloo = distributed.get_backend() == "gloo"  # another one has no messages between CPUs
+        group = None if gloo else distributed.new_group(backend="gloo", timeout=TIMEOUT)
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return cls(distributed.get_rank(), distributed.get_world_size(), local, parallel, group)
+
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that prints, logs and commits."""
@@ -223,6 +235,13 @@ class World:
 
 ALONE = World()
 """The world of a single process."""
+
+
+def group_size() -> int:
+    """How many processes the program's process group has; 1 where it has initialized none."""
+    from torch import distributed
+
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

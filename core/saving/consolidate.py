@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from ..bundle.bundle import ALL_PARTS, EMA, OPTIMIZER, TOKENIZER, Bundle, open_bundle
-from ..bundle.commit import CONFIG, MODEL, ModelFolder
+from ..bundle.bundle import ALL_PARTS, OPTIMIZER, TOKENIZER, Bundle, open_bundle
+from ..bundle.commit import CONFIG, ModelFolder
 from ..bundle.output import Output
 from ..bundle.parts import Part, ShardedFile
-from ..bundle.verify import verify
+from ..bundle.verify import tensors_digest, verify
 from ..bundle.write import Content, Writer, write_bundle
+from ..containers.checksum import CHUNK
 from ..containers.spec import TensorSpec
 from ..containers.tensors.reading import Gatherer
 from ..containers.tensors.views import stored
@@ -30,8 +32,7 @@ def consolidate(place: ModelFolder) -> Bundle | None:
         if not bundle.is_sharded:
             return None
         verify(bundle, ALL_PARTS)
-        parts: dict[str, Part | None] = {MODEL: bundle.weights, OPTIMIZER: bundle.optimizer, EMA: bundle.ema}
-        files: dict[str, Content] = {name: _writer(name, part) for name, part in parts.items() if part is not None}
+        files: dict[str, Content] = {name: _writer(name, part) for name, part in bundle.torch_parts.items()}
         files[CONFIG] = bundle.config_values
         if bundle.tokenizer is not None:
             files[TOKENIZER] = bundle.tokenizer
@@ -47,12 +48,15 @@ def consolidate(place: ModelFolder) -> Bundle | None:
 
 
 def _writer(name: str, part: Part) -> Writer:
-    """Write the torch file of a part in shards."""
+    """Write the torch file of a part, which may be in shards."""
 
     def write(output: Output) -> str:
         source = part.source
-        assert isinstance(source, ShardedFile)
         source.refuse_foreign()
+        if not isinstance(source, ShardedFile):  # also.pt, which is whole already
+            source.file.seek(0)
+            shutil.copyfileobj(source.file, output, CHUNK)
+            return tensors_digest(source.header)
         content = _numbered(part.content) if name == OPTIMIZER else part.content
         specs: list[TensorSpec] = []
 
@@ -75,5 +79,6 @@ def _numbered(content: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for group in content["param_groups"] for name in group["params"]]
     number = {name: i for i, name in enumerate(names)}
     groups = [{**group, "params": [number[name] for name in group["params"]]} for group in content["param_groups"]]
-    state = {number[name]: content["state"][name] for name in names if name in content["state"]}
+    entries = content.get("state", {})  # an empty dict is no item of a shard
+    state = {number[name]: entries[name] for name in names if name in entries}
     return {"state": state, "param_groups": groups}

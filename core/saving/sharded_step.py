@@ -110,6 +110,7 @@ class ShardedStepSave(StepSave):
         """Lay out the files of this rank, return where its shards lie in them, and begin to copy."""
         files, name = self.snapshot.plan(), file_of(self.world.rank)
         self.snapshot.start(memory)
+        self.snapshot.refuse_unloadable()
         return dict(files), {file: placed(shards, files[file].image, name) for file, shards in self._shards.items()}
 
     def _make_stage(self, held: contextlib.ExitStack, say: Callable[[str], None]) -> str:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..bundle.bundle import EMA, OPTIMIZER, TOKENIZER, history
+from ..bundle.bundle import ALSO, EMA, OPTIMIZER, TOKENIZER, history
 from ..bundle.choice import seen_files
 from ..bundle.commit import CONFIG, MODEL, ModelFolder
 from ..bundle.folder import top_state
-from ..bundle.retention import Retention, best_of, better, tidy_up
+from ..bundle.retention import Retention, tidy_up
 from ..bundle.storage import failed_call
 from ..bundle.training_state import FIELDS, STATE, TrainingState, time_of, unseal
 from ..bundle.write import Content, write_bundle
@@ -30,7 +30,7 @@ from ..config.fields import FORMAT_VERSION
 from ..config.gpt import EDITABLE, GPTConfig, same_architecture
 from ..config.modded import ModdedConfig
 from ..console.words import size_text
-from ..containers.json_files import dump_json, parse_json
+from ..containers.json_files import dump_json, parse_json, without_infinities
 from ..containers.trees import map_leaves
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointDamaged, InputError, SaveFailed
@@ -61,6 +61,7 @@ class StepContent:
     metrics: Mapping[str, float] | None = None
     extra: Mapping[str, Any] | None = None
     ema: Mapping[str, torch.Tensor] | None = None  # averages under the names of the weights
+    also: dict[str, Any] | None = None  # states of other objects; they may share memory with them
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the training state
     retention: Retention = dataclasses.field(default_factory=Retention)
     before_commit: Callable[[], None] | None = None  # called when the files are written, in the writer's thread
@@ -83,7 +84,10 @@ class StepSave:
         self._texts = {CONFIG: _config_of(module)}
         if tokenizer := content.tokenizer or getattr(module, "tokenizer", None):
             self._texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
-        self.snapshot = Snapshot(*self._take(module, content.optimizer, content.ema))
+        contents, live = self._take(module, content.optimizer, content.ema)
+        if content.also is not None:
+            contents[ALSO] = copy_others(content.also, frozenset(), {}, ALSO)
+        self.snapshot = Snapshot(contents, live)
 
     def lock(self, say: Callable[[str], None]) -> contextlib.ExitStack:
         """Wait for a write of this process that is under way, and become the only writer, from the loop on.
@@ -157,8 +161,8 @@ class StepSave:
             self.place.newest_id(),
             **top.descent(step.state for step in kept),
             saved_at=time_of(),
-            best=better(best_of(top, kept), told["step"], told.get("val_loss")),
-            retention=dataclasses.asdict(self.retention),
+            best=self.retention.better(self.retention.best_of(top, kept), told["step"], told),
+            retention=self.retention.recorded(),
         )
         config = self._texts[CONFIG]
         if config.get("model_class", "GPT") == "GPT":
@@ -248,11 +252,11 @@ def _record(place: ModelFolder, values: Mapping[str, Any]) -> list[str]:
     changed = [name for name, value in values.items() if top.to_dict().get(name) != value]
     if not changed:
         return []
-    state = top.having(**values)
-    if "val_loss" in changed and top.best is not None and top.best["step"] == top.step:
-        best = best_of(state.having(best=None), kept)  # it was the best by the loss that it had
+    state, rules = top.having(**values), Retention.of(top)
+    if rules.metric[0] in changed and top.best is not None and top.best["step"] == top.step:
+        best = rules.best_of(state.having(best=None), kept)  # it was the best by the value that it had
     else:
-        best = better(best_of(top, kept), top.step or 0, values.get("val_loss"))
+        best = rules.better(rules.best_of(top, kept), top.step or 0, values)
     place.replace_state(state.having(best=best))
     return changed
 
@@ -266,7 +270,7 @@ def _told(content: StepContent) -> dict[str, Any]:
     if clash := (FIELDS | told.keys()) & (metrics or {}).keys():
         names = ", ".join(sorted(clash))
         raise InputError(f"metrics: {names} means something else in the training state. Use another name.")
-    told |= dict(metrics or {}) | ({"extra": dict(extra)} if extra else {})
+    told |= dict(metrics or {}) | ({"extra": without_infinities(_plain_numbers(extra))} if extra else {})
     try:
         return json.loads(dump_json(_plain_numbers(told)))
     except (InputError, RecursionError) as error:

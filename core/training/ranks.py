@@ -30,6 +30,14 @@ class WorldRanks(Ranks):
         self.world = world
         self._beside = world.beside() if world.is_sharded else world
 
+    @classmethod
+    def joined(cls, parallel: str = "ddp") -> WorldRanks:
+        """The strategy for a program that has called `torch.distributed.init_process_group` itself, on every rank.
+
+        Every rank then makes a manager, saves and loads; the first one writes. Without a group it is one process.
+        """
+        return cls(World.joined(parallel))
+
     def newest_intact(self, place: ModelFolder, reopen: Reopen, check: bool) -> Bundle | None:
         """Open the newest intact step on every rank: the first chooses it, the others check that they see the same.
 

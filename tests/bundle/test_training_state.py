@@ -76,6 +76,7 @@ WRONG = {
     "a text": (5, True, [], {}),
     "a whole number of at least 0": (-1, True, 1.5, "1", 2**70, {}),
     "a number": (True, "1", 2**70, []),
+    '"log" or a list of whole numbers of at least 0': (5, True, "every", {}, [-1], [1.5], ["1"]),
     "an object": (True, 5, "x", [], [{}]),
 }
 """Values that are none of a kind."""

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import inspect_model
+from core.checkpoint import CheckpointManager
 from core.containers.open import open_container
 from tests.conftest import ROOT
 from tests.makers.models import flip, save_steps, started, train_and_save
@@ -135,9 +137,11 @@ def assert_described(documents: list[Any], table: dict[str, str]) -> None:
 @pytest.mark.usefixtures("there")
 def test_fields_of_a_checkpoint_are_those_of_the_page():
     table = TABLES["One checkpoint"] | TABLES["With --verify"] | TABLES["With --stats"]
-    words = ("ckpt.pt", "llama", "checkpoints/dante", "checkpoints/old", "damaged.pt")
+    with CheckpointManager("net", "own") as manager:
+        manager.save(nn.Linear(1, 1), step=1, also={"seen": {"tokens": 8}})
+    words = ("ckpt.pt", "llama", "checkpoints/dante", "checkpoints/old", "damaged.pt", "own/net")
     documents = document(*words, "--verify", "--stats")
-    assert [each["location"] for each in documents] == [*words[:3], "checkpoints/old/final.pt", words[4]]
+    assert [each["location"] for each in documents] == [*words[:3], "checkpoints/old/final.pt", *words[4:]]
     assert_described(documents, table)
 
 

@@ -62,7 +62,8 @@ def test_json_has_the_descent_of_every_step(branches, capsys):
     assert by_commit[top["parent"]]["step"] == 3 and by_commit[top["branch_left"]]["place"] == "kept"
     assert {step["run"] for step in past["steps"]} == {past["run"]}
     assert [step["why"] for step in past["steps"] if step["place"] == "aside"] == ["abandoned"] * 3
-    assert past["rules"] == {"keep": 9, "keep_every": None, "resumed_from": 3, "recorded": True}
+    later = {"keep_best": 1, "best_by": "val_loss", "keep_steps": [], "keep_optimizer": None}
+    assert past["rules"] == {"keep": 9, "keep_every": None, "resumed_from": 3, **later, "recorded": True}
 
 
 def test_numbers_show_what_they_would_remove_and_prune_removes_just_that(branches, capsys):

@@ -398,10 +398,18 @@ def test_saves_by_the_clock_change_nothing_but_when_they_are_made(tmp_path):
 
 def test_the_flags_of_saving_are_obeyed_and_those_of_a_machine_are_not_remembered(tmp_path, text):
     done = train(
-        tmp_path, text, max_iters=5, save_policy="skip", stage_memory="0", max_failed_saves=1, save_every_minutes=5
+        tmp_path,
+        text,
+        max_iters=5,
+        save_policy="skip",
+        stage_memory="0",
+        max_failed_saves=1,
+        save_every_minutes=5,
+        lose_at_most="1h",
     )
     assert done.returncode == DONE, done.stderr
     assert state(tmp_path)["training"]["save_every_minutes"] == 5
+    assert state(tmp_path)["training"]["lose_at_most"] == 3600
     assert not {"save_policy", "stage_memory", "max_failed_saves"} & state(tmp_path)["training"].keys()
 
 

@@ -41,7 +41,7 @@ def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
     if model.tokenizer is not None:
         texts[TOKENIZER] = dump_json(model.tokenizer)
     rounded = () if options.dtype is None else ("checkpoint_dtype", "model_dtype_at_save")
-    kept = {name: value for name, value in state.items() if name not in ("integrity", *rounded)}
+    kept = {name: value for name, value in state.items() if name not in ("integrity", "optimizer_removed", *rounded)}
     kept |= {"format_version": config.get("format_version"), "step": model.step or 0}
     kept["optimizer_file"] = OPTIMIZER if len(files) > 1 else None
     made = TrainingState.from_dict(plain(kept)).committed(

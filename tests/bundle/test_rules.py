@@ -1,0 +1,257 @@
+"""The rules by which steps are kept, and keep their optimizer: exactly what they say, over whole lives of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import inspect_model
+import train
+from core.bundle.bundle import KeptStep, history, open_bundle
+from core.bundle.retention import Retention
+from core.bundle.storage import DISK
+from core.bundle.training_state import STATE, TrainingState, seal
+from core.bundle.verify import verify
+from core.checkpoint import CheckpointManager
+from core.console.commandline import DONE
+from core.errors import CheckpointMismatch, InputError, NoneIntact
+from tests.makers.models import equal, flip, kept, manager, save_durably, save_steps, started, state_of, train_and_save
+from tests.makers.runs import fitted
+
+LISTED = {"integrity": {"files": {}}}
+
+
+def life(rules: Retention, values: list[float], metric: str = "val_loss") -> list[tuple[TrainingState, list[KeptStep]]]:
+    """What is at the top and kept after each save of a run, by the rules alone."""
+    seen, older, top = [], [], None
+    for step, value in enumerate(values, 1):
+        if top is not None:
+            older.append(KeptStep(top.step, Path(str(top.step)), top))
+        best = rules.better(rules.best_of(top or TrainingState(), older), step, {metric: value})
+        told = {"step": step, "optimizer_file": "optimizer.pt", "commit_number": step, "best": best, metric: value}
+        top = TrainingState.from_dict({**told, **LISTED})
+        going, thinned = rules.going(top, older), rules.thinned(top, older)
+        older = [
+            KeptStep(one.step, one.path, one.state.having(optimizer_file=None)) if one in thinned else one
+            for one in older
+            if one not in going
+        ]
+        seen.append((top, list(older)))
+    return seen
+
+
+RULES = st.builds(
+    Retention,
+    keep=st.integers(0, 3),
+    keep_every=st.sampled_from([None, 2, 5]),
+    resumed_from=st.sampled_from([None, 1, 4]),
+    keep_best=st.integers(0, 3),
+    best_by=st.sampled_from(["val_loss", "accuracy:max", "accuracy:min"]),
+    keep_steps=st.one_of(st.just("log"), st.lists(st.integers(0, 20), max_size=3, unique=True).map(sorted).map(tuple)),
+    keep_optimizer=st.sampled_from([None, 0, 1, 2]),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(RULES, st.lists(st.integers(0, 6), min_size=1, max_size=20))
+def test_what_is_kept_is_exactly_what_the_rules_say(rules, values):
+    metric, sign = rules.metric
+    for count, (top, older) in enumerate(life(rules, values, metric), 1):
+        saved = range(1, count)
+        ranked = sorted(range(1, count + 1), key=lambda step: (sign * values[step - 1], step))
+        expected = set(saved[max(0, len(saved) - rules.keep) :])
+        expected |= {step for step in ranked[: rules.keep_best] if step in saved}
+        expected |= {step for step in saved if rules.keep_every and step % rules.keep_every == 0}
+        expected |= {step for step in saved if rules.resumed_from == step}
+        log = {1, 2, 4, 8, 16}
+        expected |= {step for step in saved if step in (log if rules.keep_steps == "log" else rules.keep_steps)}
+        assert {one.step for one in older} == expected
+        assert top.step == count
+        if rules.keep_best:
+            assert top.best == {"step": ranked[0], metric: values[ranked[0] - 1]}
+        if rules.keep_optimizer is not None:
+            last = sorted(expected)[max(0, len(expected) - rules.keep_optimizer) :]
+            whole = {one.step for one in older if one.state.optimizer_file}
+            assert whole == {*last, *({rules.resumed_from} & expected)}
+        assert Retention.of(TrainingState.from_dict({"step": 1, "retention": rules.recorded()})) == rules
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"keep_best": -1}, "keep_best is -1 and keep_optimizer None: expected at least 0."),
+        ({"keep_optimizer": -2}, "keep_best is 1 and keep_optimizer -2: expected at least 0."),
+        ({"best_by": "accuracy"}, "best_by is 'accuracy': expected a metric and which of its values is the best"),
+        ({"best_by": ":max"}, "best_by is ':max'"),
+        ({"keep_steps": "every"}, "keep_steps is 'every': expected numbers of steps of at least 0, or \"log\"."),
+        ({"keep_steps": [1, -1]}, r"keep_steps is \(-1, 1\): expected numbers"),
+        ({"keep_steps": [1.5]}, r"keep_steps is \[1.5\]: expected numbers"),
+        ({"keep_steps": 7}, "keep_steps is 7: expected numbers"),
+    ],
+)
+def test_a_rule_that_means_nothing_is_refused(wrong, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        manager(tmp_path, **wrong)
+
+
+def test_rules_that_are_the_default_leave_the_training_state_as_it_was():
+    assert Retention().recorded() == {"keep": 1, "keep_every": None, "resumed_from": None}
+    assert Retention(keep_steps=(2, 3)).recorded()["keep_steps"] == [2, 3]
+
+
+def test_the_best_steps_by_a_metric_of_ones_own_stay_and_are_found(tmp_path):
+    accuracy = {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.8, 5: 0.2, 6: 0.3}
+    made, model, optimizer = started(tmp_path, keep=0, keep_best=2, best_by="accuracy:max")
+    train_and_save(made, model, optimizer, 6, accuracy=accuracy.get, val_loss=float)
+    made.add_metrics(6, {"accuracy": 0.85})
+    made.close()
+    assert kept(tmp_path / "dante") == ["step_00000002", "step_00000004"]
+    assert state_of(tmp_path / "dante")["best"] == {"step": 2, "accuracy": 0.9}
+    assert CheckpointManager.load_for_inference("dante", tmp_path, step="best").step == 2
+    made = manager(tmp_path)
+    made.keep_as(state_of(tmp_path / "dante"), keep_best=3)
+    assert (made.keep, made.keep_best, made.best_by) == (0, 3, "accuracy:max")
+
+
+def test_steps_by_their_numbers_are_saved_and_kept_and_a_resume_goes_on_with_them(tmp_path):
+    fitted(started(tmp_path, keep=0, keep_best=0, keep_steps=np.array([3, 5, 40])), 6, save_interval=100)
+    assert kept(tmp_path / "dante") == ["step_00000003", "step_00000005"]
+    made, model, optimizer = started(tmp_path)
+    made.keep_as(made.resumed, keep_steps="log")
+    assert [step for step in range(40) if made.wants(step)] == [1, 2, 4, 8, 16, 32]
+    fitted((made, model, optimizer), 9, save_interval=100)
+    assert kept(tmp_path / "dante") == ["step_00000006", "step_00000008"]  # which was resumed from, and 8
+
+
+def thin(root: Path, **rules) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Steps 1 to 5, of which 1 to 3 hold weights only, unless told otherwise; the weights of step 2."""
+    made, model, optimizer = started(root, **{"keep": 9, "keep_optimizer": 1, **rules})
+    train_and_save(made, model, optimizer, 2)
+    second = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train_and_save(made, model, optimizer, 3)
+    made.close()
+    return root / "dante", second
+
+
+def test_older_steps_hold_weights_only_and_open_verify_and_show_as_such(tmp_path, capsys):
+    folder, second = thin(tmp_path)
+    assert [(one.step, one.state.optimizer_file) for one in history(folder)] == [
+        (1, None), (2, None), (3, None), (4, "optimizer.pt"),
+    ]  # fmt: skip
+    assert sorted(path.name for path in (folder / "step_00000002").iterdir()) == [
+        "config.json", "model.pt", "tokenizer.json", "training_state.json",
+    ]  # fmt: skip
+    model = CheckpointManager.load_for_inference("dante", tmp_path, step=2)
+    assert model.step == 2 and equal(model.state_dict(), second)
+    for words in (["--step", "2", "--verify"], ["--history", "--verify"], ["--history", "--keep_optimizer", "0"]):
+        assert inspect_model.main([str(folder), *words]) == DONE
+    said = capsys.readouterr().out
+    assert "optimizer : removed (keep_optimizer 1); this step holds weights only" in said
+    assert "rules: --keep 9, --keep_optimizer 1\n" in said and said.count("newest 9 (weights only)") == 6
+    assert "--keep_optimizer 0: would remove the optimizer state of 4; train.py --prune --keep_optimizer 0 does" in said
+
+
+def test_going_back_to_a_step_of_weights_only_is_refused_and_changes_nothing(tmp_path):
+    folder, _ = thin(tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".lock" not in path.name}
+    with pytest.raises(CheckpointMismatch) as caught, manager(tmp_path) as made:
+        made.go_back(2)
+    assert str(caught.value) == (
+        f"{folder}/step_00000002: holds weights only, since its optimizer state was removed (keep_optimizer 1). Steps "
+        f"with one: 4. Its weights alone start a new run: convert_checkpoints.py {folder}/step_00000002 DST --to "
+        "bundle. Nothing was changed."
+    )
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_damage_leads_back_to_a_step_with_an_optimizer_and_to_no_other(tmp_path):
+    folder, _ = thin(tmp_path)
+    flip(folder / "model.pt", 4000)
+    made, model, _ = started(tmp_path)
+    assert model.step == 4
+    made.close()
+    for broken in (folder / "step_00000004", folder):
+        flip(broken / "model.pt", 4000)
+    with pytest.raises(NoneIntact, match=r"step_00000003: holds weights only, since its optimizer state was removed"):
+        started(tmp_path)
+
+
+def test_a_run_keeps_the_optimizer_of_the_step_that_it_resumed_from_and_of_the_last_one_that_has_any(tmp_path):
+    thin(tmp_path, keep_optimizer=None)
+    made, model, optimizer = started(tmp_path, keep=9, keep_optimizer=0)
+    train_and_save(made, model, optimizer, 2)
+    assert [one.step for one in history(made.checkpoint_dir) if one.state.optimizer_file] == [5]
+    made.resumed = TrainingState()
+    save_durably(made, model, step=8)  # without an optimizer
+    save_durably(made, model, step=9)
+    made.close()
+    assert [one.step for one in history(made.checkpoint_dir) if one.state.optimizer_file] == [7]
+
+
+def test_prune_removes_optimizer_states_by_a_rule_and_counts_the_bytes(tmp_path, capsys):
+    folder, _ = thin(tmp_path, keep_optimizer=None)
+    size = sum((folder / f"step_0000000{n}/optimizer.pt").stat().st_size for n in (1, 2))
+    words = ["--model_name", "dante", "--checkpoint_root", str(tmp_path), "--prune", "--keep_optimizer", "2"]
+    assert train.main(words) == DONE
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{size} bytes freed") and f"removed {folder}/step_00000001/optimizer.pt (" in said.err
+    assert [one.step for one in history(folder) if one.state.optimizer_file] == [3, 4]
+    flip(folder / "model.pt", 4000)
+    with manager(tmp_path) as made:
+        lines = []
+        made.say = lines.append
+        assert made.prune(keep_optimizer=0) > 0
+    assert f"WARNING: {folder}/step_00000004 keeps its optimizer state: it is the last step" in lines[0]
+    assert [one.step for one in history(folder) if one.state.optimizer_file] == [4]
+
+
+def test_what_a_killed_removal_left_is_listed_nowhere_and_the_next_save_removes_it(tmp_path):
+    folder, _ = thin(tmp_path, keep_optimizer=None)
+    states = {n: (folder / f"step_0000000{n}/optimizer.pt").read_bytes() for n in (1, 2)}
+    save_steps(tmp_path, 1, keep=9, keep_optimizer=0)
+    for number, data in states.items():  # as after a kill between the two changes
+        (folder / f"step_0000000{number}/optimizer.pt").write_bytes(data)
+    with open_bundle(folder, 1) as bundle:
+        assert bundle.state.optimizer_removed == "keep_optimizer 0" and verify(bundle) == []
+        assert bundle.optimizer is None
+    save_steps(tmp_path, 1, keep=9)
+    assert not [n for n in states if (folder / f"step_0000000{n}/optimizer.pt").exists()]
+
+
+def test_a_planted_link_in_the_place_of_a_step_leads_to_no_removal(tmp_path):
+    folder, _ = thin(tmp_path, keep_optimizer=None)
+    (folder / "step_00000001").rename(tmp_path / "elsewhere")
+    (folder / "step_00000001").symlink_to(tmp_path / "elsewhere")
+    save_steps(tmp_path, 1, keep=9, keep_optimizer=0)
+    assert (tmp_path / "elsewhere/optimizer.pt").exists()
+    assert not (folder / "step_00000002/optimizer.pt").exists()
+
+
+def test_a_reader_beside_the_removal_finds_the_step_whole(tmp_path, monkeypatch):
+    folder, _ = thin(tmp_path, keep_optimizer=None)
+    step = folder / "step_00000001"
+    opened = DISK.open
+
+    def removed_meanwhile(path):
+        if path == step / "optimizer.pt" and path.exists():
+            state = history(folder)[0].state
+            files = {name: entry for name, entry in state.files.items() if name != "optimizer.pt"}
+            (step / STATE).write_bytes(seal(state.having(optimizer_file=None, integrity={"files": files})))
+            path.unlink()
+        return opened(path)
+
+    monkeypatch.setattr(DISK, "open", removed_meanwhile)
+    with open_bundle(folder, 1) as bundle:
+        assert bundle.optimizer is None and verify(bundle) == []
+
+
+@pytest.mark.parametrize("words", [["--keep_steps", "1,x"], ["--keep_steps", ""], ["--keep_steps", "1,,2"]])
+def test_steps_that_are_no_numbers_are_wrong_use(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(words)
+    assert "expected steps such as 100,1000,5000, or log, or none" in capsys.readouterr().err
