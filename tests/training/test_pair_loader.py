@@ -109,6 +109,14 @@ def test_ranks_have_loaders_of_their_own():
         ours.share(World())
 
 
+def test_each_rank_validates_with_the_first_batches_of_its_own_loader_again_and_again():
+    """The second of two ranks is asked for batches 1, 3 and 4 of five, where the first has 0, 2 and 4."""
+    ours = PairLoader(resumable(pairs(), 4, 3), DataLoader(pairs(), 4), accumulation=1)
+    expected = [x.tolist() for x, _ in DataLoader(pairs(), 4)]
+    for _ in range(2):
+        assert [ours.val_batch(i)[0].tolist() for i in (1, 3, 4)] == expected[:3]
+
+
 def test_a_packed_model_takes_one_sequence_a_batch():
     flex = random_flex("small")
     ids = torch.arange(4 * 128).reshape(4, 128) % 50
