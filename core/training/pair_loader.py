@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,7 +48,7 @@ class PairLoader:
         self._next = 0
         self._fetched: dict[int, Pair] = {}  # a certificate looks at the batches of the next step
         self._val_pairs: Iterator[Any] = iter(())
-        self._last_val = 0
+        self._last_val = math.inf
 
     def batch(self, step: int, micro: int = 0, rows: slice = ALL_ROWS) -> Pair:
         """Inputs and targets of one micro-step of this rank, int64 [B, T] each; its rows are all its own.
