@@ -38,6 +38,7 @@ from .loading.live import fill_live
 from .loading.tensors import load_averages, read_through
 from .model import GPT, GPTBatched, GPTFlexAttention
 from .networks.device import resolve_dtype
+from .networks.frozen import Frozen
 from .networks.wrappers import Modules, Optimizers, as_module, optimizers_by_name, says_when_it_steps
 from .saving.also import captured
 from .saving.background import BackgroundSaver
@@ -113,6 +114,7 @@ class CheckpointManager:
         self._folder = ModelFolder(self.checkpoint_dir)
         self._held = contextlib.ExitStack()
         self._saver = BackgroundSaver(stage_memory)
+        self._frozen = Frozen()
         weakref.finalize(self, self._saver.last_words)
 
     @classmethod
@@ -303,6 +305,7 @@ class CheckpointManager:
         bundle = bundle or self.newest_intact(request.origin.path if request.origin else None)
         if bundle is not None:
             with bundle:
+                bundle.refuse_partial()
                 model = kind.load(bundle, request, self.say)
                 optimizer = kind.optimizer(model, request, bundle, self.say)
                 self.went_on_from(bundle, model)
@@ -357,6 +360,7 @@ class CheckpointManager:
         extra: Mapping[str, Any] | None = None,
         ema: Mapping[str, torch.Tensor] | None = None,
         also: Mapping[str, Any] | None = None,
+        trainable_only: bool = False,
         before_commit: Callable[[], None] | None = None,
     ) -> bool:
         """Begin to commit a step of any module; after `wait` it is durable and older steps are pruned.
@@ -371,12 +375,13 @@ class CheckpointManager:
 
         Compiled and wrapped modules are saved under their plain names, tied weights once, views without the rest
         of their storage. Dicts and lists of modules, and of optimizers, are saved by name. A parameter of an optimizer
-        outside the module is refused. Saving the same state at the same step again changes nothing. The `val_loss` in
-        `metrics` decides which step is the best; `extra` is kept in the training state for the caller. `ema` is an
-        average of the weights under the same names. `also` are other objects by name, whose states are copied here:
-        anything with state_dict and load_state_dict, random generators, dicts and lists of tensors and arrays, and
-        "all" for the generators of Python, NumPy and torch on every rank. `before_commit` is called when the files are
-        written, in the writer's thread.
+        outside the module is refused. Saving the same state at the same step again changes nothing. The metric of
+        `best_by` in `metrics` decides which step is the best; `extra` is kept in the training state for the caller.
+        `ema` is an average of the weights under the same names. `also` are other objects by name, whose states are
+        copied here: anything with state_dict and load_state_dict, random generators, dicts and lists of tensors and
+        arrays, and "all" for the generators of Python, NumPy and torch on every rank. `trainable_only` leaves out the
+        parameters that require no gradient, and records their digests: `load` fills a module that has them.
+        `before_commit` is called when the files are written, in the writer's thread.
 
         Raises: SaveFailed when the save before this one could not be committed (the last committed step is intact),
         CheckpointLocked, InputError.
@@ -385,8 +390,20 @@ class CheckpointManager:
         states = None if also is None else captured(also, self.ranks.world)
         if not self.ranks.may_begin(self._saver, self.save_policy == "skip", step, self.say):
             return False
+        frozen = self._frozen if trainable_only else None
         content = StepContent(
-            model, optimizer, step, tokenizer, metrics, extra, ema, states, self.facts, self.rules, before_commit
+            model,
+            optimizer,
+            step,
+            tokenizer,
+            metrics,
+            extra,
+            ema,
+            states,
+            self.facts,
+            self.rules,
+            frozen,
+            before_commit,
         )
         if (save := self.ranks.step_save(self._folder, content)) is not None:
             self._write(save, optimizer)
@@ -476,6 +493,7 @@ class CheckpointManager:
         the groups of the file do not agree on stays as it is. `strict=False` is for a module that was changed, like one
         with a new head: tensors that only one side has are left alone and reported. Dicts and lists are loaded as they
         were saved. `also` are the objects that were saved with the step, by the same names: each is restored in place.
+        A step of `trainable_only` fills a module that has the frozen tensors beside which it was saved.
 
         Raises: CheckpointMismatch when names or shapes do not fit, or when an optimizer or object is of another class;
         nothing is changed then.
@@ -485,7 +503,7 @@ class CheckpointManager:
             return 0
         with bundle:
             with also_restored(bundle, also, self.ranks.world, self.say, strict):
-                fill_live(bundle, module, optimizer, self.say, strict)
+                fill_live(bundle, module, optimizer, self.say, strict, self._frozen)
             self.went_on_from(bundle, module)
             return bundle.step
 
