@@ -28,7 +28,7 @@ from .moments import SORTED, moments_of
 from .pairs import megatron_source
 from .pairs.modded import BATCHED
 from .plan import Options, Source
-from .records import records_left_out
+from .records import records_left_out, refuse_modules
 from .run import Run, missing, run_of
 from .sharded import is_sharded, open_sharded
 
@@ -64,6 +64,7 @@ def open_model(path: Path, held: ExitStack, options: Options, *, needs_family: b
         _set_heads(found, options.choices["n_head"])
     identity = found.identity
     if identity.family == UNKNOWN or identity.unplaced or identity.missing:
+        refuse_modules(found)
         if needs_family:
             raise _unfit(path, identity)
         bare = _bare(path, found)

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..console.words import listed
-from ..containers.pickles.foreign import BUILDERS, attributes, is_foreign
+from ..containers.pickles.foreign import BUILDERS, attributes, is_foreign, is_module
 from ..containers.pickles.inert import Call, Global, as_name, as_text, children
 from ..containers.spec import TensorSpec
+from ..containers.torch_files.container import module_said
 from ..containers.torch_files.storages import Storage
 from ..errors import CheckpointError
 from ..families.parts import parts_of
@@ -29,7 +30,7 @@ def records_left_out(found: Inspection) -> list[str]:
     aside = {} if found.key else parts_of(content)
     for path, record in records.items():
         is_weight = path.startswith(found.key) and path.partition(".")[0] not in aside
-        if is_weight and _holds_tensors(record):
+        if is_weight and not is_module(record) and _holds_tensors(record):
             raise CheckpointError(
                 f"{found.path}: {as_name(path) or 'its content'} is {as_text(record, 80)}, which is not read as a "
                 "tensor. Load the file with the program that wrote it, and save a state dict of plain tensors."
@@ -38,6 +39,18 @@ def records_left_out(found: Inspection) -> list[str]:
         return []
     named = listed([f"{as_name(path)} is {as_text(record, 60)}" for path, record in records.items()], _MOST_NAMED)
     return [f"no plain data, so it stays text or is left out: {named}"]
+
+
+def refuse_modules(found: Inspection) -> None:
+    """Refuse a whole module whose paths are those of no known family: its tensors may have other names in its program.
+
+    Raises: CheckpointError with the two lines that make a state dict of it.
+    """
+    content = found.container.content
+    parts = content if isinstance(content, Mapping) else {"": content}
+    for name, part in parts.items():
+        if is_module(part) and (not found.key or found.key.startswith(f"{name}.")):
+            raise CheckpointError(f"{found.path}: {module_said(part, str(name), found.path)}")
 
 
 def _records(value: Any, path: str = "") -> Iterator[tuple[str, Call | Global]]:

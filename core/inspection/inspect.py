@@ -20,6 +20,7 @@ from ..families import megatron_iteration
 from ..families.identify import Identity, identify, weights_key
 from ..families.parts import aside
 from .config_entry import config_entry
+from .module_entry import module_entry
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle, KeptStep
@@ -239,7 +240,9 @@ def of_container(path: Path) -> Inspection:
     else:
         others = {} if key else aside(weights, content)
         weights = {name: spec for name, spec in weights.items() if name not in others}
-        place, config = config_entry(content)
+        place, config = module_entry(container.content, key)
+        if config is None:
+            place, config = config_entry(content)
         found = of_weights(path, container, key, weights, config)
         found.place = "config.json" if container.kind.startswith("Hugging Face folder") else place
     words = ("optimizer", "optimizer_state_dict", "optimizers")

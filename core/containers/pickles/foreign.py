@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..spec import ITEM_SIZES, TensorSpec
 from .inert import LEAVES, Call, Cycle, Global, New, as_text, children
@@ -77,6 +77,12 @@ class Finding(str):
     is_record = False
 
 
+def is_module(value: Any) -> TypeGuard[Call]:
+    """Whether a value is the record of a module of torch: an object with parameters and modules."""
+    state = value.state if isinstance(value, Call) else None
+    return type(state) is dict and all(isinstance(state.get(part), dict) for part in ("_parameters", "_modules"))
+
+
 def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False) -> list[str]:
     """List the calls and names in a content that are not known to be plain data, each as a `Finding`.
 
@@ -89,7 +95,7 @@ def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False
     more: list[bool] = []
 
     def add(value: Any, is_record: bool) -> None:
-        text = as_text(value)
+        text = f"{as_text(value.callable)}(...)" if is_module(value) else as_text(value)
         if len(found) < _MOST or (text in found and isinstance(value, Global)):
             found[text] = found.get(text, True) and is_record
         else:

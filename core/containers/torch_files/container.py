@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..container import Check, Container, Unpacked, reading
-from ..pickles.foreign import foreign_calls
+from ..pickles.foreign import foreign_calls, is_module
+from ..pickles.inert import Call, as_name, as_text
 from ..spec import ITEM_SIZES, TensorSpec
 from .file import open_torch_file
 from .storages import TorchArchive
@@ -26,7 +27,7 @@ def open_torch_single(path: Path) -> Container:
         another kind of file.
     """
     with reading(path) as file:
-        archive = open_torch_file(file, str(path), unpack=True)
+        archive = open_torch_file(file, str(path), True)
         size = file.seek(0, os.SEEK_END)
     container = container_of(archive, path, size)
     container.unpacked = _unpacked(archive, path)
@@ -43,7 +44,23 @@ def container_of(archive: TorchArchive, path: Path, size: int) -> Container:
         files={path.name: size},
         checks=_checks(archive, path.name),
         foreign=foreign_calls([archive.content, archive.unused]),
-        notes=[f"{path.name}: {line}" for line in archive.odd],
+        notes=[f"{path.name}: {line}" for line in archive.odd] + _modules(archive.content, path),
+    )
+
+
+def _modules(content: Any, path: Path) -> list[str]:
+    """Say which parts of a file are whole modules, and how a state dict is made of them."""
+    parts = content.items() if isinstance(content, dict) else [("", content)]
+    return [f"{path.name}: {module_said(part, str(name), path)}" for name, part in parts if is_module(part)]
+
+
+def module_said(module: Call, name: str, path: Path) -> str:
+    """What the record of a module is, under its name in a file, and the two lines that make a state dict of it."""
+    at = f"[{name!r}]" if name else ""
+    return (
+        f"{as_name(name) or 'its content'} is a whole module ({as_text(module.callable, 80)}), whose code is not in "
+        "the file and is not imported. Where that code is, two lines make a file of its tensors: "
+        f"model = torch.load({str(path)!r}, weights_only=False){at}; torch.save(model.state_dict(), 'weights.pt')."
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import naturals
+from ..pickles.foreign import is_module
 from ..pickles.inert import LEAVES, Call, DtypeName, Global, as_name, as_text
 from ..pickles.reader import ParsedPickle, parse_pickle
 from ..pickles.reductions import Reductions, as_size
@@ -310,9 +311,25 @@ def name_tensors(content: Any, where: str) -> dict[str, TensorSpec]:
                 if type(item) not in _WITHOUT:
                     walk(item, f"{before}{i}")
         elif isinstance(value, Call):
+            if is_module(value):
+                for name, item in _in_module(value.state).items():
+                    walk(item, before + name)
+                return
             for inner, inside in ((value.args, f"{before}args"), (value.items, f"{before}items"), (value.state, path)):
                 if inner:
                     walk(inner, inside)
 
     walk(content, "")
     return tensors
+
+
+def _in_module(state: dict[str, Any]) -> dict[str, Any]:
+    """What a module holds, by attribute and in the order of its state dict, without buffers that are not in one."""
+    hidden = state.get("_non_persistent_buffers_set")
+    held: dict[str, Any] = {}
+    for part in ("_parameters", "_buffers", "_modules"):
+        there = state.get(part)
+        held |= there if isinstance(there, dict) else {}
+    held |= {name: item for name, item in state.items() if not name.startswith("_") and name not in held}
+    gone = hidden if isinstance(hidden, set) else set()
+    return {name: item for name, item in held.items() if isinstance(name, str) and name not in gone}

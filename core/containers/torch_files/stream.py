@@ -67,7 +67,8 @@ def _check_magic(data: bytes, where: str) -> None:
     if type(magic) is not int:
         raise CheckpointError(
             f"{where}: a pickle without the magic number of torch ({MAGIC:#x}): torch.save did not write it. "
-            "Load it with the program that wrote it, and save it with torch.save."
+            "Load it with the program that wrote it, and save it with torch.save: "
+            f"model = pickle.load(open({where!r}, 'rb')); torch.save(model.state_dict(), 'weights.pt')."
         )
     if magic != MAGIC:
         raise CheckpointDamaged(f"{where}: its magic number is {magic:#x}, expected {MAGIC:#x}.")
