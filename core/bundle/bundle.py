@@ -85,6 +85,14 @@ class Bundle:
             return recorded or {}
         return old_settings(self.optimizer.content)
 
+    def refuse_partial(self) -> None:
+        """Raise CheckpointMismatch for a step that holds only what was trained, and so is no model by itself."""
+        if self.state.frozen:
+            raise CheckpointMismatch(
+                f"{self.path(MODEL)}: holds only what was trained; {len(self.state.frozen)} frozen tensors are not in "
+                "it. Make the module with its base, and fill it with CheckpointManager.load (docs/own_loop.md)."
+            )
+
     @property
     def is_sharded(self) -> bool:
         """Whether its weights lie in shards."""

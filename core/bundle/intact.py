@@ -101,12 +101,17 @@ def open_chosen(
 ) -> Bundle:
     """Open the checkpoint of a folder that is to be used, as `open_choice` does, and check the parts that are used.
 
-    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch.
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointMismatch, also where its frozen tensors are not in it.
     """
     chosen = open_choice(folder, say, step, single)
     if chosen is None and (found := foreign_checkpoint(folder)):
         raise CheckpointNotFound(found)
     chosen = chosen or open_bundle(folder)  # without one, this reports what is missing
+    try:
+        chosen.refuse_partial()
+    except CheckpointError:
+        chosen.close()
+        raise
     return verified(chosen, say, used, check)
 
 

@@ -33,6 +33,7 @@ class TrainingState(Mapping[str, Any]):
     step: int | None = None  # steps of the loop made so far
     optimizer_file: str | None = None  # name of the file or folder; None where the step has no optimizer state
     optimizer_removed: str | None = None  # the rule that made a kept step one of weights only, as "keep_optimizer 2"
+    frozen: Values | None = None  # dtype, shape and crc32 of each tensor that model.pt leaves out, by name
     optimizer_class: str | Values | None = None  # the name of its class, or of each of several by their names
     format_version: int | None = None  # absent in version 1
     commit_id: str | None = None  # random; stays when the metrics change or the folder goes back
@@ -195,6 +196,7 @@ _STEPS = '"log" or a list of whole numbers of at least 0'
 _TYPES: dict[str, Any] = {
     "optimizer_file": _TEXT,
     "optimizer_removed": _TEXT,
+    "frozen": _OBJECT,
     "commit_id": _TEXT,
     "parent": _TEXT,
     "run": _TEXT,

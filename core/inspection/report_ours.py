@@ -43,7 +43,7 @@ def facts_of_ours(found: Inspection) -> Facts:
     try:
         if bundle.config is None:
             facts["contradictions"] = [*found.identity.conflicts, *found.lacks] if found.script else []
-        elif not _unread(found):
+        elif not _unread(found) and not bundle.state.frozen:
             facts["contradictions"] = contradictions(bundle, with_optimizer=found.optimizer is not None)
             facts["notes"] += notes(str(bundle.path("config.json")), bundle.config, bundle.state)
     except CheckpointDamaged as error:

@@ -81,6 +81,9 @@ def _of_ours(facts: Facts) -> Iterable[str]:
         yield f"{'skip_steps':<10}: the batches of steps {_value(skipped)} are left out"
     if state.get("optimizer_removed") is not None:
         yield f"{'optimizer':<10}: removed ({_value(state['optimizer_removed'])}); this step holds weights only"
+    if frozen := state.get("frozen"):
+        one = "" if len(frozen) == 1 else "s"
+        yield f"{'frozen':<10}: {len(frozen)} tensor{one} of its base, known by checksum only, are not in model.pt"
     if "ema.pt" in facts["files"]:
         yield f"{'ema':<10}: an average of the weights, in ema.pt{_decay(state)}"
     if facts["also"]:

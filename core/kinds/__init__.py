@@ -19,8 +19,11 @@ KINDS = {kind.arch: kind for kind in _ALL}
 def kind_of(bundle: Bundle | None, arch: str | None, world: World = ALONE) -> ModelKind:
     """The kind that a run trains: that of its checkpoint, which --arch must not contradict.
 
-    Raises: CheckpointMismatch naming both; InputError for a kind that cannot be sharded over the ranks of a world.
+    Raises: CheckpointMismatch naming both, or for a checkpoint without its frozen tensors; InputError for a kind that
+        cannot be sharded over the ranks of a world.
     """
+    if bundle is not None:
+        bundle.refuse_partial()
     kind = KINDS[arch_of(bundle, arch)]
     if isinstance(kind, GptKind):
         return gpt_kind(world)

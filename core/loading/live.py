@@ -16,6 +16,7 @@ from ..containers.trees import map_leaves
 from ..errors import CheckpointMismatch
 from ..families.family import plain_names
 from ..model import GPT
+from ..networks.frozen import Frozen
 from ..networks.modded import ModdedGPT
 from ..networks.state_dict import is_extra, local
 from ..networks.wrappers import Optimizers, owners_of_extra, plain_tensors
@@ -43,18 +44,24 @@ def fill_live(
     optimizer: Optimizers | None,
     say: Callable[[str], None],
     strict: bool = True,
+    frozen: Frozen | None = None,
 ) -> None:
     """Copy the weights of a step into a module, and all of its optimizers; report what was left alone.
 
+    `frozen` computes the digests of what the step left out.
+
     Raises: CheckpointMismatch when names, shapes or values do not fit; module and optimizer are unchanged then.
     """
-    fit = _fit_modded(bundle, module) if isinstance(module, ModdedGPT) else fitting(bundle, module, strict)
+    modded = isinstance(module, ModdedGPT) and not bundle.state.frozen
+    fit = _fit_modded(bundle, module) if isinstance(module, ModdedGPT) and modded else fitting(bundle, module, strict)
+    if bundle.state.frozen:
+        (frozen or Frozen()).compare(plain_tensors(module), bundle.state.frozen, bundle.weights.source.path)
     fit.lines += _rounded(fit.pairs, bundle)
     for line in fit.lines:
         say(f"{bundle.path(MODEL)}: {line}")
     if optimizer is not None:
         load_optimizers(bundle, module, optimizer, say, strict)
-    if isinstance(module, ModdedGPT):
+    if modded:
         module.load_state_dict({name: saved for name, (_, saved) in fit.pairs.items()})
         return
     with torch.no_grad():
@@ -80,8 +87,9 @@ def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> Fit:
 
     Raises: CheckpointMismatch when names or shapes do not fit.
     """
-    saved = load_weights(bundle) if isinstance(module, GPT) else read_part(bundle.weights)
-    live = plain_tensors(module)
+    base = bundle.state.frozen or {}
+    saved = load_weights(bundle) if isinstance(module, GPT) and not base else read_part(bundle.weights)
+    live = {name: tensor for name, tensor in plain_tensors(module).items() if name not in base}
     owners = owners_of_extra(module)
     new, left = [n for n in live if n not in saved], [n for n in saved if n not in live]
     common = [name for name in live if name in saved]

@@ -54,7 +54,8 @@ def load_optimizers(
             f"optimizer is of type {type(optimizer).__name__}, expected an optimizer, or a dict or list of them. "
             "Nothing was changed."
         )
-    content = load_optimizer(bundle) if isinstance(module, GPT) else read_optimizer(bundle)
+    whole = isinstance(module, GPT) and not bundle.state.frozen
+    content = load_optimizer(bundle) if whole else read_optimizer(bundle)
     say_without_moments(bundle, content, say)
     if content is None or bundle.optimizer is None:
         return

@@ -47,7 +47,7 @@ def read_through(bundle: Bundle) -> None:
     for part in bundle.torch_parts.values():
         if not bundle.is_sharded:
             read_part(part)
-    if bundle.config is not None:
+    if not bundle.state.frozen and bundle.config is not None:
         check_fit(bundle)
 
 

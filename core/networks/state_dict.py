@@ -26,7 +26,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def export_state_dict(module: nn.Module) -> dict[str, Any]:
+def export_state_dict(module: nn.Module, without: Container[str] = ()) -> dict[str, Any]:
     """Collect parameters and buffers under plain names; tied ones stay one tensor, views are cut from their storage.
 
     The extra states of modules are among them, as they are.
@@ -34,6 +34,8 @@ def export_state_dict(module: nn.Module) -> dict[str, Any]:
     compacted: dict[tuple[Any, ...], torch.Tensor] = {}
     found = {}
     for name, value in plain_tensors(module).items():
+        if name in without:
+            continue
         where = f"model.pt: {name}"
         found[name] = compact(value, compacted, where) if is_tensor(name, value, where) else value
     return found

@@ -34,6 +34,7 @@ from ..containers.json_files import dump_json, parse_json, without_infinities
 from ..containers.trees import map_leaves
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointDamaged, InputError, SaveFailed
+from ..networks.frozen import Frozen
 from ..networks.state_dict import changed_by_step, copy_others, export_optimizers, export_state_dict, plain
 from ..networks.wrappers import Modules, Optimizers, as_module, class_names, optimizers_by_name, unwrap
 from .loadable import unloadable
@@ -64,6 +65,7 @@ class StepContent:
     also: dict[str, Any] | None = None  # states of other objects; they may share memory with them
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the training state
     retention: Retention = dataclasses.field(default_factory=Retention)
+    frozen: Frozen | None = None  # where frozen parameters are left out
     before_commit: Callable[[], None] | None = None  # called when the files are written, in the writer's thread
 
 
@@ -81,6 +83,9 @@ class StepSave:
         self.retention = content.retention
         module = as_module(content.model)
         self._told = _told(content)
+        self._frozen = content.frozen.of(module) if content.frozen is not None else {}
+        if self._frozen:
+            self._told["frozen"] = self._frozen
         self._texts = {CONFIG: _config_of(module)}
         if tokenizer := content.tokenizer or getattr(module, "tokenizer", None):
             self._texts[TOKENIZER] = dict(tokenizer) if isinstance(tokenizer, Mapping) else tokenizer.state()
@@ -108,7 +113,7 @@ class StepSave:
                 f"optimizer is of type {type(optimizer).__name__}, expected an optimizer, a dict or list of "
                 'optimizers, or a dict of states by name, such as {"adam": adam.state_dict()}. Nothing was written.'
             )
-        contents: dict[str, Any] = {MODEL: export_state_dict(module)}
+        contents: dict[str, Any] = {MODEL: export_state_dict(module, self._frozen)}
         if optimizer is not None:
             contents[OPTIMIZER] = optimizer if optimizers is None else export_optimizers(optimizers, module)
         if ema is not None:
@@ -270,11 +275,12 @@ def _told(content: StepContent) -> dict[str, Any]:
     if clash := (FIELDS | told.keys()) & (metrics or {}).keys():
         names = ", ".join(sorted(clash))
         raise InputError(f"metrics: {names} means something else in the training state. Use another name.")
-    told |= dict(metrics or {}) | ({"extra": without_infinities(_plain_numbers(extra))} if extra else {})
+    told |= dict(metrics or {})
     try:
+        told |= {"extra": without_infinities(_plain_numbers(extra))} if extra else {}
         return json.loads(dump_json(_plain_numbers(told)))
     except (InputError, RecursionError) as error:
-        raise InputError(f"metrics or extra of step {step}: {error}") from error
+        raise InputError(f"metrics or extra of step {step}: {error} Tensors and objects go into `also`.") from error
 
 
 def _plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from core.networks.muon import configure_muon
 from core.training.fit import fit
 from core.training.pair_loader import NOT_REPLAYED, PairLoader
 from tests.makers.modded_models import random_flex
-from tests.makers.models import SMALL, TEXT, config, started, tokenizer
+from tests.makers.models import SMALL, TEXT, config, equal, started, tokenizer
+from tests.makers.ranks import finished
 from tests.makers.runs import bits, fitted, loader, logged, losses, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,6 +111,14 @@ def test_ranks_have_loaders_of_their_own():
         ours.share(World())
 
 
+def test_each_rank_validates_with_the_first_batches_of_its_own_loader_again_and_again():
+    """The second of two ranks is asked for batches 1, 3 and 4 of five, where the first has 0, 2 and 4."""
+    ours = PairLoader(resumable(pairs(), 4, 3), DataLoader(pairs(), 4), accumulation=1)
+    expected = [x.tolist() for x, _ in DataLoader(pairs(), 4)]
+    for _ in range(2):
+        assert [ours.val_batch(i)[0].tolist() for i in (1, 3, 4)] == expected[:3]
+
+
 def test_a_packed_model_takes_one_sequence_a_batch():
     flex = random_flex("small")
     ids = torch.arange(4 * 128).reshape(4, 128) % 50
@@ -146,3 +156,21 @@ def test_a_loader_without_a_batch_and_a_val_loader_beside_ours_are_refused():
     model = GPT(config(**SMALL))
     with pytest.raises(InputError, match=r"val_loader: found one beside a data_loader that has batches"):
         model.fit(data_loader=loader(), optimizer=None, max_iters=1, val_loader=DataLoader(pairs()))
+
+
+@pytest.mark.full  # five processes
+def test_two_ranks_train_on_the_samples_of_one_process_and_resume_exactly(tmp_path):
+    def run(name, ranks, *ends):
+        for end in ends:
+            forked = ["tests.makers.forked", str(ranks)] if ranks > 1 else []
+            words = [*forked, "tests.makers.pair_ranks", str(tmp_path / name), str(end), str(4 // ranks)]
+            done = finished([sys.executable, "-m", *words])
+            assert done.returncode == 0, done.stderr
+        return torch.load(tmp_path / name / "dante/model.pt", weights_only=True), done.stderr
+
+    alone, _ = run("alone", 1, 12)
+    once, _ = run("once", 2, 12)
+    twice, said = run("twice", 2, 5, 12)
+    assert equal(once, twice) and "resume is exact\n" in said and "lose_at_most 0.001 s cannot be kept" in said
+    assert all(torch.allclose(alone[name], once[name], atol=1e-6) for name in alone)
+    assert logged(tmp_path / "once/dante") == logged(tmp_path / "twice/dante")
