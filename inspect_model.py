@@ -42,6 +42,10 @@ that cannot be made.
 """
 
 
+_FEW = 3
+"""Records of other programs' values that are named on stderr; what may act on a reader is always."""
+
+
 def main(argv: list[str]) -> int:
     """Print what checkpoints hold; returns the exit code."""
     parser = make_parser()
@@ -229,8 +233,14 @@ def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int
         print("\n\n".join("\n".join(lines(facts, args.tensors is not None)) for facts in shown))
     for fault in faults:
         print(f"error: {printable(fault)}", file=sys.stderr)
-    for call in (call for facts in shown for call in facts.get("foreign", [])):
-        print(f"WARNING: {call}; nothing was executed", file=sys.stderr)
+    for facts in shown:
+        calls = facts.get("foreign", [])
+        values = [call for call in calls if getattr(call, "is_record", False)]
+        for call in (call for call in calls if call not in values[_FEW:]):
+            print(f"WARNING: {call}; nothing was executed", file=sys.stderr)
+        if values[_FEW:]:
+            others = f"and {len(values) - _FEW} more records of classes and functions, which --json lists"
+            print(f"WARNING: {printable(facts['location'])}: {others}; nothing was executed", file=sys.stderr)
     return FAILED if faults else DONE
 
 

@@ -94,7 +94,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
 
     # 2. The settings: a flag wins over the run so far, which wins over the preset.
     so_far, preset = bundle.settings if bundle else {}, kind.preset(device.type == "cpu")
-    settings = Settings.resolve(flags, so_far, preset)
+    settings = Settings.resolve(flags, so_far, preset, bundle.step if bundle else 0)
     world.refuse_fp16_shards(settings.dtype)
     if bundle and bundle.step >= settings.max_iters:
         kind.refuse_contradictions(bundle, given)
@@ -238,8 +238,9 @@ def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Co
     root = manager.checkpoint_dir.parent
     name = spelled("--model_name", manager.model_name)
     name += f" {spelled('--checkpoint_root', root)}" if root != Path("checkpoints") else ""
+    prompt = "" if corpus.tokenizer.kind == "symbols" else " --prompt 'The '"  # which are no symbols
     say(
-        f"next:\n  python generate.py {name} --prompt 'The '\n  python inspect_model.py {name}\n"
+        f"next:\n  python generate.py {name}{prompt}\n  python inspect_model.py {name}\n"
         f"  python train.py {name} --max_iters {2 * model.step}"
     )
 

@@ -17,7 +17,7 @@ from .config.gpt import GPTConfig
 from .errors import InputError
 from .networks import generation
 from .networks.batched import GPTBatched
-from .networks.bound import bound
+from .networks.bound import bound, static_bound
 from .networks.flex import GPTFlexAttention
 from .networks.modded import IGNORED
 
@@ -225,8 +225,8 @@ class GPT(nn.Module):
     # Methods of the public API that are not mathematics live elsewhere and are bound here.
     generate = generation.generate
     configure_optimizer = bound(".loading.optimizer", "configure_optimizer", __package__)
-    load = staticmethod(bound(".kinds.model_methods", "load", __package__))
-    load_legacy = staticmethod(bound(".kinds.model_methods", "load_legacy", __package__))
+    load = static_bound(".kinds.model_methods", "load", __package__)
+    load_legacy = static_bound(".kinds.model_methods", "load_legacy", __package__)
     save = bound(".kinds.model_methods", "save", __package__)
     save_checkpoint_bundle = bound(".kinds.model_methods", "save_checkpoint_bundle", __package__)
     fit = bound(".training.fit", "fit", __package__)

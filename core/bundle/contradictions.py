@@ -116,6 +116,10 @@ def _tokenizer_fault(tokenizer: Mapping[str, Any], vocab_size: int) -> str | Non
     kind, chars = tokenizer.get("token_kind"), tokenizer.get("chars")
     if kind == "char" and isinstance(chars, list) and not fits_characters(len(chars), vocab_size):
         return f"{len(chars)} characters, but vocab_size is {vocab_size}"
+    if kind == "symbols":
+        size = tokenizer.get("vocab_size")
+        fits = not isinstance(size, int) or fits_characters(size, vocab_size)
+        return None if fits else f"{size} symbols, but vocab_size is {vocab_size}"
     if kind == "gpt2" and vocab_size < GPT2_IDS:
         return f"gpt2 has {GPT2_IDS} ids, but vocab_size is {vocab_size}"
     return None

@@ -167,6 +167,15 @@ def size(word: str, least: int = 1) -> int:
     return value
 
 
+def duration(word: str) -> float:
+    """Parse a time such as 30s, 5m or 1h, or a number of seconds, as a flag's type: seconds above 0."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([smh]?)", word)
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a time above 0 such as 30s, 5m or 1h")
+    return seconds
+
+
 def number(kind: Callable[[str], N], low: float, high: float, allowed: str) -> Callable[[str], N]:
     """Make a flag's type: a number from low to high, both included."""
 

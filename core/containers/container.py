@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from ..console.files import Irregular, open_regular
 from ..errors import CheckpointDamaged, CheckpointNotFound
@@ -27,6 +28,14 @@ class Check:
     names: tuple[str, ...]  # the tensors in these bytes, or a description of other content
 
 
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """Bytes that a file holds in another form, compressed or as text; they are unpacked each time they are opened."""
+
+    size: int
+    write: Callable[[BinaryIO], None]
+
+
 @dataclass
 class Container:
     """An opened file or folder: its tensors by name, everything else as inert content, and what can be checked.
@@ -43,12 +52,22 @@ class Container:
     foreign: list[str] = field(default_factory=list)  # calls and names in its pickles beyond plain data
     notes: list[str] = field(default_factory=list)  # sentences for people: what is missing, unusual or left out
     caveats: list[str] = field(default_factory=list)  # sentences that whoever uses the tensors has to pass on
+    unpacked: dict[str, Unpacked] = field(default_factory=dict)  # what specs and checks name like files
 
     def open(self, name: str) -> BinaryIO:
-        """Open one of its files for reading.
+        """Open one of its files for reading, or what one of them holds packed.
 
-        Raises: CheckpointNotFound when it is gone.
+        Raises: CheckpointNotFound when it is gone, CheckpointDamaged when it cannot be unpacked.
         """
+        if name in self.unpacked:
+            import tempfile  # few files have any
+
+            with contextlib.ExitStack() as held:
+                file = cast(BinaryIO, held.enter_context(tempfile.TemporaryFile()))
+                self.unpacked[name].write(file)
+                file.flush()
+                held.pop_all()
+            return file
         return open_file(self.path / name if self.path.is_dir() else self.path)
 
     def read_into(self, file: BinaryIO, buffer: memoryview, position: int) -> int:

@@ -108,10 +108,15 @@ def open_hf_folder(path: Path) -> Container:
         tensors=tensors,
         content=content,
         files=files,
-        checks=[replace(check, file=name) for name, shard in shards.items() for check in shard.checks],
+        checks=[
+            replace(check, file=f"{name}/{check.file}" if check.file in shard.unpacked else name)
+            for name, shard in shards.items()
+            for check in shard.checks
+        ],
         foreign=list(dict.fromkeys(call for shard in shards.values() for call in shard.foreign)),
         notes=notes + _beside(names, files),
         caveats=caveats,
+        unpacked={f"{name}/{file}": one for name, shard in shards.items() for file, one in shard.unpacked.items()},
     )
 
 
@@ -186,7 +191,8 @@ def _merge(shards: dict[str, Container], where: str, series: Series | None) -> d
     for file, shard in shards.items():
         offsets = offsets_of(shard, f"{where}: {as_name(file)}")
         for name, spec in shard.tensors.items():
-            spec.file, spec.storage = file, f"{file}/{spec.storage}"
+            spec.file = f"{file}/{spec.file}" if spec.file in shard.unpacked else file
+            spec.storage = f"{file}/{spec.storage}"
             pieces.setdefault(name, []).append(Piece(spec, offsets.get(name)))
     return {name: join_pieces(name, found, where, series) for name, found in pieces.items()}
 

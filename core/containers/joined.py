@@ -30,7 +30,7 @@ def join(whole: Container, part: Container, name: str = "") -> None:
             first = whole.tensors[spec.name].blocks[0].file
             raise CheckpointDamaged(f"{whole.path}: two tensors are called {as_text(spec.name, 80)}, one in {first}.")
         if not spec.chunks:
-            spec.file = before + (part.path.name if single else spec.file)
+            spec.file = before + (inside(part, spec.file) if single else spec.file)
         spec.chunks = tuple(replace(chunk, file=before + chunk.file) for chunk in spec.chunks)
         spec.storage = "/".join(filter(None, (before + part.path.name if single else name, spec.storage)))
         whole.tensors[spec.name] = spec
@@ -39,9 +39,17 @@ def join(whole: Container, part: Container, name: str = "") -> None:
     whole.files |= {before + file: size for file, size in part.files.items()}
     for check in part.checks:
         names = tuple(f"{name}.{held}" for held in check.names) if name else check.names
-        whole.checks.append(replace(check, file=before + check.file, names=names))
+        file = inside(part, check.file) if single else check.file
+        whole.checks.append(replace(check, file=before + file, names=names))
+    for packed, unpacked in part.unpacked.items():
+        whole.unpacked[before + (inside(part, packed) if single else packed)] = unpacked
     whole.foreign += [call for call in part.foreign if call not in whole.foreign]
     whole.notes += [f"{before}{note}" if before else note for note in part.notes]
+
+
+def inside(part: Container, file: str) -> str:
+    """Name a file of a container of one file, or what it holds packed, within the folder of that file."""
+    return f"{part.path.name}/{file}" if file in part.unpacked else part.path.name
 
 
 def put(whole: Container, name: str, content: Any) -> None:

@@ -10,6 +10,7 @@ from ..errors import CheckpointError, CheckpointNotFound
 from .container import Container, listing, member, reading
 from .part import rank_pattern
 from .pickles.inert import names_text
+from .recognised import answer_in_place, folder_kind
 
 _HEAD = 512  # bytes
 
@@ -81,6 +82,8 @@ def _open_file(path: Path) -> Container:
 
         if path.name.endswith(INDEX):
             return open_hf_folder(path)
+        if path.suffix in SINGLE:
+            raise CheckpointError(answer_in_place(head, str(path)))
         raise CheckpointError(
             f"{path}: a JSON text, not a checkpoint. Name the folder that holds it, or an index (*{INDEX})."
         )
@@ -96,6 +99,8 @@ def _open_folder(folder: Path) -> Container:
         module = import_module(f".{name}", __package__)
         if getattr(module, knows)(folder):
             return getattr(module, opens)(folder)
+    if (row := folder_kind(names)) is not None:
+        raise CheckpointError(f"{folder}: {row.what}. {row.said(folder)}")
     single = [name for name, size in names.items() if size is not None and name.endswith(SINGLE)]
     if len(single) == 1:
         return _open_file(member(folder, single[0], str(folder)))

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .container import Container, listing
+from .joined import read_json
 from .pickles.inert import as_name, names_text
+from .recognised import folder_kind
 from .series import Series, series_of
 from .spec import TensorSpec
 
@@ -19,6 +21,10 @@ _RANK = re.compile(
 
 _FLAT = re.compile(r"(?:^|\.)(?:_?flat_param(?:_\d+)?|(?:fp32_flat|single_partition_of_fp32)_groups(?:\.\d+)?)(?=\.|$)")
 """Names under which FSDP and DeepSpeed store the values of many parameters end to end, a rank its part of them."""
+
+_LORA = re.compile(r"(?:^|[._])lora_(?:[AaBb]|embedding_[AB]|magnitude_vector)(?:[._]|$)")
+_ADAPTER = "adapter_config.json"
+_DIGITS = re.compile(r"\d+")
 
 _NORM = re.compile(r"(?:norm|ln|bn)[^.]*\.weight$|(?:norm|ln_|bn)[^.]*\.", re.IGNORECASE)
 _FEW = 3  # weights: fewer vectors may be anything
@@ -35,9 +41,11 @@ def part_of_model(container: Container) -> str:
     folder = container.path.parent if single else container.path
     if said := _placeholders(container.tensors, folder) or _flat(container.tensors):
         return said
+    if said := _adapter(container.tensors, folder):
+        return said
     if not single:
         return _alone(container)
-    return _numbered(container.path) or _displaced(container) or _of_a_rank(container.path)
+    return _numbered(container.path) or _displaced(container) or _of_a_rank(container.path) or _one_of(container.path)
 
 
 def _placeholders(tensors: Mapping[str, TensorSpec], folder: Path) -> str:
@@ -86,6 +94,32 @@ def _vectors(tensors: Mapping[str, TensorSpec]) -> str:
         f"none of its {len(weights)} weights has two dimensions ({as_name(others[0])} is {weights[others[0]]}): they "
         f"are a rank's part of FSDP, end to end. {_FLAT_REMEDY}"
     )
+
+
+def _adapter(tensors: Mapping[str, TensorSpec], folder: Path) -> str:
+    """The tensors of LoRA by themselves, as PEFT saves them, without those of the model that they change."""
+    names = [name for name in tensors if _LORA.search(name)]
+    if not names or 2 * len(names) < len(tensors):
+        return ""
+    config, base = folder / _ADAPTER, "BASE"
+    if config.is_file():
+        said = read_json(folder, _ADAPTER, {}).get("base_model_name_or_path")
+        base = as_name(said) if isinstance(said, str) else base
+    return (
+        f"{len(names)} of {len(tensors)} tensors are those of LoRA, such as {as_name(names[0])}: an adapter of {base}, "
+        f"not a model. PEFT merges them: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "
+        f"{str(folder)!r}).merge_and_unload().save_pretrained('OUT'); convert OUT."
+    )
+
+
+def _one_of(path: Path) -> str:
+    """One of the parts of a model of a program that is known by the names of its files."""
+    names = listing(path.parent)
+    row = folder_kind(names)
+    like = [name for name in names if _DIGITS.sub("0", name) == _DIGITS.sub("0", path.name)]
+    if row is None or len(like) < 2 or not any(re.fullmatch(wanted, name) for wanted in row.names for name in like):
+        return ""
+    return f"one of {len(like)} files of {row.what}. {row.said(path.parent)}"
 
 
 def _numbered(path: Path) -> str:
@@ -159,6 +193,9 @@ def _how_to_join(place: Path, path: Path) -> str:
     from .rank_files import rank_files
 
     here = place is not path or any(place.name in files.values() for files in rank_files(place.parent).values())
+    row = folder_kind(listing(place.parent))
+    if row is not None and not here:
+        return row.said(place.parent).removesuffix(".")
     return f"Name the folder, {place.parent}" if here else "Join them with the program that wrote them"
 
 

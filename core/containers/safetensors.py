@@ -16,6 +16,7 @@ from .blocks import naturals, read_at
 from .container import Check, Container, reading
 from .json_files import parse_json
 from .pickles.inert import as_name, as_text
+from .recognised import NEVER_WRITTEN, answer_in_place, other_kind
 from .spec import DTYPES, ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS, TensorSpec, dense_strides
 
 METADATA = "__metadata__"
@@ -65,14 +66,23 @@ def _read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any],
     """Read the header; returns it and the offset at which the bytes of the tensors begin."""
     if size < _LENGTH:
         raise CheckpointDamaged(f"{where}: {size} bytes, expected a safetensors file, which begins with {_LENGTH}.")
-    length = int.from_bytes(read_at(file, 0, _LENGTH, where), "little")
+    head = read_at(file, 0, min(size, 512), where)
+    length = int.from_bytes(head[:_LENGTH], "little")
+    if not is_safetensors(head):
+        if said := other_kind(head, where, f"a safetensors file (its header claims {length} bytes)"):
+            raise CheckpointError(said)
+        if head.lstrip()[:1] == b"{":
+            raise CheckpointError(answer_in_place(head, where))
     if length > _LONGEST_HEADER:
         raise CheckpointDamaged(f"{where}: its header claims {length} bytes, a safetensors file has at most 100000000.")
     if _LENGTH + length > size:
         raise CheckpointDamaged(f"{where}: cut off after {size} bytes; its header ends at byte {_LENGTH + length}.")
     first = read_at(file, _LENGTH, min(length, 1), where)
     if first != b"{":
-        raise CheckpointDamaged(f"{where}: its header begins with {as_text(first)}, that of safetensors with b'{{'.")
+        said = "" if any(head) else f" {NEVER_WRITTEN}"
+        raise CheckpointDamaged(
+            f"{where}: its header begins with {as_text(first)}, that of safetensors with b'{{'.{said}"
+        )
     return parse_json(read_at(file, _LENGTH, length, where), f"{where}: its header"), _LENGTH + length
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..bundle.legacy import TOKENIZER_KEY
-from ..containers.pickles.inert import as_text
+from ..containers.pickles.inert import Call, Global, as_text
 from ..containers.steps import HOLDERS, NAMES
 from ..containers.trees import leaves
 from ..families.megatron_iteration import is_iteration
@@ -36,7 +36,7 @@ def entries_left_out(plan: Plan) -> dict[str, str]:
     for key, value in content.items():
         specs = list(tensors_in(value))
         left = [spec for spec in specs if spec.nbytes and spec.name not in used]
-        values = sum(isinstance(leaf, (str, int, float)) for leaf in leaves(value))
+        values = sum(isinstance(leaf, (str, int, float, Call, Global)) for leaf in leaves(value))
         is_optimizer = parts.get(str(key).partition(".")[0]) is OPTIMIZER
         has_note = is_optimizer and (plan.format == "bundle" or any(spec.name in written for spec in specs))
         if key in taken or has_note or not (left or values):

@@ -12,11 +12,12 @@ from typing import Any
 
 from ..bundle.optimizer_state import MOMENTS, OTHER_MODEL, groups_of, recorded_names
 from ..bundle.parts import once
-from ..containers.pickles.inert import Call, as_text
+from ..containers.pickles.foreign import foreign_calls
+from ..containers.pickles.inert import Call, as_name, as_text
 from ..containers.spec import TensorSpec
 from ..containers.tensors.views import stored
 from ..errors import CheckpointMismatch
-from ..families.family import Family, Shape
+from ..families.family import WRAPPERS, Family, Shape, plain_name, plain_names
 from ..families.identify import Identity
 from ..inspection.inspect import Inspection
 from .plan import Moments, Source
@@ -59,19 +60,37 @@ def moments_of(found: Inspection, identity: Identity, model: Source, family: Fam
     except CheckpointMismatch as error:
         model.notes.append(f"its optimizer state is left out: {str(error).removesuffix(OTHER_MODEL).rstrip()}")
         return None
+    try:
+        made = _named(found, identity, model, groups, recorded, rule)
+    except CheckpointMismatch as error:
+        model.notes.append(f"its optimizer state is left out: {error}")
+        return None
+    if rule == SORTED:
+        model.notes.append(f"the order of its optimizer's parameters is {SORTED}")
+    return made
+
+
+def _named(
+    found: Inspection, identity: Identity, model: Source, groups: list[dict[str, Any]], recorded: list[str], rule: str
+) -> Moments:
+    """The moments and groups by the names of the parameters.
+
+    Raises: CheckpointMismatch when one of them is no plain data.
+    """
     made = Moments([], {}, {}, rule)
     names = iter(recorded)
+    plain = {plain: identity.places[raw] for plain, raw in plain_names(identity.places).items()}
     for group in groups:
         mine = []
         for number in group["params"]:
             raw = next(names)
-            name = identity.places.get(raw) or identity.places.get(_unwrapped(raw, identity.places), raw)
+            name = identity.places.get(raw) or plain.get(plain_name(raw, WRAPPERS), raw)
             mine.append(name)
             _take_entry(made, model, found, name, found.optimizer["state"].get(number, {}))
         rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        if strange := next((key for key, value in rest.items() if foreign_calls(value)), None):
+            raise CheckpointMismatch(f"its group has {as_text(rest[strange], 60)} as {as_name(str(strange))}.")
         made.groups.append({**rest, "names": mine})
-    if rule == SORTED:
-        model.notes.append(f"the order of its optimizer's parameters is {SORTED}")
     return made
 
 
@@ -142,11 +161,6 @@ def _fault(order: _Order, numbers: list[Any], entries: Mapping[Any, Any], shapes
     return None
 
 
-def _unwrapped(name: str, places: Mapping[str, str]) -> str:
-    """The name in the file that ends with a recorded name."""
-    return next((raw for raw in places if raw.endswith(f".{name}")), name)
-
-
 def _take_entry(made: Moments, model: Source, found: Inspection, name: str, entry: Any) -> None:
     shape = model.tensors[name].shape if name in model.tensors else None
     for key, value in entry.items():
@@ -157,6 +171,6 @@ def _take_entry(made: Moments, model: Source, found: Inspection, name: str, entr
             else:
                 made.others.setdefault(name, {})[key] = view
         elif isinstance(value, Call):
-            raise CheckpointMismatch(f"{found.path}: its optimizer state has {as_text(value, 60)} for {name}.")
+            raise CheckpointMismatch(f"it has {as_text(value, 60)} for {name}.")
         else:
             made.others.setdefault(name, {})[key] = value

@@ -12,6 +12,7 @@ from ..bundle.also import also_kinds
 from ..bundle.bundle import Bundle
 from ..bundle.training_state import TrainingState
 from ..console.words import listed, listed_names, on_one_side
+from ..containers.pickles.foreign import attributes
 from ..containers.plain import plain
 from ..containers.spec import TensorSpec
 from ..containers.steps import number_of
@@ -27,6 +28,7 @@ from .moments import SORTED, moments_of
 from .pairs import megatron_source
 from .pairs.modded import BATCHED
 from .plan import Options, Source
+from .records import records_left_out, refuse_modules
 from .run import Run, missing, run_of
 from .sharded import is_sharded, open_sharded
 
@@ -55,21 +57,25 @@ def open_model(path: Path, held: ExitStack, options: Options, *, needs_family: b
     _refuse_unreadable(path, found)
     if found.bundle is not None and options.more.get("save_ema"):
         _take_average(found, found.bundle)
+    left_out = [] if is_iteration(found.container) else records_left_out(found)
     found.config = _config(found)
     found.identity = identity_of(found.weights, found.config, found.container)
     if needs_family and "n_head" in options.choices:
         _set_heads(found, options.choices["n_head"])
     identity = found.identity
     if identity.family == UNKNOWN or identity.unplaced or identity.missing:
+        refuse_modules(found)
         if needs_family:
             raise _unfit(path, identity)
-        return _bare(path, found)
+        bare = _bare(path, found)
+        bare.notes += left_out
+        return bare
     overridden = _overridden(path, found, needs_family)
     made = choices(found, options.choices)
     if needs_family:
         _refuse_contradicted(path, made, options.choices, marks_of(found).place)
     model = _model(path, found, made)
-    model.notes += [*overridden, *_also_left(found)]
+    model.notes += [*overridden, *left_out, *_also_left(found)]
     if needs_family:
         megatron_source.refuse_mixed(model)
     else:
@@ -85,9 +91,10 @@ def _refuse_unreadable(path: Path, found: Inspection) -> None:
     megatron_source.refuse_classic(found.container)
     if found.partial:
         raise CheckpointMismatch(f"{path}: {found.partial}")
-    if found.container.foreign and not is_iteration(found.container):
+    acting = [call for call in found.container.foreign if not getattr(call, "is_record", False)]
+    if acting and not is_iteration(found.container):
         raise CheckpointError(
-            f"{path}: its pickle names {', '.join(found.container.foreign[:3])}. Nothing was executed, and nothing is "
+            f"{path}: its pickle names {', '.join(acting[:3])}. Nothing was executed, and nothing is "
             "converted; inspect_model.py shows its tensors and plain values."
         )
 
@@ -244,9 +251,9 @@ def _model(path: Path, found: Inspection, made: list[Choice]) -> Source:
 def _run_of(found: Inspection, model: Source) -> Run | None:
     """How the run of another program trained, as far as its file shows it; None where it has nothing of a run."""
     content = found.container.content if isinstance(found.container.content, Mapping) else {}
-    config = content.get("config")
+    config = attributes(content.get("config"))
     group = model.moments.groups[0] if model.moments is not None and model.moments.groups else {}
-    if model.family == "nanogpt" and isinstance(config, Mapping) and {"learning_rate", "decay_lr"} & config.keys():
+    if model.family == "nanogpt" and config is not None and {"learning_rate", "decay_lr"} & config.keys():
         values = {str(name): plain(value) for name, value in config.items()}
         is_old = model.moments is not None and model.moments.order == SORTED
         has_moments = model.moments is not None

@@ -20,6 +20,8 @@ class DataLoader:
     Raises: InputError when the text is shorter than one block.
     """
 
+    replays = validates = True
+
     def __init__(self, train: Tokens, val: Tokens, *, block_size: int, batch_size: int, seed: int) -> None:
         self.train, self.val = train, val
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed

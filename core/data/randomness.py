@@ -29,3 +29,8 @@ def draws(seed: int, step: int, start: int, count: int) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Shuffle the numbers from 0 to `count`, int64, as a function of (seed, epoch, count) alone."""
+    return np.argsort(draws(seed, epoch, 0, count), kind="stable")

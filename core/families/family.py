@@ -106,7 +106,14 @@ def parse(side: str) -> Length:
     raise ValueError(side)
 
 
-HELD = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_original_module", "_forward_module")
+HELD = (
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+    "_fpw_module",
+    "_original_module",
+    "_forward_module",
+)
 """Under these names torch.compile, checkpoint_wrapper, FSDP and Fabric hold what they wrap, anywhere in a name."""
 
 

@@ -46,8 +46,12 @@ class Program:
     tells: Callable[[Marks], bool] = lambda marks: True
 
 
+MODULES = "its modules"
+"""The place of what only the modules of a pickled model show: it is no config that a program wrote."""
+
+
 def _has_config(marks: Marks) -> bool:
-    return bool(marks.place)
+    return bool(marks.place) and marks.place != MODULES
 
 
 def _has_arguments(marks: Marks) -> bool:

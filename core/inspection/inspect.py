@@ -13,12 +13,14 @@ from ..bundle.find import is_model
 from ..config.variants import VARIANTS
 from ..console.words import listed_names
 from ..containers.container import Check, Container
+from ..containers.pickles.foreign import Finding
 from ..containers.spec import TensorSpec
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from ..families import megatron_iteration
 from ..families.identify import Identity, identify, weights_key
 from ..families.parts import aside
 from .config_entry import config_entry
+from .module_entry import module_entry
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle, KeptStep
@@ -115,6 +117,13 @@ class _OpenFiles(Container):
         return False
 
 
+def named(path: Path, call: str) -> Finding:
+    """A sentence about a call or name in a file, which stays a record where it is one."""
+    made = Finding(f"{path}: its pickle names {call}")
+    made.is_record = getattr(call, "is_record", False)
+    return made
+
+
 def inspect_path(path: Path, step: int | None = None) -> Inspection:
     """Open a checkpoint of any kind: a model's folder (its newest step, or a kept one), another folder, or a file.
 
@@ -127,7 +136,7 @@ def inspect_path(path: Path, step: int | None = None) -> Inspection:
         if isinstance(found.container.content, dict) and "model_state_dict" in found.container.content:
             from ..bundle.legacy import is_legacy, open_legacy
 
-            if is_legacy(found.container.content):
+            if is_legacy(found.container.content) and not found.container.unpacked:
                 with contextlib.suppress(CheckpointMismatch):  # one that cannot be loaded is still shown
                     return of_bundle(open_legacy(path))
         return found
@@ -231,7 +240,9 @@ def of_container(path: Path) -> Inspection:
     else:
         others = {} if key else aside(weights, content)
         weights = {name: spec for name, spec in weights.items() if name not in others}
-        place, config = config_entry(content)
+        place, config = module_entry(container.content, key)
+        if config is None:
+            place, config = config_entry(content)
         found = of_weights(path, container, key, weights, config)
         found.place = "config.json" if container.kind.startswith("Hugging Face folder") else place
     words = ("optimizer", "optimizer_state_dict", "optimizers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..containers.pickles.foreign import attributes
 from ..containers.pickles.inert import Call
 from ..containers.plain import plain
 from ..families.choices import Choice, choices_of
@@ -18,8 +19,8 @@ ARGUMENTS = "model_args"
 def config_of(found: Inspection) -> tuple[str, dict[str, Any]]:
     """The place and fields of a file's config: model_args, if it has them, even if other entries look like a config."""
     content = found.container.content
-    arguments = content.get(ARGUMENTS) if isinstance(content, Mapping) else None
-    if isinstance(arguments, Mapping):
+    arguments = attributes(content.get(ARGUMENTS)) if isinstance(content, Mapping) else None
+    if arguments is not None:
         return ARGUMENTS, {str(name): plain(value) for name, value in arguments.items()}
     return found.place, dict(found.config or {})
 
@@ -38,7 +39,7 @@ def marks_of(found: Inspection) -> Marks:
         entries=entries,
         config=config,
         place=place if config else "",
-        is_object=isinstance(content.get(place), Call),
+        is_object=isinstance(held := content.get(place), Call) and attributes(held) is held.state,
         first_group=_first_group(found.optimizer),
         n_layer=(shape.n_layer if shape is not None else None) or 0,
     )

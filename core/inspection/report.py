@@ -9,7 +9,7 @@ from ..containers.pickles.inert import Call
 from ..containers.spec import TensorSpec
 from ..containers.trees import leaves
 from ..families.choices import Choice
-from .inspect import Facts, Inspection
+from .inspect import Facts, Inspection, named
 from .marks import choices
 from .tensor_table import tensor_facts
 
@@ -46,7 +46,7 @@ def facts_of(found: Inspection, pattern: str | None = None) -> Facts:
         "notes": [*container.notes, *(architecture.notes if architecture is not None and not ours else [])],
         "health": _health(found),
         "damaged": list(found.damage),
-        "foreign": [f"{found.path}: its pickle names {call}" for call in container.foreign],
+        "foreign": [named(found.path, call) for call in container.foreign],
         "tensors": tensor_facts(found.weights if ours else container.tensors, pattern),
     }
     if not ours:

@@ -12,7 +12,7 @@ from ..bundle.contradictions import contradictions
 from ..bundle.evolution import notes
 from ..bundle.training_state import STATE, TrainingState
 from ..errors import CheckpointDamaged, CheckpointError
-from .inspect import Facts, Inspection
+from .inspect import Facts, Inspection, named
 
 
 def facts_of_ours(found: Inspection) -> Facts:
@@ -36,7 +36,7 @@ def facts_of_ours(found: Inspection) -> Facts:
     }
     for part in bundle.torch_parts.values():
         with contextlib.suppress(CheckpointError):  # damage is among the notes of the container
-            facts["foreign"] += [f"{part.source.path}: its pickle names {call}" for call in part.source.foreign]
+            facts["foreign"] += [named(part.source.path, call) for call in part.source.foreign]
     with contextlib.suppress(CheckpointError):
         facts["also"] = also_kinds(bundle)
     facts["foreign"] = list(dict.fromkeys(facts["foreign"]))

@@ -77,6 +77,8 @@ def _of_ours(facts: Facts) -> Iterable[str]:
     for name in ("val_loss", "best", "saved_at"):
         if state.get(name) is not None:
             yield f"{name:<10}: {_value(state[name])}"
+    if skipped := (state.get("training") or {}).get("skip_steps"):
+        yield f"{'skip_steps':<10}: the batches of steps {_value(skipped)} are left out"
     if state.get("optimizer_removed") is not None:
         yield f"{'optimizer':<10}: removed ({_value(state['optimizer_removed'])}); this step holds weights only"
     if frozen := state.get("frozen"):

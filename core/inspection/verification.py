@@ -14,7 +14,7 @@ from ..console.words import listed_names, size_text
 from ..containers import checksum
 from ..containers.container import Check, Container
 from ..containers.pickles.inert import as_text
-from ..errors import CheckpointNotFound
+from ..errors import CheckpointDamaged, CheckpointNotFound
 
 _PIECE = 4 << 20
 """Bytes of which a thread computes the checksum at a time."""
@@ -94,6 +94,9 @@ class _File:
                 after = os.fstat(file.fileno())
         except CheckpointNotFound as error:
             self.found.damaged.append(f"{error} It was there when the checkpoint was opened.")
+            return
+        except CheckpointDamaged as error:  # of what cannot be unpacked
+            self.found.damaged.append(str(error))
             return
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             self.found.damaged.append(f"{self.where}: was changed while it was read; verify it again.")

@@ -34,9 +34,13 @@ ANOTHER = "Leave --tokenization out, or train under another --model_name."
 SAME = {
     "gpt2": "add --tokenization gpt2.",
     "hf": "add --tokenization FILE.json, the tokenizer it was trained with.",
+    "symbols": "its symbols are those of its dataset. Train on that, or leave --init_from_model out.",
     "char": "its characters are those of its text. Train on that text, or leave --init_from_model out.",
 }
 """How a run gets the tokenizer of another model, by the tokenizer's kind."""
+
+EXACT = ("char", "symbols")
+"""Kinds of tokenizers of which a model has one row for each id."""
 
 
 class GptKind:
@@ -133,7 +137,7 @@ def find_tokenizer(tokenization: str | Tokenizer, text: str | None) -> Tokenizer
 
 def model_vocab_size(tokenizer: Tokenizer) -> int:
     """Rows of the embedding: the characters, or a BPE vocabulary padded to a multiple of 128 for fast kernels."""
-    return tokenizer.vocab_size if tokenizer.kind == "char" else math.ceil(tokenizer.vocab_size / 128) * 128
+    return tokenizer.vocab_size if tokenizer.kind in EXACT else math.ceil(tokenizer.vocab_size / 128) * 128
 
 
 def _prepare(bundle: Bundle, request: Request, advice: str = ANOTHER) -> None:
@@ -153,7 +157,7 @@ def fresh(fields: dict[str, Any], tokenizer: Tokenizer, seed: int) -> GPT:
     known = {name: value for name, value in fields.items() if name in GPTConfig.__dataclass_fields__}
     config = GPTConfig.from_dict({"vocab_size": model_vocab_size(tokenizer), **known}, "config of the new model")
     few = config.vocab_size < tokenizer.vocab_size
-    if few or (tokenizer.kind == "char" and not fits_characters(tokenizer.vocab_size, config.vocab_size)):
+    if few or (tokenizer.kind in EXACT and not fits_characters(tokenizer.vocab_size, config.vocab_size)):
         raise CheckpointMismatch(
             f"vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids. "
             f"Set it to {'at least ' if few else ''}{tokenizer.vocab_size}, or leave it out."

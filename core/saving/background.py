@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -20,6 +21,8 @@ class BackgroundSaver:
 
     def __init__(self, stage_memory: int | None) -> None:
         self.memory = Memory(stage_memory)
+        self.durable_at: float | None = None
+        """When the last save that succeeded was durable, by time.monotonic; None before."""
         self._thread: threading.Thread | None = None
         self._starting = threading.RLock()  # a signal may come in between
         self._failure: BaseException | None = None
@@ -79,6 +82,7 @@ class BackgroundSaver:
         go.wait()  # else the interpreter would stay in this thread, and `begin` would return milliseconds later
         try:
             write(self.memory)
+            self.durable_at = time.monotonic()
         except BaseException as error:
             self._failure = error
 

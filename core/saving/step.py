@@ -275,11 +275,12 @@ def _told(content: StepContent) -> dict[str, Any]:
     if clash := (FIELDS | told.keys()) & (metrics or {}).keys():
         names = ", ".join(sorted(clash))
         raise InputError(f"metrics: {names} means something else in the training state. Use another name.")
-    told |= dict(metrics or {}) | ({"extra": without_infinities(_plain_numbers(extra))} if extra else {})
+    told |= dict(metrics or {})
     try:
+        told |= {"extra": without_infinities(_plain_numbers(extra))} if extra else {}
         return json.loads(dump_json(_plain_numbers(told)))
     except (InputError, RecursionError) as error:
-        raise InputError(f"metrics or extra of step {step}: {error}") from error
+        raise InputError(f"metrics or extra of step {step}: {error} Tensors and objects go into `also`.") from error
 
 
 def _plain_numbers(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..data.dataloader import DataLoader
     from .ema import Ema
+    from .pair_loader import PairLoader
     from .schedule import Schedule
 
 EXACT = "resume is exact"
@@ -51,19 +52,27 @@ _FOLLOWS = {
     "gradient_accumulation_steps": BATCHES,
     "dropout": NOISE,
     "ema": AVERAGE,
+    "skip_steps": BATCHES,
 }
 
 
 def make_certificate(
-    step: int, loader: DataLoader, model: nn.Module, accumulation: int, settings: Mapping[str, Any]
+    step: int,
+    number: int,
+    loader: DataLoader | PairLoader,
+    model: nn.Module,
+    accumulation: int,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Describe the step that follows `step` updates: digests of its tokens and of its dropout, and the settings.
+
+    Its batches are those of `number` in the loader.
 
     Draws from the generator, which the loop seeds again for each batch.
     """
     rate = getattr(getattr(model, "config", None), "dropout", 0.0)
     device = next(model.parameters()).device
-    batches = [loader.batch(step, micro) for micro in range(accumulation)]
+    batches = [loader.batch(number, micro) for micro in range(accumulation)] if loader.replays else None
     seed_generator(mix(loader.seed, step, 0), device)
     noise = F.dropout(torch.ones(_DRAWS, device=device), rate) if rate else torch.zeros(0)
     here = {
@@ -75,7 +84,7 @@ def make_certificate(
     }
     return {
         "step": step,
-        "batch": _digest(tensor for pair in batches for tensor in pair),
+        "batch": None if batches is None else _digest(tensor for pair in batches for tensor in pair),
         "noise": _digest([noise]),
         "settings": json.loads(json.dumps({**here, **settings})),  # as JSON returns it: tuples become lists
     }
@@ -140,7 +149,9 @@ def _compare(
     texts = [(data or {}).get("digest") for data in (state.data, now.get("data"))]
     if None not in texts and texts[0] != texts[1]:
         differs(BATCHES, f"the text or tokens of {now['data'].get('path')} were changed")
-    if then["batch"] != today["batch"] and not {BATCHES, DRAWN} & found.keys():
+    if today["batch"] is None:
+        differs(BATCHES, "their DataLoader gives them in an order of its own")
+    elif then["batch"] != today["batch"] and not {BATCHES, DRAWN} & found.keys():
         differs(BATCHES, f"other tokens in step {then['step'] + 1} (digest {then['batch']} then, {today['batch']} now)")
     if then["noise"] != today["noise"] and not {NOISE, DRAWN} & found.keys():
         differs(NOISE, f"the generator draws other numbers (digest {then['noise']} then, {today['noise']} now)")

@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader as TorchLoader
 
 from ..checkpoint import CheckpointManager
 from ..console.signals import StopSignal
@@ -16,6 +18,7 @@ from ..model import GPT, GPTFlexAttention
 from ..networks.distributed import ALONE, World
 from .ema import check_decay
 from .loop import Loop
+from .pair_loader import PairLoader, batches_of
 from .schedule import Schedule
 from .settings import Settings
 
@@ -32,9 +35,10 @@ class FitResult:
 def fit(
     model: GPT | GPTFlexAttention,
     *,
-    data_loader: DataLoader,
+    data_loader: DataLoader | TorchLoader[Any],
     optimizer: torch.optim.Optimizer,
     max_iters: int,
+    val_loader: TorchLoader[Any] | None = None,
     checkpoint_dir: str | Path | None = None,
     manager: CheckpointManager | None = None,
     schedule: Schedule | None = None,
@@ -42,6 +46,7 @@ def fit(
     eval_iters: int = 20,
     save_interval: int | None = None,
     save_every_minutes: float | None = None,
+    lose_at_most: float | None = None,
     max_failed_saves: int = 3,
     grad_clip: float = 1.0,
     gradient_accumulation_steps: int = 1,
@@ -61,7 +66,14 @@ def fit(
     `world`. Every rank calls this with the same arguments; all of them obey a signal to one, at the end of the
     same step.
 
-    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. Without a
+    A torch DataLoader gives pairs (x, y) of ids [B, T] ([T] or [1, T] for GPTFlexAttention), y those that follow or -1;
+    each rank has one of its own, and takes `gradient_accumulation_steps` batches of it a step. From one of
+    `core.data.resumable` every step is exact again after a resume. Any other begins anew in each call: a resume is
+    exact in all but its batches, which one line reports and `strict_resume` refuses. The validation loss is that of the
+    first `eval_iters` batches of `val_loader`; without one it is not measured.
+
+    Without `checkpoint_dir` or `manager` nothing is saved; `save_interval` is `eval_interval` unless given. With
+    `lose_at_most` it also saves as often as it takes to lose at most so many seconds of work when killed. Without a
     `schedule` the learning rate stays as the optimizer has it. SIGINT and SIGTERM finish the step, save and return,
     SIGUSR1 saves and continues; `stop` may be entered already, and may limit the time. The last step is durable when
     this returns. A failed save is reported and training continues; after `max_failed_saves` failures in a row the run
@@ -81,6 +93,7 @@ def fit(
         eval_iters=eval_iters,
         save_interval=save_interval,
         save_every_minutes=save_every_minutes,
+        lose_at_most=lose_at_most,
         max_iters=max_iters,
         compile=compile,
         max_failed_saves=max_failed_saves,
@@ -88,13 +101,17 @@ def fit(
     )
     if manager is None and checkpoint_dir is not None:
         manager = CheckpointManager.of_folder(checkpoint_dir)
-    return fit_with(settings, model, data_loader, optimizer, manager, schedule, dtype, progress, stop, world)
+    loader = batches_of(data_loader, val_loader, gradient_accumulation_steps, model)
+    result = fit_with(settings, model, loader, optimizer, manager, schedule, dtype, progress, stop, world)
+    if isinstance(loader, PairLoader):
+        loader.close(result.step)
+    return result
 
 
 def fit_with(
     settings: Settings,
     model: GPT | GPTFlexAttention,
-    loader: DataLoader,
+    loader: DataLoader | PairLoader,
     optimizer: torch.optim.Optimizer,
     manager: CheckpointManager | None,
     schedule: Schedule | None,

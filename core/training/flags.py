@@ -14,6 +14,7 @@ from ..console.commandline import (
     add_rule_flags,
     below_one,
     count,
+    duration,
     positive,
     seed_number,
     size,
@@ -21,6 +22,7 @@ from ..console.commandline import (
 )
 from ..networks.distributed import PARALLEL
 from .settings import Settings
+from .skips import step_ranges
 
 ARCHS = ("gpt", *(f"flex_{name}" for name in VARIANTS))
 """The values of --arch: this project's GPT, and the variants of modded-nanogpt."""
@@ -34,6 +36,7 @@ EXPORTABLE = {"tied_head": True, "head_bias": False}
 METAVARS: dict[Any, str] = {
     Path: "PATH",
     str: "NAME",
+    duration: "TIME",
     **dict.fromkeys((count, seed_number, whole), "N"),
     **dict.fromkeys((positive, above_or_zero, below_one), "X"),
 }
@@ -54,6 +57,16 @@ A flag wins over the model's own config and training state, which win over the p
 """
 
 _SETTINGS = {f.name: f.metadata for f in fields(Settings)}
+
+
+class _Joined(argparse.Action):
+    """A flag that may be repeated: what it is given is joined by commas."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, f"{before},{values}" if before else values)
 
 
 def _add(group: argparse._ArgumentGroup, name: str, kind: Any, text: str, **more: Any) -> None:
@@ -83,6 +96,7 @@ def make_parser() -> Parser:
     _add(group, "batch_size", count, "sequences per step and accumulation")
     _add_settings(group, "gradient_accumulation_steps", "learning_rate", "warmup_iters", "lr_decay_iters", "min_lr")
     _add_settings(group, "weight_decay", "grad_clip", "ema", "lr_schedule")
+    _add(group, "skip_steps", step_ranges, _SETTINGS["skip_steps"]["help"], metavar="A:B", action=_Joined)
     _add_saving(parser.add_argument_group("evaluation and saving"))
     _add_history(parser.add_argument_group("the past of a run (inspect_model.py --history shows it)"))
     _add_machine(parser.add_argument_group("machine"))
@@ -114,7 +128,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_saving(group: argparse._ArgumentGroup) -> None:
-    _add_settings(group, "eval_interval", "eval_iters", "save_interval", "save_every_minutes")
+    _add_settings(group, "eval_interval", "eval_iters", "save_interval", "save_every_minutes", "lose_at_most")
     _add(group, "stop_after_minutes", positive, "this long after the start, finish the step, save, and exit with 75")
     text = "when a save is due while another is being written: wait for it, or skip this one (default: wait)"
     _add(group, "save_policy", ("wait", "skip"), text, default="wait")

@@ -30,9 +30,11 @@ from .certificate import EXACT, certificate_of, differences, make_certificate, s
 from .ema import Ema
 from .grad_scaler import SMALLEST, make_scaler
 from .metrics import Metrics
+from .pair_loader import NOT_REPLAYED, PairLoader
 from .save_timing import RunSaves
 from .schedule import Schedule
 from .settings import Settings
+from .skips import Skips
 
 LOG_INTERVAL = 10
 """Steps between two reads of the loss: each read waits for the device."""
@@ -44,7 +46,7 @@ class Loop:
     def __init__(
         self,
         model: GPT | GPTFlexAttention,
-        data_loader: DataLoader,
+        data_loader: DataLoader | PairLoader,
         optimizer: torch.optim.Optimizer,
         manager: CheckpointManager | None,
         schedule: Schedule | None,
@@ -55,19 +57,24 @@ class Loop:
         self.settings = settings
         self.model = model
         self.world = world
-        self.share = world.share(data_loader.batch_size, settings.gradient_accumulation_steps)
+        if isinstance(data_loader, PairLoader):
+            self.share = data_loader.share(world)
+        else:
+            self.share = world.share(data_loader.batch_size, settings.gradient_accumulation_steps)
         self.forward: Any = world.wrap(model)
         if settings.compile:
             self.forward = torch.compile(self.forward)
         self.loader = data_loader
+        self.skips = Skips.parse(settings.skip_steps)
         self.optimizer = optimizer
         self.manager = manager
-        self.saves = RunSaves(manager, settings.save_every_minutes, settings.max_failed_saves) if manager else None
         self.schedule = schedule
         self.dtype = dtype
         self._measured: tuple[int, float] | None = None
         self._begun = -1  # the step whose save began last
         self.device = next(model.parameters()).device
+        late = world.size > 1 and self.device.type != "cpu"  # what ranks ask for is read at the next edge
+        self.saves = RunSaves(manager, settings, 2 if late else 1) if manager else None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
         self.metrics = Metrics(manager.get_path(LOG) if manager and world.is_first else None)
@@ -113,6 +120,10 @@ class Loop:
             ranks=self.world.size,
         )
         self._compare_resume(self.settings.strict_resume)
+        if not self.loader.replays:
+            say_on_stderr(NOT_REPLAYED)
+        if self.skips.ranges:
+            say_on_stderr(f"the batches of steps {self.skips} are left out (--skip_steps)")
         if said := self.metrics.cut(self.model.step):
             say_on_stderr(f"WARNING: {said}")
         self._look_from_here()
@@ -138,16 +149,26 @@ class Loop:
             self.update()
             stop.work_to_save = True
             wishes = self.edge(stop)
-            evaluates = model.step % settings.eval_interval == 0 or model.step == settings.max_iters
-            if model.step % LOG_INTERVAL == 0 or evaluates:
+            at_interval = model.step % settings.eval_interval == 0 or model.step == settings.max_iters
+            if model.step % LOG_INTERVAL == 0 or at_interval:
                 self.look()
             stopping = reason(wishes)
-            if evaluates and not stopping:
-                stopping = self.evaluate(stop)
+            if at_interval and self.loader.validates and not stopping:
+                stopping = self._evaluate_in_time(stop)
             ends = model.step == settings.max_iters or stopping is not None
             named = self.manager is not None and self.manager.wants(model.step)
-            if model.step % save_interval == 0 or named or wishes or ends:
+            if model.step % save_interval == 0 or named or wishes or ends or self._begun == model.step:
                 self.save(now=named or SAVING in wishes, last=ends)
+        return stopping
+
+    def _evaluate_in_time(self, stop: StopSignal) -> str | None:
+        """Evaluate, as `evaluate`; a save for which it would be too late after it begins before it."""
+        if not self.saves:
+            return self.evaluate(stop)
+        if self.settings.lose_at_most and self.world.any(self.saves.is_due_before_evaluation()):
+            self.save()
+        stopping = self.evaluate(stop)
+        self.saves.evaluated()
         return stopping
 
     def _compare_resume(self, strict: bool) -> None:
@@ -166,16 +187,19 @@ class Loop:
     def _facts(self) -> dict[str, Any]:
         """The facts of this run in a training state, for the run that continues it."""
         settings = settings_of(self.optimizer, self.schedule, self.settings.grad_clip, self.ema)
-        return {
-            "environment": self.environment,
-            "certificate": make_certificate(
-                self.model.step, self.loader, self.model, self.settings.gradient_accumulation_steps, settings
-            ),
-        }
+        settings["skip_steps"] = str(self.skips) or None
+        step, accumulation = self.model.step, self.settings.gradient_accumulation_steps
+        made = make_certificate(step, self._number(step), self.loader, self.model, accumulation, settings)
+        return {"environment": self.environment, "certificate": made}
+
+    def _number(self, step: int) -> int:
+        """The number of the batch, counted from 0, that follows `step` updates."""
+        return self.skips.batch_of(step + 1) - 1
 
     def update(self) -> None:
         """Make one optimizer step: the rank's part of the global batch, micro-step by micro-step."""
         model, step = self.model, self.model.step
+        number = self._number(step)
         rate = self.schedule.at(step) if self.schedule else self.optimizer.param_groups[0]["lr"]
         if self.schedule:
             for group in self.optimizer.param_groups:
@@ -185,7 +209,9 @@ class Loop:
         total = torch.zeros((), device=self.device)
         mine = self.share.micro_steps
         for micro in mine:
-            x, y = self._to_device(self.loader.batch(step, micro, self.share.rows))  # ids and their successors, [B, T]
+            x, y = self._to_device(
+                self.loader.batch(number, micro, self.share.rows)
+            )  # ids and their successors, [B, T]
             # Dropout is seeded again for each micro-step: its noise is then a function of (seed, step, micro-step,
             # rank), and a resume needs no generator state, even if an evaluation or a sample has drawn in between.
             seed_generator(mix(self.loader.seed, step, micro, *self.world.noise), self.device)
@@ -209,7 +235,7 @@ class Loop:
         wishes = stop.take()
         if self.saves:
             self.saves.check()
-            wishes |= {SAVE_BY_CLOCK} if self.saves.due else set()
+            wishes |= {SAVE_BY_CLOCK} if self.saves.is_due() else set()
         return self.world.at_edge(self._unseen[-1][2], wishes)
 
     def _to_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,7 +255,7 @@ class Loop:
                 what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
                 self._diverged(step, what)
             self._since_evaluation.append(loss)
-            self.metrics.add(step=step, loss=loss, learning_rate=rate, grad_norm=norm)
+            self._log(step, loss, rate, norm)
         if self._unseen:
             tokens, seconds = self._tokens - self._looked[0], time.perf_counter() - self._looked[1]
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
@@ -238,7 +264,12 @@ class Loop:
 
     def _skipped(self, step: int, rate: float, scale: float) -> None:
         say_on_stderr(f"step {step}: gradients overflowed fp16, no update made; loss scale {scale:g}")
-        self.metrics.add(step=step, loss=None, learning_rate=rate, grad_norm=None)
+        self._log(step, None, rate, None)
+
+    def _log(self, step: int, loss: float | None, rate: float, norm: float | None) -> None:
+        batch = self.skips.batch_of(step)
+        shifted = {"batch": batch} if batch != step else {}
+        self.metrics.add(step=step, loss=loss, learning_rate=rate, grad_norm=norm, **shifted)
 
     def _look_from_here(self) -> None:
         self._looked = self._tokens, time.perf_counter()
@@ -254,7 +285,8 @@ class Loop:
         """Evaluate the resumed step, if the previous run was stopped before its evaluation; as `evaluate`."""
         state = self.manager.resumed if self.manager else TrainingState()
         at = state.step == self.model.step and self.model.step % eval_interval == 0
-        if not self.saves or not at or state.commit_id is None or state.val_loss is not None:
+        to_do = at and self.loader.validates and state.commit_id is not None and state.val_loss is None
+        if not self.saves or not to_do:
             return None
         self.saves.step = self._begun = self.model.step
         stopping = self.evaluate(stop)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..bundle.training_state import TrainingState
-from ..console.commandline import above_or_zero, below_one, count, positive, seed_number
+from ..console.commandline import above_or_zero, below_one, count, duration, positive, seed_number
 from ..errors import CheckpointMismatch, InputError
 from .schedule import KINDS, Schedule
+from .skips import Skips, step_ranges
 
 
 def _setting(default: Any, kind: Callable[[str], Any] | tuple[str, ...] | None, text: str) -> Any:
@@ -24,8 +26,18 @@ def _is_a(kind: Callable[[str], Any] | tuple[str, ...] | None, value: Any) -> bo
         return value in kind if isinstance(value, str) else False
     if kind is None or isinstance(value, bool):
         return kind is None and isinstance(value, bool)
+    if kind is step_ranges:
+        return isinstance(value, str) and _parses(kind, value)
     is_whole = isinstance(value, int) and abs(value) < 1 << 63
     return is_whole or (isinstance(value, float) and math.isfinite(value) and kind not in (count, seed_number))
+
+
+def _parses(kind: Callable[[str], Any], word: str) -> bool:
+    try:
+        kind(word)
+    except argparse.ArgumentTypeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,14 @@ class Settings:
     save_every_minutes: float | None = _setting(
         None, positive, "also save when the last save was this many minutes ago"
     )  # minutes
+    lose_at_most: float | None = _setting(
+        None, duration, "also save as often as it takes to lose at most this much work when killed: 30s, 5m, 1h"
+    )  # seconds
+    skip_steps: str | None = _setting(
+        None,
+        step_ranges,
+        "leave out the batches of steps A to B, both included (120:125,300:310): the steps go on with those after them",
+    )  # batches
     seed: int = _setting(1337, seed_number, "seed of data order, dropout and initialization (default: 1337)")
     max_iters: int = _setting(1500, count, "optimizer steps in all")  # steps
     learning_rate: float = _setting(
@@ -74,20 +94,30 @@ class Settings:
 
     @classmethod
     def resolve(
-        cls, flags: Mapping[str, Any], recorded: Mapping[str, Any], preset: Mapping[str, Any] | None = None
+        cls,
+        flags: Mapping[str, Any],
+        recorded: Mapping[str, Any],
+        preset: Mapping[str, Any] | None = None,
+        trained: int = 0,
     ) -> Settings:
         """Resolve the settings: a flag wins over the run so far, which wins over the preset of its kind.
 
-        Raises: CheckpointMismatch naming a recorded setting of another type, which no flag replaces.
+        What skip_steps leaves out is added to what the run leaves out already, after `trained` steps.
+
+        Raises: CheckpointMismatch naming a recorded setting of another type, which no flag replaces, or a batch to be
+            left out that the run has trained on.
         """
         for f in fields(cls):
             value = recorded.get(f.name)
-            if value is not None and f.name not in flags and not _is_a(f.metadata["kind"], value):
+            replaced = f.name in flags and f.name != "skip_steps"
+            if value is not None and not replaced and not _is_a(f.metadata["kind"], value):
                 raise CheckpointMismatch(
                     f"training.{f.name} in the checkpoint's training state is {str(value)[:80]!r}, which is no such "
                     f"setting. Correct it there, or give --{f.name}."
                 )
         told = {**(preset or {}), **recorded, **flags}
+        if more := flags.get("skip_steps"):
+            told["skip_steps"] = str(Skips.parse(recorded.get("skip_steps")).adding(Skips.parse(more), trained))
         return cls(**{f.name: told[f.name] for f in fields(cls) if f.name in told})
 
     def check(self) -> None:
@@ -97,6 +127,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1.")
+        if self.lose_at_most is not None and not self.lose_at_most > 0:
+            raise InputError(f"lose_at_most is {self.lose_at_most}, expected a number of seconds above 0.")
 
     def recorded(self, so_far: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The settings that a training state keeps for the continued run; those of the machine are left out.

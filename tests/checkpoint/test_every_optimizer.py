@@ -10,17 +10,7 @@ from torch import nn
 
 from core.checkpoint import CheckpointManager
 from tests.makers.optimizers import Counting
-
-
-def of_torch(name, **settings):
-    return lambda parameters: getattr(torch.optim, name)(parameters, **{"lr": 0.01, **settings})
-
-
-def muon_and_adamw(parameters):
-    parameters = list(parameters)
-    matrices, rest = [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() != 2]
-    return {"muon": torch.optim.Muon(matrices, lr=0.01), "adamw": torch.optim.AdamW(rest, lr=0.02)}
-
+from tests.makers.own_loop import muon_and_adamw, of_package, of_torch
 
 EVERY = {name: of_torch(name) for name in sorted(torch.optim.__all__) if name not in ("Optimizer", "Muon")} | {
     "SGD momentum": of_torch("SGD", momentum=0.9, nesterov=True),
@@ -105,12 +95,5 @@ def test_five_and_five_steps_are_ten_in_bfloat16(tmp_path, name):
     ],
 )
 def test_five_and_five_steps_are_ten_with_other_packages(tmp_path, package, name):
-    kind = getattr(pytest.importorskip(package), name)
-
-    def make(parameters):
-        made = kind(parameters, lr=1.0 if name == "Prodigy" else 0.01)
-        if hasattr(made, "train"):
-            made.train()
-        return made
-
-    exact(tmp_path, make)
+    pytest.importorskip(package)
+    exact(tmp_path, of_package(package, name, 1.0 if name == "Prodigy" else 0.01))

@@ -9,13 +9,14 @@ import math
 import pickle
 import struct
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.containers.pickles.inert import DEPTH, Call, Global, as_text
+from core.containers.pickles.inert import DEPTH, Call, Global, as_text, children
 from core.containers.pickles.reader import PickleCutOff, parse_pickle, read_pickle
 from core.errors import CheckpointDamaged
 
@@ -189,3 +190,34 @@ def test_calls_that_the_value_holds_are_not_called_unused():
 def test_text_stays_on_one_printable_line():
     assert as_text("a\x1b[2J\n\ud800") == '"a\\u001b[2J\\n\\ud800"'
     assert as_text(["x" * 500], 20) == '["xxxxxxxxxxxxxxx...'
+
+
+class Node:
+    """An object of a program."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)), max_size=12))
+def test_any_graph_of_values_becomes_a_tree_that_loses_only_its_cycles(size, edges):
+    nodes = [Node() for _ in range(size)]
+    for number, node in enumerate(nodes):
+        node.number, node.held = number, []
+    for begin, end, kind in edges:
+        target = nodes[end % size]
+        held = [target, (target, (target,)), {"k": target}, {target}, [frozenset([target])]][kind]
+        nodes[begin % size].held.append(held)
+    found = read_pickle(pickle.dumps(nodes[0]), "x.pkl")
+
+    def numbers(value: Any, above: tuple[int, ...] = ()) -> set[int]:
+        assert id(value) not in above
+        mine = {value.state["number"]} if isinstance(value, Call) and value.state else set()
+        return mine.union(*(numbers(child, (*above, id(value))) for child in children(value) or () if child != ()))
+
+    reached, pending = set(), [0]
+    while pending:
+        number = pending.pop()
+        if number not in reached:
+            reached.add(number)
+            pending += [end % size for begin, end, _ in edges if begin % size == number]
+    assert numbers(found) == reached
+    assert len(as_text(found)) <= 200

@@ -184,6 +184,7 @@ def test_a_save_asked_for_while_evaluating_begins_there_and_the_measured_loss_is
 
 
 @posix
+@pytest.mark.full  # both cores are busy for 36 s
 def test_a_save_asked_of_one_rank_is_made_by_all_and_the_clock_of_one_stops_all(tmp_path, text):
     flags = {"max_iters": 100_000, "eval_interval": 100_000, "stop_after_minutes": 0.6}
     run = ranks.start(tmp_path, text, 2, **flags, save_interval=None)
@@ -398,10 +399,18 @@ def test_saves_by_the_clock_change_nothing_but_when_they_are_made(tmp_path):
 
 def test_the_flags_of_saving_are_obeyed_and_those_of_a_machine_are_not_remembered(tmp_path, text):
     done = train(
-        tmp_path, text, max_iters=5, save_policy="skip", stage_memory="0", max_failed_saves=1, save_every_minutes=5
+        tmp_path,
+        text,
+        max_iters=5,
+        save_policy="skip",
+        stage_memory="0",
+        max_failed_saves=1,
+        save_every_minutes=5,
+        lose_at_most="1h",
     )
     assert done.returncode == DONE, done.stderr
     assert state(tmp_path)["training"]["save_every_minutes"] == 5
+    assert state(tmp_path)["training"]["lose_at_most"] == 3600
     assert not {"save_policy", "stage_memory", "max_failed_saves"} & state(tmp_path)["training"].keys()
 
 

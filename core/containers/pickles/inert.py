@@ -35,6 +35,18 @@ class Global:
         return as_text(self)
 
 
+class Cycle(Global):
+    """What stands in a value in place of one that holds it, so that each content is a tree."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.path = "a value that contains itself"
+
+    __eq__ = object.__eq__  # two of them may be keys of one dictionary
+    __hash__ = object.__hash__
+
+
 class Call:
     """A call that a pickle requests and that is never made: an instance of a class, or the result of a function."""
 
@@ -99,7 +111,7 @@ class ByteArray(bytes):
 
 _BRACKETS = {list: ("[", "]"), tuple: ("(", ")"), Key: ("(", ")"), Size: ("(", ")")}
 
-LEAVES = frozenset({str, bytes, int, float, bool, type(None), Global})
+LEAVES = frozenset({str, bytes, int, float, bool, type(None), Global, Cycle})
 """Types whose values hold nothing."""
 
 
@@ -251,34 +263,38 @@ def children(value: Any) -> Sequence[Any] | None:
 
 
 def check_structure(root: Any, where: str, length: int) -> Container[int]:
-    """Refuse a structure that a walk could not finish; returns the identities of all values in it.
+    """Make a tree of a structure, and refuse one that a walk could not finish; returns the identities of all values.
 
-    Such a structure contains itself, is nested deeper than DEPTH, or unfolds (shared parts counted at each use) to far
-    more than the `length` bytes it was read from. One pass from the leaves up, without recursion.
+    A value that contains itself gets a `Cycle` in place of the inner one. Refused is what is nested deeper than DEPTH,
+    or unfolds (shared parts counted at each use) to far more than the `length` bytes it was read from. One pass from
+    the leaves up, without recursion.
 
     Raises: CheckpointDamaged.
     """
     limit = 8 * length + SLACK
     measured: dict[int, int | None] = {}  # by identity: size << 8 | height; None while its children are open
+    remade: dict[int, Any] = {}  # tuples that cycles were cut out of, by the identity of what they replace
     pending = [root]
-    opened: list[tuple[int, int, list[Any], int]] = []  # whose children are all above that many of `pending`
+    opened: list[tuple[int, Any, list[Any], int]] = []  # whose children are all above that many of `pending`
     while pending or opened:
         if opened and len(pending) == opened[-1][0]:
-            _, identity, inner, size = opened.pop()
-            height = 0
+            _, value, inner, size = opened.pop()
+            height, is_cut = 0, False
             for child in inner:
-                found = measured[id(child)] or 0
+                found = measured[id(child)]
+                if found is None or (remade and id(child) in remade):
+                    is_cut = True
+                    found = found or 1 << 8
                 size += found >> 8
                 if found & 255 > height:
                     height = found & 255
             if height >= DEPTH:
                 raise CheckpointDamaged(f"{where}: its content is nested deeper than {DEPTH} levels.")
+            if is_cut:
+                _cut(value, measured, remade)
         else:
             value = pending.pop()
-            identity = id(value)
-            if identity in measured:
-                if measured[identity] is None:
-                    raise CheckpointDamaged(f"{where}: its content contains itself; a checkpoint is a tree.")
+            if id(value) in measured:
                 continue
             size, height, inner, kind = 1, 0, [], type(value)
             for child in value if kind is tuple else children(value) or ():
@@ -292,13 +308,38 @@ def check_structure(root: Any, where: str, length: int) -> Container[int]:
                 else:
                     size += 1
             if inner:
-                measured[identity] = None
-                opened.append((len(pending), identity, inner, size))
+                measured[id(value)] = None
+                opened.append((len(pending), value, inner, size))
                 pending += inner
                 continue
         if size > limit:
             raise CheckpointDamaged(
                 f"{where}: its content unfolds to over {limit} values, too many for a pickle of {length} bytes."
             )
-        measured[identity] = size << 8 | height + 1
+        measured[id(value)] = size << 8 | height + 1
     return measured
+
+
+def _cut(value: Any, measured: dict[int, int | None], remade: dict[int, Any]) -> None:
+    """Replace what contains a value, and the tuples that were remade, in a value whose other parts are trees.
+
+    A tuple or frozenset is copied into `remade`; a cycle of these alone cannot be written.
+    """
+
+    def tree(child: Any) -> Any:
+        return Cycle() if measured.get(id(child), 0) is None else remade.get(id(child), child)
+
+    if isinstance(value, Call):
+        value.callable, value.args, value.state, value.items = map(tree, children(value) or ())
+    elif isinstance(value, list):
+        value[:] = map(tree, value)
+    elif isinstance(value, dict):
+        pairs = [(tree(key), tree(item)) for key, item in value.items()]
+        value.clear()
+        value.update(pairs)
+    elif isinstance(value, set):
+        parts = list(map(tree, value))
+        value.clear()
+        value.update(parts)
+    else:
+        remade[id(value)] = type(value)(map(tree, value))

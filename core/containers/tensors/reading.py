@@ -85,6 +85,7 @@ def inflated(view: View) -> str:
         return ""
     sources = {id(block.source): block.source for block in view.blocks if block.source is not None}
     size = sum(sum(source.files.values()) for source in sources.values())
+    size += sum(one.size for source in sources.values() for one in source.unpacked.values())
     if view.nbytes <= size:
         return ""
     return f"has {view.nbytes} bytes, all files together {size}: a view that repeats its elements, not read"

@@ -9,27 +9,12 @@ from typing import BinaryIO
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import read_at
 from ..pickles.inert import as_text
+from ..recognised import NEVER_WRITTEN, file_kind, other_kind
 from .storages import TorchArchive
 from .stream import MAGIC, open_torch_stream
 from .zip import open_torch_zip
 
 _HEAD = 512  # bytes: one block of a tar
-
-_OTHERS: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "Convert it with the program that wrote it."),
-    (b"\x93NUMPY", "a numpy array", "Load it with numpy."),
-    (b"GGUF", "a GGUF file", "Take the weights it was made from."),
-    (b"\x1f\x8b", "a gzip file", "Unpack it first."),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard file", "Unpack it first."),
-    (b"BZh", "a bzip2 file", "Unpack it first."),
-    (b"\xfd7zXZ\0", "an xz file", "Unpack it first."),
-    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip file", "Unpack it first."),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "Fetch the file with git lfs pull."),
-    (b"<!doctype", "a web page", "Download the file again: the server sent a page in its place."),
-    (b"<html", "a web page", "Download the file again: the server sent a page in its place."),
-    (b"<?xml", "an XML text", "Download the file again: the server may have sent an error in its place."),
-)
-"""First bytes, in lower case where they are words, what the file is, and what to do."""
 
 _LONGEST_HEADER = 1 << 27
 """Bytes of a safetensors header, whose length is in the first eight bytes, before its JSON."""
@@ -37,8 +22,10 @@ _LONGEST_HEADER = 1 << 27
 _TAR_OF_TORCH = (b"sys_info", b"pickle", b"storages", b"tensors")
 
 
-def open_torch_file(file: BinaryIO, where: str) -> TorchArchive:
+def open_torch_file(file: BinaryIO, where: str, unpack: bool = False) -> TorchArchive:
     """Read the contents of a torch file without its tensors; `where` is its path, for messages.
+
+    With `unpack`, tensors may be packed in it, deflated or within a pickle, where the caller can unpack them.
 
     Raises: CheckpointDamaged when it is cut off, contradicts itself or is not recognized; CheckpointError with the kind
         that it seems to be when it is another kind of file.
@@ -48,9 +35,11 @@ def open_torch_file(file: BinaryIO, where: str) -> TorchArchive:
         raise CheckpointDamaged(f"{where}: empty (0 bytes), expected a torch file.")
     head = read_at(file, 0, min(size, _HEAD), where)
     if head.startswith(b"PK") or head == b"P":
-        return open_torch_zip(file, where)
+        if file_kind(head) is not None:
+            raise _other_kind(head, where)
+        return open_torch_zip(file, where, unpack)
     if (head[0] == 0x80 and head[1:2] <= b"\5") or head.startswith(b"L%dL" % MAGIC):
-        return open_torch_stream(file, where)
+        return open_torch_stream(file, where, unpack)
     raise _other_kind(head, where)
 
 
@@ -66,13 +55,18 @@ def _other_kind(head: bytes, where: str) -> CheckpointError:
         return CheckpointError(f"{where}: a tar archive, expected a torch file. Unpack it first.")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_HEADER:
         return CheckpointError(f"{where}: a safetensors file, expected a torch file. Convert it first.")
-    for start, kind, remedy in _OTHERS:
-        if head.startswith(start) or head.lstrip().lower().startswith(start):
-            return CheckpointError(f"{where}: {kind}, not a torch file: {begins}. {remedy}")
+    if said := other_kind(head, where, "a torch file"):
+        return CheckpointError(said)
     if _is_text(head):
         text = as_text(head.decode("utf-8", "ignore"), 60)
         return CheckpointError(f"{where}: not a torch zip file: a text file that begins with {text}.")
-    return CheckpointDamaged(f"{where}: not a torch zip file: {begins}, a zip with b'PK', an older file with b'\\x80'.")
+    known = r"a zip with b'PK', an older file with b'\x80'."
+    if not any(head):
+        return CheckpointDamaged(f"{where}: not a torch zip file: {begins}, {known} {NEVER_WRITTEN}")
+    return CheckpointDamaged(
+        f"{where}: not a torch zip file: {begins}, {known} Numbers without a header, as in a .data file of TensorFlow, "
+        "have no names or shapes: give the folder that they are from to its own program."
+    )
 
 
 def _is_text(head: bytes) -> bool:

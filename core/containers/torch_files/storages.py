@@ -12,10 +12,12 @@ from typing import Any
 
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import naturals
+from ..pickles.foreign import is_module
 from ..pickles.inert import LEAVES, Call, DtypeName, Global, as_name, as_text
 from ..pickles.reader import ParsedPickle, parse_pickle
 from ..pickles.reductions import Reductions, as_size
 from ..spec import DTYPES, ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS, TensorSpec, reach
+from .arrays import BUILDERS, Array, array_of
 from .zip_directory import Record
 
 LARGEST_PICKLE = 1 << 28
@@ -40,6 +42,7 @@ class TorchArchive:
     unused: list[Any]  # calls whose results are not in the content: how code is hidden in a sound file
     records: dict[str, Record] = field(default_factory=dict)  # of a zip, without the archive's folder: "data/0"
     odd: list[str] = field(default_factory=list)  # parts that torch.save does not write, a sentence each
+    arrays: dict[str, Array] = field(default_factory=dict)  # the tensors within the pickle, by what their specs name
 
 
 class Storage(Call):
@@ -59,7 +62,7 @@ class Storage(Call):
 class TensorLoader:
     """Builds tensor specs while a pickle is read; `place` adds where in the file their storages are."""
 
-    def __init__(self, where: str, source: str = "data.pkl", prefix: str = "data/") -> None:
+    def __init__(self, where: str, source: str = "data.pkl", prefix: str = "data/", unpack: bool = False) -> None:
         self.where = where
         self.source = source  # the name of the pickle in messages
         self.prefix = prefix  # precedes the key of a storage in messages
@@ -67,10 +70,14 @@ class TensorLoader:
         self.specs: list[TensorSpec] = []
         self.most = _TENSORS_OF_ANY
         self.names: set[str] = set()  # of classes and functions in the pickle
+        self.arrays: dict[str, Array] = {}
+        self.packed: dict[str, str] = {}  # storages that are deflated, by the names of their records
         self.builders: Reductions = {
             "torch._utils._rebuild_tensor": self.tensor,
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_tensor_v3": self.typed_tensor,
+            "torch._utils._rebuild_device_tensor_from_cpu_tensor": _of_device,
+            **(dict.fromkeys(BUILDERS, self.array) if unpack else {}),
         }
 
     def read(self, data: bytes, start: int = 0) -> ParsedPickle:
@@ -96,6 +103,7 @@ class TensorLoader:
         """Turn the offsets within storages into offsets in the file; `offsets` has the start of each storage."""
         for spec in self.specs:
             spec.offset += offsets[spec.storage]
+            spec.file = self.packed.get(spec.storage, "")
 
     def needs_more(self, size: int) -> str:
         """A sentence about the size of the tensors, if they alone are larger than a file that was cut off."""
@@ -178,6 +186,16 @@ class TensorLoader:
             return NotImplemented
         return self.spec(storage, name, offset, shape, strides)
 
+    def array(self, record: Any, dtype: Any, *_: Any) -> Any:
+        """A tensor of a device without storages, which is an array in the pickle."""
+        found = array_of(record, dtype)
+        if found is None:
+            return NotImplemented
+        name = f"{self.source}/{len(self.arrays)}"
+        self.arrays[name] = found
+        nbytes = math.prod(found.shape) * ITEM_SIZES[found.dtype]
+        return TensorSpec("", found.dtype, found.shape, found.strides, 0, nbytes, name, name)
+
     def parameter(self, data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
         """A parameter with attributes of its own is its tensor."""
         self.check_attributes(state)
@@ -230,6 +248,12 @@ _VALUES = {"data", "real", "imag", "__class__", "__dict__"}
 def _first(data: Any, *_: Any) -> Any:
     """A parameter is its tensor."""
     return data
+
+
+def _of_device(tensor: Any, dtype: Any, *_: Any) -> Any:
+    """A tensor of a device is the one that was copied from it, of its dtype."""
+    same = isinstance(tensor, TensorSpec) and dtype == f"torch.{tensor.dtype}"
+    return tensor if same else NotImplemented
 
 
 _STORAGES: dict[str, tuple[str | None, int]] = {  # dtype and bytes of an element
@@ -287,9 +311,25 @@ def name_tensors(content: Any, where: str) -> dict[str, TensorSpec]:
                 if type(item) not in _WITHOUT:
                     walk(item, f"{before}{i}")
         elif isinstance(value, Call):
+            if is_module(value):
+                for name, item in _in_module(value.state).items():
+                    walk(item, before + name)
+                return
             for inner, inside in ((value.args, f"{before}args"), (value.items, f"{before}items"), (value.state, path)):
                 if inner:
                     walk(inner, inside)
 
     walk(content, "")
     return tensors
+
+
+def _in_module(state: dict[str, Any]) -> dict[str, Any]:
+    """What a module holds, by attribute and in the order of its state dict, without buffers that are not in one."""
+    hidden = state.get("_non_persistent_buffers_set")
+    held: dict[str, Any] = {}
+    for part in ("_parameters", "_buffers", "_modules"):
+        there = state.get(part)
+        held |= there if isinstance(there, dict) else {}
+    held |= {name: item for name, item in state.items() if not name.startswith("_") and name not in held}
+    gone = hidden if isinstance(hidden, set) else set()
+    return {name: item for name, item in held.items() if isinstance(name, str) and name not in gone}

@@ -25,8 +25,8 @@ _FIRST_READ = 1 << 20
 _COUNT = 8  # bytes of the count before each storage
 
 
-def open_torch_stream(file: BinaryIO, where: str) -> TorchArchive:
-    """Read the pickles of a stream file; `where` is its path, for messages.
+def open_torch_stream(file: BinaryIO, where: str, unpack: bool = False) -> TorchArchive:
+    """Read the pickles of a stream file; `where` is its path, for messages, and `unpack` is as for a zip.
 
     Raises: CheckpointDamaged when it is cut off or contradicts itself, CheckpointError for another kind of file.
     """
@@ -39,7 +39,7 @@ def open_torch_stream(file: BinaryIO, where: str) -> TorchArchive:
             f"{where}: a stream file of version {as_text(protocol, 40)}, this program reads {PROTOCOL}. "
             "Load and save it again with the torch that wrote it."
         )
-    loader = _Loader(where, "content", "storage ")
+    loader = _Loader(where, "content", "storage ", unpack)
     order = system.get("little_endian") if isinstance(system, dict) else None
     if order is False:
         raise loader.refuse_big_endian()
@@ -48,7 +48,7 @@ def open_torch_stream(file: BinaryIO, where: str) -> TorchArchive:
     content = head.next("content", loader.read, loader)
     keys = head.next("list of storages", loader=loader)
     loader.place(_storage_offsets(file, head, loader, keys))
-    return TorchArchive("stream", where, content, name_tensors(content, where), head.unused)
+    return TorchArchive("stream", where, content, name_tensors(content, where), head.unused, arrays=loader.arrays)
 
 
 def _check_magic(data: bytes, where: str) -> None:
@@ -67,7 +67,8 @@ def _check_magic(data: bytes, where: str) -> None:
     if type(magic) is not int:
         raise CheckpointError(
             f"{where}: a pickle without the magic number of torch ({MAGIC:#x}): torch.save did not write it. "
-            "Load it with the program that wrote it, and save it with torch.save."
+            "Load it with the program that wrote it, and save it with torch.save: "
+            f"model = pickle.load(open({where!r}, 'rb')); torch.save(model.state_dict(), 'weights.pt')."
         )
     if magic != MAGIC:
         raise CheckpointDamaged(f"{where}: its magic number is {magic:#x}, expected {MAGIC:#x}.")

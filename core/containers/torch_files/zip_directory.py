@@ -21,6 +21,7 @@ _END64_LOCATOR = struct.Struct("<4s4xQ4x")  # signature, where the 64-bit end re
 _END64 = struct.Struct("<4s12xI12xQQQ")  # as _END
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHH4xII")  # signature, flags, method, CRC, 2 sizes, 3 lengths, attributes, head
 _FOLDER = 0x10  # among the attributes; torch leaves the memory of what it takes for a folder as it was
+_DEFLATED = 8  # a method of compression
 _LOCAL = struct.Struct("<4s22xHH")  # signature, two lengths
 _STARTS = (b"PK\3\4", b"PK\5\6")  # of a record, and of the end of an empty directory: torch looks at these four bytes
 _LONGEST_COMMENT = 0xFFFF
@@ -35,7 +36,8 @@ class Record:
     offset: int
     size: int
     crc32: int
-    stored: bool = True  # False: compressed, which torch does to code, never to tensors
+    stored: bool = True  # False: compressed, as torch does with code, and whoever zips an unpacked file again
+    inflated: int = -1  # bytes of a deflated one before it was compressed
 
     @property
     def checksum(self) -> int | None:
@@ -106,7 +108,7 @@ def read_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[dict[s
     """
     start, length, count, loose = _find_directory(file, where, explain)
     data = read_at(file, start, length, where)
-    entries: list[tuple[int, str, int, int, bool]] = []
+    entries: list[tuple[int, str, int, int, bool, int]] = []
     position = 0
     for _ in range(count):
         if position + _ENTRY.size > length:
@@ -127,7 +129,7 @@ def read_directory(file: BinaryIO, where: str, explain: Explain) -> tuple[dict[s
             raise CheckpointDamaged(f"{where}: {as_text(name)} is a folder with {packed} bytes.")
         if method == 0 and packed != size:
             raise CheckpointDamaged(f"{where}: {as_text(name)} has {packed} bytes and claims {size}.")
-        entries.append((offset, name, packed, crc, method == 0))
+        entries.append((offset, name, packed, crc, method == 0, size if method == _DEFLATED else -1))
     records, between = _locate(file, entries, start, where)
     return records, loose + between + length - position
 
@@ -157,7 +159,7 @@ def _decode(raw: bytes, where: str) -> str:
 
 
 def _locate(
-    file: BinaryIO, entries: list[tuple[int, str, int, int, bool]], directory: int, where: str
+    file: BinaryIO, entries: list[tuple[int, str, int, int, bool, int]], directory: int, where: str
 ) -> tuple[dict[str, Record], int]:
     """Find where the bytes of each record begin, refuse overlaps and unclear names, and count what lies between."""
     records: dict[str, Record] = {}
@@ -165,7 +167,7 @@ def _locate(
     loose = 0
     folder = entries[0][1].partition("/")[0] + "/" if entries else ""
     following = directory
-    for offset, name, size, crc, stored in sorted(entries, reverse=True):
+    for offset, name, size, crc, stored, inflated in sorted(entries, reverse=True):
         shown = as_text(name)
         if not name.startswith(folder):
             raise CheckpointDamaged(f"{where}: holds {as_text(folder)} and {shown}; a torch file is one folder.")
@@ -184,7 +186,7 @@ def _locate(
         gap = following - begin - size
         loose += gap if gap > _DESCRIPTOR else 0
         following = offset
-        records[short] = Record(name, begin, size, crc, stored)
+        records[short] = Record(name, begin, size, crc, stored, inflated)
     return dict(reversed(records.items())), loose + following
 
 

@@ -55,7 +55,8 @@ def optimizer_content(
     """
     moments = model.moments
     if moments is None:
-        raise model.refuse("it has no optimizer state. Leave out --include_optimizer.")
+        why = next((note for note in model.notes if note.startswith("its optimizer state is left out")), None)
+        raise model.refuse(f"{why or 'it has no optimizer state.'} Leave out --include_optimizer.")
     before = f"{prefix}." if prefix else ""
     group_of = {name: g for g, group in enumerate(moments.groups) for name in group["names"]}
     firsts = {name: _first_source(model, name, group_of) for name in order}
