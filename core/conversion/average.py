@@ -19,7 +19,7 @@ from .plan import Source
 _LIKE = ("data", "training", "schedule", "seed", "architecture")
 """Entries of training states that are kept where all sources have the same; others are of one step."""
 
-_FREE = {*EDITABLE, "_name_or_path", "transformers_version", "torch_dtype", "dtype"}
+_FREE = {*EDITABLE, "format_version", "_name_or_path", "transformers_version", "torch_dtype", "dtype"}
 """Entries of a config that change nothing of what is computed from the same tensors."""
 
 
@@ -34,29 +34,26 @@ def averaged(models: Sequence[Source], held: ExitStack) -> Source:
     for other in models[1:]:
         _refuse_unlike(first, other)
     made = AveragedTensors(first.container, held)
-    means: dict[tuple[object, ...], View] = {}
 
     def mean(views: list[View]) -> View:
-        if not views[0].blocks or views[0].dtype not in FLOATS:
-            return views[0]
-        key = tuple(view.place for view in views)  # tied tensors stay tied
-        if key not in means:
-            means[key] = made.put(views[0].names[0], views)
-        return means[key]
+        is_averaged = views[0].blocks and views[0].dtype in FLOATS
+        return made.put(views[0].names[0], views) if is_averaged else views[0]
 
     for sides in ([model.tensors for model in models], [model.sources for model in models]):
         sides[0].update({name: mean([side[name] for side in sides]) for name in sides[0]})
+    how = f"mean of {len(models)}"
+    first.rules = {name: how for name, view in first.tensors.items() if view.dtype in FLOATS} | first.rules
     paths = [model.path for model in models]
-    first.notes = [f"the average of {len(models)} checkpoints: {', '.join(map(str, paths))}", *first.notes]
+    notes = dict.fromkeys(note for model in models for note in model.notes)
+    first.notes = [f"the average of {len(models)} checkpoints: {', '.join(map(str, paths))}", *notes]
     if any(model.moments is not None for model in models):
         first.notes.append("their optimizer states are left out: moments are of one step")
-    steps = sorted({model.step or 0 for model in models})
+    steps = sorted({model.step for model in models if model.step is not None})
     if len(steps) > 1:
         first.notes.append(f"step {steps[-1]} is the last of theirs ({listed(list(map(str, steps)), separator=', ')})")
     first.state = _alike([model.state for model in models])
-    first.container, first.averaged, first.step = made, paths, steps[-1]
+    first.container, first.averaged, first.step = made, paths, steps[-1] if steps else None
     first.moments = first.run = None
-    first.along = {}
     return first
 
 

@@ -36,17 +36,18 @@ class AveragedTensors(Container):
     def __init__(self, first: Container, held: ExitStack) -> None:
         super().__init__("average", first.path, {}, first.content, {}, notes=list(first.notes))
         self.parts: dict[str, list[View]] = {}
+        self._files_of: dict[tuple[object, ...], str] = {}
         self._readers = threading.local()
         self._held = held
 
     def put(self, name: str, views: Sequence[View]) -> View:
-        """Add the mean of views of one dtype and shape, and return a view of it."""
-        dtype, shape = views[0].dtype, views[0].shape
-        self.parts[name] = list(views)
-        self.files[name] = views[0].nbytes
-        spec = TensorSpec(name, dtype, shape, dense_strides(shape), 0, views[0].nbytes, name, name)
-        self.tensors[name] = spec
-        return stored(self, spec)
+        """Add the mean of views of one dtype and shape, and return a view of it; tied tensors have one mean."""
+        dtype, shape, size = views[0].dtype, views[0].shape, views[0].nbytes
+        file = self._files_of.setdefault(tuple(view.place for view in views), name)
+        self.parts[file] = list(views)
+        self.files[file] = size
+        self.tensors[name] = TensorSpec(name, dtype, shape, dense_strides(shape), 0, size, file, file)
+        return stored(self, self.tensors[name])
 
     def open(self, name: str) -> BinaryIO:
         """Open what `read_into` computes for a tensor."""
@@ -76,20 +77,20 @@ class AveragedTensors(Container):
         first, same = b"", np.ones(stop - start, bool)
         bits = np.dtype(f"u{ITEM_SIZES[dtype]}")
         with np.errstate(all="ignore"):  # infinities of both signs have no mean
-            for view, gatherer in zip(views, self._gatherers(len(views)), strict=True):
-                data = b"".join(p.tobytes() for part in span(view, start, stop) for p in gatherer.pieces(part))
+            for view in views:
+                data = b"".join(p.tobytes() for part in span(view, start, stop) for p in self._gatherer.pieces(part))
                 first = first or data
                 same &= np.frombuffer(data, bits) == np.frombuffer(first, bits)
                 total += decode(data, dtype)
             made = np.frombuffer(cast((total / len(views)).data.cast("B"), "float64", dtype), bits)
         return np.where(same, np.frombuffer(first, bits), made).tobytes()
 
-    def _gatherers(self, count: int) -> list[Gatherer]:
-        """The readers of this thread, one for each container; their files are closed with the conversion."""
-        found: list[Gatherer] = getattr(self._readers, "all", [])
-        while len(found) < count:
-            found.append(self._held.enter_context(Gatherer(1, ROOM)))
-        self._readers.all = found
+    @property
+    def _gatherer(self) -> Gatherer:
+        """The reader of this thread; its files are closed with the conversion."""
+        if not hasattr(self._readers, "own"):
+            self._readers.own = self._held.enter_context(Gatherer(1, ROOM))
+        found: Gatherer = self._readers.own
         return found
 
 
