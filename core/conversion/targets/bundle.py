@@ -51,6 +51,7 @@ def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
         extra={
             **plain(kept.get("extra") or {}),
             "converted_from": str(model.path),
+            **({"averaged": list(map(str, model.averaged))} if model.averaged else {}),
             "program": model.program,
             "choices": [str(choice) for choice in model.choices],
         },

@@ -29,7 +29,7 @@ def card(plan: Plan) -> str:
         "---",
         f"# {plan.target.name}",
         "",
-        f"Converted from `{model.path.name}` ({model.program}) by `convert_checkpoints.py --to {plan.format}`.",
+        f"Converted from {_sources(model)} ({model.program}) by `convert_checkpoints.py --to {plan.format}`.",
         "",
         f"- {shape.get('n_layer', '?')} layers, {shape.get('n_head', '?')} heads, width {shape.get('n_embd', '?')}, "
         f"context {shape.get('block_size', '?')}, vocabulary {shape.get('vocab_size', '?')}; {numbers:,} parameters",
@@ -91,3 +91,10 @@ def _refuse_half_characters(model: Source) -> None:
                 f"chars[{index}] of its tokenizer is {char!r}, half of a surrogate pair, which a tokenizer.json of "
                 "Hugging Face cannot hold. --to bundle keeps it."
             )
+
+
+def _sources(model: Source) -> str:
+    """What a model was made of, as Markdown."""
+    if not model.averaged:
+        return f"`{model.path.name}`"
+    return f"the mean of {', '.join(f'`{path.name}`' for path in model.averaged)}"
