@@ -21,7 +21,6 @@ from core.console.progress import byte_bar, token_bar
 from core.console.words import printable
 from core.containers.plain import Room, plain
 from core.errors import CheckpointError, CheckpointNotFound
-from core.inspection.below import checkpoints_below
 from core.inspection.inspect import Inspection, inspect_path
 from core.inspection.report import Facts, facts_of
 from core.inspection.report_text import models_text, not_finite, text_of, views_text
@@ -147,6 +146,8 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
         try:
             opened = inspect_path(place, args.step)
         except CheckpointNotFound:
+            from core.inspection.below import checkpoints_below
+
             below = checkpoints_below(place) if place.is_dir() and args.step is None else []
             if not below:
                 raise

@@ -72,7 +72,7 @@ class GptKind:
             model = load_model(source, writable=True, with_optimizer=False).train()
             model.step = 0
             if positions is not None:
-                before, name = model.config.block_size, source.folder.name
+                before, name = model.config.block_size, request.init_from_model or source.folder.name
                 say(f"block_size: the first {positions} of the {before} positions of {name}, the others are cropped")
                 crop_positions(model, positions)
         return self._placed(model)
