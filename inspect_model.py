@@ -20,7 +20,7 @@ from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, add_check_
 from core.console.progress import byte_bar, token_bar
 from core.console.words import printable
 from core.containers.plain import Room, plain
-from core.errors import CheckpointError
+from core.errors import CheckpointError, CheckpointNotFound
 from core.inspection.inspect import Inspection, inspect_path
 from core.inspection.report import Facts, facts_of
 from core.inspection.report_text import models_text, not_finite, text_of, views_text
@@ -137,10 +137,22 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
 
             if args.check_text is not None:
                 raise CheckpointError(f"{place}: holds {len(names)} models, and --check_text computes one. Name one.")
-            return {"root": str(place), "models": [model_facts(place / name) for name in names]}, []
+            models = [model_facts(place / name) for name in names]
+            opens = any("error" not in one and not ("legacy" in one and one["step"] is None) for one in models)
+            none = f"{place}: none of its {len(models)} models opens; each is listed with the reason."
+            return {"root": str(place), "models": models}, [] if opens else [none]
         if args.history:
             return look_back(place, args)
-        with inspect_path(place, args.step) as found:
+        try:
+            opened = inspect_path(place, args.step)
+        except CheckpointNotFound:
+            from core.inspection.below import checkpoints_below
+
+            below = checkpoints_below(place) if place.is_dir() and args.step is None else []
+            if not below:
+                raise
+            return {"root": str(place), "models": below}, []
+        with opened as found:
             say_chosen(found)
             facts = facts_of(found, args.tensors)
             faults = list(facts["damaged"])

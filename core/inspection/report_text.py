@@ -170,13 +170,19 @@ def _content_line(value: Any) -> str:
 
 def models_text(root: str, models: list[Facts]) -> Iterable[str]:
     """The list of all models below a root."""
-    yield f"{root} holds {len(models)} models; choose one with --model_name:"
+    if any("program" in model for model in models):
+        yield f"{root} holds {len(models)} checkpoint{'s' * (len(models) != 1)}; name one by its path:"
+    else:
+        yield f"{root} holds {len(models)} models; choose one with --model_name:"
     yield from columns([_model_row(model) for model in models])
 
 
 def _model_row(model: Facts) -> tuple[str, ...]:
     if "error" in model:
         return (model["name"], printable(model["error"]))
+    if "program" in model:
+        step = f"step {model['step']}" if model["step"] is not None else "step not recorded"
+        return (printable(model["name"]), step, printable(model["program"]), size_text(model["bytes"]))
     if "legacy" in model:
         step = f"step {model['step']}" if model["step"] is not None else "unreadable"
         return (model["name"], step, model["legacy"], size_text(model["bytes"]))
