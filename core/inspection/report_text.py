@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,10 @@ _NUMBERS = ("min", "max", "mean", "std")
 
 _SHOWN = 60
 """Rows of tensors on the first screen; --tensors lists all."""
+
+
+_ENTRIES = 500
+"""Entries of a file's content on the first screen; a state dict has its tensors in another section."""
 
 
 def text_of(facts: Facts, all_tensors: bool = False) -> Iterable[str]:
@@ -40,7 +45,10 @@ def text_of(facts: Facts, all_tensors: bool = False) -> Iterable[str]:
         yield from _of_ours(facts)
     if "content" in facts:
         yield from ("", "=== CONTENT ===")
-        yield from columns([(printable(str(k)), ":", _content_line(v)) for k, v in facts["content"].items()])
+        shown = itertools.islice(facts["content"].items(), _ENTRIES)
+        yield from columns([(printable(str(k)), ":", _content_line(v)) for k, v in shown])
+        if (more := len(facts["content"]) - _ENTRIES) > 0:
+            yield f"... and {more} more entries, which --json has too"
     yield from _parameters(facts)
     if facts["architecture"] is not None:
         yield from ("", "=== ARCHITECTURE ===", *architecture_lines(facts["architecture"]))
