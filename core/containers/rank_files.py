@@ -49,7 +49,8 @@ def rank_files(folder: Path) -> dict[str, dict[int, str]]:
     matches = [match for name in names if (match := _RANK_FILE.fullmatch(name))]
     if not matches:
         matches = [match for name in names if (match := _OTHER.fullmatch(name))]
-        if len(matches) < sum(name.endswith(_WEIGHTS) for name in names):
+        others = len(matches) < sum(name.endswith(_WEIGHTS) for name in names)
+        if others or not any(int(match[3]) == 0 for match in matches):
             return {}
     found: dict[str, dict[int, str]] = {}
     sets: dict[str, dict[str, None]] = {}  # of files that are alike but for a count, by the names without it

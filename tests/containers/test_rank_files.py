@@ -270,6 +270,7 @@ def test_what_two_real_ranks_of_fsdp_wrote_is_the_model(tmp_path):
     for name in ("fsdp2", "fsdp1"):
         assert_same(open_container(tmp_path / name), whole)
     assert "_flat_param" in part_of_model(open_container(tmp_path / "local"))
+    assert_same(open_container(tmp_path / "nocoll"), {f"model.{name}": tensor for name, tensor in whole.items()})
 
 
 # what is missing or damaged

@@ -18,11 +18,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import Shard as SavedShard
 from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from core.bundle.bundle import open_bundle
@@ -164,6 +165,21 @@ def write_ranks(folder: Path, mesh: tuple[int, ...], tensors: dict, stem: str = 
             device_mesh = init_device_mesh("cpu", mesh)
             parts = {n: distribute_tensor(t, device_mesh, p, src_data_rank=None) for n, (t, p) in tensors.items()}
             torch.save({**parts, **plain(rank)}, folder / f"{stem}_rank{rank:05}.pt")
+        finally:
+            dist.destroy_process_group()
+    return folder
+
+
+def write_rank_local(folder: Path, tensors: dict[str, torch.Tensor], world: int, plain: dict) -> Path:
+    """Write a DCP folder in which each rank has a `.metadata` of its own; rows are cut, what is no matrix is copied."""
+    for rank in range(world):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        try:
+            mesh = init_device_mesh("cpu", (world,))
+            cut = {n: (Shard(0) if t.dim() > 1 else Replicate(),) for n, t in tensors.items()}
+            parts = {n: distribute_tensor(t, mesh, cut[n], src_data_rank=None) for n, t in tensors.items()}
+            with warnings.catch_warnings(action="ignore"):  # it takes the first rank's for an older save
+                dcp.save({"model": parts, **plain}, checkpoint_id=folder, use_collectives=False)
         finally:
             dist.destroy_process_group()
     return folder
