@@ -78,7 +78,7 @@ def _open_file(path: Path) -> Container:
 
     if not head.startswith(b"PK") and (is_safetensors(head) or path.suffix == ".safetensors"):
         return open_safetensors(path)
-    if path.name == ".metadata" or path.suffix == ".distcp":
+    if path.name == ".metadata" or path.suffix in (".distcp", ".metadata"):
         return _open_folder(path.parent)
     if head.lstrip()[:1] == b"{" or path.suffix == ".json":
         from .hf_folder import INDEX, open_hf_folder
