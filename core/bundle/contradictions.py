@@ -30,16 +30,16 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that weights may have."""
 
 
-def check_fit(bundle: Bundle, with_optimizer: bool = True) -> GPTConfig:
+def check_fit(bundle: Bundle, with_optimizer: bool = True, records: bool = False) -> GPTConfig:
     """Compare a GPT's config, tokenizer and the headers of its weights and optimizer state; return the config.
 
     Raises: CheckpointMismatch listing every contradiction with the field and value that would fit, CheckpointError
-    when a file names anything but data.
+    when a file names anything but data; with `records`, values that nothing uses are let through.
     """
-    bundle.weights.source.refuse_foreign()
+    bundle.weights.source.refuse_foreign(records)
     if bundle.optimizer is not None and with_optimizer:
         try:
-            bundle.optimizer.source.refuse_foreign()
+            bundle.optimizer.source.refuse_foreign(records)
         except CheckpointDamaged:  # reported when it is loaded; a model computes without it
             with_optimizer = False
     if bundle.config is None:

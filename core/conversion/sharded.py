@@ -51,7 +51,7 @@ def is_sharded(path: Path) -> bool:
 
 
 def _folder(path: Path) -> Path:
-    return path.parent if path.name == METADATA or path.suffix == SUFFIX else path
+    return path.parent if path.name == METADATA or path.suffix in (SUFFIX, METADATA) else path
 
 
 def open_sharded(path: Path, options: Options) -> Inspection:

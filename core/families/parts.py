@@ -25,6 +25,7 @@ RUN: Words = (
     "training_state",
     "trainer",
     "trainer_state",
+    "extra_state",
     "progress",
     "loops",
     "callbacks",

@@ -66,9 +66,15 @@ class GptKind:
         else:
             kind = (source.tokenizer or {}).get("token_kind")
             advice = "A new model from its weights reads text as it does: " + SAME.get(str(kind), SAME["char"])
-            _prepare(source, replace(request, given={**alone, **request.given}, tokenizer=tokenizer), advice)
+            given = {**alone, **request.given}
+            positions = _fewer_positions(source, given)
+            _prepare(source, replace(request, given=given, tokenizer=tokenizer), advice)
             model = load_model(source, writable=True, with_optimizer=False).train()
             model.step = 0
+            if positions is not None:
+                before, name = model.config.block_size, request.init_from_model or source.folder.name
+                say(f"block_size: the first {positions} of the {before} positions of {name}, the others are cropped")
+                crop_positions(model, positions)
         return self._placed(model)
 
     def _placed(self, model: GPT) -> GPT:
@@ -138,6 +144,21 @@ def find_tokenizer(tokenization: str | Tokenizer, text: str | None) -> Tokenizer
 def model_vocab_size(tokenizer: Tokenizer) -> int:
     """Rows of the embedding: the characters, or a BPE vocabulary padded to a multiple of 128 for fast kernels."""
     return tokenizer.vocab_size if tokenizer.kind in EXACT else math.ceil(tokenizer.vocab_size / 128) * 128
+
+
+def _fewer_positions(bundle: Bundle, given: dict[str, Any]) -> int | None:
+    """Take a block_size below that of a step out of the given fields; None where none is given."""
+    if bundle.config is None or not 0 < given.get("block_size", 0) < bundle.config.block_size:
+        return None
+    return int(given.pop("block_size"))
+
+
+def crop_positions(model: GPT, positions: int) -> None:
+    """Cut the table of positions of a model down to the first ones, which compute what they computed."""
+    table = model.position_embedding_table
+    table.weight = torch.nn.Parameter(table.weight.detach()[:positions].clone())
+    table.num_embeddings = positions
+    model.config = GPTConfig.from_dict({**model.config.to_dict(), "block_size": positions}, "config of the new model")
 
 
 def _prepare(bundle: Bundle, request: Request, advice: str = ANOTHER) -> None:

@@ -62,6 +62,32 @@ class Metadata:
         return {file: sorted(places, key=lambda pair: pair[0].offset) for file, places in found.items()}
 
 
+def merge_metadata(parts: list[Metadata], where: str) -> Metadata:
+    """Join what each rank says of its own items (`__0.metadata`, ...); `where` is their folder.
+
+    A block that several ranks have counts once, and so does a value: the first rank's.
+
+    Raises: CheckpointDamaged when two ranks give one name another dtype or shape.
+    """
+    entries: dict[str, Entry] = {}
+    for part in parts:
+        for entry in part.entries:
+            first = entries.setdefault(entry.name, entry)
+            if (first.dtype, first.shape) != (entry.dtype, entry.shape):
+                raise CheckpointDamaged(
+                    f"{where}: {as_name(entry.name)} is {entry.dtype} {entry.shape} in {entry.places[0].file}, and "
+                    f"{first.dtype} {first.shape} in {first.places[0].file}. The ranks are of different saves."
+                )
+            known = {(place.begin, place.shape) for place in first.places}
+            first.places += [place for place in entry.places if (place.begin, place.shape) not in known and entry.dtype]
+    foreign = dict.fromkeys(call for part in parts for call in part.foreign)
+    notes = [note for part in parts for note in part.notes]
+    values = sum(entry.dtype is None for entry in entries.values())
+    if len(parts) > 1 and values:
+        notes.append(f"its {values} values that are no tensors are those of the first of {len(parts)} ranks.")
+    return Metadata(list(entries.values()), list(foreign), notes)
+
+
 def read_metadata(data: bytes, where: str) -> Metadata:
     """Read the bytes of a `.metadata`; `where` is its path, for messages.
 

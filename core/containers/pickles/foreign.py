@@ -60,6 +60,8 @@ _ACTING = {"builtins", "ctypes", "importlib", "marshal", "nt", "os", "pickle", "
 _ACTING |= {"socket", "subprocess", "sys"}
 """Modules that no class of a program is in, though a name may lead through another module into one of them."""
 
+_GETATTR = (Global("builtins", "getattr"), Global("__builtin__", "getattr"))
+
 _METHODS = ("__setstate__", "add", "append", "extend")
 """Attributes of an object that unpickling would call."""
 
@@ -119,10 +121,10 @@ def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False
                     add(method, False)
         if isinstance(value, Call):
             # the name that is called is judged with its call; those it is given are, when it is foreign
-            known = not is_foreign(value) or (isinstance(value.callable, Global) and also(value.callable.path))
+            known = not is_foreign(value) or also(_called(value))
             if not known:
                 add(value, _is_record(value))
-            called = [] if isinstance(value.callable, Global) else [value.callable]
+            called = [] if known or isinstance(value.callable, Global) else [value.callable]
             args = value.args if known else [a for a in value.args if not isinstance(a, Global)]
             held = [*called, *args, value.state, value.items]
         pending.extend([inner for inner in reversed(held) if type(inner) not in _PLAIN])
@@ -130,6 +132,14 @@ def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False
     for finding, is_record in zip(findings, [*found.values(), all(more)], strict=False):
         finding.is_record = is_record
     return list(findings)
+
+
+def _called(call: Call) -> str:
+    """The full name of the class that is called, which protocol 2 writes as getattr(class, name) where it is nested."""
+    held, name = call.callable, ""
+    if isinstance(held, Call) and held.callable in _GETATTR and len(held.args) == 2 and isinstance(held.args[1], str):
+        held, name = held.args[0], f".{held.args[1]}"
+    return held.path + name if isinstance(held, Global) else ""
 
 
 def is_foreign(value: Global | Call) -> bool:
