@@ -40,6 +40,14 @@ class Bits(enum.IntFlag):
     A = 1
     B = 2
 
+class Outer:
+    class Inner(enum.Enum):
+        ON = 1
+
+    @dataclasses.dataclass
+    class Settings:
+        lr: float = 1e-3
+
 class EasyDict(dict):
     def __init__(self, fields):
         dict.__init__(self, fields)
@@ -85,6 +93,8 @@ def slots(module: Any) -> Any:
 VALUES: dict[str, Callable[[Any], Any]] = {
     "version": lambda m: torch.__version__,
     "enum": lambda m: m.Mode.FAST,
+    "nested enum": lambda m: m.Outer.Inner.ON,
+    "nested dataclass": lambda m: m.Outer.Settings(),
     "flag": lambda m: m.Bits.A | m.Bits.B,
     "dictionary of a class": lambda m: m.EasyDict({"lr": 1e-3}),
     "dataclass": lambda m: m.Hyperparameters(),
