@@ -146,11 +146,10 @@ def same(found: dict[str, Any], expected: dict[str, torch.Tensor]) -> bool:
     return {name: data for name, (_, _, data) in found.items()} == whole
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["zip", "stream"])
 @pytest.mark.parametrize("place", ["hook", "config.hook"])
 @pytest.mark.parametrize("kind", VALUES)
-def test_tensors_beside_any_value_are_converted(tmp_path, kind, place, stream):
-    source = tmp_path / "ckpt.pt"
+def test_tensors_beside_any_value_are_converted(tmp_path, kind, place):
+    source, stream = tmp_path / "ckpt.pt", place == "hook"
     with vanishing(SOURCE) as module:
         expected = write(source, place, VALUES[kind](module), _use_new_zipfile_serialization=not stream)
     held = {name: one for name, one in tensors_of(source).items() if name.startswith("model.")}
@@ -183,6 +182,13 @@ def test_the_fields_of_a_config_of_any_class_are_the_config(tmp_path, kind):
     assert (training["learning_rate"], training["grad_clip"], training["max_iters"]) == (1e-2, 1.0, 100)
     converted(tmp_path / "args.pt", tmp_path / "b", "bundle")
     assert read(tmp_path / "b/config.json")["n_head"] == 4
+
+
+@pytest.mark.parametrize("field", ["n_head", "block_size", "vocab_size"])
+def test_a_record_that_the_model_needs_is_named_by_its_field(tmp_path, field):
+    write(tmp_path / "ckpt.pt", f"model_args.{field}", decimal.Decimal(8))
+    with pytest.raises(CheckpointError, match=rf"ckpt\.pt: {field} is 'decimal\.Decimal.*' in the config, not a number"):
+        converted(tmp_path / "ckpt.pt", tmp_path / "b", "bundle")
 
 
 def test_a_record_among_the_weights_is_needed(tmp_path):
