@@ -7,20 +7,20 @@ import atexit
 import gc
 import io
 import itertools
-import json
 import math
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
 from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, add_check_flags, add_rule_flags, rules_given, run
 from core.console.progress import byte_bar, token_bar
 from core.console.words import printable
-from core.containers.plain import Room, plain
-from core.errors import CheckpointError
+from core.containers.plain import Room, plain, write_plain
+from core.errors import CheckpointError, CheckpointNotFound
 from core.inspection.inspect import Inspection, inspect_path
 from core.inspection.report import Facts, facts_of
 from core.inspection.report_text import models_text, not_finite, text_of, views_text
@@ -137,10 +137,22 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
 
             if args.check_text is not None:
                 raise CheckpointError(f"{place}: holds {len(names)} models, and --check_text computes one. Name one.")
-            return {"root": str(place), "models": [model_facts(place / name) for name in names]}, []
+            models = [model_facts(place / name) for name in names]
+            opens = any("error" not in one and not ("legacy" in one and one["step"] is None) for one in models)
+            none = f"{place}: none of its {len(models)} models opens; each is listed with the reason."
+            return {"root": str(place), "models": models}, [] if opens else [none]
         if args.history:
             return look_back(place, args)
-        with inspect_path(place, args.step) as found:
+        try:
+            opened = inspect_path(place, args.step)
+        except CheckpointNotFound:
+            from core.inspection.below import checkpoints_below
+
+            below = checkpoints_below(place) if place.is_dir() and args.step is None else []
+            if not below:
+                raise
+            return {"root": str(place), "models": below}, []
+        with opened as found:
             say_chosen(found)
             facts = facts_of(found, args.tensors)
             faults = list(facts["damaged"])
@@ -206,7 +218,7 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_USE
     if args.json:
-        print(json.dumps(plain(comparison_facts(found), room=room), indent=2, allow_nan=False))
+        print_json(plain(comparison_facts(found), room=room))
     else:
         print("\n".join(comparison_lines(found)))
     return DONE if found.equal else FAILED
@@ -228,7 +240,7 @@ def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int
     if args.json:
         shown = [facts.get("past", facts) for facts in shown]
         documents = [plain(facts, room=Room(facts.get("bytes", math.inf))) for facts in shown]
-        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2, allow_nan=False))
+        print_json(documents[0] if len(documents) == 1 else documents)
     else:
         print("\n\n".join("\n".join(lines(facts, args.tensors is not None)) for facts in shown))
     for fault in faults:
@@ -242,6 +254,12 @@ def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int
             others = f"and {len(values) - _FEW} more records of classes and functions, which --json lists"
             print(f"WARNING: {printable(facts['location'])}: {others}; nothing was executed", file=sys.stderr)
     return FAILED if faults else DONE
+
+
+def print_json(document: Any) -> None:
+    """Print JSON values, indented."""
+    write_plain(document, sys.stdout.write)
+    print()
 
 
 def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:

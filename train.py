@@ -238,8 +238,9 @@ def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Co
     root = manager.checkpoint_dir.parent
     name = spelled("--model_name", manager.model_name)
     name += f" {spelled('--checkpoint_root', root)}" if root != Path("checkpoints") else ""
+    prompt = "" if corpus.tokenizer.kind == "symbols" else " --prompt 'The '"  # which are no symbols
     say(
-        f"next:\n  python generate.py {name} --prompt 'The '\n  python inspect_model.py {name}\n"
+        f"next:\n  python generate.py {name}{prompt}\n  python inspect_model.py {name}\n"
         f"  python train.py {name} --max_iters {2 * model.step}"
     )
 

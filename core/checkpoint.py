@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,13 @@ from torch import nn
 from .bundle import intact, rewind
 from .bundle.bundle import Bundle, newest_tokenizer
 from .bundle.choice import LEGACY_FILES, holds_bundle
-from .bundle.commit import MODEL, ModelFolder
+from .bundle.commit import MODEL
 from .bundle.find import file_in, model_folder
 from .bundle.folder import top_state
 from .bundle.foreign import refuse_foreign
-from .bundle.lock import hold
-from .bundle.probe import probe
-from .bundle.retention import RULES, Retention, best_step, numbers_of
-from .bundle.training_state import TrainingState
-from .bundle.writing import explained, writing
+from .bundle.retention import best_step
+from .bundle.rules import StepRules
+from .bundle.writing import explained
 from .config.gpt import GPTConfig
 from .console.anchored import anchored
 from .console.words import size_text
@@ -39,21 +35,19 @@ from .loading.tensors import load_averages, read_through
 from .model import GPT, GPTBatched, GPTFlexAttention
 from .networks.device import resolve_dtype
 from .networks.frozen import Frozen
-from .networks.wrappers import Modules, Optimizers, as_module, optimizers_by_name, says_when_it_steps
+from .networks.wrappers import Modules, Optimizers, as_module
 from .saving.also import captured
-from .saving.background import BackgroundSaver
 from .saving.consolidate import consolidate
+from .saving.folder_writer import FolderWriter
 from .saving.ranks import Ranks
-from .saving.snapshot import Memory
-from .saving.step import StepContent, StepSave, add_metrics, refuse_unwritable, whole_step
+from .saving.step import StepContent, add_metrics, refuse_unwritable, whole_step
 
 
-class CheckpointManager:
+class CheckpointManager(FolderWriter, StepRules):
     """The checkpoints of one model: a folder whose top is always the newest committed step, whole.
 
-    The step that was resumed from is kept besides those of the rules. `stage_memory` limits the bytes that hold a step
-    on its way to disk; None is half of what is free when the first step is saved, and 48 MB are always allowed. The
-    attributes describe all other arguments.
+    `stage_memory` limits the bytes that hold a step on its way to disk; None is half of what is free when the first
+    step is saved, and 48 MB are always allowed. The attributes describe all other arguments.
     """
 
     def __init__(
@@ -78,44 +72,21 @@ class CheckpointManager:
             raise InputError(
                 f"save_policy is {save_policy!r} and stage_memory {stage_memory}: expected wait or skip, and bytes."
             )
+        FolderWriter.__init__(self, model_folder(base_dir, model_name), ranks or Ranks(), say, stage_memory)
+        StepRules.__init__(self, keep, keep_every, keep_best, best_by, keep_steps, keep_optimizer)
         self.model_name = model_name
         """Name of the model, and of its folder."""
-        self.checkpoint_dir = model_folder(base_dir, model_name)
-        """The folder of the model: `base_dir/model_name`, wherever the process goes later."""
-        self.keep = keep
-        """How many of the newest older steps are kept."""
-        self.keep_every = keep_every
-        """Every older step that this number divides is kept; None for none."""
-        self.keep_best = keep_best
-        """How many of the best steps are kept."""
-        self.best_by = best_by
-        """The metric by which a step is the best: "val_loss", or another with ":min" or ":max" behind it."""
-        self.keep_steps = numbers_of(keep_steps)
-        """Steps that are kept by their numbers, which the loop has to save (`wants`); "log" for 1, 2, 4, 8, ..."""
-        self.keep_optimizer = keep_optimizer
-        """How many of the newest kept steps have their optimizer state; older ones hold weights only. None for all."""
         self.facts: dict[str, Any] = {}
         """Entries of the training state of every later save, by name; `record` adds to them."""
-        self.resumed = TrainingState()
-        """The training state, also a mapping, of the step that training continues from; empty for a new run."""
-        _ = self.rules
         self.averages: dict[str, torch.Tensor] | None = None
         """The average of the weights at the resumed step, by their names; None where it has none."""
-        self.say = say
-        """Called with each line that reports what was found, saved or removed."""
         self.save_policy = save_policy
         """When a save is due while another is being written: "wait" for it, or "skip" this one."""
         self.verify = verify
         """Whether checksums are compared on resume; if not, only what cannot be opened counts as damaged."""
         self.allow_fresh = allow_fresh
         """Whether, when no step is intact, everything in the folder is set aside and training starts from scratch."""
-        self.ranks = ranks or Ranks()
-        """How the processes that train this model share its folder."""
-        self._folder = ModelFolder(self.checkpoint_dir)
-        self._held = contextlib.ExitStack()
-        self._saver = BackgroundSaver(stage_memory)
         self._frozen = Frozen()
-        weakref.finalize(self, self._saver.last_words)
 
     @classmethod
     def of_folder(cls, checkpoint_dir: str | Path, **settings: Any) -> CheckpointManager:
@@ -143,60 +114,6 @@ class CheckpointManager:
     def exists_legacy_format(self, filename: str = "latest.pt") -> bool:
         """Whether the folder holds a single-file checkpoint of this name."""
         return self.get_path(filename).is_file()
-
-    def __enter__(self) -> CheckpointManager:
-        self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def acquire(self) -> None:
-        """Become the only process that writes this model, until `close`, and finish an interrupted save.
-
-        Other managers and threads of this process may save: one write after the other.
-
-        Raises: CheckpointLocked when another process writes here, SaveFailed where no checkpoint can be written.
-        """
-        self._held.enter_context(self.holding())
-
-    def close(self) -> None:
-        """Wait for the save that is being written, and let other processes write.
-
-        Raises: SaveFailed when that save failed.
-        """
-        try:
-            self.wait()
-        finally:
-            self._held.close()
-
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
-        """Keep other processes from writing while the block runs, and finish an interrupted save.
-
-        Other managers and threads of this process may save: one write after the other.
-
-        Raises: CheckpointLocked when another process writes here.
-        """
-        with contextlib.ExitStack() as held:
-            if self.ranks.world.is_first:
-                with self.writing():
-                    held.enter_context(hold(self.checkpoint_dir, self.say))
-                    self._probe()
-            yield
-
-    def _probe(self) -> None:
-        """Find out, the first time, what the file system lacks, and say so; the caller is the only writer."""
-        if line := probe(self._folder):
-            self.say(line)
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Be the only writer while the block runs, in this process too; an interrupted save is finished first."""
-        if self.ranks.world.is_first:
-            self._saver.join()
-        with writing(self._folder, self.say) if self.ranks.world.is_first else contextlib.nullcontext():
-            yield
 
     def newest_intact(self, origin: Path | None = None) -> Bundle | None:
         """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
@@ -320,27 +237,6 @@ class CheckpointManager:
         self.resumed = bundle.state
         self.averages = load_averages(bundle, model)
 
-    @property
-    def rules(self) -> Retention:
-        """The rules by which older steps are kept, and their optimizer states.
-
-        Raises: InputError for one that is impossible.
-        """
-        rules = {name: getattr(self, name) for name in RULES}
-        return Retention(**rules, resumed_from=self.resumed.step)
-
-    def keep_as(
-        self, state: Mapping[str, Any], keep: int | None = None, keep_every: int | None = None, **rules: Any
-    ) -> None:
-        """Keep older steps by the rules of the run that wrote a training state, with those that are given."""
-        found = Retention.of(TrainingState.from_dict(state)).given(keep=keep, keep_every=keep_every, **rules)
-        for name in RULES:
-            setattr(self, name, getattr(found, name))
-
-    def wants(self, step: int) -> bool:
-        """Whether `keep_steps` names a step, so that a loop has to save it."""
-        return self.rules.names(step)
-
     def record(self, **facts: Any) -> None:
         """Add facts to the training state of every later save, by name.
 
@@ -390,45 +286,23 @@ class CheckpointManager:
         states = None if also is None else captured(also, self.ranks.world)
         if not self.ranks.may_begin(self._saver, self.save_policy == "skip", step, self.say):
             return False
-        frozen = self._frozen if trainable_only else None
         content = StepContent(
             model,
             optimizer,
             step,
-            tokenizer,
-            metrics,
-            extra,
-            ema,
-            states,
-            self.facts,
-            self.rules,
-            frozen,
-            before_commit,
+            tokenizer=tokenizer,
+            metrics=metrics,
+            extra=extra,
+            ema=ema,
+            also=states,
+            facts=self.facts,
+            retention=self.rules,
+            frozen=self._frozen if trainable_only else None,
+            before_commit=before_commit,
         )
         if (save := self.ranks.step_save(self._folder, content)) is not None:
             self._write(save, optimizer)
         return True
-
-    def _write(self, save: StepSave, optimizer: Optimizers | None) -> None:
-        """Begin to write a step; the step of its optimizers waits until its copy is done."""
-        held = save.lock(self.say)
-        optimizers = [*(optimizers_by_name(optimizer) or {}).values()]
-        waiting = [one for one in optimizers if says_when_it_steps(one)]
-
-        def write(memory: Memory) -> None:
-            with held, explained(self.checkpoint_dir):
-                save.write(memory, self.say)
-
-        try:
-            if self.ranks.world.size == 1:  # in a run of several, `acquire` has done it
-                self._probe()
-            self._saver.begin(f"save of step {save.step}", write, save.snapshot, waiting)
-        except BaseException:
-            if not self._saver.busy:
-                held.close()
-            raise
-        if not optimizers or len(waiting) < len(optimizers):
-            save.snapshot.wait_copied()
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of the newest step after it was saved; durable when this returns.
@@ -439,26 +313,6 @@ class CheckpointManager:
             self.wait()
             with self.writing(), explained(self.checkpoint_dir):
                 add_metrics(self._folder, step, metrics)
-
-    def wait(self) -> None:
-        """Wait until the last save is durable.
-
-        Raises: SaveFailed when it, or an earlier save that was not asked about, could not be committed.
-        """
-        self._saver.join()
-        self.raise_failed()
-
-    @property
-    def durable_at(self) -> float | None:
-        """When the last save that succeeded was durable, by time.monotonic; None where none was written here."""
-        return self._saver.durable_at
-
-    def raise_failed(self) -> None:
-        """Raise the SaveFailed of a save that ended since the last call; at the edge of a step it costs nothing.
-
-        The last committed step is intact, and training may continue.
-        """
-        self._saver.raise_failure()
 
     def tokenizer_state(self, or_of: str | None = None) -> dict[str, Any] | None:
         """The tokenizer.json of the newest step, or one beside a config.json without weights; None without one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from ..errors import CheckpointError, CheckpointNotFound
 from .container import Container, listing, member, reading
 from .part import rank_pattern
-from .pickles.inert import names_text
+from .pickles.inert import as_name, names_text
 from .recognised import answer_in_place, folder_kind
 from .trainer_folder import is_of_run
 
@@ -27,6 +28,8 @@ _FOLDERS = (
 
 SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Suffixes of files that each hold a whole checkpoint."""
+
+_FEW = 20  # folders in a folder that are looked into
 
 _NUMBER = re.compile(r"\d+")
 _PART = re.compile(r"(?<![a-z])(?:rank|shard|part|split|consolidated|world_size|mp|tp|pp|of)[-_.]?\d", re.IGNORECASE)
@@ -125,4 +128,16 @@ def _open_folder(folder: Path) -> Container:
             f"{names_text(single, 5)}. Name one of them."
         )
     found = names_text(list(names), 5) if names else "nothing"
-    raise CheckpointNotFound(f"{folder}: no checkpoint here. Looked for {_LOOKED_FOR}; found {found}.")
+    inside = _inside(folder, names)
+    raise CheckpointNotFound(f"{folder}: no checkpoint here. Looked for {_LOOKED_FOR}; found {found}.{inside}")
+
+
+def _inside(folder: Path, names: dict[str, int | None]) -> str:
+    """A sentence about the first folder in a folder that is of a format which is recognised and not read."""
+    for name in [name for name, size in names.items() if size is None][:_FEW]:
+        place = folder / name
+        if place.is_symlink() or not os.access(place, os.R_OK | os.X_OK):
+            continue
+        if (row := folder_kind(listing(place))) is not None:
+            return f" {as_name(name)} is {row.what}. {row.said(place)}"
+    return ""

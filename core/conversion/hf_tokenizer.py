@@ -52,6 +52,8 @@ def add_tokenizer_files(model: Source, bpe_file: Path | None) -> tuple[dict[str,
             )
             return {}, {}
         definition, roles = gpt2_definition(ranks), GPT2_ROLES
+    if kind == "symbols":
+        model.notes.append("WARNING: the folder has no tokenizer: none of transformers joins symbols as nanoGPT does")
     if not isinstance(definition, dict):
         return {}, {}
     settings: dict[str, Any] = {

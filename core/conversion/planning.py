@@ -13,6 +13,7 @@ from ..families.fused import FUSED
 from ..families.identify import UNKNOWN, identify
 from ..families.match import in_order
 from .aside import entries_left_out
+from .average import averaged
 from .match_original import plan_matched
 from .opening import FAMILY, open_model
 from .pairs import PAIRS, ways
@@ -46,8 +47,11 @@ def _planned(source: Path, target: Path, to: str, options: Options, held: ExitSt
     kind = BY_NAME[to]
     if options.more.get("match_original") is not None:
         return plan_matched(source, target, to, options, held)
-    model = open_model(source, held, options, needs_family=bool(kind.families))
-    take_parts(model, source, options)
+    models = []
+    for path in (source, *options.average_with):
+        models.append(open_model(path, held, options, needs_family=bool(kind.families)))
+        take_parts(models[-1], path, options)
+    model = averaged(models, held) if options.average_with else models[0]
     if kind.families:
         add_tokenizer(model, options)
     elif options.meta is not None:

@@ -288,4 +288,5 @@ def identity_of(
         except CheckpointError:  # its bytes cannot be read, which --verify reports
             return None
 
-    return identify({name: spec.shape for name, spec in weights.items()}, config, shared, same)
+    content = container.content if container is not None and isinstance(container.content, Mapping) else {}
+    return identify({name: spec.shape for name, spec in weights.items()}, config, shared, same, list(content))

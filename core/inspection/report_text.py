@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,10 @@ _NUMBERS = ("min", "max", "mean", "std")
 
 _SHOWN = 60
 """Rows of tensors on the first screen; --tensors lists all."""
+
+
+_ENTRIES = 500
+"""Entries of a file's content on the first screen; a state dict has its tensors in another section."""
 
 
 def text_of(facts: Facts, all_tensors: bool = False) -> Iterable[str]:
@@ -40,7 +45,10 @@ def text_of(facts: Facts, all_tensors: bool = False) -> Iterable[str]:
         yield from _of_ours(facts)
     if "content" in facts:
         yield from ("", "=== CONTENT ===")
-        yield from columns([(printable(str(k)), ":", _content_line(v)) for k, v in facts["content"].items()])
+        shown = itertools.islice(facts["content"].items(), _ENTRIES)
+        yield from columns([(printable(str(k)), ":", _content_line(v)) for k, v in shown])
+        if (more := len(facts["content"]) - _ENTRIES) > 0:
+            yield f"... and {more} more entries, which --json has too"
     yield from _parameters(facts)
     if facts["architecture"] is not None:
         yield from ("", "=== ARCHITECTURE ===", *architecture_lines(facts["architecture"]))
@@ -170,13 +178,19 @@ def _content_line(value: Any) -> str:
 
 def models_text(root: str, models: list[Facts]) -> Iterable[str]:
     """The list of all models below a root."""
-    yield f"{root} holds {len(models)} models; choose one with --model_name:"
+    if any("program" in model for model in models):
+        yield f"{root} holds {len(models)} checkpoint{'s' * (len(models) != 1)}; name one by its path:"
+    else:
+        yield f"{root} holds {len(models)} models; choose one with --model_name:"
     yield from columns([_model_row(model) for model in models])
 
 
 def _model_row(model: Facts) -> tuple[str, ...]:
     if "error" in model:
         return (model["name"], printable(model["error"]))
+    if "program" in model:
+        step = f"step {model['step']}" if model["step"] is not None else "step not recorded"
+        return (printable(model["name"]), step, printable(model["program"]), size_text(model["bytes"]))
     if "legacy" in model:
         step = f"step {model['step']}" if model["step"] is not None else "unreadable"
         return (model["name"], step, model["legacy"], size_text(model["bytes"]))

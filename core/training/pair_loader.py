@@ -59,7 +59,7 @@ class PairLoader:
         self._fetched = {n: pair for n, pair in self._fetched.items() if n >= number}
         if number not in self._fetched:
             if self._pairs is None or (self.replays and number != self._next):
-                self._pairs, self._next = _endless(self._loader, number), number
+                self._pairs, self._next = _endless(self._loader, "data_loader", number), number
             self._fetched[number] = self._pair(next(self._pairs), "data_loader")
             self._next += 1
         return self._fetched[number]
@@ -68,7 +68,7 @@ class PairLoader:
         """Inputs and targets of validation batch i; an evaluation asks for them in their order, from the beginning."""
         assert self._validation is not None
         if i <= self._last_val:
-            self._val_pairs = _endless(self._validation)
+            self._val_pairs = _endless(self._validation, "val_loader")
         self._last_val = i
         return self._pair(next(self._val_pairs), "val_loader")
 
@@ -95,13 +95,8 @@ class PairLoader:
         if self._packed:
             ids = [t.squeeze(0) if t.dim() == 2 else t for t in ids]
         shapes = [tuple(t.shape) for t in ids]
-        expected = "[T]" if self._packed else "[B, T]"
-        if (
-            len(ids) != 2
-            or len(ids) != len(batch)
-            or shapes[0] != shapes[1]
-            or len(shapes[0]) != (not self._packed) + 1
-        ):
+        expected, dims = ("[T]", 1) if self._packed else ("[B, T]", 2)
+        if len(ids) != 2 or len(batch) != 2 or shapes[0] != shapes[1] or len(shapes[0]) != dims:
             found = f"{type(batch).__name__} {shapes}" if shapes else type(batch).__name__
             raise InputError(f"{name}: a batch is a {found}, expected a pair (x, y) of ids {expected} each.")
         if any(t.is_floating_point() for t in ids):
@@ -112,7 +107,7 @@ class PairLoader:
         return x, y
 
 
-def _endless(loader: TorchLoader[Any], start: int = 0) -> Iterator[Any]:
+def _endless(loader: TorchLoader[Any], name: str, start: int = 0) -> Iterator[Any]:
     """The batches of a loader from a number on, or where it has none, from its beginning, again and again."""
     if isinstance(loader, ResumableLoader):
         yield from (batch for _, batch in loader.steps(start))
@@ -121,7 +116,7 @@ def _endless(loader: TorchLoader[Any], start: int = 0) -> Iterator[Any]:
         for batch in loader:
             yield batch
         if batch is None:
-            raise InputError("data_loader: a torch DataLoader without a batch, expected at least one.")
+            raise InputError(f"{name}: a torch DataLoader without a batch, expected at least one.")
 
 
 def batches_of(

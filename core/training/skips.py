@@ -20,12 +20,12 @@ class Skips:
 
     @classmethod
     def parse(cls, text: str | None) -> Skips:
-        """Read "A:B,C:D"; None and an empty text are no batch.
+        """Read "A:B,C:D"; None is no batch.
 
         Raises: ValueError for what is no such text.
         """
         found: list[tuple[int, int]] = []
-        for word in text.split(",") if text else []:
+        for word in text.split(",") if text is not None else []:
             match = re.fullmatch(r"\s*(\d{1,18}):(\d{1,18})\s*", word)
             if not match or not 1 <= int(match[1]) <= int(match[2]):
                 raise ValueError(f"found {word!r}, expected A:B with A from 1 to B, such as 120:125")

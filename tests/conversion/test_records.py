@@ -17,11 +17,14 @@ import torch
 from torch.nn import functional
 
 import inspect_model
+from core.checkpoint import CheckpointManager
 from core.containers.open import open_container
 from core.containers.pickles.foreign import attributes
+from core.conversion.migration.migrate import migrate
 from core.errors import CheckpointError
 from tests.makers.conversions import converted, tensors_of
-from tests.makers.doors import Shell
+from tests.makers.doors import Shell, single
+from tests.makers.generations import SIZES, FusedGPT, trained
 from tests.makers.nanogpt_files import CONFIG, TODAY, ckpt
 from tests.makers.vanished import vanishing
 
@@ -286,3 +289,19 @@ def test_a_file_with_a_config_of_a_real_package_is_converted_with_its_settings(t
     converted(tmp_path / "ckpt.pt", tmp_path / "b", "bundle")
     training = read(tmp_path / "b/training_state.json")["training"]
     assert (training["learning_rate"], training["weight_decay"], training["max_iters"]) == (1e-2, 0.1, 100)
+
+
+def test_a_single_file_of_ours_with_such_values_is_migrated_and_they_are_named(tmp_path):
+    model = FusedGPT(**SIZES)
+    with vanishing(SOURCE) as module:
+        values = {"mode": module.Mode.FAST, "version": torch.__version__, "settings": module.EasyDict({"lr": 1e-3})}
+        path = single(tmp_path / "m", model, trained(model), **values)
+        single(tmp_path / "m2", model, None, **values)
+    (outcome,) = migrate(tmp_path / "m", [path])
+    assert outcome.error is None and outcome.left == ["mode", "version"]
+    assert read(tmp_path / "m/training_state.json")["settings"] == {"lr": 1e-3}
+    held = {name: data for name, (_, _, data) in tensors_of(tmp_path / "m/model.pt").items()}
+    assert held == {name: t.numpy().tobytes() for name, t in model.state_dict().items() if name in held}
+    assert held.keys() >= {name for name, _ in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=r"its pickle names vanished_program\.Mode.* and nothing is loaded"):
+        CheckpointManager.load_for_inference("m2", tmp_path)

@@ -136,6 +136,7 @@ WRONG = {
     "--max_failed_saves 0": "argument --max_failed_saves: found '0', expected a whole number of at least 1",
     "--stage_memory lots": "--stage_memory: found 'lots', expected a size such as 5GB, 500MB or 2GiB",
     "--lose_at_most 1d": "argument --lose_at_most: found '1d', expected a time above 0 such as 30s, 5m or 1h",
+    "--skip_steps=": "argument --skip_steps: found '', expected A:B",
     "--skip_steps 5": "argument --skip_steps: found '5', expected A:B with A from 1 to B, such as 120:125",
     "--skip_steps 3:5,9:8": "argument --skip_steps: found '9:8', expected A:B",
     "--skip_steps 0:5": "argument --skip_steps: found '0:5', expected A:B",

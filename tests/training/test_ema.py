@@ -201,6 +201,7 @@ def script(name, root, *words):
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_the_scripts_keep_it_without_the_flag_show_it_and_write_with_it(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 40)

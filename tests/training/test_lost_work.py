@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from core.bundle.commit import ModelFolder
 from core.console.commandline import duration
+from core.data.dataloader import DataLoader
 from core.errors import InputError
 from core.saving import background
 from core.training import save_timing
 from core.training.lost_work import LostWork, must_begin, plan
-from tests.makers.models import started
-from tests.makers.runs import fitted, logged
+from tests.makers.models import started, state_of
+from tests.makers.runs import fitted, loader, logged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,7 +114,7 @@ def test_the_times_of_the_last_saves_decide_and_a_failed_one_is_not_measured():
     assert [lost.is_due(now) for now in (136.0, 136.5)] == [False, True], "the slow one is forgotten"
 
 
-def trained(tmp_path, monkeypatch, end, writing=3, **how):
+def trained(tmp_path, monkeypatch, end, writing=3, keep_every=None, **how):
     """The steps that a run saves whose steps take one second, by a clock of our own."""
     now, saved = [100.0], []
 
@@ -123,7 +124,9 @@ def trained(tmp_path, monkeypatch, end, writing=3, **how):
     clock = types.SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr(save_timing, "time", clock)
     monkeypatch.setattr(background, "time", clock)
-    made, model, optimizer = started(tmp_path)
+    made, model, optimizer = started(tmp_path, keep_every=keep_every)
+    if "data_loader" in how:
+        how["data_loader"].tick = tick
     optimizer.register_step_post_hook(lambda *_: tick(1))
     save = made.save
 
@@ -146,6 +149,17 @@ def test_a_run_saves_just_often_enough(tmp_path, monkeypatch, capsys):
     assert said.count("lose_at_most") == 1
     assert "lose_at_most 20 s: saves about every 17 steps (a step takes 1 s, a save 3 s)\n" in said
     assert list(logged(tmp_path / "dante", "val_loss")) == [40]
+
+
+def test_a_step_that_is_saved_before_its_evaluation_gets_its_loss_after_it(tmp_path, monkeypatch):
+    """An evaluation of every fifth step takes four seconds, the first one nobody knows how many."""
+    batches, val_batch = loader(), DataLoader.val_batch
+    batches.val_batch = lambda i: (batches.tick(4), val_batch(batches, i))[1]
+    how = {"data_loader": batches, "eval_interval": 5, "save_interval": 100, "lose_at_most": 20, "keep_every": 20}
+    # 5, since the first evaluation may take any time; 11: a step later 17 + 1 + 3 seconds could be lost; 20: after its
+    # evaluation and a step 16 + 4 + 1 + 3; 26: as 11.
+    assert trained(tmp_path, monkeypatch, 28, **how) == [5, 11, 20, 26, 28]
+    assert state_of(tmp_path / "dante/step_00000020")["val_loss"] == logged(tmp_path / "dante", "val_loss")[20]
 
 
 def test_with_an_interval_whichever_comes_first_saves(tmp_path, monkeypatch):

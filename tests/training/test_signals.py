@@ -184,6 +184,7 @@ def test_a_save_asked_for_while_evaluating_begins_there_and_the_measured_loss_is
 
 
 @posix
+@pytest.mark.full  # both cores are busy for 36 s
 def test_a_save_asked_of_one_rank_is_made_by_all_and_the_clock_of_one_stops_all(tmp_path, text):
     flags = {"max_iters": 100_000, "eval_interval": 100_000, "stop_after_minutes": 0.6}
     run = ranks.start(tmp_path, text, 2, **flags, save_interval=None)

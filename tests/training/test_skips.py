@@ -24,7 +24,7 @@ ranges = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)).map(lambda r:
 
 
 def text_of(some):
-    return ",".join(f"{first}:{last}" for first, last in some)
+    return ",".join(f"{first}:{last}" for first, last in some) or None
 
 
 @settings(max_examples=200, deadline=None)
@@ -34,7 +34,7 @@ def test_the_steps_train_on_the_batches_that_are_not_left_out_in_their_order(som
     left_out = {n for first, last in some for n in range(first, last + 1)}
     there = [n for n in range(1, 200) if n not in left_out]
     assert [skips.batch_of(step) for step in range(1, 101)] == there[:100]
-    assert Skips.parse(str(skips)) == skips
+    assert Skips.parse(str(skips) or None) == skips
     assert all(a[1] + 1 < b[0] for a, b in zip(skips.ranges, skips.ranges[1:], strict=False))
 
 
@@ -49,7 +49,7 @@ def test_more_is_left_out_of_what_comes_and_never_of_what_was_trained_on(before,
         return
     both = old.adding(new, trained)
     assert [both.batch_of(step) for step in range(1, trained + 1)] == seen
-    assert both == Skips.parse(",".join(filter(None, (text_of(before), text_of(more)))))
+    assert both == Skips.parse(text_of(before + more))
     assert both.adding(new, trained) == both == both.adding(old, trained), "the same command again"
 
 

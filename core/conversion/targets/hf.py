@@ -29,7 +29,7 @@ def card(plan: Plan) -> str:
         "---",
         f"# {plan.target.name}",
         "",
-        f"Converted from `{model.path.name}` ({model.program}) by `convert_checkpoints.py --to {plan.format}`.",
+        f"Converted from {_sources(model)} ({model.program}) by `convert_checkpoints.py --to {plan.format}`.",
         "",
         f"- {shape.get('n_layer', '?')} layers, {shape.get('n_head', '?')} heads, width {shape.get('n_embd', '?')}, "
         f"context {shape.get('block_size', '?')}, vocabulary {shape.get('vocab_size', '?')}; {numbers:,} parameters",
@@ -78,7 +78,7 @@ def _generation(model: Source, config: dict[str, Any]) -> dict[str, Any]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids: dict[str, Any] = {name: config[name] for name in names if name in config}
     padding = range(tokens_of(model.tokenizer), model.sizes.get("vocab_size", 0))
-    if (model.tokenizer or {}).get("token_kind") in ("char", "gpt2") and padding:
+    if (model.tokenizer or {}).get("token_kind") in ("char", "gpt2", "symbols") and padding:
         return {**ids, "suppress_tokens": list(padding)}
     return {"_from_model_config": True, **ids}
 
@@ -91,3 +91,10 @@ def _refuse_half_characters(model: Source) -> None:
                 f"chars[{index}] of its tokenizer is {char!r}, half of a surrogate pair, which a tokenizer.json of "
                 "Hugging Face cannot hold. --to bundle keeps it."
             )
+
+
+def _sources(model: Source) -> str:
+    """What a model was made of, as Markdown."""
+    if not model.averaged:
+        return f"`{model.path.name}`"
+    return f"the mean of {', '.join(f'`{path.name}`' for path in model.averaged)}"
