@@ -12,12 +12,14 @@ from .container import Container, listing, member, reading
 from .part import rank_pattern
 from .pickles.inert import as_name, names_text
 from .recognised import answer_in_place, folder_kind
+from .trainer_folder import is_of_run
 
 _HEAD = 512  # bytes
 
 _FOLDERS = (
     ("step_folder", "is_step_folder", "open_step_folder"),
     ("hf_folder", "is_hf_folder", "open_hf_folder"),
+    ("trainer_folder", "is_trainer_folder", "open_trainer_folder"),
     ("megatron_folder", "is_megatron_folder", "open_megatron_folder"),
     ("dcp.folder", "is_dcp", "open_dcp"),
     ("rank_files", "rank_files", "open_rank_files"),
@@ -104,7 +106,8 @@ def _open_folder(folder: Path) -> Container:
             return getattr(module, opens)(folder)
     if (row := folder_kind(names)) is not None:
         raise CheckpointError(f"{folder}: {row.what}. {row.said(folder)}")
-    single = [name for name, size in names.items() if size is not None and name.endswith(SINGLE)]
+    files = [name for name, size in names.items() if size is not None and name.endswith(SINGLE)]
+    single = [name for name in files if not is_of_run(name)]
     if len(single) == 1:
         return _open_file(member(folder, single[0], str(folder)))
     if single and (pattern := rank_pattern(single[0])) and all(re.fullmatch(pattern, name) for name in single):

@@ -249,7 +249,18 @@ def _model(path: Path, found: Inspection, made: list[Choice]) -> Source:
         model.moments = moments_of(found, identity, model, FAMILY[model.family])
     if bundle is None:
         model.run = _run_of(found, model)
+        model.notes += _position(found)
     return model
+
+
+def _position(found: Inspection) -> list[str]:
+    """Where in its data a run of transformers' Trainer was: a bundle has no place for it."""
+    content = found.container.content if isinstance(found.container.content, Mapping) else {}
+    state = content.get("trainer_state")
+    epoch = state.get("epoch") if isinstance(state, Mapping) else None
+    if not isinstance(epoch, (int, float)):
+        return []
+    return [f"its position in the data is epoch {epoch:g} (trainer_state.json); train.py draws batches of its own"]
 
 
 def _run_of(found: Inspection, model: Source) -> Run | None:

@@ -71,6 +71,27 @@ def parts_of(content: Any) -> dict[str, Words]:
     return found | (run if MAIN in found.values() or OPTIMIZER in found.values() or len(sure) > 1 else {})
 
 
+def holder_of(content: Any) -> str:
+    """The entry that holds all parts, as in `{"app": {"model": ..., "optim": ...}}`; "" where none does."""
+    if not isinstance(content, Mapping) or MAIN in parts_of(content).values():
+        return ""
+    inner = {name: parts_of(part) for name, part in content.items() if isinstance(part, Mapping)}
+    return next((str(name) for name, parts in inner.items() if {MAIN, OPTIMIZER} <= set(parts.values())), "")
+
+
+def is_optimizer(content: Any) -> bool:
+    """Whether a content is the state of an optimizer and nothing else."""
+    if not isinstance(content, Mapping):
+        return False
+    (only,) = content.values() if len(content) == 1 and set(parts_of(content).values()) == {OPTIMIZER} else (content,)
+    return isinstance(only, Mapping) and ({"state", "param_groups"} <= only.keys() or is_flat(only))
+
+
+def is_flat(optimizer: Mapping[Any, Any]) -> bool:
+    """Whether an optimizer state is flattened, as torch does with flatten_optimizer_state_dict=True."""
+    return len(optimizer) > 0 and all(str(key).startswith(("state.", "param_groups.")) for key in optimizer)
+
+
 def aside(names: Iterable[str], content: Any) -> dict[str, Words]:
     """The tensors of an optimizer or a run among those of a model, with their kind; none if that were all."""
     names, parts = list(names), parts_of(content)

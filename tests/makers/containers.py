@@ -37,6 +37,7 @@ from core.containers.rank_files import open_rank_files
 from core.containers.safetensors import open_safetensors
 from core.containers.step_folder import open_step_folder
 from core.containers.torch_files.container import open_torch_single
+from core.containers.trainer_folder import open_trainer_folder
 from core.inspection.inspect import Inspection, inspect_path, of_bundle
 from tests.makers import dcp_folders
 from tests.makers.models import SMALL, started, train_and_save
@@ -139,6 +140,11 @@ def load_hf(folder: Path) -> dict[str, torch.Tensor]:
 
 def write_dcp(folder: Path) -> Path:
     return dcp_folders.save({"model": plain_tensors(), "step": 7}, folder / "dcp")
+
+
+def write_accelerate(folder: Path) -> Path:
+    dcp_folders.save({"model": plain_tensors()}, folder / "pytorch_model_fsdp_0")
+    return folder
 
 
 def write_blocks(folder: Path) -> Path:
@@ -299,6 +305,13 @@ CASES = [
     Case("hf_bins", "Hugging Face folder, torch zip, 2 files", open_hf_folder, write_hf("bin", 2), load_hf),
     Case("dcp", "DCP folder, 1 file", open_dcp, write_dcp, load_dcp),
     Case("dcp_blocks", "DCP folder, 3 files", open_dcp, write_blocks, load_dcp),
+    Case(
+        "fsdp_folder",
+        "folder of accelerate's FSDP, DCP folder, 1 file",
+        open_trainer_folder,
+        write_accelerate,
+        lambda folder: flattened({"model": plain_tensors()}),
+    ),
     Case("rank_files", "files of 3 ranks", open_rank_files, write_rows_of_ranks, lambda folder: plain_tensors()),
     Case("step", STEP, open_step_folder, write_step, load_step),
     Case(
