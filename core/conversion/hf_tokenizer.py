@@ -36,29 +36,28 @@ def add_tokenizer_files(model: Source, bpe_file: Path | None) -> tuple[dict[str,
     state = model.tokenizer or {}
     kind, definition = state.get("token_kind"), state.get("definition")
     roles: Mapping[str, str] = {}
+    vocab: Mapping[str, int] = {}
     rows = model.sizes.get("vocab_size", 0)
     if kind in ("char", "symbols"):
         words = words_of(state)
         special = [token for token in SPECIAL if token not in words][: max(0, rows - len(words))]
         definition, roles = definition_of(words, special), roles_of([*words, *special])
-        model.notes.append(_said_of(definition["model"]["vocab"], special, roles, str(kind)))
+        vocab = definition["model"]["vocab"]
+        model.notes.append(_said_of(vocab, special, roles, str(kind)))
     elif kind == "gpt2":
-        ranks, roles = local_ranks(bpe_file), GPT2_ROLES
-        if ranks is None:
+        vocab, roles = {END: COUNT}, GPT2_ROLES
+        if (ranks := local_ranks(bpe_file)) is None:
             model.notes.append(
                 "WARNING: the folder has no tokenizer, because GPT-2's ranks are not on this machine: AutoTokenizer "
                 f"turns every text into no tokens. Fetch {URL} and convert again with --bpe_file FILE, or copy "
                 "tokenizer.json of openai-community/gpt2 into the folder"
             )
-            return {}, _ids({END: COUNT}, roles)
+            return {}, _ids(vocab, roles)
         definition = gpt2_definition(ranks)
     if not isinstance(definition, dict):
         return {}, {}
-    if kind == "hf":
-        vocab = {END: end} if (end := _end_of(definition)) in range(rows) else {}
-        roles = {"eos_token": END} if vocab else {}
-    else:
-        vocab = definition["model"]["vocab"]
+    if kind == "hf" and (end := _end_of(definition)) in range(rows):
+        vocab, roles = {END: end}, {"eos_token": END}
     settings: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer" if kind == "gpt2" else "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -77,8 +76,14 @@ def _ids(vocab: Mapping[str, int], roles: Mapping[str, str]) -> dict[str, int]:
 
 def _end_of(definition: Mapping[str, Any]) -> Any:
     """The id of the end of text, if somebody else's tokenizer has it as a special token."""
-    added = [token for token in definition.get("added_tokens") or () if isinstance(token, dict)]
-    return next((token.get("id") for token in added if token.get("content") == END and token.get("special")), None)
+    ends = [token for token in added_tokens(definition) if token.get("content") == END and token.get("special")]
+    return ends[0].get("id") if ends else None
+
+
+def added_tokens(definition: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tokens that a definition has besides those of its model."""
+    added = definition.get("added_tokens")
+    return [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
 
 
 def words_of(state: Mapping[str, Any]) -> list[str]:
@@ -142,11 +147,10 @@ def state_of_words(definition: dict[str, Any]) -> State | None:
     """Read the characters or symbols that `definition_of` wrote, also before it had special tokens; None for others."""
     model = definition.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    added = definition.get("added_tokens")
-    if not isinstance(model, dict) or not isinstance(vocab, dict) or not isinstance(added, list):
+    if not isinstance(model, dict) or not isinstance(vocab, dict):
         return None
-    free = len(added)
-    words, special = list(vocab)[: len(vocab) - free], list(vocab)[len(vocab) - free :]
+    behind = len(vocab) - len(added_tokens(definition))
+    words, special = list(vocab)[:behind], list(vocab)[behind:]
     made = definition_of(words, special)
     if not special and model.get("unk_token") == UNKNOWN:  # which was not there
         made["model"]["unk_token"] = UNKNOWN

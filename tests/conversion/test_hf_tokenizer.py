@@ -206,6 +206,13 @@ def test_what_lies_beside_the_weights_or_in_their_config_stays(tmp_path, monkeyp
     assert [read(tmp_path / "again/config.json")[name] for name in ("eos_token_id", "bos_token_id")] == [0, 50256]
 
 
+@pytest.mark.parametrize("added", [5, None, [7], [{"id": "x", "content": "<|endoftext|>", "special": True}]])
+def test_damaged_additions_to_a_tokenizer_count_for_nothing(added):
+    definition = {"added_tokens": added, "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "merges": []}}
+    state = _state_of(definition)
+    assert state == {"token_kind": "hf", "definition": definition} and tokens_of(state) == 2
+
+
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -302,7 +309,7 @@ def test_transformers_gives_texts_the_ids_of_tiktoken(tmp_path, shared):
     code_points = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x20000))))
     for text in ("Hello world", "  it's \n\n\t 3.14 ", (ROOT / "docs/convert.md").read_text(), code_points):
         ids = tokenizer(text)["input_ids"]
-        assert ids == ours.encode(text).tolist() and tokenizer.decode(ids) == text
+        assert ids == ours.encoding.encode(text, allowed_special="all") and tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == 50256 and len(tokenizer) == 50257
 
     assert tokenizer.decode(ours.end_of_text) == "<|endoftext|>"
