@@ -159,16 +159,31 @@ def test_symbols_go_along_and_come_back(free, ids, tmp_path):
         assert read(tmp_path / "back/tokenizer.json") == {"token_kind": "symbols", "vocab_size": 7, "symbols": WORDS}
 
 
-def test_a_symbol_that_is_spelled_as_a_special_token_is_that_token(tmp_path):
-    words = ["a", "<pad>", "b c", "<|endoftext|>"]
-    facts = converted(bundle_with(tmp_path, {"vocab_size": 4, "itos": words}), tmp_path / "hf", "hf")
+@pytest.mark.parametrize(
+    ("words", "roles", "ids", "said"),
+    [
+        (
+            ["a", "<pad>", "b c", "<|endoftext|>"],
+            ["<|endoftext|>"] * 3 + ["<pad>"],
+            [3, 3, 1],
+            "<|endoftext|> (row 3: bos, eos, unk), <pad> (row 1: pad); a character outside the vocabulary is unk",
+        ),
+        (
+            ["a", "<pad>"],
+            [None, None, None, "<pad>"],
+            [None, None, 1],
+            "<pad> (row 1: pad); a character outside the vocabulary is an error",
+        ),
+    ],
+)
+def test_a_symbol_that_is_spelled_as_a_special_token_is_that_token(words, roles, ids, said, tmp_path):
+    facts = converted(bundle_with(tmp_path, {"vocab_size": len(words), "itos": words}), tmp_path / "hf", "hf")
     definition, settings = read(tmp_path / "hf/tokenizer.json"), read(tmp_path / "hf/tokenizer_config.json")
     assert list(definition["model"]["vocab"]) == words and definition["added_tokens"] == []
-    assert [settings[role] for role in ROLES] == ["<|endoftext|>"] * 3 + ["<pad>"]
+    assert [settings.get(role) for role in ROLES] == roles
     config = read(tmp_path / "hf/config.json")
-    assert (config["eos_token_id"], config["pad_token_id"]) == (3, 1)
-    said = "are symbols of its own: <|endoftext|> (row 3: bos, eos, unk), <pad> (row 1: pad); a character outside"
-    assert said in " ".join(facts["notes"])
+    assert [config.get(f"{role}_token_id") for role in ("bos", "eos", "pad")] == ids
+    assert f"special tokens, which are symbols of its own: {said}" in facts["notes"]
 
 
 @pytest.mark.parametrize(("words", "said"), [(["\ud800", "a"], r"chars\[0\]"), (["a", "b\udfff"], r"symbols\[1\]")])
