@@ -17,8 +17,8 @@ from .trees import map_paths
 _SPLIT_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 """Both halves of a surrogate pair as two characters: JSON would make one character of them."""
 
-_BYTES_OF_LIST = 8
-"""Bytes of JSON to each list or object; a pair of two characters, as in a tokenizer's merges, takes ten."""
+_BYTES_OF_LIST = 10
+"""Bytes of JSON to each list or object; a pair of two characters, as in a tokenizer's merges, takes as many."""
 
 
 def read_json(file: BinaryIO, where: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ FILES: dict[str, Callable[[int], bytes]] = {
 HEADERS: dict[str, Callable[[int], bytes]] = {
     "safetensors": names_of,
     "safetensors with texts": lambda n: safetensors(entries('{"__metadata__":{', '"%x":""', "}}", n)),
-    "safetensors of lists": lambda n: safetensors(repeated(b'{"a":[', b"[[12345678901]],", b"0]}", n)),
+    "safetensors of lists": lambda n: safetensors(repeated(b'{"a":[', b"[[123456789012345]],", b"0]}", n)),
 }
 """Files of safetensors."""
 
@@ -84,7 +84,7 @@ FOLDERS: dict[str, Callable[[int], dict[str, bytes | str]]] = {
     "an index": lambda n: {"model.safetensors.index.json": entries('{"weight_map":{', '"%x":"a"', "}}", n)},
     "an index of files": lambda n: {"model.safetensors.index.json": entries('{"weight_map":{', '"%x":"%%x"', "}}", n)},
     "config.json of lists": lambda n: {
-        "config.json": repeated(CONFIG + b"[", b"[[12345678901]],", b"0]}", n),
+        "config.json": repeated(CONFIG + b"[", b"[[123456789012345]],", b"0]}", n),
         "model.safetensors": SOUND_TENSORS,
     },
     "config.json of entries": lambda n: {
