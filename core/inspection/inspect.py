@@ -226,6 +226,7 @@ def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
 
 def of_container(path: Path) -> Inspection:
     """Inspect a checkpoint of another program."""
+    from ..containers.beside import config_beside
     from ..containers.open import open_container
 
     container = open_container(path)
@@ -243,8 +244,13 @@ def of_container(path: Path) -> Inspection:
         place, config = module_entry(container.content, key)
         if config is None:
             place, config = config_entry(content)
+        beside, unread = config_beside(container.path) if config is None and container.path.is_file() else (None, "")
+        if beside is not None:
+            place, config = beside.place, beside.config
         found = of_weights(path, container, key, weights, config)
         found.place = "config.json" if container.kind.startswith("Hugging Face folder") else place
+        found.step = beside.step if beside is not None and found.step is None else found.step
+        found.chosen += [unread] if unread else []
     words = ("optimizer", "optimizer_state_dict", "optimizers")
     found.optimizer = next((content[word] for word in words if word in content), None)
     return found
