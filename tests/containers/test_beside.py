@@ -148,6 +148,12 @@ VALUES = {
         'a: "x\\n"',
         "a: # b",
         "\ta: 1",
+        "a: No",
+        "a: TRUE",
+        "a: 010",
+        "a: 0x10",
+        "a: 2026-11-30",
+        "a: .inf",
     ],
 )
 def test_other_yaml_is_refused_with_its_line(line):
