@@ -29,6 +29,7 @@ from core.console.commandline import (
 )
 from core.console.progress import byte_bar, token_bar
 from core.console.words import printable
+from core.containers.open import is_checkpoint_folder
 from core.containers.plain import Room, plain, write_plain
 from core.errors import CheckpointError, CheckpointNotFound
 from core.inspection.inspect import Inspection, inspect_path
@@ -149,7 +150,7 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
             args = argparse.Namespace(**{**vars(args), "step": None})
     try:
         names = model_names(place) if place.is_dir() and args.step is None else []
-        if names and not is_checkpoint(place):
+        if names and not is_checkpoint(place) and not is_checkpoint_folder(place):
             from core.inspection.report_ours import model_facts
 
             if args.check_text is not None:

@@ -17,14 +17,26 @@ NEWEST = "newest"
 """The step of the highest number."""
 
 
+def model_within(folder: Path) -> Path:
+    """The folder of the model in a step of verl, whose data.pt is the position in its data; else the folder itself."""
+    inner = folder / _INNER
+    return inner if inner.is_dir() else folder
+
+
 def steps_below(folder: Path) -> dict[int, Path]:
     """The folders of steps in a folder by their numbers, in order; of two with one number the last by name."""
     found: dict[int, Path] = {}
     for name, size in listing(folder).items():
         if size is None and (match := _STEP.fullmatch(name)) and (folder / name).is_dir():
-            inner = folder / name / _INNER
-            found[int(match[1])] = inner if inner.is_dir() else folder / name
+            found[int(match[1])] = model_within(folder / name)
     return dict(sorted(found.items()))
+
+
+def step_in_name(folder: Path) -> int | None:
+    """The step in the name of a step's folder, as verl records it nowhere else; None for a name of digits alone."""
+    named = folder.parent if folder.name == _INNER else folder
+    match = _STEP.fullmatch(named.name)
+    return int(match[1]) if match and not named.name.isdecimal() else None
 
 
 def one_step(folder: Path, step: int | str) -> Path:

@@ -23,6 +23,7 @@ from ..containers.rank_files import open_rank_files, rank_files
 from ..containers.safetensors import open_safetensors
 from ..containers.spec import TensorSpec
 from ..containers.step_folder import is_step_folder, open_step_folder, step_parts
+from ..containers.step_parents import model_within
 from ..containers.tensors.views import stored
 from ..containers.trainer_folder import is_trainer_folder, open_trainer_folder
 from ..containers.trees import map_paths
@@ -55,7 +56,7 @@ def is_sharded(path: Path) -> bool:
 
 
 def _folder(path: Path) -> Path:
-    return path.parent if path.name == METADATA or path.suffix in (SUFFIX, METADATA) else path
+    return path.parent if path.name == METADATA or path.suffix in (SUFFIX, METADATA) else model_within(path)
 
 
 def open_sharded(path: Path, options: Options) -> Inspection:

@@ -261,11 +261,15 @@ def of_weights(
 ) -> Inspection:
     """Inspect the tensors of a container that are a model's weights, whose names in it begin with `key`."""
     from ..containers.part import part_of_model
+    from ..containers.step_parents import step_in_name
     from ..containers.steps import step_of
 
     found = Inspection(path, container, weights, key, identity_of(weights, config, container), config)
     try:
         found.step, counts = step_of(container)
+        if found.step is None and container.path.is_dir():
+            found.step = step_in_name(container.path)
+            counts = [f"step {found.step} is in the name of its folder alone"] * (found.step is not None)
         found.chosen = [*counts, *container.caveats]
     except CheckpointDamaged as error:
         found.damage, found.chosen = [str(error)], list(container.caveats)

@@ -31,6 +31,10 @@ def torchtitan(root: Path, step: int, weights: dict[str, torch.Tensor]) -> None:
 def verl(root: Path, step: int, weights: dict[str, torch.Tensor]) -> None:
     (folder := root / f"global_step_{step}/actor").mkdir(parents=True)
     torch.save(weights, folder / "model_world_size_1_rank_0.pt")
+    torch.save({"lr_scheduler": {"last_epoch": step}}, folder / "extra_state_world_size_1_rank_0.pt")
+    (folder / "huggingface").mkdir()
+    (folder / "huggingface/config.json").write_text('{"model_type": "gpt2", "n_head": 4, "n_layer": 1}')
+    torch.save({"_position": step}, root / f"global_step_{step}/data.pt")
     (root / "latest_checkpointed_iteration.txt").write_text(str(step))
 
 
@@ -53,6 +57,21 @@ def test_a_step_of_a_run_is_taken_by_its_number_or_as_the_newest(tmp_path, make,
         assert inspect_model.main([str(tmp_path / "run"), "--step", said]) == 0
         assert f"Location: {tmp_path}/run/" in (shown := capsys.readouterr().out)
         assert f"{step}" in shown.split("Location: ")[1].splitlines()[0]
+
+
+def test_the_step_of_verl_is_its_actor_and_never_its_position_in_the_data(tmp_path, capsys):
+    weights = gpt2(1)
+    verl(tmp_path / "run", 5, weights)
+    folder = tmp_path / "run/global_step_5"
+    for source in (folder, folder / "actor"):
+        assert inspect_model.main([str(source)]) == 0
+        shown = capsys.readouterr()
+        assert "heads 4 (from config)" in shown.out and "Step: 5\n" in shown.out
+        assert shown.err == "step 5 is in the name of its folder alone\n"
+        target = tmp_path / f"{source.name}.safetensors"
+        assert convert_checkpoints.main([str(source), str(target), "--to", "safetensors"]) == 0
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(target).items())
+        capsys.readouterr()
 
 
 def test_a_run_without_a_flag_names_its_steps_and_the_flag(tmp_path):
