@@ -41,7 +41,7 @@ class TorchFile:
     @property
     def foreign(self) -> list[str]:
         """What the pickle of the file names besides data, as text: in its content, or computed and discarded."""
-        return foreign_calls([self.header.content, self.header.unused])
+        return foreign_calls(self.header.content, dropped=self.header.unused)
 
     def refuse_foreign(self, records: bool = False) -> None:
         """Raise CheckpointError when the file names anything but data; nothing of it was executed.

@@ -40,6 +40,14 @@ class Bits(enum.IntFlag):
     A = 1
     B = 2
 
+class Outer:
+    class Inner(enum.Enum):
+        ON = 1
+
+    @dataclasses.dataclass
+    class Settings:
+        lr: float = 1e-3
+
 class EasyDict(dict):
     def __init__(self, fields):
         dict.__init__(self, fields)
@@ -85,6 +93,8 @@ def slots(module: Any) -> Any:
 VALUES: dict[str, Callable[[Any], Any]] = {
     "version": lambda m: torch.__version__,
     "enum": lambda m: m.Mode.FAST,
+    "nested enum": lambda m: m.Outer.Inner.ON,
+    "nested dataclass": lambda m: m.Outer.Settings(),
     "flag": lambda m: m.Bits.A | m.Bits.B,
     "dictionary of a class": lambda m: m.EasyDict({"lr": 1e-3}),
     "dataclass": lambda m: m.Hyperparameters(),
@@ -136,11 +146,10 @@ def same(found: dict[str, Any], expected: dict[str, torch.Tensor]) -> bool:
     return {name: data for name, (_, _, data) in found.items()} == whole
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["zip", "stream"])
 @pytest.mark.parametrize("place", ["hook", "config.hook"])
 @pytest.mark.parametrize("kind", VALUES)
-def test_tensors_beside_any_value_are_converted(tmp_path, kind, place, stream):
-    source = tmp_path / "ckpt.pt"
+def test_tensors_beside_any_value_are_converted(tmp_path, kind, place):
+    source, stream = tmp_path / "ckpt.pt", place == "hook"
     with vanishing(SOURCE) as module:
         expected = write(source, place, VALUES[kind](module), _use_new_zipfile_serialization=not stream)
     held = {name: one for name, one in tensors_of(source).items() if name.startswith("model.")}
@@ -173,6 +182,13 @@ def test_the_fields_of_a_config_of_any_class_are_the_config(tmp_path, kind):
     assert (training["learning_rate"], training["grad_clip"], training["max_iters"]) == (1e-2, 1.0, 100)
     converted(tmp_path / "args.pt", tmp_path / "b", "bundle")
     assert read(tmp_path / "b/config.json")["n_head"] == 4
+
+
+@pytest.mark.parametrize("field", ["n_head", "block_size", "vocab_size"])
+def test_a_record_that_the_model_needs_is_named_by_its_field(tmp_path, field):
+    write(tmp_path / "ckpt.pt", f"model_args.{field}", decimal.Decimal(8))
+    with pytest.raises(CheckpointError, match=rf"ckpt\.pt: {field} is 'decimal\.Decimal.*' in the config, not a"):
+        converted(tmp_path / "ckpt.pt", tmp_path / "b", "bundle")
 
 
 def test_a_record_among_the_weights_is_needed(tmp_path):

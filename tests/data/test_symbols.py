@@ -16,8 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.bundle.tokenizer_state import describe, proves_itself, same_vocabulary, state_of_meta
+from core.data.corpus import open_corpus
+from core.data.source import find_source
 from core.data.tokenizer import SymbolTokenizer, tokenizer_from_state
 from core.errors import CheckpointMismatch, InputError
+from core.kinds.gpt import model_vocab_size
 from tests.conftest import ROOT
 from tests.makers.conversions import converted
 from tests.makers.nanogpt_files import TODAY, ckpt
@@ -102,7 +105,7 @@ def run(script: str, *words: object) -> tuple[str, str]:
     [
         pytest.param(meta_of(list("abc\n")), 4, "char", marks=pytest.mark.full, id="list"),
         pytest.param(meta_of(WORDS, dict), 7, "symbols", marks=pytest.mark.full, id="words"),
-        pytest.param({"vocab_size": 50}, 50, "symbols", id="size"),
+        pytest.param({"vocab_size": 50}, 50, "symbols", marks=pytest.mark.full, id="size"),
     ],
 )
 def test_a_run_trains_resumes_and_writes_text_with_any_meta(tmp_path, meta, rows, kind):
@@ -137,3 +140,11 @@ def test_such_a_vocabulary_goes_along_in_conversions(tmp_path, meta):
     with pytest.raises(CheckpointMismatch, match=r"3 symbols, but the model has 7 rows\. It does not fit this model"):
         (tmp_path / "few.pkl").write_bytes(pickle.dumps(meta_of(["a", "bc", "d"])))
         converted(tmp_path / "ckpt.pt", tmp_path / "c", "bundle", meta=tmp_path / "few.pkl")
+
+
+def test_a_dataset_of_nanogpt_with_any_meta_is_a_corpus_of_that_many_ids(tmp_path):
+    for meta, size in ((meta_of(list("abc")), 3), (meta_of(WORDS), 7), ({"vocab_size": 9}, 9)):
+        folder = dataset(tmp_path / str(size), meta, size)
+        corpus = open_corpus(find_source(None, str(folder), None, "m"))
+        assert (corpus.tokenizer.vocab_size, model_vocab_size(corpus.tokenizer)) == (size, size)
+        assert len(corpus.train) == 600
