@@ -212,7 +212,7 @@ def add_optimizer_tensors(model: Source, options: Options) -> None:
     """
     if options.dtype is not None:
         raise model.refuse("--dtype would cast the optimizer's tensors as well. Leave out --include_optimizer.")
-    if is_optimizer(model.container.content):
+    if not model.tensors:
         raise model.refuse("it is the state of an optimizer, which is more than tensors. --to pt and --to dcp hold it.")
     model.tensors |= model.along
     model.sources |= model.along
@@ -244,7 +244,7 @@ def add_optimizer(model: Source, file: WeightFile) -> None:
         file.targets.append(Target(name, path, file.name, view.dtype, view, "copy", is_weight=False))
         return Ref(path)
 
-    if is_optimizer(model.container.content):
+    if not model.tensors:
         file.content = map_paths(laid, content)
     else:
         file.content = {"model": file.content, "optimizer": map_paths(laid, content, "optimizer")}
