@@ -202,6 +202,18 @@ def test_the_folder_of_an_optimizer_alone_becomes_a_file(tmp_path, wrapped, to):
         converted(folder, tmp_path / "o.safetensors", "safetensors")
 
 
+def test_the_values_of_an_optimizer_in_a_single_file_stay_listed(tmp_path):
+    torch.save(state_of(gpt2(1)), tmp_path / "optimizer.pt")
+    facts = converted(tmp_path / "optimizer.pt", tmp_path / "o.safetensors", "safetensors")
+    assert "no place for it" in facts["dropped"]["param_groups"]
+
+
+def test_a_module_called_state_is_no_optimizer(tmp_path):
+    weights = {"state.proj.weight": torch.randn(3, 2), "state.norm.weight": torch.randn(3)}
+    converted(save_dcp(weights, tmp_path / "x"), tmp_path / "o.safetensors", "safetensors")
+    assert same(load_file(tmp_path / "o.safetensors"), weights)
+
+
 @pytest.mark.parametrize("holder", ["app", "checkpoint"])
 def test_what_an_entry_holds_together_is_taken_apart(tmp_path, holder):
     weights = gpt2(1)
