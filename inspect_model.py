@@ -16,9 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
-from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, add_check_flags, add_rule_flags, rules_given, run
+from core.console.commandline import (
+    DONE,
+    FAILED,
+    WRONG_USE,
+    Parser,
+    add_check_flags,
+    add_rule_flags,
+    rules_given,
+    run,
+    step,
+)
 from core.console.progress import byte_bar, token_bar
 from core.console.words import printable
+from core.containers.open import is_checkpoint_folder
 from core.containers.plain import Room, plain, write_plain
 from core.errors import CheckpointError, CheckpointNotFound
 from core.inspection.inspect import Inspection, inspect_path
@@ -75,7 +86,8 @@ def make_parser() -> Parser:
     """Describe the flags."""
     parser = Parser(prog="inspect_model.py", description=__doc__ or "", epilog=EPILOG)
     parser.add_argument("paths", metavar="PATH", nargs="*", help="a checkpoint folder or file, or a folder of models")
-    parser.add_argument("--step", type=int, metavar="N", help="a kept step instead of the newest")
+    steps = "a kept step instead of the newest; of another program's run the step N, or newest"
+    parser.add_argument("--step", type=step, metavar="N", help=steps)
     add_legacy_flag(parser)
     views = parser.add_argument_group("views")
     views.add_argument(
@@ -130,9 +142,15 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
 
     Raises: CheckpointError when nothing there can be read.
     """
+    if args.step is not None and place.is_dir():
+        from core.bundle.step_place import is_ours, step_place
+
+        if args.step == "newest" or not is_ours(place):
+            place = step_place(place, args.step)
+            args = argparse.Namespace(**{**vars(args), "step": None})
     try:
         names = model_names(place) if place.is_dir() and args.step is None else []
-        if names and not is_checkpoint(place):
+        if names and not is_checkpoint(place) and not is_checkpoint_folder(place):
             from core.inspection.report_ours import model_facts
 
             if args.check_text is not None:
@@ -257,9 +275,17 @@ def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int
 
 
 def print_json(document: Any) -> None:
-    """Print JSON values, indented."""
-    write_plain(document, sys.stdout.write)
-    print()
+    """Print JSON values, indented; in blocks, because a stream takes as long for each text as the text itself."""
+    parts: list[str] = []
+
+    def write(text: str) -> None:
+        parts.append(text)
+        if len(parts) > 10_000:
+            sys.stdout.write("".join(parts))
+            parts.clear()
+
+    write_plain(document, write)
+    print("".join(parts))
 
 
 def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:

@@ -12,6 +12,7 @@ from .container import Container, listing, member, reading
 from .part import rank_pattern
 from .pickles.inert import as_name, names_text
 from .recognised import answer_in_place, folder_kind
+from .step_parents import model_within, steps_said
 from .trainer_folder import is_of_run
 
 _HEAD = 512  # bytes
@@ -106,6 +107,10 @@ def _open_folder(folder: Path) -> Container:
             return getattr(module, opens)(folder)
     if (row := folder_kind(names)) is not None:
         raise CheckpointError(f"{folder}: {row.what}. {row.said(folder)}")
+    if (inner := model_within(folder)) != folder:
+        return _open_folder(inner)
+    if said := steps_said(folder):
+        raise CheckpointNotFound(said)
     files = [name for name, size in names.items() if size is not None and name.endswith(SINGLE)]
     single = [name for name in files if not is_of_run(name)]
     if len(single) == 1:

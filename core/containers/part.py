@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..errors import CheckpointNotFound
 from .container import Container, listing
 from .joined import read_json
 from .pickles.inert import as_name, names_text
@@ -200,7 +201,10 @@ def _of_a_rank(path: Path) -> str:
 def _how_to_join(place: Path, path: Path) -> str:
     from .rank_files import rank_files
 
-    here = place is not path or any(place.name in files.values() for files in rank_files(place.parent).values())
+    try:
+        here = place is not path or any(place.name in files.values() for files in rank_files(place.parent).values())
+    except CheckpointNotFound:
+        return "Copy these to a folder of their own, and name it"
     row = folder_kind(listing(place.parent))
     if row is not None and not here:
         return row.said(place.parent).removesuffix(".")

@@ -33,11 +33,19 @@ _RANK_FILE = re.compile(r"(\w+)_(?:rank(?=\d{5}\.)|world_size_(\d{1,5})_rank_)(\
 _OTHER = re.compile(r"(.+?)()[._]rank_?(\d{1,5})\.(?:pt|pth|bin|ckpt)")
 """Names that files of another kind may have too: they are parts where nothing else in the folder could be the model."""
 
+_GRID = re.compile(r"(?:^|[._-])(?:rank|[mtp]p)[._-]?\d")
+"""In a stem: the files are of a grid of ranks (tp_rank_0_pp_rank_1.pt), which cut tensors in other ways."""
+
 _WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_OPTIMIZER = "optim"
 _CONFIG = "huggingface/config.json"
 """Where verl leaves the config of the model."""
 
 _MOST_NAMED = 5
+
+
+class PlainParts(CheckpointError):
+    """Files of ranks that differ, and do not say which part of the whole each has."""
 
 
 def rank_files(folder: Path) -> dict[str, dict[int, str]]:
@@ -48,7 +56,7 @@ def rank_files(folder: Path) -> dict[str, dict[int, str]]:
     names = [name for name, size in listing(folder).items() if size is not None]
     matches = [match for name in names if (match := _RANK_FILE.fullmatch(name))]
     if not matches:
-        matches = [match for name in names if (match := _OTHER.fullmatch(name))]
+        matches = [match for name in names if (match := _OTHER.fullmatch(name)) and not _GRID.search(match[1])]
         others = len(matches) < sum(name.endswith(_WEIGHTS) for name in names)
         if others or not any(int(match[3]) == 0 for match in matches):
             return {}
@@ -89,13 +97,20 @@ def open_rank_files(path: Path) -> Container:
     found = rank_files(path)
     if not found:
         raise CheckpointNotFound(f"{path}: no rank files here, expected model_rank00000.pt and the like.")
-    parts = {stem: open_ranks(path, stem, names) for stem, names in found.items()}
-    if len(parts) == 1:
+    parts, notes = {}, []
+    for stem, names in found.items():
+        try:
+            parts[stem] = open_ranks(path, stem, names)
+        except PlainParts as error:
+            if len(found) == 1 or not stem.startswith(_OPTIMIZER):
+                raise
+            notes.append(f"not joined: {error}")
+    if len(found) == 1:
         (whole,) = parts.values()
         _add_config(whole)
         return whole
     counts = sorted({len(names) for names in found.values()})
-    whole = Container(f"files of {' or '.join(map(str, counts))} ranks", path, {}, {}, {})
+    whole = Container(f"files of {' or '.join(map(str, counts))} ranks", path, {}, {}, {}, notes=notes)
     for stem, part in parts.items():
         join(whole, part, stem)
     _add_config(whole)
@@ -221,8 +236,9 @@ class _Ranks:
         if differing:
             names = listed_names(list(differing), _MOST_NAMED)
             sharded = any(part.shard for parts in self.parts.values() for part in parts)
-            if not sharded and not _RANK_FILE.fullmatch(self.files[min(self.files)]):
-                raise CheckpointError(
+            is_usual = _RANK_FILE.fullmatch(self.files[min(self.files)]) and not self.stem.startswith(_OPTIMIZER)
+            if not sharded and not is_usual:
+                raise PlainParts(
                     f"{self.path}: the files of {len(self.files)} ranks ({self.label}), which cannot be joined here: "
                     f"they differ in {names}, and nothing records which part of the whole each is. Join them with the "
                     "program that wrote them; if each has the whole model, copy one to a folder of its own."

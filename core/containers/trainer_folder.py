@@ -83,7 +83,12 @@ def add_run(whole: Container, names: Iterable[str]) -> None:
     found |= {name: "scheduler" for name in _SCHEDULERS if name in names}
     for name, word in found.items():
         try:
-            _add(whole, _open(member(whole.path, name, str(whole.path))), word)
+            part = _open(member(whole.path, name, str(whole.path)))
+            acting = [call for call in part.foreign if not getattr(call, "is_record", False)]
+            if acting:
+                whole.caveats.append(f"its {word} is left out: {name} names {acting[0]}; nothing was executed")
+            else:
+                _add(whole, part, word)
         except CheckpointError as error:
             whole.caveats.append(f"its {word} is left out: {error}")
     if _STATE in names:

@@ -10,7 +10,7 @@ from ..containers.pickles.inert import Call, Global, as_text
 from ..containers.steps import HOLDERS, NAMES
 from ..containers.trees import leaves
 from ..families.megatron_iteration import is_iteration
-from ..families.parts import OPTIMIZER, holder_of, is_optimizer, parts_of
+from ..families.parts import OPTIMIZER, holder_of, parts_of
 from ..inspection.config_entry import KEYS as CONFIG_KEYS
 from ..inspection.marks import ARGUMENTS
 from ..inspection.report import tensors_in
@@ -32,7 +32,7 @@ def entries_left_out(plan: Plan) -> dict[str, str]:
     is_whole = model.container.kind.startswith(_WHOLE) and not is_iteration(model.container)
     if isinstance(content, Mapping) and model.container.kind.startswith(_BESIDE) and model.container.path.is_dir():
         content = {word: content[word] for word in parts_of(content) if word in content}
-    elif not isinstance(content, Mapping) or not is_whole or is_optimizer(content):
+    elif not isinstance(content, Mapping) or not is_whole or not model.tensors:
         return {}
     if holder := holder_of(content):
         content = {**content, **content[holder]}

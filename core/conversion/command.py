@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..config.gpt import ACTIVATIONS, ATTENTION_SCALES, NORM_PLACEMENTS
-from ..console.commandline import DONE, FAILED, Parser, add_check_flags, count, positive, size
+from ..console.commandline import DONE, FAILED, Parser, add_check_flags, count, positive, size, step
 from ..console.progress import byte_bar
 from ..console.words import printable
 from ..errors import CheckpointMismatch
@@ -27,6 +27,8 @@ def add_flags(parser: Parser) -> None:
     """Add the flags of a conversion."""
     group = parser.add_argument_group("conversion")
     group.add_argument("--to", choices=TO, metavar="FORMAT", help=f"the format of DST: {', '.join(TO)}")
+    steps = "the step of SRC to convert: a number, or newest (of a model of ours a kept step)"
+    group.add_argument("--step", metavar="N", type=step, help=steps)
     group.add_argument("--list", action="store_true", help="list the possible conversions")
     dtypes = "cast floating-point tensors, rounding to nearest even (default: keep)"
     group.add_argument("--dtype", choices=[*DTYPES, "keep"], default="keep", help=dtypes)
@@ -137,6 +139,12 @@ def convert_one(parser: Parser, args: argparse.Namespace, check: Callable[[Plan]
     from .writing import convert
 
     source, target = Path(args.paths[0]), Path(args.paths[-1])
+    if args.step is not None:
+        if args.average:
+            parser.error("--step takes one step of SRC, and --average several checkpoints; leave one out")
+        from ..bundle.step_place import step_place
+
+        source = step_place(source, args.step)
     with ExitStack() as held:
         plan = plan_conversion(source, target, args.to, options_of(args), held)
         if args.paths[-1].endswith(os.sep) and not plan.is_folder:

@@ -113,7 +113,7 @@ class Source:
         """
         if asked := question(self.choices):
             config = self.path.parent / "config.json"
-            is_beside = self.path.is_file() and self.family.startswith("hf_") and config.exists()
+            is_beside = self.path.is_file() and self.family.startswith("hf_") and config.exists() and not self.config
             raise self.refuse(f"{asked} Or name the folder: {config} is not read with a file." if is_beside else asked)
 
     def refuse(self, reason: str) -> CheckpointMismatch:

@@ -23,6 +23,7 @@ from ..containers.rank_files import open_rank_files, rank_files
 from ..containers.safetensors import open_safetensors
 from ..containers.spec import TensorSpec
 from ..containers.step_folder import is_step_folder, open_step_folder, step_parts
+from ..containers.step_parents import model_within
 from ..containers.tensors.views import stored
 from ..containers.trainer_folder import is_trainer_folder, open_trainer_folder
 from ..containers.trees import map_paths
@@ -55,7 +56,7 @@ def is_sharded(path: Path) -> bool:
 
 
 def _folder(path: Path) -> Path:
-    return path.parent if path.name == METADATA or path.suffix in (SUFFIX, METADATA) else path
+    return path.parent if path.name == METADATA or path.suffix in (SUFFIX, METADATA) else model_within(path)
 
 
 def open_sharded(path: Path, options: Options) -> Inspection:
@@ -211,7 +212,7 @@ def add_optimizer_tensors(model: Source, options: Options) -> None:
     """
     if options.dtype is not None:
         raise model.refuse("--dtype would cast the optimizer's tensors as well. Leave out --include_optimizer.")
-    if is_optimizer(model.container.content):
+    if not model.tensors:
         raise model.refuse("it is the state of an optimizer, which is more than tensors. --to pt and --to dcp hold it.")
     model.tensors |= model.along
     model.sources |= model.along
@@ -243,7 +244,7 @@ def add_optimizer(model: Source, file: WeightFile) -> None:
         file.targets.append(Target(name, path, file.name, view.dtype, view, "copy", is_weight=False))
         return Ref(path)
 
-    if is_optimizer(model.container.content):
+    if not model.tensors:
         file.content = map_paths(laid, content)
     else:
         file.content = {"model": file.content, "optimizer": map_paths(laid, content, "optimizer")}

@@ -89,7 +89,8 @@ def is_optimizer(content: Any) -> bool:
 
 def is_flat(optimizer: Mapping[Any, Any]) -> bool:
     """Whether an optimizer state is flattened, as torch does with flatten_optimizer_state_dict=True."""
-    return len(optimizer) > 0 and all(str(key).startswith(("state.", "param_groups.")) for key in optimizer)
+    kinds = {str(key).partition(".")[0] for key in optimizer if "." in str(key)}
+    return "param_groups" in kinds <= {"state", "param_groups"} and all("." in str(key) for key in optimizer)
 
 
 def aside(names: Iterable[str], content: Any) -> dict[str, Words]:

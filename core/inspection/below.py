@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from ..containers.open import SINGLE
@@ -51,4 +52,9 @@ def _folders(folder: Path) -> list[Path]:
             names = [one.name for one in entries if one.is_dir(follow_symlinks=False) and not one.name.startswith(".")]
     except OSError:
         return []
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(names, key=_with_numbers)]
+
+
+def _with_numbers(name: str) -> list[tuple[int, str]]:
+    """A key that sorts checkpoint-1000 behind checkpoint-500."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ..console.words import columns, printable, size_text
 from ..containers.pickles.inert import as_text
 from ..containers.spec import TensorSpec
+from ..containers.step_parents import steps_below
 from ..families.fused import LECTURE
 from .inspect import Facts
 from .report import tensors_in
@@ -179,7 +181,8 @@ def _content_line(value: Any) -> str:
 def models_text(root: str, models: list[Facts]) -> Iterable[str]:
     """The list of all models below a root."""
     if any("program" in model for model in models):
-        yield f"{root} holds {len(models)} checkpoint{'s' * (len(models) != 1)}; name one by its path:"
+        how = ", or by --step N or newest" if steps_below(Path(root)) else ""
+        yield f"{root} holds {len(models)} checkpoint{'s' * (len(models) != 1)}; name one by its path{how}:"
     else:
         yield f"{root} holds {len(models)} models; choose one with --model_name:"
     yield from columns([_model_row(model) for model in models])

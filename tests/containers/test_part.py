@@ -131,6 +131,20 @@ def test_a_folder_of_rank_files_that_cannot_be_joined_names_no_file_to_take(tmp_
         inspect_path(tmp_path)
 
 
+def test_a_grid_of_ranks_is_not_called_several_saves(tmp_path):
+    for name in ("tp_rank_0_pp_rank_0.pt", "tp_rank_1_pp_rank_0.pt"):
+        written({"a.weight": torch.ones(4, 4)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"the files of 2 ranks \(.*Join them with the program that wrote them"):
+        inspect_path(tmp_path)
+
+
+def test_one_file_of_several_saves_of_ranks_is_shown_with_what_to_do(tmp_path):
+    for name in ("m_10.rank_0.pth", "m_10.rank_1.pth", "m_20.rank_0.pth", "m_20.rank_1.pth"):
+        written({"a.weight": torch.ones(4, 4)}, tmp_path / name)
+    with inspect_path(tmp_path / "m_20.rank_0.pth") as found:
+        assert "those of 1 more (m_20.rank_1.pth). Copy these to a folder of their own, and name it" in found.partial
+
+
 @pytest.mark.parametrize(
     ("name", "others"),
     [("a_rank_3.pt", ["a_rank_10.pt"]), ("mp_rank_00_001", ["mp_rank_01_000"]), ("consolidated.00.pth", [])],

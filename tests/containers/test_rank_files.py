@@ -26,8 +26,9 @@ from core.containers.pickles.inert import Call, Global
 from core.containers.rank_files import open_rank_files, rank_files
 from core.containers.spec import TensorSpec
 from core.containers.step_folder import is_step_folder, open_step_folder
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from tests.makers.containers import assert_same, checksum_fails, sharded_tensor, tensor, write_fsdp1, write_ranks
+from tests.makers.conversions import converted
 from tests.makers.dcp_folders import save
 from tests.makers.fsdp_ranks import free_port, write_with_fsdp
 from tests.makers.torch_files import bits, flattened
@@ -222,6 +223,18 @@ def test_a_folder_of_verl_has_its_config_and_the_state_of_its_run(tmp_path):
         "extra_state_world_size_2_rank_*.pt: rng.cpu: ranks have copies that differ. The first rank's count."
     ]
     assert container.files["huggingface/config.json"] > 0
+
+
+def test_an_optimizer_of_plain_parts_is_not_taken_from_the_first_rank(tmp_path):
+    write_fsdp1(tmp_path, "model_world_size_2_rank_{rank}.pt", {"w": torch.ones(4, 2)}, 2)
+    for rank in range(2):  # FSDP1's own optimizer has a rank's part of each moment, end to end
+        state = {"state": {0: {"exp_avg": torch.full((4,), float(rank))}}, "param_groups": []}
+        torch.save(state, tmp_path / f"optim_world_size_2_rank_{rank}.pt")
+    container = open_container(tmp_path)
+    assert list(container.tensors) == ["model.w"]
+    assert container.notes[0].startswith(f"not joined: {tmp_path}: the files of 2 ranks (optim_world_size_2_rank_*.pt)")
+    with pytest.raises(CheckpointMismatch, match="expected an optimizer"):
+        converted(tmp_path, tmp_path.with_suffix(".pt"), "pt", include_optimizer=True)
 
 
 def test_files_of_ranks_beside_a_model_are_not_taken_for_it(tmp_path):

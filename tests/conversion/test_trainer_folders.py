@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -105,6 +106,35 @@ def test_a_damaged_optimizer_leaves_the_model_and_is_named(tmp_path):
         converted(folder, tmp_path / "o.pt", "pt", include_optimizer=True)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_what_may_act_beside_the_weights_is_left_out_and_named(tmp_path, name):
+    class Trap:
+        def __reduce__(self):
+            return (os.system, ("echo trapped",))
+
+    folder = write_trainer(tmp_path / "x")
+    torch.save({"state": {}, "param_groups": [], "trap": Trap()}, folder / name)
+    facts = converted(folder, tmp_path / "o.safetensors", "safetensors")
+    said = f"its {name[:-3]} is left out: {name} names posix.system("
+    assert any(note.startswith(said) and note.endswith("; nothing was executed") for note in facts["notes"])
+    assert same(load_file(tmp_path / "o.safetensors"), gpt2())
+
+
+@pytest.mark.parametrize("suffix", ["bin", "pt"])
+def test_the_optimizer_of_an_unknown_model_is_kept_as_it_is_laid_out(tmp_path, suffix):
+    (folder := tmp_path / "x").mkdir()
+    weights = {"a.weight": torch.randn(3, 2), "b": torch.randn(4)}
+    torch.save(weights, folder / "pytorch_model.bin")
+    state = {"state": {0: {"exp_avg": torch.randn(3, 2)}}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+    torch.save(state, folder / f"optimizer.{suffix}")
+    converted(folder, tmp_path / "o.pt", "pt", include_optimizer=True)
+    made = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert same(made["model"], weights) and same(made["optimizer"]["state"][0], state["state"][0])
+    assert made["optimizer"]["param_groups"] == state["param_groups"]
+    facts = converted(folder, tmp_path / "o.safetensors", "safetensors")
+    assert facts["dropped"]["optimizer.state.0.exp_avg"] == "optimizer; --include_optimizer keeps it"
+
+
 # accelerate's FSDP
 
 
@@ -170,6 +200,18 @@ def test_the_folder_of_an_optimizer_alone_becomes_a_file(tmp_path, wrapped, to):
     assert facts["dropped"] == {}
     with pytest.raises(CheckpointMismatch, match=f"{folder}: it is the state of an optimizer.* --to dcp hold"):
         converted(folder, tmp_path / "o.safetensors", "safetensors")
+
+
+def test_the_values_of_an_optimizer_in_a_single_file_stay_listed(tmp_path):
+    torch.save(state_of(gpt2(1)), tmp_path / "optimizer.pt")
+    facts = converted(tmp_path / "optimizer.pt", tmp_path / "o.safetensors", "safetensors")
+    assert "no place for it" in facts["dropped"]["param_groups"]
+
+
+def test_a_module_called_state_is_no_optimizer(tmp_path):
+    weights = {"state.proj.weight": torch.randn(3, 2), "state.norm.weight": torch.randn(3)}
+    converted(save_dcp(weights, tmp_path / "x"), tmp_path / "o.safetensors", "safetensors")
+    assert same(load_file(tmp_path / "o.safetensors"), weights)
 
 
 @pytest.mark.parametrize("holder", ["app", "checkpoint"])

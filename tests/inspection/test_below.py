@@ -71,7 +71,8 @@ def test_the_checkpoints_of_a_run_or_a_cache_are_listed_by_their_paths(tmp_path,
     names = make(root)
     assert inspect_model.main([str(root)]) == 0
     first, *rows = capsys.readouterr().out.splitlines()
-    assert first == f"{root} holds {len(names)} checkpoint{'s' * (len(names) > 1)}; name one by its path:"
+    how = ", or by --step N or newest" * (make in (trainer, litgpt))
+    assert first == f"{root} holds {len(names)} checkpoint{'s' * (len(names) > 1)}; name one by its path{how}:"
     assert [row.split()[0] for row in rows] == names
     assert inspect_model.main([str(root), "--json"]) == 0
     models = json.loads(capsys.readouterr().out)["models"]
@@ -116,3 +117,9 @@ def test_links_and_hidden_folders_are_not_followed_and_depth_has_an_end(tmp_path
     assert checkpoints_below(root) == []
     hf(root / "1/2/3/model")
     assert [one["name"] for one in checkpoints_below(root)] == ["1/2/3/model"]
+
+
+def test_checkpoints_are_listed_by_their_numbers(tmp_path):
+    for step in (400, 1000, 50):
+        hf(tmp_path / f"checkpoint-{step}")
+    assert [one["name"] for one in checkpoints_below(tmp_path)] == [f"checkpoint-{n}" for n in (50, 400, 1000)]

@@ -21,6 +21,7 @@ from ...console.words import listed_names
 from ...errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from ..blocks import blocks_fault, read_whole, spec_of_blocks
 from ..container import Check, Container, is_plain, listing, member, reading
+from ..joined import join
 from ..pickles.foreign import foreign_calls
 from ..pickles.inert import as_name, as_text
 from ..safetensors import is_safetensors, open_safetensors
@@ -33,6 +34,7 @@ SUFFIX = ".distcp"
 
 _LOCAL = re.compile(r"__(\d{1,6})\.metadata")
 _HEAD = 16  # bytes
+_FABRIC, _META = "meta.pt", "meta"
 
 
 def is_dcp(path: Path) -> bool:
@@ -68,7 +70,19 @@ def open_dcp(path: Path, rebuilt: Metadata | None = None, opened: Mapping[str, B
     whole.notes += [f"{name}: {METADATA} names nothing in it. It may be of another save." for name in surplus]
     count = sum(name.endswith(SUFFIX) for name in whole.files)
     whole.kind, whole.foreign = f"DCP folder, {count} file{'s' * (count != 1)}", list(folder.foreign)
+    if opened is None and _FABRIC in names and not whole.content.keys() & {_META}:
+        _add_meta(whole)
     return whole
+
+
+def _add_meta(whole: Container) -> None:
+    """Add what Lightning's Fabric saved beside the shards: whatever of the state is not sharded."""
+    from ..torch_files.container import open_torch_single
+
+    try:
+        join(whole, open_torch_single(member(whole.path, _FABRIC, str(whole.path))), _META)
+    except CheckpointError as error:
+        whole.caveats.append(f"its {_FABRIC} is left out: {error}")
 
 
 def metadata_names(names: Iterable[str]) -> list[str]:
