@@ -73,8 +73,17 @@ FILES: dict[str, Callable[[int], bytes]] = {
 }
 """Files of torch by what they have much of, made of a size in bytes."""
 
+
+def many_layers(size: int) -> bytes:
+    """A GPT of 20,000 layers in four megabytes, most of whose tensors are missing."""
+    names = [f"transformer.h.{i}.{part}.weight" for i in range(size // 200) for part in ("ln_1", "ln_2")]
+    shape = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    return safetensors(json.dumps(dict.fromkeys(names, shape), separators=(",", ":")).encode())
+
+
 HEADERS: dict[str, Callable[[int], bytes]] = {
     "safetensors": names_of,
+    "layers": many_layers,
     "safetensors with texts": lambda n: safetensors(entries('{"__metadata__":{', '"%x":""', "}}", n)),
     "safetensors of lists": lambda n: safetensors(repeated(b'{"a":[', b"[[123456789012345]],", b"0]}", n)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import inspect_model
+from core.containers.dcp.metadata import read_metadata
 from core.containers.open import open_container
 from core.containers.pickles.collisions import Table
 from core.containers.pickles.inert import Malformed
@@ -130,6 +134,16 @@ def test_what_programs_save_is_never_too_much(which, protocol, tmp_path):
     torch.save({which: HELD[which]}, tmp_path / "x.pt", pickle_protocol=protocol)
     found = open_container(tmp_path / "x.pt")
     assert len(found.content[which]) == len(HELD[which])
+
+
+def test_the_metadata_of_many_tensors_is_never_too_much():
+    whole, ranges = torch.Size([1]), {}
+    for i in range(4000):
+        block = dcp.ChunkStorageMetadata(torch.Size([0]), whole)
+        ranges[f"{i:x}"] = dcp.TensorStorageMetadata(dcp.TensorProperties(torch.float32), whole, [block])
+    places = {dcp.MetadataIndex(name, torch.Size([0]), 0): _StorageInfo("a.distcp", 0, 16) for name in ranges}
+    data = pickle.dumps(dcp.Metadata(ranges, {name: (name,) for name in ranges}, places))
+    assert len(read_metadata(data, "x").entries) == 4000
 
 
 def test_the_first_screen_lists_500_entries_of_a_content_and_counts_the_others(tmp_path, capsys):

@@ -8,8 +8,8 @@ KEYS = "keys that are no texts or short numbers"
 
 _MOST: dict[str, tuple[int, int, int]] = {
     "lists, dictionaries and sets": (SLACK, 25, 12),  # 60 to 220 bytes of memory each
-    "calls": (40_000, 20, 12),
-    "records of calls": (20_000, 30, 24),
+    "calls": (40_000, 20, 8),
+    "records of calls": (20_000, 30, 16),
     "references to storages": (20_000, 20, 12),
     KEYS: (SLACK, 40, 10),
     "names": (20_000, 20, 14),
@@ -25,8 +25,9 @@ _MOST: dict[str, tuple[int, int, int]] = {
 }
 """What a pickle may make of each kind: so many in any case, and one more for so many of its bytes; and its weight."""
 
-_ROOM = (12 * SLACK, 1.25)
-"""What all that a pickle makes may weigh: so much in any case, and for each byte; the tensors of torch.save weigh 1.2.
+_ROOM = 12 * SLACK
+DENSITY = 1.6
+"""What all that a pickle makes may weigh: so much in any case, and for each byte; DTensors weigh 1.4, most files 1.
 
 So a file that has as much as it can of every kind takes no longer than one that has much of one kind.
 """
@@ -35,10 +36,10 @@ So a file that has as much as it can of every kind takes no longer than one that
 class Allowance:
     """Counts what a pickle of so many bytes makes."""
 
-    def __init__(self, length: int, whole: int) -> None:
+    def __init__(self, length: int, whole: int, density: float) -> None:
         self.most = {what: free + length // share for what, (free, share, _) in _MOST.items()}
         self.made = dict.fromkeys(_MOST, 0)
-        self.room = _ROOM[0] + _ROOM[1] * length
+        self.room = _ROOM + density * length
         self.whole = whole  # bytes that the file's pickles have together, for the message
 
     def count(self, what: str, more: int = 1) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointDamaged
-from .allowance import KEYS, Allowance
+from .allowance import DENSITY, KEYS, Allowance
 from .collisions import FEW, SLICE, Table, fill, predictable
 from .inert import Call, Global, Malformed, New, as_key, as_text, check_structure
 from .opcodes import old_text, opcode_table, unescape, utf8
@@ -64,15 +64,19 @@ def parse_pickle(
     persistent: Callable[[Any], Any] | None = None,
     resolve: Callable[[Global], Any] | None = None,
     reductions: Reductions | None = None,
+    density: float = DENSITY,
 ) -> ParsedPickle:
     """Read the pickle that begins at byte `start`, and report where it ends.
 
     `persistent` gives the value of a persistent id, `resolve` what to put for a name; `reductions` adds to PLAIN, and
-    one that returns NotImplemented leaves its call an inert record.
+    one that returns NotImplemented leaves its call an inert record. `density` is what it may make for each byte, as
+    `Allowance` weighs it.
 
     Raises: PickleCutOff when it does not end within `data`, CheckpointDamaged for anything else that is not sound.
     """
-    reader = _Reader(data, where, start, persistent, resolve or (lambda name: name), {**PLAIN, **(reductions or {})})
+    reader = _Reader(
+        data, where, start, persistent, resolve or (lambda name: name), {**PLAIN, **(reductions or {})}, density
+    )
     value = reader.run()
     held = check_structure(value, where, reader.position - start)
     return ParsedPickle(value, reader.position, [lost for lost in reader.unheld if id(lost) not in held])
@@ -93,6 +97,7 @@ class _Reader:
         persistent: Callable[[Any], Any] | None,
         resolve: Callable[[Global], Any],
         reductions: Reductions,
+        density: float,
     ) -> None:
         self.data, self.where = data, where
         self.persistent, self.resolve, self.reductions = persistent, resolve, reductions
@@ -103,7 +108,7 @@ class _Reader:
         self.puts = 0
         self.memo: dict[int, Any] = {}
         self.unheld: list[Any] = []  # calls and other values that may not be in the result
-        allowance = Allowance(len(data) - start, len(data))
+        allowance = Allowance(len(data) - start, len(data), density)
         self.count, self.most_puts = allowance.count, allowance.most["stored values"]
         self.tables: dict[int, Table] = {}  # of large dictionaries and sets, by identity
         self.globals: dict[tuple[str, str], Any] = {}
