@@ -19,8 +19,8 @@ from .container import Container, listing, member
 from .joined import join, put, read_json
 from .pickles.inert import names_text
 
-_MODEL = re.compile(r"pytorch_model_fsdp(?:_(\d+))?(?:_rank(\d+))?(?:\.bin)?")
-_OPTIMIZER = re.compile(r"optimizer(?:_(\d+))?(?:\.bin|\.pt)?")
+_MODEL = re.compile(r"pytorch_model_fsdp(?:_\d+|(?:_\d+)?(?:_rank\d+)?\.bin)")
+_OPTIMIZER = re.compile(r"optimizer(?:_\d+|(?:_\d+)?\.(?:bin|pt))")
 _SCHEDULERS = ("scheduler.pt", "scheduler.bin")
 _STATE = "trainer_state.json"
 _CONFIG = "config.json"

@@ -119,7 +119,7 @@ def _parts(content: Any) -> dict[str, Words]:
         if kind is RUN or isinstance(content.get(word), (Mapping, list))
     }
     holder = holder_of(content)
-    inner = parts_of(content[holder]) if holder else {}
+    inner = _parts(content[holder]) if holder else {}
     return {f"{holder}.{word}": kind for word, kind in inner.items()} | parts
 
 
@@ -151,10 +151,9 @@ def _optimizer(container: Container) -> tuple[str, Any]:
             f"{container.path}: found {there}, expected an optimizer ({', '.join(OPTIMIZER)}). Leave out "
             "--include_optimizer, or name the folder that holds both."
         )
-    content = container.content
-    for step in word.split("."):
-        content = content[step]
-    return word, content
+    holder = holder_of(container.content)
+    content = container.content[holder] if holder else container.content
+    return word, content[word.removeprefix(f"{holder}.")]
 
 
 def take_parts(model: Source, path: Path, options: Options) -> None:
@@ -174,6 +173,8 @@ def take_parts(model: Source, path: Path, options: Options) -> None:
             _drop_others(model, kinds, {name for name, kind in kinds.items() if asked and kind is OPTIMIZER})
         return
     if is_optimizer(container.content):
+        if options.dtype is not None:
+            raise model.refuse("--dtype casts weights, and it is the state of an optimizer alone. Leave it out.")
         model.along = {name: stored(container, spec) for name, spec in container.tensors.items()}
         return
     parts = _parts(container.content)

@@ -76,7 +76,8 @@ def holder_of(content: Any) -> str:
     if not isinstance(content, Mapping) or MAIN in parts_of(content).values():
         return ""
     inner = {name: parts_of(part) for name, part in content.items() if isinstance(part, Mapping)}
-    return next((str(name) for name, parts in inner.items() if {MAIN, OPTIMIZER} <= set(parts.values())), "")
+    holders = (name for name, parts in inner.items() if {MAIN, OPTIMIZER} <= set(parts.values()))
+    return next((name for name in holders if isinstance(name, str)), "")
 
 
 def is_optimizer(content: Any) -> bool:

@@ -198,6 +198,8 @@ def test_the_folder_of_an_optimizer_alone_becomes_a_file(tmp_path, wrapped, to):
     assert made["param_groups"] == state["param_groups"]
     assert all(same(made["state"][name], entry) for name, entry in state["state"].items())
     assert facts["dropped"] == {}
+    with pytest.raises(CheckpointMismatch, match="--dtype casts weights, and it is the state of an optimizer alone"):
+        converted(folder, tmp_path / f"o2.{to}", to, dtype="bfloat16")
     with pytest.raises(CheckpointMismatch, match=f"{folder}: it is the state of an optimizer.* --to dcp hold"):
         converted(folder, tmp_path / "o.safetensors", "safetensors")
 
@@ -214,7 +216,7 @@ def test_a_module_called_state_is_no_optimizer(tmp_path):
     assert same(load_file(tmp_path / "o.safetensors"), weights)
 
 
-@pytest.mark.parametrize("holder", ["app", "checkpoint"])
+@pytest.mark.parametrize("holder", ["app", "my.app"])
 def test_what_an_entry_holds_together_is_taken_apart(tmp_path, holder):
     weights = gpt2(1)
     state = state_of(weights, by_name=True)

@@ -74,6 +74,7 @@ def merge_metadata(parts: list[Metadata], where: str) -> Metadata:
     Raises: CheckpointDamaged when two ranks give one name another dtype or shape.
     """
     entries: dict[str, Entry] = {}
+    known: dict[str, set[str]] = {}  # blocks as texts, whose hashes cannot be predicted
     for part in parts:
         for entry in part.entries:
             first = entries.setdefault(entry.name, entry)
@@ -82,8 +83,11 @@ def merge_metadata(parts: list[Metadata], where: str) -> Metadata:
                     f"{where}: {as_name(entry.name)} is {entry.dtype} {entry.shape} in {entry.places[0].file}, and "
                     f"{first.dtype} {first.shape} in {first.places[0].file}. The ranks are of different saves."
                 )
-            known = {(place.begin, place.shape) for place in first.places}
-            first.places += [place for place in entry.places if (place.begin, place.shape) not in known and entry.dtype]
+            mine = known.setdefault(entry.name, set())
+            fresh = {f"{place.begin} {place.shape}": place for place in entry.places}
+            if first is not entry and entry.dtype:
+                first.places += [place for block, place in fresh.items() if block not in mine]
+            mine.update(fresh)
     foreign = dict.fromkeys(call for part in parts for call in part.foreign)
     notes = [note for part in parts for note in part.notes]
     values = sum(entry.dtype is None for entry in entries.values())
