@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..spec import ITEM_SIZES, TensorSpec
-from .inert import LEAVES, Call, Global, as_text, children
+from .inert import LEAVES, Call, Global, as_text, children, flat
 
 _MOST = 20
 
@@ -76,7 +76,7 @@ def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False
             called = [] if isinstance(value.callable, Global) else [value.callable]
             args = value.args if known else [a for a in value.args if not isinstance(a, Global)]
             held = [*called, *args, value.state, value.items]
-        pending.extend([inner for inner in reversed(held) if type(inner) not in _PLAIN])
+        pending.extend([inner for inner in reversed(held) if type(inner) not in _PLAIN and not flat(inner, _PLAIN)])
     return [*found, *([f"{more} more calls and names"] if more else [])]
 
 
