@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..containers.pickles.inert import LEAVES, Call
+from ..containers.pickles.inert import LEAVES, Call, flat
 from ..containers.spec import TensorSpec
 from ..families.choices import Choice
 from .inspect import Facts, Inspection, named
@@ -120,5 +120,5 @@ def tensors_in(value: Any) -> Iterable[TensorSpec]:
     elif not isinstance(value, (list, tuple)):
         return
     for inner in value:
-        if type(inner) not in LEAVES:
+        if type(inner) not in LEAVES and not flat(inner, LEAVES):
             yield from tensors_in(inner)

@@ -336,3 +336,10 @@ def test_the_comparison_finds_a_difference():
     assert difference({"a": 1}, {"b": 1}) == "the content has other keys"
     assert difference([1], [1, 2]) and difference({"a": float("nan")}, {"a": float("nan")}) == ""
     assert re.search("w", difference({"w": PLAIN}, {"w": 1})) and zlib.crc32(FOUR) != zlib.crc32(EVIL)
+
+
+def test_a_size_of_true_is_a_one_to_both(tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(torch_zip(items(size=call("torch", "Size", b"(" + number(2) + b"\x88t")) + b"."))
+    assert ours(path) == {"size": torch.Size((2, 1))}
+    assert difference(ours(path), torchs(path, False)) == ""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from ..spec import ITEM_SIZES, TensorSpec
-from .inert import LEAVES, Call, Cycle, Global, New, as_text, children
+from .inert import LEAVES, Call, Cycle, Global, New, as_text, children, flat
 
 _MOST = 20
 
@@ -130,7 +130,7 @@ def foreign_calls(
             called = [] if known or isinstance(value.callable, Global) else [value.callable]
             args = value.args if known else [a for a in value.args if not isinstance(a, Global)]
             held = [*called, *args, value.state, value.items]
-        pending.extend([inner for inner in reversed(held) if type(inner) not in _PLAIN])
+        pending.extend([inner for inner in reversed(held) if type(inner) not in _PLAIN and not flat(inner, _PLAIN)])
     findings = [*map(Finding, found), *([Finding(f"{len(more)} more calls and names")] if more else [])]
     for finding, is_record in zip(findings, [*found.values(), all(more)], strict=False):
         finding.is_record = is_record

@@ -214,6 +214,14 @@ def children(value: Any) -> Sequence[Any] | None:
     return list(value) if isinstance(value, (set, frozenset)) else None
 
 
+def flat(value: Any, kinds: frozenset[Any]) -> bool:
+    """Whether a list, tuple or dict holds values of these types alone, which need not be looked at one by one."""
+    kind = type(value)
+    if kind is dict:
+        return kinds.issuperset(map(type, value)) and kinds.issuperset(map(type, value.values()))
+    return (kind is tuple or kind is list) and kinds.issuperset(map(type, value))
+
+
 def check_structure(root: Any, where: str, length: int) -> Container[int]:
     """Make a tree of a structure, and refuse one that a walk could not finish; returns the identities of all values.
 

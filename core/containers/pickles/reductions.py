@@ -32,7 +32,9 @@ def as_dict(pairs: Any = ()) -> Any:
 
 def as_size(sizes: Any = ()) -> Any:
     """torch.Size((2, 3)); not a callable of PLAIN, because only files of torch have it."""
-    return Size(sizes) if isinstance(sizes, (tuple, list)) else NotImplemented
+    if not isinstance(sizes, (tuple, list)):
+        return NotImplemented
+    return Size([int(size) if isinstance(size, bool) else size for size in sizes])  # as torch has it
 
 
 def _default_dict(factory: Any = None, pairs: Any = ()) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import naturals
 from ..pickles.foreign import is_module
-from ..pickles.inert import LEAVES, Call, DtypeName, Global, as_name, as_text
+from ..pickles.inert import LEAVES, Call, DtypeName, Global, as_name, as_text, flat
 from ..pickles.reader import ParsedPickle, parse_pickle
 from ..pickles.reductions import Reductions, as_size
 from ..spec import DTYPES, ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS, TensorSpec, reach
@@ -304,11 +304,11 @@ def name_tensors(content: Any, where: str) -> dict[str, TensorSpec]:
         before = f"{path}." if path else ""
         if isinstance(value, dict):
             for key, item in value.items():
-                if type(item) not in _WITHOUT:
+                if type(item) not in _WITHOUT and not flat(item, _WITHOUT):
                     walk(item, before + (key if isinstance(key, str) else as_text(key)))
         elif isinstance(value, (list, tuple)):
             for i, item in enumerate(value):
-                if type(item) not in _WITHOUT:
+                if type(item) not in _WITHOUT and not flat(item, _WITHOUT):
                     walk(item, f"{before}{i}")
         elif isinstance(value, Call):
             if is_module(value):
