@@ -275,9 +275,17 @@ def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int
 
 
 def print_json(document: Any) -> None:
-    """Print JSON values, indented."""
-    write_plain(document, sys.stdout.write)
-    print()
+    """Print JSON values, indented; in blocks, because a stream takes as long for each text as the text itself."""
+    parts: list[str] = []
+
+    def write(text: str) -> None:
+        parts.append(text)
+        if len(parts) > 10_000:
+            sys.stdout.write("".join(parts))
+            parts.clear()
+
+    write_plain(document, write)
+    print("".join(parts))
 
 
 def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:

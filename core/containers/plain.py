@@ -16,6 +16,8 @@ from .spec import TensorSpec
 ROOM = 2_000_000
 """Characters of JSON that a checkpoint may take, in addition to 8 for each byte of its files."""
 
+_NUMBERS = {int, bool, type(None)}
+
 _MANY = 8
 """Values of a collection that is looked at as a whole: fewer are faster one by one."""
 
@@ -40,6 +42,9 @@ def plain(value: Any, depth: int = 0, room: Room = UNLIMITED) -> Any:
     So do values nested deeper than in any real checkpoint, since readers of the JSON have to follow them. When `room`
     runs out, the last entry of each shortened list or object tells how many are missing; the outermost has all fields.
     """
+    if type(value) in _NUMBERS:
+        room.left -= len(str(value)) + 2 * depth + 4
+        return value
     if 0 < depth <= DEPTH and type(value) in (dict, list, tuple) and len(value) >= _MANY:
         simple = _simple(value, depth, room)
         if simple is not None:

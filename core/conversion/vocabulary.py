@@ -10,7 +10,7 @@ from ..containers.container import reading
 from ..containers.json_files import parse_json
 from ..containers.pickles.reader import read_pickle
 from ..errors import CheckpointMismatch
-from .hf_tokenizer import characters_of
+from .hf_tokenizer import added_tokens, state_of_words
 from .plan import Options, Source
 
 GPT2_ROWS = range(50257, 50305)
@@ -52,13 +52,14 @@ def add_tokenizer(model: Source, options: Options) -> None:
 
 
 def _state_of(definition: dict[str, Any]) -> dict[str, Any]:
-    """Convert a Hugging Face tokenizer to ours; GPT-2's and character tokenizers need no library."""
-    if chars := characters_of(definition):
-        return {"token_kind": "char", "chars": chars}
+    """Convert a Hugging Face tokenizer to ours; GPT-2's, and those of characters and symbols, need no library."""
+    if state := state_of_words(definition):
+        return state
     model = definition.get("model")
     vocab, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
     if isinstance(vocab, dict) and isinstance(merges, list):
         known = all(vocab.get(token) == number for token, number in _GPT2_TOKENS.items())
+        known = known and all(token.get("id") == GPT2_ROWS.start - 1 for token in added_tokens(definition))
         if known and (len(vocab), len(merges)) == (50257, 50000):
             return {"token_kind": "gpt2"}
     return {"token_kind": "hf", "definition": definition}
@@ -74,9 +75,12 @@ def tokens_of(state: dict[str, Any] | None) -> int:
     if kind == "symbols":
         return checked_symbols(state, "tokenizer.json")[0]
     definition = state.get("definition")
-    model = definition.get("model") if isinstance(definition, dict) else None
+    if not isinstance(definition, dict):
+        return 0
+    model = definition.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    return len(vocab) if isinstance(vocab, (dict, list)) else 0
+    behind = [number + 1 for token in added_tokens(definition) if type(number := token.get("id")) is int]
+    return max(len(vocab) if isinstance(vocab, (dict, list)) else 0, *behind, 0)
 
 
 def vocabulary_of(path: Path, rows: int | None) -> dict[str, Any]:

@@ -115,9 +115,10 @@ def tensors_in(value: Any) -> Iterable[TensorSpec]:
         return
     if isinstance(value, Call):
         value = (value.args, value.items, value.state)
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         value = value.values()
-    if isinstance(value, Iterable) and type(value) not in LEAVES:
-        for inner in value:
-            if type(inner) not in LEAVES:
-                yield from tensors_in(inner)
+    elif not isinstance(value, (list, tuple)):
+        return
+    for inner in value:
+        if type(inner) not in LEAVES:
+            yield from tensors_in(inner)

@@ -20,6 +20,10 @@ from ..spec import ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS
 from .dtensor import class_name, foreign_within, is_distributed
 
 METADATA = ".metadata"
+
+_DENSITY = 3
+"""What a `.metadata` makes for each of its bytes, as `Allowance` weighs it: 2.5, of five records for each tensor."""
+
 _DEEPEST = 32  # levels of the nested state dict
 
 
@@ -105,7 +109,7 @@ def read_metadata(data: bytes, where: str) -> Metadata:
         return name
 
     reductions: Reductions = {"torch.Size": as_size, "torch.serialization._get_layout": _layout}
-    parsed = parse_pickle(data, where, resolve=resolve, reductions=reductions)
+    parsed = parse_pickle(data, where, resolve=resolve, reductions=reductions, density=_DENSITY)
     root = attributes(parsed.value) if isinstance(parsed.value, Call) else None
     if root is None or not isinstance(root.get("state_dict_metadata"), dict):
         raise CheckpointError(

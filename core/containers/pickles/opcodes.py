@@ -35,7 +35,7 @@ def opcode_table(machine: Any) -> dict[int, Operation]:
             "\x8a": machine.short_long,
             "\x8b": lambda r: r.push(r.long(r.number(4))),
             "G": lambda r: r.push(struct.unpack(">d", r.take(8))[0]),
-            "V": lambda r: r.push(r.line().decode("raw_unicode_escape")),
+            "V": machine.text_in_line,
             "X": lambda r: r.push(utf8(r.take(r.number(4)))),
             "\x8c": lambda r: r.push(utf8(r.take(r.byte()))),
             "\x8d": lambda r: r.push(utf8(r.take(r.number(8)))),

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointDamaged
+from .allowance import DENSITY, KEYS, Allowance
 from .collisions import FEW, SLICE, Table, fill, predictable
-from .inert import SLACK, Call, Global, Malformed, New, as_key, as_text, check_structure
+from .inert import Call, Global, Malformed, New, as_key, as_text, check_structure
 from .opcodes import old_text, opcode_table, unescape, utf8
 from .reductions import PLAIN, Reductions
 
@@ -24,30 +25,6 @@ LONGEST_INT = 1024
 LONGEST_NAME = 1000
 """Characters of the full name of a class or function."""
 
-
-_KEYS = "keys that are no texts or short numbers"
-
-_MOST = {
-    "lists, dictionaries and sets": (SLACK, 25, 14),  # 60 to 220 bytes of memory each
-    "calls": (40_000, 20, 12),
-    "records of calls": (20_000, 30, 24),
-    "references to storages": (20_000, 20, 12),
-    _KEYS: (SLACK, 40, 10),
-    "names": (20_000, 20, 14),
-    "tuples": (SLACK, 14, 9),
-    "values in them": (10 * SLACK, 4, 1),
-    "stored values": (SLACK, 3, 0),
-    "states": (20_000, 25, 10),
-    "items put one by one": (SLACK, 6, 6),
-    "steps that make nothing": (1000, 100, 1),
-}
-"""What a pickle may make of each kind: so many in any case, and one more for so many of its bytes; and its weight."""
-
-_ROOM = (20 * SLACK, 1.25)
-"""What all that a pickle makes may weigh: so much in any case, and for each byte; the tensors of torch.save weigh 1.2.
-
-A unit is about 0.15 µs of all readers together, so that what has some of every kind takes no longer than one kind.
-"""
 
 _ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)
 
@@ -87,15 +64,19 @@ def parse_pickle(
     persistent: Callable[[Any], Any] | None = None,
     resolve: Callable[[Global], Any] | None = None,
     reductions: Reductions | None = None,
+    density: float = DENSITY,
 ) -> ParsedPickle:
     """Read the pickle that begins at byte `start`, and report where it ends.
 
     `persistent` gives the value of a persistent id, `resolve` what to put for a name; `reductions` adds to PLAIN, and
-    one that returns NotImplemented leaves its call an inert record.
+    one that returns NotImplemented leaves its call an inert record. `density` is what it may make for each byte, as
+    `Allowance` weighs it.
 
     Raises: PickleCutOff when it does not end within `data`, CheckpointDamaged for anything else that is not sound.
     """
-    reader = _Reader(data, where, start, persistent, resolve or (lambda name: name), {**PLAIN, **(reductions or {})})
+    reader = _Reader(
+        data, where, start, persistent, resolve or (lambda name: name), {**PLAIN, **(reductions or {})}, density
+    )
     value = reader.run()
     held = check_structure(value, where, reader.position - start)
     return ParsedPickle(value, reader.position, [lost for lost in reader.unheld if id(lost) not in held])
@@ -116,6 +97,7 @@ class _Reader:
         persistent: Callable[[Any], Any] | None,
         resolve: Callable[[Global], Any],
         reductions: Reductions,
+        density: float,
     ) -> None:
         self.data, self.where = data, where
         self.persistent, self.resolve, self.reductions = persistent, resolve, reductions
@@ -126,9 +108,8 @@ class _Reader:
         self.puts = 0
         self.memo: dict[int, Any] = {}
         self.unheld: list[Any] = []  # calls and other values that may not be in the result
-        self.most = {what: free + (len(data) - start) // share for what, (free, share, _) in _MOST.items()}
-        self.room = _ROOM[0] + _ROOM[1] * (len(data) - start)
-        self.made = dict.fromkeys(_MOST, 0)
+        allowance = Allowance(len(data) - start, len(data), density)
+        self.count, self.most_puts = allowance.count, allowance.most["stored values"]
         self.tables: dict[int, Table] = {}  # of large dictionaries and sets, by identity
         self.globals: dict[tuple[str, str], Any] = {}
         self.copied = 0  # elements that reductions took: shared arguments add up
@@ -156,7 +137,7 @@ class _Reader:
         """The loop over the opcodes; what stands in it is nearly all of them, and needs no call."""
         data, table, end = self.data, _OPCODES, len(self.data)
         stack, memo, marks = self.stack, self.memo, self.marks
-        push, most_puts = stack.append, self.most["stored values"]
+        push, most_puts = stack.append, self.most_puts
         position = self.position
         try:
             while True:
@@ -315,13 +296,6 @@ class _Reader:
         self.count("lists, dictionaries and sets")
         self.stack.append(made)
 
-    def count(self, what: str, more: int = 1) -> None:
-        self.made[what] += more
-        self.room -= more * _MOST[what][2]
-        if self.made[what] > self.most[what] or self.room < 0:
-            most = min(self.most[what], self.made[what] - 1)
-            raise Malformed(f"over {most} {what}, too many for {len(self.data)} bytes")
-
     def single(self) -> None:
         self.count("tuples")
         self.stack[-1] = (self.stack[-1],)
@@ -399,6 +373,9 @@ class _Reader:
             target.extend(values)
             return
         keys = self.keys(values)
+        if len(keys) + len(target) < FEW:
+            target.update(keys)
+            return
         table = self.table(target, keys)
         for start in range(0, len(keys), SLICE):
             new = {key for key in keys[start : start + SLICE] if key not in target}
@@ -412,7 +389,7 @@ class _Reader:
         if kinds <= _KEPT or (kinds == {int} and min(values) > -_LONG_KEY and max(values) < _LONG_KEY):
             return values
         found = list(map(as_key, values))
-        self.count(_KEYS, sum(key is not value for key, value in zip(found, values, strict=True)))
+        self.count(KEYS, sum(key is not value for key, value in zip(found, values, strict=True)))
         return found
 
     def frozen(self) -> None:
@@ -428,7 +405,7 @@ class _Reader:
     def put(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
         self.puts += 1
-        if self.puts > self.most["stored values"]:
+        if self.puts > self.most_puts:
             self.count("stored values", self.puts)
 
     def drop(self) -> None:
@@ -444,11 +421,11 @@ class _Reader:
         self.push(self.stack[-1])
 
     def append_one(self) -> None:
-        self.count("items put one by one")
+        self.count("items appended one by one")
         self.append([self.stack.pop()])
 
     def set_one(self) -> None:
-        self.count("items put one by one")
+        self.count("items set one by one")
         self.set_items(list(self.pop_many(2)))
 
     def unknown(self) -> None:
@@ -464,10 +441,16 @@ class _Reader:
         return int.from_bytes(self.take(size), "little", signed=True)
 
     def short_long(self) -> None:
+        self.count("long numbers")
         size = self.byte()
         self.push(int.from_bytes(self.take(size), "little", signed=True))
 
+    def text_in_line(self) -> None:
+        self.count("texts in lines")
+        self.push(self.line().decode("raw_unicode_escape"))
+
     def quoted(self) -> Any:
+        self.count("texts in lines")
         line = self.line().strip()
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
             raise Malformed("a text without quotes")
