@@ -143,6 +143,15 @@ def test_the_optimizer_of_an_unknown_model_is_kept_as_it_is_laid_out(tmp_path, s
     assert facts["dropped"]["optimizer.state.0.exp_avg"] == "optimizer; --include_optimizer keeps it"
 
 
+def test_the_optimizer_beside_an_original_is_no_part_of_it(tmp_path):
+    folder = write_trainer(tmp_path / "x")
+    save_dcp({"model": gpt2()}, tmp_path / "model_sharded/model_sharded")
+    facts = converted(
+        tmp_path / "model_sharded", tmp_path / "o.safetensors", "safetensors", more={"match_original": folder}
+    )
+    assert facts["filled"] == {} and same(load_file(tmp_path / "o.safetensors"), gpt2())
+
+
 # accelerate's FSDP
 
 
