@@ -53,10 +53,19 @@ def _each_once(values: Sequence[Any], kind: type | tuple[type, ...]) -> bool:
 
 
 def recorded_names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """The names that the groups list, in order; None when one lists none."""
-    if any(group.get("param_names") is None for group in groups if group["params"]):
-        return None
-    return [name for group in groups if group["params"] for name in group["param_names"]]
+    """The names that the groups list, in order; None when one lists none.
+
+    Names may stand for the numbers themselves, as in torch's get_optimizer_state_dict.
+    """
+    found: list[str] = []
+    for group in groups:
+        params, names = group["params"], group.get("param_names")
+        if names is None and all(isinstance(one, str) for one in params):
+            names = params
+        if names is None:
+            return None
+        found += names if params else []
+    return found
 
 
 def names_in_order(groups: Sequence[Mapping[str, Any]], order: Mapping[str, Shape]) -> list[str]:

@@ -18,6 +18,7 @@ from ..containers.hf_folder import BESIDE, is_hf_folder, open_hf_folder
 from ..containers.open import open_container
 from ..containers.tensors.views import View, stored
 from ..errors import CheckpointMismatch
+from ..families.parts import is_of_optimizer
 from ..families.rules import RENAME, Chain, Merge, Permute, Row, Rule, apply
 from .opening import open_model
 from .plan import Options, Plan, Source, Target
@@ -110,6 +111,7 @@ def _original(folder: Path) -> Container:
     container = open_hf_folder(folder) if folder.is_dir() else open_container(folder)
     if "safetensors" not in container.kind:
         raise CheckpointMismatch(f"{folder}: found {container.kind}, expected safetensors.")
+    container.tensors = {name: spec for name, spec in container.tensors.items() if not is_of_optimizer(name)}
     return container
 
 

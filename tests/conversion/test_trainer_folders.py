@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
+import inspect_model
 from core.errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from core.inspection.inspect import inspect_path
 from tests.makers.conversions import converted, same
@@ -65,6 +66,13 @@ def test_what_lies_beside_the_weights_is_shown_and_the_rest_is_named(tmp_path):
         assert len(found.weights) == len(gpt2())
         assert "also here, not part of the model: rng_state_0.pth, training_args.bin" in found.container.notes
         assert {"optimizer.pt", "scheduler.pt", "trainer_state.json"} <= found.container.files.keys()
+
+
+def test_the_moments_of_a_step_are_compared_with_those_of_its_bundle(tmp_path, capsys):
+    folder = write_trainer(tmp_path / "checkpoint-500")
+    converted(folder, tmp_path / "b", "bundle")
+    assert inspect_model.main(["--diff", str(folder), str(tmp_path / "b"), "--moments"]) == 0
+    assert "moments: 56 compared, 56 equal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("to", ["pt", "dcp"])
@@ -133,6 +141,15 @@ def test_the_optimizer_of_an_unknown_model_is_kept_as_it_is_laid_out(tmp_path, s
     assert made["optimizer"]["param_groups"] == state["param_groups"]
     facts = converted(folder, tmp_path / "o.safetensors", "safetensors")
     assert facts["dropped"]["optimizer.state.0.exp_avg"] == "optimizer; --include_optimizer keeps it"
+
+
+def test_the_optimizer_beside_an_original_is_no_part_of_it(tmp_path):
+    folder = write_trainer(tmp_path / "x")
+    save_dcp({"model": gpt2()}, tmp_path / "model_sharded/model_sharded")
+    facts = converted(
+        tmp_path / "model_sharded", tmp_path / "o.safetensors", "safetensors", more={"match_original": folder}
+    )
+    assert facts["filled"] == {} and same(load_file(tmp_path / "o.safetensors"), gpt2())
 
 
 # accelerate's FSDP

@@ -18,7 +18,7 @@ from ...containers.tensors.dtypes import decode
 from ...containers.tensors.reading import pieces
 from ...containers.tensors.views import View, concatenate, permute, stored
 from ...errors import CheckpointMismatch
-from ...families.common_names import GPT2, Place, common_fields, head_and_table, naming, places
+from ...families.common_names import GPT2, Place, common_fields, head_and_table, in_module_order, naming, places
 from ...families.family import plain_names
 from ...families.fused import FUSED, LECTURE, recognise
 from ..inspect import Facts, Inspection
@@ -160,6 +160,10 @@ class Side:
         """
         groups = groups_of(self.found.optimizer)
         model = {name: spec for name, spec in self.found.weights.items() if name not in self.found.identity.buffers}
+        if "safetensors" in self.found.container.kind:  # in which names are sorted
+            own = self.found.identity.places
+            order = in_module_order(self.family, {name: own[name] for name in model if name in own})
+            model = {name: model[name] for name in order} | model
         names = plain_names(names_in_order(groups, once(model)))
         numbers = dict(zip(names, (i for group in groups for i in group["params"]), strict=True))
         known = {original: name for name, original in plain_names(model).items()}
