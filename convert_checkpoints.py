@@ -33,6 +33,7 @@ EPILOG = """examples:
   python convert_checkpoints.py ckpt.pt x --to hf --dry_run             every tensor: source, rule, target, shape, bytes
   python convert_checkpoints.py 0000002/ ema.safetensors --to safetensors --match_original BAGEL/ --save_ema
   python convert_checkpoints.py model.safetensors sharded/ --to dcp     torch.distributed.checkpoint loads the folder
+  python convert_checkpoints.py a.pt b.pt c.pt --average --output_path mean.pt --to pt    the mean of their weights
   python convert_checkpoints.py --list                                  the possible conversions
 
   python convert_checkpoints.py --model_name dante --consolidate        plain files of a step in shards

@@ -7,20 +7,31 @@ import atexit
 import gc
 import io
 import itertools
-import json
 import math
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
-from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, add_check_flags, add_rule_flags, rules_given, run
+from core.console.commandline import (
+    DONE,
+    FAILED,
+    WRONG_USE,
+    Parser,
+    add_check_flags,
+    add_rule_flags,
+    rules_given,
+    run,
+    step,
+)
 from core.console.progress import byte_bar, token_bar
 from core.console.words import printable
-from core.containers.plain import Room, plain
-from core.errors import CheckpointError
+from core.containers.open import is_checkpoint_folder
+from core.containers.plain import Room, plain, write_plain
+from core.errors import CheckpointError, CheckpointNotFound
 from core.inspection.inspect import Inspection, inspect_path
 from core.inspection.report import Facts, facts_of
 from core.inspection.report_text import models_text, not_finite, text_of, views_text
@@ -75,7 +86,8 @@ def make_parser() -> Parser:
     """Describe the flags."""
     parser = Parser(prog="inspect_model.py", description=__doc__ or "", epilog=EPILOG)
     parser.add_argument("paths", metavar="PATH", nargs="*", help="a checkpoint folder or file, or a folder of models")
-    parser.add_argument("--step", type=int, metavar="N", help="a kept step instead of the newest")
+    steps = "a kept step instead of the newest; of another program's run the step N, or newest"
+    parser.add_argument("--step", type=step, metavar="N", help=steps)
     add_legacy_flag(parser)
     views = parser.add_argument_group("views")
     views.add_argument(
@@ -130,17 +142,35 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
 
     Raises: CheckpointError when nothing there can be read.
     """
+    if args.step is not None and place.is_dir():
+        from core.bundle.step_place import is_ours, step_place
+
+        if args.step == "newest" or not is_ours(place):
+            place = step_place(place, args.step)
+            args = argparse.Namespace(**{**vars(args), "step": None})
     try:
         names = model_names(place) if place.is_dir() and args.step is None else []
-        if names and not is_checkpoint(place):
+        if names and not is_checkpoint(place) and not is_checkpoint_folder(place):
             from core.inspection.report_ours import model_facts
 
             if args.check_text is not None:
                 raise CheckpointError(f"{place}: holds {len(names)} models, and --check_text computes one. Name one.")
-            return {"root": str(place), "models": [model_facts(place / name) for name in names]}, []
+            models = [model_facts(place / name) for name in names]
+            opens = any("error" not in one and not ("legacy" in one and one["step"] is None) for one in models)
+            none = f"{place}: none of its {len(models)} models opens; each is listed with the reason."
+            return {"root": str(place), "models": models}, [] if opens else [none]
         if args.history:
             return look_back(place, args)
-        with inspect_path(place, args.step) as found:
+        try:
+            opened = inspect_path(place, args.step)
+        except CheckpointNotFound:
+            from core.inspection.below import checkpoints_below
+
+            below = checkpoints_below(place) if place.is_dir() and args.step is None else []
+            if not below:
+                raise
+            return {"root": str(place), "models": below}, []
+        with opened as found:
             say_chosen(found)
             facts = facts_of(found, args.tensors)
             faults = list(facts["damaged"])
@@ -206,7 +236,7 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_USE
     if args.json:
-        print(json.dumps(plain(comparison_facts(found), room=room), indent=2, allow_nan=False))
+        print_json(plain(comparison_facts(found), room=room))
     else:
         print("\n".join(comparison_lines(found)))
     return DONE if found.equal else FAILED
@@ -228,7 +258,7 @@ def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int
     if args.json:
         shown = [facts.get("past", facts) for facts in shown]
         documents = [plain(facts, room=Room(facts.get("bytes", math.inf))) for facts in shown]
-        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2, allow_nan=False))
+        print_json(documents[0] if len(documents) == 1 else documents)
     else:
         print("\n\n".join("\n".join(lines(facts, args.tensors is not None)) for facts in shown))
     for fault in faults:
@@ -242,6 +272,20 @@ def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int
             others = f"and {len(values) - _FEW} more records of classes and functions, which --json lists"
             print(f"WARNING: {printable(facts['location'])}: {others}; nothing was executed", file=sys.stderr)
     return FAILED if faults else DONE
+
+
+def print_json(document: Any) -> None:
+    """Print JSON values, indented; in blocks, because a stream takes as long for each text as the text itself."""
+    parts: list[str] = []
+
+    def write(text: str) -> None:
+        parts.append(text)
+        if len(parts) > 10_000:
+            sys.stdout.write("".join(parts))
+            parts.clear()
+
+    write_plain(document, write)
+    print("".join(parts))
 
 
 def lines(facts: Facts, all_tensors: bool) -> Iterable[str]:

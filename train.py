@@ -87,8 +87,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     # 1. The model and its device: the kind of the checkpoint, or of --arch.
     manager.keep_as(bundle.state if bundle else {}, **rules_given(args))
     given = {name: flags[name] for name in CONFIG_FLAGS if name in flags} | (EXPORTABLE if args.tied_head else {})
-    fresh_file = args.init_from_checkpoint if bundle is None else None
-    origin = open_origin(fresh_file, args.arch) if fresh_file else None
+    origin = open_origin(args.init_from_checkpoint, args.arch) if args.init_from_checkpoint and not bundle else None
     kind = kind_of(bundle, origin.arch if origin else args.arch, world)
     device, given = choose_device(bundle, given, world)
 
@@ -238,8 +237,9 @@ def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Co
     root = manager.checkpoint_dir.parent
     name = spelled("--model_name", manager.model_name)
     name += f" {spelled('--checkpoint_root', root)}" if root != Path("checkpoints") else ""
+    prompt = "" if corpus.tokenizer.kind == "symbols" else " --prompt 'The '"  # which are no symbols
     say(
-        f"next:\n  python generate.py {name} --prompt 'The '\n  python inspect_model.py {name}\n"
+        f"next:\n  python generate.py {name}{prompt}\n  python inspect_model.py {name}\n"
         f"  python train.py {name} --max_iters {2 * model.step}"
     )
 

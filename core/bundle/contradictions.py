@@ -30,16 +30,16 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that weights may have."""
 
 
-def check_fit(bundle: Bundle, with_optimizer: bool = True) -> GPTConfig:
+def check_fit(bundle: Bundle, with_optimizer: bool = True, records: bool = False) -> GPTConfig:
     """Compare a GPT's config, tokenizer and the headers of its weights and optimizer state; return the config.
 
     Raises: CheckpointMismatch listing every contradiction with the field and value that would fit, CheckpointError
-    when a file names anything but data.
+    when a file names anything but data; with `records`, values that nothing uses are let through.
     """
-    bundle.weights.source.refuse_foreign()
+    bundle.weights.source.refuse_foreign(records)
     if bundle.optimizer is not None and with_optimizer:
         try:
-            bundle.optimizer.source.refuse_foreign()
+            bundle.optimizer.source.refuse_foreign(records)
         except CheckpointDamaged:  # reported when it is loaded; a model computes without it
             with_optimizer = False
     if bundle.config is None:
@@ -116,6 +116,10 @@ def _tokenizer_fault(tokenizer: Mapping[str, Any], vocab_size: int) -> str | Non
     kind, chars = tokenizer.get("token_kind"), tokenizer.get("chars")
     if kind == "char" and isinstance(chars, list) and not fits_characters(len(chars), vocab_size):
         return f"{len(chars)} characters, but vocab_size is {vocab_size}"
+    if kind == "symbols":
+        size = tokenizer.get("vocab_size")
+        fits = not isinstance(size, int) or fits_characters(size, vocab_size)
+        return None if fits else f"{size} symbols, but vocab_size is {vocab_size}"
     if kind == "gpt2" and vocab_size < GPT2_IDS:
         return f"gpt2 has {GPT2_IDS} ids, but vocab_size is {vocab_size}"
     return None

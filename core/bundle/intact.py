@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -166,7 +167,7 @@ def open_newest_intact(
             if i + 1 == len(choice.candidates):
                 if isinstance(damage, NoneIntact):
                     raise
-                raise NoneIntact(f"{damage} {NOTHING_ELSE}") from damage
+                raise NoneIntact(f"{damage} {_nothing_else(place, damage)}") from damage
             say(f"WARNING: {damage}")
             say(f"WARNING: trying {choice.candidates[i + 1].name} instead; nothing was deleted")
     if choice.passed:
@@ -185,6 +186,18 @@ def open_newest_intact(
             f"To continue from one, rename it to step_NNNNNNNN, with the number in its name. {ANEW}"
         )
     return None
+
+
+def _nothing_else(place: ModelFolder, damage: CheckpointError) -> str:
+    """What there is besides what cannot be used: a kept step, where the top cannot be moved out of its way."""
+    kept, cause = history(place.path), damage.__cause__
+    if not kept or not isinstance(cause, OSError) or cause.filename is None:
+        return NOTHING_ELSE
+    odd = shlex.quote(str(cause.filename))
+    return (
+        f"Step {kept[-1].step} is kept in {kept[-1].path.name}, and nothing was changed. To continue from it: "
+        f"mv {odd} {odd}.odd, then start again."
+    )
 
 
 def _open_or_repair(

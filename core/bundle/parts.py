@@ -41,11 +41,14 @@ class TorchFile:
     @property
     def foreign(self) -> list[str]:
         """What the pickle of the file names besides data, as text: in its content, or computed and discarded."""
-        return foreign_calls([self.header.content, self.header.unused])
+        return foreign_calls(self.header.content, dropped=self.header.unused)
 
-    def refuse_foreign(self) -> None:
-        """Raise CheckpointError when the file names anything but data; nothing of it was executed."""
-        calls = self.foreign
+    def refuse_foreign(self, records: bool = False) -> None:
+        """Raise CheckpointError when the file names anything but data; nothing of it was executed.
+
+        With `records`, values of a program's classes and functions by name are let through: they are not used.
+        """
+        calls = [call for call in self.foreign if not (records and getattr(call, "is_record", False))]
         if calls:
             raise CheckpointError(
                 f"{self.path}: its pickle names {', '.join(calls[:3])}. Nothing was executed, and nothing is loaded; "

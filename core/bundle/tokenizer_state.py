@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import Any
 
+from ..containers.pickles.inert import as_text
 from ..errors import CheckpointMismatch
 
 State = dict[str, Any]
@@ -27,6 +28,11 @@ def describe(state: State) -> str:
     if kind == "char" and isinstance(state.get("chars"), list):
         chars = checked_chars(state["chars"], "tokenizer.json")
         return f"char, {len(chars)} characters, fingerprint {char_fingerprint(chars)[:12]}"
+    if kind == "symbols":
+        size, symbols = checked_symbols(state, "tokenizer.json")
+        return f"{size} {'ids without symbols' if symbols is None else 'symbols'}, " + (
+            f"fingerprint {symbols_fingerprint(size, symbols)[:12]}"
+        )
     if kind == "hf":
         return f"hf, fingerprint {definition_fingerprint(state.get('definition'))[:12]}"
     return str(kind)
@@ -42,6 +48,8 @@ def proves_itself(state: State | None) -> bool:
             found = char_fingerprint(checked_chars(state.get("chars"), "tokenizer.json"))
         elif state.get("token_kind") == "hf" and isinstance(definition, dict):
             found = definition_fingerprint(definition)
+        elif state.get("token_kind") == "symbols":
+            found = symbols_fingerprint(*checked_symbols(state, "tokenizer.json"))
         elif state.get("token_kind") == "gpt2":
             found = GPT2_FINGERPRINT
     return found is not None and state["fingerprint"] == found
@@ -60,7 +68,67 @@ def definition_fingerprint(definition: Any) -> str:
 def _vocabulary(state: State) -> tuple[Any, Any]:
     """What decides the meaning of ids; GPT-2's never varies."""
     kind = state.get("token_kind")
-    return kind, {"char": state.get("chars"), "hf": state.get("definition")}.get(str(kind))
+    symbols = (state.get("vocab_size"), state.get("symbols"))
+    return kind, {"char": state.get("chars"), "hf": state.get("definition"), "symbols": symbols}.get(str(kind))
+
+
+def symbols_fingerprint(size: int, symbols: list[str] | None) -> str:
+    """SHA-256 of a number of ids and their symbols in canonical JSON, behind `symbols` and a zero byte."""
+    return hashlib.sha256(b"symbols\0" + json.dumps([size, symbols], separators=(",", ":")).encode()).hexdigest()
+
+
+def checked_symbols(state: State, where: str) -> tuple[int, list[str] | None]:
+    """The number of ids of a tokenizer.json of symbols, and the text of each; None where the ids have none.
+
+    Raises: CheckpointMismatch naming what is wrong.
+    """
+    size, symbols = state.get("vocab_size"), state.get("symbols")
+    if type(size) is not int or size < 1:
+        raise CheckpointMismatch(f"{where}: vocab_size is {str(size)[:40]}, expected the number of ids.")
+    if symbols is None:
+        return size, None
+    if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
+        raise CheckpointMismatch(f"{where}: symbols is {str(symbols)[:40]}, expected a list of texts.")
+    if not size == len(symbols) == len(set(symbols)):
+        raise CheckpointMismatch(
+            f"{where}: {len(symbols)} symbols, {len(set(symbols))} of them different, expected {size}, each once."
+        )
+    return size, symbols
+
+
+def state_of_meta(meta: Any, where: str) -> State:
+    """The tokenizer of nanoGPT's meta.pkl, read as data: characters, other symbols, or a number of ids alone.
+
+    nanoGPT trains with `vocab_size` alone; its sample.py joins what `itos`, a dict or a list, has for each id.
+
+    Raises: CheckpointMismatch for what is no such vocabulary, or contradicts itself.
+    """
+    if not isinstance(meta, dict):
+        raise CheckpointMismatch(
+            f"{where}: found {as_text(meta, 60)}, no table `itos`; expected vocab_size, itos and stoi by name."
+        )
+    itos, stoi, size = meta.get("itos"), meta.get("stoi"), meta.get("vocab_size")
+    if itos is None and type(size) is int and size > 0:
+        return {"token_kind": "symbols", "vocab_size": size}
+    table = dict(enumerate(itos)) if isinstance(itos, (list, tuple)) else itos
+    if not isinstance(table, dict) or not table or set(table) != set(range(len(table))):
+        raise CheckpointMismatch(
+            f"{where}: its itos is {as_text(itos, 60)}, no table `itos` of ids from 0 without a gap: "
+            "expected a character for each id from 0, or a word."
+        )
+    symbols = [table[index] for index in range(len(table))]
+    if not all(isinstance(symbol, str) for symbol in symbols) or len(set(symbols)) != len(symbols):
+        raise CheckpointMismatch(f"{where}: its itos is {as_text(itos, 60)}, expected a text for each id, each once.")
+    if isinstance(stoi, dict) and stoi != {symbol: index for index, symbol in enumerate(symbols)}:
+        raise CheckpointMismatch(f"{where}: its stoi is not the inverse of its itos. It is damaged, or was changed.")
+    if size is not None and size != len(symbols):
+        raise CheckpointMismatch(
+            f"{where}: vocab_size is {as_text(size, 40)}, but itos has {len(symbols)} characters or words. Prepare the "
+            "dataset again."
+        )
+    if all(len(symbol) == 1 for symbol in symbols):
+        return {"token_kind": "char", "chars": symbols}
+    return {"token_kind": "symbols", "vocab_size": len(symbols), "symbols": symbols}
 
 
 def checked_chars(chars: Any, where: str) -> list[str]:

@@ -191,6 +191,7 @@ def unseal(data: bytes, where: str) -> TrainingState:
 
 
 _TEXT, _COUNT, _NUMBER, _OBJECT = "a text", "a whole number of at least 0", "a number", "an object"
+_RANKING = '"val_loss", or a metric that ends in ":min" or ":max"'
 _STEPS = '"log" or a list of whole numbers of at least 0'
 
 _TYPES: dict[str, Any] = {
@@ -206,7 +207,7 @@ _TYPES: dict[str, Any] = {
     "best": {"step": _COUNT, "val_loss": _NUMBER},
     "retention": {
         **dict.fromkeys(("keep", "keep_every", "resumed_from", "keep_best", "keep_optimizer"), _COUNT),
-        "best_by": _TEXT,
+        "best_by": _RANKING,
         "keep_steps": _STEPS,
     },
     "architecture": _OBJECT,
@@ -248,6 +249,8 @@ def _is_a(kind: str, value: Any) -> bool:
     if kind in (_COUNT, _NUMBER):
         is_whole = type(value) is int and abs(value) < 1 << 63
         return (is_whole and value >= 0) if kind == _COUNT else (is_whole or type(value) is float)
+    if kind == _RANKING:
+        return isinstance(value, str) and (value == "val_loss" or value.endswith((":min", ":max")))
     if kind == _STEPS:
         return value == "log" or (isinstance(value, list) and all(_is_a(_COUNT, step) for step in value))
     return isinstance(value, str if kind == _TEXT else dict)

@@ -126,6 +126,16 @@ def add_check_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--check_loss", metavar="X", type=positive, help=loss)
 
 
+def step(text: str) -> int | str:
+    """A flag's value that names a step: its number, or `newest`."""
+    if text == "newest":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a step nor newest") from None
+
+
 def add_rule_flags(group: argparse._ArgumentGroup, what: str = "") -> None:
     """Add the flags of the rules by which steps are kept; `what` replaces what each says of itself in --help."""
     group.add_argument("--keep", type=whole, metavar="N", help=what or "older steps to keep besides the best (1)")

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from ..console.files import Irregular, open_regular
 from ..errors import CheckpointDamaged, CheckpointNotFound
+from . import checksum
 from .pickles.inert import as_name, as_text
 from .spec import TensorSpec
 
@@ -68,6 +69,10 @@ class Container:
                 held.pop_all()
             return file
         return open_file(self.path / name if self.path.is_dir() else self.path)
+
+    def read_into(self, file: BinaryIO, buffer: memoryview, position: int) -> int:
+        """Read from a position of one of its open files into a buffer; returns the number of bytes, 0 at the end."""
+        return checksum.read_into(file.fileno(), buffer, position)
 
     def proves_itself(self, name: str) -> bool:
         """Whether the content of one of its files proves that the file is complete, without a recorded checksum."""

@@ -18,6 +18,7 @@ from .safetensors import METADATA, open_safetensors
 from .series import Series, choose_series, series_of
 from .spec import TensorSpec
 from .torch_shards import Piece, join_pieces, offsets_of, sharding_of
+from .trainer_folder import add_run
 
 WEIGHTS = (
     "model.safetensors",
@@ -102,7 +103,7 @@ def open_hf_folder(path: Path) -> Container:
             content[name] = others
     kinds = ["Hugging Face folder"] if "config" in content else []
     kinds += sorted({shard.kind for shard in shards.values()})
-    return Container(
+    whole = Container(
         kind=", ".join([*kinds, *([f"{len(shards)} files"] if len(shards) > 1 else [])]),
         path=folder,
         tensors=tensors,
@@ -114,10 +115,13 @@ def open_hf_folder(path: Path) -> Container:
             for check in shard.checks
         ],
         foreign=list(dict.fromkeys(call for shard in shards.values() for call in shard.foreign)),
-        notes=notes + _beside(names, files),
+        notes=notes,
         caveats=caveats,
         unpacked={f"{name}/{file}": one for name, shard in shards.items() for file, one in shard.unpacked.items()},
     )
+    add_run(whole, names)
+    whole.notes += _beside(names, files)
+    return whole
 
 
 def _series(

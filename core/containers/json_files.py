@@ -12,11 +12,14 @@ from typing import Any, BinaryIO
 from ..console.files import LARGEST
 from ..errors import CheckpointDamaged, InputError
 from .blocks import read_whole
-from .pickles.inert import DEPTH
+from .pickles.inert import DEPTH, SLACK
 from .trees import map_leaves, map_paths
 
 _SPLIT_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 """Both halves of a surrogate pair as two characters: JSON would make one character of them."""
+
+_BYTES_OF_LIST = 10
+"""Bytes of JSON to each list or object; a pair of two characters, as in a tokenizer's merges, takes as many."""
 
 
 def read_json(file: BinaryIO, where: str) -> dict[str, Any]:
@@ -30,15 +33,19 @@ def read_json(file: BinaryIO, where: str) -> dict[str, Any]:
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object; a duplicate key is refused, because readers disagree on which one counts.
 
-    Raises: CheckpointDamaged with the position where parsing failed, or when it is nested deeper than DEPTH.
+    Raises: CheckpointDamaged with the position where parsing failed, or when it is nested deeper than DEPTH, or made of
+        more lists and objects than files that hold something.
     """
+    inner, most = data.count(b"[") + data.count(b"{"), SLACK + len(data) // _BYTES_OF_LIST
+    if inner > most:
+        raise CheckpointDamaged(f"{where}: its JSON has over {most} lists and objects, too many for {len(data)} bytes.")
     try:
         values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{where}: {len(data)} bytes that are not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise CheckpointDamaged(f"{where}: found a JSON {type(values).__name__}, expected an object.")
-    if data.count(b"[") + data.count(b"{") > DEPTH and _too_deep(values):
+    if inner > DEPTH and _too_deep(values):
         raise CheckpointDamaged(f"{where}: its JSON is nested deeper than {DEPTH} levels.")
     return values
 

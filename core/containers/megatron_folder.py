@@ -20,6 +20,7 @@ from .pickles.inert import as_text
 
 LATEST = "latest_checkpointed_iteration.txt"
 
+_VERL = re.compile(r"global_step_\d+")  # beside which it writes a file of Megatron's name
 _ITERATION = re.compile(r"iter_[0-9]{7}|release")
 _RANK = re.compile(r"mp_rank_[0-9]{2}(_[0-9]{3}){0,2}")
 _CLASSIC = "model_optim_rng.pt"
@@ -34,7 +35,7 @@ _DCP = ".metadata"
 def is_megatron_folder(path: Path) -> bool:
     """Whether a folder was written by Megatron: that of one iteration, or of a run."""
     names = listing(path)
-    run = LATEST in names or any(map(_ITERATION.fullmatch, names))
+    run = any(map(_ITERATION.fullmatch, names)) or (LATEST in names and not any(map(_VERL.fullmatch, names)))
     return run or any(map(_RANK.fullmatch, names)) or names.keys() >= {_COMMON, _DCP} or _is_torch_dist(path, names)
 
 

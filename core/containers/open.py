@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import import_module
 from pathlib import Path
@@ -9,14 +10,17 @@ from pathlib import Path
 from ..errors import CheckpointError, CheckpointNotFound
 from .container import Container, listing, member, reading
 from .part import rank_pattern
-from .pickles.inert import names_text
+from .pickles.inert import as_name, names_text
 from .recognised import answer_in_place, folder_kind
+from .step_parents import model_within, steps_said
+from .trainer_folder import is_of_run
 
 _HEAD = 512  # bytes
 
 _FOLDERS = (
     ("step_folder", "is_step_folder", "open_step_folder"),
     ("hf_folder", "is_hf_folder", "open_hf_folder"),
+    ("trainer_folder", "is_trainer_folder", "open_trainer_folder"),
     ("megatron_folder", "is_megatron_folder", "open_megatron_folder"),
     ("dcp.folder", "is_dcp", "open_dcp"),
     ("rank_files", "rank_files", "open_rank_files"),
@@ -25,6 +29,8 @@ _FOLDERS = (
 
 SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Suffixes of files that each hold a whole checkpoint."""
+
+_FEW = 20  # folders in a folder that are looked into
 
 _NUMBER = re.compile(r"\d+")
 _PART = re.compile(r"(?<![a-z])(?:rank|shard|part|split|consolidated|world_size|mp|tp|pp|of)[-_.]?\d", re.IGNORECASE)
@@ -75,7 +81,7 @@ def _open_file(path: Path) -> Container:
 
     if not head.startswith(b"PK") and (is_safetensors(head) or path.suffix == ".safetensors"):
         return open_safetensors(path)
-    if path.name == ".metadata" or path.suffix == ".distcp":
+    if path.name == ".metadata" or path.suffix in (".distcp", ".metadata"):
         return _open_folder(path.parent)
     if head.lstrip()[:1] == b"{" or path.suffix == ".json":
         from .hf_folder import INDEX, open_hf_folder
@@ -101,7 +107,12 @@ def _open_folder(folder: Path) -> Container:
             return getattr(module, opens)(folder)
     if (row := folder_kind(names)) is not None:
         raise CheckpointError(f"{folder}: {row.what}. {row.said(folder)}")
-    single = [name for name, size in names.items() if size is not None and name.endswith(SINGLE)]
+    if (inner := model_within(folder)) != folder:
+        return _open_folder(inner)
+    if said := steps_said(folder):
+        raise CheckpointNotFound(said)
+    files = [name for name, size in names.items() if size is not None and name.endswith(SINGLE)]
+    single = [name for name in files if not is_of_run(name)]
     if len(single) == 1:
         return _open_file(member(folder, single[0], str(folder)))
     if single and (pattern := rank_pattern(single[0])) and all(re.fullmatch(pattern, name) for name in single):
@@ -122,4 +133,16 @@ def _open_folder(folder: Path) -> Container:
             f"{names_text(single, 5)}. Name one of them."
         )
     found = names_text(list(names), 5) if names else "nothing"
-    raise CheckpointNotFound(f"{folder}: no checkpoint here. Looked for {_LOOKED_FOR}; found {found}.")
+    inside = _inside(folder, names)
+    raise CheckpointNotFound(f"{folder}: no checkpoint here. Looked for {_LOOKED_FOR}; found {found}.{inside}")
+
+
+def _inside(folder: Path, names: dict[str, int | None]) -> str:
+    """A sentence about the first folder in a folder that is of a format which is recognised and not read."""
+    for name in [name for name, size in names.items() if size is None][:_FEW]:
+        place = folder / name
+        if place.is_symlink() or not os.access(place, os.R_OK | os.X_OK):
+            continue
+        if (row := folder_kind(listing(place))) is not None:
+            return f" {as_name(name)} is {row.what}. {row.said(place)}"
+    return ""

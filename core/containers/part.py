@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..errors import CheckpointNotFound
 from .container import Container, listing
 from .joined import read_json
 from .pickles.inert import as_name, names_text
@@ -39,7 +40,7 @@ def part_of_model(container: Container) -> str:
     """
     single = container.path.is_file()
     folder = container.path.parent if single else container.path
-    if said := _placeholders(container.tensors, folder) or _flat(container.tensors):
+    if said := _placeholders(container.tensors, folder) or _flat(container.tensors, folder):
         return said
     if said := _adapter(container.tensors, folder):
         return said
@@ -56,7 +57,9 @@ def _placeholders(tensors: Mapping[str, TensorSpec], folder: Path) -> str:
         return ""
     said = f"{len(empty)} of {len(parameters)} parameters have the shape (0,), such as {as_name(empty[0])}: "
     if flat := next((name for name in tensors if _FLAT.search(name)), None):
-        return f"{said}their values are in {as_name(flat)}, of which each rank of FSDP has a part. {_FLAT_REMEDY}"
+        return (
+            f"{said}their values are in {as_name(flat)}, of which each rank of FSDP has a part. {_flat_remedy(folder)}"
+        )
     at = next((place for place in (folder, folder.parent) if (place / _SCRIPT).is_file()), None)
     how = (
         f"`python {at / _SCRIPT} {at} OUT` joins them"
@@ -66,25 +69,31 @@ def _placeholders(tensors: Mapping[str, TensorSpec], folder: Path) -> str:
     return f"{said}placeholders of DeepSpeed's ZeRO-3, whose values are in the files of its ranks. {how}; convert OUT."
 
 
-_FLAT_REMEDY = (
-    "Load it on as many ranks with the program that wrote it, and save a full state dict "
-    "(StateDictType.FULL_STATE_DICT, or get_model_state_dict of torch.distributed.checkpoint.state_dict with "
-    "full_state_dict=True)."
-)
+def _flat_remedy(folder: Path) -> str:
+    """How to get whole tensors; dinov2 writes those of its teacher into a file of their own."""
+    teachers = [p for p in folder.glob("eval/*/teacher_checkpoint.pth") if p.is_file()]
+    if teachers:
+        newest = max(teachers, key=lambda path: (len(path.parent.name), path.parent.name))
+        return f"{newest} has the weights of the teacher whole, as dinov2 writes them: take that."
+    return (
+        "Load it on as many ranks with the program that wrote it, and save a full state dict "
+        "(StateDictType.FULL_STATE_DICT, or get_model_state_dict of torch.distributed.checkpoint.state_dict with "
+        "full_state_dict=True)."
+    )
 
 
-def _flat(tensors: Mapping[str, TensorSpec]) -> str:
+def _flat(tensors: Mapping[str, TensorSpec], folder: Path) -> str:
     """FSDP's local state dict, and DeepSpeed's optimizer states: many parameters end to end in one dimension."""
     name = next((name for name in tensors if _FLAT.search(name)), None)
     if name is None:
-        return _vectors(tensors)
+        return _vectors(tensors, folder)
     said = f"{as_name(name)} {tensors[name].shape} holds many parameters end to end, without their names and shapes: "
     if "_groups" in name:
         return f"{said}a rank's part of DeepSpeed's ZeRO. Run {_SCRIPT}, which lies beside its global_step*/ folder."
-    return f"{said}a rank's part of FSDP. {_FLAT_REMEDY}"
+    return f"{said}a rank's part of FSDP. {_flat_remedy(folder)}"
 
 
-def _vectors(tensors: Mapping[str, TensorSpec]) -> str:
+def _vectors(tensors: Mapping[str, TensorSpec], folder: Path) -> str:
     """FSDP's local state dict of original parameters: a rank's part of each weight, in one dimension."""
     weights = {name: spec.shape for name, spec in tensors.items() if name.endswith(".weight")}
     others = [name for name in weights if not _NORM.search(name)]
@@ -92,7 +101,7 @@ def _vectors(tensors: Mapping[str, TensorSpec]) -> str:
         return ""
     return (
         f"none of its {len(weights)} weights has two dimensions ({as_name(others[0])} is {weights[others[0]]}): they "
-        f"are a rank's part of FSDP, end to end. {_FLAT_REMEDY}"
+        f"are a rank's part of FSDP, end to end. {_flat_remedy(folder)}"
     )
 
 
@@ -192,7 +201,10 @@ def _of_a_rank(path: Path) -> str:
 def _how_to_join(place: Path, path: Path) -> str:
     from .rank_files import rank_files
 
-    here = place is not path or any(place.name in files.values() for files in rank_files(place.parent).values())
+    try:
+        here = place is not path or any(place.name in files.values() for files in rank_files(place.parent).values())
+    except CheckpointNotFound:
+        return "Copy these to a folder of their own, and name it"
     row = folder_kind(listing(place.parent))
     if row is not None and not here:
         return row.said(place.parent).removesuffix(".")

@@ -88,62 +88,71 @@ def _read_header(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any],
 
 def _spec(name: str, entry: Any, begin: int, size: int, where: str) -> TensorSpec:
     """Check one tensor of the header by itself; `begin` is the offset of the bytes of all tensors."""
-    shown = as_name(name)
     if len(name) > LONGEST_NAME or not _is_text(name):
         raise CheckpointDamaged(f"{where}: a tensor is called {as_text(name, 80)}, which is not a valid name.")
     if not isinstance(entry, dict):
-        raise CheckpointDamaged(f"{where}: {shown} is {as_text(entry, 80)}, expected dtype, shape and data_offsets.")
+        raise CheckpointDamaged(
+            f"{where}: {as_name(name)} is {as_text(entry, 80)}, expected dtype, shape and data_offsets."
+        )
     code, sizes, offsets = entry.get("dtype"), _naturals(entry.get("shape")), _naturals(entry.get("data_offsets"))
     if sizes is None or len(sizes) > MOST_DIMENSIONS:
         raise CheckpointDamaged(
-            f"{where}: {shown} has the shape {as_text(entry.get('shape'), 80)}, expected at most {MOST_DIMENSIONS} "
-            "whole numbers of at least 0."
+            f"{where}: {as_name(name)} has the shape {as_text(entry.get('shape'), 80)}, expected at most "
+            f"{MOST_DIMENSIONS} whole numbers of at least 0."
         )
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointDamaged(
-            f"{where}: {shown} has the data_offsets {as_text(entry.get('data_offsets'), 80)}, expected two whole "
-            "numbers of at least 0, the smaller one first."
+            f"{where}: {as_name(name)} has the data_offsets {as_text(entry.get('data_offsets'), 80)}, expected two "
+            "whole numbers of at least 0, the smaller one first."
         )
-    dtype, shape = _torch_type(code, sizes, f"{where}: {shown}")
+    dtype = _DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None or code == "F4":
+        dtype, sizes = _torch_type(code, sizes, f"{where}: {as_name(name)}")
     first, end = offsets
-    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    strides = dense_strides(sizes)
+    nbytes = math.prod(sizes) * ITEM_SIZES[dtype]
     if begin + end > size:
-        raise CheckpointDamaged(f"{where}: cut off after {size} bytes; {shown} ends at byte {begin + end}.")
-    if end - first != nbytes or math.prod(max(n, 1) for n in shape) >= 1 << 60:
+        raise CheckpointDamaged(f"{where}: cut off after {size} bytes; {as_name(name)} ends at byte {begin + end}.")
+    if end - first != nbytes or (sizes and strides[0] * max(sizes[0], 1) >= 1 << 60):
         raise CheckpointDamaged(
-            f"{where}: {shown} has {end - first} bytes, its dtype {code} and shape {as_text(shape, 80)} need "
+            f"{where}: {as_name(name)} has {end - first} bytes, its dtype {code} and shape {as_text(sizes, 80)} need "
             f"{as_text(nbytes, 40)}."
         )
-    return TensorSpec(name, dtype, shape, dense_strides(shape), begin + first, nbytes, name)
+    return TensorSpec(name, dtype, sizes, strides, begin + first, nbytes, name)
 
 
 def _torch_type(code: Any, shape: tuple[int, ...], what: str) -> tuple[str, tuple[int, ...]]:
-    """The dtype and shape in torch's terms."""
+    """The dtype and shape in torch's terms, of a code that is unusual or unknown."""
     odd = code == "F4" and (not shape or shape[-1] % 2)
     if odd or code in _UNKNOWN_TO_TORCH:
         raise CheckpointError(
             f"{what} has dtype {code} and shape {as_text(shape, 80)}, for which torch has no dtype. Read it with the "
             "program that wrote it."
         )
-    dtype = _DTYPES.get(code) if isinstance(code, str) else None
-    if dtype is None:
+    if code != "F4":
         raise CheckpointDamaged(f"{what} has dtype {as_text(code, 40)}, expected one of {', '.join(_DTYPES)}.")
-    return dtype, (*shape[:-1], shape[-1] // 2) if code == "F4" else shape
+    return _DTYPES[code], (*shape[:-1], shape[-1] // 2)
 
 
 def _check_layout(specs: list[TensorSpec], begin: int, size: int, where: str) -> None:
     """Refuse tensors that overlap, or bytes that belong to none."""
-    position, before = begin, "the header"
+    before: TensorSpec | None = None
+    position = begin
     for spec in sorted(specs, key=lambda s: (s.offset, s.nbytes)):
-        shown = as_name(spec.name)
         if spec.offset != position:
-            raise CheckpointDamaged(f"{where}: {before} ends at byte {position}, and {shown} begins at {spec.offset}.")
-        position, before = position + spec.nbytes, shown
+            raise CheckpointDamaged(
+                f"{where}: {_shown(before)} ends at byte {position}, and {_shown(spec)} begins at {spec.offset}."
+            )
+        position, before = position + spec.nbytes, spec
     if position != size:
         raise CheckpointDamaged(
-            f"{where}: has {size} bytes, and {before} ends at byte {position}: {size - position} bytes belong to "
-            "nothing."
+            f"{where}: has {size} bytes, and {_shown(before)} ends at byte {position}: {size - position} bytes "
+            "belong to nothing."
         )
+
+
+def _shown(spec: TensorSpec | None) -> str:
+    return "the header" if spec is None else as_name(spec.name)
 
 
 def _naturals(values: Any) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from ..containers.pickles.inert import Call, Global, as_text
 from ..containers.steps import HOLDERS, NAMES
 from ..containers.trees import leaves
 from ..families.megatron_iteration import is_iteration
-from ..families.parts import OPTIMIZER, parts_of
+from ..families.parts import OPTIMIZER, holder_of, parts_of
 from ..inspection.config_entry import KEYS as CONFIG_KEYS
 from ..inspection.marks import ARGUMENTS
 from ..inspection.report import tensors_in
@@ -18,6 +18,9 @@ from .plan import Plan, Source
 
 _WHOLE = ("torch zip", "torch stream", "DCP folder", "legacy single file")
 """Kinds of containers whose content is the checkpoint; files beside weights are copied, or belong to other programs."""
+
+_BESIDE = ("Hugging Face folder", "safetensors", "folder of accelerate")
+"""Kinds that have what belongs to a run beside the weights, by its word."""
 
 _LONG = 60  # characters of a value
 
@@ -27,8 +30,13 @@ def entries_left_out(plan: Plan) -> dict[str, str]:
     model = plan.model
     content = model.container.content
     is_whole = model.container.kind.startswith(_WHOLE) and not is_iteration(model.container)
-    if not isinstance(content, Mapping) or not is_whole:
+    if isinstance(content, Mapping) and model.container.kind.startswith(_BESIDE) and model.container.path.is_dir():
+        content = {word: content[word] for word in parts_of(content) if word in content}
+    elif not isinstance(content, Mapping) or not is_whole or not model.tensors:
         return {}
+    if holder := holder_of(content):
+        content = {**content, **content[holder]}
+        del content[holder]
     written = {name for target in plan.targets for name in target.view.names}
     used = written | model.dropped.keys() | {name for view in model.sources.values() for name in view.names}
     parts, taken = parts_of(content), _taken(model, plan.format)
@@ -37,12 +45,12 @@ def entries_left_out(plan: Plan) -> dict[str, str]:
         specs = list(tensors_in(value))
         left = [spec for spec in specs if spec.nbytes and spec.name not in used]
         values = sum(isinstance(leaf, (str, int, float, Call, Global)) for leaf in leaves(value))
-        is_optimizer = parts.get(str(key).partition(".")[0]) is OPTIMIZER
-        has_note = is_optimizer and (plan.format == "bundle" or any(spec.name in written for spec in specs))
+        of_optimizer = parts.get(str(key).partition(".")[0]) is OPTIMIZER
+        has_note = of_optimizer and (plan.format == "bundle" or any(spec.name in written for spec in specs))
         if key in taken or has_note or not (left or values):
             continue
         reason = f"--to {plan.format} has no place for it"
-        if is_optimizer and plan.format in ("pt", "dcp", "nanogpt"):
+        if of_optimizer and plan.format in ("pt", "dcp", "nanogpt"):
             reason = "--include_optimizer keeps it"
         found[key if isinstance(key, str) else as_text(key, _LONG)] = f"{_what(value, left, values)}; {reason}"
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..config.gpt import ACTIVATIONS, ATTENTION_SCALES, PLACEMENTS_OF_OLD
-from ..console.commandline import DONE, FAILED, Parser, add_check_flags, count, positive, size
+from ..console.commandline import DONE, FAILED, Parser, add_check_flags, count, positive, size, step
 from ..console.progress import byte_bar
 from ..console.words import printable
 from ..errors import CheckpointMismatch
@@ -27,6 +27,8 @@ def add_flags(parser: Parser) -> None:
     """Add the flags of a conversion."""
     group = parser.add_argument_group("conversion")
     group.add_argument("--to", choices=TO, metavar="FORMAT", help=f"the format of DST: {', '.join(TO)}")
+    steps = "the step of SRC to convert: a number, or newest (of a model of ours a kept step)"
+    group.add_argument("--step", metavar="N", type=step, help=steps)
     group.add_argument("--list", action="store_true", help="list the possible conversions")
     dtypes = "cast floating-point tensors, rounding to nearest even (default: keep)"
     group.add_argument("--dtype", choices=[*DTYPES, "keep"], default="keep", help=dtypes)
@@ -47,6 +49,8 @@ def add_flags(parser: Parser) -> None:
     _add_megatron_flags(parser)
     add_sharded_flags(parser)
     add_check_flags(parser)
+    average = "write the mean of the weights of all PATHs, as --output_path"
+    group.add_argument("--average", action="store_true", help=average)
     group.add_argument("--overwrite", action="store_true", help="move an existing DST aside")
     group.add_argument("--no_verify", action="store_true", help="do not read the result back and compare it")
 
@@ -105,6 +109,7 @@ def options_of(args: argparse.Namespace) -> Options:
         bpe_file=args.bpe_file,
         choices={name: value for name in CHOICES if (value := getattr(args, name)) is not None},
         more={name: value for name in FLAGS if (value := getattr(args, name)) is not None} | parts,
+        average_with=tuple(map(Path, args.paths[1:-1])),
     )
 
 
@@ -127,18 +132,24 @@ def convert_one(parser: Parser, args: argparse.Namespace, check: Callable[[Plan]
     """
     if args.model_name:
         parser.error("--model_name selects a model to migrate; with --to name SRC and DST as paths")
-    if len(args.paths) != 2:
+    if len(args.paths) != 2 and not args.average:
         parser.error(f"--to takes two paths, SRC and DST; found {len(args.paths)}")
     from .planning import plan_conversion
     from .text import plan_facts, plan_text, summary
     from .writing import convert
 
-    source, target = map(Path, args.paths)
+    source, target = Path(args.paths[0]), Path(args.paths[-1])
+    if args.step is not None:
+        if args.average:
+            parser.error("--step takes one step of SRC, and --average several checkpoints; leave one out")
+        from ..bundle.step_place import step_place
+
+        source = step_place(source, args.step)
     with ExitStack() as held:
         plan = plan_conversion(source, target, args.to, options_of(args), held)
-        if args.paths[1].endswith(os.sep) and not plan.is_folder:
+        if args.paths[-1].endswith(os.sep) and not plan.is_folder:
             raise CheckpointMismatch(
-                f"{args.paths[1]}: names a folder, and --to {args.to} writes a file. Name the file."
+                f"{args.paths[-1]}: names a folder, and --to {args.to} writes a file. Name the file."
             )
         if args.dry_run:
             print(json.dumps(plan_facts(plan), indent=2) if args.json else "\n".join(plan_text(plan)))
@@ -185,9 +196,11 @@ def add_sharded_flags(parser: Parser) -> None:
 
 def take_spelling(parser: Parser, args: argparse.Namespace) -> None:
     """Turn --checkpoint_dir, --output_path and --model_path into SRC, DST and the folder of --match_original."""
-    if (args.checkpoint_dir is None) != (args.output_path is None):
+    if args.average:
+        _take_average(parser, args)
+    elif (args.checkpoint_dir is None) != (args.output_path is None):
         parser.error("--checkpoint_dir and --output_path go together; without them name SRC and DST")
-    if args.checkpoint_dir is not None:
+    elif args.checkpoint_dir is not None:
         if args.paths:
             parser.error(f"--checkpoint_dir and --output_path are SRC and DST; found {args.paths[0]} as well")
         args.paths = [args.checkpoint_dir, args.output_path]
@@ -200,3 +213,14 @@ def take_spelling(parser: Parser, args: argparse.Namespace) -> None:
         args.match_original = args.model_path
     elif args.model_path not in (None, args.match_original):
         parser.error("--match_original and --model_path name two models; give one")
+
+
+def _take_average(parser: Parser, args: argparse.Namespace) -> None:
+    """Put DST of --average behind its sources."""
+    if args.output_path is None or args.checkpoint_dir is not None or len(args.paths) < 2:
+        parser.error("--average takes two or more checkpoints as PATHs, and --output_path DST")
+    if args.include_optimizer or args.match_original is not None:
+        flag = "--include_optimizer" if args.include_optimizer else "--match_original"
+        parser.error(f"--average is of weights as they are; leave out {flag}")
+    args.paths = [*args.paths, args.output_path]
+    args.to = args.to or "safetensors"

@@ -19,6 +19,8 @@ from ..containers.tensors.views import stored
 from ..errors import CheckpointMismatch
 from ..families.family import WRAPPERS, Family, Shape, plain_name, plain_names
 from ..families.identify import Identity
+from ..families.match import in_order
+from ..families.parts import is_flat
 from ..inspection.inspect import Inspection
 from .plan import Moments, Source
 
@@ -46,6 +48,9 @@ class _Order:
 def moments_of(found: Inspection, identity: Identity, model: Source, family: Family) -> Moments | None:
     """The optimizer state by names of parameters; None, with a note of the reason, where they cannot be told."""
     weights = {name: spec for name, spec in found.weights.items() if name not in identity.buffers}
+    if "safetensors" in found.container.kind:  # in which names are sorted
+        weights = _as_modules(weights, identity, family)
+    found.optimizer = by_name(found.optimizer)
     try:
         groups = groups_of(found.optimizer)
         recorded = recorded_names(groups)
@@ -68,6 +73,53 @@ def moments_of(found: Inspection, identity: Identity, model: Source, family: Fam
     if rule == SORTED:
         model.notes.append(f"the order of its optimizer's parameters is {SORTED}")
     return made
+
+
+def by_name(optimizer: Any) -> Any:
+    """An optimizer state as torch.optim lays it out, from torch's get_optimizer_state_dict, nested or flattened.
+
+    Such a state is keyed by names; its groups then list them as `param_names` too. Any other is returned as it is.
+    """
+    if isinstance(optimizer, Mapping) and is_flat(optimizer):
+        optimizer = _unflattened(optimizer)
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    if not isinstance(groups, list):
+        return optimizer
+    named = []
+    for group in groups:
+        params = group.get("params") if isinstance(group, dict) else None
+        is_named = isinstance(params, list) and all(isinstance(one, str) for one in params)
+        named.append({**group, "param_names": params} if is_named else group)
+    return {**optimizer, "param_groups": named}
+
+
+def _unflattened(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nest `state.<name>.<moment>` and `param_groups.<name>.<setting>`; parameters of equal settings are one group."""
+    state: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        part, _, rest = key.partition(".")
+        name, _, word = rest.rpartition(".")
+        (state if part == "state" else settings).setdefault(name, {})[word] = value
+    groups: list[dict[str, Any]] = []
+    for name, mine in settings.items():
+        same = next((group for group in groups if {**group, "params": None} == {**mine, "params": None}), None)
+        if same is None:
+            groups.append({**mine, "params": [name]})
+        else:
+            same["params"].append(name)
+    return {"state": state, "param_groups": groups}
+
+
+def _as_modules(weights: dict[str, TensorSpec], identity: Identity, family: Family) -> dict[str, TensorSpec]:
+    """Sort weights as the modules of a family register them: the norms of a layer of Llama come last."""
+    raws = {identity.places[raw]: raw for raw in weights if raw in identity.places}
+    names = in_order(raws, family)
+    if family.name == "hf_llama":
+        layers = {name: ".".join(name.split(".")[:3]) for name in names}
+        places = {layer: place for place, layer in enumerate(dict.fromkeys(layers.values()))}
+        names.sort(key=lambda name: (places[layers[name]], name.endswith("layernorm.weight")))
+    return {raws[name]: weights[raws[name]] for name in names} | weights
 
 
 def _named(

@@ -55,6 +55,8 @@ def open_model(path: Path, held: ExitStack, options: Options, *, needs_family: b
     """
     found = held.enter_context(open_sharded(path, options) if is_sharded(path) else inspect_path(path))
     _refuse_unreadable(path, found)
+    if found.bundle is not None and needs_family:
+        found.bundle.refuse_partial()
     if found.bundle is not None and options.more.get("save_ema"):
         _take_average(found, found.bundle)
     left_out = [] if is_iteration(found.container) else records_left_out(found)
@@ -158,7 +160,9 @@ def _take_average(found: Inspection, bundle: Bundle) -> None:
 
 
 def _also_left(found: Inspection) -> list[str]:
-    """What is said of the other objects whose states a step has."""
+    """What is said of the other objects whose states a step has, and of frozen tensors that it does not have."""
+    if found.bundle is not None and (frozen := found.bundle.state.frozen):
+        return [f"WARNING: only what was trained is here; {len(frozen)} frozen tensors of its base are not"]
     kinds = also_kinds(found.bundle) if found.bundle is not None else {}
     names = ", ".join(kinds)
     return [f"also.pt is left out ({names}): it belongs to the loop that saved it"] if kinds else []
@@ -174,7 +178,7 @@ def _unfit(path: Path, identity: Identity) -> CheckpointMismatch:
 
 def _config(found: Inspection) -> dict[str, Any]:
     """The config of the model as its program wrote it."""
-    if found.bundle is not None:
+    if found.bundle is not None and not found.bundle.state.frozen:
         made = found.bundle.config
         return found.bundle.config_values if made is None else made.to_dict()
     return config_of(found)[1]
@@ -245,7 +249,18 @@ def _model(path: Path, found: Inspection, made: list[Choice]) -> Source:
         model.moments = moments_of(found, identity, model, FAMILY[model.family])
     if bundle is None:
         model.run = _run_of(found, model)
+        model.notes += _position(found)
     return model
+
+
+def _position(found: Inspection) -> list[str]:
+    """Where in its data a run of transformers' Trainer was: a bundle has no place for it."""
+    content = found.container.content if isinstance(found.container.content, Mapping) else {}
+    state = content.get("trainer_state")
+    epoch = state.get("epoch") if isinstance(state, Mapping) else None
+    if not isinstance(epoch, (int, float)):
+        return []
+    return [f"its position in the data is epoch {epoch:g} (trainer_state.json); train.py draws batches of its own"]
 
 
 def _run_of(found: Inspection, model: Source) -> Run | None:

@@ -42,6 +42,7 @@ class Options:
     bpe_file: Path | None = None  # of GPT-2's ranks
     choices: Mapping[str, Any] = field(default_factory=dict)  # by names of `families.choices.FLAGS`
     more: Mapping[str, Any] = field(default_factory=dict)
+    average_with: tuple[Path, ...] = ()  # further checkpoints, for the mean of all
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
     program: str = ""  # what wrote it, for people
     along: dict[str, View] = field(default_factory=dict)  # an optimizer's tensors that keep their names and layout
+    averaged: list[Path] = field(default_factory=list)  # the checkpoints whose mean it is; none where it is one
     choices: list[Choice] = field(default_factory=list)  # what decides what it computes, and who says so
 
     def drop(self, name: str, reason: str) -> None:
@@ -111,7 +113,7 @@ class Source:
         """
         if asked := question(self.choices):
             config = self.path.parent / "config.json"
-            is_beside = self.path.is_file() and self.family.startswith("hf_") and config.exists()
+            is_beside = self.path.is_file() and self.family.startswith("hf_") and config.exists() and not self.config
             raise self.refuse(f"{asked} Or name the folder: {config} is not read with a file." if is_beside else asked)
 
     def refuse(self, reason: str) -> CheckpointMismatch:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
 from ..console.words import listed, on_one_side
 from ..containers import safetensors_writer
-from ..containers.tensors.views import View, concatenate, filled, slice_axis
+from ..containers.tensors.views import concatenate, filled, slice_axis
 from ..errors import CheckpointMismatch
-from ..families.family import Family
 from ..families.fused import FUSED
 from ..families.identify import UNKNOWN, identify
-from ..families.match import skeleton
+from ..families.match import in_order
 from .aside import entries_left_out
+from .average import averaged
 from .match_original import plan_matched
 from .opening import FAMILY, open_model
 from .pairs import PAIRS, ways
@@ -48,8 +47,11 @@ def _planned(source: Path, target: Path, to: str, options: Options, held: ExitSt
     kind = BY_NAME[to]
     if options.more.get("match_original") is not None:
         return plan_matched(source, target, to, options, held)
-    model = open_model(source, held, options, needs_family=bool(kind.families))
-    take_parts(model, source, options)
+    models = []
+    for path in (source, *options.average_with):
+        models.append(open_model(path, held, options, needs_family=bool(kind.families)))
+        take_parts(models[-1], path, options)
+    model = averaged(models, held) if options.average_with else models[0]
     if kind.families:
         add_tokenizer(model, options)
     elif options.meta is not None:
@@ -126,21 +128,7 @@ def _carry(model: Source, kind: Format, options: Options) -> None:
     for pair, back in way:
         pair.carry(model, options, back)
     if way:
-        model.tensors = _in_order(model.tensors, FAMILY[model.family])
-
-
-def _in_order(tensors: dict[str, View], family: Family) -> dict[str, View]:
-    """Sort tensors as in the program's modules: those before the layers, those of each layer, those after."""
-    rows = [(skeleton(row.replace("{i}", "0").replace("{j}", "0")), "{i}" in row) for row in family.tensors]
-    first = next((k for k, (_, is_layer) in enumerate(rows) if is_layer), len(rows))
-    place = {row: (1 if is_layer else 0 if k < first else 2, k) for k, (row, is_layer) in enumerate(rows)}
-
-    def key(name: str) -> tuple[int, int, int]:
-        part, k = place.get(skeleton(name), (2, len(rows)))
-        layer = re.search(r"(?<![^.])\d+(?![^.])", name)
-        return part, int(layer[0]) if part == 1 and layer else 0, k
-
-    return {name: tensors[name] for name in sorted(tensors, key=key)}
+        model.tensors = {name: model.tensors[name] for name in in_order(model.tensors, FAMILY[model.family])}
 
 
 def _set_rows(model: Source, rows: int) -> None:

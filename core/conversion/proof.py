@@ -18,6 +18,7 @@ from ..containers.checksum import THREADS, crc32_range
 from ..containers.container import Check, Container
 from ..containers.open import open_container
 from ..containers.spec import ITEM_SIZES
+from ..containers.tensors.averaged import AveragedTensors
 from ..containers.tensors.reading import FLOATS, PIECE, Gatherer, cast, same_bytes
 from ..containers.tensors.views import Block, View, is_in_order, slice_axis, stored
 from ..errors import CheckpointDamaged, CheckpointMismatch
@@ -193,9 +194,12 @@ def _as(dtype: str, given: str, pieces: Iterator[memoryview]) -> Iterator[memory
 def checks_of(views: Iterable[View]) -> Iterator[tuple[Container, Check, str]]:
     """The recorded checksums for the bytes of some views, each with the name of a tensor there."""
     used: dict[int, tuple[Container, set[str]]] = {}
-    for view in views:
-        for block in view.blocks:
-            if block.source is not None:
+    pending = list(views)
+    while pending:
+        for block in pending.pop().blocks:
+            if isinstance(block.source, AveragedTensors):
+                pending += block.source.parts[block.file]
+            elif block.source is not None:
                 used.setdefault(id(block.source), (block.source, set()))[1].add(block.name)
     for container, names in used.values():
         for check in container.checks:

@@ -23,12 +23,15 @@ from ..containers.rank_files import open_rank_files, rank_files
 from ..containers.safetensors import open_safetensors
 from ..containers.spec import TensorSpec
 from ..containers.step_folder import is_step_folder, open_step_folder, step_parts
+from ..containers.step_parents import model_within
 from ..containers.tensors.views import stored
+from ..containers.trainer_folder import is_trainer_folder, open_trainer_folder
 from ..containers.trees import map_paths
 from ..errors import CheckpointMismatch
 from ..families.identify import UNKNOWN
 from ..families.megatron_iteration import is_iteration
-from ..families.parts import AVERAGE, MAIN, OPTIMIZER, RUN, Words, aside, parts_of
+from ..families.parts import AVERAGE, MAIN, OPTIMIZER, RUN, Words, aside, holder_of, is_optimizer, parts_of
+from ..inspection.config_entry import config_entry
 from ..inspection.inspect import Inspection, of_weights
 from .plan import Options, Ref, Source, Target, WeightFile
 
@@ -47,11 +50,13 @@ def is_sharded(path: Path) -> bool:
         return False
     if is_step_folder(path):
         return True
-    return not (is_hf_folder(path) or is_megatron_folder(path)) and (is_dcp(path) or bool(rank_files(path)))
+    if is_hf_folder(path) or is_megatron_folder(path):
+        return False
+    return is_trainer_folder(path) or is_dcp(path) or bool(rank_files(path))
 
 
 def _folder(path: Path) -> Path:
-    return path.parent if path.name == METADATA or path.suffix == SUFFIX else path
+    return path.parent if path.name == METADATA or path.suffix in (SUFFIX, METADATA) else model_within(path)
 
 
 def open_sharded(path: Path, options: Options) -> Inspection:
@@ -69,6 +74,8 @@ def open_sharded(path: Path, options: Options) -> Inspection:
 
     if is_step_folder(path):
         container = open_step_folder(path, _wanted(path, options), open_part)
+    elif is_trainer_folder(path):
+        container = open_trainer_folder(path)
     elif is_dcp(path):
         container = open_part(path)
     else:
@@ -77,12 +84,15 @@ def open_sharded(path: Path, options: Options) -> Inspection:
     others = () if key else tuple(f"{word}." for word in _parts(container.content))
     mine = [name for name in container.tensors if name.startswith(key) and not name.startswith(others)]
     weights = {name.removeprefix(key): container.tensors[name] for name in mine}
-    if not weights:
+    if is_optimizer(container.content):
+        weights = {}
+    elif not weights:
         raise CheckpointMismatch(f"{path}: found no tensor of a model among {len(container.tensors)}. Name another.")
-    found = of_weights(path, container, key, weights)
-    found.chosen = [*container.notes, *found.chosen]
+    place, config = config_entry(container.content) if isinstance(container.content, Mapping) else ("", None)
+    found = of_weights(path, container, key, weights, config)
+    found.place, found.chosen = place, [*container.notes, *found.chosen]
     if options.include_optimizer:
-        found.optimizer = _with_names(_optimizer(container)[1])
+        found.optimizer = _optimizer(container)[1]
     return found
 
 
@@ -99,12 +109,18 @@ def _wanted(path: Path, options: Options) -> list[str]:
 
 
 def _parts(content: Any) -> dict[str, Words]:
-    """The parts of a nested checkpoint by name, with the kind of each; of a flat one those of the run."""
-    return {
+    """The parts of a nested checkpoint by name, with the kind of each; of a flat one those of the run.
+
+    Where an entry holds all parts, as in `{"app": {"model": ..., "optim": ...}}`, its name precedes theirs.
+    """
+    parts = {
         word: kind
         for word, kind in parts_of(content).items()
         if kind is RUN or isinstance(content.get(word), (Mapping, list))
     }
+    holder = holder_of(content)
+    inner = _parts(content[holder]) if holder else {}
+    return {f"{holder}.{word}": kind for word, kind in inner.items()} | parts
 
 
 def _chosen(container: Container, options: Options) -> str:
@@ -124,7 +140,9 @@ def _chosen(container: Container, options: Options) -> str:
 
 
 def _optimizer(container: Container) -> tuple[str, Any]:
-    """The name and content of the optimizer's part."""
+    """The name and content of the optimizer's part; the name is "" where it is all there is."""
+    if is_optimizer(container.content) and len(container.content) != 1:
+        return "", container.content
     parts = _parts(container.content)
     word = next((word for word, words in parts.items() if words is OPTIMIZER), None)
     if word is None:
@@ -133,20 +151,9 @@ def _optimizer(container: Container) -> tuple[str, Any]:
             f"{container.path}: found {there}, expected an optimizer ({', '.join(OPTIMIZER)}). Leave out "
             "--include_optimizer, or name the folder that holds both."
         )
-    return word, container.content[word]
-
-
-def _with_names(optimizer: Any) -> Any:
-    """An optimizer state whose groups list the names of their parameters, if it is keyed by names."""
-    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
-    if not isinstance(groups, list):
-        return optimizer
-    named = []
-    for group in groups:
-        params = group.get("params") if isinstance(group, dict) else None
-        is_named = isinstance(params, list) and all(isinstance(one, str) for one in params)
-        named.append({**group, "param_names": params} if is_named else group)
-    return {**optimizer, "param_groups": named}
+    holder = holder_of(container.content)
+    content = container.content[holder] if holder else container.content
+    return word, content[word.removeprefix(f"{holder}.")]
 
 
 def take_parts(model: Source, path: Path, options: Options) -> None:
@@ -165,9 +172,17 @@ def take_parts(model: Source, path: Path, options: Options) -> None:
             asked = options.include_optimizer
             _drop_others(model, kinds, {name for name, kind in kinds.items() if asked and kind is OPTIMIZER})
         return
+    if is_optimizer(container.content):
+        if options.dtype is not None:
+            raise model.refuse("--dtype casts weights, and it is the state of an optimizer alone. Leave it out.")
+        model.along = {name: stored(container, spec) for name, spec in container.tensors.items()}
+        return
     parts = _parts(container.content)
     kept = _optimizer(container)[0] if options.include_optimizer else None
-    words = {name: name.split(".")[0] for name in container.tensors}
+    words = {
+        name: next((word for word in parts if name.startswith(f"{word}.")), name.split(".")[0])
+        for name in container.tensors
+    }
     kinds = {name: parts.get(word, ()) for name, word in words.items()}
     _drop_others(model, kinds, {name for name, word in words.items() if word == kept})
     model.notes += [note for note in container.notes if note not in model.notes]
@@ -198,6 +213,8 @@ def add_optimizer_tensors(model: Source, options: Options) -> None:
     """
     if options.dtype is not None:
         raise model.refuse("--dtype would cast the optimizer's tensors as well. Leave out --include_optimizer.")
+    if not model.tensors:
+        raise model.refuse("it is the state of an optimizer, which is more than tensors. --to pt and --to dcp hold it.")
     model.tensors |= model.along
     model.sources |= model.along
     word, content = _optimizer(model.container)
@@ -228,7 +245,10 @@ def add_optimizer(model: Source, file: WeightFile) -> None:
         file.targets.append(Target(name, path, file.name, view.dtype, view, "copy", is_weight=False))
         return Ref(path)
 
-    file.content = {"model": file.content, "optimizer": map_paths(laid, content, "optimizer")}
+    if not model.tensors:
+        file.content = map_paths(laid, content)
+    else:
+        file.content = {"model": file.content, "optimizer": map_paths(laid, content, "optimizer")}
 
 
 def _values(content: Any) -> int:

@@ -75,14 +75,14 @@ def _totals(plan: Plan) -> Iterable[str]:
         yield f"left out: {printable(name)} ({printable(what)})"
     weights = [target for target in plan.targets if target.is_weight]
     moments = len(plan.targets) - len(weights)
-    dtypes = ", ".join(dict.fromkeys(target.dtype for target in weights))
+    dtypes = dict.fromkeys(target.dtype for target in weights)
     files = [*(file.name for file in plan.files), *plan.texts, *plan.copies]
     what = f"{len(weights)} tensors" + (f" and {moments} of the optimizer" if moments else "")
     left = f"{len(model.dropped)} left out"
     if plan.aside:
         left += f", and {len(plan.aside)} other entr{'y' if len(plan.aside) == 1 else 'ies'}"
     yield f"{printable(str(model.path))}: {model.program}, {len(model.sources)} tensors, {left}"
-    yield f"{printable(str(plan.target))}: {plan.format}, {what}, {dtypes}, {size_text(plan.nbytes)}"
+    yield ", ".join([f"{printable(str(plan.target))}: {plan.format}", what, *dtypes, size_text(plan.nbytes)])
     if plan.is_folder:
         shown = [*files, "training_state.json"] if plan.seal is not None else files
         yield f"files: {listed_names(shown, 8)}"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..bundle.tokenizer_state import checked_chars
+from ..bundle.tokenizer_state import checked_chars, checked_symbols, state_of_meta
 from ..containers.container import reading
 from ..containers.json_files import parse_json
-from ..containers.pickles.inert import Call, Global, as_text
 from ..containers.pickles.reader import read_pickle
 from ..errors import CheckpointMismatch
-from .hf_tokenizer import characters_of
+from .hf_tokenizer import added_tokens, state_of_words
 from .plan import Options, Source
 
 GPT2_ROWS = range(50257, 50305)
@@ -33,7 +32,7 @@ def add_tokenizer(model: Source, options: Options) -> None:
     if options.meta is not None:
         if model.tokenizer is not None:
             raise model.refuse("it has a tokenizer of its own. Leave out --meta.")
-        model.tokenizer = characters(options.meta, model.sizes.get("vocab_size"))
+        model.tokenizer = vocabulary_of(options.meta, model.sizes.get("vocab_size"))
         return
     rows = model.sizes.get("vocab_size", 0)
     if model.tokenizer is not None:
@@ -53,13 +52,14 @@ def add_tokenizer(model: Source, options: Options) -> None:
 
 
 def _state_of(definition: dict[str, Any]) -> dict[str, Any]:
-    """Convert a Hugging Face tokenizer to ours; GPT-2's and character tokenizers need no library."""
-    if chars := characters_of(definition):
-        return {"token_kind": "char", "chars": chars}
+    """Convert a Hugging Face tokenizer to ours; GPT-2's, and those of characters and symbols, need no library."""
+    if state := state_of_words(definition):
+        return state
     model = definition.get("model")
     vocab, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
     if isinstance(vocab, dict) and isinstance(merges, list):
         known = all(vocab.get(token) == number for token, number in _GPT2_TOKENS.items())
+        known = known and all(token.get("id") == GPT2_ROWS.start - 1 for token in added_tokens(definition))
         if known and (len(vocab), len(merges)) == (50257, 50000):
             return {"token_kind": "gpt2"}
     return {"token_kind": "hf", "definition": definition}
@@ -72,30 +72,26 @@ def tokens_of(state: dict[str, Any] | None) -> int:
         return GPT2_ROWS.start if kind == "gpt2" else 0
     if kind == "char":
         return len(checked_chars(state.get("chars"), "tokenizer.json"))
+    if kind == "symbols":
+        return checked_symbols(state, "tokenizer.json")[0]
     definition = state.get("definition")
-    model = definition.get("model") if isinstance(definition, dict) else None
+    if not isinstance(definition, dict):
+        return 0
+    model = definition.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    return len(vocab) if isinstance(vocab, (dict, list)) else 0
+    behind = [number + 1 for token in added_tokens(definition) if type(number := token.get("id")) is int]
+    return max(len(vocab) if isinstance(vocab, (dict, list)) else 0, *behind, 0)
 
 
-def characters(path: Path, rows: int | None) -> dict[str, Any]:
+def vocabulary_of(path: Path, rows: int | None) -> dict[str, Any]:
     """Read nanoGPT's meta.pkl as data; nothing in it is executed.
 
     Raises: CheckpointMismatch when it holds no such vocabulary, or one of another size than the model's.
     """
     with reading(path) as file:
-        content = read_pickle(file.read(_LARGEST), str(path))
-    if isinstance(content, (Call, Global)) or not isinstance(content, dict):
-        raise CheckpointMismatch(f"{path}: found {as_text(content, 60)}, expected vocab_size, itos and stoi by name.")
-    itos, stoi = content.get("itos"), content.get("stoi")
-    size = len(itos) if isinstance(itos, dict) else 0
-    chars = [itos.get(k) for k in range(size)] if isinstance(itos, dict) else []
-    if not chars or not all(isinstance(c, str) and len(c) == 1 for c in chars) or len(set(chars)) != size:
-        raise CheckpointMismatch(f"{path}: its itos is {as_text(itos, 60)}, expected a character for each id from 0.")
-    if isinstance(stoi, dict) and stoi != {c: k for k, c in enumerate(chars)}:
-        raise CheckpointMismatch(f"{path}: its stoi is not the inverse of its itos. It is damaged, or was changed.")
+        state = state_of_meta(read_pickle(file.read(_LARGEST), str(path)), str(path))
+    size = tokens_of(state)
     if rows is not None and size != rows:
-        raise CheckpointMismatch(
-            f"{path}: {size} characters, but the model has {rows} rows. It does not fit this model."
-        )
-    return {"token_kind": "char", "chars": chars}
+        what = "characters" if state["token_kind"] == "char" else "symbols"
+        raise CheckpointMismatch(f"{path}: {size} {what}, but the model has {rows} rows. It does not fit this model.")
+    return state

@@ -132,12 +132,14 @@ def refuse_target(plan: Plan, overwrite: bool) -> None:
     """
     if plan.target.name in ("", ".."):
         raise CheckpointMismatch(f"{plan.target}: names no file or folder of its own. Give DST the name it is to have.")
-    source, target = Path(os.path.realpath(plan.model.path)), Path(os.path.realpath(plan.target))
-    if source == target:
-        raise CheckpointMismatch(f"{plan.target}: is the source itself. Name another place.")
-    if target.is_relative_to(source) or source.is_relative_to(target):
-        inside = "in the source" if target.is_relative_to(source) else "around the source"
-        raise CheckpointMismatch(f"{plan.target}: lies {inside} {plan.model.path}. Name a place beside it.")
+    target = Path(os.path.realpath(plan.target))
+    for path in plan.model.averaged or [plan.model.path]:
+        source = Path(os.path.realpath(path))
+        if source == target:
+            raise CheckpointMismatch(f"{plan.target}: is the source itself. Name another place.")
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            inside = "in the source" if target.is_relative_to(source) else "around the source"
+            raise CheckpointMismatch(f"{plan.target}: lies {inside} {path}. Name a place beside it.")
     for name, text in plan.texts_beside.items():
         path = plan.target.parent / name
         if os.path.lexists(path) and not (path.is_file() and DISK.read(path) == text):

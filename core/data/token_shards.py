@@ -20,11 +20,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..bundle.storage import DISK
+from ..bundle.tokenizer_state import state_of_meta
 from ..console.files import open_regular, read_regular
 from ..console.words import tell
 from ..containers.json_files import dump_json
 from ..containers.pickles.reader import read_pickle
-from ..errors import InputError, SaveFailed
+from ..errors import CheckpointMismatch, InputError, SaveFailed
 from .text import readable
 
 HEADER_INTS = 256
@@ -96,7 +97,7 @@ def open_dataset(folder: Path) -> Dataset:
             f"*train*.bin (modded-nanogpt); found {found}."
         )
     meta = folder / "meta.pkl"
-    state = {"token_kind": "char", "chars": _meta_chars(meta)} if meta.exists() else None
+    state = _meta_state(meta) if meta.exists() else None
     return Dataset(folder, state, train, val)
 
 
@@ -228,18 +229,11 @@ def _listed(folder: Path, entry: dict[str, Any]) -> Path:
     return path
 
 
-def _meta_chars(path: Path) -> list[str]:
-    """The characters of nanoGPT's meta.pkl {vocab_size, itos, stoi} in the order of their ids; nothing is executed."""
-    with readable(path, "nanoGPT's character vocabulary"):
+def _meta_state(path: Path) -> dict[str, Any]:
+    """The tokenizer of nanoGPT's meta.pkl; nothing in it is executed."""
+    with readable(path, "nanoGPT's vocabulary"):
         meta = read_pickle(read_regular(path), str(path))
-    itos = meta.get("itos") if isinstance(meta, dict) else None
-    if not isinstance(itos, dict) or set(itos) != set(range(len(itos))):
-        raise InputError(
-            f"{path}: no table `itos` of ids from 0 without a gap, expected nanoGPT's character vocabulary."
-        )
-    size = meta.get("vocab_size", len(itos))
-    if size != len(itos):
-        raise InputError(
-            f"{path}: vocab_size is {size}, but itos has {len(itos)} characters. Prepare the dataset again."
-        )
-    return [itos[index] for index in range(len(itos))]
+    try:
+        return state_of_meta(meta, str(path))
+    except CheckpointMismatch as error:
+        raise InputError(str(error)) from error

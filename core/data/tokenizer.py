@@ -15,7 +15,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..bundle.tokenizer_state import State, char_fingerprint, checked_chars, definition_fingerprint
+from ..bundle.tokenizer_state import (
+    State,
+    char_fingerprint,
+    checked_chars,
+    checked_symbols,
+    definition_fingerprint,
+    symbols_fingerprint,
+)
 from ..console.files import read_regular
 from ..errors import CheckpointMismatch, InputError
 from . import gpt2_ranks as ranks
@@ -132,6 +139,51 @@ class CharTokenizer:
     def decode(self, ids: Ids) -> str:
         """Turn ids into text (see Tokenizer.decode)."""
         return self._codes[_checked(ids, self)].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def stream(self) -> Stream:
+        """Begin decoding ids one by one."""
+        return ByteStream(lambda token: self.decode([token]).encode("utf-8", "replace"))
+
+
+class SymbolTokenizer:
+    """Ids of a vocabulary of nanoGPT that is not one of characters: words, or ids without a text.
+
+    Text is encoded as its sample.py does, a character at a time, and decoded by joining the symbols.
+    """
+
+    kind = "symbols"
+
+    def __init__(self, vocab_size: int, symbols: list[str] | None = None) -> None:
+        self.vocab_size, self.symbols = vocab_size, symbols
+        self._ids = {symbol: index for index, symbol in enumerate(symbols or ())}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the number of ids and the symbols."""
+        return symbols_fingerprint(self.vocab_size, self.symbols)
+
+    def state(self) -> State:
+        """The content of tokenizer.json."""
+        symbols = {} if self.symbols is None else {"symbols": self.symbols}
+        return {"token_kind": self.kind, "vocab_size": self.vocab_size, **symbols, "fingerprint": self.fingerprint}
+
+    def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
+        """Turn text into ids (see Tokenizer.encode)."""
+        strange = next((index for index, char in enumerate(text) if char not in self._ids), None)
+        if strange is not None and unknown != "skip":
+            place = start.after(text[:strange])
+            what = "ids without symbols" if self.symbols is None else "symbols, by which text is encoded one by one"
+            raise InputError(
+                f"{where}: {text[strange]!r} at position {place.position:,} (line {place.line:,}, column "
+                f"{place.column:,}) is no symbol of the vocabulary of {self.vocab_size:,} {what}. Leave the text out, "
+                "or drop such characters with --unknown skip."
+            )
+        return np.array([self._ids[c] for c in text if c in self._ids], dtype=token_dtype(self.vocab_size))
+
+    def decode(self, ids: Ids) -> str:
+        """Turn ids into text (see Tokenizer.decode); ids without symbols become numbers, each before a blank."""
+        checked = _checked(ids, self).tolist()
+        return "".join(f"{i} " if self.symbols is None else self.symbols[i] for i in checked)
 
     def stream(self) -> Stream:
         """Begin decoding ids one by one."""
@@ -265,13 +317,15 @@ def tokenizer_from_state(state: State, bpe_file: Path | None = None, where: str 
         tokenizer = CharTokenizer(checked_chars(state.get("chars"), where))
     elif kind == "gpt2":
         tokenizer = Gpt2Tokenizer(bpe_file)
+    elif kind == "symbols":
+        tokenizer = SymbolTokenizer(*checked_symbols(state, where))
     elif kind == "hf":
         definition = state.get("definition")
         if not isinstance(definition, dict):
             raise CheckpointMismatch(f"{where}: definition is {type(definition).__name__}, expected an object.")
         tokenizer = HfTokenizer(definition, where)
     else:
-        raise CheckpointMismatch(f"{where}: token_kind is {kind!r}, expected char, gpt2 or hf.")
+        raise CheckpointMismatch(f"{where}: token_kind is {kind!r}, expected char, gpt2 or hf, or symbols.")
     recorded = state.get("fingerprint", tokenizer.fingerprint)
     if recorded != tokenizer.fingerprint:
         raise CheckpointMismatch(

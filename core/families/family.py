@@ -55,6 +55,7 @@ class Family:
     gated: str = ""  # the activation where the feed-forward part is gated
     head_size: int | None = None  # where the program fixes it
     pads: bool = False  # the token table may have more rows than the config says
+    entries: frozenset[str] = frozenset()  # of the file, by which it is told from a family of the same names
     claims: Mapping[str, str] = field(default_factory=dict)  # field of the config beside it: switch that it controls
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -46,11 +46,13 @@ def identify(
     config: Mapping[str, Any] | None = None,
     shared: Mapping[str, str] | None = None,
     same: Callable[[str, str], bool | None] = lambda head, table: False,
+    entries: Collection[str] = (),
 ) -> Identity:
     """Recognise a model by the names and shapes of its tensors.
 
     `config` is the one beside it (model_args, config.json, model_config); `shared` names the storage of each tensor,
-    to detect a tied head, and `same` compares the values of two. Tensors of an optimizer are left out.
+    to detect a tied head, and `same` compares the values of two. `entries` are the names at the top of the file.
+    Tensors of an optimizer are left out.
     """
     names = [name for name in shapes if not is_of_optimizer(name)]
     try:
@@ -59,7 +61,8 @@ def identify(
         return Identity(UNKNOWN, "", "", f"{error}: there are two models in it, or one saved twice")
     skeletons = {skeleton(name) for name in plain}
     matches = [match(family, plain, shapes) for family in FAMILIES if _signature(family) & skeletons]
-    best = max(matches, key=lambda m: (m.placed - m.unfit, m.placed, -len(m.missing)), default=None)
+    told = {id(m): _told(m.family, plain, shared or {}, entries) for m in matches}
+    best = max(matches, key=lambda m: (m.placed - m.unfit, m.placed, -len(m.missing), told[id(m)]), default=None)
     if best is None or best.placed <= len(best.unplaced) or (best.lost and best.extra):
         return Identity(UNKNOWN, "", "", _why_unknown(plain, best))
     config = config if isinstance(config, Mapping) else None
@@ -80,6 +83,14 @@ def identify(
         missing=best.missing,
         conflicts=best.conflicts + conflicts,
     )
+
+
+def _told(family: Family, plain: Mapping[str, str], shared: Mapping[str, str], entries: Collection[str]) -> int:
+    """Whether a family whose names another has too is told, by the file's entries or a tied head: 1 or -1; else 0."""
+    if not family.entries:
+        return 0
+    head, table = (shared.get(plain.get(name, "")) for name in (family.head, family.embedding))
+    return 1 if family.entries <= set(entries) or (head is not None and head == table) else -1
 
 
 def weights_key(names: Iterable[str]) -> str:

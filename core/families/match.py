@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
@@ -61,6 +61,20 @@ class Match:
 def skeleton(name: str) -> str:
     """Write `#` for every number of a name: `h.11.ln_1.weight` becomes `h.#.ln_1.weight`."""
     return _NUMBER.sub("#", name.replace("#", "##"))
+
+
+def in_order(names: Iterable[str], family: Family) -> list[str]:
+    """Sort the names of a family as in its table: those before the layers, those of each layer, those after."""
+    rows = [(skeleton(row.replace("{i}", "0").replace("{j}", "0")), "{i}" in row) for row in family.tensors]
+    first = next((k for k, (_, is_layer) in enumerate(rows) if is_layer), len(rows))
+    place = {row: (1 if is_layer else 0 if k < first else 2, k) for k, (row, is_layer) in enumerate(rows)}
+
+    def key(name: str) -> tuple[int, int, int]:
+        part, k = place.get(skeleton(name), (2, len(rows)))
+        layer = re.search(r"(?<![^.])\d+(?![^.])", name)
+        return part, int(layer[0]) if part == 1 and layer else 0, k
+
+    return sorted(names, key=key)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""nanochat: no biases, no weights in the norms, value embeddings in every other layer.
+"""nanochat, and modded-nanogpt of 2024 with its names: no biases, no weights in the norms, some value embeddings.
 
 Names as in karpathy/nanochat, nanochat/gpt.py; its first versions have none of the lambdas, gates and value embeddings.
 """
@@ -25,6 +25,14 @@ TENSORS: dict[str, Sides] = {
     "value_embeds.{n}.weight": ("vocab_size", "kv_size"),
 }
 
+SPEEDRUN: dict[str, Sides] = {
+    **{name: sides for name, sides in TENSORS.items() if name[0] in "tl" and "ve_gate" not in name},
+    "transformer.h.{i}.attn.lamb": (),
+    "transformer.h.{i}.lambdas": ("2",),
+    "skip_weights": ("n_layer / 2",),
+}
+"""KellerJordan/modded-nanogpt, train_gpt2.py of 2024-10-14 to 2024-12: the last three came in November."""
+
 FAMILIES = (
     Family(
         name="nanochat",
@@ -42,6 +50,25 @@ FAMILIES = (
         buffers={"cos": (None, "the rotary embedding"), "sin": (None, "the rotary embedding")},
         always=("qk_norm",),
         some=frozenset({"transformer.h.{i}.attn.ve_gate.weight", "value_embeds.{n}.weight"}),
+        rotary=True,
+        norm="RMSNorm without weights",
+        activation="ReLU squared",
+        pads=True,
+    ),
+    Family(
+        name="modded_2024",
+        program="modded-nanogpt train_gpt2.py, 2024-10 and 2024-11",
+        tensors=SPEEDRUN,
+        signature=("transformer.h.{i}.attn.c_q.weight", "transformer.h.{i}.attn.lamb"),
+        embedding="transformer.wte.weight",
+        head="lm_head.weight",
+        switches={
+            "value_residual": ("transformer.h.{i}.attn.lamb",),
+            "blends": ("transformer.h.{i}.lambdas",),
+            "skips": ("skip_weights",),
+        },
+        always=("qk_norm",),
+        entries=frozenset({"step", "code", "model"}),
         rotary=True,
         norm="RMSNorm without weights",
         activation="ReLU squared",

@@ -25,6 +25,7 @@ RUN: Words = (
     "training_state",
     "trainer",
     "trainer_state",
+    "extra_state",
     "progress",
     "loops",
     "callbacks",
@@ -68,6 +69,29 @@ def parts_of(content: Any) -> dict[str, Words]:
     run: dict[str, Words] = {word: RUN for word in RUN if word in words}
     sure = {"train_state", "lr_scheduler", "dataloader"} & run.keys()
     return found | (run if MAIN in found.values() or OPTIMIZER in found.values() or len(sure) > 1 else {})
+
+
+def holder_of(content: Any) -> str:
+    """The entry that holds all parts, as in `{"app": {"model": ..., "optim": ...}}`; "" where none does."""
+    if not isinstance(content, Mapping) or MAIN in parts_of(content).values():
+        return ""
+    inner = {name: parts_of(part) for name, part in content.items() if isinstance(part, Mapping)}
+    holders = (name for name, parts in inner.items() if {MAIN, OPTIMIZER} <= set(parts.values()))
+    return next((name for name in holders if isinstance(name, str)), "")
+
+
+def is_optimizer(content: Any) -> bool:
+    """Whether a content is the state of an optimizer and nothing else."""
+    if not isinstance(content, Mapping):
+        return False
+    (only,) = content.values() if len(content) == 1 and set(parts_of(content).values()) == {OPTIMIZER} else (content,)
+    return isinstance(only, Mapping) and ({"state", "param_groups"} <= only.keys() or is_flat(only))
+
+
+def is_flat(optimizer: Mapping[Any, Any]) -> bool:
+    """Whether an optimizer state is flattened, as torch does with flatten_optimizer_state_dict=True."""
+    kinds = {str(key).partition(".")[0] for key in optimizer if "." in str(key)}
+    return "param_groups" in kinds <= {"state", "param_groups"} and all("." in str(key) for key in optimizer)
 
 
 def aside(names: Iterable[str], content: Any) -> dict[str, Words]:

@@ -25,7 +25,8 @@ def config_entry(content: Mapping[Any, Any]) -> tuple[str, dict[str, Any] | None
     It is one of `KEYS` or a part of one, or another entry, whose fields name sizes of a model; otherwise the first of
     `KEYS` that has fields.
     """
-    ranked = sorted(content, key=lambda name: KEYS.index(name) if name in KEYS else len(KEYS))
+    entries = [name for name, value in content.items() if isinstance(value, (dict, Call))]
+    ranked = sorted(entries, key=lambda name: KEYS.index(name) if name in KEYS else len(KEYS))
     parts = [part for name in ranked for part in _parts(str(name), content[name], _DEEP)]
     sized = (part for part in parts if len(part[1].keys() & _SIZES) >= _ENOUGH)
     place, fields = next(sized, next((part for part in parts if part[0] in KEYS), ("", None)))

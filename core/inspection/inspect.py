@@ -226,6 +226,7 @@ def _open_files(bundle: Bundle) -> tuple[Container, list[str]]:
 
 def of_container(path: Path) -> Inspection:
     """Inspect a checkpoint of another program."""
+    from ..containers.beside import config_beside
     from ..containers.open import open_container
 
     container = open_container(path)
@@ -243,8 +244,13 @@ def of_container(path: Path) -> Inspection:
         place, config = module_entry(container.content, key)
         if config is None:
             place, config = config_entry(content)
+        beside, unread = config_beside(container.path) if config is None and container.path.is_file() else (None, "")
+        if beside is not None:
+            place, config = beside.place, beside.config
         found = of_weights(path, container, key, weights, config)
         found.place = "config.json" if container.kind.startswith("Hugging Face folder") else place
+        found.step = beside.step if beside is not None and found.step is None else found.step
+        found.chosen += [unread] if unread else []
     words = ("optimizer", "optimizer_state_dict", "optimizers")
     found.optimizer = next((content[word] for word in words if word in content), None)
     return found
@@ -255,11 +261,15 @@ def of_weights(
 ) -> Inspection:
     """Inspect the tensors of a container that are a model's weights, whose names in it begin with `key`."""
     from ..containers.part import part_of_model
+    from ..containers.step_parents import step_in_name
     from ..containers.steps import step_of
 
     found = Inspection(path, container, weights, key, identity_of(weights, config, container), config)
     try:
         found.step, counts = step_of(container)
+        if found.step is None and container.path.is_dir():
+            found.step = step_in_name(container.path)
+            counts = [f"step {found.step} is in the name of its folder alone"] * (found.step is not None)
         found.chosen = [*counts, *container.caveats]
     except CheckpointDamaged as error:
         found.damage, found.chosen = [str(error)], list(container.caveats)
@@ -288,4 +298,5 @@ def identity_of(
         except CheckpointError:  # its bytes cannot be read, which --verify reports
             return None
 
-    return identify({name: spec.shape for name, spec in weights.items()}, config, shared, same)
+    content = container.content if container is not None and isinstance(container.content, Mapping) else {}
+    return identify({name: spec.shape for name, spec in weights.items()}, config, shared, same, list(content))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..containers.pickles.inert import Call
+from ..containers.pickles.inert import LEAVES, Call
 from ..containers.spec import TensorSpec
-from ..containers.trees import leaves
 from ..families.choices import Choice
 from .inspect import Facts, Inspection, named
 from .marks import choices
@@ -111,8 +110,15 @@ def _content(found: Inspection) -> Facts:
 
 def tensors_in(value: Any) -> Iterable[TensorSpec]:
     """The tensors anywhere in a content."""
-    for leaf in leaves(value):
-        if isinstance(leaf, TensorSpec):
-            yield leaf
-        elif isinstance(leaf, Call):
-            yield from tensors_in((leaf.args, leaf.items, leaf.state))
+    if isinstance(value, TensorSpec):
+        yield value
+        return
+    if isinstance(value, Call):
+        value = (value.args, value.items, value.state)
+    elif isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return
+    for inner in value:
+        if type(inner) not in LEAVES:
+            yield from tensors_in(inner)

@@ -80,4 +80,6 @@ def model_facts(folder: Path) -> Facts:
             step = first[0].step if first else None
             chosen = folder / first[0].single if first and first[0].single else legacy[0]
             return {"name": folder.name, "legacy": chosen.name, "step": step, "bytes": chosen.stat().st_size}
-        return {"name": folder.name, "error": str(error)}
+        from .below import foreign_facts  # opens what is not ours, which a list of models seldom has
+
+        return foreign_facts(folder, folder.name) or {"name": folder.name, "error": str(error)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ..console.words import columns, printable, size_text
 from ..containers.pickles.inert import as_text
 from ..containers.spec import TensorSpec
+from ..containers.step_parents import steps_below
 from ..families.fused import LECTURE
 from .inspect import Facts
 from .report import tensors_in
@@ -17,6 +20,10 @@ _NUMBERS = ("min", "max", "mean", "std")
 
 _SHOWN = 60
 """Rows of tensors on the first screen; --tensors lists all."""
+
+
+_ENTRIES = 500
+"""Entries of a file's content on the first screen; a state dict has its tensors in another section."""
 
 
 def text_of(facts: Facts, all_tensors: bool = False) -> Iterable[str]:
@@ -40,7 +47,10 @@ def text_of(facts: Facts, all_tensors: bool = False) -> Iterable[str]:
         yield from _of_ours(facts)
     if "content" in facts:
         yield from ("", "=== CONTENT ===")
-        yield from columns([(printable(str(k)), ":", _content_line(v)) for k, v in facts["content"].items()])
+        shown = itertools.islice(facts["content"].items(), _ENTRIES)
+        yield from columns([(printable(str(k)), ":", _content_line(v)) for k, v in shown])
+        if (more := len(facts["content"]) - _ENTRIES) > 0:
+            yield f"... and {more} more entries, which --json has too"
     yield from _parameters(facts)
     if facts["architecture"] is not None:
         yield from ("", "=== ARCHITECTURE ===", *architecture_lines(facts["architecture"]))
@@ -171,13 +181,20 @@ def _content_line(value: Any) -> str:
 
 def models_text(root: str, models: list[Facts]) -> Iterable[str]:
     """The list of all models below a root."""
-    yield f"{root} holds {len(models)} models; choose one with --model_name:"
+    if any("program" in model for model in models):
+        how = ", or by --step N or newest" if steps_below(Path(root)) else ""
+        yield f"{root} holds {len(models)} checkpoint{'s' * (len(models) != 1)}; name one by its path{how}:"
+    else:
+        yield f"{root} holds {len(models)} models; choose one with --model_name:"
     yield from columns([_model_row(model) for model in models])
 
 
 def _model_row(model: Facts) -> tuple[str, ...]:
     if "error" in model:
         return (model["name"], printable(model["error"]))
+    if "program" in model:
+        step = f"step {model['step']}" if model["step"] is not None else "step not recorded"
+        return (printable(model["name"]), step, printable(model["program"]), size_text(model["bytes"]))
     if "legacy" in model:
         step = f"step {model['step']}" if model["step"] is not None else "unreadable"
         return (model["name"], step, model["legacy"], size_text(model["bytes"]))

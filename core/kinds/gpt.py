@@ -34,9 +34,13 @@ ANOTHER = "Leave --tokenization out, or train under another --model_name."
 SAME = {
     "gpt2": "add --tokenization gpt2.",
     "hf": "add --tokenization FILE.json, the tokenizer it was trained with.",
+    "symbols": "its symbols are those of its dataset. Train on that, or leave --init_from_model out.",
     "char": "its characters are those of its text. Train on that text, or leave --init_from_model out.",
 }
 """How a run gets the tokenizer of another model, by the tokenizer's kind."""
+
+EXACT = ("char", "symbols")
+"""Kinds of tokenizers of which a model has one row for each id."""
 
 
 class GptKind:
@@ -62,9 +66,15 @@ class GptKind:
         else:
             kind = (source.tokenizer or {}).get("token_kind")
             advice = "A new model from its weights reads text as it does: " + SAME.get(str(kind), SAME["char"])
-            _prepare(source, replace(request, given={**alone, **request.given}, tokenizer=tokenizer), advice)
+            given = {**alone, **request.given}
+            positions = _fewer_positions(source, given)
+            _prepare(source, replace(request, given=given, tokenizer=tokenizer), advice)
             model = load_model(source, writable=True, with_optimizer=False).train()
             model.step = 0
+            if positions is not None:
+                before, name = model.config.block_size, request.init_from_model or source.folder.name
+                say(f"block_size: the first {positions} of the {before} positions of {name}, the others are cropped")
+                crop_positions(model, positions)
         return self._placed(model)
 
     def _placed(self, model: GPT) -> GPT:
@@ -133,7 +143,22 @@ def find_tokenizer(tokenization: str | Tokenizer, text: str | None) -> Tokenizer
 
 def model_vocab_size(tokenizer: Tokenizer) -> int:
     """Rows of the embedding: the characters, or a BPE vocabulary padded to a multiple of 128 for fast kernels."""
-    return tokenizer.vocab_size if tokenizer.kind == "char" else math.ceil(tokenizer.vocab_size / 128) * 128
+    return tokenizer.vocab_size if tokenizer.kind in EXACT else math.ceil(tokenizer.vocab_size / 128) * 128
+
+
+def _fewer_positions(bundle: Bundle, given: dict[str, Any]) -> int | None:
+    """Take a block_size below that of a step out of the given fields; None where none is given."""
+    if bundle.config is None or not 0 < given.get("block_size", 0) < bundle.config.block_size:
+        return None
+    return int(given.pop("block_size"))
+
+
+def crop_positions(model: GPT, positions: int) -> None:
+    """Cut the table of positions of a model down to the first ones, which compute what they computed."""
+    table = model.position_embedding_table
+    table.weight = torch.nn.Parameter(table.weight.detach()[:positions].clone())
+    table.num_embeddings = positions
+    model.config = GPTConfig.from_dict({**model.config.to_dict(), "block_size": positions}, "config of the new model")
 
 
 def _prepare(bundle: Bundle, request: Request, advice: str = ANOTHER) -> None:
@@ -153,7 +178,7 @@ def fresh(fields: dict[str, Any], tokenizer: Tokenizer, seed: int) -> GPT:
     known = {name: value for name, value in fields.items() if name in GPTConfig.__dataclass_fields__}
     config = GPTConfig.from_dict({"vocab_size": model_vocab_size(tokenizer), **known}, "config of the new model")
     few = config.vocab_size < tokenizer.vocab_size
-    if few or (tokenizer.kind == "char" and not fits_characters(tokenizer.vocab_size, config.vocab_size)):
+    if few or (tokenizer.kind in EXACT and not fits_characters(tokenizer.vocab_size, config.vocab_size)):
         raise CheckpointMismatch(
             f"vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids. "
             f"Set it to {'at least ' if few else ''}{tokenizer.vocab_size}, or leave it out."

@@ -180,7 +180,7 @@ def fresh(variant: str, values: Mapping[str, Any], request: Request) -> GPTFlexA
 def _rows(tokenizer: Tokenizer, variant: str) -> int:
     """Rows of the embeddings, as upstream has them: train_gpt.py of 2025-06 pads them like those of the head."""
     ids = tokenizer.vocab_size
-    return math.ceil(ids / BLOCK) * BLOCK if tokenizer.kind != "char" and variant == "small" else ids
+    return math.ceil(ids / BLOCK) * BLOCK if tokenizer.kind not in ("char", "symbols") and variant == "small" else ids
 
 
 def _end_of_text(tokenizer: Tokenizer, rows: int) -> int:

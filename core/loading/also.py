@@ -92,7 +92,7 @@ def _actions(live: Any, saved: Any, where: str) -> list[Action]:
     if not _fits(live, saved):
         raise CheckpointMismatch(
             f"{where} was saved from {_described(saved)}, expected {_described(live)}. Load it into what was saved, or "
-            "load without it. Nothing was changed."
+            "without it. Nothing was changed."
         )
     if isinstance(saved, ObjectState):
         return [lambda: put_state(live, saved.state, where)]

@@ -66,7 +66,7 @@ def fill_live(
         return
     with torch.no_grad():
         for live, saved in fit.pairs.values():
-            live.copy_(_like(live, saved))
+            _row(live, live).copy_(_row(_like(live, saved), live))
     for owner, state in fit.extra:
         owner.set_extra_state(map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state))
 
@@ -78,6 +78,14 @@ def _like(live: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
     from .spread import block_like  # imports torch.distributed, which one process does not need
 
     return block_like(saved, live)
+
+
+def _row(tensor: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that fills a live one: its first row in each dimension along which that is expanded."""
+    for dim, (size, stride) in enumerate(zip(live.shape, local(live).stride(), strict=True)):
+        if size > 1 and not stride:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def fitting(bundle: Bundle, module: nn.Module, strict: bool = True) -> Fit:
@@ -137,6 +145,10 @@ def _rounded(pairs: Pairs, bundle: Bundle) -> list[str]:
             faults.append(
                 f"{name} is on the meta device, where it holds no values (module.to_empty makes room for them)"
             )
+            continue
+        row = _row(saved, live)
+        if row is not saved and not torch.equal(row.expand_as(saved), saved):
+            faults.append(f"{name} is expanded, one row in memory, and the file has different ones (clone it first)")
             continue
         fault, less = cast_loss(saved, live.dtype)
         faults += [f"{name}: {fault}, its dtype in the module"] if fault else []

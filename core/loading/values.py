@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from ..containers.blocks import naturals
-from ..containers.pickles.inert import ByteArray, Call, DtypeName, Global, Size
+from ..containers.pickles.collisions import fill
+from ..containers.pickles.inert import ByteArray, Call, DtypeName, Global, Malformed, Size
 from ..containers.spec import TensorSpec
 from ..errors import CheckpointDamaged
 
 _DEVICE = re.compile(r"[a-z]{1,20}(:\d{1,3})?")
-
-_MOST_ALIKE = 100
-"""Keys of one hash in a dict: of random tuples not two have one, and the time to compare them grows with the square."""
 
 
 def live(value: Any, tensor: Callable[[TensorSpec], torch.Tensor], where: str) -> Any:
@@ -34,29 +32,27 @@ def live(value: Any, tensor: Callable[[TensorSpec], torch.Tensor], where: str) -
         if isinstance(value, TensorSpec):
             return tensor(value)
         if isinstance(value, dict):
-            return dict(zip(_keys(value, where), map(made, value.values()), strict=True))
+            return _filled({}, value, where, list(map(made, value.values())))
         if isinstance(value, Size):
             return torch.Size(value) if naturals(tuple(value)) else tuple(value)
         if isinstance(value, (list, tuple)):
             items = list(map(made, value))
             return items if isinstance(value, list) else tuple(items)
         if isinstance(value, (set, frozenset)):
-            return type(value)(_keys(value, where))
+            return type(value)(_filled(set(), value, where))
         return _simple(value)
 
     return made(value)
 
 
-def _keys(values: Iterable[Any], where: str) -> list[Any]:
-    """The keys of a dict, or the values of a set."""
+def _filled(target: Any, values: Iterable[Any], where: str, items: Sequence[Any] = ()) -> Any:
+    """An empty dict with keys and items, or an empty set with values, filled."""
     found = [_simple(value) for value in values]
-    alike = collections.Counter(hash(key) for key in found if not isinstance(key, str))  # the hash of texts is salted
-    if alike and (most := max(alike.values())) > _MOST_ALIKE:
-        raise CheckpointDamaged(
-            f"{where}: {most} keys of one dict or set have the same hash, at most {_MOST_ALIKE} are loaded. They were "
-            "made to take time; inspect_model.py shows the file."
-        )
-    return found
+    try:
+        fill(target, found, items)
+    except Malformed as fault:
+        raise CheckpointDamaged(f"{where}: {fault}. inspect_model.py shows the file.") from None
+    return target
 
 
 def _simple(value: Any) -> Any:

@@ -81,7 +81,7 @@ def unmarked(value: Any, where: str) -> Any:
         if MARK in value:
             try:
                 return _MADE[value[MARK]](value, where)
-            except (KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
                 raise CheckpointDamaged(
                     f"{where} is marked as {str(value[MARK])[:80]!r}, in an unknown form."
                 ) from error

@@ -56,10 +56,10 @@ class AllGenerators:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give all of them the states that they had.
 
-        Raises: ValueError where this process has another number of GPUs; only CPUs take a state without any.
+        Raises: ValueError where this process has another number of GPUs.
         """
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if len(state["cuda"]) != gpus and (gpus or state["cuda"]):
+        if len(state["cuda"]) != gpus:
             raise ValueError(f"found the generators of {len(state['cuda'])} GPUs, expected {gpus}")
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
@@ -138,7 +138,7 @@ def put_state(value: Any, state: Any, where: str) -> Callable[[], None]:
         way.put(value, before)
         raise CheckpointMismatch(
             f"{where}: {class_name(value)} does not take the state that was saved ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}). Nothing was changed."
+            f"{' '.join(str(error).split())[:300]}). Load it into what was saved, or without it. Nothing was changed."
         ) from error
     return lambda: way.put(value, before)
 

@@ -36,6 +36,15 @@ _NAMES = (
 _LONGEST_INT = 8 * 255 - 1
 """Bits of a whole number in the opcode that torch reads."""
 
+_SHALLOW = 20
+"""Levels of a content that is not read back: far fewer than a load takes, also where they hold each other."""
+
+_SMALL = 1 << 60
+"""Whole numbers below this are short for every reader."""
+
+_SHORT_NAME = 100
+"""Characters of a tensor's path."""
+
 _ALWAYS = {type(None), bool, float, str}
 """Types of which every value comes back."""
 
@@ -47,6 +56,37 @@ def refuse_unloadable(file: str, content: Any, data_pkl: bytes) -> None:
     """
     if fault := _fault(data_pkl, file):
         raise unloadable(file, content, fault)
+
+
+def is_plain(content: Any) -> bool:
+    """Whether a content is a tree of dicts, lists, tuples, tensors and simple values, as almost every one is.
+
+    All of these come back: to read the pickle as well would take ten times as long.
+    """
+    level, names, tensors = [("", content)], set[str](), 0
+    for _ in range(_SHALLOW):
+        inner: list[tuple[str, Any]] = []
+        for path, value in level:
+            kind = type(value)
+            if kind is dict:
+                if not all(type(key) is str or _is_small(key) for key in value):
+                    return False
+                inner.extend((f"{path}.{key}", item) for key, item in value.items())
+            elif kind is list or kind is tuple:
+                inner.extend((f"{path}.{i}", item) for i, item in enumerate(value))
+            elif kind is torch.Tensor or kind is torch.nn.Parameter:
+                if vars(value) or unusual(value) or len(path) > _SHORT_NAME:
+                    return False
+                names.add(path)
+                tensors += 1
+            elif kind not in _ALWAYS and not _is_small(value):
+                return False
+        level = inner
+    return not level and len(names) == tensors
+
+
+def _is_small(value: Any) -> bool:
+    return type(value) is int and -_SMALL < value < _SMALL
 
 
 def unloadable(file: str, content: Any, why: str) -> InputError:

@@ -38,7 +38,7 @@ from ..containers.checksum import CHUNK, THREADS
 from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Seal
 from ..errors import SaveFailed
 from .free_memory import free_memory
-from .loadable import refuse_unloadable, unloadable
+from .loadable import is_plain, refuse_unloadable, unloadable
 from .torch_file import bytes_of, records_of
 
 BLOCK = 4 * 1024 * 1024
@@ -192,7 +192,7 @@ class Snapshot:
         Raises: InputError naming what `load` would not give back.
         """
         for name, content in self._contents.items():
-            if not callable(content):
+            if not callable(content) and not is_plain(content):
                 refuse_unloadable(name, content, self._files[name].image.first)
 
     def start(self, memory: Memory) -> None:

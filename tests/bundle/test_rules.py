@@ -57,7 +57,7 @@ RULES = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(RULES, st.lists(st.integers(0, 6), min_size=1, max_size=20))
 def test_what_is_kept_is_exactly_what_the_rules_say(rules, values):
     metric, sign = rules.metric

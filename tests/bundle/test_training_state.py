@@ -77,6 +77,7 @@ WRONG = {
     "a whole number of at least 0": (-1, True, 1.5, "1", 2**70, {}),
     "a number": (True, "1", 2**70, []),
     '"log" or a list of whole numbers of at least 0': (5, True, "every", {}, [-1], [1.5], ["1"]),
+    '"val_loss", or a metric that ends in ":min" or ":max"': (5, True, "accuracy", "", ["val_loss"]),
     "an object": (True, 5, "x", [], [{}]),
 }
 """Values that are none of a kind."""

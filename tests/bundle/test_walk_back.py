@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
 import zlib
 
 import pytest
@@ -394,3 +396,15 @@ def test_shards_are_not_read_whole_to_try_them(monkeypatch, base):
         monkeypatch.setattr(type(bundle), "is_sharded", True)
         monkeypatch.setattr(tensors, "read_part", lambda part: pytest.fail("read"))
         tensors.read_through(bundle)
+
+
+@pytest.mark.parametrize("name", ["config.json", STATE])
+def test_a_pipe_in_the_place_of_a_file_names_the_step_that_is_kept_and_how_to_continue_from_it(name, base, tmp_path):
+    root = copy(base[0], tmp_path / "x")
+    (root / "dante" / name).unlink()
+    os.mkfifo(root / "dante" / name)
+    with pytest.raises(NoneIntact, match=r"Step 2 is kept in step_00000002, and nothing was changed\.") as caught:
+        resumed(root)
+    command = re.search(r"To continue from it: (mv \S+ \S+), then start again\.$", str(caught.value))[1]
+    subprocess.run(command.split(), check=True)
+    assert resumed(root)[1] == 2

@@ -21,10 +21,11 @@ from torch.optim.swa_utils import AveragedModel
 import convert_checkpoints
 from core.bundle.also import MARK
 from core.checkpoint import CheckpointManager
-from core.errors import CheckpointMismatch, InputError
+from core.errors import CheckpointDamaged, CheckpointMismatch, InputError
 from core.inspection.inspect import inspect_path
 from core.inspection.report import facts_of
 from core.inspection.report_text import text_of
+from core.networks.marked import unmarked
 from tests.makers.own_loop import SCHEDULERS
 from tests.makers.ranks import finished
 
@@ -332,6 +333,24 @@ def test_a_conversion_says_that_it_leaves_the_file_out(tmp_path, capsys):
     assert convert_checkpoints.main(words) == 0
     said = capsys.readouterr()
     assert "also.pt is left out (seen, rng): it belongs to the loop that saved it" in said.out + said.err
+
+
+MARKS = st.sampled_from(["array", "counter", "deque", "dict", "object", "ranks", "none", ""])
+ANY = st.none() | st.integers(-3, 3) | st.text(max_size=3) | st.lists(st.integers(-3, 3), max_size=3)
+TENSORS = st.just(torch.ones(3)) | st.sampled_from([torch.zeros(2, dtype=torch.bfloat16), torch.empty(0)])
+FORMS = st.dictionaries(
+    st.sampled_from(["items", "maxlen", "dtype", "shape", "tensor", "class", "state", "states"]),
+    ANY | TENSORS | st.sampled_from(["<f4", "O", "V9", "{'names': ['a']}", "f4,O", [["a"]], [[1, 2]], {}, [3]]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(mark=MARKS | ANY, form=FORMS)
+def test_a_mark_of_another_form_is_damage(mark, form):
+    try:
+        unmarked({"x": {MARK: mark, **form}}, "also.pt")
+    except CheckpointDamaged as error:
+        assert str(error).startswith("also.pt.x is marked as ")
 
 
 def test_extra_keeps_numbers_that_json_has_not(tmp_path):

@@ -11,6 +11,7 @@ from core.checkpoint import CheckpointManager
 from core.config.gpt import GPTConfig
 from core.data.tokenizer import make_char
 from core.errors import CheckpointMismatch, CheckpointNotFound, InputError
+from core.model import GPT
 from tests.makers.models import (
     SMALL,
     TEXT,
@@ -124,6 +125,35 @@ def test_another_tokenizer_is_refused_and_both_are_shown(tmp_path):
         manager(tmp_path).initialize_for_training({}, make_char(["abc"]), None, 1e-3)
     with pytest.raises(CheckpointMismatch, match=r"trained with char, \d+ characters.*; this run has gpt2"):
         manager(tmp_path).initialize_for_training({}, "gpt2", None, 1e-3)
+
+
+def test_fewer_positions_than_the_other_model_has_are_the_first_ones_and_said(tmp_path):
+    made, model, optimizer = started(tmp_path)
+    train_and_save(made, model, optimizer, 2)
+    whole, lines = model.config.block_size, []
+    with CheckpointManager("child", tmp_path, say=lines.append) as child:
+        born, moments, _ = child.initialize_for_training(
+            {"block_size": whole // 2}, tokenizer(), None, 1e-3, init_from_model="dante"
+        )
+        assert f"block_size: the first {whole // 2} of the {whole} positions of dante, the others are cropped" in lines
+        assert born.config.block_size == born.position_embedding_table.num_embeddings == whole // 2
+        for name, tensor in model.state_dict().items():
+            rows = tensor[: whole // 2] if name.startswith("position_embedding_table") else tensor
+            assert torch.equal(born.state_dict()[name], rows)
+        ids = torch.arange(whole // 2)[None] % model.config.vocab_size
+        assert torch.equal(born.eval()(ids)[0], model.eval()(ids)[0])
+        born.train()
+        born(ids, ids)[1].backward()
+        moments.step()
+        child.save(born, moments, step=1)
+        child.wait()
+    assert GPT.load(tmp_path / "child")[0].config.block_size == whole // 2
+    with pytest.raises(CheckpointMismatch, match=rf"block_size is {2 * whole} here and {whole} in the checkpoint"):
+        manager(tmp_path, "more").initialize_for_training(
+            {"block_size": 2 * whole}, tokenizer(), None, 1e-3, init_from_model="dante"
+        )
+    with pytest.raises(CheckpointMismatch, match="block_size is"):  # a run that goes on has the positions it had
+        manager(tmp_path).initialize_for_training({"block_size": whole // 2}, tokenizer(), None, 1e-3)
 
 
 def test_a_new_model_starts_from_the_weights_of_another(tmp_path):

@@ -28,7 +28,7 @@ from core.errors import CheckpointError, InputError, SaveFailed
 from core.loading.tensors import read_optimizer
 from core.networks.distributed import World
 from core.networks.state_dict import copy_others
-from core.saving.loadable import refuse_unloadable
+from core.saving.loadable import _fault, is_plain, refuse_unloadable
 from core.saving.sharded_step import ShardedStepSave
 from core.saving.shards import Shard, image_of
 from core.saving.step import StepContent
@@ -236,6 +236,34 @@ def test_what_would_not_come_back_is_refused_with_its_path_and_nothing_is_writte
         assert text.endswith("leave it out, or save what it is made of. Step 1 is intact.")
     assert state_of(held.checkpoint_dir)["step"] == 1
     assert sorted(path.name for path in held.checkpoint_dir.rglob("*")) == before
+
+
+TENSORS = st.sampled_from([torch.ones(2), torch.nn.Parameter(torch.zeros(1)), torch.arange(4)[::2], torch.empty(0)])
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | TENSORS
+SIMPLE = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=2) | st.integers(0, 9), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.text(max_size=2), SIMPLE, max_size=3))
+def test_a_plain_content_which_is_not_read_back_would_come_back(content):
+    if is_plain(content):
+        assert _fault(records_of(content)[0][1], "optimizer.pt") is None
+
+
+@pytest.mark.parametrize(
+    "value", [{"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, 1 << 70, [b""], torch.int8, {1.5: 1}]
+)
+def test_a_content_with_anything_else_is_read_back(value):
+    assert is_plain({"x": [1, "a", {0: torch.ones(1)}]})
+    assert not is_plain({"x": [1, value]}) and not is_plain({"x": {"y": (value,)}})
 
 
 good = st.sampled_from([key for key in SAVED if not key.startswith("nested")]).map(SAVED.get)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import convert_checkpoints
 import inspect_model
 import train
 from core.checkpoint import CheckpointManager
@@ -158,3 +159,12 @@ def test_it_is_shown_and_no_model_is_made_of_it_alone(tmp_path, capsys):
     other.load_state_dict({n: t for n, t in model.state_dict().items() if "lm_head" not in n}, strict=False)
     assert manager(tmp_path).load(other, torch.optim.AdamW(other.lm_head.parameters())) == 3
     assert equal(other.state_dict(), model.state_dict())
+
+
+def test_a_conversion_says_what_is_not_there_and_makes_no_model_of_it(saved, capsys):
+    root, _ = saved
+    assert convert_checkpoints.main([str(root / "dante"), str(root / "adapter.pt"), "--to", "pt"]) == DONE
+    assert "WARNING: only what was trained is here; 2 frozen tensors of its base are not" in capsys.readouterr().out
+    assert set(torch.load(root / "adapter.pt", weights_only=True)) == {"a", "b", "seen"}
+    with pytest.raises(CheckpointMismatch, match="holds only what was trained; 2 frozen tensors are not in it"):
+        convert_checkpoints.main([str(root / "dante"), str(root / "copy"), "--to", "bundle"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from core.containers.dcp.folder import is_dcp, open_dcp
+from core.containers.open import open_container
 from core.containers.spec import TensorSpec
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
-from tests.makers.containers import assert_same, checksum_fails, tensor
+from tests.makers.containers import assert_same, checksum_fails, tensor, write_rank_local
 from tests.makers.dcp_folders import Writer, load, save, write_rows
 from tests.makers.torch_files import bits
 
@@ -130,6 +134,60 @@ def test_a_block_that_is_missing_moved_or_of_another_size_is_found(tmp_path_fact
     writer.metadata.state_dict_metadata["w"].size = torch.Size(shape)
     with pytest.raises(CheckpointDamaged, match=r"\.metadata: w: "):
         open_dcp(writer.close())
+
+
+# other ways in which torch writes a folder
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_folder_whose_ranks_wrote_metadata_of_their_own_is_whole(tmp_path, world):
+    tensors = {"w": torch.randn(7, 4), "scale": torch.randn(5)}
+    folder = write_rank_local(tmp_path / "x", tensors, world, {"step": 5})
+    assert not (folder / ".metadata").exists()
+    for path in (folder, folder / "__0.metadata", folder / "__0_0.distcp"):
+        container = open_container(path)
+        assert_same(container, {f"model.{name}": tensor for name, tensor in tensors.items()})
+        assert (container.kind, container.content["step"]) == (f"DCP folder, {world} file{'s' * (world > 1)}", 5)
+        said = f"its 1 values that are no tensors are those of the first of {world} ranks."
+        assert container.notes == [said] * (world > 1)
+        assert [c.names for c in container.checks if checksum_fails(container, c)] == []
+    assert set(container.files) == {p.name for p in folder.iterdir()}
+
+
+def test_a_rank_whose_files_are_missing_is_told_where_each_wrote_its_own(tmp_path):
+    folder = write_rank_local(tmp_path, {"w": torch.randn(7, 4)}, 3, {})
+    (folder / "__2.metadata").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"model\.w: its blocks have 24 .* what __0\.metadata, __1\.metadata "):
+        open_dcp(folder)
+    other = write_rank_local(tmp_path / "other", {"w": torch.randn(8, 4)}, 3, {})
+    shutil.copy(other / "__2.metadata", folder)
+    with pytest.raises(
+        CheckpointDamaged, match=rf"{folder}: model\.w is float32 \(8, 4\) in __2_0\.distcp, and .*saves"
+    ):
+        open_dcp(folder)
+
+
+def test_a_folder_of_safetensors_is_read_though_torch_only_writes_it(tmp_path):
+    tensors = {"a.weight": torch.randn(7, 4), "b": torch.randn(3).bfloat16()}
+    form = SerializationFormat.SAFETENSORS
+    with warnings.catch_warnings(action="ignore"):  # in one process
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(tmp_path, serialization_format=form))
+    container = open_container(tmp_path)
+    assert container.kind == "DCP folder, 1 file of safetensors"
+    assert_same(container, tensors)
+    assert_same(container, safetensors.torch.load((tmp_path / "__0_0.distcp").read_bytes()))
+
+
+def test_parts_of_a_tensor_in_safetensors_of_several_ranks_are_joined(tmp_path):
+    w = torch.randn(7, 4)
+    for rank, (begin, end) in enumerate([(0, 4), (4, 7)]):
+        info = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [begin, 0]}}), "format": "pt"}
+        safetensors.torch.save_file({"w": w[begin:end].clone()}, tmp_path / f"__{rank}_0.distcp", info)
+    (tmp_path / ".metadata").write_bytes(b"")
+    assert_same(open_dcp(tmp_path), {"w": w})
+    (tmp_path / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"w is in __1_0\.distcp alone: its blocks have 12 elements"):
+        open_dcp(tmp_path)
 
 
 # what is missing or damaged

@@ -124,11 +124,25 @@ def test_other_numbers_in_names_are_no_ranks(tmp_path, names):
 
 def test_a_folder_of_rank_files_that_cannot_be_joined_names_no_file_to_take(tmp_path):
     for rank in range(3):
-        written({"a.weight": torch.ones(4, 4)}, tmp_path / f"model_final.rank_{rank}.pth")
+        written({"a.weight": torch.full((4, 4), float(rank))}, tmp_path / f"model_final.rank_{rank}.pth")
     with pytest.raises(
-        CheckpointError, match=r"the files of 3 ranks \(.*\), which cannot be joined here. Join them with"
+        CheckpointError, match=r"the files of 3 ranks \(.*\), which cannot be joined here: .*Join them with"
     ):
         inspect_path(tmp_path)
+
+
+def test_a_grid_of_ranks_is_not_called_several_saves(tmp_path):
+    for name in ("tp_rank_0_pp_rank_0.pt", "tp_rank_1_pp_rank_0.pt"):
+        written({"a.weight": torch.ones(4, 4)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"the files of 2 ranks \(.*Join them with the program that wrote them"):
+        inspect_path(tmp_path)
+
+
+def test_one_file_of_several_saves_of_ranks_is_shown_with_what_to_do(tmp_path):
+    for name in ("m_10.rank_0.pth", "m_10.rank_1.pth", "m_20.rank_0.pth", "m_20.rank_1.pth"):
+        written({"a.weight": torch.ones(4, 4)}, tmp_path / name)
+    with inspect_path(tmp_path / "m_20.rank_0.pth") as found:
+        assert "those of 1 more (m_20.rank_1.pth). Copy these to a folder of their own, and name it" in found.partial
 
 
 @pytest.mark.parametrize(

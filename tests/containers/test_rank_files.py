@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,18 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from core.containers.dcp.dtensor import shard_of
+from core.containers.dcp.dtensor import shards_of
+from core.containers.open import open_container
+from core.containers.part import part_of_model
 from core.containers.pickles.inert import Call, Global
 from core.containers.rank_files import open_rank_files, rank_files
 from core.containers.spec import TensorSpec
 from core.containers.step_folder import is_step_folder, open_step_folder
-from core.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
-from tests.makers.containers import assert_same, checksum_fails, tensor, write_ranks
+from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
+from tests.makers.containers import assert_same, checksum_fails, sharded_tensor, tensor, write_fsdp1, write_ranks
+from tests.makers.conversions import converted
 from tests.makers.dcp_folders import save
+from tests.makers.fsdp_ranks import free_port, write_with_fsdp
 from tests.makers.torch_files import bits, flattened
 
 
@@ -127,12 +133,12 @@ def test_meshes_of_older_and_newer_torch_are_understood(mesh, begin):
         Global("torch._tensor", "_rebuild_from_type_v2"),
         (Global("torch._utils", "_rebuild_wrapper_subclass"), kind, (kind, "torch.float32", (7, 4), (4, 1)), state),
     )
-    shard = shard_of(dtensor, "x")
-    assert shard and (shard.begin, shard.ranks, shard.shape) == (begin, 4, (7, 4))
+    (shard,) = shards_of(dtensor, "x")
+    assert (shard.begin, shard.ranks, shard.shape) == (begin, 4, (7, 4))
     spec.state["shard_order"] = (record("ShardOrderEntry", 0, (1, 0)),)
     with pytest.raises(CheckpointError, match="x: a DTensor is laid out as"):
-        shard_of(dtensor, "x")
-    assert shard_of(Call(Global("a", "b"), ()), "x") is None
+        shards_of(dtensor, "x")
+    assert shards_of(Call(Global("a", "b"), ()), "x") is None
 
 
 def test_tied_tensors_share_a_storage(tmp_path):
@@ -143,6 +149,141 @@ def test_tied_tensors_share_a_storage(tmp_path):
     dist.destroy_process_group()
     tensors = open_rank_files(tmp_path).tensors
     assert tensors["wte"].storage == tensors["head"].storage != tensors["other"].storage
+
+
+# ShardedTensors of FSDP1, and the names that programs give the files
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model_rank{rank:05}.pt", "model_world_size_3_rank_{rank}.pt", "model_final.rank_{rank}.pth", "x_rank{rank}.bin"],
+)
+@pytest.mark.parametrize("rows", [2, 3, 7])  # 2: the last rank has nothing
+def test_sharded_tensors_of_fsdp1_are_put_together_under_any_name(tmp_path, name, rows):
+    model = {"a.weight": torch.randn(rows, 5), "b": torch.randn(9).bfloat16()}
+    write_fsdp1(tmp_path, name, model, 3, lambda rank: {"step": 4})
+    container = open_container(tmp_path)
+    assert container.kind == "files of 3 ranks"
+    assert_same(container, model)
+    assert (container.foreign, container.notes, container.content["step"]) == ([], [], 4)
+    assert [c.names for c in container.checks if checksum_fails(container, c)] == []
+
+
+def test_a_shard_that_contradicts_its_place_is_damage(tmp_path):
+    write_fsdp1(tmp_path, "model_rank{rank:05}.pt", {"w": torch.ones(4, 2)}, 2)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    places = [([0, 0], (2, 2), 0), ([2, 0], (2, 2), 1)]
+    part = sharded_tensor([(torch.ones(2, 2), [2, 0])], (4, 2), places)
+    part.local_shards()[0].metadata.shard_sizes = [3, 2]
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        torch.save({"w": part}, tmp_path / "model_rank00001.pt")
+    dist.destroy_process_group()
+    with pytest.raises(CheckpointDamaged, match=r"rank00001\.pt: w: a shard .* \(2, 2\) of .* \(3, 2\) from \(2, 0\)"):
+        open_rank_files(tmp_path)
+
+
+def test_a_missing_rank_of_fsdp1_is_named(tmp_path):
+    write_fsdp1(tmp_path, "model_final.rank_{rank}.pth", {"w": torch.ones(6, 2)}, 3)
+    (tmp_path / "model_final.rank_1.pth").unlink()
+    with pytest.raises(CheckpointDamaged, match=r"model_final\.rank_1\.pth missing, 2 of 3 ranks are here\. 1 tensors"):
+        open_rank_files(tmp_path)
+
+
+def test_what_only_looks_like_a_rank_files_class_is_named(tmp_path):
+    owner = b"ctorch.distributed._shard.sharded_tensor.api\nShardedTensor\n"
+    evil = b"\x80\x02c__builtin__\ngetattr\n" + owner + b"X\x04\0\0\0load\x86R)R."
+    with zipfile.ZipFile(tmp_path / "model_rank00000.pt", "w") as file:
+        file.writestr("archive/data.pkl", evil)
+        file.writestr("archive/version", "3")
+    assert "ShardedTensor" in open_rank_files(tmp_path).foreign[0]
+
+
+def test_a_folder_of_verl_has_its_config_and_the_state_of_its_run(tmp_path):
+    model = {"w": torch.randn(6, 2)}
+    moments = {"exp_avg": torch.randn(6, 2)}
+    write_ranks(tmp_path, (2,), {"w": (model["w"], (Shard(0),))})
+    for rank in range(2):
+        (tmp_path / f"model_rank{rank:05}.pt").rename(tmp_path / f"model_world_size_2_rank_{rank}.pt")
+        torch.save(
+            {"state": {0: moments}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+            tmp_path / f"optim_world_size_2_rank_{rank}.pt",
+        )
+        torch.save(
+            {"lr_scheduler": {"last_epoch": 7}, "rng": {"cpu": torch.tensor([rank])}},
+            tmp_path / f"extra_state_world_size_2_rank_{rank}.pt",
+        )
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "huggingface/config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 2}))
+    container = open_container(tmp_path)
+    assert torch.equal(tensor(container, "model.w"), model["w"])
+    assert torch.equal(tensor(container, "optim.state.0.exp_avg"), moments["exp_avg"])
+    assert container.content["config"]["num_attention_heads"] == 2
+    assert container.content["extra_state"]["lr_scheduler"] == {"last_epoch": 7}
+    assert container.notes == [
+        "extra_state_world_size_2_rank_*.pt: rng.cpu: ranks have copies that differ. The first rank's count."
+    ]
+    assert container.files["huggingface/config.json"] > 0
+
+
+def test_an_optimizer_of_plain_parts_is_not_taken_from_the_first_rank(tmp_path):
+    write_fsdp1(tmp_path, "model_world_size_2_rank_{rank}.pt", {"w": torch.ones(4, 2)}, 2)
+    for rank in range(2):  # FSDP1's own optimizer has a rank's part of each moment, end to end
+        state = {"state": {0: {"exp_avg": torch.full((4,), float(rank))}}, "param_groups": []}
+        torch.save(state, tmp_path / f"optim_world_size_2_rank_{rank}.pt")
+    container = open_container(tmp_path)
+    assert list(container.tensors) == ["model.w"]
+    assert container.notes[0].startswith(f"not joined: {tmp_path}: the files of 2 ranks (optim_world_size_2_rank_*.pt)")
+    with pytest.raises(CheckpointMismatch, match="expected an optimizer"):
+        converted(tmp_path, tmp_path.with_suffix(".pt"), "pt", include_optimizer=True)
+
+
+def test_files_of_ranks_beside_a_model_are_not_taken_for_it(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "model_000100.pt")
+    torch.save({"state": {}}, tmp_path / "optim_000100_rank0.pt")
+    assert rank_files(tmp_path) == {}  # a folder of nanochat
+
+
+def test_plain_parts_that_differ_are_not_joined_and_equal_copies_are_one_model(tmp_path):
+    for rank in range(2):
+        torch.save({"w": torch.full((2,), float(rank))}, tmp_path / f"model.rank_{rank}.pth")
+    with pytest.raises(
+        CheckpointError, match=r"the files of 2 ranks \(model\.rank_\*\.pth\), which cannot .* differ in w"
+    ):
+        open_container(tmp_path)
+    shutil.copy(tmp_path / "model.rank_0.pth", tmp_path / "model.rank_1.pth")
+    assert_same(open_container(tmp_path), {"w": torch.zeros(2)})
+
+
+def test_several_saves_in_one_folder_are_named(tmp_path):
+    for step in ("0001249", "0002499"):
+        write_fsdp1(tmp_path, f"model_{step}.rank_{{rank}}.pth", {"w": torch.ones(2)}, 2)
+    with pytest.raises(
+        CheckpointNotFound, match=r"holds 2 sets of rank files, model_0001249\.rank_\*\.pth, model_0002499"
+    ):
+        open_rank_files(tmp_path)
+
+
+def test_flat_parameters_of_dinov2_are_refused_with_the_file_that_has_the_teacher(tmp_path):
+    write_fsdp1(tmp_path, "model_0002499.rank_{rank}.pth", {"_flat_param": torch.ones(72)}, 2)
+    assert "save a full state dict" in part_of_model(open_container(tmp_path))
+    for step in ("training_1249", "training_2499"):
+        (tmp_path / "eval" / step).mkdir(parents=True)
+        torch.save({}, tmp_path / "eval" / step / "teacher_checkpoint.pth")
+    said = part_of_model(open_container(tmp_path))
+    assert said.endswith(
+        f"{tmp_path}/eval/training_2499/teacher_checkpoint.pth has the weights of the teacher whole, as "
+        "dinov2 writes them: take that."
+    )
+
+
+@pytest.mark.full
+def test_what_two_real_ranks_of_fsdp_wrote_is_the_model(tmp_path):
+    torch.multiprocessing.spawn(write_with_fsdp, (tmp_path, free_port()), nprocs=2)
+    whole = torch.load(tmp_path / "whole.pt")
+    for name in ("fsdp2", "fsdp1"):
+        assert_same(open_container(tmp_path / name), whole)
+    assert "_flat_param" in part_of_model(open_container(tmp_path / "local"))
+    assert_same(open_container(tmp_path / "nocoll"), {f"model.{name}": tensor for name, tensor in whole.items()})
 
 
 # what is missing or damaged

@@ -98,7 +98,7 @@ def said_by_both(path: Path, capsys) -> str:
     return said[0]
 
 
-@pytest.mark.parametrize("ending", [".pt", ".safetensors", ".bin", ".npz", ""])
+@pytest.mark.parametrize("ending", [".pt", ".safetensors", ""])
 @pytest.mark.parametrize("what", HEADS)
 def test_a_file_is_called_by_its_name_under_any_ending_with_a_command(tmp_path, what, ending, capsys):
     path = tmp_path / f"my model{ending}"

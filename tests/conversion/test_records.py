@@ -17,11 +17,14 @@ import torch
 from torch.nn import functional
 
 import inspect_model
+from core.checkpoint import CheckpointManager
 from core.containers.open import open_container
 from core.containers.pickles.foreign import attributes
+from core.conversion.migration.migrate import migrate
 from core.errors import CheckpointError
 from tests.makers.conversions import converted, tensors_of
-from tests.makers.doors import Shell
+from tests.makers.doors import Shell, single
+from tests.makers.generations import SIZES, FusedGPT, trained
 from tests.makers.nanogpt_files import CONFIG, TODAY, ckpt
 from tests.makers.vanished import vanishing
 
@@ -36,6 +39,14 @@ class Mode(enum.Enum):
 class Bits(enum.IntFlag):
     A = 1
     B = 2
+
+class Outer:
+    class Inner(enum.Enum):
+        ON = 1
+
+    @dataclasses.dataclass
+    class Settings:
+        lr: float = 1e-3
 
 class EasyDict(dict):
     def __init__(self, fields):
@@ -82,6 +93,8 @@ def slots(module: Any) -> Any:
 VALUES: dict[str, Callable[[Any], Any]] = {
     "version": lambda m: torch.__version__,
     "enum": lambda m: m.Mode.FAST,
+    "nested enum": lambda m: m.Outer.Inner.ON,
+    "nested dataclass": lambda m: m.Outer.Settings(),
     "flag": lambda m: m.Bits.A | m.Bits.B,
     "dictionary of a class": lambda m: m.EasyDict({"lr": 1e-3}),
     "dataclass": lambda m: m.Hyperparameters(),
@@ -133,11 +146,10 @@ def same(found: dict[str, Any], expected: dict[str, torch.Tensor]) -> bool:
     return {name: data for name, (_, _, data) in found.items()} == whole
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["zip", "stream"])
 @pytest.mark.parametrize("place", ["hook", "config.hook"])
 @pytest.mark.parametrize("kind", VALUES)
-def test_tensors_beside_any_value_are_converted(tmp_path, kind, place, stream):
-    source = tmp_path / "ckpt.pt"
+def test_tensors_beside_any_value_are_converted(tmp_path, kind, place):
+    source, stream = tmp_path / "ckpt.pt", place == "hook"
     with vanishing(SOURCE) as module:
         expected = write(source, place, VALUES[kind](module), _use_new_zipfile_serialization=not stream)
     held = {name: one for name, one in tensors_of(source).items() if name.startswith("model.")}
@@ -170,6 +182,13 @@ def test_the_fields_of_a_config_of_any_class_are_the_config(tmp_path, kind):
     assert (training["learning_rate"], training["grad_clip"], training["max_iters"]) == (1e-2, 1.0, 100)
     converted(tmp_path / "args.pt", tmp_path / "b", "bundle")
     assert read(tmp_path / "b/config.json")["n_head"] == 4
+
+
+@pytest.mark.parametrize("field", ["n_head", "block_size", "vocab_size"])
+def test_a_record_that_the_model_needs_is_named_by_its_field(tmp_path, field):
+    write(tmp_path / "ckpt.pt", f"model_args.{field}", decimal.Decimal(8))
+    with pytest.raises(CheckpointError, match=rf"ckpt\.pt: {field} is 'decimal\.Decimal.*' in the config, not a"):
+        converted(tmp_path / "ckpt.pt", tmp_path / "b", "bundle")
 
 
 def test_a_record_among_the_weights_is_needed(tmp_path):
@@ -286,3 +305,19 @@ def test_a_file_with_a_config_of_a_real_package_is_converted_with_its_settings(t
     converted(tmp_path / "ckpt.pt", tmp_path / "b", "bundle")
     training = read(tmp_path / "b/training_state.json")["training"]
     assert (training["learning_rate"], training["weight_decay"], training["max_iters"]) == (1e-2, 0.1, 100)
+
+
+def test_a_single_file_of_ours_with_such_values_is_migrated_and_they_are_named(tmp_path):
+    model = FusedGPT(**SIZES)
+    with vanishing(SOURCE) as module:
+        values = {"mode": module.Mode.FAST, "version": torch.__version__, "settings": module.EasyDict({"lr": 1e-3})}
+        path = single(tmp_path / "m", model, trained(model), **values)
+        single(tmp_path / "m2", model, None, **values)
+    (outcome,) = migrate(tmp_path / "m", [path])
+    assert outcome.error is None and outcome.left == ["mode", "version"]
+    assert read(tmp_path / "m/training_state.json")["settings"] == {"lr": 1e-3}
+    held = {name: data for name, (_, _, data) in tensors_of(tmp_path / "m/model.pt").items()}
+    assert held == {name: t.numpy().tobytes() for name, t in model.state_dict().items() if name in held}
+    assert held.keys() >= {name for name, _ in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=r"its pickle names vanished_program\.Mode.* and nothing is loaded"):
+        CheckpointManager.load_for_inference("m2", tmp_path)

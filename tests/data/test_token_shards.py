@@ -36,7 +36,10 @@ class TestDataset:
         [
             ({"itos": {0: "a", 2: "b"}}, InputError, "no table `itos`"),
             ({"itos": {0: "a"}, "vocab_size": 2}, InputError, "vocab_size is 2, but itos has 1"),
-            ({"itos": {0: "ab"}}, CheckpointMismatch, r"chars\[0\] is 'ab'"),
+            ({"itos": {0: 7}}, InputError, "expected a text for each id, each once"),
+            ({"itos": ["a", "a"]}, InputError, "expected a text for each id, each once"),
+            ({"itos": ["a", "bc"], "stoi": {"a": 1, "bc": 0}}, InputError, "its stoi is not the inverse of its itos"),
+            ({"vocab_size": 0}, InputError, "no table `itos`"),
             ([1], InputError, "no table `itos`"),
             ({"itos": Shell("trapped"), "stoi": {}, "vocab_size": 3}, InputError, "no table `itos`"),
             (None, CheckpointDamaged, r"meta\.pkl"),

@@ -16,17 +16,23 @@ TENSORS = storage("0", 4).removesuffix(b"Q") + b"Qq\x000" + REBUILD + b"0" + ARG
 CALLED = b"ca\nb\nq\x03"
 
 
+EVERYTHING = (
+    TENSORS + CALLED.replace(b"\x03", b"\x04") + b"0U\1aq\x050" + storage("0", 4).removesuffix(b"Q") + b"q\x060"
+)
+"""Before a pickle that has some of everything: a name, a text and a storage beside what a tensor needs."""
+
+
 def filled(size: int, before: bytes, repeated: bytes, most: float, behind: bytes = b"t.") -> bytes:
-    """A pickle of `size` bytes: as many repetitions as fit or are allowed, and the last one again and again."""
+    """A pickle of `size` bytes: as many repetitions as fit or are allowed, below them values that nothing takes."""
     room = size - len(before) - len(behind)
     body = repeated * min(int(most), room // len(repeated))
-    return before + body + b"0N" * ((room - len(body)) // 2) + behind
+    return b"N" * (room - len(body)) + before + body + behind
 
 
 def colliding(size: int) -> bytes:
-    """Numbers as keys, half of them one walk through Python's table, the others sent onto it."""
-    table = 1 << (size // 12).bit_length()
-    walk = np.empty(table // 4, dtype=np.int64)
+    """Numbers as keys: a walk through most of Python's table, and others that are sent onto it."""
+    table = 1 << ((size // 6 * 3 // 2).bit_length() - 1)
+    walk = np.empty(table * 9 // 20, dtype=np.int64)
     place = 5
     for i in range(len(walk)):
         walk[i], place = place, (5 * place + 1) % table
@@ -39,7 +45,7 @@ def colliding(size: int) -> bytes:
         perturbed = perturbed >> 5
         place_of = (5 * place_of + perturbed + 1) % table
         on_walk &= taken[place_of]
-    keys = [*walk.tolist(), *found[on_walk][: len(walk)].tolist()]
+    keys = [*walk.tolist(), *found[on_walk][: table // 5].tolist()]
     return b"}(" + b"".join(b"J" + struct.pack("<i", key) + b"N" for key in keys) + b"u."
 
 
@@ -85,6 +91,29 @@ PICKLES: dict[str, Callable[[int], bytes]] = {
     "storages": lambda n: filled(n, TENSORS + b"(", b"h\x00Q", n),
     "tensors": lambda n: filled(n, TENSORS + b"(", b"h\x01h\x02R", n / 52),
     "tensors, too many": lambda n: filled(n, TENSORS + b"(", b"h\x01h\x02R", n),
+    "empty texts": lambda n: filled(n, b"(", b"\x8c\0", n / 4 + 900_000),
+    "texts in lines": lambda n: filled(n, b"(", b"V\n", n / 4 + 900_000),
+    "texts in quotes": lambda n: filled(n, b"(", b"S''\n", n),
+    "escapes": lambda n: filled(n, b"(", b"S'\\n'\n", n),
+    "long numbers": lambda n: filled(n, b"(", b"\x8a\0", n / 4 + 900_000),
+    "floats in lines": lambda n: filled(n, b"(", b"F1\n", n),
+    "references in lines": lambda n: filled(n, b"Np1\n(", b"g1\n", n / 4 + 900_000),
+    "booleans": lambda n: filled(n, b"(", b"\x88", n / 4 + 900_000),
+    "appended one by one": lambda n: filled(n, b"]", b"Na", n / 6 + 90_000, b"."),
+    "set one by one": lambda n: filled(n, b"}", b"K\0Ns", n / 6 + 90_000, b"."),
+    "steps without effect": lambda n: filled(n, b"N", b"0N", n, b"."),
+    "doubled": lambda n: filled(n, b"N", b"2", n, b"."),
+    "empty batches": lambda n: filled(n, b"]", b"(e", n, b"."),
+    "protocols": lambda n: filled(n, b"", b"\x80\2", n, b"N."),
+    "frames": lambda n: filled(n, b"", b"\x95" + bytes(8), n, b"N."),
+    "marks": lambda n: filled(n, b"", b"(", n, b"N."),
+    "sets": lambda n: filled(n, b"(", b"\x8f(K\0\x90", n / 26),
+    "some of everything": lambda n: filled(
+        n,
+        EVERYTHING + b"(",
+        b"(h\x01h\x02R]h\x04)R(h\x05I1\nV\nS''\nd)\x85h\x06Qh\x04)RK\0b\x8f(K\1\x90ca\nb\nt",
+        n / 60,
+    ),
     "states": lambda n: filled(n, CALLED + b")R}q\x04K\x00K\x00s", b"h\x04b", n, b"."),
     "keys of one hash": lambda n: different(n, lambda i: number(i * PRIME) + b"N", 12),
     "keys that are numbers": lambda n: different(n, lambda i: b"J" + struct.pack("<i", i) + b"N", 6),

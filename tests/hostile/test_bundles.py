@@ -132,3 +132,10 @@ def test_a_json_file_of_64_megabytes_is_read_and_no_larger_one(tmp_path):
             DISK.read(tmp_path / "x.json")
         file.truncate(8)
         assert read_json(file, "x.json") == {"a": 1}
+
+
+def test_json_of_more_lists_than_anything_needs_is_refused_before_it_is_read():
+    pairs = b'{"merges":[' + b",".join([b'["a","b"]'] * 50_000) + b"]}"
+    assert len(parse_json(pairs, "x")["merges"]) == 50_000
+    with pytest.raises(CheckpointDamaged, match=r"^x: its JSON has over 150000 lists and objects, too many for 500"):
+        parse_json(b'{"a":[' + b"[]," * 166_660 + b"0.00000000000000000]}", "x")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -178,3 +182,37 @@ def test_the_folder_of_a_model_and_its_root_may_be_links(tmp_path, model):
             step = (made.saved_step() or 0) + 1
             save(made, step)
         assert CheckpointManager("m", model.parent, say=print).load(net(0)) == step
+
+
+def test_a_log_that_becomes_a_link_while_it_is_opened_leads_no_line_outside(tmp_path, victim):
+    path, before, done = tmp_path / "metrics.jsonl", seen(victim), threading.Event()
+    path.write_text("")
+
+    def swap() -> None:
+        for number in itertools.count():
+            if done.is_set():
+                return
+            other = tmp_path / f"other{number % 2}"
+            if number % 2:
+                other.symlink_to(victim / "notes.txt")
+            else:
+                other.write_text("")
+            other.replace(path)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    found: Counter[str] = Counter()
+    end = time.monotonic() + 30
+    try:
+        while min(found["written"], found["refused"]) < 200 and time.monotonic() < end:
+            try:
+                with DISK.append(path) as log:
+                    log.write(b"a line\n")
+                found["written"] += 1
+            except SaveFailed:
+                found["refused"] += 1
+    finally:
+        done.set()
+        thread.join()
+    assert min(found["written"], found["refused"]) >= 200
+    assert seen(victim) == before

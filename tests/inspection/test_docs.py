@@ -165,6 +165,13 @@ def test_fields_of_a_folder_of_models_are_those_of_the_page():
 
 
 @pytest.mark.usefixtures("there")
+def test_fields_of_checkpoints_below_a_folder_are_those_of_the_page():
+    Path("below").mkdir()
+    Path("llama").rename("below/llama")
+    assert_described([document("below")], TABLES["Checkpoints below a folder"])
+
+
+@pytest.mark.usefixtures("there")
 def test_fields_of_a_comparison_are_those_of_the_page():
     found = [
         document("--diff", *pair, "--moments")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import warnings
 import weakref
 import zlib
 from collections.abc import Callable
@@ -17,8 +18,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.sharded_tensor import Shard as SavedShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata, ShardMetadata
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from core.bundle.bundle import open_bundle
@@ -32,6 +37,7 @@ from core.containers.rank_files import open_rank_files
 from core.containers.safetensors import open_safetensors
 from core.containers.step_folder import open_step_folder
 from core.containers.torch_files.container import open_torch_single
+from core.containers.trainer_folder import open_trainer_folder
 from core.inspection.inspect import Inspection, inspect_path, of_bundle
 from tests.makers import dcp_folders
 from tests.makers.models import SMALL, started, train_and_save
@@ -136,6 +142,11 @@ def write_dcp(folder: Path) -> Path:
     return dcp_folders.save({"model": plain_tensors(), "step": 7}, folder / "dcp")
 
 
+def write_accelerate(folder: Path) -> Path:
+    dcp_folders.save({"model": plain_tensors()}, folder / "pytorch_model_fsdp_0")
+    return folder
+
+
 def write_blocks(folder: Path) -> Path:
     """Write a DCP folder whose tensors are cut in three along their rows."""
     writer = dcp_folders.Writer(folder / "dcp", files=3)
@@ -160,6 +171,50 @@ def write_ranks(folder: Path, mesh: tuple[int, ...], tensors: dict, stem: str = 
             device_mesh = init_device_mesh("cpu", mesh)
             parts = {n: distribute_tensor(t, device_mesh, p, src_data_rank=None) for n, (t, p) in tensors.items()}
             torch.save({**parts, **plain(rank)}, folder / f"{stem}_rank{rank:05}.pt")
+        finally:
+            dist.destroy_process_group()
+    return folder
+
+
+def write_rank_local(folder: Path, tensors: dict[str, torch.Tensor], world: int, plain: dict) -> Path:
+    """Write a DCP folder in which each rank has a `.metadata` of its own; rows are cut, what is no matrix is copied."""
+    for rank in range(world):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        try:
+            mesh = init_device_mesh("cpu", (world,))
+            cut = {n: (Shard(0) if t.dim() > 1 else Replicate(),) for n, t in tensors.items()}
+            parts = {n: distribute_tensor(t, mesh, cut[n], src_data_rank=None) for n, t in tensors.items()}
+            with warnings.catch_warnings(action="ignore"):  # it takes the first rank's for an older save
+                dcp.save({"model": parts, **plain}, checkpoint_id=folder, use_collectives=False)
+        finally:
+            dist.destroy_process_group()
+    return folder
+
+
+def sharded_tensor(shards: list[tuple[torch.Tensor, list[int]]], shape: tuple[int, ...], places: list) -> ShardedTensor:
+    """What one rank of FSDP1 has of a tensor; `places` has offsets, sizes and rank of all shards of the whole."""
+    boxes = [ShardMetadata(list(begin), list(size), f"rank:{rank}/cpu") for begin, size, rank in places]
+    properties = TensorProperties(shards[0][0].dtype if shards else torch.float32)
+    whole = ShardedTensorMetadata(boxes, torch.Size(shape), properties)
+    mine = [SavedShard.from_tensor_and_offsets(part, begin, dist.get_rank()) for part, begin in shards]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(mine, whole)
+
+
+def write_fsdp1(folder: Path, name: str, tensors: dict[str, torch.Tensor], world: int, plain=lambda rank: {}) -> Path:
+    """Write the files of ranks with ShardedTensors, each rank its rows as torch.chunk cuts them; `name` has {rank}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank in range(world):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        try:
+            made = {}
+            for key, tensor in tensors.items():
+                parts = torch.chunk(tensor, world)
+                starts = [[sum(len(p) for p in parts[:i]), *[0] * (tensor.dim() - 1)] for i in range(len(parts))]
+                places = [(starts[i], tuple(part.shape), i) for i, part in enumerate(parts)]
+                mine = [(parts[rank].clone(), starts[rank])] if rank < len(parts) else []
+                made[key] = sharded_tensor(mine, tuple(tensor.shape), places)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch says that it is deprecated
+                torch.save({**made, **plain(rank)}, folder / name.format(rank=rank))
         finally:
             dist.destroy_process_group()
     return folder
@@ -250,6 +305,13 @@ CASES = [
     Case("hf_bins", "Hugging Face folder, torch zip, 2 files", open_hf_folder, write_hf("bin", 2), load_hf),
     Case("dcp", "DCP folder, 1 file", open_dcp, write_dcp, load_dcp),
     Case("dcp_blocks", "DCP folder, 3 files", open_dcp, write_blocks, load_dcp),
+    Case(
+        "fsdp_folder",
+        "folder of accelerate's FSDP, DCP folder, 1 file",
+        open_trainer_folder,
+        write_accelerate,
+        lambda folder: flattened({"model": plain_tensors()}),
+    ),
     Case("rank_files", "files of 3 ranks", open_rank_files, write_rows_of_ranks, lambda folder: plain_tensors()),
     Case("step", STEP, open_step_folder, write_step, load_step),
     Case(

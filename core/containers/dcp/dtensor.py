@@ -1,8 +1,11 @@
-"""Records of torch's distributed classes: which of them are plain data, and how a pickled DTensor is laid out.
+"""Records of torch's distributed classes: which of them are plain data, and how DTensor and ShardedTensor are laid out.
 
 A DTensor is pickled as `_rebuild_from_type_v2(_rebuild_wrapper_subclass, DTensor, (class, dtype, shape, ...), state)`,
 whose state has this rank's `_local_tensor`, and a `_spec` with the mesh of ranks and a placement for each of the
 mesh's dimensions (torch.distributed.tensor, _dtensor_spec.py and placement_types.py).
+
+A ShardedTensor, of FSDP1, is pickled by the same call with the state (local shards, metadata, group, ...). Each
+shard has its offsets; a rank may have several or none (torch.distributed._shard.sharded_tensor, api.py).
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ _CLASSES = frozenset(
         *("Shard", "_StridedShard", "Replicate", "Partial", "_Partial"),
         *("MCoreMetadata", "MCoreSavePlan", "SavePlan", "WriteItem", "WriteItemType"),  # Megatron keeps its plans
         *("TensorWriteData", "BytesIOWriteData"),
+        *("ShardedTensor", "ProcessGroupState", "ShardedTensorMetadata", "ShardMetadata", "_remote_device"),
+        *("ChunkShardingSpec", "EnumerableShardingSpec"),
     }
 )
 _MOST_MESH_DIMENSIONS = 16
@@ -61,16 +66,55 @@ class Shard:
     ranks: int  # in the mesh
 
 
-def shard_of(value: Any, where: str) -> Shard | None:
-    """Read the shard from the record of a DTensor; None for any other record.
+def shards_of(value: Any, where: str) -> list[Shard] | None:
+    """Read this rank's shards from the record of a DTensor or ShardedTensor; None for any other record.
 
     Raises: CheckpointDamaged when it contradicts itself, CheckpointError for a layout that cannot be assembled.
     """
     if not isinstance(value, Call) or value.callable != Global("torch._tensor", "_rebuild_from_type_v2"):
         return None
     _, kind, args, state = value.args if len(value.args) == 4 else (None,) * 4
-    if not isinstance(kind, Global) or kind.path.rpartition(".")[2] != "DTensor" or not is_distributed(kind.path):
+    if not isinstance(kind, Global) or not is_distributed(kind.path):
         return None
+    name = kind.path.rpartition(".")[2]
+    if name == "ShardedTensor":
+        return _sharded(state, where)
+    return [_shard(args, state, where)] if name == "DTensor" else None
+
+
+def _sharded(state: Any, where: str) -> list[Shard]:
+    """The shards of a ShardedTensor that this rank has."""
+    held, metadata, group, *_ = state if isinstance(state, tuple) and len(state) >= 3 else (None,) * 3
+    shape = (attributes(metadata) or {}).get("size")
+    count = (attributes(group) or {}).get("local_world_size")
+    ranks = count if isinstance(count, int) and naturals((count,)) else 1
+    if not isinstance(held, list) or not naturals(shape):
+        raise CheckpointDamaged(f"{where}: a ShardedTensor of shape {as_text(shape, 60)} with {as_text(held, 60)}.")
+    found = []
+    for record in held:
+        says = attributes(record) or {}
+        local, box = says.get("tensor"), attributes(says.get("metadata")) or {}
+        begin, size = (_numbers(box.get(key)) for key in ("shard_offsets", "shard_sizes"))
+        if (
+            not isinstance(local, TensorSpec)
+            or local.dtype not in ITEM_SIZES
+            or not naturals(begin)
+            or (size, len(begin)) != (local.shape, len(shape))
+        ):
+            raise CheckpointDamaged(
+                f"{where}: a shard {as_text(local, 60)} of a ShardedTensor {shape}, which says that it is {size} from "
+                f"{begin} on."
+            )
+        found.append(Shard(local, shape, begin, ranks))
+    return found
+
+
+def _numbers(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shard(args: Any, state: Any, where: str) -> Shard:
+    """The shard of a DTensor."""
     parts = state if isinstance(state, tuple) else (state,)
     held = next((part for part in parts if isinstance(part, dict)), {})
     local, spec = held.get("_local_tensor"), attributes(held.get("_spec")) or {}

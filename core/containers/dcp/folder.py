@@ -2,27 +2,39 @@
 
 Each block of a tensor and each value is a torch zip of its own; `.metadata` has its file, offset and length. The
 directories of these zips are read too: they record where in the zip the tensor is, and its CRC32.
+
+With use_collectives=False each rank writes a `.metadata` of its own, `__0.metadata`, ..., and with
+SerializationFormat.SAFETENSORS each `.distcp` is a safetensors file, whose DCP_SHARDING_INFO places its parts.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...console.words import listed_names
 from ...errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from ..blocks import blocks_fault, read_whole, spec_of_blocks
 from ..container import Check, Container, is_plain, listing, member, reading
+from ..joined import join
 from ..pickles.foreign import foreign_calls
 from ..pickles.inert import as_name, as_text
+from ..safetensors import is_safetensors, open_safetensors
 from ..spec import Chunk, TensorSpec
 from ..torch_files.items import Items, find_items
 from ..torch_files.storages import LARGEST_PICKLE, TorchArchive
-from .metadata import METADATA, Entry, Metadata, Place, read_metadata
+from .metadata import METADATA, Entry, Metadata, Place, merge_metadata, read_metadata
 
 SUFFIX = ".distcp"
+
+_LOCAL = re.compile(r"__(\d{1,6})\.metadata")
+_HEAD = 16  # bytes
+_FABRIC, _META = "meta.pt", "meta"
 
 
 def is_dcp(path: Path) -> bool:
@@ -41,33 +53,86 @@ def open_dcp(path: Path, rebuilt: Metadata | None = None, opened: Mapping[str, B
     """
     names = listing(path) if opened is None else opened
     if rebuilt is not None:
-        folder = _Folder(path, rebuilt, None)
+        folder = _Folder(path, rebuilt, {})
     elif opened is not None:
         data = read_whole(opened[METADATA], LARGEST_PICKLE, str(path / METADATA))
-        folder = _Folder(path, read_metadata(data, str(path / METADATA)), len(data), opened)
-    elif METADATA in names:
+        folder = _Folder(path, read_metadata(data, str(path / METADATA)), {METADATA: len(data)}, opened)
+    elif _are_safetensors(path, names):
+        return _open_safetensors(path, names)
+    elif metadata_names(names):
         folder = _Folder(path, *metadata_of(path))
     else:
         raise _without_metadata(path, [name for name in names if name.endswith(SUFFIX)])
     folder.read_items()
     folder.put_entries()
     whole = folder.whole
-    surplus = [name for name in names if name.endswith(SUFFIX) and name not in whole.files]
+    surplus = [name for name in names if name.endswith(SUFFIX) and name not in whole.files and not folder.is_local]
     whole.notes += [f"{name}: {METADATA} names nothing in it. It may be of another save." for name in surplus]
-    count = len(whole.files) - (METADATA in whole.files)
+    count = sum(name.endswith(SUFFIX) for name in whole.files)
     whole.kind, whole.foreign = f"DCP folder, {count} file{'s' * (count != 1)}", list(folder.foreign)
+    if opened is None and _FABRIC in names and not whole.content.keys() & {_META}:
+        _add_meta(whole)
     return whole
 
 
-def metadata_of(path: Path) -> tuple[Metadata, int]:
-    """Read the `.metadata` of a folder; returns it with its size in bytes.
+def _add_meta(whole: Container) -> None:
+    """Add what Lightning's Fabric saved beside the shards: whatever of the state is not sharded."""
+    from ..torch_files.container import open_torch_single
+
+    try:
+        join(whole, open_torch_single(member(whole.path, _FABRIC, str(whole.path))), _META)
+    except CheckpointError as error:
+        whole.caveats.append(f"its {_FABRIC} is left out: {error}")
+
+
+def metadata_names(names: Iterable[str]) -> list[str]:
+    """Of the names in a folder `.metadata`, or, where each rank wrote its own, `__0.metadata`, `__1.metadata`, ..."""
+    names = list(names)
+    local = {int(match[1]): name for name in names if (match := _LOCAL.fullmatch(name))}
+    return [METADATA] if METADATA in names else [local[rank] for rank in sorted(local)]
+
+
+def metadata_of(path: Path) -> tuple[Metadata, dict[str, int]]:
+    """Read the `.metadata` of a folder, or those of all ranks; returns it with the size of each file in bytes.
 
     Raises: CheckpointNotFound, CheckpointDamaged, CheckpointError as `read_metadata`.
     """
-    where = str(path / METADATA)
-    with reading(member(path, METADATA, where)) as file:
-        data = read_whole(file, LARGEST_PICKLE, where)
-    return read_metadata(data, where), len(data)
+    parts, sizes = [], {}
+    for name in metadata_names(listing(path)) or [METADATA]:
+        where = str(path / name)
+        with reading(member(path, name, where)) as file:
+            data = read_whole(file, LARGEST_PICKLE, where)
+        parts.append(read_metadata(data, where))
+        sizes[name] = len(data)
+    return (parts[0] if METADATA in sizes else merge_metadata(parts, str(path))), sizes
+
+
+def _are_safetensors(path: Path, names: Iterable[str]) -> bool:
+    first = next((name for name in names if name.endswith(SUFFIX)), None)
+    if first is None:
+        return False
+    with reading(member(path, first, str(path))) as file:
+        return is_safetensors(file.read(_HEAD))
+
+
+def _open_safetensors(path: Path, names: Iterable[str]) -> Container:
+    """Join the safetensors files of all ranks; `.metadata`, which has other offsets than they, is not needed."""
+    from ..torch_shards import Piece, join_pieces, offsets_of
+
+    whole = Container("", path, {}, {}, {})
+    pieces: dict[str, list[Piece]] = {}
+    for name in (name for name in names if name.endswith(SUFFIX)):
+        part = open_safetensors(member(path, name, str(path)))
+        begins = offsets_of(part, str(path / name))
+        whole.files[name] = part.files[name]
+        whole.checks += [replace(check, file=name) for check in part.checks]
+        for held, spec in part.tensors.items():
+            spec.file, spec.storage = name, f"{name}/{spec.storage}"
+            pieces.setdefault(held, []).append(Piece(spec, begins.get(held)))
+    whole.tensors = {held: join_pieces(held, found, str(path), None) for held, found in pieces.items()}
+    whole.content = dict(whole.tensors)
+    whole.kind = f"DCP folder, {len(whole.files)} file{'s' * (len(whole.files) != 1)} of safetensors"
+    return whole
 
 
 def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
@@ -90,13 +155,14 @@ class _Folder:
     """A DCP folder while it is read."""
 
     def __init__(
-        self, path: Path, metadata: Metadata, size: int | None, opened: Mapping[str, BinaryIO] | None = None
+        self, path: Path, metadata: Metadata, sizes: dict[str, int], opened: Mapping[str, BinaryIO] | None = None
     ) -> None:
         self.path, self.metadata, self.opened = path, metadata, opened
+        self.is_local = bool(sizes) and METADATA not in sizes  # each rank wrote its own: copies are no item of ours
         self.whole = Container("", path, {}, {}, {}, notes=list(metadata.notes))
-        if size is not None:
-            self.whole.files[METADATA] = size
-            self.whole.checks.append(Check(METADATA, 0, size, None, ("names, shapes and places of all items",)))
+        for name, size in sizes.items():
+            self.whole.files[name] = size
+            self.whole.checks.append(Check(name, 0, size, None, ("names, shapes and places of all items",)))
         self.foreign = dict.fromkeys(metadata.foreign)
         self.items: dict[tuple[str, int], TorchArchive] = {}  # by file and offset
 
@@ -139,7 +205,7 @@ class _Folder:
                         "another save."
                     )
                 self.items[name, begin] = items.open(file, begin, place.length, shown)
-        if between + size - end:
+        if between + size - end and not self.is_local:
             self.whole.notes.append(f"{name}: {between + size - end} of its {size} bytes belong to no item.")
 
     def put_entries(self) -> None:
@@ -167,6 +233,9 @@ class _Folder:
         """The spec of a tensor from its blocks, or a record when they are not plain tensors."""
         assert entry.dtype
         if fault := blocks_fault(entry.shape, [(place.begin, place.shape) for place in entry.places]):
+            if self.is_local:
+                here = listed_names([name for name in self.whole.files if not name.endswith(SUFFIX)], 5)
+                fault += f". It has what {here} tell of; copy the files of all ranks into the folder"
             raise CheckpointDamaged(f"{self.path / METADATA}: {as_name(entry.name)}: {fault}.")
         chunks = []
         for place in entry.places:

@@ -20,6 +20,10 @@ from ..spec import ITEM_SIZES, LONGEST_NAME, MOST_DIMENSIONS
 from .dtensor import class_name, foreign_within, is_distributed
 
 METADATA = ".metadata"
+
+_DENSITY = 3
+"""What a `.metadata` makes for each of its bytes, as `Allowance` weighs it: 2.5, of five records for each tensor."""
+
 _DEEPEST = 32  # levels of the nested state dict
 
 
@@ -62,6 +66,36 @@ class Metadata:
         return {file: sorted(places, key=lambda pair: pair[0].offset) for file, places in found.items()}
 
 
+def merge_metadata(parts: list[Metadata], where: str) -> Metadata:
+    """Join what each rank says of its own items (`__0.metadata`, ...); `where` is their folder.
+
+    A block that several ranks have counts once, and so does a value: the first rank's.
+
+    Raises: CheckpointDamaged when two ranks give one name another dtype or shape.
+    """
+    entries: dict[str, Entry] = {}
+    known: dict[str, set[str]] = {}  # blocks as texts, whose hashes cannot be predicted
+    for part in parts:
+        for entry in part.entries:
+            first = entries.setdefault(entry.name, entry)
+            if (first.dtype, first.shape) != (entry.dtype, entry.shape):
+                raise CheckpointDamaged(
+                    f"{where}: {as_name(entry.name)} is {entry.dtype} {entry.shape} in {entry.places[0].file}, and "
+                    f"{first.dtype} {first.shape} in {first.places[0].file}. The ranks are of different saves."
+                )
+            mine = known.setdefault(entry.name, set())
+            fresh = {f"{place.begin} {place.shape}": place for place in entry.places}
+            if first is not entry and entry.dtype:
+                first.places += [place for block, place in fresh.items() if block not in mine]
+            mine.update(fresh)
+    foreign = dict.fromkeys(call for part in parts for call in part.foreign)
+    notes = [note for part in parts for note in part.notes]
+    values = sum(entry.dtype is None for entry in entries.values())
+    if len(parts) > 1 and values:
+        notes.append(f"its {values} values that are no tensors are those of the first of {len(parts)} ranks.")
+    return Metadata(list(entries.values()), list(foreign), notes)
+
+
 def read_metadata(data: bytes, where: str) -> Metadata:
     """Read the bytes of a `.metadata`; `where` is its path, for messages.
 
@@ -75,7 +109,7 @@ def read_metadata(data: bytes, where: str) -> Metadata:
         return name
 
     reductions: Reductions = {"torch.Size": as_size, "torch.serialization._get_layout": _layout}
-    parsed = parse_pickle(data, where, resolve=resolve, reductions=reductions)
+    parsed = parse_pickle(data, where, resolve=resolve, reductions=reductions, density=_DENSITY)
     root = attributes(parsed.value) if isinstance(parsed.value, Call) else None
     if root is None or not isinstance(root.get("state_dict_metadata"), dict):
         raise CheckpointError(

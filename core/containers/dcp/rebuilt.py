@@ -20,7 +20,7 @@ from ..open import open_container
 from ..pickles.inert import as_name
 from ..spec import TensorSpec
 from ..torch_files.items import Items, find_items
-from .folder import SUFFIX, is_dcp, metadata_of
+from .folder import SUFFIX, is_dcp, metadata_names, metadata_of
 from .metadata import METADATA, Entry, Metadata, Place
 
 Shape = tuple[int, ...]
@@ -222,7 +222,7 @@ def _some(names: Iterable[str]) -> str:
 
 def lost(path: Path) -> bool:
     """Whether a folder has `.distcp` files and no `.metadata`."""
-    return path.is_dir() and METADATA not in listing(path) and is_dcp(path)
+    return path.is_dir() and is_dcp(path) and not metadata_names(listing(path))
 
 
 def sibling(path: Path) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from ..spec import ITEM_SIZES, TensorSpec
@@ -60,6 +60,8 @@ _ACTING = {"builtins", "ctypes", "importlib", "marshal", "nt", "os", "pickle", "
 _ACTING |= {"socket", "subprocess", "sys"}
 """Modules that no class of a program is in, though a name may lead through another module into one of them."""
 
+_GETATTR = (Global("builtins", "getattr"), Global("__builtin__", "getattr"))
+
 _METHODS = ("__setstate__", "add", "append", "extend")
 """Attributes of an object that unpickling would call."""
 
@@ -83,13 +85,16 @@ def is_module(value: Any) -> TypeGuard[Call]:
     return type(state) is dict and all(isinstance(state.get(part), dict) for part in ("_parameters", "_modules"))
 
 
-def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False) -> list[str]:
+def foreign_calls(
+    content: Any, also: Callable[[str], bool] = lambda path: False, dropped: Sequence[Any] = ()
+) -> list[str]:
     """List the calls and names in a content that are not known to be plain data, each as a `Finding`.
 
     At most 20 are listed, with a last entry that counts the others. Known are the classes of `DATA`, and every class
     whose name ends in Config, made without arguments: in any module, its record is only a set of attributes. Quantized
     and other unusual tensors are foreign: they stay calls because no tensor spec can describe them. An empty list means
-    that the content may be loaded. `also` tells of further classes, by their full name, that they are data.
+    that the content may be loaded. `also` tells of further classes, by their full name, that they are data. What was
+    `dropped` is in no content: it was made for its effect, and none of it is a record.
     """
     found: dict[str, bool] = {}  # whether it is a record
     more: list[bool] = []
@@ -102,27 +107,27 @@ def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False
             more.append(is_record)
 
     seen: set[int] = set()
-    pending = [content]
+    behind = list(dropped)
+    pending, is_held = [behind, content], True
     while pending:
         value = pending.pop()
+        is_held = is_held and value is not behind
         held = children(value)
         if held is None:
             if isinstance(value, Global) and is_foreign(value) and not also(value.path):
-                add(value, _is_record(value))
+                add(value, is_held and _is_record(value))
             continue
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, dict):
-            for name in _METHODS:
-                if isinstance(method := value.get(name), (Global, Call)):
-                    add(method, False)
         if isinstance(value, Call):
+            for method in _methods(value.state):
+                add(method, False)
             # the name that is called is judged with its call; those it is given are, when it is foreign
-            known = not is_foreign(value) or (isinstance(value.callable, Global) and also(value.callable.path))
+            known = not is_foreign(value) or also(_called(value))
             if not known:
-                add(value, _is_record(value))
-            called = [] if isinstance(value.callable, Global) else [value.callable]
+                add(value, is_held and _is_record(value))
+            called = [] if known or isinstance(value.callable, Global) else [value.callable]
             args = value.args if known else [a for a in value.args if not isinstance(a, Global)]
             held = [*called, *args, value.state, value.items]
         pending.extend([inner for inner in reversed(held) if type(inner) not in _PLAIN])
@@ -130,6 +135,21 @@ def foreign_calls(content: Any, also: Callable[[str], bool] = lambda path: False
     for finding, is_record in zip(findings, [*found.values(), all(more)], strict=False):
         finding.is_record = is_record
     return list(findings)
+
+
+def _methods(state: Any) -> list[Global | Call]:
+    """The foreign values in an object's state that are called when it gets items, or another state."""
+    parts = state if isinstance(state, tuple) else (state,)
+    values = [part.get(name) for part in parts if isinstance(part, dict) for name in _METHODS]
+    return [value for value in values if isinstance(value, (Global, Call)) and is_foreign(value)]
+
+
+def _called(call: Call) -> str:
+    """The full name of the class that is called, which protocol 2 writes as getattr(class, name) where it is nested."""
+    held, name = call.callable, ""
+    if isinstance(held, Call) and held.callable in _GETATTR and len(held.args) == 2 and isinstance(held.args[1], str):
+        held, name = held.args[0], f".{held.args[1]}"
+    return held.path + name if isinstance(held, Global) else ""
 
 
 def is_foreign(value: Global | Call) -> bool:
@@ -141,15 +161,15 @@ def _is_record(value: Global | Call) -> bool:
     """Whether nothing but a value, or a function by its name, can be meant by a foreign name or call."""
     if isinstance(value, Global):
         return isinstance(value, Cycle) or _is_of_program(value.path)
-    if not isinstance(value.callable, Global):
+    path, args = _called(value), value.args
+    if not path or (isinstance(value.callable, Call) and not _is_record(value.callable)):
         return False
-    path, args = value.callable.path, value.args
     named = [arg for arg in args if isinstance(arg, Global)]
     if not all(_is_data(name) or _is_record(name) for name in named):
         return False
     if path in _INSTANCES or path in _RECORDS or path.startswith(BUILDERS):
         return True
-    if path in ("builtins.getattr", "__builtin__.getattr"):  # a member of an enum, or a nested class
+    if value.callable in _GETATTR:  # a member of an enum, or a nested class
         return len(args) == 2 and len(named) == 1 and isinstance(args[1], str) and not args[1].startswith("_")
     if path in ("builtins.type", "__builtin__.type"):  # the class of None
         return args == (None,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
@@ -134,53 +133,6 @@ def as_key(value: Any) -> Any:
     if isinstance(value, (list, dict, set)):
         raise Malformed(f"a {type(value).__name__} as a dictionary key")
     return Call(Global("pickle", "key"), (value,))
-
-
-def fill(target: Any, entries: Sequence[Any], watch: Watch) -> None:
-    """Put values into a set, or pairs into a dictionary, in slices, so that keys that were made to collide are noticed.
-
-    Raises: Malformed.
-    """
-    if len(target) + len(entries) < FEW:
-        target.update(entries)
-        return
-    for start in range(0, len(entries), SLICE):
-        begin = time.process_time()
-        target.update(entries[start : start + SLICE])
-        watch.add(min(SLICE, len(entries) - start), time.process_time() - begin)
-
-
-class Watch:
-    """The time that the large dictionaries and sets of one pickle take.
-
-    Numbers can be chosen so that each is compared with all before it: Python's table of 2**20 places is a known walk,
-    and 1.6 MB took half a minute. No property of honest keys excludes that, so what is bounded is the time.
-    """
-
-    def __init__(self) -> None:
-        self.left = _PATIENCE
-
-    def add(self, keys: int, seconds: float, tuples: int = 0) -> None:
-        """Count keys that were put into one in so many seconds of processor time.
-
-        Raises: Malformed when all so far took twenty times as long as others would.
-        """
-        self.left += _SECONDS_OF_KEY * keys + _SECONDS_OF_TUPLE * tuples - seconds
-        if self.left < 0:
-            raise Malformed("its keys were made to collide, and take too long to be put into a dictionary")
-
-
-FEW = 500
-"""Keys in one dictionary or set that take no time, whatever they are."""
-
-SLICE = 1000
-"""Keys that are put into one before the time is looked at."""
-
-_PATIENCE = 0.5
-"""Seconds of processor time that keys may take in any case, on a slow machine too."""
-
-_SECONDS_OF_KEY = 4e-6
-_SECONDS_OF_TUPLE = 2e-5
 
 
 def as_text(value: Any, limit: int = 200) -> str:

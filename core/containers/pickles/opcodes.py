@@ -19,9 +19,9 @@ def opcode_table(machine: Any) -> dict[int, Operation]:
             "\x80": machine.proto,
             "\x95": lambda r: r.take(8),  # FRAME
             "(": lambda r: r.marks.append(len(r.stack)),
-            "0": machine.pop,
-            "1": machine.pop_mark,
-            "2": lambda r: r.push(r.stack[-1]),  # DUP
+            "0": machine.drop,
+            "1": machine.drop_marked,
+            "2": machine.double,
             # plain values
             "N": lambda r: r.push(None),
             "\x88": lambda r: r.push(True),
@@ -32,10 +32,10 @@ def opcode_table(machine: Any) -> dict[int, Operation]:
             "J": lambda r: r.push(int.from_bytes(r.take(4), "little", signed=True)),
             "K": lambda r: r.push(r.byte()),
             "M": lambda r: r.push(r.number(2)),
-            "\x8a": lambda r: r.push(r.long(r.byte())),
+            "\x8a": machine.short_long,
             "\x8b": lambda r: r.push(r.long(r.number(4))),
             "G": lambda r: r.push(struct.unpack(">d", r.take(8))[0]),
-            "V": lambda r: r.push(r.line().decode("raw_unicode_escape")),
+            "V": machine.text_in_line,
             "X": lambda r: r.push(utf8(r.take(r.number(4)))),
             "\x8c": lambda r: r.push(utf8(r.take(r.byte()))),
             "\x8d": lambda r: r.push(utf8(r.take(r.number(8)))),
@@ -49,17 +49,17 @@ def opcode_table(machine: Any) -> dict[int, Operation]:
             # collections
             ")": lambda r: r.push(()),
             "t": machine.make_tuple,
-            "\x85": lambda r: r.push(r.pop_many(1)),
+            "\x85": machine.single,
             "\x86": machine.pair,
             "\x87": machine.triple,
             "]": lambda r: r.collection([]),
             "l": lambda r: r.collection(r.pop_mark()),
-            "a": lambda r: r.append([r.pop()]),
-            "e": lambda r: r.append(r.pop_mark()),
+            "a": machine.append_one,
+            "e": lambda r: r.append(r.batch()),
             "}": lambda r: r.collection({}),
             "d": machine.dictionary,
-            "s": lambda r: r.set_items(list(r.pop_many(2))),
-            "u": lambda r: r.set_items(r.pop_mark()),
+            "s": machine.set_one,
+            "u": lambda r: r.set_items(r.batch()),
             "\x8f": lambda r: r.collection(set()),
             "\x90": machine.add_items,
             "\x91": machine.frozen,
@@ -81,7 +81,7 @@ def opcode_table(machine: Any) -> dict[int, Operation]:
             "\x92": machine.new_with_keywords,
             "b": machine.build,
             "P": lambda r: r.persist(r.text_line()),
-            "Q": lambda r: r.persist(r.pop()),
+            "Q": lambda r: r.persist(r.stack.pop()),
         }.items()
     }
 

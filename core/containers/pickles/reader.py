@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import struct
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointDamaged
-from .inert import FEW, SLACK, SLICE, Call, Global, Malformed, New, Watch, as_key, as_text, check_structure, fill
-from .opcodes import old_text, opcode_table, unescape
+from .allowance import DENSITY, KEYS, Allowance
+from .collisions import FEW, SLICE, Table, fill, predictable
+from .inert import Call, Global, Malformed, New, as_key, as_text, check_structure
+from .opcodes import old_text, opcode_table, unescape, utf8
 from .reductions import PLAIN, Reductions
 
 LONGEST_INT = 1024
@@ -25,22 +26,14 @@ LONGEST_NAME = 1000
 """Characters of the full name of a class or function."""
 
 
-_KEYS = "keys that are no texts or short numbers"
+_ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)
 
-_MOST = {
-    "lists, dictionaries and sets": (SLACK, 25),  # 60 to 220 bytes of memory each
-    "calls": (40_000, 20),
-    "records of calls": (20_000, 30),
-    "references to storages": (20_000, 20),
-    _KEYS: (SLACK, 40),
-    "names": (20_000, 20),
-    "tuples": (SLACK, 14),
-    "values in them": (10 * SLACK, 4),
-    "stored values": (SLACK, 3),
-}
-"""What a pickle may make of each kind: so many in any case, and one more for so many of its bytes."""
+_ABSENT = object()
+_KEPT = {str, bytes, float, bool, type(None), Global}
+_LONG_KEY = 1 << 60
 
 _uint32 = struct.Struct("<I").unpack_from
+_int32 = struct.Struct("<i").unpack_from
 
 
 class PickleCutOff(CheckpointDamaged):
@@ -71,15 +64,19 @@ def parse_pickle(
     persistent: Callable[[Any], Any] | None = None,
     resolve: Callable[[Global], Any] | None = None,
     reductions: Reductions | None = None,
+    density: float = DENSITY,
 ) -> ParsedPickle:
     """Read the pickle that begins at byte `start`, and report where it ends.
 
     `persistent` gives the value of a persistent id, `resolve` what to put for a name; `reductions` adds to PLAIN, and
-    one that returns NotImplemented leaves its call an inert record.
+    one that returns NotImplemented leaves its call an inert record. `density` is what it may make for each byte, as
+    `Allowance` weighs it.
 
     Raises: PickleCutOff when it does not end within `data`, CheckpointDamaged for anything else that is not sound.
     """
-    reader = _Reader(data, where, start, persistent, resolve or (lambda name: name), {**PLAIN, **(reductions or {})})
+    reader = _Reader(
+        data, where, start, persistent, resolve or (lambda name: name), {**PLAIN, **(reductions or {})}, density
+    )
     value = reader.run()
     held = check_structure(value, where, reader.position - start)
     return ParsedPickle(value, reader.position, [lost for lost in reader.unheld if id(lost) not in held])
@@ -100,66 +97,29 @@ class _Reader:
         persistent: Callable[[Any], Any] | None,
         resolve: Callable[[Global], Any],
         reductions: Reductions,
+        density: float,
     ) -> None:
         self.data, self.where = data, where
         self.persistent, self.resolve, self.reductions = persistent, resolve, reductions
-        self.start = self.position = start
+        self.start = self.begin = self.position = start
         self.stack: list[Any] = []
         self.push = self.stack.append
         self.marks: list[int] = []
+        self.puts = 0
         self.memo: dict[int, Any] = {}
         self.unheld: list[Any] = []  # calls and other values that may not be in the result
-        self.most = {what: free + (len(data) - start) // share for what, (free, share) in _MOST.items()}
-        self.made = dict.fromkeys(_MOST, 0)
-        self.watch = Watch()
+        allowance = Allowance(len(data) - start, len(data), density)
+        self.count, self.most_puts = allowance.count, allowance.most["stored values"]
+        self.tables: dict[int, Table] = {}  # of large dictionaries and sets, by identity
         self.globals: dict[tuple[str, str], Any] = {}
         self.copied = 0  # elements that reductions took: shared arguments add up
 
     def run(self) -> Any:
-        data, table, end = self.data, _OPCODES, len(self.data)
-        stack, memo, marks = self.stack, self.memo, self.marks
-        most, ones, most_ones = self.most["stored values"], 0, self.most["tuples"]
-        begin = position = self.position
+        """Read one pickle; `position` is behind it then."""
         try:
-            while True:
-                begin = position
-                if begin >= end:
-                    raise _Ends("it ends without STOP")
-                code = data[begin]
-                position = begin + 1
-                if code == 0x94:  # MEMOIZE; this and the next six are two thirds of all, and need no call
-                    memo[len(memo)] = stack[-1]
-                    if len(memo) > most:
-                        self.count("stored values", len(memo))
-                elif code == 0x68 and position < end:  # BINGET
-                    stack.append(memo[data[position]])
-                    position += 1
-                elif code == 0x6A and begin + 4 < end:  # LONG_BINGET
-                    stack.append(memo[_uint32(data, position)[0]])
-                    position += 4
-                elif code == 0x29:  # EMPTY_TUPLE
-                    stack.append(())
-                elif code == 0x85:  # TUPLE1
-                    stack[-1] = (stack[-1],)
-                    ones += 1
-                    if ones > most_ones:
-                        self.count("tuples", ones)
-                elif code == 0x4E:  # NONE
-                    stack.append(None)
-                elif code == 0x28:  # MARK
-                    marks.append(len(stack))
-                elif code == 0x2E:  # STOP
-                    self.position = position
-                    return stack.pop()
-                else:
-                    operation = table.get(code)
-                    if operation is None:
-                        raise Malformed(f"unknown opcode 0x{code:02x}")
-                    self.position = position
-                    operation(self)
-                    position = self.position
+            return self.execute()
         except _Ends as fault:
-            raise PickleCutOff(f"{self.where}: damaged pickle at byte {begin} of {end}: {fault}.") from None
+            raise PickleCutOff(f"{self.begun()}: {fault}.") from None
         except Malformed as fault:
             problem = str(fault)
         except IndexError:
@@ -168,7 +128,77 @@ class _Reader:
             problem = "it refers to a value that it never stored"
         except (ValueError, OverflowError):
             problem = "a malformed number or text"
-        raise CheckpointDamaged(f"{self.where}: damaged pickle at byte {begin} of {end}: {problem}.")
+        raise CheckpointDamaged(f"{self.begun()}: {problem}.")
+
+    def begun(self) -> str:
+        return f"{self.where}: damaged pickle at byte {self.begin} of {len(self.data)}"
+
+    def execute(self) -> Any:
+        """The loop over the opcodes; what stands in it is nearly all of them, and needs no call."""
+        data, table, end = self.data, _OPCODES, len(self.data)
+        stack, memo, marks = self.stack, self.memo, self.marks
+        push, most_puts = stack.append, self.most_puts
+        position = self.position
+        try:
+            while True:
+                begin = position
+                if begin >= end:
+                    raise _Ends("it ends without STOP")
+                code = data[begin]
+                position = begin + 1
+                if code > 0x5F:
+                    if code == 0x68 and position < end:  # BINGET
+                        push(memo[data[position]])
+                        position += 1
+                        continue
+                    if code == 0x71 and position < end:  # BINPUT
+                        memo[data[position]] = stack[-1]
+                        position += 1
+                    elif code == 0x94:  # MEMOIZE
+                        memo[len(memo)] = stack[-1]
+                    elif code == 0x72 and begin + 4 < end:  # LONG_BINPUT
+                        memo[_uint32(data, position)[0]] = stack[-1]
+                        position += 4
+                    elif code == 0x6A and begin + 4 < end:  # LONG_BINGET
+                        push(memo[_uint32(data, position)[0]])
+                        position += 4
+                        continue
+                    elif code == 0x8C and position < end and (behind := position + 1 + data[position]) <= end:
+                        push(utf8(data[position + 1 : behind]))  # SHORT_BINUNICODE
+                        position = behind
+                        continue
+                    else:
+                        self.position = position
+                        table[code](self)
+                        position = self.position
+                        continue
+                    self.puts += 1
+                    if self.puts > most_puts:
+                        self.count("stored values", self.puts)
+                elif code == 0x4B and position < end:  # BININT1
+                    push(data[position])
+                    position += 1
+                elif code == 0x4E:  # NONE
+                    push(None)
+                elif code == 0x28:  # MARK
+                    marks.append(len(stack))
+                elif code == 0x58 and begin + 4 < end and (behind := begin + 5 + _uint32(data, position)[0]) <= end:
+                    push(utf8(data[begin + 5 : behind]))  # BINUNICODE
+                    position = behind
+                elif code == 0x4D and begin + 2 < end:  # BININT2
+                    push(data[position] | data[position + 1] << 8)
+                    position += 2
+                elif code == 0x4A and begin + 4 < end:  # BININT
+                    push(_int32(data, position)[0])
+                    position += 4
+                elif code == 0x2E:  # STOP
+                    return stack.pop()
+                else:
+                    self.position = position
+                    table[code](self)
+                    position = self.position
+        finally:
+            self.begin, self.position = begin, position
 
     # reading
 
@@ -211,9 +241,6 @@ class _Reader:
 
     # the stack
 
-    def pop(self) -> Any:
-        return self.stack.pop()
-
     def pop_many(self, count: int) -> tuple[Any, ...]:
         if len(self.stack) < count:
             raise IndexError
@@ -226,6 +253,12 @@ class _Reader:
         values = self.stack[start:]
         del self.stack[start:]
         self.count("values in them", len(values))
+        return values
+
+    def batch(self) -> list[Any]:
+        values = self.pop_mark()
+        if not values:
+            self.count("steps that make nothing")
         return values
 
     def top(self, *kinds: type) -> Any:
@@ -250,10 +283,7 @@ class _Reader:
             if self.copied > 16 * (self.position - self.start) + 4096:
                 raise Malformed("its calls copy more than the file holds")
             try:
-                begin = time.process_time() if copied > FEW else 0.0
                 value = reduce(*args)
-                if copied > FEW:
-                    self.watch.add(copied, time.process_time() - begin, copied)
             except TypeError as error:  # another number of arguments than this callable takes
                 raise Malformed(f"{as_text(callable)} with {len(args)} arguments") from error
         if value is NotImplemented:
@@ -266,10 +296,9 @@ class _Reader:
         self.count("lists, dictionaries and sets")
         self.stack.append(made)
 
-    def count(self, what: str, more: int = 1) -> None:
-        self.made[what] += more
-        if self.made[what] > self.most[what]:
-            raise Malformed(f"over {self.most[what]} {what}, too many for {len(self.data)} bytes")
+    def single(self) -> None:
+        self.count("tuples")
+        self.stack[-1] = (self.stack[-1],)
 
     def pair(self) -> None:
         self.count("tuples")
@@ -291,7 +320,8 @@ class _Reader:
         self.call(self.stack.pop(), args)
 
     def build(self) -> None:
-        state, target = self.pop(), self.stack[-1]
+        self.count("states")
+        state, target = self.stack.pop(), self.stack[-1]
         if state and isinstance(state, (dict, tuple)):
             self.unheld.append(state)  # a function among the attributes can be called, and replaced after that
         if isinstance(target, Call) and target.changes:
@@ -315,40 +345,56 @@ class _Reader:
             if len(target) == len(keys):
                 return
             target.clear()
-        if len(target) + len(keys) < FEW:
-            self.put_pairs(target, keys, items)
-            return
+        keys = self.keys(keys)
+        table = self.table(target, keys)
         for start in range(0, len(keys), SLICE):
-            begin, tuples = time.process_time(), self.made[_KEYS]
-            self.put_pairs(target, keys[start : start + SLICE], items[start : start + SLICE])
-            seconds = time.process_time() - begin
-            self.watch.add(min(SLICE, len(keys) - start), seconds, self.made[_KEYS] - tuples)
+            new = []
+            for key, value in zip(keys[start : start + SLICE], items[start : start + SLICE], strict=True):
+                replaced = target.get(key, _ABSENT)
+                if replaced is _ABSENT:
+                    new.append(key)
+                elif isinstance(replaced, Global):
+                    self.unheld.append(replaced)
+                target[key] = value
+            if table is not None:
+                table.add(new)
 
-    def put_pairs(self, target: dict[Any, Any], keys: list[Any], items: list[Any]) -> None:
-        for key, value in zip(keys, items, strict=True):
-            key = self.key(key)
-            if isinstance(replaced := target.get(key), Global):
-                self.unheld.append(replaced)
-            target[key] = value
+    def table(self, target: dict[Any, Any] | set[Any], keys: list[Any]) -> Table | None:
+        """What watches a dictionary or set that gets more keys; None while it has few, or only texts."""
+        found = self.tables.get(id(target))
+        if found is None and len(target) + len(keys) >= FEW and predictable(keys):
+            found = self.tables[id(target)] = Table(target)
+        return found
 
     def add_items(self) -> None:
-        values = self.pop_mark()
+        values = self.batch()
         target = self.top(set, Call)
         if isinstance(target, Call):
             target.extend(values)
-        else:
-            fill(target, list(map(self.key, values)), self.watch)
+            return
+        keys = self.keys(values)
+        if len(keys) + len(target) < FEW:
+            target.update(keys)
+            return
+        table = self.table(target, keys)
+        for start in range(0, len(keys), SLICE):
+            new = {key for key in keys[start : start + SLICE] if key not in target}
+            target |= new
+            if table is not None:
+                table.add(new)
 
-    def key(self, value: Any) -> Any:
-        """A value as a key of a dictionary."""
-        key = as_key(value)
-        if key is not value:
-            self.count(_KEYS)
-        return key
+    def keys(self, values: list[Any]) -> list[Any]:
+        """Values as keys of a dictionary or set."""
+        kinds = {*map(type, values)}
+        if kinds <= _KEPT or (kinds == {int} and min(values) > -_LONG_KEY and max(values) < _LONG_KEY):
+            return values
+        found = list(map(as_key, values))
+        self.count(KEYS, sum(key is not value for key, value in zip(found, values, strict=True)))
+        return found
 
     def frozen(self) -> None:
         made: set[Any] = set()
-        fill(made, list(map(self.key, self.pop_mark())), self.watch)
+        fill(made, self.keys(self.pop_mark()))
         self.collection(frozenset(made))
 
     def dictionary(self) -> None:
@@ -358,8 +404,32 @@ class _Reader:
 
     def put(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
-        if len(self.memo) > self.most["stored values"]:
-            self.count("stored values", len(self.memo))
+        self.puts += 1
+        if self.puts > self.most_puts:
+            self.count("stored values", self.puts)
+
+    def drop(self) -> None:
+        self.count("steps that make nothing")
+        self.stack.pop()
+
+    def drop_marked(self) -> None:
+        self.count("steps that make nothing")
+        self.pop_mark()
+
+    def double(self) -> None:
+        self.count("steps that make nothing")
+        self.push(self.stack[-1])
+
+    def append_one(self) -> None:
+        self.count("items appended one by one")
+        self.append([self.stack.pop()])
+
+    def set_one(self) -> None:
+        self.count("items set one by one")
+        self.set_items(list(self.pop_many(2)))
+
+    def unknown(self) -> None:
+        raise Malformed(f"unknown opcode 0x{self.data[self.position - 1]:02x}")
 
     def integer_line(self) -> int | bool:
         line = self.short_line()
@@ -370,13 +440,24 @@ class _Reader:
             raise Malformed(f"a number of {size} bytes, {LONGEST_INT} are allowed")
         return int.from_bytes(self.take(size), "little", signed=True)
 
+    def short_long(self) -> None:
+        self.count("long numbers")
+        size = self.byte()
+        self.push(int.from_bytes(self.take(size), "little", signed=True))
+
+    def text_in_line(self) -> None:
+        self.count("texts in lines")
+        self.push(self.line().decode("raw_unicode_escape"))
+
     def quoted(self) -> Any:
+        self.count("texts in lines")
         line = self.line().strip()
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
             raise Malformed("a text without quotes")
-        return old_text(re.sub(rb"\\(x[0-9a-fA-F]{2}|.)", unescape, line[1:-1], flags=re.DOTALL))
+        return old_text(_ESCAPE.sub(unescape, line[1:-1]) if b"\\" in line else line[1:-1])
 
     def proto(self) -> None:
+        self.count("steps that make nothing")
         if (version := self.byte()) > 5:
             raise Malformed(f"protocol {version}, the highest one is 5")
 
@@ -408,4 +489,5 @@ class _Reader:
         self.call(callable, args if keywords == {} else (*args, keywords) if isinstance(args, tuple) else args, New)
 
 
-_OPCODES = opcode_table(_Reader)
+_TABLE = opcode_table(_Reader)
+_OPCODES = [_TABLE.get(code, _Reader.unknown) for code in range(256)]

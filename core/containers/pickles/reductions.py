@@ -6,7 +6,8 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .inert import ByteArray, Call, Global, Size, Watch, as_key, fill
+from .collisions import fill
+from .inert import ByteArray, Call, Global, Size, as_key
 
 Reductions = Mapping[str, Callable[..., Any]]
 """Harmless callables by their full name, each with what to build from its arguments instead of a `Call`."""
@@ -25,7 +26,7 @@ def as_dict(pairs: Any = ()) -> Any:
     if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
         return NotImplemented
     made: dict[Any, Any] = {}
-    fill(made, [(as_key(key), value) for key, value in pairs], Watch())
+    fill(made, [as_key(key) for key, _ in pairs], [value for _, value in pairs])
     return made
 
 
@@ -44,7 +45,7 @@ def _set(values: Any = ()) -> Any:
     if not isinstance(values, (list, tuple)):
         return NotImplemented
     made: set[Any] = set()
-    fill(made, list(map(as_key, values)), Watch())
+    fill(made, list(map(as_key, values)))
     return made
 
 

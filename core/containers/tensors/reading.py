@@ -166,11 +166,12 @@ class Gatherer:
         self._read(block, offset, into)
 
     def _read(self, block: Block, offset: int, into: memoryview) -> None:
+        assert block.source is not None
         file = self._file(block)
         where, done = _where(block), 0
         try:
             while done < len(into):
-                count = checksum.read_into(file.fileno(), into[done:], offset + done)
+                count = block.source.read_into(file, into[done:], offset + done)
                 if not count:
                     raise CheckpointDamaged(
                         f"{where}: {block.name} ends after {offset + done} of {offset + len(into)} bytes of the file. "

@@ -43,7 +43,7 @@ def container_of(archive: TorchArchive, path: Path, size: int) -> Container:
         content=archive.content,
         files={path.name: size},
         checks=_checks(archive, path.name),
-        foreign=foreign_calls([archive.content, archive.unused]),
+        foreign=foreign_calls(archive.content, dropped=archive.unused),
         notes=[f"{path.name}: {line}" for line in archive.odd] + _modules(archive.content, path),
     )
 

@@ -56,7 +56,7 @@ _PIECE = 1 << 20
 """Bytes that are inflated at a time."""
 
 _SMALL = 1 << 20
-"""Bytes that a deflated pickle may have, besides those of its file."""
+"""Bytes that a deflated pickle may have, even where its file has fewer."""
 
 _MOST_UNFOLDED, _MUCH = 16, 1 << 28
 """How much larger than their file deflated tensors may be: so many times, and so many bytes."""
@@ -94,7 +94,7 @@ def _read(file: BinaryIO, records: dict[str, Record], name: str, where: str, siz
         )
     if record.size > LARGEST_PICKLE:
         raise CheckpointDamaged(f"{where}: {record.name} has {record.size} bytes, at most {LARGEST_PICKLE} are read.")
-    if not record.stored and record.inflated > size + _SMALL:
+    if not record.stored and record.inflated > max(size, _SMALL):
         raise CheckpointDamaged(
             f"{where}: {record.name} is compressed, with {record.inflated} bytes in a file of {size}."
         )

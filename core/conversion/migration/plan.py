@@ -171,7 +171,7 @@ def look(path: Path) -> Outcome:
             outcome.step, outcome.has_optimizer = source.step, source.has_optimizer
             outcome.generation = f"{source.evidence.plan.family}, {source.weights.source.header.container}"
             values, outcome.left = extras(source)
-            outcome.notes = notes(str(path), check_fit(source), {**source.state, **values})
+            outcome.notes = notes(str(path), check_fit(source, records=True), {**source.state, **values})
             if outcome.left:
                 outcome.notes.append(
                     f"{path}: in this file alone, as JSON has no such values: {', '.join(outcome.left)}"

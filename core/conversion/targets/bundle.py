@@ -20,7 +20,7 @@ from .torch import optimizer_content, parameters_of
 def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
     """Plan a bundle: model.pt, config, tokenizer, training state, and the optimizer where there is one."""
     characters, rows = tokens_of(model.tokenizer), model.sizes.get("vocab_size", 0)
-    if (model.tokenizer or {}).get("token_kind") == "char" and not fits_characters(characters, rows):
+    if (model.tokenizer or {}).get("token_kind") in ("char", "symbols") and not fits_characters(characters, rows):
         remedy = "Leave --vocab_size out" if options.vocab_size else f"--vocab_size {characters} crops them"
         raise model.refuse(
             f"{rows} rows for {characters} characters: a bundle has as many, or up to a multiple of 8 fewer than "
@@ -51,6 +51,7 @@ def plan_bundle(model: Source, options: Options, target: Path) -> Plan:
         extra={
             **plain(kept.get("extra") or {}),
             "converted_from": str(model.path),
+            **({"averaged": list(map(str, model.averaged))} if model.averaged else {}),
             "program": model.program,
             "choices": [str(choice) for choice in model.choices],
         },

@@ -47,4 +47,4 @@ def write_items(file: WeightFile, sink: Sink, elements: Callable[[Target], Itera
 
 def plan_dcp(model: Source, options: Options, target: Path) -> Plan:
     """Plan a folder of torch.distributed.checkpoint, nested as the torch file of the same model."""
-    return in_dcp(plan_pt(model, options, target))
+    return in_dcp(plan_pt(model, options, target, "dcp"))

@@ -29,7 +29,7 @@ def card(plan: Plan) -> str:
         "---",
         f"# {plan.target.name}",
         "",
-        f"Converted from `{model.path.name}` ({model.program}) by `convert_checkpoints.py --to {plan.format}`.",
+        f"Converted from {_sources(model)} ({model.program}) by `convert_checkpoints.py --to {plan.format}`.",
         "",
         f"- {shape.get('n_layer', '?')} layers, {shape.get('n_head', '?')} heads, width {shape.get('n_embd', '?')}, "
         f"context {shape.get('block_size', '?')}, vocabulary {shape.get('vocab_size', '?')}; {numbers:,} parameters",
@@ -44,7 +44,7 @@ def card(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-_KINDS = {"gpt2": "GPT-2 BPE", "char": "one token for each character"}
+_KINDS = {"gpt2": "GPT-2 BPE", "char": "one token for each character", "symbols": "one token for each symbol"}
 """What a card says about a tokenizer, by its kind."""
 
 
@@ -64,11 +64,11 @@ def plan_hf(model: Source, options: Options, target: Path) -> Plan:
     if model.tokenizer is not None and not plan.copies.keys() & TOKENIZER_FILES:
         _refuse_half_characters(model)
         files, ids = add_tokenizer_files(model, options.bpe_file)
-        config |= ids
+        config |= {name: token for name, token in ids.items() if config.get(name) is None}  # what a flag says stays
     plan.texts[CONFIG] = dump_json(config)
     if "generation_config.json" not in plan.copies:
         plan.texts["generation_config.json"] = dump_json(_generation(model, config))
-    plan.texts |= files
+    plan.texts |= {name: text for name, text in files.items() if name not in plan.copies}
     plan.texts["README.md"] = card(plan).encode(errors="backslashreplace")
     return plan
 
@@ -78,16 +78,25 @@ def _generation(model: Source, config: dict[str, Any]) -> dict[str, Any]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids: dict[str, Any] = {name: config[name] for name in names if name in config}
     padding = range(tokens_of(model.tokenizer), model.sizes.get("vocab_size", 0))
-    if (model.tokenizer or {}).get("token_kind") in ("char", "gpt2") and padding:
+    if (model.tokenizer or {}).get("token_kind") in ("char", "gpt2", "symbols") and padding:
         return {**ids, "suppress_tokens": list(padding)}
     return {"_from_model_config": True, **ids}
 
 
 def _refuse_half_characters(model: Source) -> None:
     """Refuse half of a surrogate pair as a character: the library `tokenizers` reads no JSON that has one."""
-    for index, char in enumerate((model.tokenizer or {}).get("chars") or ()):
-        if "\ud800" <= char <= "\udfff":
+    state = model.tokenizer or {}
+    kind = "chars" if state.get("token_kind") == "char" else "symbols"
+    for index, text in enumerate(state.get(kind) or ()):
+        if any("\ud800" <= char <= "\udfff" for char in text):
             raise model.refuse(
-                f"chars[{index}] of its tokenizer is {char!r}, half of a surrogate pair, which a tokenizer.json of "
-                "Hugging Face cannot hold. --to bundle keeps it."
+                f"{kind}[{index}] of its tokenizer is {text!r}, {'with ' if len(text) > 1 else ''}half of a surrogate "
+                "pair, which a tokenizer.json of Hugging Face cannot hold. --to bundle keeps it."
             )
+
+
+def _sources(model: Source) -> str:
+    """What a model was made of, as Markdown."""
+    if not model.averaged:
+        return f"`{model.path.name}`"
+    return f"the mean of {', '.join(f'`{path.name}`' for path in model.averaged)}"

@@ -17,7 +17,7 @@ from ...containers.torch_files.layout import pickled
 from ...errors import CheckpointError
 from ..plan import Options, Plan, Source
 from ..run import Run, config_of
-from ..vocabulary import characters
+from ..vocabulary import vocabulary_of
 from .torch import CKPT, plan_torch_file
 
 META = "meta.pkl"
@@ -72,8 +72,8 @@ def _add_vocabulary(plan: Plan, dataset: str) -> None:
     model = plan.model
     kind = (model.tokenizer or {}).get("token_kind")
     place = f"data/{dataset}/{META}"
-    if kind == "char":
-        chars = list((model.tokenizer or {})["chars"])
+    chars = list((model.tokenizer or {}).get("chars" if kind == "char" else "symbols") or ())
+    if chars:
         itos = dict(enumerate(chars))
         meta = pickled({"vocab_size": len(chars), "itos": itos, "stoi": {char: i for i, char in itos.items()}})
         folder = plan.target if plan.is_folder else plan.target.parent
@@ -94,6 +94,7 @@ def _add_vocabulary(plan: Plan, dataset: str) -> None:
         model.notes.append(f"sample.py decodes its tokens as GPT-2's; nanoGPT's folder must have no {place}")
     else:
         what = "a Hugging Face tokenizer, which nanoGPT cannot read" if kind == "hf" else "not known"
+        what = "a number of ids without symbols" if kind == "symbols" else what
         model.notes.append(
             f"WARNING: its tokenizer is {what}: without a {place} sample.py decodes its tokens as GPT-2's. "
             + ("--to hf keeps it" if kind == "hf" else "--meta FILE includes one of characters")
@@ -103,7 +104,8 @@ def _add_vocabulary(plan: Plan, dataset: str) -> None:
 def _holds(path: Path, chars: list[str]) -> bool:
     """Whether a meta.pkl is there with these characters, whoever pickled it."""
     with contextlib.suppress(CheckpointError):
-        return bool(characters(path, None)["chars"] == chars)
+        held = vocabulary_of(path, None)
+        return bool(held.get("chars", held.get("symbols")) == chars)
     return False
 
 

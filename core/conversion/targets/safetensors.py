@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 def plan_safetensors(model: Source, options: Options, target: Path) -> Plan:
     """Plan a .safetensors file, or a folder of them when the target has no such name."""
     is_folder = is_for_folder(model, options, target)
-    if options.include_optimizer and model.along:
+    if model.along:
         add_optimizer_tensors(model, options)
     elif options.include_optimizer and model.moments is None:
         raise model.refuse("it has no optimizer state. Leave out --include_optimizer.")

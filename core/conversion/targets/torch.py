@@ -13,11 +13,11 @@ from .safetensors import ties
 CKPT = "ckpt.pt"
 
 
-def plan_pt(model: Source, options: Options, target: Path) -> Plan:
-    """Plan one torch file: a state dict, or with an optimizer `{"model", "optimizer"}`."""
+def plan_pt(model: Source, options: Options, target: Path, kind: str = "pt") -> Plan:
+    """Plan one torch file: a state dict, or with an optimizer `{"model", "optimizer"}`; one of these alone."""
     if options.include_optimizer and not model.along:
-        return plan_torch_file(model, options, target, "pt", {})
-    before = "model." if model.along else ""
+        return plan_torch_file(model, options, target, kind, {})
+    before = "model." if model.along and model.tensors else ""
     targets = [target_of(model, name, target.name, options, before + name) for name in model.tensors]
     content = {one.name: Ref(one.path) for one in targets}
     file = WeightFile(target.name, targets, content, ties=options.tied is not False)
@@ -33,7 +33,9 @@ def plan_torch_file(model: Source, options: Options, target: Path, kind: str, mo
     content: dict[str, Any] = {"model": {one.name: Ref(one.path) for one in targets}}
     if options.include_optimizer:
         order = parameters_of(model)
-        state, others = optimizer_content(model, order, file, "optimizer", named=kind == "pt")
+        state, others = optimizer_content(
+            model, order, file, "optimizer", named=kind != "nanogpt", by_name=kind == "dcp"
+        )
         content["optimizer"] = state
         targets += others
     content |= more
@@ -47,9 +49,11 @@ def parameters_of(model: Source) -> list[str]:
 
 
 def optimizer_content(
-    model: Source, order: list[str], file: str, prefix: str, named: bool
+    model: Source, order: list[str], file: str, prefix: str, named: bool, by_name: bool = False
 ) -> tuple[dict[str, Any], list[Target]]:
     """Lay out the moments as torch.optim does, in the order of the parameters in each group.
+
+    With `by_name` the layout is that of torch's get_optimizer_state_dict: a name stands for the number of a parameter.
 
     Raises: CheckpointMismatch when the source has none, or has those of other parameters.
     """
@@ -60,7 +64,7 @@ def optimizer_content(
     before = f"{prefix}." if prefix else ""
     group_of = {name: g for g, group in enumerate(moments.groups) for name in group["names"]}
     firsts = {name: _first_source(model, name, group_of) for name in order}
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int | str, dict[str, Any]] = {}
     targets: list[Target] = []
     groups: list[dict[str, Any]] = []
     number = 0
@@ -69,15 +73,16 @@ def optimizer_content(
         for k, name in enumerate(mine, number):
             others = moments.others.get(firsts[name], {})
             moved = {key: views[name] for key, views in moments.views.items() if name in views}
+            at = name if by_name else k
             for key, value in (others | moved).items():
-                path = f"{before}state.{k}.{key}"
+                path = f"{before}state.{at}.{key}"
                 if isinstance(value, View):
                     rule = model.rules.get(name, "copy") if key in moved else "copy"
                     targets.append(Target(f"{name}: {key}", path, file, value.dtype, value, rule, is_weight=False))
-                state.setdefault(k, {})[key] = Ref(path) if isinstance(value, View) else value
+                state.setdefault(at, {})[key] = Ref(path) if isinstance(value, View) else value
         rest = {key: value for key, value in group.items() if key != "names"}
-        numbers = list(range(number, number + len(mine)))
-        groups.append({**rest, "params": numbers, **({"param_names": mine} if named else {})})
+        numbers = mine if by_name else list(range(number, number + len(mine)))
+        groups.append({**rest, "params": numbers, **({"param_names": mine} if named and not by_name else {})})
         number += len(mine)
     return {"state": state, "param_groups": groups}, targets
 
