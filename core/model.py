@@ -1,6 +1,6 @@
 """The models: GPT here, GPTFlexAttention and GPTBatched from modded-nanogpt; mathematics, nothing about files.
 
-Shapes: B batch, T positions, C n_embd, H heads, D = C / H head size, V vocabulary.
+Shapes: B batch, T positions, C n_embd, H heads, K heads of keys and values, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from torch.nn import functional as F
 from .config.gpt import GPTConfig
 from .errors import InputError
 from .networks import generation
+from .networks.attention import Attention, masks_of, places_of
 from .networks.batched import GPTBatched
 from .networks.bound import bound, static_bound
 from .networks.flex import GPTFlexAttention
+from .networks.linear import Embedding, Linear
 from .networks.modded import IGNORED
+from .networks.norms import make_norm, normed
+from .networks.rotary import Rotary, Rotation
 
 if TYPE_CHECKING:
     from .data.tokenizer import Tokenizer
@@ -27,108 +31,86 @@ if TYPE_CHECKING:
 
 __all__ = ["GPT", "GPTBatched", "GPTFlexAttention"]
 
+
+class ReluSquared(nn.Module):
+    """The square of ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to each number of x."""
+        return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "relu": nn.ReLU,
+    "relu_squared": ReluSquared,
+    "swiglu": nn.SiLU,
+    "geglu": lambda: nn.GELU(approximate="tanh"),
 }
-
-# F.linear reads weights at 12 GB/s when it has few rows (MKL's gemm), this operator at 27 (oneDNN), of 34 that two
-# cores can read at all. It is what torch.compile emits for a linear layer, and is missing in builds without oneDNN.
-_FEW_ROWS = 32
-_ONEDNN = torch.ops.mkldnn._linear_pointwise if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
-
-
-class Linear(nn.Linear):
-    """nn.Linear that leaves initialisation to GPT and is fast for the few rows of a generation step."""
-
-    def reset_parameters(self) -> None:
-        """Do nothing: GPT initialises all weights at once, or takes them from a file."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x [..., C_in]."""
-        if (
-            not torch.is_grad_enabled()
-            and _ONEDNN is not None
-            and x.numel() <= _FEW_ROWS * self.in_features
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and not torch.compiler.is_compiling()
-        ):
-            return _ONEDNN(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding that leaves initialisation to GPT."""
-
-    def reset_parameters(self) -> None:
-        """Do nothing: GPT initialises all weights at once, or takes them from a file."""
-
-
-class Attention(nn.Module):
-    """Causal self-attention; the rows of qkv are q | k | v, each of them head by head."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.scale = config.score_scale
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.proj = Linear(config.n_embd, config.n_embd, bias=config.has_proj_bias)
-
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Mix positions: x [B, T, C] to [B, T, C]; a cache brings the keys and values of earlier positions."""
-        B, T, C = x.shape
-        heads = (B, T, self.n_head, C // self.n_head)
-        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1))
-        if cache is not None:
-            k, v = cache.append(k, v)
-        # With a cache, either it was empty (q and k cover the same positions) or there is one query that sees all keys.
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, scale=self.scale)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+"""What each kind of feed-forward computes in its middle, or of its gate."""
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, four times as wide in between."""
+    """Two linear layers, wider in between, where a third may be a gate."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            Linear(config.n_embd, 4 * config.n_embd, bias=config.mlp_bias),
-            ACTIVATIONS[config.activation](),
-            Linear(4 * config.n_embd, config.n_embd, bias=config.mlp_bias),
-        )
+        C, wide, bias = config.n_embd, config.ffn_width, config.mlp_bias
+        self.gate = Linear(C, wide, bias=bias) if config.is_gated else None
+        activation = ACTIVATIONS[config.mlp_type or config.activation]()
+        self.net = nn.Sequential(Linear(C, wide, bias=bias), activation, Linear(wide, C, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position by itself: x [B, T, C] to [B, T, C]."""
-        return self.net(x)
+        if self.gate is None:
+            return self.net(x)
+        up, activation, down = self.net.children()
+        return down(activation(self.gate(x)) * up(x))
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each added to its input; the norm stands before it or after the sum."""
+    """One layer: attention and feed-forward, each added to its input, or both to one; the config places the norms.
+
+    ln1 and ln2 are before attention and feed-forward, or after the two sums; ln1_post and ln2_post before the sums.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+
+        def norm(*placements: str) -> nn.Module | None:
+            return make_norm(config, config.n_embd) if config.norm_placement in placements else None
+
         self.dropout = config.dropout
         self.normed_after = config.norm_placement == "after"
-        self.ln1 = _norm(config)
+        self.is_parallel = config.parallel_residual
+        self.shares_norm = config.shared_attention_norm
+        self.ln1 = norm("before", "both", "after")
         self.sa = Attention(config)
-        self.ln2 = _norm(config)
+        self.ln1_post = norm("after_sublayer", "both")
+        self.ln2 = None if self.shares_norm else norm("before", "both", "after")
         self.fwd = FeedForward(config)
+        self.ln2_post = norm("after_sublayer", "both")
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        rotation: Rotation | None = None,
+        mask: Tensor | None = None,
+        window: int | None = None,
+    ) -> Tensor:
         """Apply the layer: x [B, T, C] to [B, T, C]."""
         if self.normed_after:
-            x = self.ln1(x + _drop(self.sa(x, cache), self.dropout, self.training))
-            return self.ln2(x + _drop(self.fwd(x), self.dropout, self.training))
-        x = x + _drop(self.sa(self.ln1(x), cache), self.dropout, self.training)
-        return x + _drop(self.fwd(self.ln2(x)), self.dropout, self.training)
-
-
-def _norm(config: GPTConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.norm_bias)
+            x = normed(self.ln1, x + _drop(self.sa(x, cache, rotation, mask, window), self.dropout, self.training))
+            return normed(self.ln2, x + _drop(self.fwd(x), self.dropout, self.training))
+        y = normed(self.ln1, x)
+        attended = normed(self.ln1_post, self.sa(y, cache, rotation, mask, window))
+        attended = x + _drop(attended, self.dropout, self.training)
+        if not self.is_parallel:
+            x = attended
+        y = y if self.shares_norm else normed(self.ln2, x)
+        return attended + _drop(normed(self.ln2_post, self.fwd(y)), self.dropout, self.training)
 
 
 def _drop(x: Tensor, p: float, training: bool) -> Tensor:
@@ -149,10 +131,14 @@ class GPT(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.step = 0  # optimizer updates made
         self.token_embedding_table = Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding_table = Embedding(config.block_size, config.n_embd)
+        self.position_embedding_table = None
+        if config.pos_encoding == "learned":
+            self.position_embedding_table = Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = _norm(config)
+        self.ln_f = make_norm(config, config.n_embd)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
+        self.rotary = Rotary(config) if config.pos_encoding == "rotary" else None
+        self.windows = config.windows
         self.retie()
         if not self.token_embedding_table.weight.is_meta:
             self._initialise()
@@ -175,10 +161,11 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def features(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+    def features(self, idx: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Compute the input of the head: ids idx [B, T] to [B, T, C], after the final norm.
 
-        A cache holds earlier positions: idx follows them, and is one position long unless the cache is empty.
+        A cache holds earlier positions, which idx follows. `attention_mask` [B, T] is true at real ids: padding has no
+        position and is not seen; what is computed for it means nothing.
 
         Raises: InputError when there are more positions than block_size.
         """
@@ -189,13 +176,30 @@ class GPT(nn.Module):
                 f"sequence: found {stop} positions, expected at most block_size {self.config.block_size}. "
                 "Give fewer tokens at once."
             )
-        x = self.token_embedding_table(idx) + self.position_embedding_table.weight[start:stop]
-        x = _drop(x, self.config.dropout, self.training)
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache.layers[i])
+        real = None if attention_mask is None else attention_mask.to(idx.device, torch.bool)
+        real = real if cache is None else cache.seen(real, idx)
+        positions = None if real is None else places_of(real)[:, start:]
+        x = self._embedded(idx, start, positions)
+        rotation = None
+        if self.rotary is not None:
+            here = torch.arange(start, stop, device=idx.device) if positions is None else positions
+            rotation = self.rotary.rotation(here)
+        masks = masks_of(self.windows, start, stop, real, idx.device)
+        for i, (block, window) in enumerate(zip(self.blocks, self.windows, strict=True)):
+            x = block(x, None if cache is None else cache.layers[i], rotation, masks[window], window)
         if cache is not None:
             cache.length = stop
         return self.ln_f(x)
+
+    def _embedded(self, idx: Tensor, start: int, positions: Tensor | None) -> Tensor:
+        """Look up ids idx [B, T], with their positions if these are learned: [B, T, C]."""
+        x = self.token_embedding_table(idx)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
+        if self.position_embedding_table is not None:
+            weight = self.position_embedding_table.weight
+            x = x + (weight[start : start + idx.size(1)] if positions is None else F.embedding(positions, weight))
+        return _drop(x, self.config.dropout, self.training)
 
     @property
     def device(self) -> torch.device:
@@ -208,18 +212,24 @@ class GPT(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Compute logits from features [..., C]: [..., V]."""
-        return self.lm_head(features)
+        logits = self.lm_head(features)
+        cap = self.config.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Predict the next ids: idx [B, T] to logits [B, T, V], with or without targets, and the mean loss with them.
 
-        Targets [B, T] that are -1 are ignored.
+        `attention_mask` [B, T] is true at real ids. Targets [B, T] that are -1 or where it is false are ignored.
 
         Raises: InputError when T is more than block_size.
         """
-        logits = self.logits(self.features(idx))
+        logits = self.logits(self.features(idx, attention_mask=attention_mask))
         if targets is None:
             return logits, None
+        if attention_mask is not None:
+            targets = targets.masked_fill(~attention_mask.to(targets.device, torch.bool), IGNORED)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
     # Methods of the public API that are not mathematics live elsewhere and are bound here.

@@ -90,7 +90,7 @@ def _edits(bundle: Bundle, config: GPTConfig) -> list[str]:
         return []
     return [
         f"{bundle.path(CONFIG)}: {name} is {found[name]}, step {bundle.step} was saved with {then}. Set it to {then}"
-        for name, then in {**GPTConfig.NEUTRAL, **recorded}.items()
+        for name, then in {**config.neutral, **recorded}.items()
         if name in found and found[name] != then
     ]
 

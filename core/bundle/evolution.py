@@ -54,13 +54,13 @@ def _activation(values: Values, seen: Evidence) -> str:
     return "relu" if seen.plan.family == LECTURE else "gelu"
 
 
-_TABLE = "token_embedding_table.weight"
+_TABLE, _POSITIONS = "token_embedding_table.weight", "position_embedding_table.weight"
 
 REPAIRS: dict[str, Callable[[Values, Evidence], Any]] = {
     # Sizes that a config lacks are those of the tensors.
     "vocab_size": lambda values, seen: seen.side(_TABLE, 0),
     "n_embd": lambda values, seen: seen.side(_TABLE, 1),
-    "block_size": lambda values, seen: seen.side("position_embedding_table.weight", 0),
+    "block_size": lambda values, seen: seen.side(_POSITIONS, 0),
     "n_layer": lambda values, seen: len({n.split(".")[1] for n in seen.shapes if n.startswith("blocks.")}) or None,
     # Lecture-style names count the heads; in fused tensors nothing shows them.
     "n_head": lambda values, seen: seen.heads,
@@ -88,6 +88,11 @@ def evolve(values: Values, seen: Evidence, where: str) -> GPTConfig:
         raise CheckpointMismatch(
             f"{where}: n_head is missing, and fused weights do not show it. Add it: another number of heads would "
             "compute something else from the same tensors."
+        )
+    if missing.get("block_size", 1) is None and values.get("pos_encoding") in ("rotary", "none"):
+        raise CheckpointMismatch(
+            f"{where}: block_size is missing, and weights without a table of positions do not show it. Add it: the "
+            "positions that the model was trained for."
         )
     return GPTConfig.from_dict({**values, **{k: v for k, v in missing.items() if v is not None}}, where)
 

@@ -55,6 +55,7 @@ class ConfigFields:
     """Names in a config.json that are neither fields nor unknown."""
 
     def __post_init__(self) -> None:
+        self.settle()
         self.check("config")
 
     def check(self, where: str) -> None:
@@ -74,6 +75,9 @@ class ConfigFields:
     def contradictions(self) -> list[str]:
         """Describe fields that do not fit together, each of which is possible by itself."""
         return []
+
+    def settle(self) -> None:
+        """Give one spelling to values that have several; the fields are not checked yet."""
 
     @classmethod
     def names(cls) -> list[str]:
@@ -95,6 +99,7 @@ class ConfigFields:
         for name in known:
             setattr(config, name, values.get(name, getattr(config, name)))
         config.unknown = {k: v for k, v in values.items() if k not in known and k not in cls.OURS}
+        config.settle()
         config.check(where)
         return config
 
@@ -107,10 +112,15 @@ class ConfigFields:
     @property
     def format_version(self) -> int:
         """The lowest format whose programs compute this model, and not another one without a field they do not know."""
-        is_neutral = all(getattr(self, name) == value for name, value in self.NEUTRAL.items())
-        return FORMAT_VERSION if is_neutral else NEWEST_VERSION
+        chosen = self.without_neutral({name: getattr(self, name) for name in self.NEUTRAL})
+        return NEWEST_VERSION if chosen else FORMAT_VERSION
 
-    @classmethod
-    def without_neutral(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave out the fields of `NEUTRAL` that have their neutral value."""
-        return {name: v for name, v in values.items() if name not in cls.NEUTRAL or v != cls.NEUTRAL[name]}
+    @property
+    def neutral(self) -> Mapping[str, Any]:
+        """The fields of `NEUTRAL` with the value that was implied before they existed, given the others."""
+        return self.NEUTRAL
+
+    def without_neutral(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out the fields of `NEUTRAL` that have their neutral value, or none."""
+        neutral = self.neutral
+        return {name: v for name, v in values.items() if name not in neutral or v not in (None, neutral[name])}

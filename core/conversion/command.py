@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from ..config.gpt import ACTIVATIONS, ATTENTION_SCALES, NORM_PLACEMENTS
+from ..config.gpt import ACTIVATIONS, ATTENTION_SCALES, PLACEMENTS_OF_OLD
 from ..console.commandline import DONE, FAILED, Parser, add_check_flags, count, positive, size, step
 from ..console.progress import byte_bar
 from ..console.words import printable
@@ -64,7 +64,7 @@ def add_choice_flags(parser: Parser) -> None:
     scale = "the factor of attention scores: head_size ** -0.5, n_embd ** -0.5, or a number"
     group.add_argument("--attention_scale", metavar="SCALE", type=_scale, help=scale)
     placement = "norms before attention and feed-forward, or after the sums"
-    group.add_argument("--norm_placement", choices=NORM_PLACEMENTS, help=placement)
+    group.add_argument("--norm_placement", choices=PLACEMENTS_OF_OLD, help=placement)
     group.add_argument("--norm_eps", metavar="X", type=positive, help="epsilon of the norms")
     group.add_argument("--rope_theta", metavar="X", type=positive, help="base of the rotary embedding")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .claims import Claims
-from .family import Shape, parse
+from .family import Family, Shape, parse
 from .match import Match
 from .tie import is_tied
 
@@ -36,7 +36,7 @@ class Architecture:
     head_rows: int | None  # rows of the head
     padding: str  # how many of the rows are padding; "" without evidence
     block_size: int | None
-    positions: str  # "learned", "rotary" or "none"
+    positions: str  # "learned", "rotary", "none" or "unknown"
     norm: str
     activation: str
     gated: bool
@@ -79,11 +79,11 @@ def describe(
         head_rows=sizes.get("head_rows", rows),
         padding=padding(rows, claims.number("vocab_size") if family.pads else None),
         block_size=sizes["block_size"] if "block_size" in sizes else claims.context(),
-        positions="learned" if learned else "rotary" if family.rotary else "none",
+        positions="learned" if learned else claims.positions() or _positions(family),
         norm=claims.norm() or (family.norm_without_bias if not on.get("norm_bias") else "") or family.norm,
         activation=claims.activation() or (family.gated if found.gated else family.activation),
         gated=found.gated,
-        qk_norm=on.get("qk_norm", False),
+        qk_norm=on.get("qk_norm", False) or on.get("qk_norm_wide", False),
         tied_head=tied,
         biases={part: on.get(f"{part}_bias", False) for part in ("qkv", "proj", "mlp", "norm", "head")},
         parameters=total,
@@ -92,6 +92,11 @@ def describe(
         notes=notes,
     )
     return result, claims.conflicts
+
+
+def _positions(family: Family) -> str:
+    """The positions of a model without a table of them, of which no config tells."""
+    return "rotary" if family.rotary else "unknown" if "pos_encoding" in family.switches else "none"
 
 
 def padding(rows: int | None, vocab_size: int | None = None) -> str:

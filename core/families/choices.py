@@ -95,13 +95,14 @@ def choices_of(identity: Identity, marks: Marks, flags: Mapping[str, Any]) -> li
     biases = [part for part, has in shape.biases.items() if has]
     rows = f"{shape.vocab_size} rows" + (f", {shape.padding}" if shape.padding else "")
     is_export = identity.family.startswith("megatron_")
+    positions = "from the tensors" if shape.positions == "learned" else family
     made = [
         _heads(shape, marks, flags),
         Choice("n_kv_head", shape.n_kv_head, _shown("n_kv_head", shape, marks)),
         *(_choice(name, program, marks, flags, is_export) for name in known),
         *(Choice(name, row.value, f"{program.name}, {row.when}") for name, row in others.items()),
-        Choice("norm", shape.norm, family),
-        Choice("positions", shape.positions, "from the tensors" if shape.positions == "learned" else family),
+        Choice("norm", shape.norm, _told("norm_type", shape, marks, family)),
+        Choice("positions", shape.positions, _told("pos_encoding", shape, marks, positions)),
         Choice("tied_head", shape.tied_head, _shown("tied_head", shape, marks)),
         Choice("biases", ", ".join(biases) or "none", "from the tensors"),
         Choice("vocab_size", rows, "from the tensors"),
@@ -121,6 +122,10 @@ def _heads(shape: Architecture, marks: Marks, flags: Mapping[str, Any]) -> Choic
 def _possible_heads(width: int | None) -> tuple[str, ...]:
     """The numbers of heads into which a width can be divided; none for an unknown width."""
     return tuple(str(count) for count in range(1, min(width or 0, 64) + 1) if width and width % count == 0)
+
+
+def _told(name: str, shape: Architecture, marks: Marks, otherwise: str) -> str:
+    return _shown(name, shape, marks) if name in shape.from_config else otherwise
 
 
 def _shown(name: str, shape: Architecture, marks: Marks) -> str:

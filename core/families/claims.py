@@ -14,7 +14,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "n_kv_head": ("n_kv_head", "num_key_value_heads", "num_query_groups", "n_query_groups"),
     "head_size": ("head_size", "head_dim", "kv_channels"),
     "n_embd": ("n_embd", "hidden_size"),
-    "n_ffn": ("ffn_hidden_size", "intermediate_size", "n_inner"),
+    "n_ffn": ("n_ffn", "ffn_hidden_size", "intermediate_size", "n_inner"),
     "vocab_size": ("vocab_size",),
     "padded_vocab_size": ("padded_vocab_size",),
     "block_size": ("block_size", "n_positions", "max_position_embeddings", "sequence_len"),
@@ -32,8 +32,22 @@ ACTIVATIONS = {
     "relu": "ReLU",
     "silu": "SwiGLU",
     "swish": "SwiGLU",
+    "swiglu": "SwiGLU",
+    "geglu": "GeGLU, tanh form",
+    "relu_squared": "ReLU squared",
 }
 """Activations by their spelling in configs; silu is the gate of a SwiGLU."""
+
+NORMS = {
+    "LayerNorm": "LayerNorm",
+    "RMSNorm": "RMSNorm",
+    "layernorm": "LayerNorm",
+    "layernorm_1p": "LayerNorm with 1 + weight",
+    "rmsnorm": "RMSNorm",
+    "rmsnorm_1p": "RMSNorm with 1 + weight",
+    "rmsnorm_no_weight": "RMSNorm without weights",
+}
+"""Norms by their spelling in configs."""
 
 HEADS = ("n_head", "n_kv_head", "head_size")
 PADDING_AT_MOST = 8192
@@ -63,8 +77,19 @@ class Claims:
 
     def norm(self) -> str:
         """The kind of norm that the config names, "" if it names none."""
-        said = (self.config.get(name) for name in ("normalization", "norm_class_name"))
-        return next((value for value in said if value in ("LayerNorm", "RMSNorm")), "")
+        for name in ("normalization", "norm_class_name", "norm_type"):
+            if isinstance(said := self.config.get(name), str) and said in NORMS:
+                self.used += ["norm_type"] if name == "norm_type" else []
+                return NORMS[said]
+        return ""
+
+    def positions(self) -> str:
+        """The kind of positions that a config of ours names, "" if it names none."""
+        said = self.config.get("pos_encoding")
+        if said not in ("rotary", "none"):
+            return ""
+        self.used.append("pos_encoding")
+        return str(said)
 
     def says_tied(self) -> bool | None:
         """Whether the config ties the head to the token table."""
@@ -167,8 +192,8 @@ def tied_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 def activation_of(config: Mapping[str, Any]) -> str | None:
     """The activation that a config names, in its own words."""
-    said = (config.get(name) for name in ("activation_function", "hidden_act", "activation"))
-    return next((value for value in said if isinstance(value, str)), None)
+    said = (config.get(name) for name in ("activation_function", "hidden_act", "activation", "mlp_type"))
+    return next((value for value in said if isinstance(value, str) and value != "mlp"), None)
 
 
 def _text(value: Any) -> str:

@@ -64,9 +64,9 @@ def linear(name: str, rows: str, columns: str) -> dict[str, Sides]:
     return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
 
 
-def norm(name: str) -> dict[str, Sides]:
+def norm(name: str, width: str = "n_embd") -> dict[str, Sides]:
     """Name the weight and the bias of a norm, with their sides."""
-    return {f"{name}.weight": ("n_embd",), f"{name}.bias": ("n_embd",)}
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
 @dataclass(eq=False, repr=False)

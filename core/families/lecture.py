@@ -21,7 +21,7 @@ def _rows(ours: str) -> Table:
     return tuple((theirs, ours, RENAME) for theirs in names)
 
 
-LECTURE: Table = tuple(row for ours in gpt.TENSORS for row in _rows(ours))
+LECTURE: Table = tuple(row for ours in gpt.PLAIN for row in _rows(ours))
 """The rows of qkv are q | k | v, each of them head by head; the feed-forward part is `ffwd` or `fwd`."""
 
 DROPPED: dict[str, str] = {

@@ -248,7 +248,7 @@ def _because(found: Match, word: str) -> str:
 def _gate(found: Match) -> None:
     """Find out whether the feed-forward part is gated: gate and up in one tensor have twice its rows."""
     fused, n_ffn = found.measures.get("fc1_rows"), found.measures.get("n_ffn")
-    found.gated = bool(found.family.gated)
+    found.gated = bool(found.family.gated) or found.switches.get("mlp_type", False)
     if fused and n_ffn:
         found.gated = fused.value == 2 * n_ffn.value
         if fused.value not in (n_ffn.value, 2 * n_ffn.value):

@@ -21,7 +21,7 @@ OURS = Family(
     embedding="token_embedding_table.weight",
     head="lm_head.weight",
     positions="position_embedding_table.weight",
-    switches={**FUSED_SWITCHES, "head": ("lm_head.weight",)},
+    switches={**gpt.PARTS, **FUSED_SWITCHES, "head": ("lm_head.weight",)},
     buffers={name: (MASK, reason) for name, reason in gpt.DROPPED.items()},
     claims=dict(zip(gpt.SWITCHES, FUSED_SWITCHES, strict=True)),
 )
@@ -31,17 +31,19 @@ def _lecture_family(feed_forward: str) -> Family:
     other = {"ffwd": ".fwd.", "fwd": ".ffwd."}[feed_forward]
     rows = {name: sides for name, sides in gpt.sides_of(lecture.LECTURE).items() if other not in name}
     tensors = {name: HEAD_SIDES[: len(sides)] if "{j}" in name else sides for name, sides in rows.items()}
+    switches = {
+        **FUSED_SWITCHES,
+        "qkv_bias": tuple(name for name in tensors if "{j}" in name and name.endswith(".bias")),
+        "mlp_bias": tuple(name for name in tensors if ".net." in name and name.endswith(".bias")),
+        "head": ("lm_head.weight",),
+    }
     return replace(
         OURS,
         name=LECTURE,
         program="our GPT, lecture style",
         tensors=tensors,
         signature=tuple(name for name in tensors if "{j}" in name and name.endswith(".weight")),
-        switches={
-            **OURS.switches,
-            "qkv_bias": tuple(name for name in tensors if "{j}" in name and name.endswith(".bias")),
-            "mlp_bias": tuple(name for name in tensors if ".net." in name and name.endswith(".bias")),
-        },
+        switches={switch: tuple(name for name in names if name in tensors) for switch, names in switches.items()},
         buffers={name: (MASK, reason) for name, reason in lecture.DROPPED.items()},
         activation="ReLU",
         claims={"bias": "qkv_bias", "head_bias": "head_bias"},

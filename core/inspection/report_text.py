@@ -118,7 +118,8 @@ def _parameters(facts: Facts) -> Iterable[str]:
 
 def architecture_lines(a: Facts) -> Iterable[str]:
     """Describe a model by its tensors, in three lines."""
-    groups = f" in {a['n_kv_head']} groups" if a["n_kv_head"] not in (None, a["n_head"]) else ""
+    several = "" if a["n_kv_head"] == 1 else "s"
+    groups = f" in {a['n_kv_head']} group{several}" if a["n_kv_head"] not in (None, a["n_head"]) else ""
     one = "" if a["n_head"] == 1 else "s"
     heads = f"{_known(a['n_head'])} head{one}{groups}" + (f" of {a['head_size']}" if a["head_size"] else "")
     yield f"{_known(a['n_layer'])} layers, {heads}, width {_known(a['n_embd'])}, feed-forward {_known(a['n_ffn'])}"

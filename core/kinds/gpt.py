@@ -154,10 +154,11 @@ def _fewer_positions(bundle: Bundle, given: dict[str, Any]) -> int | None:
 
 
 def crop_positions(model: GPT, positions: int) -> None:
-    """Cut the table of positions of a model down to the first ones, which compute what they computed."""
+    """Cut the positions of a model, and their table, down to the first ones, which compute what they computed."""
     table = model.position_embedding_table
-    table.weight = torch.nn.Parameter(table.weight.detach()[:positions].clone())
-    table.num_embeddings = positions
+    if table is not None:
+        table.weight = torch.nn.Parameter(table.weight.detach()[:positions].clone())
+        table.num_embeddings = positions
     model.config = GPTConfig.from_dict({**model.config.to_dict(), "block_size": positions}, "config of the new model")
 
 

@@ -66,13 +66,23 @@ class Cache:
     """Keys and values of all layers, allocated once."""
 
     def __init__(self, config: GPTConfig, batch: int, room: int, weight: Tensor) -> None:
-        shape = (config.n_layer, 2, batch, config.n_head, room, config.head_size)
+        shape = (config.n_layer, 2, batch, config.kv_heads, room, config.head_width)
         self.layers = [LayerCache(k, v) for k, v in torch.empty(shape, dtype=weight.dtype, device=weight.device)]
         self.length = 0
+        self.real: Tensor | None = None  # [B, length], false at padding; None without any
+
+    def seen(self, real: Tensor | None, ids: Tensor) -> Tensor | None:
+        """Append the mask of new ids [B, T]; return that of all positions so far, None without padding."""
+        if real is None and self.real is None:
+            return None
+        past = ids.new_ones((len(ids), self.length), dtype=torch.bool) if self.real is None else self.real
+        new = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+        self.real = torch.cat((past, new), dim=1)
+        return self.real
 
     def clear(self) -> None:
         """Forget every position, but keep the memory."""
-        self.length = 0
+        self.length, self.real = 0, None
         for layer in self.layers:
             layer.length = 0
 
@@ -96,7 +106,7 @@ def generate(
     [T] or [B, T]; a list holds ids. Temperature 0 takes the likeliest id. Ids that the tokenizer lacks (padding rows of
     the vocabulary) are never drawn. Randomness comes from `generator`, else from `seed`, else from the system, and
     never from torch's global generator. `attention_mask` [B, T] is true at the real ids of prompts of several lengths;
-    only GPTBatched takes one, and new ids also come after the padding.
+    new ids also come after the padding.
 
     Raises: InputError for an empty prompt of ids, an id outside the vocabulary, or a setting out of range.
     """

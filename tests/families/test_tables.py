@@ -75,9 +75,9 @@ def test_one_tensor_under_two_prefixes_is_refused_with_both_names():
 
 def test_mutated_shape_is_a_conflict_that_names_both_shapes():
     shapes = build(named("our GPT"))
-    shapes["blocks.3.fwd.net.0.weight"] = (1024, 255)
+    shapes["blocks.3.fwd.net.0.weight"] = (704, 255)
     assert identify(shapes).conflicts == [
-        "blocks.3.fwd.net.0.weight is (1024, 255), expected (1024, 256), for n_embd is 256 by "
+        "blocks.3.fwd.net.0.weight is (704, 255), expected (704, 256), for n_embd is 256 by "
         "token_embedding_table.weight (50304, 256)"
     ]
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...config.gpt import ACTIVATIONS, GPTConfig
+from ...config.gpt import ACTIVATIONS, MLP_TYPES, GPTConfig
 from ...containers.tensors.views import filled
 from ...families import hf_gpt2, lecture, nanogpt
 from ...families.choices import ACTIVATIONS as SPELLINGS
 from ...families.fused import FUSED, LECTURE
+from ...families.gpt import PLAIN, TENSORS, row_of
 from ..plan import Options, Pair, Source
 from ..run import Run
 
@@ -46,11 +47,17 @@ def _ours(model: Source, **fields: Any) -> dict[str, Any]:
     known |= {name: value for name in _CHOICES if (value := model.choice(name)) is not None}
     if lost := [name for name in (*_SIZES, *_CHOICES) if name not in known]:
         raise model.refuse(f"{', '.join(lost)} cannot be told from it, and a bundle records them.")
-    return GPTConfig.from_dict({**known, **fields}, str(model.path)).to_dict()
+    made = {**known, **fields}
+    if made.get("mlp_type") in MLP_TYPES:
+        del made["activation"]  # said by mlp_type
+    return GPTConfig.from_dict(made, str(model.path)).to_dict()
 
 
 def complete(model: Source, options: Options) -> dict[str, Any]:
     """Complete the config, which is already that of our GPT where the file has one."""
+    others = [name for name in model.tensors if row_of(name) in TENSORS and row_of(name) not in PLAIN]
+    if others and "n_layer" not in model.config:
+        raise model.refuse(f"{others[0]} is none of GPT-2's shape, and no config.json tells what is computed with it.")
     tied = model.is_tied(HEAD, TABLE, model.config.get("tied_head") is True)
     said = {name: value for name, value in model.config.items() if name not in ("format_version", "model_class")}
     chosen = {name: model.choice(name) for name in _CHOICES}
@@ -136,11 +143,12 @@ def add_zero_biases(model: Source, head: str) -> None:
 
 
 def _refuse_other_choices(model: Source, config: GPTConfig, target: str, *names: str) -> None:
-    """Refuse choices for which a target has no setting."""
-    for name in names:
-        if getattr(config, name) != GPTConfig.NEUTRAL[name]:
+    """Refuse choices for which a target has no setting: all but `names`."""
+    neutral = config.neutral
+    for name in config.without_neutral({name: getattr(config, name) for name in neutral}):
+        if name not in names:
             raise model.refuse(
-                f"{name} is {getattr(config, name)}, and {target} computes {GPTConfig.NEUTRAL[name]}: other logits. "
+                f"{name} is {getattr(config, name)}, and {target} computes {neutral[name]}: other logits. "
                 "--to bundle keeps it."
             )
 
@@ -148,7 +156,7 @@ def _refuse_other_choices(model: Source, config: GPTConfig, target: str, *names:
 def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a missing bias becomes zeros, a tied head is left out."""
     config = GPTConfig.from_dict(model.config, str(model.path))
-    _refuse_other_choices(model, config, "HF GPT-2", "attention_scale", "norm_placement")
+    _refuse_other_choices(model, config, "HF GPT-2", "norm_eps")
     tied = config.tied_head and options.tied is not False
     _drop_head_bias(model, "HF GPT-2")
     if tied and HEAD in model.tensors:
@@ -186,7 +194,7 @@ def hf_config(sizes: Mapping[str, int], eps: float, dropout: float, n_inner: int
 def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
     """Write model_args; refuse a model that nanoGPT does not compute: another activation, an untied head."""
     config = GPTConfig.from_dict(model.config, str(model.path))
-    _refuse_other_choices(model, config, "nanoGPT", *GPTConfig.NEUTRAL)
+    _refuse_other_choices(model, config, "nanoGPT")
     if config.activation != "gelu":
         shown = {"gelu_tanh": "the tanh form of GELU (gelu_new)", "relu": "ReLU"}[config.activation]
         raise model.refuse(
@@ -200,7 +208,7 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
         )
     _drop_head_bias(model, "nanoGPT")
     model.tie(HEAD, TABLE)
-    has_bias = config.bias or config.proj_bias or config.mlp_bias or config.norm_bias
+    has_bias = config.bias or config.has_proj_bias or config.mlp_bias or config.norm_bias
     if has_bias:
         add_zero_biases(model, HEAD)
     if model.run is None and model.state.training:
