@@ -29,7 +29,7 @@ def fault(value: Any) -> str | None:
     """Say what is wrong with a settled rope_scaling; None where nothing is."""
     if value is None:
         return None
-    if not isinstance(value, dict) or value.get("rope_type") not in NEEDED:
+    if not isinstance(value, dict) or value.get("rope_type") not in tuple(NEEDED):
         return f"rope_scaling is {value!r}, expected a rope_type of {', '.join(NEEDED)} with its numbers"
     kind = value["rope_type"]
     allowed = {"rope_type", *NEEDED[kind], *OPTIONAL.get(kind, ())}

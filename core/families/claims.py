@@ -77,9 +77,11 @@ class Claims:
 
     def norm(self) -> str:
         """The kind of norm that the config names, "" if it names none."""
-        said = (self.config.get(name) for name in ("normalization", "norm_class_name", "norm_type"))
-        self.used += ["norm_type"] if self.config.get("norm_type") in NORMS else []
-        return next((NORMS[value] for value in said if isinstance(value, str) and value in NORMS), "")
+        for name in ("normalization", "norm_class_name", "norm_type"):
+            if isinstance(said := self.config.get(name), str) and said in NORMS:
+                self.used += ["norm_type"] if name == "norm_type" else []
+                return NORMS[said]
+        return ""
 
     def positions(self) -> str:
         """The kind of positions that a config of ours names, "" if it names none."""

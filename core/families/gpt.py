@@ -154,9 +154,9 @@ def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
     if (whole and count != config.n_layer) or config.n_layer > len(found):
         remedy = f". Set n_layer to {count}" if whole else ""
         faults.append(f"n_layer is {config.n_layer}, but the tensors have {count} layers{remedy}")
-    switches = present(config)
+    switches, rows = present(config), {name: row_of(name) for name in found}
     for switch, names in SWITCHES.items():
-        here = [name for name in found if row_of(name) in names]
+        here = [name for name, row in rows.items() if row in names]
         if here and not switches[switch] and switch == "norm_bias" and config.norm_type.startswith("rmsnorm"):
             faults.append(f"norm_type is {config.norm_type}, but {here[0]} is there")
         elif here and not switches[switch]:
@@ -164,7 +164,7 @@ def contradictions(config: GPTConfig, found: Mapping[str, Shape]) -> list[str]:
         if not here and switches[switch]:
             faults.append(f"{switch} is true, but {names[0].replace('{i}', '0')} is not there. Set {switch} to false")
     for part, names in PARTS.items():
-        here = [name for name in found if row_of(name) in names and not name.endswith(".bias")]
+        here = [name for name, row in rows.items() if row in names and not name.endswith(".bias")]
         field = FIELD_OF.get(part, part)
         if here and not switches[part]:
             faults.append(f"{field} is {fields[field]}, but {here[0]} is there")

@@ -154,7 +154,7 @@ def _fewer_positions(bundle: Bundle, given: dict[str, Any]) -> int | None:
 
 
 def crop_positions(model: GPT, positions: int) -> None:
-    """Cut the positions of a model, and its table if it has one, down to the first ones, which compute what they did."""
+    """Cut the positions of a model, and their table, down to the first ones, which compute what they computed."""
     table = model.position_embedding_table
     if table is not None:
         table.weight = torch.nn.Parameter(table.weight.detach()[:positions].clone())

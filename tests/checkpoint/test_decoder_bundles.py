@@ -149,6 +149,10 @@ def test_a_field_that_does_not_fit_the_tensors_names_the_tensor(tmp_path):
         ({"pos_encoding": "rotary", "rotary_percent": 0.01}, "is 0 numbers, expected an even number from 2"),
         ({"rotary_percent": 1.5}, "rotary_percent is 1.5, expected a number above 0 and at most 1"),
         ({"pos_encoding": "rotary", "rope_scaling": {"type": "dynamic"}}, "a rope_type of linear, yarn, llama3"),
+        ({"rope_scaling": {"rope_type": []}}, "rope_scaling is {'rope_type': []}, expected a rope_type of linear"),
+        ({"rope_scaling": [1]}, "rope_scaling is [1], expected a rope_type of linear"),
+        ({"norm_type": []}, "norm_type is [], expected layernorm"),
+        ({"sliding_window": {}}, "sliding_window is {}, expected a whole number"),
         ({"pos_encoding": "rotary", "rope_scaling": {"type": "yarn"}}, "yarn has no factor, original_max_position"),
         (
             {"pos_encoding": "rotary", "rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}},
@@ -193,6 +197,10 @@ def test_inspection_names_the_parts_of_a_model_with_choices(tmp_path):
     assert "2 layers, 2 heads in 1 group of 8, width 32, feed-forward 24\n" in out
     assert "context 16, positions rotary\nRMSNorm, q and k normed, gated SwiGLU, biases: qkv, mlp, head\n" in out
     assert "WARNING" not in out
+    (tmp_path / "dante/config.json").write_text(json.dumps({"n_head": 2, "norm_type": [], "pos_encoding": {}}))
+    assert "norm_type:[]" in looked_at(tmp_path / "dante")[0]
+    with pytest.raises(CheckpointMismatch, match="norm_type is .*, expected layernorm"):
+        GPT.load(tmp_path / "dante")
 
 
 @BOTH
