@@ -70,11 +70,11 @@ def test_a_third_of_a_megabyte_of_anything_takes_less_than_half_a_second_and_200
 
 @pytest.mark.full
 @pytest.mark.parametrize("which", [*PICKLES, "safetensors"])
-def test_four_megabytes_of_anything_take_a_second_of_an_idle_machine_and_200_megabytes(which, tmp_path):
+def test_four_megabytes_of_anything_take_about_a_second_and_200_megabytes(which, tmp_path):
     path = tmp_path / ("x.safetensors" if which == "safetensors" else "x.pt")
     path.write_bytes(names_of(4_000_000) if which == "safetensors" else bomb(which, 4_000_000))
     before, found = speed(), opened(path)
-    assert found["seconds"] < 4 * max(before, speed(), 0.33), found
+    assert found["seconds"] < 5 * max(before, speed(), 0.33), found
     assert found["megabytes"] < 200, found
 
 

@@ -18,7 +18,7 @@ _MOST: dict[str, tuple[int, int, int]] = {
     "stored values": (SLACK, 3, 0),
     "states": (20_000, 25, 10),
     "items appended one by one": (SLACK, 4, 4),
-    "items set one by one": (SLACK, 8, 14),
+    "items set one by one": (SLACK, 8, 24),
     "texts in lines": (SLACK, 8, 5),
     "long numbers": (SLACK, 5, 3),
     "steps that make nothing": (1000, 100, 1),
