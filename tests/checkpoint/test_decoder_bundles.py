@@ -199,7 +199,7 @@ def test_inspection_names_the_parts_of_a_model_with_choices(tmp_path):
     assert "WARNING" not in out
     (tmp_path / "dante/config.json").write_text(json.dumps({"n_head": 2, "norm_type": [], "pos_encoding": {}}))
     assert "norm_type:[]" in looked_at(tmp_path / "dante")[0]
-    with pytest.raises(CheckpointMismatch, match="norm_type is .*, expected layernorm"):
+    with pytest.raises(CheckpointMismatch, match=r"norm_type is .*, expected layernorm"):
         GPT.load(tmp_path / "dante")
 
 
