@@ -124,6 +124,9 @@ class FolderReader:
                     opened.files[name] = self._newest(self.storage.open, name)
                 except _NOT_THERE:
                     missing = missing or name
+                except IsADirectoryError as error:
+                    opened.close()
+                    raise CheckpointDamaged(f"{error.filename}: a folder, expected a file.") from error
                 except (OSError, CheckpointDamaged) as error:
                     # a network file system: the name moved while it was being opened
                     stale = isinstance(error, OSError) and error.errno == errno.ESTALE
@@ -175,6 +178,9 @@ class FolderReader:
                 if state.integrity is not None:
                     opened.close()
                     return folder / name
+            except IsADirectoryError as error:
+                opened.close()
+                raise CheckpointDamaged(f"{error.filename}: a folder, expected a file.") from error
         return opened
 
     def kept_steps(self) -> dict[int, Path]:

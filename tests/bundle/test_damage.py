@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from core.bundle.bundle import open_bundle
 from core.bundle.intact import ANEW
 from core.checkpoint import CheckpointManager
 from core.errors import CheckpointDamaged, CheckpointMismatch, NoneIntact
@@ -105,3 +106,17 @@ def test_weights_that_a_person_put_there_bring_their_own_config(tmp_path):
     for file in ("model.pt", "config.json"):
         shutil.copy(tmp_path / "other" / file, tmp_path / "dante" / file)
     assert CheckpointManager.load_for_inference("dante", tmp_path).config.n_head == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.pt", "optimizer.pt", "tokenizer.json"])
+@pytest.mark.parametrize("step", [None, 1])
+def test_a_folder_in_the_place_of_a_file_is_damage(tmp_path, name, step):
+    save_steps(tmp_path, 2)
+    folder = tmp_path / "dante" if step is None else tmp_path / "dante/step_00000001"
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with (
+        pytest.raises(CheckpointDamaged, match=rf"{name}: a folder, expected a file\."),
+        open_bundle(tmp_path / "dante", step),
+    ):
+        pass
