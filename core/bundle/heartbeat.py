@@ -33,9 +33,9 @@ Values = dict[str, Any]
 
 
 class Record:
-    """This process as the writer of a folder: a file that only one process can make, kept beating until `close`.
+    """This process as the writer of a folder: a file that only one process can make; it beats from `start` to `close`.
 
-    Raises: FileExistsError when there is one; OSError, also when no thread can be started.
+    Raises: FileExistsError when there is one, OSError.
     """
 
     def __init__(self, folder: Path, values: Values) -> None:
@@ -45,14 +45,22 @@ class Record:
         self._thread = threading.Thread(target=self._live, name=f"heartbeat of {folder}", daemon=True)
         try:
             self._beat(0)
-            if threading.main_thread().is_alive():  # else the program ends, in no time, and may start no thread
-                self._thread.start()
-        except BaseException as error:
+        except BaseException:
             self._file.close()
             self.path.unlink(missing_ok=True)
-            if isinstance(error, RuntimeError):
-                raise OSError(errno.EAGAIN, str(error), str(self.path)) from error
             raise
+
+    def start(self) -> None:
+        """Begin to beat; the caller holds no lock that the garbage collector, which the new thread may run, waits for.
+
+        Raises: OSError when no thread can be started.
+        """
+        if not threading.main_thread().is_alive():  # the program ends, in no time, and may start no thread
+            return
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, str(error), str(self.path)) from error
 
     def _beat(self, number: int) -> None:
         self._file.seek(0)

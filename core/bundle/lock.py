@@ -69,12 +69,15 @@ def hold(folder: Path, say: Say = say_at_once) -> Iterator[None]:
     key = folder.resolve()
     with _holding:
         lock = _held.get(key)
+        is_new = lock is None
         if lock is None:
             lock = _held[key] = _Lock(folder, say)
         else:
             lock.check()
         lock.count += 1
     try:
+        if is_new:
+            lock.record.start()
         yield
     finally:
         with _holding:
@@ -102,7 +105,8 @@ class _Lock:
         with contextlib.ExitStack() as release:
             self._file = self._lock_file(release) if KERNEL_LOCKS else None
             self._mine = this_process(folder, self._file)
-            release.callback(self._make_record().close)
+            self.record = self._make_record()
+            release.callback(self.record.close)
             if self._file is not None:
                 os.ftruncate(self._file, 0)
                 os.write(self._file, json.dumps(self._mine).encode())  # for who is refused before there is a record

@@ -403,7 +403,10 @@ class Storage:
 
 def not_ours(path: Path, what: str) -> SaveFailed:
     """The error for a name of ours under which something lies that leads elsewhere."""
-    kind = f"a link to {path.readlink()}" if path.is_symlink() else "a pipe or a device"
+    try:
+        kind = f"a link to {path.readlink()}"
+    except OSError:  # of what is no link, also when it was one a moment ago
+        kind = "a pipe or a device"
     return SaveFailed(
         f"{path}: {kind}, expected a {what} of this program. Nothing is written through it, and nothing was changed. "
         "Remove it, or move it away."

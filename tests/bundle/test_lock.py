@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from core.bundle import lock
+from core.bundle import heartbeat, lock
 from core.bundle.bundle import open_bundle
-from core.bundle.lock import hold
+from core.bundle.lock import hold, is_held
 from core.bundle.verify import verify
 from core.errors import CheckpointLocked
 from tests.makers.limits import wait_until
@@ -239,3 +239,21 @@ def test_of_two_trainers_at_once_one_is_refused_and_the_other_one_is_not_disturb
         assert trains.returncode == 75
         with open_bundle(tmp_path / "both") as bundle:
             assert verify(bundle) == [] and bundle.step > 0
+
+
+@pytest.mark.timeout(20)
+def test_a_forgotten_holder_that_a_new_thread_collects_does_not_wait_for_the_one_that_starts_it(tmp_path, monkeypatch):
+    for name in ("forgotten", "dante"):
+        (tmp_path / name).mkdir()
+    forgotten = hold(tmp_path / "forgotten")
+    forgotten.__enter__()
+
+    class Collecting(threading.Thread):
+        def _bootstrap_inner(self):
+            forgotten.__exit__(None, None, None)  # as the garbage collector does with a generator that is left behind
+            super()._bootstrap_inner()
+
+    monkeypatch.setattr(heartbeat.threading, "Thread", Collecting)
+    with hold(tmp_path / "dante"):
+        assert not is_held(tmp_path / "forgotten")
+    monkeypatch.undo()

@@ -144,11 +144,12 @@ def clear(folder: Path) -> None:
 def outside(container: Container) -> str:
     """Name a tensor that does not lie within its file; "" when all do."""
     only = next(iter(container.files)) if len(container.files) == 1 else ""
+    sizes = container.files | {name: one.size for name, one in container.unpacked.items()}
     for name, spec in container.tensors.items():
         places = [(c.file, c.offset, c.nbytes) for c in spec.chunks] or [(spec.file or only, spec.offset, spec.extent)]
         for file, offset, size in places:
-            if offset < 0 or size < 0 or offset + size > container.files[file]:
-                return f"{name!r}: {offset} + {size} of {file}, which has {container.files[file]}"
+            if offset < 0 or size < 0 or offset + size > sizes[file]:
+                return f"{name!r}: {offset} + {size} of {file}, which has {sizes[file]}"
     return ""
 
 
