@@ -25,6 +25,7 @@ from torch.futures import Future
 
 from ..bundle.parts import ShardedFile
 from ..containers.spec import TensorSpec
+from ..networks.distributed import group_size
 from .mapped import read_block
 
 
@@ -110,6 +111,5 @@ def _described(spec: TensorSpec) -> TensorStorageMetadata:
 def filled_like(source: ShardedFile, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read this rank's parts of tensors like these from shards, by name; every rank calls it."""
     made = {name: empty_like(tensor).detach() for name, tensor in like.items()}
-    alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
-    fill_shards(source, made, alone)
+    fill_shards(source, made, group_size() == 1)
     return made

@@ -39,7 +39,8 @@ def captured(also: Mapping[str, Any], world: World) -> States | None:
     try:
         objects = named(also, world)
         states = {name: _entry(name, value) for name, value in objects.items()}
-        sums = {name: _sum({name: state}) for name, state in states.items()}
+        _refuse_unloadable(states)
+        sums = {name: _sum(state) if world.size > 1 else 0 for name, state in states.items()}
     except InputError as error:  # all ranks raise it, or the others would wait for this one
         sums = str(error)
     everyone = world.everyone(sums)
@@ -112,15 +113,20 @@ def _unpacked(leaf: Any) -> Any:
     return flat.view(leaf.dtype).reshape(leaf.shape)
 
 
-def _sum(state: States) -> int:
-    """A checksum of a state under its name, once it is known that a load gives it back."""
+def _refuse_unloadable(states: States) -> None:
+    """Refuse what a load would not give back, by its path."""
+    if is_plain(states):
+        return
     try:
-        records: list[Any] = [data for _, data in records_of(state)]
+        data_pkl: Any = records_of(states)[0][1]
     except Exception as error:  # of a method of any class
-        raise unloadable(ALSO, state, f"{ALSO}: {error}") from error
-    if not is_plain(state):
-        refuse_unloadable(ALSO, state, records[0])
+        raise unloadable(ALSO, states, f"{ALSO}: {error}") from error
+    refuse_unloadable(ALSO, states, data_pkl)
+
+
+def _sum(state: Any) -> int:
+    """A checksum of a state that a load gives back."""
     found = 0
-    for data in records:
+    for _, data in records_of(state):
         found = zlib.crc32(data if isinstance(data, bytes) else bytes_of(data.cpu()).numpy().data, found)
     return found
