@@ -12,16 +12,10 @@ from core.checkpoint import CheckpointManager
 from core.config.gpt import GPTConfig
 from core.errors import CheckpointMismatch
 from core.model import GPT
+from tests.makers.decoder_reference import LLAMA3
 from tests.makers.doors import looked_at
 from tests.makers.models import SMALL, equal, save_durably, save_steps, started, tokenizer, update
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 CHOICES = {
     "pos_encoding": "rotary",
     "rope_theta": 500.0,

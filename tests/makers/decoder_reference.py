@@ -11,6 +11,15 @@ from numpy import ndarray as Array
 
 from core.config.gpt import GPTConfig
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+"""A scaling of rotary positions, in the spelling of transformers."""
+
 ERF = np.vectorize(math.erf)
 MIDDLES = {
     "gelu": lambda x: x * (1 + ERF(x / math.sqrt(2))) / 2,

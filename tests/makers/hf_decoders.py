@@ -10,6 +10,7 @@ import torch
 
 from core.config.gpt import GPTConfig
 from core.model import GPT
+from tests.makers.decoder_reference import LLAMA3
 
 SIZES = {
     "vocab_size": 61,
@@ -26,13 +27,6 @@ OURS = {"vocab_size": 61, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_ffn": 80, 
 ROTARY = {"pos_encoding": "rotary", "head_bias": False, "bias": False, "mlp_bias": False}
 LLAMA = {**OURS, **ROTARY, "norm_type": "rmsnorm", "norm_eps": 1e-6, "mlp_type": "swiglu"}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 Tensors = dict[str, torch.Tensor]

@@ -13,17 +13,10 @@ from core.errors import InputError
 from core.families.gpt import shapes
 from core.model import GPT
 from core.networks import attention, norms, rotary
-from tests.makers.decoder_reference import Reference
+from tests.makers.decoder_reference import LLAMA3, Reference
 
 T, VOCAB = 9, 17
 SIZES = {"block_size": 16, "vocab_size": VOCAB, "n_embd": 12, "n_head": 2, "n_layer": 2, "dropout": 0.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5]
 EXACT = 1e-5  # of the largest logit
 SEEN = 1e-3
