@@ -30,7 +30,9 @@ def ways(family: str, closed: Callable[[Pair, bool], bool] = lambda pair, back: 
         for pair in PAIRS:
             for there, back, translate in ((pair.ours, False, pair.to_ours), (pair.theirs, True, pair.to_theirs)):
                 start = pair.ours if back else pair.theirs
-                if start == here and translate is not None and there not in found and not closed(pair, back):
+                if start != here or translate is None or there in found or closed(pair, back):
+                    continue
+                if len({one.shape for one, _ in (*found[here], (pair, back)) if one.shape}) < 2:
                     found[there] = [*found[here], (pair, back)]
                     pending.append(there)
     return found

@@ -128,4 +128,10 @@ def to_theirs(model: Source, options: Options) -> dict[str, Any]:
     }
 
 
-PAIRS = tuple(Pair(family, FUSED, TABLES[family], to_ours, to_theirs) for family in DECODERS)
+LLAMA = ("hf_llama", "hf_mistral", "hf_qwen2", "hf_qwen3")
+"""Models of one shape: what sets them apart, a model may have at its neutral value."""
+
+PAIRS = tuple(
+    Pair(family, FUSED, TABLES[family], to_ours, to_theirs, "llama" if family in LLAMA else family)
+    for family in DECODERS
+)

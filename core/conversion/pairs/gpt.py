@@ -25,6 +25,9 @@ NEW_HEAD = "python train.py --tied_head starts a model that GPT-2 and nanoGPT co
 
 TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
+GPT2 = "gpt2"
+"""The shape of its models."""
+
 GPT2_END = 50256
 """GPT-2's end of text, with which transformers also begins one."""
 
@@ -225,7 +228,7 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
 
 
 PAIRS = (
-    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=complete),
-    Pair("nanogpt", FUSED, nanogpt.NANOGPT, nanogpt_to_ours, ours_to_nanogpt),
-    Pair("hf_gpt2", FUSED, hf_gpt2.HF_GPT2, hf_to_ours, ours_to_hf),
+    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=complete, shape=GPT2),
+    Pair("nanogpt", FUSED, nanogpt.NANOGPT, nanogpt_to_ours, ours_to_nanogpt, GPT2),
+    Pair("hf_gpt2", FUSED, hf_gpt2.HF_GPT2, hf_to_ours, ours_to_hf, GPT2),
 )
