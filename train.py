@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from core.console.commandline import DONE, STOPPED, rules_given, run, spelled, spin_briefly
 from core.console.signals import StopSignal, decide_exit_code
 from core.console.streams import outlive_terminal
-from core.training.flags import CONFIG_FLAGS, EXPORTABLE, make_parser
+from core.training.flags import CONFIG_FLAGS, make_parser
 
 if TYPE_CHECKING:
     from core.bundle.bundle import Bundle
@@ -86,7 +86,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
 
     # 1. The model and its device: the kind of the checkpoint, or of --arch.
     manager.keep_as(bundle.state if bundle else {}, **rules_given(args))
-    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags} | (EXPORTABLE if args.tied_head else {})
+    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags}
     origin = open_origin(args.init_from_checkpoint, args.arch) if args.init_from_checkpoint and not bundle else None
     kind = kind_of(bundle, origin.arch if origin else args.arch, world)
     device, given = choose_device(bundle, given, world)

@@ -27,7 +27,7 @@ from ..loading.tensors import load_model, load_optimizer, say_without_moments
 from ..model import GPT
 from ..networks.device import resolve_device
 from .kind import Request, Say, Source, refuse_other_fields
-from .presets import GPT_ON_CPU, GPT_ON_CUDA
+from .presets import GPT_HEAD, GPT_ON_CPU, GPT_ON_CUDA
 
 ANOTHER = "Leave --tokenization out, or train under another --model_name."
 
@@ -62,7 +62,7 @@ class GptKind:
         tokenizer = find_tokenizer(request.tokenizer, request.text)
         alone = config_alone(folder, request.given, tokenizer, say)
         if not isinstance(source, Bundle):
-            model = fresh({**request.preset, **alone, **request.given}, tokenizer, request.seed)
+            model = fresh({**GPT_HEAD, **request.preset, **alone, **request.given}, tokenizer, request.seed)
         else:
             kind = (source.tokenizer or {}).get("token_kind")
             advice = "A new model from its weights reads text as it does: " + SAME.get(str(kind), SAME["char"])
@@ -196,13 +196,16 @@ def config_alone(
 ) -> dict[str, Any]:
     """Read a config.json that stands without weights: the architecture of a new model.
 
+    A head that it does not name is that of a config's defaults, not of new models.
+
     Raises: CheckpointMismatch when a given field, or a tokenizer.json beside it, contradicts it.
     """
     path, alone = folder / CONFIG, folder / TOKENIZER
     if not path.exists():
         return {}
     values = parse_json(DISK.read(path), str(path))
-    refuse_other_fields(path, GPTConfig.from_dict(values, str(path)).architecture(), given)
+    config = GPTConfig.from_dict(values, str(path))
+    refuse_other_fields(path, config.architecture(), given)
     say(f"{path}: no weights beside it; training a new model of this architecture")
     if alone.exists():
         recorded = parse_json(DISK.read(alone), str(alone))
@@ -211,7 +214,7 @@ def config_alone(
                 f"{alone}: {describe(recorded)}; this run has {describe(tokenizer.state())}. "
                 "Remove the file, or use its tokenizer."
             )
-    return values
+    return {**{name: getattr(config, name) for name in GPT_HEAD}, **values}
 
 
 def refuse_stray_config(bundle: Bundle) -> None:
