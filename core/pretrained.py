@@ -1,4 +1,4 @@
-"""One-call loading of modded-nanogpt checkpoints: the tensors of a file show its variant, which is computed exactly."""
+"""One-call loading of other programs' checkpoints: the tensors show what a file is, and that is computed exactly."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from .config.modded import CLASSES
 from .errors import CheckpointMismatch
 from .loading.classifier import load_classifier
 from .loading.modded import Info, facts_of, load_flex_checkpoint, load_modded, open_upstream
+from .loading.opened import open_gpt
 from .networks.batched import GPTBatched
 from .networks.device import resolve_device, resolve_dtype
 from .networks.flex import GPTFlexAttention
 from .networks.layout import as_medium
 from .networks.modded import ModdedGPT
 
-__all__ = ["inspect_checkpoint", "load_classifier", "load_flex_checkpoint", "load_pretrained_checkpoint"]
+__all__ = ["inspect_checkpoint", "load_classifier", "load_flex_checkpoint", "load_pretrained_checkpoint", "open_gpt"]
 
 
 def load_pretrained_checkpoint(
