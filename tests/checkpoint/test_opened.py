@@ -79,6 +79,16 @@ def test_the_fixtures_of_other_programs_compute_what_they_computed(shared):
     assert opened.model.tokenizer.kind == "char"
 
 
+MODELS = ("llama3_ropescaling", "mistral_window", "olmo2", "qwen3_headdim", "smollm2_tied")
+
+
+@pytest.mark.parametrize("place", [*(f"eras/hf_{name}" for name in MODELS), "fixtures/hf_qwen2_tied"])
+def test_a_decoder_of_transformers_computes_its_logits(shared, place):
+    found, (ids, logits) = open_gpt(shared / place).model, expected(shared / place)
+    with torch.no_grad():
+        assert worst(found(ids)[0], logits) < 1e-5
+
+
 def mapped(model, size: int) -> set[str]:
     """The parameters whose memory is a file of this size."""
     return {name for name, p in model.named_parameters() if p.untyped_storage().nbytes() == size}
