@@ -44,6 +44,13 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
     return plan
 
 
+def plan_in_memory(source: Path, options: Options, held: ExitStack) -> Plan:
+    """Plan the bundle that a checkpoint would become, for who opens it in memory instead; as `plan_conversion`."""
+    plan = _planned(source, Path(), "bundle", options, held)
+    plan.check()
+    return plan
+
+
 def _planned(source: Path, target: Path, to: str, options: Options, held: ExitStack) -> Plan:
     kind = BY_NAME[to]
     if options.more.get("match_original") is not None:
