@@ -27,6 +27,7 @@ class Style:
     name: str
     program: str
     switches: Mapping[str, bool]
+    model_type: str = ""  # what the config says, where another style has the same tensors
 
 
 @dataclass(eq=False, repr=False)
