@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path
 from core.console.commandline import DONE, WRONG_USE, Parser, above_or_zero, number, run, seed_number
 from core.console.streams import unguarded
+from core.containers.step_parents import NEWEST
+from core.conversion.command import add_source_flags, flags_of_source, source_options
 
 if TYPE_CHECKING:
     from core.model import GPT, GPTBatched
@@ -25,7 +27,8 @@ EPILOG = """examples:
   python generate.py --model_name dante --prompt "The "         continue a prompt
   python generate.py --model_name dante --step best             the kept step with the best validation loss
   python generate.py --model_name dante --temperature 0         always the likeliest token: the same text each time
-  python generate.py --checkpoint state_step001770.pt --tokenization gpt2
+  python generate.py gpt2/ --prompt "The "                      a checkpoint of any program, as it lies there
+  python generate.py state_step001770.pt --tokenization gpt2    --checkpoint PATH is another spelling
   python generate.py --model_name dante --top_k 20 --seed 1 --num_samples 3 --json > samples.jsonl
 
 The seed is printed on stderr, so that a text can be generated again; sample i of a run uses seed + i.
@@ -40,17 +43,22 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     if args.legacy_checkpoint and args.step is not None:
         parser.error("--legacy_checkpoint and --step name two checkpoints; give one of them")
-    if args.checkpoint and (args.legacy_checkpoint or args.step is not None or args.model_name):
-        parser.error("--checkpoint names a file: leave out --model_name, --legacy_checkpoint and --step")
-    if args.ema and (args.checkpoint or args.legacy_checkpoint):
+    path = args.path or args.checkpoint
+    if args.path and args.checkpoint:
+        parser.error(f"PATH and --checkpoint both name a checkpoint: {args.path}, {args.checkpoint}; give one of them")
+    if path and (args.legacy_checkpoint or args.model_name):
+        parser.error("PATH or --checkpoint names a file or folder: leave out --model_name and --legacy_checkpoint")
+    if args.ema and args.legacy_checkpoint:
         parser.error("--ema takes the average in a model's folder; a single file has none")
     if args.seed is None:
         args.seed = secrets.randbelow(2**31)
     replace_what_stdout_lacks()
-    if args.checkpoint:
-        return write_samples(load_foreign(args), str(args.checkpoint), args)
+    if path and not is_model_of_ours(path):
+        return write_samples(open_foreign(parser, path, args), str(path), args)
+    if given := flags_of_source(args):
+        parser.error(f"--{given[0]}: for a checkpoint of another program that does not show it; leave it out")
     single = legacy_path(parser, args)
-    name = str(single) if single else choose_model(args)
+    name = str(path or single or "") or choose_model(args)
     if name is None:
         return WRONG_USE
 
@@ -59,14 +67,14 @@ def main(argv: list[str]) -> int:
     from core.errors import InputError
     from core.model import GPTFlexAttention
 
-    folder = single.absolute().parent if single else Path(args.checkpoint_root) / name
+    folder = single.absolute().parent if single else path.absolute() if path else Path(args.checkpoint_root) / name
     model = CheckpointManager.load_for_inference(
         folder.name,
         folder.parent,
         legacy_filename=single.name if single else None,
         load_dtype=args.dtype,
         device=args.device,
-        step=args.step,
+        step=None if args.step == NEWEST else args.step,
         bpe_file=args.bpe_file,
         verify=args.verify,
         ema=args.ema,
@@ -80,24 +88,41 @@ def main(argv: list[str]) -> int:
     return write_samples(model.batched() if isinstance(model, GPTFlexAttention) else model, name, args)
 
 
-def load_foreign(args: argparse.Namespace) -> GPTBatched:
-    """Load the modded-nanogpt file that --checkpoint names."""
+def is_model_of_ours(path: Path) -> bool:
+    """Whether a path is the folder of a model of ours, which has steps."""
+    from core.bundle.step_place import is_ours
+
+    return path.is_dir() and is_ours(path)
+
+
+def open_foreign(parser: Parser, path: Path, args: argparse.Namespace) -> GPT | GPTBatched:
+    """Open the checkpoint of another program at a path, with the tokenizer that is found beside it or named."""
+    from core.bundle.step_place import step_place
     from core.data.tokenizer import named_tokenizer
     from core.errors import InputError
     from core.loading.modded import refuse_large_tokenizer
     from core.networks.device import resolve_dtype
-    from core.pretrained import load_pretrained_checkpoint
+    from core.pretrained import open_checkpoint
 
-    model, _, _ = load_pretrained_checkpoint(
-        args.checkpoint, device=args.device or "auto", dtype=resolve_dtype(args.dtype), say=say, verify=args.verify
+    if args.ema or args.step == "best":
+        parser.error(f"{'--ema' if args.ema else '--step best'}: only a folder of ours has it, which {path} is not")
+    model = open_checkpoint(
+        path if args.step is None else step_place(path, args.step),
+        source_options(args),
+        device=args.device or "auto",
+        dtype=resolve_dtype(args.dtype),
+        tokenizer=args.tokenization is None,
+        say=say,
+        verify=args.verify,
+        bpe_file=args.bpe_file,
     )
     if args.tokenization:
         model.tokenizer = named_tokenizer(args.tokenization, args.bpe_file)
         refuse_large_tokenizer(model.tokenizer, model.config, f"--tokenization {args.tokenization}")
     if model.tokenizer is None:
         raise InputError(
-            f"{args.checkpoint}: files of this program have no tokenizer. Give --tokenization gpt2, or a Hugging Face "
-            "tokenizers JSON file."
+            f"{path}: no tokenizer in it or beside it. Give --tokenization gpt2, or a Hugging Face tokenizers JSON "
+            "file, or --meta FILE, the characters of nanoGPT."
         )
     return model
 
@@ -164,9 +189,9 @@ def replace_what_stdout_lacks() -> None:
 
 def step_or_best(word: str) -> int | str:
     """Read --step."""
-    if word == "best" or (word.isascii() and word.isdigit()):
-        return word if word == "best" else int(word)
-    raise argparse.ArgumentTypeError(f"found {word!r}, expected a step number or best")
+    if word in ("best", NEWEST) or (word.isascii() and word.isdigit()):
+        return int(word) if word.isdigit() else word
+    raise argparse.ArgumentTypeError(f"found {word!r}, expected a step number or best, or {NEWEST}")
 
 
 COUNT = number(int, 0, 2**31, "a whole number of at least 0")
@@ -177,18 +202,19 @@ SHARE = number(float, sys.float_info.min, 1, "a number above 0 and at most 1")
 def make_parser() -> Parser:
     """Describe the flags, grouped as one screen."""
     parser = Parser("generate.py", "Write text with a trained model.", EPILOG)
+    what = "a checkpoint of any program, or a model's folder anywhere"
+    parser.add_argument("path", type=Path, nargs="?", metavar="PATH", help=what)
     loading = parser.add_argument_group("loading")
     loading.add_argument(
         "--step", type=step_or_best, metavar="N|best", help="a kept step, or the best one (default: the newest)"
     )
     loading.add_argument("--ema", action="store_true", help="use the average of the weights, from a run with --ema")
     add_legacy_flag(loading)
-    loading.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="a state_step*.pt of modded-nanogpt, or a bundle of one"
-    )
+    loading.add_argument("--checkpoint", type=Path, metavar="PATH", help="another spelling of PATH")
     loading.add_argument(
         "--tokenization", metavar="NAME", help="gpt2, or a Hugging Face tokenizers JSON file, if none is saved"
     )
+    loading.add_argument("--meta", type=Path, metavar="FILE", help="nanoGPT's meta.pkl, if it is not beside PATH")
     loading.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: as in config.json)")
     loading.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the weights (default: as saved)")
     loading.add_argument(
@@ -197,6 +223,13 @@ def make_parser() -> Parser:
     loading.add_argument(
         "--no_verify", action="store_false", dest="verify", help="do not compare the checksums of what is loaded"
     )
+    _add_text_flags(parser)
+    add_source_flags(parser)
+    return parser
+
+
+def _add_text_flags(parser: Parser) -> None:
+    """Describe the flags of the text, of how it is drawn and of how it is printed."""
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", default="", metavar="TEXT", help="the beginning of the text (default: empty)")
     text.add_argument(
@@ -235,7 +268,6 @@ def make_parser() -> Parser:
     output.add_argument(
         "--json", action="store_true", help="print one JSON object per text: model, step, seed, prompt, text"
     )
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One-call loading of modded-nanogpt checkpoints: the tensors of a file show its variant, which is computed exactly."""
+"""One-call loading of other programs' checkpoints: the tensors show what a file is, and that is computed exactly."""
 
 from __future__ import annotations
 
@@ -10,16 +10,55 @@ import torch
 
 from .bundle.intact import open_chosen
 from .config.modded import CLASSES
+from .conversion.plan import Options
 from .errors import CheckpointMismatch
 from .loading.classifier import load_classifier
-from .loading.modded import Info, facts_of, load_flex_checkpoint, load_modded, open_upstream
+from .loading.modded import Info, facts_of, is_modded, load_flex_checkpoint, load_modded, open_upstream
+from .loading.opened import open_gpt
+from .model import GPT
 from .networks.batched import GPTBatched
 from .networks.device import resolve_device, resolve_dtype
 from .networks.flex import GPTFlexAttention
 from .networks.layout import as_medium
 from .networks.modded import ModdedGPT
 
-__all__ = ["inspect_checkpoint", "load_classifier", "load_flex_checkpoint", "load_pretrained_checkpoint"]
+__all__ = [
+    "inspect_checkpoint",
+    "load_classifier",
+    "load_flex_checkpoint",
+    "load_pretrained_checkpoint",
+    "open_checkpoint",
+    "open_gpt",
+]
+
+
+def open_checkpoint(
+    path: str | Path,
+    options: Options | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: bool = True,
+    say: Callable[[str], None] = print,
+    verify: bool = True,
+    bpe_file: Path | None = None,
+) -> GPT | GPTBatched:
+    """Open a checkpoint of any program: as GPTBatched where it is modded-nanogpt's, else as `open_gpt` does.
+
+    What was found beside it, left out or is in doubt is reported, a line each.
+
+    Raises: as `open_gpt` and `load_pretrained_checkpoint`.
+    """
+    path, options = Path(path), options or Options()
+    if is_modded(path):
+        if given := [*options.choices, *options.more, *(["meta"] if options.meta else [])]:
+            raise CheckpointMismatch(f"{path}: --{given[0]} has no effect on a model of modded-nanogpt. Leave it out.")
+        return load_pretrained_checkpoint(path, device=device or "cpu", dtype=dtype, say=say, verify=verify)[0]
+    opened = open_gpt(path, options, device=device, dtype=dtype, tokenizer=tokenizer, verify=verify, bpe_file=bpe_file)
+    say(f"Format: {opened.program}")
+    for note in opened.notes:
+        say(note if note.startswith("WARNING: ") else f"note: {note}")
+    return opened.model
 
 
 def load_pretrained_checkpoint(

@@ -66,7 +66,7 @@ def contradictions(bundle: Bundle, with_optimizer: bool = True) -> list[str]:
     faults = list(weights)
     if not weights:
         faults += _edits(bundle, config)
-    if bundle.tokenizer is not None and (fault := _tokenizer_fault(bundle.tokenizer, config.vocab_size)):
+    if bundle.tokenizer is not None and (fault := tokenizer_fault(bundle.tokenizer, config.vocab_size)):
         faults.append(f"{bundle.path(TOKENIZER)}: {fault} in {bundle.path(CONFIG)}. It does not fit this model")
     known = _shown_by(bundle.evidence) if weights else config
     if bundle.optimizer is not None and with_optimizer and known is not None:
@@ -112,7 +112,8 @@ def _other_types(bundle: Bundle) -> list[str]:
     return [f"{name} is {dtype}, expected {', '.join(DTYPES)}" for name, dtype in wrong.items()]
 
 
-def _tokenizer_fault(tokenizer: Mapping[str, Any], vocab_size: int) -> str | None:
+def tokenizer_fault(tokenizer: Mapping[str, Any], vocab_size: int) -> str | None:
+    """Say why a tokenizer.json cannot be that of a model with so many rows; None where it can."""
     kind, chars = tokenizer.get("token_kind"), tokenizer.get("chars")
     if kind == "char" and isinstance(chars, list) and not fits_characters(len(chars), vocab_size):
         return f"{len(chars)} characters, but vocab_size is {vocab_size}"

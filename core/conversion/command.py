@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -93,22 +94,42 @@ def _add_megatron_flags(parser: Parser) -> None:
     group.add_argument("--eos_token_id", metavar="N", type=int, help="token that ends a text (none)")
 
 
-def options_of(args: argparse.Namespace) -> Options:
-    """Make the options from the flags."""
+def add_source_flags(parser: Parser) -> None:
+    """Add the flags for what a checkpoint of another program leaves open, for scripts that open it as it is."""
+    add_choice_flags(parser)
+    _add_megatron_flags(parser)
+
+
+def flags_of_source(args: argparse.Namespace) -> list[str]:
+    """The names of the flags of `add_source_flags`, and of --meta, that are given."""
+    made = source_options(args)
+    return [*made.choices, *made.more, *(["meta"] if made.meta else [])]
+
+
+def source_options(args: argparse.Namespace) -> Options:
+    """Make the options from the flags of `add_source_flags`, and --meta where there is one."""
     from .pairs.megatron_settings import FLAGS
 
+    choices, more = (
+        {name: value for name in names if (value := getattr(args, name)) is not None} for names in (CHOICES, FLAGS)
+    )
+    return Options(choices=choices, more=more, meta=getattr(args, "meta", None))
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """Make the options from the flags."""
     original = Path(args.match_original) if args.match_original else None
     parts = {"save_ema": args.save_ema, "match_original": original, "metadata_from": args.metadata_from}
-    return Options(
+    told = source_options(args)
+    return replace(
+        told,
         dtype=DTYPES.get(args.dtype),
         shard_size=args.shard_size,
         tied=True if args.tied else False if args.untied else None,
         vocab_size=args.vocab_size,
         include_optimizer=args.include_optimizer,
-        meta=args.meta,
         bpe_file=args.bpe_file,
-        choices={name: value for name in CHOICES if (value := getattr(args, name)) is not None},
-        more={name: value for name in FLAGS if (value := getattr(args, name)) is not None} | parts,
+        more={**told.more, **parts},
         average_with=tuple(map(Path, args.paths[1:-1])),
     )
 

@@ -16,12 +16,13 @@ from .aside import entries_left_out
 from .average import averaged
 from .match_original import plan_matched
 from .opening import FAMILY, open_model
-from .pairs import PAIRS, ways
+from .pairs import PAIRS, Way, ways
+from .pairs.decoders import GPT2, hf_family, refuse_unknown
 from .pairs.gpt import complete
 from .pairs.megatron_settings import FLAGS
 from .plan import TORCH_ENDINGS, Options, Plan, Source
 from .sharded import take_parts
-from .targets import FORMATS, Format, formats_of
+from .targets import FORMATS, HF, Format, formats_of
 from .vocabulary import add_tokenizer, tokens_of
 
 BY_NAME = {one.name: one for one in FORMATS}
@@ -40,6 +41,13 @@ def plan_conversion(source: Path, target: Path, to: str, options: Options, held:
     plan.check()
     if options.more.get("match_original") is None:
         plan.aside = entries_left_out(plan)
+    return plan
+
+
+def plan_in_memory(source: Path, options: Options, held: ExitStack) -> Plan:
+    """Plan the bundle that a checkpoint would become, for who opens it in memory instead; as `plan_conversion`."""
+    plan = _planned(source, Path(), "bundle", options, held)
+    plan.check()
     return plan
 
 
@@ -115,20 +123,38 @@ def _refuse_flags(model: Source, kind: Format, options: Options) -> None:
 
 
 def _carry(model: Source, kind: Format, options: Options) -> None:
-    """Convert a model to the first family of a format that it can reach."""
-    found = ways(model.family)
-    way = next((found[family] for family in kind.families if family in found), None)
-    if way is None:
-        raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(formats_of(found))}.")
+    """Convert a model to the nearest family of a format, pair by pair."""
+    way = _way(model, kind)
     if model.family == "hf_gpt2" and not way and "model_type" not in model.config:  # made from the choices
         (there_and_back,) = (pair for pair in PAIRS if (pair.theirs, pair.ours) == ("hf_gpt2", FUSED))
-        way = [(there_and_back, False), (there_and_back, True)]
+        there_and_back.carry(model, options, back=False)
+        there_and_back.carry(model, options, back=True)
+        return
     if model.family == FUSED and not way and not model.config.keys() >= {"n_head", "activation"}:
         model.config = complete(model, options)
-    for pair, back in way:
+    changes = bool(way)
+    while way:
+        pair, back = way[0]
         pair.carry(model, options, back)
-    if way:
+        way = _way(model, kind)
+    if changes:
         model.tensors = {name: model.tensors[name] for name in in_order(model.tensors, FAMILY[model.family])}
+
+
+def _way(model: Source, kind: Format) -> Way:
+    """The shortest way to a family of a format; our GPT leaves for the one family of transformers that computes it."""
+    theirs = hf_family(model.config) if model.family == FUSED and "n_head" in model.config else None
+    found = ways(
+        model.family,
+        lambda pair, back: back and theirs is not None and pair.theirs in HF and pair.theirs != theirs,
+    )
+    there = [found[family] for family in kind.families if family in found]
+    if not there:
+        raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(formats_of(found))}.")
+    way = min(there, key=len)
+    if way and theirs == GPT2 == way[0][0].theirs and model.config.get("pos_encoding", "learned") != "learned":
+        raise refuse_unknown(model)
+    return way
 
 
 def _set_rows(model: Source, rows: int) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..bundle.foreign import META
 from ..bundle.tokenizer_state import checked_chars, checked_symbols, state_of_meta
-from ..containers.container import reading
+from ..containers.container import is_plain, reading
 from ..containers.json_files import parse_json
+from ..containers.pickles.foreign import attributes
 from ..containers.pickles.reader import read_pickle
-from ..errors import CheckpointMismatch
+from ..errors import CheckpointError, CheckpointMismatch
 from .hf_tokenizer import added_tokens, state_of_words
 from .plan import Options, Source
 
@@ -37,11 +40,9 @@ def add_tokenizer(model: Source, options: Options) -> None:
     rows = model.sizes.get("vocab_size", 0)
     if model.tokenizer is not None:
         return
-    definition = model.container.path / "tokenizer.json"
-    if model.family_of_source.startswith("hf_") and definition.is_file():
-        with reading(definition) as file:
-            content = parse_json(file.read(_LARGEST), str(definition))
-        model.tokenizer = _state_of(content)
+    folder = model.container.path if model.container.path.is_dir() else model.container.path.parent
+    if state := _beside(model, folder, rows) or _of_meta(model, folder, rows):
+        model.tokenizer = state
     elif rows in GPT2_ROWS and model.family_of_source.startswith(GPT2_FAMILIES):
         model.tokenizer = {"token_kind": "gpt2"}
         model.notes.append(f"{rows} rows: its tokenizer is taken to be GPT-2's")
@@ -49,6 +50,42 @@ def add_tokenizer(model: Source, options: Options) -> None:
         model.notes.append("the characters of nanoGPT are in meta.pkl beside its data: --meta FILE includes them")
     else:
         model.notes.append("its tokenizer is unknown: generate.py needs one to write text")
+
+
+def _beside(model: Source, folder: Path, rows: int) -> dict[str, Any] | None:
+    """Read the tokenizer.json in a folder; None where there is none, or, with a note, one that a file does not fit."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    with reading(path) as file:
+        content = parse_json(file.read(_LARGEST), str(path))
+    state = content if "token_kind" in content else _state_of(content)
+    if (folder == model.container.path and model.family_of_source.startswith("hf_")) or 0 < tokens_of(state) <= rows:
+        return state
+    model.notes.append(f"{path} is not its tokenizer: {tokens_of(state)} tokens, and the model has {rows} rows")
+    return None
+
+
+def _of_meta(model: Source, folder: Path, rows: int) -> dict[str, Any] | None:
+    """Read the meta.pkl beside a file of nanoGPT, or that of the dataset that its config names; None for another."""
+    if model.family_of_source != "nanogpt":
+        return None
+    content = model.container.content
+    config = attributes(content.get("config")) if isinstance(content, Mapping) else None
+    dataset = (config or {}).get("dataset")
+    places = [folder / META]
+    if isinstance(dataset, str) and is_plain(dataset):
+        places.append(folder.parent / "data" / dataset / META)
+    for path in places:
+        if path.is_file():
+            try:
+                state = vocabulary_of(path, rows)
+            except CheckpointError as error:
+                model.notes.append(f"not used: {error}")
+            else:
+                model.notes.append(f"its vocabulary is taken from {path}")
+                return state
+    return None
 
 
 def _state_of(definition: dict[str, Any]) -> dict[str, Any]:

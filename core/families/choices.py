@@ -28,11 +28,18 @@ LABELS = {
 """Choices by their fields, in words; others are called as their field."""
 
 FIELDS = {
-    "activation": ("activation_function", "hidden_act", "activation", "mlp_type"),
+    "activation": ("activation_function", "hidden_activation", "hidden_act", "activation", "mlp_type"),
     "attention_scale": ("attention_scale",),
     "norm_placement": ("norm_placement",),
-    "norm_eps": ("norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_epsilon", "layernorm_epsilon"),
-    "rope_theta": ("rope_theta", "rotary_base"),
+    "norm_eps": (
+        "norm_eps",
+        "layer_norm_epsilon",
+        "layer_norm_eps",
+        "rms_norm_eps",
+        "norm_epsilon",
+        "layernorm_epsilon",
+    ),
+    "rope_theta": ("rope_theta", "rotary_base", "rotary_emb_base"),
 }
 """Fields of configs that make a choice which tensors never show."""
 
@@ -50,6 +57,9 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 """Spellings of the activations that our GPT computes; gelu_fast and gelu_accurate have other constants of the same."""
+
+GATES = {"silu": "swiglu", "swish": "swiglu", "gelu_tanh": "geglu"}
+"""What an activation is called where it is that of a gate."""
 
 
 @dataclass(eq=False, repr=False)
@@ -156,7 +166,8 @@ def _said(name: str, marks: Marks) -> Any:
     if name == "activation":
         if (fused := marks.config.get("bias_gelu_fusion")) is not None or marks.config.get("openai_gelu") is True:
             return "gelu" if fused is False and marks.config.get("openai_gelu") is not True else "gelu_tanh"
-        return ACTIVATIONS.get(value, value) if isinstance(value, str) and value != "mlp" else None
+        value = ACTIVATIONS.get(value, value) if isinstance(value, str) and value != "mlp" else None
+        return GATES.get(value, value) if marks.is_gated and value is not None else value
     return value
 
 

@@ -192,7 +192,8 @@ def tied_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 def activation_of(config: Mapping[str, Any]) -> str | None:
     """The activation that a config names, in its own words."""
-    said = (config.get(name) for name in ("activation_function", "hidden_act", "activation", "mlp_type"))
+    names = ("activation_function", "hidden_activation", "hidden_act", "activation", "mlp_type")
+    said = (config.get(name) for name in names)
     return next((value for value in said if isinstance(value, str) and value != "mlp"), None)
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from ..console.words import listed
 from ..errors import CheckpointMismatch
-from . import hf_gpt2, hf_llama, litgpt, megatron, modded, nanochat, nanogpt, ours
+from . import hf_gpt2, hf_llama, hf_neox, litgpt, megatron, modded, nanochat, nanogpt, ours
 from .architecture import Architecture, describe
-from .family import Family, Shape, plain_name, plain_names
+from .family import Family, Shape, Style, plain_name, plain_names
 from .match import Match, index, match, skeleton
 from .parts import is_of_optimizer
 
-MODULES = (ours, nanogpt, hf_gpt2, hf_llama, modded, megatron, litgpt, nanochat)
+MODULES = (ours, nanogpt, hf_gpt2, hf_llama, hf_neox, modded, megatron, litgpt, nanochat)
 FAMILIES: tuple[Family, ...] = tuple(family for module in MODULES for family in module.FAMILIES)
 
 UNKNOWN = "unknown"
@@ -67,8 +67,10 @@ def identify(
         return Identity(UNKNOWN, "", "", _why_unknown(plain, best))
     config = config if isinstance(config, Mapping) else None
     architecture, conflicts = describe(best, shapes, config, shared, same)
-    name, program = _style(best)
     kind = (config or {}).get("model_type")
+    style = _style(best, kind)
+    name, program = style.name, style.program + (", with tensors of its own" if best.extra else "")
+    architecture.norm = style.norm or architecture.norm
     if name.startswith("hf_") and isinstance(kind, str) and kind != name.removeprefix("hf_"):
         conflicts.append(f"model_type is {reprlib.repr(kind)} in the config, but names and shapes are of {program}")
     return Identity(
@@ -136,13 +138,14 @@ def _signature(family: Family) -> set[str]:
     return set(index(family.name, family.signature, family.base))
 
 
-def _style(found: Match) -> tuple[str, str]:
+def _style(found: Match, model_type: Any) -> Style:
+    """The first style of a family that has the switches, and the model_type where it needs one."""
     switches = {**found.switches, "gated": found.gated}
-    own = ", with tensors of its own" if found.extra else ""
     for style in found.family.styles:
-        if all(switches[switch] is wanted for switch, wanted in style.switches.items()):
-            return style.name, style.program + own
-    return found.family.name, found.family.program + own
+        same_type = style.model_type in ("", model_type)
+        if same_type and all(switches[switch] is wanted for switch, wanted in style.switches.items()):
+            return style
+    return Style(found.family.name, found.family.program, {})
 
 
 def _why(found: Match, aside: int) -> str:

@@ -35,6 +35,7 @@ class Marks:
     is_object: bool = False  # whether the config was pickled as an instance of a class
     first_group: int | None = None  # parameters in the first of the two groups of its optimizer
     n_layer: int = 0
+    is_gated: bool = False  # whether the feed-forward part has a gate
 
 
 @dataclass(eq=False, repr=False)
@@ -118,10 +119,15 @@ _HF_GPT2 = (
     _UNTOLD,
 )
 
-_OF_LLAMA = "default of its config"
-_HF_LLAMA = (
-    Program("transformers", {"rope_theta": Row(10000.0, _OF_LLAMA), "norm_eps": Row(1e-6, _OF_LLAMA)}, _has_config),
-)
+_OF_1E6 = ("hf_llama", "hf_mistral", "hf_qwen2", "hf_qwen3", "hf_gemma", "hf_gemma2")
+"""Decoders of transformers whose norms have an epsilon of 1e-6 by default; the others have 1e-5."""
+
+
+def _decoder(eps: float) -> tuple[Program, ...]:
+    """A decoder of transformers: what its config does not say is the default of its class."""
+    default = "default of its config"
+    return (Program("transformers", {"rope_theta": Row(10000.0, default), "norm_eps": Row(eps, default)}, _has_config),)
+
 
 _SCALES = ("head_size (the lecture since 2023-01-25)", "n_embd (before)")
 _PLACES = ("before (the lecture)", "after (the course before it)")
@@ -175,7 +181,8 @@ _MODDED = {"attention_scale": Row(0.12), "activation": Row("relu squared")}
 PROGRAMS: dict[str, tuple[Program, ...]] = {
     "nanogpt": _NANOGPT,
     "hf_gpt2": _HF_GPT2,
-    **dict.fromkeys(("hf_llama", "hf_qwen2", "hf_qwen3"), _HF_LLAMA),
+    **dict.fromkeys(_OF_1E6, _decoder(1e-6)),
+    **dict.fromkeys(("hf_olmo2", "hf_phi", "hf_gpt_neox"), _decoder(1e-5)),
     LECTURE: _LECTURE,
     FUSED: _OURS,
     "megatron_gpt2": _megatron(1e-5, _gpt2(Row("gelu", "without bias_gelu_fusion", "gelu_tanh", _FUSED_BIAS))),

@@ -42,6 +42,7 @@ def marks_of(found: Inspection) -> Marks:
         is_object=isinstance(held := content.get(place), Call) and attributes(held) is held.state,
         first_group=_first_group(found.optimizer),
         n_layer=(shape.n_layer if shape is not None else None) or 0,
+        is_gated=shape is not None and shape.gated,
     )
 
 

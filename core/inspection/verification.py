@@ -6,7 +6,7 @@ import bisect
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -41,10 +41,13 @@ class Verification:
     seconds: float = 0.0
 
 
-def verify_container(container: Container, progress: Progress = lambda size: None) -> Verification:
+def verify_container(
+    container: Container, progress: Progress = lambda size: None, used: Collection[str] | None = None
+) -> Verification:
     """Read each byte that has a recorded checksum once, and report differences.
 
-    A check of a whole file has only the name of the file. `progress` receives the number of bytes read.
+    A check of a whole file has only the name of the file. `progress` receives the number of bytes read. With `used`,
+    the names of some tensors, bytes that belong to other tensors alone are not read.
     """
     begin = time.monotonic()
     found = Verification()
@@ -53,8 +56,10 @@ def verify_container(container: Container, progress: Progress = lambda size: Non
         f"tensors fit the lengths of its {len(container.files)} file{'s' * (len(container.files) != 1)}."
     )
     by_file: dict[str, list[Check]] = {name: [] for name in container.files}
+    unused = set() if used is None else container.tensors.keys() - set(used)
     for check in container.checks:
-        by_file.setdefault(check.file, []).append(check)
+        if not unused or not unused.issuperset(check.names):
+            by_file.setdefault(check.file, []).append(check)
     workers = min(os.cpu_count() or 1, _MOST_WORKERS) if checksum.POSITIONED_READS else 1
     with ThreadPoolExecutor(workers) as pool:
         for name, checks in by_file.items():

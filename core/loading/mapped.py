@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
@@ -15,17 +16,17 @@ from ..errors import CheckpointDamaged, CheckpointError
 from .values import live
 
 
-def mapped(source: TorchFile) -> mmap.mmap:
-    """Map a file, privately: writing to it copies the page.
+def mapped(file: BinaryIO, path: Path) -> mmap.mmap:
+    """Map an open file, privately: writing to it copies the page.
 
     Raises: CheckpointError when the system refuses the address space.
     """
     try:
-        return mmap.mmap(source.file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
-        size = os.fstat(source.file.fileno()).st_size
+        size = os.fstat(file.fileno()).st_size
         raise CheckpointError(
-            f"{source.path}: its {size} bytes cannot be mapped ({error.strerror}). The file is as it was; raise the "
+            f"{path}: its {size} bytes cannot be mapped ({error.strerror}). The file is as it was; raise the "
             "limit of the process (ulimit -v), or use a machine with more memory."
         ) from error
 
@@ -49,7 +50,7 @@ def map_tensors(source: TorchFile, content: Any) -> Any:
             f"{source.path}: its {len(specs)} tensors share bytes (strides of 0, views) and unfold to {nbytes} bytes; "
             f"of a file of {size} bytes at most {limit} are loaded. Save the model without its expanded tensors."
         )
-    memory = torch.frombuffer(mapped(source), dtype=torch.uint8)
+    memory = torch.frombuffer(mapped(source.file, source.path), dtype=torch.uint8)
     ends: dict[str, int] = {}
     starts: dict[str, int] = {}
     for spec in specs:

@@ -16,6 +16,7 @@ from ..bundle.parts import Part, TorchFile
 from ..bundle.storage import DISK
 from ..bundle.tokenizer_state import describe
 from ..bundle.verify import verify_records
+from ..config.gpt import GPTConfig
 from ..config.modded import CLASSES, ModdedConfig
 from ..console.words import differences, listed, on_one_side
 from ..containers.part import part_of_model
@@ -26,6 +27,7 @@ from ..families.family import plain_names
 from ..families.identify import Identity, identify, weights_key
 from ..families.match import skeleton
 from ..families.modded import FAMILIES
+from ..inspection.inspect import inspect_path
 from ..networks.batched import GPTBatched
 from ..networks.device import resolve_device
 from ..networks.flex import GPTFlexAttention
@@ -42,6 +44,15 @@ MODELS: dict[str, type[GPTFlexAttention] | type[GPTBatched]] = dict(
     zip(CLASSES, (GPTFlexAttention, GPTBatched), strict=True)
 )
 """The class that each `model_class` of a config.json means."""
+
+
+def is_modded(path: Path) -> bool:
+    """Whether the tensors of a checkpoint are those of a version of modded-nanogpt that is computed here.
+
+    Raises: CheckpointNotFound, CheckpointDamaged, CheckpointError when nothing at the path can be read.
+    """
+    with inspect_path(path) as found:
+        return found.identity.family in NAMES
 
 
 def load_modded(
@@ -99,9 +110,9 @@ def _tokenizer(bundle: Bundle, config: ModdedConfig, bpe_file: Path | None) -> T
     return made
 
 
-def refuse_large_tokenizer(tokenizer: Tokenizer, config: ModdedConfig, where: str) -> None:
+def refuse_large_tokenizer(tokenizer: Tokenizer, config: ModdedConfig | GPTConfig, where: str) -> None:
     """Raise CheckpointMismatch when a tokenizer has ids that a model lacks."""
-    rows: Any = min(config.vocab_size, config.head_rows)
+    rows: Any = min(config.vocab_size, getattr(config, "head_rows", config.vocab_size))
     if tokenizer.vocab_size > rows:
         raise CheckpointMismatch(
             f"{where}: {describe(tokenizer.state())}, but the model has {rows} rows. It does not fit this model."

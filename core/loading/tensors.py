@@ -52,18 +52,22 @@ def read_through(bundle: Bundle) -> None:
 
 
 @contextlib.contextmanager
-def _room_for(bundle: Bundle) -> Iterator[None]:
-    """Explain a failure for lack of memory."""
+def room_for(path: Path, nbytes: int) -> Iterator[None]:
+    """Explain a failure for lack of memory: `nbytes` are those of the weights at a path."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        size = sum(spec.nbytes for spec in bundle.weights.tensors.values())
         raise CheckpointError(
-            f"{bundle.weights.source.path}: no memory for its {size} bytes of weights. The file is as it was; free "
-            "memory, use another device, or a machine with more."
+            f"{path}: no memory for its {nbytes} bytes of weights. The file is as it was; free memory, use another "
+            "device, or a machine with more."
         ) from error
+
+
+def _room_for(bundle: Bundle) -> contextlib.AbstractContextManager[None]:
+    weights = bundle.weights
+    return room_for(weights.source.path, sum(spec.nbytes for spec in weights.tensors.values()))
 
 
 def planned(plan: Fusing, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..config.decoders import DECODERS
 from ..config.variants import VARIANTS
 from ..console.commandline import (
     Parser,
@@ -24,8 +25,8 @@ from ..networks.distributed import PARALLEL
 from .settings import Settings
 from .skips import step_ranges
 
-ARCHS = ("gpt", *(f"flex_{name}" for name in VARIANTS))
-"""The values of --arch: this project's GPT, and the variants of modded-nanogpt."""
+ARCHS = ("gpt", *DECODERS, *(f"flex_{name}" for name in VARIANTS))
+"""The values of --arch: GPT as GPT-2 and as later families have it, and the variants of modded-nanogpt."""
 
 CONFIG_FLAGS = (
     *("block_size", "n_layer", "n_head", "n_embd", "tied_head", "head_bias"),
@@ -47,6 +48,7 @@ EPILOG = """examples:
   python train.py --model_name dante --max_iters 4000         train for longer
   python train.py --model_name mine --input_file my_book.txt  your own text
   python train.py --model_name big --compile --lr_schedule cosine --lr_decay_iters 5000 --warmup_iters 0.02
+  python train.py --model_name modern --arch llama            rotary positions, RMSNorm, SwiGLU, grouped heads; or qwen3
   python train.py --model_name fast --arch flex_small         a modded-nanogpt model: packed documents, Muon
   torchrun --nproc_per_node=4 train.py --model_name dante     on several GPUs, or processes: docs/distributed.md
 

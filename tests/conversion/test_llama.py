@@ -234,7 +234,9 @@ def test_what_an_export_cannot_hold_is_refused_or_said(fixtures, tmp_path):
     change(hidden_act="gelu")
     assert "hidden_act is 'gelu'; a gate of Megatron's export is silu" in refused(source, tmp_path / "x.pt")
     change(model_type="mistral")
-    assert "model_type is 'mistral' in the config" in refused(source, tmp_path / "x.pt")
+    assert "Hugging Face Mistral cannot become megatron. It can become bundle, hf," in refused(
+        source, tmp_path / "x.pt"
+    )
     change(num_attention_heads=5)
     assert "num_attention_heads is 5 in the config" in refused(source, tmp_path / "x.pt")
     change(use_sliding_window=True, sliding_window=24)

@@ -160,10 +160,10 @@ def test_mixture_of_experts_with_llamas_attention_is_unknown_and_says_what_is_ne
 
 def test_more_in_each_layer_than_the_program_has_is_said():
     shapes = build(named("Hugging Face Llama"), n_layer=2, off=["qk_norm"])
-    shapes |= {f"model.layers.{i}.pre_feedforward_layernorm.weight": (256,) for i in range(2)}
+    shapes |= {f"model.layers.{i}.third_layernorm.weight": (256,) for i in range(2)}
     found = identify(shapes)
     assert (found.family, found.program) == ("hf_llama", "Hugging Face Llama, with tensors of its own")
-    assert found.unplaced == [f"model.layers.{i}.pre_feedforward_layernorm.weight" for i in range(2)]
+    assert found.unplaced == [f"model.layers.{i}.third_layernorm.weight" for i in range(2)]
 
 
 def test_few_names_with_a_place_are_unknown():

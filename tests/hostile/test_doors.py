@@ -28,7 +28,14 @@ from core.data.tokenizer import Gpt2Tokenizer
 from core.errors import CheckpointError, CheckpointMismatch, InputError
 from core.kinds.model_methods import save_checkpoint_bundle
 from core.model import GPT
-from core.pretrained import inspect_checkpoint, load_classifier, load_flex_checkpoint, load_pretrained_checkpoint
+from core.pretrained import (
+    inspect_checkpoint,
+    load_classifier,
+    load_flex_checkpoint,
+    load_pretrained_checkpoint,
+    open_checkpoint,
+    open_gpt,
+)
 from core.training.settings import Settings
 from tests.conftest import ROOT
 from tests.fuzz.seeds import MAKERS, write_seeds
@@ -167,6 +174,7 @@ NAMED = {
     ("train.py", "--bpe_file"): ["--input_file", "text.txt", "--tokenization", "gpt2"],
     ("generate.py", "--config_file"): [],
     ("generate.py", "--tokenization"): ["--model_name", "bare"],
+    ("generate.py", "--meta"): ["bare.pt"],
     ("generate.py", "--bpe_file"): ["--model_name", "bare", "--tokenization", "gpt2"],
     ("inspect_model.py", "--config_file"): [],
     ("inspect_model.py", "--check_text"): ["checkpoints/m"],
@@ -266,6 +274,9 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "inspect_checkpoint": lambda folder: inspect_checkpoint(folder / "model.pt"),
     "load_flex_checkpoint": load_flex_checkpoint,
     "load_classifier": load_classifier,
+    "open_checkpoint": open_checkpoint,
+    "open_gpt": open_gpt,
+    "open_gpt of a file": lambda folder: open_gpt(folder / "model.pt", training=True),
 }
 """What a person's own program calls."""
 

@@ -174,8 +174,10 @@ FLAGS: dict[str, dict[str, str]] = {
     "generate.py": {
         **SHARED_FLAGS,
         "--legacy_checkpoint": CHECKPOINT,
+        "path": CHECKPOINT,
         "--checkpoint": CHECKPOINT,
         "--tokenization": FILE,
+        "--meta": FILE,
         "--bpe_file": FILE,
         "--device": NOTHING,
         "--prompt": NOTHING,

@@ -141,6 +141,8 @@ def test_the_recorded_loss_is_held_against_the_text_it_was_measured_on_and_no_ot
 def test_a_model_of_another_program_is_computed_as_it_lies_there(made, source, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
+    assert check_text(source, text).loss == pytest.approx(loss_of(made, TEXT), abs=1e-5)
+    (tmp_path / "meta.pkl").unlink()
     found = check_text(source, text)
     assert found.loss is None and "its tokenizer is not known" in found.line and found.faults == []
     tokenizer = {"token_kind": "char", "chars": CHARS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from core.data.tokenizer import CharTokenizer
 from core.errors import CheckpointError, CheckpointNotFound, InputError
 from core.kinds.model_methods import save_checkpoint_bundle
 from core.model import GPT
+from tests.makers.modded_checkpoints import upstream_file
 from tests.makers.models import save_durably
+from tests.makers.small_gpts import SmallGPT
 
 ROOT = Path(__file__).resolve().parents[2]
 LETTERS = "\n abcdefghijklmnopqrstuvwxyz"
@@ -195,6 +198,79 @@ def test_wrong_flags_end_with_code_2_and_name_the_value(write, flags, message):
 
 def test_zero_tokens_print_the_prompt(write):
     assert write("--prompt", "abc", "--max_new_tokens", "0")[:2] == (0, "abc\n")
+
+
+# A checkpoint as it lies there
+
+
+def nanogpt(path: Path, **config) -> SmallGPT:
+    """Write a file of nanoGPT with LETTERS in a meta.pkl beside it."""
+    small = SmallGPT(vocab_size=len(LETTERS), block_size=16)
+    torch.save({"model": small.nanogpt(), "model_args": small.sizes, "iter_num": 7}, path)
+    (path.parent / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(LETTERS))}))
+    return small
+
+
+@pytest.mark.parametrize("flag", [[], ["--checkpoint"]])
+def test_a_file_of_nanogpt_writes_what_its_logits_say(write, tmp_path, flag):
+    small, ids = nanogpt(tmp_path / "ckpt.pt"), [LETTERS.index("a")]
+    for _ in range(9):
+        ids.append(int(small.logits(torch.tensor([ids]))[0, -1].argmax()))
+    words = ["--prompt", "a", "--max_new_tokens", "9", "--temperature", "0"]
+    code, out, err = write(*flag, str(tmp_path / "ckpt.pt"), *words)
+    assert (code, out) == (0, "".join(LETTERS[i] for i in ids) + "\n")
+    assert err.startswith("Format: nanoGPT\nnote: its vocabulary is taken from ") and "ckpt.pt: step 7, " in err
+    (tmp_path / "meta.pkl").rename(tmp_path / "letters")
+    with pytest.raises(InputError, match=r"ckpt\.pt: no tokenizer in it or beside it\. Give --tokenization"):
+        write(*flag, str(tmp_path / "ckpt.pt"), *words)
+    assert write(*flag, str(tmp_path / "ckpt.pt"), *words, "--meta", str(tmp_path / "letters"))[1] == out
+
+
+def test_a_folder_of_ours_anywhere_has_its_steps(write, many):
+    words = ("--prompt", "a", "--temperature", "0", "--max_new_tokens", "20")
+    newest = write("--model_name", "first", *words, root=many)[1]
+    for path, more in ((many / "first", []), (many / "first", ["--step", "newest"])):
+        assert write(str(path), *more, *words, root=many / "nowhere")[1] == newest
+    kept = expected_text("a", 20, temperature=0.0) + "\n"
+    assert write(str(many / "first"), "--step", "best", *words)[1] == kept
+    assert write(str(many / "first" / "step_00000003"), *words)[1] == kept
+
+
+def test_what_a_file_does_not_show_is_asked_for_and_flags_answer(write, tmp_path):
+    small = SmallGPT(vocab_size=len(LETTERS))
+    torch.save(small.lecture(), tmp_path / "lecture.pt")
+    words = [str(tmp_path / "lecture.pt"), "--max_new_tokens", "3", "--tokenization", str(tmp_path / "tokenizer.json")]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"token_kind": "char", "chars": list(LETTERS)}))
+    with pytest.raises(CheckpointError, match=r"lecture\.pt: nothing in the file shows its .*--norm_placement before"):
+        write(*words)
+    flags = ["--attention_scale", "head_size", "--norm_placement", "before", "--activation", "relu"]
+    assert write(*words, *flags, "--norm_eps", "1e-5")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{}/ckpt.pt", "--checkpoint", "a.pt"], "PATH and --checkpoint both name a checkpoint: "),
+        (["{}/ckpt.pt", "--model_name", "a"], "leave out --model_name and --legacy_checkpoint"),
+        (["{}/ckpt.pt", "--ema"], "--ema: only a folder of ours has it"),
+        (["{}/ckpt.pt", "--step", "best"], "--step best: only a folder of ours has it"),
+        (["--activation", "relu"], "--activation: for a checkpoint of another program"),
+        (["{}/ckpt.pt", "more"], "unexpected word 'more'"),
+    ],
+)
+def test_words_that_contradict_each_other_are_wrong_use(write, tmp_path, words, said):
+    nanogpt(tmp_path / "ckpt.pt")
+    code, out, err = write(*(word.format(tmp_path) for word in words))
+    assert (code, out) == (2, "") and said in err
+
+
+def test_a_file_has_no_steps_and_a_file_of_modded_nanogpt_no_choices(write, tmp_path):
+    nanogpt(tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointNotFound, match=r"ckpt\.pt: not a folder, so there are no steps"):
+        write(str(tmp_path / "ckpt.pt"), "--step", "3")
+    path = upstream_file(tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state\.pt: --norm_eps has no effect on a model of modded-nanogpt"):
+        write(str(path), "--norm_eps", "1e-6")
 
 
 # As a process

@@ -25,6 +25,9 @@ NEW_HEAD = "python train.py --tied_head starts a model that GPT-2 and nanoGPT co
 
 TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
+GPT2 = "gpt2"
+"""The shape of its models."""
+
 GPT2_END = 50256
 """GPT-2's end of text, with which transformers also begins one."""
 
@@ -88,15 +91,13 @@ def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
             "--to safetensors keeps it."
         )
     refuse_other_scales(model, "our GPT")
-    if model.sizes.get("n_ffn", 4 * model.sizes["n_embd"]) != 4 * model.sizes["n_embd"]:
-        ffn, ours = model.sizes["n_ffn"], 4 * model.sizes["n_embd"]
-        raise model.refuse(f"its feed-forward part is {ffn} wide; our GPT has 4 n_embd, {ours}. --to hf keeps it.")
     tied = is_tied(model, HEAD, HF_TABLE, config.get("tie_word_embeddings", True) is not False)
     if tied:
         model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
     dropout = config.get("resid_pdrop", 0.1)
     dropout = dropout if isinstance(dropout, (int, float)) and 0 <= dropout < 1 else 0.0
-    return _ours(model, dropout=dropout, bias=True, head_bias=False, tied_head=tied)
+    n_ffn = model.sizes.get("n_ffn")
+    return _ours(model, dropout=dropout, bias=True, head_bias=False, tied_head=tied, n_ffn=n_ffn)
 
 
 def refuse_other_scales(model: Source, target: str) -> None:
@@ -122,7 +123,11 @@ def is_tied(model: Source, head: str, table: str, said: bool | None) -> bool:
     return tied
 
 
-def _drop_head_bias(model: Source, target: str) -> None:
+def drop_head_bias(model: Source, target: str) -> None:
+    """Leave out the bias of the head, which a target does not have.
+
+    Raises: CheckpointMismatch when it is not all zeros.
+    """
     if HEAD_BIAS not in model.tensors:
         return
     if not model.is_zero(HEAD_BIAS):
@@ -156,15 +161,16 @@ def _refuse_other_choices(model: Source, config: GPTConfig, target: str, *names:
 def ours_to_hf(model: Source, options: Options) -> dict[str, Any]:
     """Write a config of GPT2LMHeadModel; a missing bias becomes zeros, a tied head is left out."""
     config = GPTConfig.from_dict(model.config, str(model.path))
-    _refuse_other_choices(model, config, "HF GPT-2", "norm_eps")
+    _refuse_other_choices(model, config, "HF GPT-2", "norm_eps", "n_ffn")
     tied = config.tied_head and options.tied is not False
-    _drop_head_bias(model, "HF GPT-2")
+    drop_head_bias(model, "HF GPT-2")
     if tied and HEAD in model.tensors:
         model.drop(HEAD, f"tied to {TABLE}; HF GPT-2 leaves it out")
     add_zero_biases(model, HEAD)
     end = GPT2_END if (model.tokenizer or {}).get("token_kind") == "gpt2" else None
     sizes = {name: getattr(config, name) for name in _SIZES}
-    return hf_config(sizes, config.norm_eps, config.dropout, None) | {
+    n_inner = None if config.n_ffn in (None, 4 * config.n_embd) else config.n_ffn
+    return hf_config(sizes, config.norm_eps, config.dropout, n_inner) | {
         "activation_function": TO_HF[config.activation],
         "tie_word_embeddings": tied,
         "bos_token_id": end,
@@ -206,7 +212,7 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
         raise model.refuse(
             f"its head is not its token table, and nanoGPT has one tensor for both. {keep} keep two; {NEW_HEAD}."
         )
-    _drop_head_bias(model, "nanoGPT")
+    drop_head_bias(model, "nanoGPT")
     model.tie(HEAD, TABLE)
     has_bias = config.bias or config.has_proj_bias or config.mlp_bias or config.norm_bias
     if has_bias:
@@ -222,7 +228,7 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
 
 
 PAIRS = (
-    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=complete),
-    Pair("nanogpt", FUSED, nanogpt.NANOGPT, nanogpt_to_ours, ours_to_nanogpt),
-    Pair("hf_gpt2", FUSED, hf_gpt2.HF_GPT2, hf_to_ours, ours_to_hf),
+    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=complete, shape=GPT2),
+    Pair("nanogpt", FUSED, nanogpt.NANOGPT, nanogpt_to_ours, ours_to_nanogpt, GPT2),
+    Pair("hf_gpt2", FUSED, hf_gpt2.HF_GPT2, hf_to_ours, ours_to_hf, GPT2),
 )

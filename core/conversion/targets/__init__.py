@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...families.fused import FUSED
+from ..pairs.decoder_settings import DECODERS
 from ..pairs.modded import BATCHED
 from ..plan import Options, Plan, Source
 from .bundle import plan_bundle
@@ -17,7 +18,7 @@ from .nanogpt import plan_nanogpt
 from .safetensors import plan_safetensors
 from .torch import plan_pt
 
-HF = ("hf_gpt2", "hf_llama", "hf_qwen2", "hf_qwen3")
+HF = ("hf_gpt2", *DECODERS)
 MEGATRON = ("megatron_gpt2", "megatron_llama", "megatron_qwen2", "megatron_qwen3")
 
 
