@@ -18,7 +18,7 @@ from ..data.corpus import Corpus
 from ..data.dataloader import DataLoader
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointMismatch, InputError
-from ..model import GPTFlexAttention
+from ..model import GPT, GPTFlexAttention
 
 Say = Callable[[str], None]
 
@@ -41,16 +41,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Origin:
-    """An upstream file that a new run starts from."""
+    """A checkpoint of another program that a new run starts from."""
 
-    model: GPTFlexAttention
-    content: Any
+    model: GPTFlexAttention | GPT
+    content: Any  # of a file of modded-nanogpt, which has its optimizer states; of a GPT its optimizer state
     path: Path
+    tokenizer: dict[str, Any] | None = None  # its state, as in tokenizer.json
+    notes: Sequence[str] = ()
 
     @property
     def arch(self) -> str:
         """The name of its kind of model for --arch."""
-        return f"flex_{self.model.config.variant}"
+        return "gpt" if isinstance(self.model, GPT) else f"flex_{self.model.config.variant}"
 
 
 MODDED_CLASS = "GPTFlexAttention"
@@ -59,7 +61,7 @@ MODDED_CLASS = "GPTFlexAttention"
 ANOTHER = "Leave it out, or train under another --model_name."
 
 Source = Bundle | Origin | None
-"""The source of a model's weights: a step, an upstream file, or None."""
+"""The source of a model's weights: a step, a checkpoint of another program, or None."""
 
 
 class ModelKind(Protocol):
@@ -123,6 +125,8 @@ def new_model(kind: ModelKind, request: Request, folder: Path, say: Say, *, chec
     if not request.init_from_model:
         model = kind.new(request, folder, request.origin, say)
         if request.origin is not None:
+            for note in request.origin.notes:
+                say(f"{request.origin.path}: {note}")
             say(f"starting from the weights of {request.origin.path}, a new run at step 0")
         return model
     with open_chosen(model_folder(folder.parent, request.init_from_model), say, check=check) as source:

@@ -35,6 +35,7 @@ class Opened:
     model: GPT
     program: str  # that wrote it, for people
     notes: list[str]  # sentences about what was taken, left out or is in doubt
+    tokenizer: dict[str, Any] | None  # its state, as in tokenizer.json
     optimizer: dict[str, Any] | None = None  # a state by names of our parameters, as a bundle has it
 
 
@@ -78,7 +79,7 @@ def open_gpt(
             state = _optimizer(plan, maker) if training else None
     model.requires_grad_(True)
     model.step, model.tokenizer = source.step or 0, made
-    return Opened(model.eval(), source.program, _notes(source), state)
+    return Opened(model.eval(), source.program, _notes(source), source.tokenizer, state)
 
 
 def _assigned(plan: Plan, config: GPTConfig, maker: TensorMaker, dtype: torch.dtype | None, training: bool) -> GPT:
