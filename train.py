@@ -13,7 +13,7 @@ from core.console.commandline import DONE, STOPPED, rules_given, run, spelled, s
 from core.console.signals import StopSignal, decide_exit_code
 from core.console.streams import outlive_terminal
 from core.conversion.command import source_options
-from core.training.flags import CONFIG_FLAGS, EXPORTABLE, parse
+from core.training.flags import CONFIG_FLAGS, parse
 
 if TYPE_CHECKING:
     from core.bundle.bundle import Bundle
@@ -84,7 +84,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
 
     # 1. The model and its device: the kind of the checkpoint, or of --arch.
     manager.keep_as(bundle.state if bundle else {}, **rules_given(args))
-    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags} | (EXPORTABLE if args.tied_head else {})
+    given = {name: flags[name] for name in CONFIG_FLAGS if name in flags}
     path = args.init_from_checkpoint if bundle is None else None
     origin = open_origin(path, args.arch, source_options(args), args.verify) if path else None
     kind = kind_of(bundle, origin.arch if origin else args.arch, world)

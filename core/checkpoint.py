@@ -196,7 +196,9 @@ class CheckpointManager(FolderWriter, StepRules):
         """Resume this model, or start it from another model's weights, or fresh; return model, optimizer and step.
 
         A field given in `config` (of a GPTConfig: one that differs from the default) wins over config.json of the
-        checkpoint, which wins over `preset`. Everything else, and what it raises, is as in `start`.
+        checkpoint, which wins over `preset`. The head of a new model is the token table, without a bias, unless one of
+        them has `tied_head` False or `head_bias` True (in a mapping: those are GPTConfig's defaults). Everything else,
+        and what it raises, is as in `start`.
         """
         request = Request(
             given_fields(config),

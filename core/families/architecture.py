@@ -81,7 +81,7 @@ def describe(
         block_size=sizes["block_size"] if "block_size" in sizes else claims.context(),
         positions="learned" if learned else claims.positions() or _positions(family),
         norm=claims.norm() or (family.norm_without_bias if not on.get("norm_bias") else "") or family.norm,
-        activation=claims.activation() or (family.gated if found.gated else family.activation),
+        activation=_activation(claims.activation(), found),
         gated=found.gated,
         qk_norm=on.get("qk_norm", False) or on.get("qk_norm_wide", False),
         tied_head=tied,
@@ -92,6 +92,13 @@ def describe(
         notes=notes,
     )
     return result, claims.conflicts
+
+
+def _activation(said: str, found: Match) -> str:
+    """The activation that the config names, or else the family's; that of a gate has another name."""
+    if not said:
+        return found.family.gated if found.gated else found.family.activation
+    return said.replace("GELU", "GeGLU") if found.gated else said
 
 
 def _positions(family: Family) -> str:

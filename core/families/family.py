@@ -28,6 +28,7 @@ class Style:
     program: str
     switches: Mapping[str, bool]
     model_type: str = ""  # what the config says, where another style has the same tensors
+    norm: str = ""  # if it has another norm than the family
 
 
 @dataclass(eq=False, repr=False)

@@ -53,18 +53,22 @@ SWITCHES: dict[str, tuple[str, ...]] = {
 
 FREQUENCIES = (("head_size / 2",), "the frequencies of the rotary embedding")
 
+NORM_OF_GEMMA = "RMSNorm with 1 + weight"
+
 _PLAIN = {"qk_norm": False, "qkv_bias": False, "proj_bias": False, "mlp_bias": False}
 
 STYLES = (
     Style("hf_qwen3", "Hugging Face Qwen3", {"qk_norm": True}),
-    Style("hf_mistral", "Hugging Face Mistral", _PLAIN, model_type="mistral"),
-    Style("hf_gemma", "Hugging Face Gemma", {"qk_norm": False, "mlp_bias": False}, model_type="gemma"),
+    Style("hf_mistral", "Hugging Face Mistral", _PLAIN, "mistral"),
+    Style("hf_gemma", "Hugging Face Gemma", {"qk_norm": False, "mlp_bias": False}, "gemma", NORM_OF_GEMMA),
     Style("hf_qwen2", "Hugging Face Qwen2", {"qkv_bias": True, "proj_bias": False}),
     Style("hf_llama", "Hugging Face Llama", {}),
 )
 
 
-def _family(name: str, program: str, tensors: dict[str, Sides], styles: tuple[Style, ...] = ()) -> Family:
+def _family(
+    name: str, program: str, tensors: dict[str, Sides], styles: tuple[Style, ...] = (), norm: str = "RMSNorm"
+) -> Family:
     return Family(
         name=name,
         program=program,
@@ -79,7 +83,7 @@ def _family(name: str, program: str, tensors: dict[str, Sides], styles: tuple[St
         base="model.",
         styles=styles,
         rotary=True,
-        norm="RMSNorm",
+        norm=norm,
         activation="SwiGLU",
         gated="SwiGLU",
         claims={"attention_bias": "qkv_bias", "mlp_bias": "mlp_bias"},
@@ -88,7 +92,7 @@ def _family(name: str, program: str, tensors: dict[str, Sides], styles: tuple[St
 
 FAMILIES = (
     _family("hf_llama", "Hugging Face Llama", TENSORS, STYLES),
-    _family("hf_gemma2", "Hugging Face Gemma 2", GEMMA2),
+    _family("hf_gemma2", "Hugging Face Gemma 2", GEMMA2, norm=NORM_OF_GEMMA),
     _family("hf_olmo2", "Hugging Face OLMo 2", OLMO2),
 )
 

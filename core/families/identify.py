@@ -13,7 +13,7 @@ from ..console.words import listed
 from ..errors import CheckpointMismatch
 from . import hf_gpt2, hf_llama, hf_neox, litgpt, megatron, modded, nanochat, nanogpt, ours
 from .architecture import Architecture, describe
-from .family import Family, Shape, plain_name, plain_names
+from .family import Family, Shape, Style, plain_name, plain_names
 from .match import Match, index, match, skeleton
 from .parts import is_of_optimizer
 
@@ -68,7 +68,9 @@ def identify(
     config = config if isinstance(config, Mapping) else None
     architecture, conflicts = describe(best, shapes, config, shared, same)
     kind = (config or {}).get("model_type")
-    name, program = _style(best, kind)
+    style = _style(best, kind)
+    name, program = style.name, style.program + (", with tensors of its own" if best.extra else "")
+    architecture.norm = style.norm or architecture.norm
     if name.startswith("hf_") and isinstance(kind, str) and kind != name.removeprefix("hf_"):
         conflicts.append(f"model_type is {reprlib.repr(kind)} in the config, but names and shapes are of {program}")
     return Identity(
@@ -136,14 +138,14 @@ def _signature(family: Family) -> set[str]:
     return set(index(family.name, family.signature, family.base))
 
 
-def _style(found: Match, model_type: Any) -> tuple[str, str]:
+def _style(found: Match, model_type: Any) -> Style:
+    """The first style of a family that has the switches, and the model_type where it needs one."""
     switches = {**found.switches, "gated": found.gated}
-    own = ", with tensors of its own" if found.extra else ""
     for style in found.family.styles:
         same_type = style.model_type in ("", model_type)
         if same_type and all(switches[switch] is wanted for switch, wanted in style.switches.items()):
-            return style.name, style.program + own
-    return found.family.name, found.family.program + own
+            return style
+    return Style(found.family.name, found.family.program, {})
 
 
 def _why(found: Match, aside: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..bundle.bundle import Bundle
+from ..config.decoders import DECODERS
 from ..config.variants import VARIANTS
 from ..errors import InputError
 from ..networks.distributed import ALONE, World
@@ -10,7 +11,7 @@ from .gpt import GptKind
 from .kind import ModelKind, arch_of
 from .modded import ModdedKind
 
-_ALL: tuple[ModelKind, ...] = (GptKind(), *map(ModdedKind, VARIANTS))
+_ALL: tuple[ModelKind, ...] = (GptKind(), *map(GptKind, DECODERS), *map(ModdedKind, VARIANTS))
 
 KINDS = {kind.arch: kind for kind in _ALL}
 """All kinds, by name."""
@@ -26,16 +27,16 @@ def kind_of(bundle: Bundle | None, arch: str | None, world: World = ALONE) -> Mo
         bundle.refuse_partial()
     kind = KINDS[arch_of(bundle, arch)]
     if isinstance(kind, GptKind):
-        return gpt_kind(world)
+        return gpt_kind(world, kind.arch)
     if world.is_sharded:
         raise InputError("--parallel fsdp: Muon needs whole matrices, found --arch flex_*. Use --parallel ddp.")
     return kind
 
 
-def gpt_kind(world: World) -> ModelKind:
-    """The GPT of this project on the ranks of a world."""
+def gpt_kind(world: World, arch: str = "gpt") -> ModelKind:
+    """The GPT of this project on the ranks of a world; a new one has the choices of `arch`."""
     if not world.is_sharded:
-        return KINDS["gpt"]
+        return KINDS[arch]
     from .sharded_gpt import ShardedGptKind  # imports torch.distributed, which one process does not need
 
-    return ShardedGptKind(world)
+    return ShardedGptKind(arch, world)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..bundle.contradictions import fits_characters
 from ..bundle.evolution import notes
 from ..bundle.storage import DISK
 from ..bundle.tokenizer_state import describe, same_vocabulary
+from ..config.decoders import arch_of_config, complete
 from ..config.gpt import EDITABLE, GPTConfig, same_architecture
 from ..containers.json_files import parse_json
 from ..data.corpus import Corpus
@@ -26,9 +27,9 @@ from ..loading.optimizer import configure_optimizer
 from ..loading.tensors import load_model, load_optimizer, say_without_moments
 from ..model import GPT
 from ..networks.device import resolve_device
-from .kind import Origin, Request, Say, Source, refuse_other_fields
+from .kind import Origin, Request, Say, Source, arch_of, refuse_other_fields
 from .origin import from_origin, optimizer_of_origin
-from .presets import GPT_ON_CPU, GPT_ON_CUDA
+from .presets import GPT_HEAD, GPT_ON_CPU, GPT_ON_CUDA
 
 ANOTHER = "Leave --tokenization out, or train under another --model_name."
 
@@ -44,10 +45,12 @@ EXACT = ("char", "symbols")
 """Kinds of tokenizers of which a model has one row for each id."""
 
 
+@dataclass(frozen=True)
 class GptKind:
-    """A GPT on one device, or a copy on each rank."""
+    """A GPT on one device, or a copy on each rank; a new one has the choices of `arch`."""
 
-    arch = "gpt"
+    arch: str = "gpt"
+
     autocasts = True
 
     def preset(self, on_cpu: bool) -> dict[str, Any]:
@@ -61,12 +64,15 @@ class GptKind:
     def new(self, request: Request, folder: Path, source: Source, say: Say) -> GPT:
         """Make a model at step 0: initialised, or with the weights of a step or of another program's checkpoint."""
         tokenizer = find_tokenizer(request.tokenizer, request.text)
-        alone = config_alone(folder, request.given, tokenizer, say)
+        alone = config_alone(folder, request.given, tokenizer, say, self.arch)
         if isinstance(source, Origin):
             model = from_origin(source, {**alone, **request.given}, tokenizer, say)
         elif source is None:
-            model = fresh({**request.preset, **alone, **request.given}, tokenizer, request.seed)
+            values = {**GPT_HEAD, **request.preset, **alone, **request.given}
+            model = fresh(values if alone else complete(self.arch, values), tokenizer, request.seed)
         else:
+            if self.arch != "gpt":
+                arch_of(source, self.arch)
             kind = (source.tokenizer or {}).get("token_kind")
             advice = "A new model from its weights reads text as it does: " + SAME.get(str(kind), SAME["char"])
             given = {**alone, **request.given}
@@ -197,17 +203,27 @@ def fresh(fields: dict[str, Any], tokenizer: Tokenizer, seed: int) -> GPT:
 
 
 def config_alone(
-    folder: Path, given: Mapping[str, Any], tokenizer: Tokenizer, say: Callable[[str], None]
+    folder: Path, given: Mapping[str, Any], tokenizer: Tokenizer, say: Callable[[str], None], arch: str = "gpt"
 ) -> dict[str, Any]:
     """Read a config.json that stands without weights: the architecture of a new model.
 
-    Raises: CheckpointMismatch when a given field, or a tokenizer.json beside it, contradicts it.
+    A head that it does not name is that of a config's defaults, not of new models.
+
+    Raises: CheckpointMismatch when a given field, another `arch`, or a tokenizer.json beside it, contradicts it.
     """
     path, alone = folder / CONFIG, folder / TOKENIZER
     if not path.exists():
         return {}
     values = parse_json(DISK.read(path), str(path))
-    refuse_other_fields(path, GPTConfig.from_dict(values, str(path)).architecture(), given)
+    config = GPTConfig.from_dict(values, str(path))
+    refuse_other_fields(path, config.architecture(), given)
+    found = arch_of_config(config)
+    if arch not in ("gpt", found):
+        kind = "GPT" if found == "gpt" else f"GPT ({found})"
+        raise CheckpointMismatch(
+            f"{path}: it describes a {kind}, this run has --arch {arch}. Remove the file, or train under another "
+            "--model_name."
+        )
     say(f"{path}: no weights beside it; training a new model of this architecture")
     if alone.exists():
         recorded = parse_json(DISK.read(alone), str(alone))
@@ -216,7 +232,7 @@ def config_alone(
                 f"{alone}: {describe(recorded)}; this run has {describe(tokenizer.state())}. "
                 "Remove the file, or use its tokenizer."
             )
-    return values
+    return {**{name: getattr(config, name) for name in GPT_HEAD}, **values}
 
 
 def refuse_stray_config(bundle: Bundle) -> None:

@@ -13,6 +13,8 @@ from ..bundle.bundle import Bundle
 from ..bundle.find import model_folder
 from ..bundle.folder import CONFIG
 from ..bundle.intact import open_chosen
+from ..config.decoders import arch_of_config
+from ..config.gpt import GPTConfig
 from ..config.modded import ModdedConfig
 from ..data.corpus import Corpus
 from ..data.dataloader import DataLoader
@@ -52,7 +54,8 @@ class Origin:
     @property
     def arch(self) -> str:
         """The name of its kind of model for --arch."""
-        return "gpt" if isinstance(self.model, GPT) else f"flex_{self.model.config.variant}"
+        config = self.model.config
+        return arch_of_config(config) if isinstance(config, GPTConfig) else f"flex_{config.variant}"
 
 
 MODDED_CLASS = "GPTFlexAttention"
@@ -145,9 +148,11 @@ def arch_of(bundle: Bundle | None, arch: str | None) -> str:
     values, where = bundle.config_values, bundle.path(CONFIG)
     name = values.get("model_class", "GPT")
     variant = ModdedConfig.from_dict(values, str(where)).variant if name == MODDED_CLASS else None
-    found = f"flex_{variant}" if variant else "gpt"
+    decoder = "gpt" if bundle.config is None else arch_of_config(bundle.config)
+    found = f"flex_{variant}" if variant else decoder
     if arch is not None and (name not in ("GPT", MODDED_CLASS) or found != arch):
-        kind = f"{name} ({variant})" if variant else name
+        detail = variant or (decoder if decoder != "gpt" else None)
+        kind = f"{name} ({detail})" if detail else name
         raise CheckpointMismatch(f"{where}: the checkpoint is a {kind}, this run has --arch {arch}. {ANOTHER}")
     if name == "GPTBatched":
         raise CheckpointMismatch(

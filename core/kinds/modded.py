@@ -132,8 +132,9 @@ def sizes(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     if made.pop("dropout", 0.0):
         raise InputError(f"--dropout is {given['dropout']}: these models have none. Leave it out.")
-    if "tied_head" in made:
-        raise InputError("--tied_head: these models have a head of their own. Leave it out.")
+    for name in ("tied_head", "head_bias"):
+        if made.pop(name, False):
+            raise InputError(f"--{name}: these models have a head of their own, without a bias. Leave it out.")
     if "n_head" in made:
         made.setdefault("n_embd", HEAD_SIZE * made["n_head"])
     elif "n_embd" in made:

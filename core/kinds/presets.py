@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+GPT_HEAD = {"tied_head": True, "head_bias": False}
+"""The head of every new GPT, as nanoGPT's: the token table, without a bias. Other programs can hold such a model."""
+
 GPT_ON_CPU = {
     "batch_size": 16,
     "block_size": 64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,15 +10,15 @@ import torch
 from ..bundle.bundle import Bundle
 from ..loading.fsdp import build_spread, fill_moments, optimizer_state
 from ..model import GPT
-from ..networks.distributed import World
+from ..networks.distributed import ALONE, World
 from .gpt import GptKind
 
 
+@dataclass(frozen=True)
 class ShardedGptKind(GptKind):
     """A GPT of which each rank of a world has a shard; each rank reads only the part that it keeps."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    world: World = ALONE
 
     def _placed(self, model: GPT) -> GPT:
         self.world.spread(model, model.device.type)

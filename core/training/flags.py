@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..config.decoders import DECODERS
 from ..config.variants import VARIANTS
 from ..console.commandline import (
     Parser,
@@ -25,14 +26,14 @@ from ..networks.distributed import PARALLEL
 from .settings import Settings
 from .skips import step_ranges
 
-ARCHS = ("gpt", *(f"flex_{name}" for name in VARIANTS))
-"""The values of --arch: this project's GPT, and the variants of modded-nanogpt."""
+ARCHS = ("gpt", *DECODERS, *(f"flex_{name}" for name in VARIANTS))
+"""The values of --arch: GPT as GPT-2 and as later families have it, and the variants of modded-nanogpt."""
 
-CONFIG_FLAGS = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "dropout", "device")
+CONFIG_FLAGS = (
+    *("block_size", "n_layer", "n_head", "n_embd", "tied_head", "head_bias"),
+    *("batch_size", "dropout", "device"),
+)
 """Flags that are fields of config.json."""
-
-EXPORTABLE = {"tied_head": True, "head_bias": False}
-"""The head of GPT-2 and nanoGPT, as fields of config.json: what --tied_head stands for."""
 
 METAVARS: dict[Any, str] = {
     Path: "PATH",
@@ -48,6 +49,7 @@ EPILOG = """examples:
   python train.py --model_name dante --max_iters 4000         train for longer
   python train.py --model_name mine --input_file my_book.txt  your own text
   python train.py --model_name big --compile --lr_schedule cosine --lr_decay_iters 5000 --warmup_iters 0.02
+  python train.py --model_name modern --arch llama            rotary positions, RMSNorm, SwiGLU, grouped heads; or qwen3
   python train.py --model_name fast --arch flex_small         a modded-nanogpt model: packed documents, Muon
   torchrun --nproc_per_node=4 train.py --model_name dante     on several GPUs, or processes: docs/distributed.md
 
@@ -133,9 +135,10 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     _add(group, "n_embd", count, "width, a multiple of the heads")
     _add(group, "block_size", count, "longest context, in tokens")
     _add(group, "dropout", below_one, "fraction of activations dropped during training")
-    _add(
-        group, "tied_head", None, "the head is the token table, without a bias, as --to hf and --to nanogpt can hold it"
-    )
+    _add(group, "tied_head", None, "the head is the token table, as nanoGPT's (the default)")
+    names, text = ("--untied_head", "--no_tied_head"), "a head of its own, which --to nanogpt cannot hold"
+    group.add_argument(*names, action="store_false", dest="tied_head", default=None, help=text)
+    _add(group, "head_bias", None, "a bias in the head, which --to nanogpt and --to hf cannot hold")
     _add(group, "init_from_model", str, "start from the weights of another model below the root")
     _add(group, "init_from_checkpoint", Path, "start from the weights of a checkpoint of any program")
     _add(group, "arch", ARCHS, f"{', '.join(ARCHS)} (gpt)", metavar="NAME")

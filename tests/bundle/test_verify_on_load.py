@@ -186,7 +186,7 @@ def test_without_verification_a_file_cut_short_is_still_not_loaded(saved):
 
 def test_a_walk_back_is_one_paragraph(saved):
     folder, expected = saved
-    at = (folder / "model.pt").read_bytes().index(expected["lm_head.weight"].numpy().tobytes())
+    at = (folder / "model.pt").read_bytes().index(expected["ln_f.bias"].numpy().tobytes())
     flip(folder / "model.pt", at, 1)
     flip(folder / "step_00000002/optimizer.pt", 4000)
     lines = []
@@ -198,7 +198,7 @@ def test_a_walk_back_is_one_paragraph(saved):
     crcs = re.findall(r"CRC32 (\w{8}), recorded (\w{8})", paragraph)
     moment = re.search(r"step_00000002/optimizer\.pt: (\S+) is damaged", paragraph)[1]
     assert paragraph == (
-        f"WARNING: {folder}/model.pt: lm_head.weight is damaged (CRC32 {crcs[0][0]}, recorded {crcs[0][1]}). "
+        f"WARNING: {folder}/model.pt: ln_f.bias is damaged (CRC32 {crcs[0][0]}, recorded {crcs[0][1]}). "
         f"{folder}/step_00000002/optimizer.pt: {moment} is damaged (CRC32 {crcs[1][0]}, recorded {crcs[1][1]}). "
         "Continuing from step 1, the newest intact one. "
         f"What is damaged was not deleted: {third}, {second}."

@@ -185,6 +185,57 @@ def test_a_folder_with_only_a_config_is_a_new_model_of_that_architecture(tmp_pat
     assert (model.config.n_layer, model.config.n_embd, step) == (5, 32, 0)
 
 
+OLD_HEAD = {"tied_head": False, "head_bias": True}
+"""The head of models before new ones had nanoGPT's, which GPTConfig's defaults still say."""
+
+
+@pytest.mark.parametrize(
+    ("config", "preset", "tied", "has_bias"),
+    [
+        (SMALL, {}, True, False),
+        (GPTConfig(**SMALL), {}, True, False),  # what equals a default of GPTConfig is not said
+        ({**SMALL, **OLD_HEAD}, {}, False, True),
+        (GPTConfig(**SMALL).to_dict() | {"vocab_size": tokenizer().vocab_size}, {}, False, True),
+        ({**SMALL, "tied_head": False}, {}, False, False),
+        ({**SMALL, "head_bias": True}, {}, True, True),
+        (SMALL, OLD_HEAD, False, True),
+        ({**SMALL, "tied_head": True}, OLD_HEAD, True, True),
+    ],
+)
+def test_a_new_model_has_the_head_of_nanogpt_unless_its_config_says_otherwise(tmp_path, config, preset, tied, has_bias):
+    made = manager(tmp_path)
+    model, optimizer, _ = made.initialize_for_training(config, tokenizer(), None, 1e-3, preset=preset)
+    assert (model.config.tied_head, model.config.head_bias) == (tied, has_bias)
+    assert (model.lm_head.weight is model.token_embedding_table.weight) is tied
+    assert (model.lm_head.bias is not None) is has_bias
+    train_and_save(made, model, optimizer, 1)
+    made.close()
+    resumed = manager(tmp_path).initialize_for_training(GPTConfig(**SMALL), "char", None, 1e-3)[0]
+    assert resumed.config == model.config and equal(resumed.state_dict(), model.state_dict())
+
+
+def test_a_bundle_of_before_goes_on_with_its_own_head_bit_for_bit(tmp_path):
+    made, model, optimizer = started(tmp_path, config={**SMALL, **OLD_HEAD})
+    train_and_save(made, model, optimizer, 2)
+    made.close()
+    path = tmp_path / "dante/config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in OLD_HEAD}))
+    resumed, moments, _ = manager(tmp_path).initialize_for_training({}, "char", None, 1e-3)
+    update(model, optimizer), update(resumed, moments)
+    assert resumed.lm_head.bias.any() and equal(resumed.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(("fields", "tied"), [({}, False), ({"tied_head": True}, True), (OLD_HEAD, False)])
+def test_a_config_alone_says_its_head_also_by_what_it_lacks(tmp_path, fields, tied):
+    (tmp_path / "dante").mkdir()
+    (tmp_path / "dante/config.json").write_text(json.dumps({**SMALL, **fields}))
+    model = manager(tmp_path).initialize_for_training({}, tokenizer(), None, 1e-3, preset={"n_layer": 1})[0]
+    assert (model.config.tied_head, model.config.head_bias) == (tied, True)
+    again = manager(tmp_path, "dante")
+    with pytest.raises(CheckpointMismatch, match=f"tied_head is {not tied} here and {tied} in the checkpoint"):
+        again.initialize_for_training({"tied_head": not tied}, tokenizer(), None, 1e-3)
+
+
 def test_the_same_seed_gives_the_same_fresh_weights_and_leaves_the_callers_randomness_alone(tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(3)

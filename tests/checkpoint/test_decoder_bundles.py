@@ -186,7 +186,7 @@ def test_an_activation_in_both_fields_of_a_file_must_be_one():
 
 
 def test_inspection_names_the_parts_of_a_model_with_choices(tmp_path):
-    save_steps(tmp_path, 1, config={**SMALL, **CHOICES})
+    save_steps(tmp_path, 1, config={**SMALL, **CHOICES, "head_bias": True})
     out = looked_at(tmp_path / "dante")[0]
     assert "2 layers, 2 heads in 1 group of 8, width 32, feed-forward 24\n" in out
     assert "context 16, positions rotary\nRMSNorm, q and k normed, gated SwiGLU, biases: qkv, mlp, head\n" in out

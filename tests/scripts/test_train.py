@@ -12,6 +12,7 @@ import pytest
 import train as script
 from core.console.commandline import DONE, FAILED, WRONG_USE, Parser, spelled
 from core.errors import CheckpointError
+from core.training.flags import make_parser
 from tests.conftest import ROOT
 from tests.makers.models import TEXT
 
@@ -182,6 +183,35 @@ def test_what_cannot_be_trained_is_one_sentence_and_loses_nothing(tmp_path, text
         script.main(arguments(tmp_path, text, words))
     assert UNFIT[words] in str(raised.value) and "\n" not in str(raised.value)
     assert not list(tmp_path.glob("*/model.pt"))
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        ("", {}),
+        ("--tied_head", {"tied_head": True}),
+        ("--untied_head", {"tied_head": False}),
+        ("--head_bias", {"head_bias": True}),
+        ("--untied_head --head_bias", {"tied_head": False, "head_bias": True}),
+        ("--config_file flags.json", {"tied_head": False, "head_bias": True}),
+        ("--config_file flags.json --tied_head", {"tied_head": True, "head_bias": True}),
+    ],
+)
+def test_flags_of_the_head_are_fields_of_the_config(tmp_path, monkeypatch, words, fields):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flags.json").write_text('{"tied_head": false, "head_bias": true}')
+    given = vars(make_parser().parse(words.split()))
+    assert {name: given[name] for name in ("tied_head", "head_bias") if given[name] is not None} == fields
+
+
+def test_the_head_of_before_comes_back_by_flags_and_belongs_to_the_model(tmp_path, text, capsys):
+    assert script.main([*arguments(tmp_path, text, "--untied_head --head_bias --max_iters 1")]) == DONE
+    config = json.loads((tmp_path / "default/config.json").read_text())
+    assert (config["tied_head"], config["head_bias"]) == (False, True)
+    assert script.main(arguments(tmp_path, text, "--max_iters 2")) == DONE
+    assert "resume is exact" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="tied_head is True here and False in the checkpoint"):
+        script.main(arguments(tmp_path, text, "--tied_head"))
 
 
 def test_a_folder_without_rights_is_one_sentence(tmp_path, text):

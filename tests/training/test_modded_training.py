@@ -15,7 +15,7 @@ from core.data.tokens import Tokens
 from core.errors import CheckpointMismatch, InputError
 from core.kinds import KINDS
 from core.kinds.kind import Request
-from core.kinds.modded import fresh
+from core.kinds.modded import fresh, sizes
 from core.kinds.origin import open_origin
 from core.loading.modded import load_flex_checkpoint
 from core.networks.flex import GPTFlexAttention
@@ -198,6 +198,13 @@ def test_what_contradicts_the_checkpoint_is_one_clear_sentence(trained, flags, e
     root, text = trained
     with pytest.raises(error, match=message):
         train(root, text, **{**flags, "max_iters": 9})
+
+
+@pytest.mark.parametrize("name", ["tied_head", "head_bias"])
+def test_a_head_that_these_models_have_not_is_refused_and_their_own_is_not(name):
+    with pytest.raises(InputError, match=f"--{name}: these models have a head of their own, without a bias"):
+        sizes({name: True})
+    assert sizes({name: False}) == {}
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,16 @@ def test_another_kind_or_tokenizer_is_refused(tmp_path):
             KINDS["gpt"].new(wrong, tmp_path / "run", open_origin(path, None), print)
 
 
+def test_a_decoder_of_transformers_is_of_the_architecture_that_its_config_says(tmp_path, shared):
+    path = shared / "eras/hf_smollm2_tied"
+    assert open_origin(path, None).arch == open_origin(path, "llama").arch == "llama"
+    with pytest.raises(CheckpointMismatch, match="those of --arch llama, this run has --arch qwen3"):
+        open_origin(path, "qwen3")
+    model, optimizer, _ = started(path, tmp_path / "run", block_size=16)
+    assert model.config.block_size == 16 and model.config.pos_encoding == "rotary" and not optimizer.state
+    model(torch.arange(16)[None], torch.arange(16)[None])[1].backward()
+
+
 def test_a_run_starts_with_the_tokenizer_of_the_file_and_the_same_command_resumes_it(tmp_path, capsys):
     small = SmallGPT()
     small.weights = {name: tensor.bfloat16() for name, tensor in small.weights.items()}

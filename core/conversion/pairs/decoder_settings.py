@@ -58,6 +58,20 @@ class Key:
 
 
 @dataclass(eq=False, repr=False)
+class HeadSize(Key):
+    """The width of a head, where their class asks for a width of the model that the heads divide."""
+
+    def write(self, config: GPTConfig) -> dict[str, Any]:
+        """Write it.
+
+        Raises: Unfit.
+        """
+        if config.n_embd % config.n_head:
+            raise Unfit(f"n_embd is {config.n_embd}, expected a multiple of n_head, {config.n_head}")
+        return super().write(config)
+
+
+@dataclass(eq=False, repr=False)
 class Rope:
     """Rotary positions: `rope_parameters` since transformers 5, and single keys before, of which both are written."""
 
@@ -79,7 +93,7 @@ class Rope:
         scaling = dict(said)
         theta = scaling.pop("rope_theta", config.get(self.theta, 10000.0))
         percent = scaling.pop("partial_rotary_factor", config.get(self.percent_key, self.percent))
-        scaling = rope.settled(scaling) or {}
+        scaling = rope.settled(scaling) if scaling else {}
         if scaling and "original_max_position_embeddings" in rope.NEEDED.get(str(scaling.get("rope_type")), ()):
             context = config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
             scaling.setdefault("original_max_position_embeddings", context)
@@ -262,13 +276,16 @@ class Decoder:
 _ROTARY = {"pos_encoding": "rotary", "norm_bias": False, "norm_type": "rmsnorm"}
 _SIZES = (Key("n_ffn", "intermediate_size", of="ffn_width"), Key("n_kv_head", "num_key_value_heads", of="kv_heads"))
 _HEAD = Key("head_size", "head_dim", of="head_width")
+_EVEN = HeadSize("head_size", "head_dim", of="head_width")
 _SILU = Activation(("hidden_act",), "silu", GATES)
 _EPS = Key("norm_eps", "rms_norm_eps", 1e-6)
 _ATTENTION = Biases({"bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": False})
 
 
-def _llama(context: int, *more: Setting, eps: Setting = _EPS, activation: Setting = _SILU) -> tuple[Setting, ...]:
-    return (*_SIZES, _HEAD, Rope(), eps, activation, Key("block_size", "max_position_embeddings", context), *more)
+def _llama(
+    context: int, *more: Setting, head: Setting = _HEAD, eps: Setting = _EPS, activation: Setting = _SILU
+) -> tuple[Setting, ...]:
+    return (*_SIZES, head, Rope(), eps, activation, Key("block_size", "max_position_embeddings", context), *more)
 
 
 _GEMMA = {**_ROTARY, "norm_type": "rmsnorm_1p"}
@@ -281,7 +298,9 @@ DECODERS: dict[str, Decoder] = {
     "hf_llama": Decoder(
         "LlamaForCausalLM",
         _ROTARY,
-        _llama(2048, Biases({"bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": "mlp_bias"})),
+        _llama(
+            2048, Biases({"bias": "attention_bias", "proj_bias": "attention_bias", "mlp_bias": "mlp_bias"}), head=_EVEN
+        ),
     ),
     "hf_mistral": Decoder(
         "MistralForCausalLM",
@@ -321,6 +340,7 @@ DECODERS: dict[str, Decoder] = {
             Key("attention_cap", "attn_logit_softcapping", 50.0),
             Key("logit_cap", "final_logit_softcapping", 30.0),
             _ATTENTION,
+            head=_EVEN,
             activation=_TANH,
         ),
         tied=True,

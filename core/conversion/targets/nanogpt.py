@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...console.words import listed_names
 from ...containers.torch_files.layout import pickled
 from ...errors import CheckpointError
 from ..plan import Options, Plan, Source
@@ -125,20 +126,21 @@ def _say_how_to_resume(plan: Plan, options: Options, config: Mapping[str, Any]) 
 
 
 def _decayed_first(model: Source) -> None:
-    """nanoGPT has two groups: what has at least two sides decays, the rest does not.
+    """nanoGPT has two groups: what has at least two sides decays; the rest, with biases that are filled in, does not.
 
-    Raises: CheckpointMismatch for an optimizer of other groups, or with parameters that were filled in.
+    Raises: CheckpointMismatch for an optimizer of other groups.
     """
     assert model.moments is not None
     groups = model.moments.groups
     sides = {name: len(view.shape) for name, view in model.sources.items()}
     kinds = [{sides.get(name, 0) >= 2 for name in group["names"]} for group in groups]
-    filled = [name for name, view in model.tensors.items() if view.is_constant]
     if sorted(map(list, kinds)) != [[False], [True]]:
-        found = f"{len(groups)} groups of parameters, which are not"
-    elif filled:
-        found = f"no moments for {filled[0]}, which is filled in; nanoGPT has groups of"
-    else:
-        groups.sort(key=lambda group: sides[group["names"][0]] < 2)
-        return
-    raise model.refuse(f"its optimizer has {found} all matrices and all the rest. Leave out --include_optimizer.")
+        raise model.refuse(
+            f"its optimizer has {len(groups)} groups of parameters, which are not all matrices and all the rest. "
+            "Leave out --include_optimizer."
+        )
+    groups.sort(key=lambda group: sides[group["names"][0]] < 2)
+    if filled := [name for name, view in model.tensors.items() if view.is_constant]:
+        groups[1]["names"] += filled
+        names = listed_names(filled, 3)
+        model.notes.append(f"no moments for {names}, which are filled in: nanoGPT starts them at its next step")

@@ -88,8 +88,10 @@ def optimizer_content(
 
 
 def _first_source(model: Source, name: str, group_of: dict[str, int]) -> str:
-    """The first parameter of the source in a parameter of the target; "" for one that was filled in."""
+    """The first parameter of the source in a parameter of the target; one that was filled in, if in a group, or ""."""
     raw = model.tensors[name].names
+    if not raw and name in group_of:
+        return name
     for source, view in model.sources.items():
         if raw and source in group_of and view.names == raw[:1]:
             return source
