@@ -82,7 +82,7 @@ def unfit(config: GPTConfig, decoder: Decoder) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
 def hf_family(values: dict[str, Any]) -> str:
