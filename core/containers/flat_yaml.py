@@ -1,4 +1,4 @@
-"""Read a YAML file that is a flat mapping, as litgpt writes its configs; anything else in YAML is refused.
+"""Read and write a YAML file that is a flat mapping, as litgpt's configs are; anything else in YAML is refused.
 
 A value is a scalar, a list of scalars, or a mapping of scalars, each in a line of its own.
 """
@@ -6,6 +6,7 @@ A value is a scalar, a list of scalars, or a mapping of scalars, each in a line 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
@@ -68,3 +69,28 @@ def _scalar(text: str) -> Any:
     if not _WORD.fullmatch(text) or text.lower() in _OTHER_CONSTANTS:
         raise ValueError
     return text
+
+
+def dump_flat_yaml(values: Mapping[str, Any]) -> bytes:
+    """Write a flat mapping, sorted by name, as PyYAML does by default."""
+    lines = []
+    for name, value in sorted(values.items()):
+        if isinstance(value, list) and value:
+            lines += [f"{name}:", *(f"- {_text(one)}" for one in value)]
+        elif isinstance(value, Mapping) and value:
+            lines += [f"{name}:", *(f"  {key}: {_text(one)}" for key, one in sorted(value.items()))]
+        else:
+            lines.append(f"{name}: {_text(value)}")
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _text(value: Any) -> str:
+    """A scalar, or an empty list or mapping; a float has a point, without which YAML takes 1e-05 for text."""
+    if isinstance(value, float):
+        number = repr(value)
+        return number if "." in number else number.replace("e", ".0e")
+    constant = next((word for word, one in _CONSTANTS.items() if type(one) is type(value) and one == value), None)
+    if constant is not None or not isinstance(value, str):
+        return constant or str(value)
+    is_plain = _WORD.fullmatch(value) and value.lower() not in _OTHER_CONSTANTS
+    return value if is_plain else f"'{value}'"

@@ -67,7 +67,7 @@ def _what(value: Any, left: list[Any], values: int) -> str:
 def _taken(model: Source, kind: str) -> set[Any]:
     """The entries whose meaning is in what is written."""
     content = model.container.content
-    if kind not in ("bundle", "nanogpt", "hf", "megatron"):
+    if kind not in ("bundle", "nanogpt", "hf", "megatron", "litgpt"):
         return set()
     if model.container.kind == "legacy single file" and kind == "bundle":
         return set(content)  # training_state.json keeps entries of unknown names

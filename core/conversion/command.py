@@ -21,7 +21,7 @@ from ..families.choices import ACTIVATIONS as SPELLINGS
 from ..families.choices import FLAGS as CHOICES
 from .plan import DTYPES, Options, Plan
 
-TO = ("bundle", "nanogpt", "hf", "megatron", "safetensors", "pt", "dcp")
+TO = ("bundle", "nanogpt", "hf", "megatron", "litgpt", "safetensors", "pt", "dcp")
 
 
 def add_flags(parser: Parser) -> None:

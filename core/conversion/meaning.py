@@ -11,7 +11,7 @@ from ..inspection.inspect import Inspection, inspect_path
 from ..inspection.marks import choices
 from .plan import Plan
 
-_WITH_MEANING = ("bundle", "hf", "nanogpt", "megatron")
+_WITH_MEANING = ("bundle", "hf", "nanogpt", "megatron", "litgpt")
 """Formats that record what a model computes; the others hold tensors of any names."""
 
 

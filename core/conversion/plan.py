@@ -166,7 +166,7 @@ class Pair:
     table: Table
     to_ours: Translate | None = None
     to_theirs: Translate | None = None
-    shape: str = ""  # a model of one shape is none of another: no way goes through pairs of two
+    shape: str = ""  # shapes that its models may have: no way goes through pairs that have none in common
 
     def carry(self, model: Source, options: Options, back: bool) -> None:
         """Convert a model to `ours`, or back to `theirs`.

@@ -19,6 +19,8 @@ from .opening import FAMILY, open_model
 from .pairs import PAIRS, Way, ways
 from .pairs.decoders import GPT2, hf_family, refuse_unknown
 from .pairs.gpt import complete
+from .pairs.litgpt import FAMILIES as LITGPT
+from .pairs.litgpt import litgpt_family
 from .pairs.megatron_settings import FLAGS
 from .plan import TORCH_ENDINGS, Options, Plan, Source
 from .sharded import take_parts
@@ -142,15 +144,14 @@ def _carry(model: Source, kind: Format, options: Options) -> None:
 
 
 def _way(model: Source, kind: Format) -> Way:
-    """The shortest way to a family of a format; our GPT leaves for the one family of transformers that computes it."""
+    """The shortest way to a family of a format; our GPT leaves for the one of transformers and of litgpt that it is."""
     theirs = hf_family(model.config) if model.family == FUSED and "n_head" in model.config else None
-    found = ways(
-        model.family,
-        lambda pair, back: back and theirs is not None and pair.theirs in HF and pair.theirs != theirs,
-    )
+    other = {*HF, *LITGPT} - {theirs, litgpt_family(model.config)} if theirs is not None else set()
+    found = ways(model.family, lambda pair, back: back and pair.theirs in other)
     there = [found[family] for family in kind.families if family in found]
     if not there:
-        raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(formats_of(found))}.")
+        others = [name for name in formats_of(ways(model.family_of_source)) if name != kind.name]
+        raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(others)}.")
     way = min(there, key=len)
     if way and theirs == GPT2 == way[0][0].theirs and model.config.get("pos_encoding", "learned") != "learned":
         raise refuse_unknown(model)

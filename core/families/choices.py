@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .architecture import Architecture
+from .claims import activation_of
 from .identify import Identity
 from .programs import Marks, Program, program_of
 
@@ -28,7 +29,14 @@ LABELS = {
 """Choices by their fields, in words; others are called as their field."""
 
 FIELDS = {
-    "activation": ("activation_function", "hidden_activation", "hidden_act", "activation", "mlp_type"),
+    "activation": (
+        "activation_function",
+        "hidden_activation",
+        "hidden_act",
+        "activation",
+        "mlp_type",
+        "mlp_class_name",
+    ),
     "attention_scale": ("attention_scale",),
     "norm_placement": ("norm_placement",),
     "norm_eps": (
@@ -39,7 +47,7 @@ FIELDS = {
         "norm_epsilon",
         "layernorm_epsilon",
     ),
-    "rope_theta": ("rope_theta", "rotary_base", "rotary_emb_base"),
+    "rope_theta": ("rope_theta", "rotary_base", "rotary_emb_base", "rope_base"),
 }
 """Fields of configs that make a choice which tensors never show."""
 
@@ -163,6 +171,8 @@ def _said(name: str, marks: Marks) -> Any:
     inner = rope if isinstance(rope, Mapping) else {}
     found = (config.get(field) for config in (inner, marks.config) for field in FIELDS[name])
     value = next((one for one in found if isinstance(one, (str, int, float)) and not isinstance(one, bool)), None)
+    if name == "activation" and "mlp_class_name" in marks.config:
+        return activation_of(marks.config)
     if name == "activation":
         if (fused := marks.config.get("bias_gelu_fusion")) is not None or marks.config.get("openai_gelu") is True:
             return "gelu" if fused is False and marks.config.get("openai_gelu") is not True else "gelu_tanh"

@@ -79,8 +79,9 @@ class Claims:
         """The kind of norm that the config names, "" if it names none."""
         for name in ("normalization", "norm_class_name", "norm_type"):
             if isinstance(said := self.config.get(name), str) and said in NORMS:
-                self.used += ["norm_type"] if name == "norm_type" else []
-                return NORMS[said]
+                self.used += ["norm_type"] if name != "normalization" else []
+                is_gemma = name == "norm_class_name" and "Gemma" in str(self.config.get("name"))
+                return NORMS["rmsnorm_1p" if is_gemma and said == "RMSNorm" else said]
         return ""
 
     def positions(self) -> str:
@@ -155,6 +156,8 @@ class Claims:
                 value = 4 * width
             if value in (None, said) or field in HEADS or (field == "block_size" and not learned):
                 continue
+            if field == "vocab_size" and said < value == self.number("padded_vocab_size"):
+                continue
             if field == "vocab_size" and family.pads and 0 < value - said < PADDING_AT_MOST and value % 64 == 0:
                 continue
             self._contradict(field, f"the tensors have {value}", field)
@@ -191,7 +194,10 @@ def tied_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def activation_of(config: Mapping[str, Any]) -> str | None:
-    """The activation that a config names, in its own words."""
+    """The activation that a config names, in its own words; litgpt names a class, and the form of its GELU."""
+    if isinstance(kind := config.get("mlp_class_name"), str):
+        gelu = "gelu_tanh" if config.get("gelu_approximate") == "tanh" else "gelu"
+        return {"LLaMAMLP": "swiglu", "GemmaMLP": "geglu" if gelu == "gelu_tanh" else gelu}.get(kind, gelu)
     names = ("activation_function", "hidden_activation", "hidden_act", "activation", "mlp_type")
     said = (config.get(name) for name in names)
     return next((value for value in said if isinstance(value, str) and value != "mlp"), None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config.variants import VARIANTS
+from . import litgpt
 from .fused import FUSED, LECTURE
 
 
@@ -129,6 +130,11 @@ def _decoder(eps: float) -> tuple[Program, ...]:
     return (Program("transformers", {"rope_theta": Row(10000.0, default), "norm_eps": Row(eps, default)}, _has_config),)
 
 
+def _litgpt() -> tuple[Program, ...]:
+    default = "default of its Config"
+    return (Program("litgpt", {"rope_theta": Row(10000.0, default), "norm_eps": Row(1e-5, default)}, _has_config),)
+
+
 _SCALES = ("head_size (the lecture since 2023-01-25)", "n_embd (before)")
 _PLACES = ("before (the lecture)", "after (the course before it)")
 
@@ -183,6 +189,7 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
     "hf_gpt2": _HF_GPT2,
     **dict.fromkeys(_OF_1E6, _decoder(1e-6)),
     **dict.fromkeys(("hf_olmo2", "hf_phi", "hf_gpt_neox"), _decoder(1e-5)),
+    **dict.fromkeys(litgpt.TABLES, _litgpt()),
     LECTURE: _LECTURE,
     FUSED: _OURS,
     "megatron_gpt2": _megatron(1e-5, _gpt2(Row("gelu", "without bias_gelu_fusion", "gelu_tanh", _FUSED_BIAS))),

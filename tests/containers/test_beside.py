@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from core.containers.beside import config_beside
-from core.containers.flat_yaml import parse_flat_yaml
+from core.containers.flat_yaml import dump_flat_yaml, parse_flat_yaml
 from core.errors import CheckpointError
 from core.inspection.inspect import inspect_path
 from tests.makers.conversions import converted, tensors_of
@@ -170,8 +170,39 @@ scalars = (
 )
 
 
+names = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
+flat = st.dictionaries(names, scalars | st.lists(scalars, max_size=3))
+
+
+@given(
+    flat,
+    st.dictionaries(names, scalars, max_size=3),
+    st.floats(1e-12, 1e-5),
+    st.sampled_from(["", "a: b", "1.5", "No"]),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_is_written_is_read_back(values, inner, small, word):
+    values = {**values, "inner": inner, "small": small, "word": word}
+    assert parse_flat_yaml(dump_flat_yaml(values), "c") == values
+
+
+def test_numbers_and_words_are_written_as_pyyaml_writes_them():
+    values = {"eps": 1e-05, "scale": 1e20, "word": "yes", "none": None, "flags": [True, 0], "empty": [], "text": "a: b"}
+    assert dump_flat_yaml(values).decode().splitlines() == [
+        "empty: []",
+        "eps: 1.0e-05",
+        "flags:",
+        "- true",
+        "- 0",
+        "none: null",
+        "scale: 1.0e+20",
+        "text: 'a: b'",
+        "word: 'yes'",
+    ]
+
+
 @pytest.mark.full
-@given(st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), scalars | st.lists(scalars, max_size=3)))
+@given(flat)
 @settings(max_examples=200, deadline=None)
 def test_what_is_read_is_what_pyyaml_reads(values):
     yaml = pytest.importorskip("yaml")
@@ -181,6 +212,7 @@ def test_what_is_read_is_what_pyyaml_reads(values):
     except CheckpointError:
         return
     assert found == (yaml.safe_load(text) or {})
+    assert yaml.safe_load(dump_flat_yaml(values)) == values
 
 
 def test_what_fabric_keeps_beside_shards_is_shown(tmp_path):

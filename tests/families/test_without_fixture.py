@@ -151,13 +151,13 @@ def test_first_nanochat_has_no_lambdas_and_is_whole():
     assert (found.architecture.n_head, found.architecture.n_kv_head, found.architecture.block_size) == (2, 1, 2048)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name == "litgpt"], ids=lambda f: f"{f.program} {f.gated}")
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name.startswith("litgpt")], ids=lambda f: f.name)
 def test_litgpt_gated_or_not_new_or_old(family):
-    off = ["qkv_bias", "proj_bias", "mlp_bias", "norm_bias", "second_norm_bias", "qk_norm", "head_bias"]
+    off = [name for name in family.switches if name.endswith("bias")]
     shapes = build(family, off=[*off, "norm_after_attention", "norm_after_mlp"])
     config = {"n_layer": 9, "n_head": 8, "n_query_groups": 2, "head_size": 64, "vocab_size": 50254, "block_size": 128}
     found = identify(shapes, {**config, "padded_vocab_size": 50304, "intermediate_size": 704, "n_embd": 256})
-    assert (found.family, found.program, found.missing, found.conflicts) == ("litgpt", family.program, [], [])
+    assert (found.family, found.program, found.missing, found.conflicts) == (family.name, family.program, [], [])
     assert (found.architecture.n_head, found.architecture.n_kv_head, found.architecture.gated) == (
         8,
         2,

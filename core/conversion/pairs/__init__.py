@@ -7,12 +7,14 @@ from collections.abc import Callable
 from ..plan import Pair
 from . import decoders
 from . import gpt as gpt_pairs
+from . import litgpt as litgpt_pairs
 from . import megatron as megatron_pairs
 from . import modded as modded_pairs
 
 PAIRS: tuple[Pair, ...] = (
     *gpt_pairs.PAIRS,
     *decoders.PAIRS,
+    *litgpt_pairs.PAIRS,
     *modded_pairs.PAIRS,
     *megatron_pairs.PAIRS,
 )
@@ -32,7 +34,8 @@ def ways(family: str, closed: Callable[[Pair, bool], bool] = lambda pair, back: 
                 start = pair.ours if back else pair.theirs
                 if start != here or translate is None or there in found or closed(pair, back):
                     continue
-                if len({one.shape for one, _ in (*found[here], (pair, back)) if one.shape}) < 2:
+                shapes = [set(one.shape.split()) for one, _ in (*found[here], (pair, back)) if one.shape]
+                if not shapes or set.intersection(*shapes):
                     found[there] = [*found[here], (pair, back)]
                     pending.append(there)
     return found

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from ...families.fused import FUSED
 from ..pairs.decoder_settings import DECODERS
+from ..pairs.litgpt import FAMILIES as LITGPT
 from ..pairs.modded import BATCHED
 from ..plan import Options, Plan, Source
 from .bundle import plan_bundle
 from .dcp import plan_dcp
 from .hf import plan_hf
+from .litgpt import plan_litgpt
 from .megatron import plan_megatron
 from .nanogpt import plan_nanogpt
 from .safetensors import plan_safetensors
@@ -42,6 +44,7 @@ FORMATS = (
     Format("nanogpt", "a ckpt.pt that nanoGPT resumes and samples from", ("nanogpt",), plan_nanogpt),
     Format("hf", "a folder that transformers opens", HF, plan_hf),
     Format("megatron", "an exported_model.pt of Megatron, with the names of the local layers", MEGATRON, plan_megatron),
+    Format("litgpt", "a folder that litgpt opens: lit_model.pth, model_config.yaml, tokenizer", LITGPT, plan_litgpt),
     Format("safetensors", "one .safetensors file, or a folder of them; names as they are", (), plan_safetensors),
     Format("pt", "one torch file of a state dict; names as they are", (), plan_pt),
     Format("dcp", "a folder that torch.distributed.checkpoint loads; names as they are", (), plan_dcp),

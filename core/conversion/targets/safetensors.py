@@ -92,8 +92,10 @@ def ties(model: Source) -> dict[str, str]:
 
 def beside(model: Source, names: tuple[str, ...]) -> dict[str, Path]:
     """Find files that lie beside the weights of another program's model and go along; links are not followed."""
-    if model.container.path.is_dir() and model.family_of_source not in (FUSED, "lecture"):
-        folder = model.container.path
+    folder = model.container.path
+    if model.family_of_source.startswith("litgpt") and not folder.is_dir():  # it opens as the one file of its tensors
+        folder = folder.parent
+    if folder.is_dir() and model.family_of_source not in (FUSED, "lecture"):
         found = {name: folder / name for name in names}
         return {name: path for name, path in found.items() if os.path.isfile(path)}  # noqa: PTH113
     return {}
