@@ -82,9 +82,21 @@ def test_the_fixtures_of_other_programs_compute_what_they_computed(shared):
 MODELS = ("llama3_ropescaling", "mistral_window", "olmo2", "qwen3_headdim", "smollm2_tied")
 
 
-@pytest.mark.parametrize("place", [*(f"eras/hf_{name}" for name in MODELS), "fixtures/hf_qwen2_tied"])
-def test_a_decoder_of_transformers_computes_its_logits(shared, place):
-    found, (ids, logits) = open_gpt(shared / place).model, expected(shared / place)
+LITGPT = ("gemma2", "phi", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(f"eras/hf_{name}" for name in MODELS),
+        *(f"eras/litgpt_{name}/lit_model.pth" for name in LITGPT),
+        "fixtures/hf_qwen2_tied",
+    ],
+)
+def test_a_decoder_of_another_program_computes_its_logits(shared, place):
+    path = shared / place
+    ids, logits = expected(path if path.is_dir() else path.parent)
+    found = open_gpt(path).model
     with torch.no_grad():
         assert worst(found(ids)[0], logits) < 1e-5
 
