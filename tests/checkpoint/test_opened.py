@@ -260,3 +260,13 @@ def test_memory_is_that_of_the_weights(tmp_path, program):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("PEAK")[1]) < (1.1 if program == "transposed" else 1.5)
+
+
+def test_tensors_that_repeat_their_bytes_are_not_unfolded(tmp_path):
+    """Each is small enough by itself, and all together are 1,000 times the file."""
+    small = SmallGPT(n_layer=100, n_head=1, n_embd=256, block_size=4, vocab_size=9, bias=False)
+    for name, tensor in small.weights.items():
+        small.weights[name] = torch.zeros(1).expand(tensor.shape) if tensor.dim() > 1 else tensor
+    path = nanogpt(tmp_path / "ckpt.pt", small)
+    with pytest.raises(CheckpointDamaged, match=r"ckpt\.pt: its \d+ tensors share bytes .* and unfold to \d+ bytes"):
+        open_gpt(path, training=True)
