@@ -15,6 +15,7 @@ from ..inspection.config_entry import KEYS as CONFIG_KEYS
 from ..inspection.marks import ARGUMENTS
 from ..inspection.report import tensors_in
 from .plan import Plan, Source
+from .run import OF_NANOGPT
 
 _WHOLE = ("torch zip", "torch stream", "DCP folder", "legacy single file")
 """Kinds of containers whose content is the checkpoint; files beside weights are copied, or belong to other programs."""
@@ -71,7 +72,7 @@ def _taken(model: Source, kind: str) -> set[Any]:
         return set()
     if model.container.kind == "legacy single file" and kind == "bundle":
         return set(content)  # training_state.json keeps entries of unknown names
-    keys = (ARGUMENTS, *CONFIG_KEYS) if model.family_of_source == "nanogpt" else CONFIG_KEYS
+    keys = (ARGUMENTS, *CONFIG_KEYS) if model.family_of_source in OF_NANOGPT else CONFIG_KEYS
     found = {next((key for key in keys if key in content), ""), TOKENIZER_KEY}
     if kind in ("bundle", "nanogpt"):
         found |= {*NAMES, *(f"{holder}.{name}" for holder in HOLDERS for name in NAMES)}

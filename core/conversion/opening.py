@@ -29,7 +29,7 @@ from .pairs import megatron_source
 from .pairs.modded import BATCHED
 from .plan import Options, Source
 from .records import records_left_out, refuse_modules
-from .run import Run, missing, run_of
+from .run import OF_NANOGPT, Run, in_nanogpts_words, missing, run_of
 from .sharded import is_sharded, open_sharded
 
 FAMILY = {
@@ -241,7 +241,7 @@ def _model(path: Path, found: Inspection, made: list[Choice]) -> Source:
         choices=made,
         notes=list(found.chosen),
     )
-    if bundle is None and identity.family == "nanogpt":
+    if bundle is None and identity.family in OF_NANOGPT:
         model.state = model.state.having(**_best(found))
     if isinstance(found.optimizer, list) and found.optimizer:
         model.notes.append(f"its {len(found.optimizer)} optimizer states are left out: only one can be included")
@@ -268,8 +268,10 @@ def _run_of(found: Inspection, model: Source) -> Run | None:
     content = found.container.content if isinstance(found.container.content, Mapping) else {}
     config = attributes(content.get("config"))
     group = model.moments.groups[0] if model.moments is not None and model.moments.groups else {}
-    if model.family == "nanogpt" and config is not None and {"learning_rate", "decay_lr"} & config.keys():
+    if model.family in OF_NANOGPT and config is not None and {"learning_rate", "decay_lr"} & config.keys():
         values = {str(name): plain(value) for name, value in config.items()}
+        if model.family == "meta_llama":
+            values = in_nanogpts_words(values, model.config)
         is_old = model.moments is not None and model.moments.order == SORTED
         has_moments = model.moments is not None
         return run_of(values, found.step or 0, group.get("lr"), has_moments=has_moments, is_old=is_old)

@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+OF_NANOGPT = ("nanogpt", "meta_llama")
+"""Families whose checkpoints have the entries of nanoGPT's; llama2.c has its train.py."""
+
 
 @dataclass
 class Run:
@@ -85,6 +88,12 @@ def run_of(config: Mapping[str, Any], step: int, rate: Any, *, has_moments: bool
     run.notes += missing(run)
     run.notes.append("it records neither a seed nor a position in its data: train.py draws batches and dropout anew")
     return run
+
+
+def in_nanogpts_words(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the config of llama2.c's train.py as nanoGPT's: without model_args, with what its code sets afterwards."""
+    fixed = {"lr_decay_iters": config.get("max_iters"), "min_lr": 0.0}
+    return {name: value for name, value in config.items() if name not in arguments} | fixed
 
 
 def missing(run: Run) -> list[str]:

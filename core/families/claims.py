@@ -62,6 +62,7 @@ class Claims:
         self.conflicts: list[str] = []
         self.used: list[str] = []  # fields that the shapes do not show
         self._names = {field: name for field, names in NAMES.items() for name in names if config.get(name) is not None}
+        self._names |= {field: name for name, field in found.family.fields.items() if config.get(name) is not None}
         if config.get("group_query_attention") is False:  # Megatron then records 1 group, but has one for each head
             self._names.pop("n_kv_head", None)
 

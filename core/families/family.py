@@ -58,6 +58,7 @@ class Family:
     head_size: int | None = None  # where the program fixes it
     pads: bool = False  # the token table may have more rows than the config says
     entries: frozenset[str] = frozenset()  # of the file, by which it is told from a family of the same names
+    fields: Mapping[str, str] = field(default_factory=dict)  # sizes in its config, as only it calls them: our field
     claims: Mapping[str, str] = field(default_factory=dict)  # field of the config beside it: switch that it controls
 
 

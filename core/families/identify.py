@@ -11,13 +11,13 @@ from typing import Any
 
 from ..console.words import listed
 from ..errors import CheckpointMismatch
-from . import hf_gpt2, hf_llama, hf_neox, litgpt, megatron, modded, nanochat, nanogpt, ours
+from . import hf_gpt2, hf_llama, hf_neox, litgpt, megatron, meta_llama, modded, nanochat, nanogpt, ours
 from .architecture import Architecture, describe
 from .family import Family, Shape, Style, plain_name, plain_names
 from .match import Match, index, match, skeleton
 from .parts import is_of_optimizer
 
-MODULES = (ours, nanogpt, hf_gpt2, hf_llama, hf_neox, modded, megatron, litgpt, nanochat)
+MODULES = (ours, nanogpt, hf_gpt2, hf_llama, hf_neox, modded, megatron, litgpt, meta_llama, nanochat)
 FAMILIES: tuple[Family, ...] = tuple(family for module in MODULES for family in module.FAMILIES)
 
 UNKNOWN = "unknown"

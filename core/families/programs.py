@@ -135,6 +135,8 @@ def _litgpt() -> tuple[Program, ...]:
     return (Program("litgpt", {"rope_theta": Row(10000.0, default), "norm_eps": Row(1e-5, default)}, _has_config),)
 
 
+_LLAMA2C = Program("llama2.c", {"rope_theta": Row(10000.0), "norm_eps": Row(1e-5, "its default")}, _has_arguments)
+
 _SCALES = ("head_size (the lecture since 2023-01-25)", "n_embd (before)")
 _PLACES = ("before (the lecture)", "after (the course before it)")
 
@@ -190,6 +192,7 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
     **dict.fromkeys(_OF_1E6, _decoder(1e-6)),
     **dict.fromkeys(("hf_olmo2", "hf_phi", "hf_gpt_neox"), _decoder(1e-5)),
     **dict.fromkeys(litgpt.TABLES, _litgpt()),
+    "meta_llama": (_LLAMA2C,),
     LECTURE: _LECTURE,
     FUSED: _OURS,
     "megatron_gpt2": _megatron(1e-5, _gpt2(Row("gelu", "without bias_gelu_fusion", "gelu_tanh", _FUSED_BIAS))),

@@ -148,6 +148,35 @@ class Interleave:
 
 
 @dataclass(eq=False, repr=False)
+class Halves:
+    """Bring what turns together half a head apart, where neighbours did, in the rows of the first `count` of theirs."""
+
+    count: int
+
+    def __str__(self) -> str:
+        return "pairs of a head to its halves"
+
+    def forward(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Put the first of each pair before the second ones, head by head."""
+        return self._swapped(views, sizes["head_size"], 2)
+
+    def inverse(self, views: Sequence[View], sizes: Sizes, count: int) -> list[View]:
+        """Put the pairs together again."""
+        return self._swapped(views, sizes["head_size"], sizes["head_size"] // 2)
+
+    def _swapped(self, views: Sequence[View], size: int, inner: int) -> list[View]:
+        """Swap the two axes of which the rows of a head are made, the second of length `inner`."""
+        made = []
+        for view in views[: self.count]:
+            if size % 2 or view.shape[0] % size:
+                raise CheckpointMismatch(f"{view.shape[0]} rows cannot be cut into heads of pairs, {size} rows each")
+            rows = split_axis(split_axis(view, 0, size), 1, inner)
+            swapped = permute(rows, (0, 2, 1, *range(3, len(rows.shape))))
+            made.append(merge_axes(merge_axes(swapped, 1), 0))
+        return [*made, *views[self.count :]]
+
+
+@dataclass(eq=False, repr=False)
 class Merge:
     """Merge two axes of theirs into one; the size named by `word` is the length of the second."""
 

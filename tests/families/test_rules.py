@@ -13,7 +13,19 @@ from core.errors import CheckpointMismatch
 from core.families.hf_gpt2 import HF_GPT2
 from core.families.lecture import LECTURE
 from core.families.nanogpt import NANOGPT
-from core.families.rules import RENAME, TRANSPOSE, Chain, Concat, Interleave, Inverse, Merge, Permute, Stack, apply
+from core.families.rules import (
+    RENAME,
+    TRANSPOSE,
+    Chain,
+    Concat,
+    Halves,
+    Interleave,
+    Inverse,
+    Merge,
+    Permute,
+    Stack,
+    apply,
+)
 from tests.makers.conversions import Scratch, read
 
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -209,3 +221,20 @@ def test_what_a_rule_cannot_make_is_named_with_its_shapes(scratch, row, sizes, b
     tensors = {name: scratch.put(name, np.zeros((6, 3), dtype=np.uint32))}
     with pytest.raises(CheckpointMismatch, match=said):
         apply((row,), tensors, sizes, back)
+
+
+@many
+@given(st.data())
+def test_pairs_of_heads_become_halves_and_come_back(scratch, data):
+    heads, half, width, bias = data.draw(side), data.draw(side), data.draw(side), data.draw(st.booleans())
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    arrays = [numbers(rng, *((heads * 2 * half,) if bias else (heads * 2 * half, width))) for _ in range(3)]
+    views, sizes, rule = [scratch.put("a", array) for array in arrays], {"head_size": 2 * half}, Halves(2)
+    made = rule.forward(views, sizes, 3)
+    for array, view in zip(arrays[:2], made, strict=False):
+        pairs = array.reshape(heads, half, 2, -1)
+        assert (read(view) == pairs.swapaxes(1, 2).reshape(array.shape)).all()
+    assert (read(made[2]) == arrays[2]).all()
+    assert all((read(view) == array).all() for view, array in zip(rule.inverse(made, sizes, 3), arrays, strict=True))
+    with pytest.raises(CheckpointMismatch, match="cannot be cut into heads of pairs"):
+        rule.forward(views, {"head_size": 2 * half + 1}, 3)

@@ -9,12 +9,14 @@ from . import decoders
 from . import gpt as gpt_pairs
 from . import litgpt as litgpt_pairs
 from . import megatron as megatron_pairs
+from . import meta_llama as meta_llama_pairs
 from . import modded as modded_pairs
 
 PAIRS: tuple[Pair, ...] = (
     *gpt_pairs.PAIRS,
     *decoders.PAIRS,
     *litgpt_pairs.PAIRS,
+    *meta_llama_pairs.PAIRS,
     *modded_pairs.PAIRS,
     *megatron_pairs.PAIRS,
 )
