@@ -123,6 +123,16 @@ def test_equal_and_transposed_layouts_stay_mapped_and_others_are_read_once(tmp_p
     }
 
 
+def test_a_transposed_matrix_of_float16_is_read_in_order(tmp_path):
+    small = SmallGPT()
+    small.weights = {name: tensor.half() for name, tensor in small.weights.items()}
+    model = open_gpt(hf(tmp_path / "hf", small)).model
+    kept = mapped(model, (tmp_path / "hf/model.safetensors").stat().st_size)
+    assert "ln_f.weight" in kept and "blocks.0.fwd.net.0.weight" not in kept
+    assert torch.equal(model.blocks[0].fwd.net[0].weight, small.weights["h.0.mlp.c_fc.weight"])
+    assert model.blocks[0].fwd.net[0].weight.is_contiguous()
+
+
 def test_a_model_that_trains_has_memory_of_its_own_in_fp32(tmp_path):
     small = SmallGPT()
     for name, tensor in small.weights.items():
