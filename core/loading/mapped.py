@@ -38,18 +38,23 @@ _UNFOLDED_OF_ANY = 1 << 28
 """Bytes that the tensors of any file may have so: masks and positions are saved expanded."""
 
 
+def refuse_unfolded(path: Path, count: int, nbytes: int, size: int) -> None:
+    """Raise CheckpointDamaged when `count` tensors unfold to far more bytes than their files, of `size` bytes, have."""
+    if nbytes > (limit := _UNFOLDED * size + _UNFOLDED_OF_ANY):
+        raise CheckpointDamaged(
+            f"{path}: its {count} tensors share bytes (strides of 0, views) and unfold to {nbytes} bytes; of a file of "
+            f"{size} bytes at most {limit} are loaded. Save the model without its expanded tensors."
+        )
+
+
 def map_tensors(source: TorchFile, content: Any) -> Any:
     """Put mapped tensors in place of the specs in a header's content; tensors that share a storage share memory.
 
     Raises: CheckpointDamaged when the tensors unfold to far more than the file: whoever copies them would take that.
     """
     specs = [leaf for leaf in leaves(content) if isinstance(leaf, TensorSpec)]
-    nbytes, size = sum(spec.nbytes for spec in specs), os.fstat(source.file.fileno()).st_size
-    if nbytes > (limit := _UNFOLDED * size + _UNFOLDED_OF_ANY):
-        raise CheckpointDamaged(
-            f"{source.path}: its {len(specs)} tensors share bytes (strides of 0, views) and unfold to {nbytes} bytes; "
-            f"of a file of {size} bytes at most {limit} are loaded. Save the model without its expanded tensors."
-        )
+    size = os.fstat(source.file.fileno()).st_size
+    refuse_unfolded(source.path, len(specs), sum(spec.nbytes for spec in specs), size)
     memory = torch.frombuffer(mapped(source.file, source.path), dtype=torch.uint8)
     ends: dict[str, int] = {}
     starts: dict[str, int] = {}

@@ -25,6 +25,7 @@ from ..families.fused import FUSED
 from ..inspection.verification import verify_container
 from ..model import GPT
 from ..networks.device import resolve_device
+from .mapped import refuse_unfolded
 from .tensors import room_for
 from .views import TensorMaker
 
@@ -115,11 +116,13 @@ def _notes(source: Source) -> list[str]:
 
 
 def _refuse_misfit(plan: Plan, config: GPTConfig) -> None:
-    """Refuse weights of integers, and a tokenizer of another model, as a load of the bundle does.
+    """Refuse weights of integers, those of far more bytes than their files, and a tokenizer of another model.
 
-    Raises: CheckpointMismatch.
+    Raises: CheckpointMismatch, CheckpointDamaged, as a load of the bundle.
     """
-    source = plan.model
+    source, files = plan.model, plan.model.container
+    size = sum(files.files.values()) + sum(one.size for one in files.unpacked.values())
+    refuse_unfolded(source.path, len(plan.targets), plan.nbytes, size)
     wrong = [
         f"{target.name} is {target.dtype}, expected {', '.join(DTYPES)}"
         for target in plan.targets

@@ -82,9 +82,21 @@ def test_the_fixtures_of_other_programs_compute_what_they_computed(shared):
 MODELS = ("llama3_ropescaling", "mistral_window", "olmo2", "qwen3_headdim", "smollm2_tied")
 
 
-@pytest.mark.parametrize("place", [*(f"eras/hf_{name}" for name in MODELS), "fixtures/hf_qwen2_tied"])
-def test_a_decoder_of_transformers_computes_its_logits(shared, place):
-    found, (ids, logits) = open_gpt(shared / place).model, expected(shared / place)
+LITGPT = ("gemma2", "phi", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(f"eras/hf_{name}" for name in MODELS),
+        *(f"eras/litgpt_{name}/lit_model.pth" for name in LITGPT),
+        "fixtures/hf_qwen2_tied",
+    ],
+)
+def test_a_decoder_of_another_program_computes_its_logits(shared, place):
+    path = shared / place
+    ids, logits = expected(path if path.is_dir() else path.parent)
+    found = open_gpt(path).model
     with torch.no_grad():
         assert worst(found(ids)[0], logits) < 1e-5
 
@@ -109,6 +121,16 @@ def test_equal_and_transposed_layouts_stay_mapped_and_others_are_read_once(tmp_p
     assert names - mapped(model, (tmp_path / "lecture.pt").stat().st_size) == {
         f"blocks.{i}.sa.qkv.weight" for i in range(2)
     }
+
+
+def test_a_transposed_matrix_of_float16_is_read_in_order(tmp_path):
+    small = SmallGPT()
+    small.weights = {name: tensor.half() for name, tensor in small.weights.items()}
+    model = open_gpt(hf(tmp_path / "hf", small)).model
+    kept = mapped(model, (tmp_path / "hf/model.safetensors").stat().st_size)
+    assert "ln_f.weight" in kept and "blocks.0.fwd.net.0.weight" not in kept
+    assert torch.equal(model.blocks[0].fwd.net[0].weight, small.weights["h.0.mlp.c_fc.weight"])
+    assert model.blocks[0].fwd.net[0].weight.is_contiguous()
 
 
 def test_a_model_that_trains_has_memory_of_its_own_in_fp32(tmp_path):
@@ -248,3 +270,13 @@ def test_memory_is_that_of_the_weights(tmp_path, program):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("PEAK")[1]) < (1.1 if program == "transposed" else 1.5)
+
+
+def test_tensors_that_repeat_their_bytes_are_not_unfolded(tmp_path):
+    """Each is small enough by itself, and all together are 1,000 times the file."""
+    small = SmallGPT(n_layer=100, n_head=1, n_embd=256, block_size=4, vocab_size=9, bias=False)
+    for name, tensor in small.weights.items():
+        small.weights[name] = torch.zeros(1).expand(tensor.shape) if tensor.dim() > 1 else tensor
+    path = nanogpt(tmp_path / "ckpt.pt", small)
+    with pytest.raises(CheckpointDamaged, match=r"ckpt\.pt: its \d+ tensors share bytes .* and unfold to \d+ bytes"):
+        open_gpt(path, training=True)
