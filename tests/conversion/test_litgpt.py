@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from core.containers.flat_yaml import parse_flat_yaml
 from core.conversion.text import matrix
@@ -57,6 +59,42 @@ def test_each_kind_has_litgpts_logits_and_goes_back_bit_for_bit(tmp_path, kind):
     assert {**CLASS, **made}.items() >= {
         n: v for n, v in config.items() if n not in free | {"n_expert", "latent_attention"}
     }.items()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_sizes_biases_and_tying(tmp_path_factory, kind, data):
+    groups, share, size = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([4, 8, 12])),
+    )
+    config = config_of(
+        kind,
+        n_layer=data.draw(st.integers(1, 3)),
+        n_query_groups=groups,
+        n_head=groups * share,
+        head_size=size,
+        n_embd=data.draw(st.sampled_from([24, groups * share * size])),
+        intermediate_size=data.draw(st.integers(1, 50)),
+        lm_head_bias=data.draw(st.booleans()),
+        attn_bias=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+        padded_vocab_size=data.draw(st.integers(48, 70)),
+        sliding_window_indices=None,
+    )
+    state = state_of(config, data.draw(st.integers(0, 99)))
+    if tied := data.draw(st.booleans()):
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    folder = tmp_path_factory.mktemp("any")
+    converted(write(folder / "source", config, state), folder / "bundle", "bundle")
+    assert worst(our_logits(folder / "bundle", IDS).double(), Reference(state, config).logits(IDS)) < 2 * CLOSE
+    assert json.loads((folder / "bundle" / "config.json").read_text()).get("tied_head", False) is tied
+    if config["norm_qk_type"] == "default" or config["n_head"] > 1:
+        converted(folder / "bundle", folder / "back", "litgpt")
+        assert same(weights_in(folder / "back"), state)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2", "phi", "pythia"])
@@ -174,6 +212,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "sliding_window_indices is [1], expected 0 or 1",
     ),
     ("olmo2", {"norm_qk_type": "default"}, "norm_qk_type is 'default', but norms of queries and keys are of a width"),
+    ("olmo2", {"norm_qk": False}, "norm_qk is False, but norms of queries and keys are there"),
     ("pythia", {"name": "OLMo-1B-hf"}, "norm_class_name is LayerNorm in OLMo-1B-hf, which has no weights there"),
     (
         "llama2",

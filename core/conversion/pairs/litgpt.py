@@ -171,6 +171,8 @@ def _norms(said: Mapping[str, Any], model: Source) -> dict[str, Any]:
         )
     qk = {"default": "head", "olmo2": "width"}.get(said["norm_qk_type"]) if said["norm_qk"] else None
     by_shape = "width" if model.family == "litgpt_olmo2" else "head"
+    if by_shape == "width" and not said["norm_qk"]:
+        raise Unfit(f"norm_qk is {said['norm_qk']!r}, but norms of queries and keys are there")
     if said["norm_qk"] and qk != by_shape and model.sizes.get("n_head") != 1:
         raise Unfit(f"norm_qk_type is {said['norm_qk_type']!r}, but norms of queries and keys are of a {by_shape}")
     return {
