@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from core.console.commandline import DONE, STOPPED, rules_given, run, spelled, spin_briefly
 from core.console.signals import StopSignal, decide_exit_code
 from core.console.streams import outlive_terminal
-from core.training.flags import CONFIG_FLAGS, make_parser
+from core.conversion.command import source_options
+from core.training.flags import CONFIG_FLAGS, parse
 
 if TYPE_CHECKING:
     from core.bundle.bundle import Bundle
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Train, and return the exit code."""
     spin_briefly()
-    parser = make_parser()
-    args = parser.parse(argv)
-    if args.prune and args.resume_from is not None:
-        parser.error("--prune only removes folders: leave out --resume_from or --prune")
+    args = parse(argv)
     with StopSignal(args.stop_after_minutes, owns_process=True) as stop:
         return prune_or_train(args, stop)
 
@@ -76,7 +74,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     """Train from an open step, or from scratch."""
     from core.kinds import kind_of
     from core.kinds.kind import Request
-    from core.kinds.modded import open_origin
+    from core.kinds.origin import open_origin
     from core.networks.device import DTYPES
     from core.training.fit import fit_with
     from core.training.settings import Settings, origin_of
@@ -87,7 +85,8 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     # 1. The model and its device: the kind of the checkpoint, or of --arch.
     manager.keep_as(bundle.state if bundle else {}, **rules_given(args))
     given = {name: flags[name] for name in CONFIG_FLAGS if name in flags}
-    origin = open_origin(args.init_from_checkpoint, args.arch) if args.init_from_checkpoint and not bundle else None
+    path = args.init_from_checkpoint if bundle is None else None
+    origin = open_origin(path, args.arch, source_options(args), args.verify) if path else None
     kind = kind_of(bundle, origin.arch if origin else args.arch, world)
     device, given = choose_device(bundle, given, world)
 
@@ -104,7 +103,9 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
         return DONE
 
     # 3. The data: text or tokens, and the tokenizer that a checkpoint or another model has.
-    source, corpus = open_data(manager, bundle, args)
+    known_by = bundle or origin
+    known = known_by.tokenizer if known_by else manager.tokenizer_state(args.init_from_model)
+    source, corpus = open_data(manager.model_name, bundle, known, args)
     schedule = settings.schedule()
 
     # 4. The model and its optimizer: resumed, from other weights, or new.
@@ -154,19 +155,18 @@ def choose_device(bundle: Bundle | None, given: dict[str, Any], world: World) ->
     return resolve_device(wish, where), given
 
 
-def open_data(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Namespace) -> tuple[Source, Corpus]:
-    """Find the text or tokens of a run, and read them with the tokenizer of its model."""
+def open_data(name: str, bundle: Bundle | None, recorded: Any, args: argparse.Namespace) -> tuple[Source, Corpus]:
+    """Find the text or tokens of a run, and read them with the recorded tokenizer of its model."""
     from core.data.corpus import open_corpus
     from core.data.source import find_source
     from core.data.tokenizer import tokenizer_from_state
 
     so_far = bundle.state.data if bundle else None
     weights = bundle.folder if bundle else None
-    source = find_source(args.input_file, args.dataset_dir, so_far, manager.model_name, weights=weights)
+    source = find_source(args.input_file, args.dataset_dir, so_far, name, weights=weights)
     say(source.line())
     if changed := source.changed(so_far):
         say(f"WARNING: {changed}")
-    recorded = bundle.tokenizer if bundle else manager.tokenizer_state(args.init_from_model)
     tokenization = args.tokenization
     if recorded is not None and tokenization in (None, recorded.get("token_kind")):
         tokenization = tokenizer_from_state(recorded, args.bpe_file)

@@ -20,6 +20,7 @@ from .evolution import QKV, Evidence, evolve
 from .optimizer_state import rearrange, states_by_name
 from .parts import once
 from .verify import tensors_digest
+from .vocabularies import VOCABULARIES
 
 MOST_PADDING = 128
 """The largest number to whose multiples vocabularies are padded."""
@@ -121,6 +122,8 @@ def tokenizer_fault(tokenizer: Mapping[str, Any], vocab_size: int) -> str | None
         size = tokenizer.get("vocab_size")
         fits = not isinstance(size, int) or fits_characters(size, vocab_size)
         return None if fits else f"{size} symbols, but vocab_size is {vocab_size}"
+    if kind == "tiktoken" and (known := VOCABULARIES.get(str(tokenizer.get("vocabulary")))) and vocab_size < known.size:
+        return f"{known.whose}'s {known.size} ids, but vocab_size is {vocab_size}"
     if kind == "gpt2" and vocab_size < GPT2_IDS:
         return f"gpt2 has {GPT2_IDS} ids, but vocab_size is {vocab_size}"
     return None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ..containers.pickles.inert import as_text
 from ..errors import CheckpointMismatch
+from .vocabularies import VOCABULARIES, Vocabulary
 
 State = dict[str, Any]
 """The content of a tokenizer.json."""
@@ -33,6 +36,9 @@ def describe(state: State) -> str:
         return f"{size} {'ids without symbols' if symbols is None else 'symbols'}, " + (
             f"fingerprint {symbols_fingerprint(size, symbols)[:12]}"
         )
+    if kind == "tiktoken":
+        vocabulary, _ = checked_ranks(state, "tokenizer.json")
+        return f"tiktoken, {vocabulary.whose}'s {vocabulary.size:,} ids, fingerprint {ranks_fingerprint(state)[:12]}"
     if kind == "hf":
         return f"hf, fingerprint {definition_fingerprint(state.get('definition'))[:12]}"
     return str(kind)
@@ -50,6 +56,9 @@ def proves_itself(state: State | None) -> bool:
             found = definition_fingerprint(definition)
         elif state.get("token_kind") == "symbols":
             found = symbols_fingerprint(*checked_symbols(state, "tokenizer.json"))
+        elif state.get("token_kind") == "tiktoken":
+            checked_ranks(state, "tokenizer.json")
+            found = ranks_fingerprint(state)
         elif state.get("token_kind") == "gpt2":
             found = GPT2_FINGERPRINT
     return found is not None and state["fingerprint"] == found
@@ -69,7 +78,44 @@ def _vocabulary(state: State) -> tuple[Any, Any]:
     """What decides the meaning of ids; GPT-2's never varies."""
     kind = state.get("token_kind")
     symbols = (state.get("vocab_size"), state.get("symbols"))
-    return kind, {"char": state.get("chars"), "hf": state.get("definition"), "symbols": symbols}.get(str(kind))
+    ranks = (state.get("vocabulary"), state.get("ranks"))
+    known = {"char": state.get("chars"), "hf": state.get("definition"), "symbols": symbols, "tiktoken": ranks}
+    return kind, known.get(str(kind))
+
+
+def ranks_fingerprint(state: State) -> str:
+    """SHA-256 of the name of a vocabulary of tiktoken and of its ranks in order, behind `tiktoken` and a zero byte."""
+    return hashlib.sha256("\0".join(("tiktoken", state["vocabulary"], *state["ranks"])).encode()).hexdigest()
+
+
+def checked_ranks(state: State, where: str) -> tuple[Vocabulary, dict[bytes, int]]:
+    """The vocabulary of a tokenizer.json of tiktoken, and its ranks.
+
+    Raises: CheckpointMismatch naming what is wrong.
+    """
+    name, listed = state.get("vocabulary"), state.get("ranks")
+    vocabulary = VOCABULARIES.get(name) if isinstance(name, str) else None
+    if vocabulary is None:
+        raise CheckpointMismatch(f"{where}: vocabulary is {str(name)[:40]!r}, expected {', '.join(VOCABULARIES)}.")
+    if not isinstance(listed, list) or not all(isinstance(token, str) for token in listed):
+        raise CheckpointMismatch(f"{where}: ranks is {str(listed)[:40]}, expected a list of tokens in base64.")
+    ranks: dict[bytes, int] = {}
+    for rank, token in enumerate(listed):
+        try:
+            ranks[base64.b64decode(token, validate=True)] = rank
+        except ValueError:
+            raise CheckpointMismatch(f"{where}: ranks[{rank}] is {token[:40]!r}, expected base64.") from None
+    if fault := ranks_fault(ranks, vocabulary.count):
+        raise CheckpointMismatch(f"{where}: ranks has {fault}.")
+    return vocabulary, ranks
+
+
+def ranks_fault(ranks: Mapping[bytes, int], count: int) -> str:
+    """Say why ranks are not those of a vocabulary of `count`; "" where they may be."""
+    if len(ranks) != count or sorted(ranks.values()) != list(range(count)):
+        return f"{len(ranks):,} tokens, expected {count:,} different ones, numbered from 0 without a gap"
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    return f"no rank for byte 0x{missing[0]:02x}, expected one for each of the 256 bytes" if missing else ""
 
 
 def symbols_fingerprint(size: int, symbols: list[str] | None) -> str:

@@ -56,10 +56,11 @@ def add_flags(parser: Parser) -> None:
     group.add_argument("--no_verify", action="store_true", help="do not read the result back and compare it")
 
 
-def add_choice_flags(parser: Parser) -> None:
+def add_choice_flags(parser: Parser, heads: bool = True) -> None:
     """Add flags for choices that a file may leave open; none of them has a default."""
     group = parser.add_argument_group("what the model computes, where the file does not show it")
-    group.add_argument("--n_head", "--num_attention_heads", metavar="N", type=count, help="attention heads")
+    if heads:
+        group.add_argument("--n_head", "--num_attention_heads", metavar="N", type=count, help="attention heads")
     activations = "of the feed-forward part: gelu (the exact form), gelu_tanh, relu"
     group.add_argument("--activation", metavar="NAME", type=_activation, help=activations)
     scale = "the factor of attention scores: head_size ** -0.5, n_embd ** -0.5, or a number"
@@ -94,9 +95,12 @@ def _add_megatron_flags(parser: Parser) -> None:
     group.add_argument("--eos_token_id", metavar="N", type=int, help="token that ends a text (none)")
 
 
-def add_source_flags(parser: Parser) -> None:
-    """Add the flags for what a checkpoint of another program leaves open, for scripts that open it as it is."""
-    add_choice_flags(parser)
+def add_source_flags(parser: Parser, heads: bool = True) -> None:
+    """Add the flags for what a checkpoint of another program leaves open, for scripts that open it as it is.
+
+    Without `heads` the script has an --n_head of its own.
+    """
+    add_choice_flags(parser, heads)
     _add_megatron_flags(parser)
 
 

@@ -12,7 +12,8 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
-from ..bundle.tokenizer_state import State, checked_symbols
+from ..bundle.tokenizer_state import State, checked_ranks, checked_symbols
+from ..bundle.vocabularies import Vocabulary
 from ..containers.json_files import dump_json
 from ..data.gpt2_ranks import COUNT, URL, local_ranks, printable_bytes
 from .plan import Source
@@ -54,6 +55,10 @@ def add_tokenizer_files(model: Source, bpe_file: Path | None) -> tuple[dict[str,
             )
             return {}, _ids(vocab, roles)
         definition = gpt2_definition(ranks)
+    elif kind == "tiktoken":
+        known, found = checked_ranks(state, "tokenizer.json")
+        vocab, roles = known.ids, {"bos_token": known.begin, "eos_token": known.end}
+        definition = tiktoken_definition(known, found)
     if not isinstance(definition, dict):
         return {}, {}
     if kind == "hf" and (end := _end_of(definition)) in range(rows):
@@ -194,11 +199,23 @@ def gpt2_definition(ranks: Mapping[bytes, int]) -> dict[str, Any]:
     }
 
 
+def tiktoken_definition(known: Vocabulary, ranks: Mapping[bytes, int]) -> dict[str, Any]:
+    """Write another vocabulary of tiktoken as a tokenizer.json, with its ids: a piece that is a token is not merged."""
+    made = gpt2_definition(ranks)
+    pieces = {"type": "Split", "pattern": {"Regex": known.pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {**made["decoder"], "use_regex": False}
+    made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pieces, byte_level]}
+    made["added_tokens"] = [_added(token, number) for token, number in known.ids.items()]
+    del made["model"]["vocab"][END]
+    made["model"] |= {"ignore_merges": True}
+    return made
+
+
 def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """The two parts that the last merge joins to a token."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        _, at = min((ranks.get(a + b, COUNT), i) for i, (a, b) in enumerate(pairwise(parts)))
+        _, at = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts)))
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
 

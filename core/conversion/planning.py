@@ -150,7 +150,8 @@ def _way(model: Source, kind: Format) -> Way:
     found = ways(model.family, lambda pair, back: back and pair.theirs in other)
     there = [found[family] for family in kind.families if family in found]
     if not there:
-        raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(formats_of(found))}.")
+        others = [name for name in formats_of(ways(model.family_of_source)) if name != kind.name]
+        raise model.refuse(f"{model.program} cannot become {kind.name}. It can become {', '.join(others)}.")
     way = min(there, key=len)
     if way and theirs == GPT2 == way[0][0].theirs and model.config.get("pos_encoding", "learned") != "learned":
         raise refuse_unknown(model)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..bundle.foreign import META
-from ..bundle.tokenizer_state import checked_chars, checked_symbols, state_of_meta
+from ..bundle.tokenizer_state import checked_chars, checked_ranks, checked_symbols, ranks_fault, state_of_meta
+from ..bundle.vocabularies import vocabulary_of_size
 from ..containers.container import is_plain, reading
 from ..containers.json_files import parse_json
 from ..containers.pickles.foreign import attributes
 from ..containers.pickles.reader import read_pickle
-from ..errors import CheckpointError, CheckpointMismatch
+from ..data.gpt2_ranks import COUNT, FINGERPRINT, fingerprint, parse_lines
+from ..errors import CheckpointError, CheckpointMismatch, InputError
 from .hf_tokenizer import added_tokens, state_of_words
 from .plan import Options, Source
 
@@ -41,7 +44,7 @@ def add_tokenizer(model: Source, options: Options) -> None:
     if model.tokenizer is not None:
         return
     folder = model.container.path if model.container.path.is_dir() else model.container.path.parent
-    if state := _beside(model, folder, rows) or _of_meta(model, folder, rows):
+    if state := _beside(model, folder, rows) or _of_ranks(model, folder, rows) or _of_meta(model, folder, rows):
         model.tokenizer = state
     elif rows in GPT2_ROWS and model.family_of_source.startswith(GPT2_FAMILIES):
         model.tokenizer = {"token_kind": "gpt2"}
@@ -64,6 +67,35 @@ def _beside(model: Source, folder: Path, rows: int) -> dict[str, Any] | None:
         return state
     model.notes.append(f"{path} is not its tokenizer: {tokens_of(state)} tokens, and the model has {rows} rows")
     return None
+
+
+def _of_ranks(model: Source, folder: Path, rows: int) -> dict[str, Any] | None:
+    """Read a file of tiktoken's ranks beside a model; None where there is none, or, with a note, one that does not fit.
+
+    Its number of ranks tells whose it is; a model of SentencePiece has the same name.
+    """
+    found = [folder / "tokenizer.model", *sorted(folder.glob("*.tiktoken"))]
+    path = next((path for path in found if path.is_file()), None)
+    if path is None:
+        return None
+    with reading(path) as file:
+        data = file.read(_LARGEST)
+    try:
+        ranks = parse_lines(data, str(path))
+    except InputError as error:
+        model.notes.append(f"not used: {error} A model of SentencePiece is not read; its tokenizer.json is")
+        return None
+    if len(ranks) == COUNT and fingerprint(ranks) == FINGERPRINT and rows > COUNT:
+        return {"token_kind": "gpt2"}
+    known = vocabulary_of_size(len(ranks))
+    fault = "of no vocabulary that is known here" if known is None else ranks_fault(ranks, known.count)
+    if known is None or fault or known.size > rows:
+        why = fault or f"and the model has {rows} rows"
+        model.notes.append(f"{path} is not its tokenizer: {len(ranks):,} ranks, {why}")
+        return None
+    model.notes.append(f"{path}: {len(ranks):,} ranks, taken to be {known.whose}'s")
+    listed = [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__)]
+    return {"token_kind": "tiktoken", "vocabulary": known.name, "ranks": listed}
 
 
 def _of_meta(model: Source, folder: Path, rows: int) -> dict[str, Any] | None:
@@ -111,6 +143,8 @@ def tokens_of(state: dict[str, Any] | None) -> int:
         return len(checked_chars(state.get("chars"), "tokenizer.json"))
     if kind == "symbols":
         return checked_symbols(state, "tokenizer.json")[0]
+    if kind == "tiktoken":
+        return checked_ranks(state, "tokenizer.json")[0].size
     definition = state.get("definition")
     if not isinstance(definition, dict):
         return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..bundle.storage import DISK
 from ..bundle.tokenizer_state import GPT2_FINGERPRINT as FINGERPRINT
+from ..bundle.tokenizer_state import ranks_fault
 from ..console.files import read_regular
 from ..errors import InputError
 
@@ -86,12 +87,11 @@ def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
 
     Raises: InputError with the line that is not a rank, or the wrong number of ranks, or the wrong fingerprint.
     """
-    ranks = _parse_json(data, where) if data[:1] == b"{" else _parse_lines(data, where)
+    ranks = _parse_json(data, where) if data[:1] == b"{" else parse_lines(data, where)
     if len(ranks) != COUNT or sorted(ranks.values()) != list(range(COUNT)):
         raise InputError(f"{where}: {len(ranks):,} ranks, expected GPT-2's {COUNT:,}, numbered from 0 without a gap.")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise InputError(f"{where}: no rank for byte 0x{missing[0]:02x}, expected one for each of the 256 bytes.")
+    if fault := ranks_fault(ranks, COUNT):
+        raise InputError(f"{where}: {fault}.")
     found = fingerprint(ranks)
     if found != FINGERPRINT:
         raise InputError(
@@ -114,7 +114,11 @@ def cache_folder() -> Path | None:
     return Path(named) if named else None
 
 
-def _parse_lines(data: bytes, where: str) -> dict[bytes, int]:
+def parse_lines(data: bytes, where: str) -> dict[bytes, int]:
+    """Parse a file of tiktoken: on each line a token in base64 and its rank.
+
+    Raises: InputError with the line that is not a rank.
+    """
     ranks = {}
     for number, line in enumerate(data.splitlines(), start=1):
         try:

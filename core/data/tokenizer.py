@@ -3,6 +3,7 @@
 char   one id for each character of the training text
 gpt2   GPT-2's byte pairs through tiktoken, 50,257 ids; the ranks are loaded when text is first encoded or decoded
 hf     a Hugging Face `tokenizers` JSON file, embedded whole in tokenizer.json
+tiktoken  byte pairs of a known vocabulary (Llama 3's, Qwen's), whose ranks are in tokenizer.json
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from ..bundle.tokenizer_state import (
     State,
     char_fingerprint,
     checked_chars,
+    checked_ranks,
     checked_symbols,
     definition_fingerprint,
+    ranks_fingerprint,
     symbols_fingerprint,
 )
 from ..console.files import read_regular
@@ -190,11 +193,53 @@ class SymbolTokenizer:
         return ByteStream(lambda token: self.decode([token]).encode("utf-8", "replace"))
 
 
-class Gpt2Tokenizer:
-    """GPT-2's byte pairs: 50,256 ranks and one special id for the end of a text.
+class BytePairs:
+    """Byte pairs of tiktoken; special tokens in a text are ordinary text: only a program can insert a special id."""
 
-    `<|endoftext|>` in a text is ordinary text: only a program can insert the special id.
-    """
+    kind = "tiktoken"
+    vocab_size: int
+
+    def __init__(self, state: State, where: str = "tokenizer.json") -> None:
+        self._state = {name: state.get(name) for name in ("vocabulary", "ranks")}
+        self.vocabulary, self._ranks = checked_ranks(state, where)
+        self.vocab_size = self.vocabulary.size
+        self.end_of_text = self.vocabulary.ids[self.vocabulary.end]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the name of the vocabulary and its ranks."""
+        return ranks_fingerprint(self._state)
+
+    @functools.cached_property
+    def encoding(self) -> Any:
+        """The tiktoken.Encoding."""
+        import tiktoken
+
+        known = self.vocabulary
+        return tiktoken.Encoding(
+            known.name, pat_str=known.pattern, mergeable_ranks=self._ranks, special_tokens=known.ids
+        )
+
+    def state(self) -> State:
+        """The content of tokenizer.json."""
+        return {"token_kind": self.kind, **self._state, "fingerprint": self.fingerprint}
+
+    def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
+        """Turn text into ids; byte pairs know every character."""
+        ids = self.encoding.encode_to_numpy(_sound(text), disallowed_special=())
+        return ids.astype(token_dtype(self.vocab_size))
+
+    def decode(self, ids: Ids) -> str:
+        """Turn ids into text (see Tokenizer.decode)."""
+        return self.encoding.decode_bytes(_checked(ids, self).tolist()).decode("utf-8", "replace")
+
+    def stream(self) -> Stream:
+        """Begin decoding ids one by one."""
+        return ByteStream(lambda token: self.encoding.decode_bytes(_checked([token], self).tolist()))
+
+
+class Gpt2Tokenizer(BytePairs):
+    """GPT-2's byte pairs: 50,256 ranks, which lie on the machine, and one special id for the end of a text."""
 
     kind = "gpt2"
     vocab_size = ranks.COUNT + 1
@@ -224,18 +269,6 @@ class Gpt2Tokenizer:
     def state(self) -> State:
         """The content of tokenizer.json."""
         return {"token_kind": "gpt2", "fingerprint": self.fingerprint}
-
-    def encode(self, text: str, unknown: str = "error", where: str = "text", start: Place = START) -> np.ndarray:
-        """Turn text into ids; byte pairs know every character."""
-        return self.encoding.encode_to_numpy(_sound(text), disallowed_special=()).astype(np.uint16)
-
-    def decode(self, ids: Ids) -> str:
-        """Turn ids into text (see Tokenizer.decode)."""
-        return self.encoding.decode_bytes(_checked(ids, self).tolist()).decode("utf-8", "replace")
-
-    def stream(self) -> Stream:
-        """Begin decoding ids one by one."""
-        return ByteStream(lambda token: self.encoding.decode_bytes(_checked([token], self).tolist()))
 
 
 class HfTokenizer:
@@ -319,13 +352,15 @@ def tokenizer_from_state(state: State, bpe_file: Path | None = None, where: str 
         tokenizer = Gpt2Tokenizer(bpe_file)
     elif kind == "symbols":
         tokenizer = SymbolTokenizer(*checked_symbols(state, where))
+    elif kind == "tiktoken":
+        tokenizer = BytePairs(state, where)
     elif kind == "hf":
         definition = state.get("definition")
         if not isinstance(definition, dict):
             raise CheckpointMismatch(f"{where}: definition is {type(definition).__name__}, expected an object.")
         tokenizer = HfTokenizer(definition, where)
     else:
-        raise CheckpointMismatch(f"{where}: token_kind is {kind!r}, expected char, gpt2 or hf, or symbols.")
+        raise CheckpointMismatch(f"{where}: token_kind is {kind!r}, expected char, gpt2 or hf, or symbols or tiktoken.")
     recorded = state.get("fingerprint", tokenizer.fingerprint)
     if recorded != tokenizer.fingerprint:
         raise CheckpointMismatch(

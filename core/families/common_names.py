@@ -91,20 +91,12 @@ def head_and_table(family: str) -> tuple[str, str] | None:
 
 
 def in_module_order(family: str, places: Mapping[str, str]) -> list[str]:
-    """Sort the tensors of a file, whose names in the family are `places`, as the modules of its program list them.
-
-    The modules of Llama list the norms of a layer last.
-    """
+    """Sort the tensors of a file, whose names in the family are `places`, as the modules of its program list them."""
     found = _OF_STYLE.get(family)
     if found is None:
         return list(places)
     raws = {place: raw for raw, place in places.items()}
-    names = in_order(raws, found)
-    if found.name == "hf_llama":
-        layers = {name: ".".join(name.split(".")[:3]) for name in names}
-        rank = {layer: number for number, layer in enumerate(dict.fromkeys(layers.values()))}
-        names.sort(key=lambda name: (rank[layers[name]], name.endswith("layernorm.weight")))
-    return [raws[name] for name in names]
+    return [raws[name] for name in in_order(raws, found)]
 
 
 def _table(family: str) -> str:

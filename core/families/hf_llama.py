@@ -14,20 +14,21 @@ ATTENTION = f"{LAYER}self_attn."
 
 TENSORS: dict[str, Sides] = {
     "model.embed_tokens.weight": ("vocab_size", "n_embd"),
-    f"{LAYER}input_layernorm.weight": ("n_embd",),
     **linear(f"{ATTENTION}q_proj", "q_size", "n_embd"),
     **linear(f"{ATTENTION}k_proj", "kv_size", "n_embd"),
     **linear(f"{ATTENTION}v_proj", "kv_size", "n_embd"),
+    **linear(f"{ATTENTION}o_proj", "n_embd", "q_size"),
     f"{ATTENTION}q_norm.weight": ("head_size",),
     f"{ATTENTION}k_norm.weight": ("head_size",),
-    **linear(f"{ATTENTION}o_proj", "n_embd", "q_size"),
-    f"{LAYER}post_attention_layernorm.weight": ("n_embd",),
     **linear(f"{LAYER}mlp.gate_proj", "n_ffn", "n_embd"),
     **linear(f"{LAYER}mlp.up_proj", "n_ffn", "n_embd"),
     **linear(f"{LAYER}mlp.down_proj", "n_embd", "n_ffn"),
+    f"{LAYER}input_layernorm.weight": ("n_embd",),
+    f"{LAYER}post_attention_layernorm.weight": ("n_embd",),
     "model.norm.weight": ("n_embd",),
     "lm_head.weight": ("vocab_size", "n_embd"),
 }
+"""In the order of the modules, which is that of an optimizer's parameters."""
 
 QK_NORM = (f"{ATTENTION}q_norm.weight", f"{ATTENTION}k_norm.weight")
 MORE_NORMS = (f"{LAYER}pre_feedforward_layernorm.weight", f"{LAYER}post_feedforward_layernorm.weight")
@@ -39,7 +40,7 @@ def _without(names: tuple[str, ...], more: dict[str, Sides]) -> dict[str, Sides]
 
 GEMMA2 = _without(QK_NORM, dict.fromkeys(MORE_NORMS, ("n_embd",)))
 OLMO2 = _without(
-    (f"{LAYER}input_layernorm.weight", *QK_NORM),
+    (f"{LAYER}input_layernorm.weight",),
     {QK_NORM[0]: ("q_size",), QK_NORM[1]: ("kv_size",), MORE_NORMS[1]: ("n_embd",)},
 )
 

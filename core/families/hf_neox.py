@@ -14,9 +14,9 @@ NEOX_LAYER, PHI_LAYER = "gpt_neox.layers.{i}.", "model.layers.{i}."
 NEOX_TENSORS: dict[str, Sides] = {
     "gpt_neox.embed_in.weight": ("vocab_size", "n_embd"),
     **norm(f"{NEOX_LAYER}input_layernorm"),
+    **norm(f"{NEOX_LAYER}post_attention_layernorm"),
     **linear(f"{NEOX_LAYER}attention.query_key_value", "3 n_embd", "n_embd"),
     **linear(f"{NEOX_LAYER}attention.dense", "n_embd", "n_embd"),
-    **norm(f"{NEOX_LAYER}post_attention_layernorm"),
     **linear(f"{NEOX_LAYER}mlp.dense_h_to_4h", "n_ffn", "n_embd"),
     **linear(f"{NEOX_LAYER}mlp.dense_4h_to_h", "n_embd", "n_ffn"),
     **norm("gpt_neox.final_layer_norm"),
@@ -25,13 +25,13 @@ NEOX_TENSORS: dict[str, Sides] = {
 
 PHI_TENSORS: dict[str, Sides] = {
     "model.embed_tokens.weight": ("vocab_size", "n_embd"),
-    **norm(f"{PHI_LAYER}input_layernorm"),
     **linear(f"{PHI_LAYER}self_attn.q_proj", "q_size", "n_embd"),
     **linear(f"{PHI_LAYER}self_attn.k_proj", "kv_size", "n_embd"),
     **linear(f"{PHI_LAYER}self_attn.v_proj", "kv_size", "n_embd"),
     **linear(f"{PHI_LAYER}self_attn.dense", "n_embd", "q_size"),
     **linear(f"{PHI_LAYER}mlp.fc1", "n_ffn", "n_embd"),
     **linear(f"{PHI_LAYER}mlp.fc2", "n_embd", "n_ffn"),
+    **norm(f"{PHI_LAYER}input_layernorm"),
     **norm("model.final_layernorm"),
     **linear("lm_head", "vocab_size", "n_embd"),
 }

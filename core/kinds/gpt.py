@@ -27,7 +27,8 @@ from ..loading.optimizer import configure_optimizer
 from ..loading.tensors import load_model, load_optimizer, say_without_moments
 from ..model import GPT
 from ..networks.device import resolve_device
-from .kind import Request, Say, Source, arch_of, refuse_other_fields
+from .kind import Origin, Request, Say, Source, arch_of, refuse_other_fields
+from .origin import from_origin, optimizer_of_origin
 from .presets import GPT_HEAD, GPT_ON_CPU, GPT_ON_CUDA
 
 ANOTHER = "Leave --tokenization out, or train under another --model_name."
@@ -61,10 +62,12 @@ class GptKind:
         refuse_other_architecture(bundle, given)
 
     def new(self, request: Request, folder: Path, source: Source, say: Say) -> GPT:
-        """Make a model at step 0: initialised, or with the weights of another model's step."""
+        """Make a model at step 0: initialised, or with the weights of a step or of another program's checkpoint."""
         tokenizer = find_tokenizer(request.tokenizer, request.text)
         alone = config_alone(folder, request.given, tokenizer, say, self.arch)
-        if not isinstance(source, Bundle):
+        if isinstance(source, Origin):
+            model = from_origin(source, {**alone, **request.given}, tokenizer, say)
+        elif source is None:
             values = {**GPT_HEAD, **request.preset, **alone, **request.given}
             model = fresh(values if alone else complete(self.arch, values), tokenizer, request.seed)
         else:
@@ -99,8 +102,10 @@ class GptKind:
         return load_model(bundle, writable=True, with_optimizer=True).train()
 
     def optimizer(self, model: GPT, request: Request, source: Source, say: Say) -> torch.optim.AdamW:
-        """Make AdamW, with the moments of the step that is resumed."""
-        if not isinstance(source, Bundle):
+        """Make AdamW, with the moments of the step that is resumed, or of another program's checkpoint."""
+        if isinstance(source, Origin):
+            return optimizer_of_origin(source, model, request, say)
+        if source is None:
             return configure_optimizer(model, request.learning_rate, request.weight_decay)
         state = self._state(source)
         say_without_moments(source, state, say)

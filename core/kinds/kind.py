@@ -14,12 +14,13 @@ from ..bundle.find import model_folder
 from ..bundle.folder import CONFIG
 from ..bundle.intact import open_chosen
 from ..config.decoders import arch_of_config
+from ..config.gpt import GPTConfig
 from ..config.modded import ModdedConfig
 from ..data.corpus import Corpus
 from ..data.dataloader import DataLoader
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointMismatch, InputError
-from ..model import GPTFlexAttention
+from ..model import GPT, GPTFlexAttention
 
 Say = Callable[[str], None]
 
@@ -42,16 +43,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Origin:
-    """An upstream file that a new run starts from."""
+    """A checkpoint of another program that a new run starts from."""
 
-    model: GPTFlexAttention
-    content: Any
+    model: GPTFlexAttention | GPT
+    content: Any  # of a file of modded-nanogpt, which has its optimizer states; of a GPT its optimizer state
     path: Path
+    tokenizer: dict[str, Any] | None = None  # its state, as in tokenizer.json
+    notes: Sequence[str] = ()
 
     @property
     def arch(self) -> str:
         """The name of its kind of model for --arch."""
-        return f"flex_{self.model.config.variant}"
+        config = self.model.config
+        return arch_of_config(config) if isinstance(config, GPTConfig) else f"flex_{config.variant}"
 
 
 MODDED_CLASS = "GPTFlexAttention"
@@ -60,7 +64,7 @@ MODDED_CLASS = "GPTFlexAttention"
 ANOTHER = "Leave it out, or train under another --model_name."
 
 Source = Bundle | Origin | None
-"""The source of a model's weights: a step, an upstream file, or None."""
+"""The source of a model's weights: a step, a checkpoint of another program, or None."""
 
 
 class ModelKind(Protocol):
@@ -124,6 +128,8 @@ def new_model(kind: ModelKind, request: Request, folder: Path, say: Say, *, chec
     if not request.init_from_model:
         model = kind.new(request, folder, request.origin, say)
         if request.origin is not None:
+            for note in request.origin.notes:
+                say(f"{request.origin.path}: {note}")
             say(f"starting from the weights of {request.origin.path}, a new run at step 0")
         return model
     with open_chosen(model_folder(folder.parent, request.init_from_model), say, check=check) as source:

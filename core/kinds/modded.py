@@ -21,7 +21,7 @@ from ..data.corpus import Corpus
 from ..data.dataloader import DataLoader, PackedLoader
 from ..data.tokenizer import Tokenizer
 from ..errors import CheckpointMismatch, InputError
-from ..loading.modded import load_flex_checkpoint, load_modded, refuse_large_tokenizer
+from ..loading.modded import load_modded, refuse_large_tokenizer
 from ..loading.tensors import load_moments
 from ..networks.device import resolve_device
 from ..networks.flex import GPTFlexAttention
@@ -106,6 +106,7 @@ def _from_origin(
     origin: Origin, preset: Mapping[str, Any], given: Mapping[str, Any], request: Request
 ) -> GPTFlexAttention:
     model, tokenizer = origin.model, _made(request)
+    assert isinstance(model, GPTFlexAttention)
     refuse_large_tokenizer(tokenizer, model.config, str(origin.path))
     _wish(model, preset, given, str(origin.path), None)
     model.config.eos_token_id = _end_of_text(tokenizer, model.config.vocab_size)
@@ -116,21 +117,6 @@ def _made(request: Request) -> Tokenizer:
     """The tokenizer of a request, which train.py has made from its data."""
     assert not isinstance(request.tokenizer, str)
     return request.tokenizer
-
-
-def open_origin(path: Path, arch: str | None) -> Origin:
-    """Read the upstream file that --init_from_checkpoint names.
-
-    Raises: CheckpointMismatch when it is of another variant than --arch; CheckpointNotFound, CheckpointDamaged.
-    """
-    model, _, content = load_flex_checkpoint(path)
-    found = model.config.variant
-    if arch not in (None, f"flex_{found}"):
-        raise CheckpointMismatch(
-            f"{path}: its tensors are those of --arch flex_{found}, this run has --arch {arch}. Another architecture "
-            "computes something else from them; use the file's, or leave --arch out."
-        )
-    return Origin(model, content, path)
 
 
 def sizes(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from ..errors import CheckpointMismatch, InputError
 from ..inspection.inspect import inspect_path
 from ..model import GPT, GPTBatched
 from .inference import load_chosen
+from .modded import NAMES
+from .opened import open_gpt
 from .tensors import load_model
 
 TOKENS = 16_384
@@ -100,9 +102,9 @@ def check_text(
 ) -> TextCheck:
     """Compute the mean loss of a checkpoint of any program over the first tokens of a text, in blocks of its context.
 
-    A model of another program is computed by ours: it is converted into a temporary folder with `choices`. `tokenizer`
-    and `state` are those of the model it was made from, used where it has none, and `bpe_file` has the ranks of GPT-2.
-    `progress` receives the number of tokens computed.
+    A model of another program is computed by ours, with `choices`. `tokenizer` and `state` are those of the model it
+    was made from, used where it has none, and `bpe_file` has the ranks of GPT-2. `progress` receives the number of
+    tokens computed.
 
     Raises: InputError for a text that cannot be read; CheckpointError for a checkpoint that cannot.
     """
@@ -153,6 +155,9 @@ def _load(
     """
     with inspect_path(path, step) as found:
         bundle = found.bundle
+        if bundle is None and found.identity.family not in NAMES:
+            opened = open_gpt(path, Options(choices=choices), tokenizer=False)
+            return opened.model, opened.state, opened.tokenizer
         if bundle is None:
             made = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="check-"))) / "model"
             plan = plan_conversion(path, made, "bundle", Options(choices=choices), held)

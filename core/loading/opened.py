@@ -12,6 +12,7 @@ import torch
 from ..bundle.bundle import OPTIMIZER
 from ..bundle.commit import CONFIG, MODEL
 from ..bundle.contradictions import DTYPES, tokenizer_fault
+from ..bundle.training_state import TrainingState
 from ..config.gpt import GPTConfig
 from ..console.words import listed
 from ..containers.json_files import parse_json
@@ -35,6 +36,8 @@ class Opened:
     model: GPT
     program: str  # that wrote it, for people
     notes: list[str]  # sentences about what was taken, left out or is in doubt
+    tokenizer: dict[str, Any] | None  # its state, as in tokenizer.json
+    state: TrainingState  # what was recorded of its run
     optimizer: dict[str, Any] | None = None  # a state by names of our parameters, as a bundle has it
 
 
@@ -75,10 +78,10 @@ def open_gpt(
         with room_for(path, plan.nbytes), TensorMaker(writable=training) as maker:
             model = _assigned(plan, config, maker, dtype, training)
             model.to(device=target)
-            state = _optimizer(plan, maker) if training else None
+            moments = _optimizer(plan, maker) if training else None
     model.requires_grad_(True)
     model.step, model.tokenizer = source.step or 0, made
-    return Opened(model.eval(), source.program, _notes(source), state)
+    return Opened(model.eval(), source.program, _notes(source), source.tokenizer, source.state, moments)
 
 
 def _assigned(plan: Plan, config: GPTConfig, maker: TensorMaker, dtype: torch.dtype | None, training: bool) -> GPT:

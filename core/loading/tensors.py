@@ -182,7 +182,7 @@ def load_averages(bundle: Bundle, module: nn.Module) -> dict[str, torch.Tensor] 
     """Map the average of a step's weights, sharded like its model; None where the step has none."""
     if bundle.ema is None:
         return None
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))  # an average has both names of a tied head
     if not any(hasattr(parameter, "device_mesh") for parameter in parameters.values()):
         return read_part(bundle.ema)
     from .spread import block_like, filled_like  # imports torch.distributed, which one process does not need

@@ -66,6 +66,7 @@ class Attention(nn.Module):
             q, k = self.rotate(q, rotation), self.rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(k, v)
+            mask = None if mask is None else mask[..., -k.size(2) :]  # a layer with a window keeps the last positions
         dropout = self.dropout if self.training else 0.0
         if T == 1:
             if window is not None and mask is None:

@@ -48,37 +48,68 @@ class Writer(Protocol):
         """Switch between training and evaluation."""
 
 
-class LayerCache:
-    """Keys and values of one layer, [B, H, S, D] each, of which the first `length` positions are filled."""
+SLACK = 128
+"""Positions that a layer with a window has room for beyond it: so rarely is the window moved to the front."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values, self.length = keys, values, 0
+
+class LayerCache:
+    """Keys and values of one layer, [B, H, S, D] each, of which the first `length` positions are filled.
+
+    A layer with a window has room for little more, and forgets what no later position sees.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, window: int | None) -> None:
+        self.keys, self.values, self.window, self.length = keys, values, window, 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v [B, H, T, D]; return those of all positions so far."""
-        start, self.length = self.length, self.length + k.size(2)
-        self.keys[:, :, start : self.length] = k
-        self.values[:, :, start : self.length] = v
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        """Append k and v [B, H, T, D]; return them after those of the earlier positions that are kept."""
+        start, new = self.length, k.size(2)
+        if self.window is not None and start + new > self.keys.size(2):
+            if start:
+                k = torch.cat((self.keys.narrow(2, 0, start), k), dim=2)
+                v = torch.cat((self.values.narrow(2, 0, start), v), dim=2)
+            self.length = min(self.window, k.size(2))
+            self.keys.narrow(2, 0, self.length).copy_(k[:, :, -self.length :])
+            self.values.narrow(2, 0, self.length).copy_(v[:, :, -self.length :])
+            return k, v
+        self.length += new
+        self.keys.narrow(2, start, new).copy_(k)
+        self.values.narrow(2, start, new).copy_(v)
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
 
 class Cache:
     """Keys and values of all layers, allocated once."""
 
     def __init__(self, config: GPTConfig, batch: int, room: int, weight: Tensor) -> None:
-        shape = (config.n_layer, 2, batch, config.kv_heads, room, config.head_width)
-        self.layers = [LayerCache(k, v) for k, v in torch.empty(shape, dtype=weight.dtype, device=weight.device)]
+        def layer(window: int | None) -> LayerCache:
+            positions = room if window is None else min(room, window + SLACK)
+            shape = (2, batch, config.kv_heads, positions, config.head_width)
+            keys, values = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+            return LayerCache(keys, values, window if positions < room else None)
+
+        self.layers = [layer(window) for window in config.windows]
         self.length = 0
         self.real: Tensor | None = None  # [B, length], false at padding; None without any
 
     def seen(self, real: Tensor | None, ids: Tensor) -> Tensor | None:
-        """Append the mask of new ids [B, T]; return that of all positions so far, None without padding."""
+        """Append the mask of new ids [B, T]; return that of all positions so far, None without padding.
+
+        Raises: InputError for padding after an id where a layer has a window: it would not know what to forget.
+        """
         if real is None and self.real is None:
             return None
         past = ids.new_ones((len(ids), self.length), dtype=torch.bool) if self.real is None else self.real
         new = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-        self.real = torch.cat((past, new), dim=1)
-        return self.real
+        seen = torch.cat((past, new), dim=1)
+        has_window = any(layer.window is not None for layer in self.layers)
+        if real is not None and has_window and bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+            raise InputError(
+                "attention_mask: found padding after an id, expected padding before the ids of each row alone: the "
+                "cache of this model keeps nothing outside its sliding windows. Move it, or leave the cache out."
+            )
+        self.real = seen
+        return seen
 
     def clear(self) -> None:
         """Forget every position, but keep the memory."""

@@ -21,6 +21,7 @@ from ..console.commandline import (
     size,
     whole,
 )
+from ..conversion.command import add_source_flags, flags_of_source
 from ..networks.distributed import PARALLEL
 from .settings import Settings
 from .skips import step_ranges
@@ -87,6 +88,18 @@ def _add_settings(group: argparse._ArgumentGroup, *names: str) -> None:
         _add(group, name, _SETTINGS[name]["kind"], _SETTINGS[name]["help"])
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line of train.py; flags that contradict each other end the program, as wrong use."""
+    parser = make_parser()
+    args = parser.parse(argv)
+    if args.prune and args.resume_from is not None:
+        parser.error("--prune only removes folders: leave out --resume_from or --prune")
+    asked = [name for name in flags_of_source(args) if name not in CONFIG_FLAGS]
+    if asked and args.init_from_checkpoint is None:
+        parser.error(f"--{asked[0]}: for a file that --init_from_checkpoint names and that does not show it")
+    return args
+
+
 def make_parser() -> Parser:
     """Describe every flag of train.py, in groups."""
     parser = Parser("train.py", "Train a GPT on text. The same command starts, resumes and continues.", EPILOG)
@@ -102,6 +115,7 @@ def make_parser() -> Parser:
     _add_saving(parser.add_argument_group("evaluation and saving"))
     _add_history(parser.add_argument_group("the past of a run (inspect_model.py --history shows it)"))
     _add_machine(parser.add_argument_group("machine"))
+    add_source_flags(parser, heads=False)
     return parser
 
 
@@ -126,7 +140,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(*names, action="store_false", dest="tied_head", default=None, help=text)
     _add(group, "head_bias", None, "a bias in the head, which --to nanogpt and --to hf cannot hold")
     _add(group, "init_from_model", str, "start from the weights of another model below the root")
-    _add(group, "init_from_checkpoint", Path, "start from a state_step*.pt of modded-nanogpt")
+    _add(group, "init_from_checkpoint", Path, "start from the weights of a checkpoint of any program")
     _add(group, "arch", ARCHS, f"{', '.join(ARCHS)} (gpt)", metavar="NAME")
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from core.model import GPT
-from tests.makers.conversions import converted, tensors_of, texts
+from tests.makers.conversions import converted, tensors_of, texts, worst
 from tests.makers.megatron_exports import (
     GPT2,
     LLAMA,
@@ -160,8 +160,19 @@ def test_gpt2_style_becomes_a_bundle_of_ours_and_back(fixtures, tmp_path):
     tanh = tmp_path / "tanh"
     converted(source, tanh, "hf", choices={"activation": "gelu_tanh"})
     assert json.loads((tanh / "config.json").read_text()) == GPT2_CONFIG
-    said = refused(export_of(fixtures, GPT2), tmp_path / "no", "bundle")  # ffn_hidden_size 224 of a width of 64
-    assert said.endswith("its feed-forward part is 224 wide; our GPT has 4 n_embd, 256. --to hf keeps it.")
+
+
+def test_gpt2_style_of_any_feed_forward_becomes_a_bundle_of_ours_with_its_logits_and_returns(fixtures, tmp_path):
+    source = export_of(fixtures, GPT2)  # ffn_hidden_size 224 of a width of 64
+    converted(source, tmp_path / "bundle", "bundle")
+    assert json.loads((tmp_path / "bundle/config.json").read_text())["n_ffn"] == 224
+    known = load_file(fixtures / GPT2 / "expected.safetensors")
+    with torch.no_grad():
+        logits = GPT.load(tmp_path / "bundle", load_dtype="fp32")[0].eval()(known["input_ids"].long())[0]
+    assert worst(logits, known["logits_fp32"]) < 2e-6
+    converted(tmp_path / "bundle", tmp_path / "back.pt", "megatron")
+    model = {name: t for name, t in tensors_of(source).items() if "_extra_state" not in name}
+    assert tensors_of(tmp_path / "back.pt") == model
 
 
 GPT2_CONFIG = {

@@ -303,15 +303,31 @@ def test_torch_loads_the_optimizer_of_a_dcp_folder_by_names(tmp_path):
     assert torch.equal(optimizer.state[parameter]["exp_avg"], moments["transformer.h.0.ln_2.bias"]["exp_avg"])
 
 
+ORDERS = {
+    "GPT2": {},
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Mistral": {},
+    "Qwen2": {},
+    "Qwen3": {"attention_bias": True, "head_dim": 4},
+    "Olmo2": {"attention_bias": True},
+    "Gemma": {"head_dim": 4},
+    "Gemma2": {"head_dim": 4},
+    "Phi": {},
+    "GPTNeoX": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}},
+}
+"""Families of transformers with as many parameters as each may have, of as few shapes as possible."""
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("kind", ORDERS)
 def test_the_order_of_the_trainer_is_that_of_transformers_modules(tmp_path: Path, kind):
     transformers = pytest.importorskip("transformers")
     from transformers.trainer_pt_utils import get_parameter_names
 
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16, "vocab_size": 40}
-    more = {"intermediate_size": 48, "num_key_value_heads": 4, "tie_word_embeddings": False} if kind != "GPT2" else {}
-    config = getattr(transformers, f"{kind}Config")(**sizes, **more)
+    more = {"intermediate_size": 16, "num_key_value_heads": 4, "tie_word_embeddings": False} if kind != "GPT2" else {}
+    more |= {"pad_token_id": 0} if kind != "GPT2" else {}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more, **ORDERS[kind])
     model = getattr(transformers, f"{kind}{'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'}")(config)
     model.save_pretrained(tmp_path / "x")
     names = get_parameter_names(model, [torch.nn.LayerNorm], [r"bias", r"norm"])
@@ -324,6 +340,10 @@ def test_the_order_of_the_trainer_is_that_of_transformers_modules(tmp_path: Path
     converted(tmp_path / "x", tmp_path / "o.pt", "pt", include_optimizer=True)
     made = torch.load(tmp_path / "o.pt", weights_only=True)["optimizer"]
     found = {n: i for g in made["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
+    if kind == "GPTNeoX":  # whose head has another name in files
+        found["lm_head.weight"] = found.pop("embed_out.weight")
     assert found.keys() == every.keys()
     for name, number in found.items():
         assert same(made["state"][number], optimizer.state[every[name]])
+    converted(tmp_path / "x", tmp_path / "ours", "bundle")
+    assert torch.load(tmp_path / "ours/optimizer.pt", weights_only=True)["state"]

@@ -9,11 +9,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from core.bundle.tokenizer_state import describe, proves_itself
+from core.data.tokenizer import tokenizer_from_state
 from core.errors import CheckpointError
 from core.model import GPT
+from core.pretrained import open_gpt
+from tests.makers.byte_pairs import known, write_ranks
 from tests.makers.conversions import converted, expected, hf_logits, tensors_of, worst
 from tests.makers.doors import Shell
+from tests.makers.small_gpts import SmallGPT
 
 
 def test_a_vocabulary_that_does_not_fit_or_is_no_data_is_refused(nanogpt, tmp_path):
@@ -91,3 +97,66 @@ def test_transformers_computes_the_same_logits_and_zeros_from_a_padded_vocabular
     converted(hf, tmp_path / "wide", "hf", vocab_size=256)
     found = hf_logits(tmp_path / "wide", ids)
     assert worst(found[..., :211], logits) < 2e-6 and not found[..., 211:].any()
+
+
+def model_with(folder: Path, rows: int) -> Path:
+    """A file of nanoGPT with this many rows."""
+    small = SmallGPT(vocab_size=rows, n_layer=1)
+    torch.save({"model": small.nanogpt(), "model_args": small.sizes, "iter_num": 1}, folder / "ckpt.pt")
+    return folder / "ckpt.pt"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "small.tiktoken"])
+def test_ranks_beside_a_model_are_its_tokenizer_and_stay_it_in_a_bundle(shared, tmp_path, monkeypatch, name):
+    ranks = known(monkeypatch, shared)
+    write_ranks(tmp_path / name, ranks)
+    path = model_with(tmp_path, 640)
+    opened = open_gpt(path)
+    assert f"{tmp_path / name}: 600 ranks, taken to be Small's" in opened.notes
+    tokenizer, text = opened.model.tokenizer, "The well 2024\n\u4e2d<|end_of_text|>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and {ranks[b" we"], ranks[b"ll"]} <= set(ids.tolist()) <= set(range(600))
+    assert (tokenizer.vocab_size, tokenizer.end_of_text, ids.dtype) == (602, 601, "uint16")
+    converted(path, tmp_path / "b", "bundle")
+    kept = GPT.load(tmp_path / "b")[1]
+    assert tokenizer_from_state(kept).state() == tokenizer.state() and proves_itself(tokenizer.state())
+    assert describe(kept) == f"tiktoken, Small's 602 ids, fingerprint {tokenizer.fingerprint[:12]}"
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    (tmp_path / "b/config.json").write_text(json.dumps({**config, "vocab_size": 601}))
+    with pytest.raises(CheckpointError, match="Small's 602 ids, but vocab_size is 601"):
+        GPT.load(tmp_path / "b")
+
+
+def test_ranks_that_do_not_fit_are_said_and_not_used(shared, tmp_path, monkeypatch):
+    ranks = known(monkeypatch, shared)
+    path = model_with(tmp_path, 640)
+
+    def said(data: dict[bytes, int] | bytes) -> str:
+        if isinstance(data, bytes):
+            (tmp_path / "tokenizer.model").write_bytes(data)
+        else:
+            write_ranks(tmp_path / "tokenizer.model", data)
+        opened = open_gpt(path)
+        assert opened.model.tokenizer is None
+        return next(note for note in opened.notes if "tokenizer.model" in note)
+
+    assert "600 tokens, expected 600 different ones" in said({**ranks, b"!": 600})
+    assert "599 ranks, of no vocabulary that is known here" in said(dict(list(ranks.items())[:599]))
+    assert "A model of SentencePiece is not read" in said(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    path = model_with(tmp_path, 601)
+    assert "600 ranks, and the model has 601 rows" in said(ranks)
+
+
+@pytest.mark.full
+def test_ranks_become_a_tokenizer_json_with_their_ids(shared, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    write_ranks(tmp_path / "tokenizer.model", known(monkeypatch, shared))
+    path = model_with(tmp_path, 640)
+    converted(path, tmp_path / "hf", "hf")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), open_gpt(path).model.tokenizer
+    book = (shared / "data/tinyshakespeare.txt").read_text()[:20_000]
+    for text in (book, "I'LL 12345  x\r\n\n \u4e2d\u6587 \U0001f600 it's", ""):
+        assert theirs(text)["input_ids"] == ours.encode(text).tolist()
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (600, 601)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 601

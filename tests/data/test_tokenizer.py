@@ -114,6 +114,9 @@ def test_old_char_state_opens_and_gets_a_fingerprint(shared):
     assert tokenizer_from_state(tokenizer.state()).state() == tokenizer.state()
 
 
+QWEN = {"token_kind": "tiktoken", "vocabulary": "qwen"}
+
+
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
@@ -128,6 +131,16 @@ def test_old_char_state_opens_and_gets_a_fingerprint(shared):
         ({"token_kind": "char", "chars": ["a"], "fingerprint": "f" * 64}, "recorded is ffffffffffff"),
         ({"token_kind": "gpt2", "fingerprint": "0" * 64}, "306cd27f03c1, recorded is 000000000000"),
         ({"token_kind": "hf", "definition": "x"}, "definition is str"),
+        ({"token_kind": "tiktoken"}, "vocabulary is 'None', expected llama3, qwen"),
+        ({"token_kind": "tiktoken", "vocabulary": "qwen"}, "ranks is None, expected a list of tokens in base64"),
+        (
+            {"token_kind": "tiktoken", "vocabulary": "qwen", "ranks": ["IQ==", "?"]},
+            r"ranks\[1\] is '\?', expected base64",
+        ),
+        (
+            {"token_kind": "tiktoken", "vocabulary": "qwen", "ranks": ["IQ=="] * 2},
+            "ranks has 1 tokens, expected 151,643",
+        ),
     ],
 )
 def test_contradictory_state_is_refused(state, expected):

@@ -19,7 +19,7 @@ def main(words: list[str]) -> int:
             {"device": "cpu"}, bundle.tokenizer["token_kind"], None, 1e-3, bundle=bundle
         )
         names = {p: plain_name(name) for name, p in model.named_parameters()}
-        weights = {name: whole(p.detach()) for p, name in names.items()}
+        weights = {plain_name(name): whole(tensor) for name, tensor in model.state_dict().items()}
         moments = {names[p]: {k: whole(v) for k, v in s.items()} for p, s in optimizer.state.items()}
         if world.is_first:
             torch.save({"step": step, "weights": weights, "moments": moments}, out)

@@ -100,7 +100,7 @@ def test_every_command_of_the_readme_works_in_the_order_in_which_they_stand(clon
     for name in ("nano", "gpt2", "old"):
         assert (clone / "checkpoints" / name / "training_state.json").is_file()
     pages = ["dante.html"] if has_plotly else []
-    for name in (*pages, "nano_ckpt.pt", "dante.safetensors", "model.safetensors"):
+    for name in (*pages, "dante_hf/model.safetensors", "nano_ckpt.pt", "dante.safetensors", "model.safetensors"):
         assert (clone / name).stat().st_size > 1000
 
 

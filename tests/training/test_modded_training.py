@@ -15,7 +15,8 @@ from core.data.tokens import Tokens
 from core.errors import CheckpointMismatch, InputError
 from core.kinds import KINDS
 from core.kinds.kind import Request
-from core.kinds.modded import fresh, open_origin, sizes
+from core.kinds.modded import fresh, sizes
+from core.kinds.origin import open_origin
 from core.loading.modded import load_flex_checkpoint
 from core.networks.flex import GPTFlexAttention
 from core.networks.muon import configure_muon

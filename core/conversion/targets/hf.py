@@ -78,7 +78,7 @@ def _generation(model: Source, config: dict[str, Any]) -> dict[str, Any]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids: dict[str, Any] = {name: config[name] for name in names if name in config}
     padding = range(tokens_of(model.tokenizer), model.sizes.get("vocab_size", 0))
-    if (model.tokenizer or {}).get("token_kind") in ("char", "gpt2", "symbols") and padding:
+    if (model.tokenizer or {}).get("token_kind") in ("char", "gpt2", "symbols", "tiktoken") and padding:
         return {**ids, "suppress_tokens": list(padding)}
     return {"_from_model_config": True, **ids}
 

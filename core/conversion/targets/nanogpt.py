@@ -94,11 +94,10 @@ def _add_vocabulary(plan: Plan, dataset: str) -> None:
     elif kind == "gpt2":
         model.notes.append(f"sample.py decodes its tokens as GPT-2's; nanoGPT's folder must have no {place}")
     else:
-        what = "a Hugging Face tokenizer, which nanoGPT cannot read" if kind == "hf" else "not known"
-        what = "a number of ids without symbols" if kind == "symbols" else what
+        what = _UNREAD.get(str(kind), "not known")
         model.notes.append(
             f"WARNING: its tokenizer is {what}: without a {place} sample.py decodes its tokens as GPT-2's. "
-            + ("--to hf keeps it" if kind == "hf" else "--meta FILE includes one of characters")
+            + ("--to hf keeps it" if kind in ("hf", "tiktoken") else "--meta FILE includes one of characters")
         )
 
 
@@ -144,3 +143,11 @@ def _decayed_first(model: Source) -> None:
         groups[1]["names"] += filled
         names = listed_names(filled, 3)
         model.notes.append(f"no moments for {names}, which are filled in: nanoGPT starts them at its next step")
+
+
+_UNREAD = {
+    "hf": "a Hugging Face tokenizer, which nanoGPT cannot read",
+    "tiktoken": "another one of tiktoken than GPT-2's",
+    "symbols": "a number of ids without symbols",
+}
+"""Tokenizers that sample.py does not have, by kind."""
