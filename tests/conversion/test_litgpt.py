@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.containers.flat_yaml import parse_flat_yaml
+from core.containers.flat_yaml import dump_flat_yaml, parse_flat_yaml
+from core.conversion.pairs.litgpt import OF_WINDOWS
+from core.conversion.plan import Options
+from core.conversion.planning import plan_conversion
 from core.conversion.text import matrix
 from core.errors import CheckpointMismatch
 from tests.makers.conversions import converted, expected, hf_logits, our_logits, same, texts, worst
@@ -233,6 +237,20 @@ def test_what_our_gpt_does_not_compute_is_refused_by_name(tmp_path, kind, change
         converted(source, tmp_path / "bundle", "bundle")
     assert said in str(error.value) and str(source) in str(error.value)
     assert not (tmp_path / "bundle").exists()
+
+
+odd = st.none() | st.booleans() | st.integers(-2, 9) | st.sampled_from([0.5, 1e30, "x"]) | st.lists(st.integers(0, 1))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(sorted({*CLASS, *OF_WINDOWS, "hf_config"})), odd, min_size=1, max_size=3))
+def test_no_value_of_a_config_is_too_odd(tmp_path, changed):
+    config = config_of("gemma2", n_layer=1)
+    if not (tmp_path / "source").exists():
+        write(tmp_path / "source", config, state_of(config))
+    (tmp_path / "source" / "model_config.yaml").write_bytes(dump_flat_yaml({**config, **changed}))
+    with ExitStack() as held, suppress(CheckpointMismatch):
+        plan_conversion(tmp_path / "source", tmp_path / "bundle", "bundle", Options(), held)
 
 
 def test_a_file_without_its_config_is_refused_with_its_name(tmp_path):
