@@ -41,6 +41,7 @@ def _switches(qkv: str, up: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 def _family(
     name: str, program: str, up: tuple[str, ...], qk: tuple[str, str] = HEAD, qkv: str = CONCATENATED
 ) -> Family:
+    always = ("qk_norm",) if qk is WIDTH else ()
     return Family(
         name=name,
         program=program,
@@ -62,16 +63,17 @@ def _family(
         signature=(f"{LAYER}{qkv}.weight",),
         embedding="transformer.wte.weight",
         head="lm_head.weight",
-        switches=_switches(qkv, up),
+        switches={switch: names for switch, names in _switches(qkv, up).items() if switch not in always},
+        always=always,
         rotary=True,
         norm_without_bias="RMSNorm",
         activation="gated" if GATE in up else "GELU",
         gated="gated" if GATE in up else "",
         pads=True,
         claims={
+            **({} if always else {"norm_qk": "qk_norm"}),
             "bias": "proj_bias",
             "lm_head_bias": "head_bias",
-            "norm_qk": "qk_norm",
             "norm_1": "first_norm",
             "post_attention_norm": "norm_after_attention",
             "post_mlp_norm": "norm_after_mlp",
@@ -84,9 +86,9 @@ OLD = "_interleaved"
 
 _OLD = "litgpt, with interleaved q, k and v"
 FAMILIES = (
+    _family("litgpt_olmo2", "litgpt", (GATE, UP), WIDTH),  # before those whose only head may be as wide
     _family("litgpt", "litgpt", (GATE, UP)),
     _family("litgpt_neox", "litgpt", (ALONE,)),
-    _family("litgpt_olmo2", "litgpt", (GATE, UP), WIDTH),
     _family(f"litgpt{OLD}", _OLD, (GATE, UP), qkv=INTERLEAVED),
     _family(f"litgpt_neox{OLD}", _OLD, (ALONE,), qkv=INTERLEAVED),
 )

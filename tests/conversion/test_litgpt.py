@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from core.containers.flat_yaml import parse_flat_yaml
+from core.containers.flat_yaml import dump_flat_yaml, parse_flat_yaml
+from core.conversion.pairs.litgpt import OF_WINDOWS
+from core.conversion.plan import Options
+from core.conversion.planning import plan_conversion
 from core.conversion.text import matrix
 from core.errors import CheckpointMismatch
 from tests.makers.conversions import converted, expected, hf_logits, our_logits, same, texts, worst
@@ -57,6 +63,42 @@ def test_each_kind_has_litgpts_logits_and_goes_back_bit_for_bit(tmp_path, kind):
     assert {**CLASS, **made}.items() >= {
         n: v for n, v in config.items() if n not in free | {"n_expert", "latent_attention"}
     }.items()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_sizes_biases_and_tying(tmp_path_factory, kind, data):
+    groups, share, size = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([4, 8, 12])),
+    )
+    config = config_of(
+        kind,
+        n_layer=data.draw(st.integers(1, 3)),
+        n_query_groups=groups,
+        n_head=groups * share,
+        head_size=size,
+        n_embd=data.draw(st.sampled_from([24, groups * share * size])),
+        intermediate_size=data.draw(st.integers(1, 50)),
+        lm_head_bias=data.draw(st.booleans()),
+        attn_bias=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+        padded_vocab_size=data.draw(st.integers(48, 70)),
+        sliding_window_indices=None,
+    )
+    state = state_of(config, data.draw(st.integers(0, 99)))
+    if tied := data.draw(st.booleans()):
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    folder = tmp_path_factory.mktemp("any")
+    converted(write(folder / "source", config, state), folder / "bundle", "bundle")
+    assert worst(our_logits(folder / "bundle", IDS).double(), Reference(state, config).logits(IDS)) < 2 * CLOSE
+    assert json.loads((folder / "bundle" / "config.json").read_text()).get("tied_head", False) is tied
+    if config["norm_qk_type"] == "default" or config["n_head"] > 1:
+        converted(folder / "bundle", folder / "back", "litgpt")
+        assert same(weights_in(folder / "back"), state)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2", "phi", "pythia"])
@@ -174,6 +216,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "sliding_window_indices is [1], expected 0 or 1",
     ),
     ("olmo2", {"norm_qk_type": "default"}, "norm_qk_type is 'default', but norms of queries and keys are of a width"),
+    ("olmo2", {"norm_qk": False}, "norm_qk is False, but norms of queries and keys are there"),
     ("pythia", {"name": "OLMo-1B-hf"}, "norm_class_name is LayerNorm in OLMo-1B-hf, which has no weights there"),
     (
         "llama2",
@@ -194,6 +237,20 @@ def test_what_our_gpt_does_not_compute_is_refused_by_name(tmp_path, kind, change
         converted(source, tmp_path / "bundle", "bundle")
     assert said in str(error.value) and str(source) in str(error.value)
     assert not (tmp_path / "bundle").exists()
+
+
+odd = st.none() | st.booleans() | st.integers(-2, 9) | st.sampled_from([0.5, 1e30, "x"]) | st.lists(st.integers(0, 1))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(sorted({*CLASS, *OF_WINDOWS, "hf_config"})), odd, min_size=1, max_size=3))
+def test_no_value_of_a_config_is_too_odd(tmp_path, changed):
+    config = config_of("gemma2", n_layer=1)
+    if not (tmp_path / "source").exists():
+        write(tmp_path / "source", config, state_of(config))
+    (tmp_path / "source" / "model_config.yaml").write_bytes(dump_flat_yaml({**config, **changed}))
+    with ExitStack() as held, suppress(CheckpointMismatch):
+        plan_conversion(tmp_path / "source", tmp_path / "bundle", "bundle", Options(), held)
 
 
 def test_a_file_without_its_config_is_refused_with_its_name(tmp_path):

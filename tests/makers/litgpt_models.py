@@ -101,6 +101,16 @@ GEMMA2: Values = {
     "sliding_window_size": 4,
     "sliding_window_indices": [1, 0, 1],
 }
+OLMO2: Values = {
+    **LLAMA,
+    "name": "OLMo-2-1124-7B",
+    "norm_qk": True,
+    "norm_qk_type": "olmo2",
+    "norm_1": False,
+    "norm_2": False,
+    "post_attention_norm": True,
+    "post_mlp_norm": True,
+}
 KINDS: dict[str, Values] = {
     "llama2": LLAMA,
     "llama3": {**LLAMA, "rope_base": 500000, "rope_adjustments": LLAMA3},
@@ -112,16 +122,8 @@ KINDS: dict[str, Values] = {
     "phi": PHI,
     "pythia": {"rotary_percentage": 0.5},
     "pythia_serial": {"rotary_percentage": 0.5, "parallel_residual": False, "gelu_approximate": "tanh"},
-    "olmo2": {
-        **LLAMA,
-        "name": "OLMo-2-1124-7B",
-        "norm_qk": True,
-        "norm_qk_type": "olmo2",
-        "norm_1": False,
-        "norm_2": False,
-        "post_attention_norm": True,
-        "post_mlp_norm": True,
-    },
+    "olmo2": OLMO2,
+    "olmo2_of_one_width": {**OLMO2, "n_query_groups": 4},
     "gemma": GEMMA,
     "gemma2": GEMMA2,
 }

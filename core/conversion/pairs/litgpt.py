@@ -141,7 +141,9 @@ def _read(said: Mapping[str, Any], model: Source) -> dict[str, Any]:
         **_rotary(said, shown),
         "parallel_residual": said["parallel_residual"],
         "shared_attention_norm": said["shared_attention_norm"],
-        "attention_scale": "head_size" if scalar == shown.get("head_size") else _number(scalar, "scalar") ** -0.5,
+        "attention_scale": "head_size"
+        if scalar == shown.get("head_size")
+        else _number(scalar, "attention_scores_scalar") ** -0.5,
         "attention_cap": said["attention_logit_softcapping"],
         "logit_cap": said["final_logit_softcapping"],
         "embedding_scale": shown["n_embd"] ** 0.5 if said["scale_embeddings"] else 1.0,
@@ -157,9 +159,12 @@ def _number(value: Any, name: str) -> float:
 
 def _norms(said: Mapping[str, Any], model: Source) -> dict[str, Any]:
     """The norms; their class has another meaning in models whose name has Gemma or OLMo in it."""
-    name = said["name"] or (said["hf_config"] or {}).get("name") or ""
-    kind = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}.get(said["norm_class_name"])
-    if kind is None or not isinstance(name, str):
+    upstream = said["hf_config"] if isinstance(said["hf_config"], Mapping) else {}
+    name = said["name"] or upstream.get("name") or ""
+    if not isinstance(name, str):
+        raise Unfit(f"name is {name!r}, expected a text: it decides what norms compute")
+    kind = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}.get(str(said["norm_class_name"]))
+    if kind is None:
         raise Unfit(f"norm_class_name is {said['norm_class_name']!r}; our GPT computes LayerNorm and RMSNorm")
     if kind == "layernorm" and "OLMo" in name:
         raise Unfit(f"norm_class_name is LayerNorm in {name}, which has no weights there; our GPT has them")
@@ -169,8 +174,10 @@ def _norms(said: Mapping[str, Any], model: Source) -> dict[str, Any]:
         raise Unfit(
             f"norm_1, norm_2, post_attention_norm and post_mlp_norm are {places}; our GPT computes no such four"
         )
-    qk = {"default": "head", "olmo2": "width"}.get(said["norm_qk_type"]) if said["norm_qk"] else None
+    qk = {"default": "head", "olmo2": "width"}.get(str(said["norm_qk_type"])) if said["norm_qk"] else None
     by_shape = "width" if model.family == "litgpt_olmo2" else "head"
+    if by_shape == "width" and not said["norm_qk"]:
+        raise Unfit(f"norm_qk is {said['norm_qk']!r}, but norms of queries and keys are there")
     if said["norm_qk"] and qk != by_shape and model.sizes.get("n_head") != 1:
         raise Unfit(f"norm_qk_type is {said['norm_qk_type']!r}, but norms of queries and keys are of a {by_shape}")
     return {
@@ -220,10 +227,11 @@ def _windows(said: Mapping[str, Any], layers: int) -> Any:
     placing, stride, offset = (said.get(name) for name in OF_WINDOWS)
     if placing not in (None, "all", "interleaved", 1, 2):
         raise Unfit(f"sliding_window_layer_placing is {placing!r}, expected all or interleaved")
-    step = stride or (2 if placing in ("interleaved", 2) else 1)
     has = said["sliding_window_indices"]
     if has is None:
-        has = [(i + (offset or 0)) % step == 0 for i in range(layers)]
+        step = _number(stride or (2 if placing in ("interleaved", 2) else 1), OF_WINDOWS[1])
+        first = _number(offset, OF_WINDOWS[2]) if offset else 0
+        has = [(i + first) % step == 0 for i in range(layers)]
     if not isinstance(has, list) or len(has) < layers or not set(has) <= {0, 1}:
         raise Unfit(f"sliding_window_indices is {has!r}, expected 0 or 1 for each of {layers} layers")
     return window if all(has[:layers]) else [window if one else None for one in has[:layers]]
