@@ -156,6 +156,11 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
             if args.check_text is not None:
                 raise CheckpointError(f"{place}: holds {len(names)} models, and --check_text computes one. Name one.")
             models = [model_facts(place / name) for name in names]
+            if args.html is not None:
+                from core.inspection.html.runs import write_runs
+
+                write_runs(args.html, place, models, overwrite=args.overwrite)
+                say_written(args.html)
             opens = any("error" not in one and not ("legacy" in one and one["step"] is None) for one in models)
             none = f"{place}: none of its {len(models)} models opens; each is listed with the reason."
             return {"root": str(place), "models": models}, [] if opens else [none]
@@ -201,10 +206,15 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
                 with byte_bar("reading", 2 * sum(t.nbytes for t in found.weights.values()) + found.size) as bar:
                     damaged = write_page(args.html, found, facts, overwrite=args.overwrite, progress=bar.update)
                 faults += [fault for fault in damaged if fault not in faults]
-                tell(f"wrote {args.html} ({size_text(args.html.stat().st_size)})")
+                say_written(args.html)
             return facts, faults
     except OSError as error:
         raise CheckpointError(f"{error.filename or place}: cannot be read ({error.strerror}).") from error
+
+
+def say_written(file: Path) -> None:
+    """Report the page that was written."""
+    tell(f"wrote {file} ({size_text(file.stat().st_size)})")
 
 
 def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
