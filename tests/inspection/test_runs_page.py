@@ -68,7 +68,7 @@ def test_only_the_settings_that_differ_are_listed(one, tmp_path):
         path.write_text(json.dumps({**config, "dropout": rate}))
     _, text = page_of(root, tmp_path / "runs.html")
     section = text[text.index('id="settings"') :]
-    assert re.findall("<th[^>]*>([^<]*)", section) == ["model", "dropout"]
+    assert re.findall("<th scope[^>]*>([^<]*)", section) == ["model", "dropout"]
     assert "<td>0.001</td>" in section and "<td>0.002</td>" in section and "n_embd" not in section
     assert "<i>" not in section.replace("&lt;i&gt;", "")
 

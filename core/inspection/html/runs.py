@@ -53,8 +53,8 @@ def write_runs(file: Path, root: Path, models: Sequence[Facts], *, overwrite: bo
     publish(file, lambda: runs_page(root, models), overwrite)
 
 
-def runs_page(root: Path, models: Sequence[Facts]) -> str:
-    """The page of a folder of models as text."""
+def runs_page(root: Path, models: Sequence[Facts], *, live: str = "") -> str:
+    """The page of a folder of models as text; `live` as in `document`."""
     runs = [_run(root, facts) for facts in models]
     title = root.absolute().name or str(root)
     opened = [run for run in runs if run.state]
@@ -67,7 +67,7 @@ def runs_page(root: Path, models: Sequence[Facts]) -> str:
         *_list(runs),
         *_differences(opened),
     ]
-    return document(title, body)
+    return document(title, body, live=live)
 
 
 def _run(root: Path, facts: Facts) -> Run:
