@@ -17,7 +17,11 @@ from tests.makers.conversions import converted
 pytestmark = pytest.mark.full
 lm_eval = pytest.importorskip("lm_eval")
 
-PAIRS = [("In the middle of the journey", " of our life"), ("I came to myself", " within a dark wood"), ("In the", " e")]
+PAIRS = [
+    ("In the middle of the journey", " of our life"),
+    ("I came to myself", " within a dark wood"),
+    ("In the", " e"),
+]
 SIZES = {"n_layer": 2, "n_embd": 32, "n_head": 4, "block_size": 64, "dropout": 0.0}
 HEAD = {"tied_head": True, "head_bias": False}
 
