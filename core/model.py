@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
         """Transform each position by itself: x [B, T, C] to [B, T, C]."""
         if self.gate is None:
             return self.net(x)
-        up, activation, down = self.net.children()
+        up, activation, down = self.net
         return down(activation(self.gate(x)) * up(x))
 
 
