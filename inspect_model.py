@@ -36,15 +36,23 @@ from core.inspection.inspect import Inspection, inspect_path
 from core.inspection.report import Facts, facts_of
 from core.inspection.report_text import models_text, not_finite, text_of, views_text
 
+COMMON = (
+    *("model_name", "checkpoint_root", "config_file", "step", "tensors", "history", "verify", "stats"),
+    *("diff", "html", "check_text", "json", "quiet"),
+)
+"""The flags of --help."""
+
 EPILOG = """examples:
   python inspect_model.py                                 every model below checkpoints/, or the only one
   python inspect_model.py --model_name dante              one model
   python inspect_model.py --model_name dante --history    its history: every step, its branch, why it is kept
   python inspect_model.py old.pt                          a file of any program: .pt, .safetensors, .bin
+  python inspect_model.py --diff latest.pt checkpoints/dante    what changed, whatever the formats
+
+more examples:
   python inspect_model.py runs/llama --tensors '*norm*'   a folder of any program; some of its tensors, one by one
   python inspect_model.py dante/model.pt --verify         compare every record with its checksum
   python inspect_model.py ckpt.pt --stats '*.weight'      smallest, largest, mean, NaN and Inf of tensors
-  python inspect_model.py --diff latest.pt checkpoints/dante    what changed, whatever the formats
   python inspect_model.py --model_name dante --html dante.html  a page to look at
 
 Nothing is loaded and nothing in a file is executed. Exit code 0 when all is well (with --diff: equal), 1 when
@@ -84,7 +92,8 @@ def main(argv: list[str]) -> int:
 
 def make_parser() -> Parser:
     """Describe the flags."""
-    parser = Parser(prog="inspect_model.py", description=__doc__ or "", epilog=EPILOG)
+    parser = Parser("inspect_model.py", __doc__ or "", EPILOG, common=COMMON)
+    parser.usage = "inspect_model.py [PATH ...] [--FLAG VALUE ...]"
     parser.add_argument("paths", metavar="PATH", nargs="*", help="a checkpoint folder or file, or a folder of models")
     steps = "a kept step instead of the newest; of another program's run the step N, or newest"
     parser.add_argument("--step", type=step, metavar="N", help=steps)

@@ -8,7 +8,7 @@ the rest computed again at positions from 0: one long pass per block_size / 2 to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -196,6 +196,24 @@ def text_after(tokenizer: Tokenizer, ids: Sequence[int]) -> Stream:
     for i in ids:
         text.push(i)
     return text
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pass text on up to the first of the `stops`, which is left out; what may be the beginning of one is held back.
+
+    What `pieces` makes is not asked for beyond that.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if ends := [at for stop in stops if (at := held.find(stop)) >= 0]:
+            yield held[: min(ends)]
+            return
+        open_ends = (size for stop in stops for size in range(1, len(stop)) if held.endswith(stop[:size]))
+        sent = len(held) - max(open_ends, default=0)
+        yield held[:sent]
+        held = held[sent:]
+    yield held
 
 
 def sample(
