@@ -179,6 +179,9 @@ def _open_step(place: ModelFolder, step: int) -> OpenStep:
     return place.open_kept(place.path / step_folder(step))
 
 
+_ALONE = f" {MODEL} alone does not show its model: write model.config.to_dict() as {CONFIG} beside it."
+
+
 def _bundle(opened: OpenStep, folder: Path) -> Bundle:
     weights, optimizer = _part(opened, MODEL, WEIGHTS_KEYS), _part(opened, OPTIMIZER)
     if CONFIG not in opened.files or weights is None:
@@ -186,7 +189,7 @@ def _bundle(opened: OpenStep, folder: Path) -> Bundle:
         there = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
         raise CheckpointNotFound(
             f"{folder}: no checkpoint here. Looked for {CONFIG} + {MODEL} (bundle), latest.pt or final.pt (single "
-            f"file); found {there}."
+            f"file); found {there}.{_ALONE if weights is not None else ''}"
             if folder.exists()
             else f"{folder}: no such folder."
         )
