@@ -100,12 +100,12 @@ def mutations(source: bytes) -> list[Mutation]:
 
 
 def _visible(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that are computed and whose text may be replaced."""
+    """The nodes that are computed and whose text may be replaced; a decorator's settings show in no behaviour."""
     if isinstance(node, ast.JoinedStr):
         return
     yield node
     for name, value in ast.iter_fields(node):
-        if name not in ("annotation", "returns", "type_params"):
+        if name not in ("annotation", "returns", "type_params", "decorator_list"):
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     yield from _visible(child)
