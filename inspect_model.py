@@ -28,7 +28,7 @@ from core.console.commandline import (
     step,
 )
 from core.console.progress import byte_bar, token_bar
-from core.console.words import printable
+from core.console.words import printable, size_text, tell
 from core.containers.open import is_checkpoint_folder
 from core.containers.plain import Room, plain, write_plain
 from core.errors import CheckpointError, CheckpointNotFound
@@ -207,8 +207,10 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
             if args.html is not None:
                 from core.inspection.html.page import write_page
 
-                with byte_bar("reading", 2 * sum(t.nbytes for t in found.weights.values())) as bar:
-                    write_page(args.html, found, facts, overwrite=args.overwrite, progress=bar.update)
+                with byte_bar("reading", 2 * sum(t.nbytes for t in found.weights.values()) + found.size) as bar:
+                    damaged = write_page(args.html, found, facts, overwrite=args.overwrite, progress=bar.update)
+                faults += [fault for fault in damaged if fault not in faults]
+                tell(f"wrote {args.html} ({size_text(args.html.stat().st_size)})")
             return facts, faults
     except OSError as error:
         raise CheckpointError(f"{error.filename or place}: cannot be read ({error.strerror}).") from error
