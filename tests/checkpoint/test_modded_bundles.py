@@ -93,7 +93,7 @@ def test_generate_writes_from_a_file_of_the_program(tmp_path, shared):
     assert "Format: small (from train_gpt_small.py)" in ran.stderr
     without = script("generate", "--checkpoint", path, cwd=tmp_path)
     assert without.returncode == 1 and without.stdout == ""
-    assert "have no tokenizer. Give --tokenization gpt2" in without.stderr.splitlines()[-1]
+    assert "no tokenizer in it or beside it. Give --tokenization gpt2" in without.stderr.splitlines()[-1]
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path, shared):
