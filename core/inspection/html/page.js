@@ -57,11 +57,15 @@ function readCurve() {
   show();
 }
 
-// Where a server watches the checkpoint: a newer page replaces this one.
+// Where a server watches the checkpoint: a newer page replaces this one, with the same folds open.
+const folds = () => [...document.querySelectorAll("details")];
 async function watch(version) {
   try {
     const answer = await fetch("version", { cache: "no-store" });
-    if (answer.ok && (await answer.text()) !== version) return location.reload();
+    if (answer.ok && (await answer.text()) !== version) {
+      sessionStorage.setItem("open", JSON.stringify(folds().map((fold) => fold.open)));
+      return location.reload();
+    }
   } catch { /* the server is gone: this page stays as it is */ }
   setTimeout(watch, 3000, version);
 }
@@ -126,7 +130,11 @@ function tensorTable() {
 
 if (at("tensors")) tensorTable();
 if (at("curve") && at("at")) readCurve();
-if (document.documentElement.dataset.version) watch(document.documentElement.dataset.version);
+if (document.documentElement.dataset.version) {
+  const open = JSON.parse(sessionStorage.getItem("open") || "[]");
+  if (open.length === folds().length) folds().forEach((fold, i) => (fold.open = open[i]));
+  watch(document.documentElement.dataset.version);
+}
 ages();
 setInterval(ages, 60000);
 addEventListener("beforeprint", () => document.querySelectorAll("#histograms details, #training details").forEach((fold) => (fold.open = true)));

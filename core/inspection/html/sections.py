@@ -88,7 +88,10 @@ def _loss_said(loss: float | None, facts: Facts, curve: Curve | None) -> str:
 
 def vocabulary_of(facts: Facts) -> int:
     """How many tokens there are to guess from; 0 where nothing says."""
-    for place in (facts.get("tokenizer"), facts.get("architecture")):
+    tokenizer = facts.get("tokenizer")
+    if isinstance(tokenizer, dict) and isinstance(tokenizer.get("chars"), list):
+        return len(tokenizer["chars"])
+    for place in (tokenizer, facts.get("architecture")):
         size = place.get("vocab_size") if isinstance(place, dict) else None
         if type(size) is int and 1 < size < 1 << 31:
             return size
