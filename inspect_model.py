@@ -26,9 +26,10 @@ from core.console.commandline import (
     rules_given,
     run,
     step,
+    tell_json,
 )
 from core.console.progress import byte_bar, token_bar
-from core.console.words import printable
+from core.console.words import printable, tell
 from core.containers.open import is_checkpoint_folder
 from core.containers.plain import Room, plain, write_plain
 from core.errors import CheckpointError, CheckpointNotFound
@@ -80,8 +81,6 @@ def main(argv: list[str]) -> int:
     if args.check_loss is not None and args.check_text is None:
         parser.error("--check_loss needs --check_text, the text whose loss it is")
     places = find_places(parser, args)
-    if places is None:
-        return WRONG_USE
     shown, faults = [], []
     for place in places:
         facts, found = look(place, args)
@@ -119,8 +118,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def find_places(parser: Parser, args: argparse.Namespace) -> list[Path] | None:
-    """Find the checkpoint that the command line names; None (after a message) when there are several."""
+def find_places(parser: Parser, args: argparse.Namespace) -> list[Path]:
+    """Find the checkpoints that the command line names."""
     named = [flag for flag in ("model_name", "legacy_checkpoint") if getattr(args, flag)]
     for flag in ("tensors", "stats"):
         if Path(getattr(args, flag) or "*").exists():
@@ -134,10 +133,7 @@ def find_places(parser: Parser, args: argparse.Namespace) -> list[Path] | None:
     elif args.paths:
         places = [Path(path) for path in args.paths]
     elif args.model_name or len(model_names(root)) < 2:
-        name = choose_model(args)
-        if name is None:
-            return None
-        places = [root / name]
+        places = [root / choose_model(args)]
     else:
         places = [root]
     for flag in ("step", "html"):
@@ -242,7 +238,8 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
                 found = compare(Side(a), Side(b), args.moments, bar.update)
                 room = Room(a.size + b.size)
     except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_json(str(error))
+        tell(f"error: {error}")
         return WRONG_USE
     if args.json:
         print_json(plain(comparison_facts(found), room=room))
@@ -259,7 +256,7 @@ def is_checkpoint(folder: Path) -> bool:
 def say_chosen(found: Inspection) -> None:
     """Report which of several checkpoints is shown, and why."""
     for line in found.chosen:
-        print(line, file=sys.stderr)
+        tell(line)
 
 
 def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int:
