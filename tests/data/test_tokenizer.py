@@ -294,7 +294,7 @@ def test_gpt2_ranks_that_were_given_are_kept_beside_the_program_in_one_form(nowh
     windows.write_bytes(bpe_file.read_bytes().replace(b"\n", b"\r\n"))
     (tmp_path / "other").write_bytes(bpe_file.read_bytes()[:-20])
     for named in (None, tmp_path / "missing", tmp_path / "other"):
-        ranks.keep_given(given)
+        ranks.keep_given(named)
         assert not ranks.BESIDE.exists()
     ranks.keep_given(windows)
     assert ranks.BESIDE.read_bytes() == bpe_file.read_bytes() and len(ranks.find_ranks()) == 50256
