@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from core.bundle.find import model_names
+from core.bundle.find import missing_model
 from core.bundle.foreign import foreign_checkpoint
 from core.console.commandline import DONE, FAILED, Parser, run
 from core.console.progress import byte_bar, token_bar
@@ -184,8 +184,7 @@ def _places(paths: list[str], name: str | None, root: Path) -> list[Path]:
     if name is None:
         return [root]
     if not (root / name).is_dir():
-        there = ", ".join(model_names(root)) or "none"
-        raise CheckpointNotFound(f"{root / name}: no such folder. Models in {root}: {there}.")
+        raise missing_model(root / name)
     return [root / name]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path
-from core.console.commandline import DONE, WRONG_USE, Parser, above_or_zero, number, run, seed_number
+from core.console.commandline import DONE, Parser, above_or_zero, number, run, seed_number
 from core.console.streams import unguarded
 from core.console.words import tell
 from core.containers.step_parents import NEWEST
@@ -75,8 +75,6 @@ def main(argv: list[str]) -> int:
         parser.error(f"--{given[0]}: for a checkpoint of another program that does not show it; leave it out")
     single = legacy_path(parser, args)
     name = str(path or single or "") or choose_model(args)
-    if name is None:
-        return WRONG_USE
 
     from core.checkpoint import CheckpointManager
     from core.data.tokenizer import named_tokenizer
@@ -145,6 +143,9 @@ def open_foreign(parser: Parser, path: Path, args: argparse.Namespace) -> GPT | 
 
 def write_samples(model: GPT | GPTBatched, name: str, args: argparse.Namespace) -> int:
     """Print all samples, and on stderr the model that wrote them and its speed."""
+    from core.data.gpt2_ranks import keep_given
+
+    keep_given(args.bpe_file)
     assert model.tokenizer is not None
     parameters = sum(p.numel() for p in model.parameters())
     tell(f"{name}: step {model.step}, {parameters / 1e6:.2f} M parameters, {model.device}, seed {args.seed}")

@@ -26,6 +26,7 @@ from core.console.commandline import (
     rules_given,
     run,
     step,
+    tell_json,
 )
 from core.console.progress import byte_bar, token_bar
 from core.console.words import printable, size_text, tell
@@ -86,8 +87,6 @@ def main(argv: list[str]) -> int:
     if args.watch and (wrong := next((name for name in others if getattr(args, name) not in (None, False)), None)):
         parser.error(f"--watch serves the page and does nothing else; leave out --{wrong}")
     places = find_places(parser, args)
-    if places is None:
-        return WRONG_USE
     if args.watch:
         return watch(places[0], args)
     shown, faults = [], []
@@ -131,8 +130,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def find_places(parser: Parser, args: argparse.Namespace) -> list[Path] | None:
-    """Find the checkpoint that the command line names; None (after a message) when there are several."""
+def find_places(parser: Parser, args: argparse.Namespace) -> list[Path]:
+    """Find the checkpoints that the command line names."""
     named = [flag for flag in ("model_name", "legacy_checkpoint") if getattr(args, flag)]
     for flag in ("tensors", "stats"):
         if Path(getattr(args, flag) or "*").exists():
@@ -146,10 +145,7 @@ def find_places(parser: Parser, args: argparse.Namespace) -> list[Path] | None:
     elif args.paths:
         places = [Path(path) for path in args.paths]
     elif args.model_name or len(model_names(root)) < 2:
-        name = choose_model(args)
-        if name is None:
-            return None
-        places = [root / name]
+        places = [root / choose_model(args)]
     else:
         places = [root]
     for flag in ("step", "html", "watch"):
@@ -289,7 +285,8 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
                 found = compare(Side(a), Side(b), args.moments, bar.update)
                 room = Room(a.size + b.size)
     except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_json(str(error))
+        tell(f"error: {error}")
         return WRONG_USE
     if args.json:
         print_json(plain(comparison_facts(found), room=room))
@@ -306,7 +303,7 @@ def is_checkpoint(folder: Path) -> bool:
 def say_chosen(found: Inspection) -> None:
     """Report which of several checkpoints is shown, and why."""
     for line in found.chosen:
-        print(line, file=sys.stderr)
+        tell(line)
 
 
 def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import torch
 import generate as script
 from core.config.gpt import GPTConfig
 from core.data.tokenizer import CharTokenizer
-from core.errors import CheckpointError, CheckpointNotFound, InputError
+from core.errors import CheckpointError, CheckpointNotFound, InputError, Unspecified
 from core.kinds.model_methods import save_checkpoint_bundle
 from core.model import GPT
 from core.networks.generation import until
@@ -151,8 +151,16 @@ def test_a_kept_step_and_the_best_can_be_asked_for(write, many):
 
 
 def test_several_models_are_listed_with_code_2(write, many):
-    code, out, err = write(root=many)
-    assert (code, out) == (2, "") and "first" in err and "second" in err
+    with pytest.raises(Unspecified) as raised:  # of which the script makes a line and exit code 2
+        write(root=many)
+    assert str(raised.value) == f"{many} holds 2 models; choose one with --model_name: first, second"
+
+
+@pytest.mark.parametrize(("name", "meant"), [("frist", "; did you mean first?"), ("zzz", ".")])
+def test_a_misspelt_model_lists_the_models(write, many, name, meant):
+    with pytest.raises(CheckpointNotFound) as raised:
+        write("--model_name", name, root=many)
+    assert str(raised.value) == f"{many / name}: no such folder{meant} Models in {many}: first, second."
 
 
 def test_no_model_names_the_train_command(write, tmp_path):
