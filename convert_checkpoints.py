@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from core.bundle.find import model_names
+from core.bundle.find import missing_model
 from core.bundle.foreign import foreign_checkpoint
 from core.console.commandline import DONE, FAILED, Parser, run
 from core.console.progress import byte_bar, token_bar
@@ -23,22 +23,31 @@ from core.conversion.migration.plan import FAILED as NOT_MIGRATED
 from core.conversion.migration.plan import Candidates, Outcome, find, plan, work
 from core.conversion.plan import Plan
 from core.errors import CheckpointError, CheckpointNotFound
+from core.networks.distributed import rank_of_torchrun
+
+COMMON = (
+    *("model_name", "checkpoint_root", "config_file", "dry_run", "json", "quiet", "to", "step", "list", "dtype"),
+    *("shard_size", "include_optimizer", "meta", "n_head", "check_text", "average", "output_path", "overwrite"),
+)
+"""The flags of --help."""
 
 EPILOG = """examples:
   python convert_checkpoints.py ckpt.pt checkpoints/dante --to bundle --meta data/dante/meta.pkl
   python convert_checkpoints.py gpt2/ checkpoints/gpt2 --to bundle      fine-tune it: train.py --init_from_model gpt2
   python convert_checkpoints.py checkpoints/dante dante-hf --to hf      transformers opens the folder
   python convert_checkpoints.py gpt2/ gpt2.safetensors --to safetensors --dtype bf16
+  python convert_checkpoints.py --list                                  the possible conversions
+  python convert_checkpoints.py --model_name dante      latest.pt and final.pt of a model become bundles
+
+more examples:
   python convert_checkpoints.py gpt2/ small/ --to safetensors --shard_size 1GB
   python convert_checkpoints.py ckpt.pt x --to hf --dry_run             every tensor: source, rule, target, shape, bytes
   python convert_checkpoints.py 0000002/ ema.safetensors --to safetensors --match_original BAGEL/ --save_ema
   python convert_checkpoints.py model.safetensors sharded/ --to dcp     torch.distributed.checkpoint loads the folder
   python convert_checkpoints.py a.pt b.pt c.pt --average --output_path mean.pt --to pt    the mean of their weights
-  python convert_checkpoints.py --list                                  the possible conversions
 
   python convert_checkpoints.py --model_name dante --consolidate        plain files of a step in shards
   python convert_checkpoints.py                         migrate every latest.pt and final.pt below checkpoints/
-  python convert_checkpoints.py --model_name dante      those of one model
   python convert_checkpoints.py old_runs old/final.pt   those in folders and files anywhere
 
 A conversion is planned from headers, and the plan is checked completely before the first byte is written. It streams
@@ -50,13 +59,14 @@ A migration turns the file with the highest step of a folder into its bundle, an
 changed or deleted; a second run skips what is done. Exit code 1 when something could not be converted or migrated.
 """
 
-MIGRATION = {"paths", "dry_run", "json", "list", "to", "model_name", "checkpoint_root", "config_file"}
+MIGRATION = {"paths", "dry_run", "json", "quiet", "list", "to", "model_name", "checkpoint_root", "config_file"}
 """Flags that are allowed without --to."""
 
 
 def main(argv: list[str]) -> int:
     """Migrate the places that the command line names, and print the outcome; returns the exit code."""
-    parser = Parser(prog="convert_checkpoints.py", description=__doc__ or "", epilog=EPILOG)
+    parser = Parser("convert_checkpoints.py", __doc__ or "", EPILOG, common=COMMON)
+    parser.usage = "convert_checkpoints.py [SRC DST --to FORMAT | PATH ...] [--FLAG VALUE ...]"
     words = "SRC DST with --to; otherwise the places to migrate: a model folder, a folder of models, or a .pt file"
     parser.add_argument("paths", metavar="PATH", nargs="*", help=words)
     parser.add_argument("--dry_run", action="store_true", help="print the plan and change nothing")
@@ -65,6 +75,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--consolidate", action="store_true", help=whole)
     add_flags(parser)
     args = parser.parse(argv)
+    if rank_of_torchrun():
+        return DONE  # the first rank does the work, which needs no others
     if args.list:
         return print_matrix(args.json)
     if args.consolidate:
@@ -172,8 +184,7 @@ def _places(paths: list[str], name: str | None, root: Path) -> list[Path]:
     if name is None:
         return [root]
     if not (root / name).is_dir():
-        there = ", ".join(model_names(root)) or "none"
-        raise CheckpointNotFound(f"{root / name}: no such folder. Models in {root}: {there}.")
+        raise missing_model(root / name)
     return [root / name]
 
 

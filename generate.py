@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.bundle.find import add_legacy_flag, choose_model, legacy_path
-from core.console.commandline import DONE, WRONG_USE, Parser, above_or_zero, number, run, seed_number
+from core.console.commandline import DONE, Parser, above_or_zero, number, run, seed_number
 from core.console.streams import unguarded
+from core.console.words import tell
 from core.containers.step_parents import NEWEST
 from core.conversion.command import add_source_flags, flags_of_source, source_options
 
@@ -22,14 +25,25 @@ if TYPE_CHECKING:
 
 SEPARATOR = "-" * 40
 
+COMMON = (
+    *("model_name", "checkpoint_root", "config_file", "step", "tokenization", "device", "dtype"),
+    *("prompt", "stop", "max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "seed"),
+    *("no_stream", "out", "json", "quiet"),
+)
+"""The flags of --help."""
+
 EPILOG = """examples:
   python generate.py                                            the only model there is, from an empty prompt
   python generate.py --model_name dante --prompt "The "         continue a prompt
   python generate.py --model_name dante --step best             the kept step with the best validation loss
-  python generate.py --model_name dante --temperature 0         always the likeliest token: the same text each time
   python generate.py gpt2/ --prompt "The "                      a checkpoint of any program, as it lies there
+
+more examples:
+  python generate.py --model_name dante --temperature 0         always the likeliest token: the same text each time
   python generate.py state_step001770.pt --tokenization gpt2    --checkpoint PATH is another spelling
+  python generate.py --model_name dante --prompt "The " --stop .    up to the first full stop, without it
   python generate.py --model_name dante --top_k 20 --seed 1 --num_samples 3 --json > samples.jsonl
+  python generate.py --model_name dante --num_samples 20 --out texts    texts/0001.txt to texts/0020.txt
 
 The seed is printed on stderr, so that a text can be generated again; sample i of a run uses seed + i.
 With an empty prompt the text starts after a line break (char) or the end-of-text token (gpt2).
@@ -52,6 +66,8 @@ def main(argv: list[str]) -> int:
         parser.error("--ema takes the average in a model's folder; a single file has none")
     if args.seed is None:
         args.seed = secrets.randbelow(2**31)
+    if args.out:
+        refuse_full_folder(args.out)
     replace_what_stdout_lacks()
     if path and not is_model_of_ours(path):
         return write_samples(open_foreign(parser, path, args), str(path), args)
@@ -59,8 +75,6 @@ def main(argv: list[str]) -> int:
         parser.error(f"--{given[0]}: for a checkpoint of another program that does not show it; leave it out")
     single = legacy_path(parser, args)
     name = str(path or single or "") or choose_model(args)
-    if name is None:
-        return WRONG_USE
 
     from core.checkpoint import CheckpointManager
     from core.data.tokenizer import named_tokenizer
@@ -112,7 +126,7 @@ def open_foreign(parser: Parser, path: Path, args: argparse.Namespace) -> GPT | 
         device=args.device or "auto",
         dtype=resolve_dtype(args.dtype),
         tokenizer=args.tokenization is None,
-        say=say,
+        say=tell,
         verify=args.verify,
         bpe_file=args.bpe_file,
     )
@@ -129,22 +143,28 @@ def open_foreign(parser: Parser, path: Path, args: argparse.Namespace) -> GPT | 
 
 def write_samples(model: GPT | GPTBatched, name: str, args: argparse.Namespace) -> int:
     """Print all samples, and on stderr the model that wrote them and its speed."""
+    from core.data.gpt2_ranks import keep_given
+
+    keep_given(args.bpe_file)
     assert model.tokenizer is not None
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"{name}: step {model.step}, {parameters / 1e6:.2f} M parameters, {model.device}, seed {args.seed}")
+    tell(f"{name}: step {model.step}, {parameters / 1e6:.2f} M parameters, {model.device}, seed {args.seed}")
     ids = [int(i) for i in model.tokenizer.encode(args.prompt, unknown=args.unknown, where="--prompt")]
-    started = time.perf_counter()
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    started, tokens = time.perf_counter(), 0
     for sample in range(args.num_samples):
-        write_sample(model, name, ids, sample, args)
+        tokens += write_sample(model, name, ids, sample, args)
     seconds = time.perf_counter() - started
-    tokens = args.num_samples * args.max_new_tokens
-    say(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
+    tell(f"{tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.1f} tokens/s)")
+    if args.out:
+        tell(f"{args.num_samples} {'text' if args.num_samples == 1 else 'texts'} in {args.out}")
     return DONE
 
 
-def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], nth: int, args: argparse.Namespace) -> None:
-    """Print one sample: token by token, as a whole, or as one line of JSON."""
-    from core.networks.generation import start_ids, stream, text_after
+def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], nth: int, args: argparse.Namespace) -> int:
+    """Write one sample: token by token, as a whole, as one line of JSON, or to a file; returns its tokens."""
+    from core.networks.generation import start_ids, stream, text_after, until
 
     assert model.tokenizer is not None
     ids = ids or start_ids(model.tokenizer)
@@ -158,27 +178,48 @@ def write_sample(model: GPT | GPTBatched, name: str, ids: list[int], nth: int, a
         top_p=args.top_p,
         seed=seed,
     )
-    text = text_after(model.tokenizer, ids)
+    text, count = text_after(model.tokenizer, ids), 0
+
+    def decoded() -> Iterator[str]:
+        nonlocal count
+        for token in new:
+            count += 1
+            yield text.push(token)
+        yield text.flush()
+
+    pieces = until(decoded(), args.stop or [])
     out = sys.stdout if sys.stdout.isatty() else unguarded(sys.stdout)  # a file gets every character as it is
-    if args.stream and not args.json:
+    if args.stream and not (args.json or args.out):
         if nth:
             print(SEPARATOR)
-        print(args.prompt, end="", flush=True, file=out)
-        for token in new:
-            print(text.push(token), end="", flush=True, file=out)
-        print(text.flush(), flush=True, file=out)
-        return
-    written = "".join(text.push(token) for token in new) + text.flush()
+        for piece in itertools.chain([args.prompt], pieces):
+            print(piece, end="", flush=True, file=out)
+        print(flush=True, file=out)
+        return count
+    written = "".join(pieces)
+    page = args.prompt + written
     if args.json:
         sample = {"model": name, "step": model.step, "seed": seed, "prompt": args.prompt, "text": written}
-        print(json.dumps(sample, ensure_ascii=False), flush=True)
+        page = json.dumps(sample, ensure_ascii=False)
+    if args.out:
+        path = args.out / f"{nth + 1:04d}.{'json' if args.json else 'txt'}"
+        with path.open("x", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.write(page + "\n")
+    elif args.json:
+        print(page, flush=True)
     else:
-        print((SEPARATOR + "\n" if nth else "") + args.prompt + written, flush=True, file=out)
+        print((SEPARATOR + "\n" if nth else "") + page, flush=True, file=out)
+    return count
 
 
-def say(line: str) -> None:
-    """Print to stderr, where everything but the text goes."""
-    print(line, file=sys.stderr)
+def refuse_full_folder(folder: Path) -> None:
+    """Raise InputError for a place of --out that is no folder, or holds something: nothing is overwritten."""
+    from core.errors import InputError
+
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder}: is not empty, expected a new or empty folder for --out. Nothing was written.")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, expected a new or empty folder for --out. Nothing was written.")
 
 
 def replace_what_stdout_lacks() -> None:
@@ -194,6 +235,13 @@ def step_or_best(word: str) -> int | str:
     raise argparse.ArgumentTypeError(f"found {word!r}, expected a step number or best, or {NEWEST}")
 
 
+def some_text(word: str) -> str:
+    """Read --stop, which would end every text at once if it were empty."""
+    if not word:
+        raise argparse.ArgumentTypeError("found no text, expected one that ends what is written")
+    return word
+
+
 COUNT = number(int, 0, 2**31, "a whole number of at least 0")
 POSITIVE = number(int, 1, 2**31, "a whole number of at least 1")
 SHARE = number(float, sys.float_info.min, 1, "a number above 0 and at most 1")
@@ -201,7 +249,8 @@ SHARE = number(float, sys.float_info.min, 1, "a number above 0 and at most 1")
 
 def make_parser() -> Parser:
     """Describe the flags, grouped as one screen."""
-    parser = Parser("generate.py", "Write text with a trained model.", EPILOG)
+    parser = Parser("generate.py", "Write text with a trained model.", EPILOG, common=COMMON)
+    parser.usage = "generate.py [PATH] [--FLAG VALUE ...]"
     what = "a checkpoint of any program, or a model's folder anywhere"
     parser.add_argument("path", type=Path, nargs="?", metavar="PATH", help=what)
     loading = parser.add_argument_group("loading")
@@ -239,6 +288,8 @@ def _add_text_flags(parser: Parser) -> None:
         help="a character outside the vocabulary is an error, or skipped (default: error)",
     )
     text.add_argument("--max_new_tokens", type=COUNT, default=200, metavar="N", help="tokens to add (default: 200)")
+    stop = "end a text before this one; may be repeated"
+    text.add_argument("--stop", type=some_text, action="append", metavar="TEXT", help=stop)
     text.add_argument("--num_samples", type=POSITIVE, default=1, metavar="N", help="texts to write (default: 1)")
     drawing = parser.add_argument_group("sampling")
     drawing.add_argument(
@@ -265,6 +316,8 @@ def _add_text_flags(parser: Parser) -> None:
         "--stream", action="store_true", default=True, help="print each token as it is generated (the default)"
     )
     output.add_argument("--no_stream", action="store_false", dest="stream", help="print each text when it is complete")
+    folder = "write each text to a file in this folder, which must be new or empty"
+    output.add_argument("--out", type=Path, metavar="DIR", help=folder)
     output.add_argument(
         "--json", action="store_true", help="print one JSON object per text: model, step, seed, prompt, text"
     )

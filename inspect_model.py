@@ -26,6 +26,7 @@ from core.console.commandline import (
     rules_given,
     run,
     step,
+    tell_json,
 )
 from core.console.progress import byte_bar, token_bar
 from core.console.words import printable, size_text, tell
@@ -36,15 +37,23 @@ from core.inspection.inspect import Inspection, inspect_path
 from core.inspection.report import Facts, facts_of
 from core.inspection.report_text import models_text, not_finite, text_of, views_text
 
+COMMON = (
+    *("model_name", "checkpoint_root", "config_file", "step", "tensors", "history", "verify", "stats"),
+    *("diff", "html", "check_text", "json", "quiet"),
+)
+"""The flags of --help."""
+
 EPILOG = """examples:
   python inspect_model.py                                 every model below checkpoints/, or the only one
   python inspect_model.py --model_name dante              one model
   python inspect_model.py --model_name dante --history    its history: every step, its branch, why it is kept
   python inspect_model.py old.pt                          a file of any program: .pt, .safetensors, .bin
+  python inspect_model.py --diff latest.pt checkpoints/dante    what changed, whatever the formats
+
+more examples:
   python inspect_model.py runs/llama --tensors '*norm*'   a folder of any program; some of its tensors, one by one
   python inspect_model.py dante/model.pt --verify         compare every record with its checksum
   python inspect_model.py ckpt.pt --stats '*.weight'      smallest, largest, mean, NaN and Inf of tensors
-  python inspect_model.py --diff latest.pt checkpoints/dante    what changed, whatever the formats
   python inspect_model.py --model_name dante --html dante.html  a page to look at; of checkpoints/, of all models
   python inspect_model.py --model_name dante --watch      the same page in a browser, newer while training goes on
 
@@ -78,8 +87,6 @@ def main(argv: list[str]) -> int:
     if args.watch and (wrong := next((name for name in others if getattr(args, name) not in (None, False)), None)):
         parser.error(f"--watch serves the page and does nothing else; leave out --{wrong}")
     places = find_places(parser, args)
-    if places is None:
-        return WRONG_USE
     if args.watch:
         return watch(places[0], args)
     shown, faults = [], []
@@ -92,7 +99,8 @@ def main(argv: list[str]) -> int:
 
 def make_parser() -> Parser:
     """Describe the flags."""
-    parser = Parser(prog="inspect_model.py", description=__doc__ or "", epilog=EPILOG)
+    parser = Parser("inspect_model.py", __doc__ or "", EPILOG, common=COMMON)
+    parser.usage = "inspect_model.py [PATH ...] [--FLAG VALUE ...]"
     parser.add_argument("paths", metavar="PATH", nargs="*", help="a checkpoint folder or file, or a folder of models")
     steps = "a kept step instead of the newest; of another program's run the step N, or newest"
     parser.add_argument("--step", type=step, metavar="N", help=steps)
@@ -122,8 +130,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def find_places(parser: Parser, args: argparse.Namespace) -> list[Path] | None:
-    """Find the checkpoint that the command line names; None (after a message) when there are several."""
+def find_places(parser: Parser, args: argparse.Namespace) -> list[Path]:
+    """Find the checkpoints that the command line names."""
     named = [flag for flag in ("model_name", "legacy_checkpoint") if getattr(args, flag)]
     for flag in ("tensors", "stats"):
         if Path(getattr(args, flag) or "*").exists():
@@ -137,10 +145,7 @@ def find_places(parser: Parser, args: argparse.Namespace) -> list[Path] | None:
     elif args.paths:
         places = [Path(path) for path in args.paths]
     elif args.model_name or len(model_names(root)) < 2:
-        name = choose_model(args)
-        if name is None:
-            return None
-        places = [root / name]
+        places = [root / choose_model(args)]
     else:
         places = [root]
     for flag in ("step", "html", "watch"):
@@ -285,7 +290,8 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
                 write_difference(args.html, found, overwrite=args.overwrite)
                 say_written(args.html)
     except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_json(str(error))
+        tell(f"error: {error}")
         return WRONG_USE
     if args.json:
         print_json(plain(comparison_facts(found), room=room))
@@ -302,7 +308,7 @@ def is_checkpoint(folder: Path) -> bool:
 def say_chosen(found: Inspection) -> None:
     """Report which of several checkpoints is shown, and why."""
     for line in found.chosen:
-        print(line, file=sys.stderr)
+        tell(line)
 
 
 def show(shown: list[Facts], faults: list[str], args: argparse.Namespace) -> int:

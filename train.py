@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.console.commandline import DONE, STOPPED, rules_given, run, spelled, spin_briefly
+from core.console.commandline import DONE, STOPPED, rules_given, run, spin_briefly
 from core.console.signals import StopSignal, decide_exit_code
 from core.console.streams import outlive_terminal
+from core.console.words import tell
 from core.conversion.command import source_options
 from core.training.flags import CONFIG_FLAGS, parse
 
@@ -77,6 +75,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     from core.kinds.origin import open_origin
     from core.networks.device import DTYPES
     from core.training.fit import fit_with
+    from core.training.report import say_preset, say_what_runs
     from core.training.settings import Settings, origin_of
 
     flags = {name: value for name, value in vars(args).items() if value is not None}
@@ -96,7 +95,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     world.refuse_fp16_shards(settings.dtype)
     if bundle and bundle.step >= settings.max_iters:
         kind.refuse_contradictions(bundle, given)
-        say(
+        tell(
             f"{manager.checkpoint_dir}: step {bundle.step}, and max_iters is {settings.max_iters}: nothing to do. "
             f"Continue with --max_iters {bundle.step + settings.max_iters}."
         )
@@ -127,11 +126,13 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     loader = kind.loader(corpus, model, settings.seed)
 
     # 6. The loop.
-    say_what_runs(manager, model, corpus, start if bundle else None, is_new=not (bundle or origin))
+    say_what_runs(manager, model, corpus, start if bundle else None)
+    if device.type == "cpu" and not (bundle or origin or args.init_from_model):
+        say_preset(preset, given)
     world.agree("data", source.record())
     manager.record(data=source.record(), training=settings.recorded(so_far))
     for line in [*(origin_of(bundle.state, so_far, settings) if bundle else []), *settings.changes(so_far)]:
-        say(line)
+        tell(line)
     dtype = DTYPES[settings.dtype if kind.autocasts else "fp32"]
     result = fit_with(settings, model, loader, optimizer, manager, schedule, dtype, stop=stop, world=world)
 
@@ -158,47 +159,24 @@ def choose_device(bundle: Bundle | None, given: dict[str, Any], world: World) ->
 def open_data(name: str, bundle: Bundle | None, recorded: Any, args: argparse.Namespace) -> tuple[Source, Corpus]:
     """Find the text or tokens of a run, and read them with the recorded tokenizer of its model."""
     from core.data.corpus import open_corpus
+    from core.data.gpt2_ranks import keep_given
     from core.data.source import find_source
     from core.data.tokenizer import tokenizer_from_state
 
     so_far = bundle.state.data if bundle else None
     weights = bundle.folder if bundle else None
     source = find_source(args.input_file, args.dataset_dir, so_far, name, weights=weights)
-    say(source.line())
+    tell(source.line())
     if changed := source.changed(so_far):
-        say(f"WARNING: {changed}")
+        tell(f"WARNING: {changed}")
     tokenization = args.tokenization
     if recorded is not None and tokenization in (None, recorded.get("token_kind")):
         tokenization = tokenizer_from_state(recorded, args.bpe_file)
     corpus = open_corpus(source, tokenization, bpe_file=args.bpe_file, unknown=args.unknown or "error")
+    keep_given(args.bpe_file)
     for note in corpus.notes:
-        say(note)
+        tell(note)
     return source, corpus
-
-
-def say(line: str) -> None:
-    """Print to stderr, where everything except the result goes."""
-    print(line, file=sys.stderr)
-
-
-def say_what_runs(
-    manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Corpus, resumed: int | None, is_new: bool
-) -> None:
-    """Report the model, the data and the device in two or three lines."""
-    from core.bundle.tokenizer_state import describe
-
-    device = next(model.parameters()).device
-    parameters = sum(p.numel() for p in model.parameters())
-    how = "a new model" if resumed is None else f"resuming at step {resumed}"
-    say(f"{manager.checkpoint_dir}: {how}, {parameters:,} parameters on {device}")
-    vocabulary = describe(corpus.tokenizer.state())
-    say(f"tokens: {len(corpus.train):,} to train on, {len(corpus.val):,} to validate with, {vocabulary}")
-    if is_new and device.type == "cpu":
-        config = model.config
-        say(
-            f"no GPU: a small preset ({config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
-            f"block {config.block_size}); every size is a flag"
-        )
 
 
 def report(
@@ -211,37 +189,15 @@ def report(
     """Report how a run ended, and return the exit code."""
     if result.stopped_by:
         command = "the same command" if args.resume_from is None else "the same command without --resume_from"
-        say(f"stopped by {result.stopped_by} after step {result.step}, which is saved. Run {command} to continue.")
+        tell(f"stopped by {result.stopped_by} after step {result.step}, which is saved. Run {command} to continue.")
         return STOPPED
     if args.consolidate:
         manager.consolidate()
     if manager.ranks.world.is_first:
-        finish(manager, model, corpus, result.val_loss)
+        from core.training.report import say_result
+
+        say_result(manager, model, corpus.tokenizer, result.val_loss)
     return DONE
-
-
-def finish(manager: CheckpointManager, model: GPT | GPTFlexAttention, corpus: Corpus, val_loss: float | None) -> None:
-    """Print the loss, a sample, and the commands to continue with."""
-    from core.errors import CheckpointError
-
-    uniform = math.log(corpus.tokenizer.vocab_size)
-    if val_loss is not None:
-        say(f"done: step {model.step}, validation loss {val_loss:.4f} (a uniform guess has {uniform:.2f})")
-    try:
-        if not manager.ranks.world.is_sharded:  # a model in shards would need all ranks for it
-            sample = model.generate("", max_new_tokens=200, temperature=0.8, top_k=200, seed=1)
-            say("a sample:")
-            print(sample.strip("\n"), flush=True)
-    except CheckpointError as error:  # a dataset of GPT-2 tokens trains without the file of ranks that decoding needs
-        say(f"no sample: {error}")
-    root = manager.checkpoint_dir.parent
-    name = spelled("--model_name", manager.model_name)
-    name += f" {spelled('--checkpoint_root', root)}" if root != Path("checkpoints") else ""
-    prompt = "" if corpus.tokenizer.kind == "symbols" else " --prompt 'The '"  # which are no symbols
-    say(
-        f"next:\n  python generate.py {name}{prompt}\n  python inspect_model.py {name}\n"
-        f"  python train.py {name} --max_iters {2 * model.step}"
-    )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.bundle.tokenizer_state import describe
-from core.console.commandline import DONE, Parser, run
+from core.console.commandline import DONE, Parser, run, spelled
 from core.data.corpus import choose_tokenizer, prepare
+from core.data.gpt2_ranks import keep_given
 from core.data.source import find_source
 from core.data.token_shards import MANIFEST, SHARD_TOKENS, SPLITS, read_manifest
 from core.errors import InputError
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
             val_fraction=args.val_fraction,
             shard_tokens=args.shard_tokens,
         )
+    keep_given(Path(args.bpe_file) if args.bpe_file else None)
     made = read_manifest(folder)
     origin = made["source"] if isinstance(made["source"], dict) else {}
     wanted = {"tokenizer": tokenizer.state(), "val_fraction": args.val_fraction, "unknown": args.unknown}
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> int:
         )
     train, val = (sum(entry["tokens"] for entry in made[split]) for split in SPLITS)
     print(f"{folder}: {train:,} tokens to train on, {val:,} to validate with, {describe(tokenizer.state())}")
-    print(f"next: python train.py --dataset_dir {folder}")
+    print(f"next: python train.py {spelled('--dataset_dir', folder)}")
     return DONE
 
 

@@ -16,6 +16,7 @@ from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.fused import recognise
 from .commit import CONFIG, MODEL, ModelFolder, OpenStep
 from .evolution import Evidence, evolve, old_settings
+from .find import missing_model
 from .folder import step_folder
 from .parts import WEIGHTS_KEYS, Part, ShardedFile, TorchFile, files_of, folder_of
 from .storage import DISK, Storage
@@ -179,16 +180,19 @@ def _open_step(place: ModelFolder, step: int) -> OpenStep:
     return place.open_kept(place.path / step_folder(step))
 
 
+_ALONE = f" {MODEL} alone does not show its model: write model.config.to_dict() as {CONFIG} beside it."
+
+
 def _bundle(opened: OpenStep, folder: Path) -> Bundle:
     weights, optimizer = _part(opened, MODEL, WEIGHTS_KEYS), _part(opened, OPTIMIZER)
     if CONFIG not in opened.files or weights is None:
         names = ModelFolder(folder).storage.names(folder)
         there = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+        if not folder.exists():
+            raise missing_model(folder)
         raise CheckpointNotFound(
             f"{folder}: no checkpoint here. Looked for {CONFIG} + {MODEL} (bundle), latest.pt or final.pt (single "
-            f"file); found {there}."
-            if folder.exists()
-            else f"{folder}: no such folder."
+            f"file); found {there}.{_ALONE if weights is not None else ''}"
         )
     where = str(opened.folder / CONFIG)
     try:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..console.anchored import anchored
 from ..console.commandline import Parser
-from ..console.words import tell
-from ..errors import CheckpointNotFound, InputError
+from ..console.words import listed_names, tell
+from ..errors import CheckpointNotFound, InputError, Unspecified
 
 MODEL_FILES = ("config.json", "model.pt", "latest.pt", "final.pt", ".committed")
 """A folder that has one of these is a model's folder."""
@@ -100,14 +100,27 @@ def legacy_path(parser: Parser, args: argparse.Namespace) -> Path | None:
     return root / found[0] / name
 
 
-def choose_model(args: argparse.Namespace) -> str | None:
-    """Name the model to use: the one given, else the only one there is; None (after listing them) for several.
+def missing_model(folder: Path) -> CheckpointNotFound:
+    """The error for the folder of a model that is not there: the models beside it, and the one that may be meant."""
+    from difflib import get_close_matches  # only when a name is wrong
 
-    Raises: CheckpointNotFound when the root holds none.
+    names = model_names(folder.parent)
+    near = get_close_matches(folder.name, names, n=1)
+    meant = f"; did you mean {near[0]}?" if near else "."
+    beside = f" Models in {folder.parent}: {listed_names(names, 20)}." if names else ""
+    return CheckpointNotFound(f"{folder}: no such folder{meant}{beside}")
+
+
+def choose_model(args: argparse.Namespace) -> str:
+    """Name the model to use: the one given, else the only one there is.
+
+    Raises: CheckpointNotFound when the root does not hold it, or none; Unspecified, with their names, for several.
     """
-    if args.model_name:
-        return args.model_name
     root = Path(args.checkpoint_root)
+    if args.model_name:
+        if root.is_dir() and not model_folder(root, args.model_name).is_dir():
+            raise missing_model(root / args.model_name)
+        return args.model_name
     names = model_names(root)
     if not names:
         from .foreign import foreign_checkpoint  # opens files, which a script that finds a model need not
@@ -119,5 +132,4 @@ def choose_model(args: argparse.Namespace) -> str | None:
     if len(names) == 1:
         tell(f"model: {names[0]} (the only one in {root})")
         return names[0]
-    tell(f"{root} holds {len(names)} models; choose one with --model_name: {', '.join(names)}")
-    return None
+    raise Unspecified(f"{root} holds {len(names)} models; choose one with --model_name: {', '.join(names)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..console.words import printable
+from ..console.words import is_shown, printable
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound, NoneIntact
 from .bundle import ALL_PARTS, FOR_INFERENCE, OPTIMIZER, Bundle, KeptStep, history, open_bundle
 from .choice import Candidate, Say, choose, open_choice
@@ -39,8 +39,9 @@ def read_headers(bundle: Bundle) -> None:
 
 
 def say_on_stderr(line: str) -> None:
-    """Print a line without disturbing a progress bar."""
-    tqdm.write(printable(line), file=sys.stderr)
+    """Print a line without disturbing a progress bar, unless --quiet leaves it out."""
+    if is_shown(line):
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 def verified(bundle: Bundle, say: Say, used: tuple[str, ...] = ALL_PARTS, check: bool = True) -> Bundle:

@@ -18,7 +18,8 @@ from .. import __version__
 from ..errors import CheckpointError, InputError, Unspecified
 from .files import read_regular
 from .streams import guard_terminal
-from .words import printable, tell
+from .synonyms import PATH, suggested
+from .words import Output, printable, tell
 
 N = TypeVar("N", int, float)
 
@@ -32,19 +33,26 @@ def _wide(prog: str) -> argparse.HelpFormatter:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with the flags every script has; an unknown flag names the nearest known one.
+    """An argument parser with the flags every script has; an unknown flag names the one that is meant.
 
-    A script that does not work on a model passes `model=False`.
+    A script that does not work on a model passes `model=False`. `common` are the flags of --help, which fits one
+    screen; --help_all shows every flag. What stands after the first empty line of `epilog` is left to --help_all, too.
     """
 
-    def __init__(self, prog: str, description: str, epilog: str = "", model: bool = True) -> None:
+    def __init__(
+        self, prog: str, description: str, epilog: str = "", model: bool = True, common: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(
             prog=prog,
             description=description,
             epilog=epilog,
             allow_abbrev=False,
             formatter_class=_wide,
+            add_help=False,
         )
+        self.common = common
+        self.add_argument("-h", "--help", action="help", help="the flags people use" if common else "every flag")
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, help="every flag, and more examples")
         shared = self.add_argument_group("model") if model else self
         if model:
             shared.add_argument("--model_name", metavar="NAME", help="folder of the model below the checkpoint root")
@@ -56,11 +64,14 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Parse flags; those of --config_file stand in front, so that the command line wins."""
         # Added after the flags of the script, whose usage line begins with those.
+        self.add_argument("--quiet", action="store_true", help="print only results, warnings and errors")
         self.add_argument("--version", action="version", version=f"gpt-checkpoints {__version__}")
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=_wide)
         early.add_argument("--config_file")
+        self._choose_output(argv)
         config_file = early.parse_known_args(argv)[0].config_file
         from_file = self._from_file(Path(config_file)) if config_file else []
+        self._choose_output(from_file + argv)
         args, unknown = self.parse_known_args(from_file + argv)
         if unknown:
             if not unknown[0].startswith("-"):
@@ -68,24 +79,54 @@ class Parser(argparse.ArgumentParser):
             self._refuse(unknown[0].split("=")[0])
         return args
 
+    def _choose_output(self, words: list[str]) -> None:
+        Output.as_json = "--json" in words and "--json" in self._flags()
+        Output.quiet = "--quiet" in words
+
+    def format_help(self) -> str:
+        """The page of --help: the flags people use, on one screen; every flag where none were chosen."""
+        if not self.common:
+            return super().format_help()
+        page = self._get_formatter()
+        page.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        page.add_text((self.description or "").partition("\n\n")[0])
+        page.start_section("the flags people use (--help_all shows every one)")
+        page.add_arguments([a for a in self._actions if not a.option_strings or a.dest in self.common])
+        page.end_section()
+        page.add_text((self.epilog or "").partition("\n\n")[0])
+        return page.format_help()
+
+    def format_all(self) -> str:
+        """The page of --help_all."""
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         """Exit with one line; the usage of thirty flags would hide it."""
+        tell_json(message)
         self.exit(WRONG_USE, f"{self.prog}: error: {printable(message)} (--help shows the flags)\n")
 
     def _refuse(self, flag: str, where: str = "") -> NoReturn:
         from difflib import get_close_matches  # only when a flag is wrong
 
-        near = get_close_matches(flag.replace("-", "_").replace("__", "--", 1), self._flags(), n=1, cutoff=0.5)
-        self.error(f"{where}unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+        names = {name.lstrip("-") for name in self._flags()}
+        takes_path = any(not action.option_strings for action in self._actions)
+        meant = suggested(flag, names | {PATH} if takes_path else names)
+        if meant is None:
+            spelling = flag.replace("-", "_").replace("__", "--", 1)
+            meant = next(iter(get_close_matches(spelling, self._flags(), n=1, cutoff=0.5)), None)
+        self.error(f"{where}unknown flag {flag}" + (f"; did you mean {meant}?" if meant else ""))
 
     def _flags(self) -> dict[str, argparse.Action]:
         return self._option_string_actions
 
     def _from_file(self, path: Path) -> list[str]:
         words: list[str] = []
-        for name, value in read_settings(path).items():
+        settings = read_settings(path)
+        for name, value in settings.items():
             action = self._flags().get(f"--{name}")
-            if action is None or name in ("help", "version", "config_file"):
+            if action is None or name in ("help", "help_all", "version", "config_file"):
+                if what := _known_file(settings):
+                    self.error(f"{path}: {what}, and --config_file takes flags by name")
                 self._refuse(f"--{name}", f"{path}: ")
             if isinstance(value, bool):
                 negative = f"--no_{name}"
@@ -94,6 +135,30 @@ class Parser(argparse.ArgumentParser):
             elif value is not None:
                 words.append(f"--{name}={_sayable(value, f'{path}: {name}')}")
         return words
+
+
+class _HelpAll(argparse.Action):
+    """Print every flag and exit."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        print(parser.format_all(), end="")
+        parser.exit()
+
+
+_FOREIGN = "the config of a Hugging Face model, which is read where it lies, beside the tensors"
+_FILES = {
+    "model_type": _FOREIGN,
+    "architectures": _FOREIGN,
+    "commit_id": "the training state of a model, which is found in its folder (--model_name)",
+    "token_kind": "the tokenizer of a model, which is found in its folder (--model_name)",
+    "vocab_size": "the config of a model, which is found in its folder (--model_name)",
+}
+"""Files of models, by a field that none of the others before it has."""
+
+
+def _known_file(values: dict[str, Any]) -> str | None:
+    """What a file is instead of settings, by its fields; None when that is not known."""
+    return next((what for field, what in _FILES.items() if field in values), None)
 
 
 def _sayable(value: Any, where: str) -> str:
@@ -233,13 +298,23 @@ def spin_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
+def tell_json(message: str) -> None:
+    """Print an error to stdout as an object, {"error": message}, where the command line asks for JSON."""
+    if Output.as_json:
+        print(json.dumps({"error": printable(message)}, ensure_ascii=False), flush=True)
+
+
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a script's main and exit: an error of ours, or of the file system, is one line on stderr and exit code 1."""
+    """Run a script's main and exit: an error of ours, or of the file system, is one line on stderr and exit code 1.
+
+    Under --json it is an object on stdout, too.
+    """
     guard_terminal()
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except CheckpointError as error:
+        tell_json(str(error))
         tell(f"error: {error}")
         code = WRONG_USE if isinstance(error, Unspecified) else FAILED
     except KeyboardInterrupt:
@@ -250,7 +325,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = DONE
     except OSError as error:
-        tell(f"error: {error.filename or 'input or output'}: {error.strerror}")
+        message = f"{error.filename or 'input or output'}: {error.strerror}"
+        tell_json(message)
+        tell(f"error: {message}")
         code = FAILED
     import signal  # costs a millisecond, so not at the start
 

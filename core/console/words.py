@@ -26,9 +26,22 @@ def size_text(size: int) -> str:
     return f"{size} bytes"
 
 
+class Output:
+    """What the command line asks for: JSON on stdout, or only results, warnings and errors."""
+
+    as_json = False
+    quiet = False
+
+
+def is_shown(line: str) -> bool:
+    """Whether a line goes to stderr: --quiet leaves only warnings and errors."""
+    return not Output.quiet or line.startswith(("WARNING", "error"))
+
+
 def tell(line: str) -> None:
-    """Print one line to stderr, whatever characters its names have."""
-    print(printable(line), file=sys.stderr, flush=True)
+    """Print one line to stderr, whatever characters its names have, unless --quiet leaves it out."""
+    if is_shown(line):
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:

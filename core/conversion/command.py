@@ -183,6 +183,10 @@ def convert_one(parser: Parser, args: argparse.Namespace, check: Callable[[Plan]
         with byte_bar("converting", plan.nbytes * (2 if verify else 1)) as bar:
             said = convert(plan, overwrite=args.overwrite, verify=verify, progress=bar.update)
         found = check(plan) if check is not None else None
+    if args.bpe_file:
+        from ..data.gpt2_ranks import keep_given
+
+        keep_given(args.bpe_file)
     faults = found.faults if found is not None else []
     if args.json:
         proof = {} if found is None else {"check": {**vars(found), "faults": faults}}

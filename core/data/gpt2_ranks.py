@@ -16,6 +16,7 @@ from ..bundle.storage import DISK
 from ..bundle.tokenizer_state import GPT2_FINGERPRINT as FINGERPRINT
 from ..bundle.tokenizer_state import ranks_fault
 from ..console.files import read_regular
+from ..console.words import tell
 from ..errors import InputError
 
 COUNT = 50_256
@@ -65,6 +66,21 @@ def local_ranks(bpe_file: Path | None = None) -> dict[bytes, int] | None:
     return None
 
 
+def keep_given(bpe_file: Path | None) -> None:
+    """Copy a file of --bpe_file to data/gpt2.tiktoken, where later runs find it; once, and only GPT-2's own ranks.
+
+    A folder that cannot be written, or another file, changes nothing: this run has its ranks.
+    """
+    if bpe_file is None or BESIDE.exists():
+        return
+    with contextlib.suppress(InputError, OSError):
+        data = lines_of(read_ranks(bpe_file))
+        BESIDE.parent.mkdir(exist_ok=True)
+        with DISK.published(BESIDE) as staged:
+            DISK.write(staged, data)
+        tell(f"GPT-2's ranks are in {BESIDE} from now on; --bpe_file is not needed again")
+
+
 def _cached() -> list[Path]:
     """Where tiktoken keeps the ranks of either format; empty where its cache is switched off."""
     cache = cache_folder()
@@ -102,8 +118,13 @@ def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
 
 def fingerprint(ranks: dict[bytes, int]) -> str:
     """SHA-256 of the ranks in order, written as a tiktoken file."""
+    return hashlib.sha256(lines_of(ranks)).hexdigest()
+
+
+def lines_of(ranks: dict[bytes, int]) -> bytes:
+    """The ranks in order, as a tiktoken file has them."""
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda r: r[1]))
-    return hashlib.sha256(b"".join(lines)).hexdigest()
+    return b"".join(lines)
 
 
 def cache_folder() -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _of_ours(facts: Facts) -> Iterable[str]:
     yield f"Last recorded training step: {state['step']}" if "step" in state else "No training step recorded"
     for name in ("val_loss", "best", "saved_at"):
         if state.get(name) is not None:
-            yield f"{name:<10}: {_value(state[name])}"
+            yield f"{name:<10}: {_value(_rounded(state[name]))}"
     if skipped := (state.get("training") or {}).get("skip_steps"):
         yield f"{'skip_steps':<10}: the batches of steps {_value(skipped)} are left out"
     if state.get("optimizer_removed") is not None:
@@ -99,6 +100,15 @@ def _of_ours(facts: Facts) -> Iterable[str]:
     if facts["also"]:
         states = ", ".join(f"{name} ({kind})" for name, kind in facts["also"].items())
         yield f"{'also':<10}: {printable(states)}, in also.pt"
+
+
+def _rounded(value: Any) -> Any:
+    """Round a number, or those of an object, as people read them; --json has every digit."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if not isinstance(value, float) or not math.isfinite(value):
+        return value
+    return round(value, 4) if abs(value) >= 0.01 else float(f"{value:.3g}")
 
 
 def _decay(state: Facts) -> str:

@@ -2,13 +2,13 @@
 
 Shapes: B sequences, T positions, L layers, H heads, D head size, S room of the cache in positions, V vocabulary.
 
-Positions are learned, so a full window cannot slide: its older half is dropped and the rest computed again at
-positions from 0, which costs one long pass per block_size / 2 tokens. The rule is the same with and without a cache.
+A full context cannot slide where positions are learned, so with every kind of positions its older half is dropped and
+the rest computed again at positions from 0: one long pass per block_size / 2 tokens, with and without a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -196,6 +196,24 @@ def text_after(tokenizer: Tokenizer, ids: Sequence[int]) -> Stream:
     for i in ids:
         text.push(i)
     return text
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pass text on up to the first of the `stops`, which is left out; what may be the beginning of one is held back.
+
+    What `pieces` makes is not asked for beyond that.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if ends := [at for stop in stops if (at := held.find(stop)) >= 0]:
+            yield held[: min(ends)]
+            return
+        open_ends = (size for stop in stops for size in range(1, len(stop)) if held.endswith(stop[:size]))
+        sent = len(held) - max(open_ends, default=0)
+        yield held[:sent]
+        held = held[sent:]
+    yield held
 
 
 def sample(

@@ -44,14 +44,24 @@ METAVARS: dict[Any, str] = {
 }
 """The placeholder of a value in --help, by its type."""
 
+COMMON = (
+    *("model_name", "checkpoint_root", "config_file", "input_file", "dataset_dir", "tokenization"),
+    *("n_layer", "n_head", "n_embd", "block_size", "arch", "init_from_checkpoint"),
+    *("max_iters", "batch_size", "learning_rate", "lr_schedule", "eval_interval", "save_interval", "keep"),
+    *("resume_from", "seed", "device", "dtype", "compile", "quiet"),
+)
+"""The flags of --help."""
+
 EPILOG = """examples:
   python train.py --model_name dante                          start, or resume: the same command
   python train.py --model_name dante --max_iters 4000         train for longer
   python train.py --model_name mine --input_file my_book.txt  your own text
+  torchrun --nproc_per_node=4 train.py --model_name dante     on several GPUs, or processes: docs/distributed.md
+
+more examples:
   python train.py --model_name big --compile --lr_schedule cosine --lr_decay_iters 5000 --warmup_iters 0.02
   python train.py --model_name modern --arch llama            rotary positions, RMSNorm, SwiGLU, grouped heads; or qwen3
   python train.py --model_name fast --arch flex_small         a modded-nanogpt model: packed documents, Muon
-  torchrun --nproc_per_node=4 train.py --model_name dante     on several GPUs, or processes: docs/distributed.md
 
 flex_* models use, from the first step on, the attention windows that upstream reaches at the end of training.
 Ctrl-C and SIGTERM finish the step, save, and exit with 75; run the same command to continue. A second Ctrl-C ends the
@@ -102,7 +112,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def make_parser() -> Parser:
     """Describe every flag of train.py, in groups."""
-    parser = Parser("train.py", "Train a GPT on text. The same command starts, resumes and continues.", EPILOG)
+    about = "Train a GPT on text. The same command starts, resumes and continues."
+    parser = Parser("train.py", about, EPILOG, common=COMMON)
     parser.usage = "train.py [--FLAG VALUE ...]"  # the groups below show each flag, once
     _add_data(parser.add_argument_group("data"))
     _add_model(parser.add_argument_group("model (for a new one; a checkpoint keeps its own)"))

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..bundle.folder import LOG
 from ..bundle.intact import say_on_stderr
 from ..bundle.training_state import TrainingState
 from ..checkpoint import CheckpointManager
+from ..console.progress import step_bar
 from ..console.signals import SAVE_BY_CLOCK, SAVING, StopSignal, reason
-from ..console.streams import unguarded
 from ..data.dataloader import DataLoader
 from ..data.randomness import mix
 from ..errors import CheckpointMismatch, TrainingDiverged
@@ -127,14 +125,7 @@ class Loop:
         if said := self.metrics.cut(self.model.step):
             say_on_stderr(f"WARNING: {said}")
         self._look_from_here()
-        self._bar = tqdm(
-            initial=self.model.step,
-            total=self.settings.max_iters,
-            unit="step",
-            disable=not progress,
-            file=unguarded(sys.stderr),
-            dynamic_ncols=True,
-        )
+        self._bar = step_bar(self.model.step, self.settings.max_iters, progress)
         with self._bar:
             yield
 

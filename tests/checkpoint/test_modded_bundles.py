@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 
+import generate
 from core.checkpoint import CheckpointManager
+from core.data import gpt2_ranks
 from core.data.tokenizer import make_char
 from core.errors import CheckpointMismatch
 from core.model import GPTBatched, GPTFlexAttention
@@ -85,15 +87,17 @@ def test_a_config_that_does_not_fit_the_weights_is_refused_with_names_and_shapes
         CheckpointManager.load_for_inference("speed", tmp_path)
 
 
-def test_generate_writes_from_a_file_of_the_program(tmp_path, shared):
+def test_generate_writes_from_a_file_of_the_program(tmp_path, shared, monkeypatch, capsys):
+    monkeypatch.setattr(gpt2_ranks, "BESIDE", tmp_path / "gpt2.tiktoken")
     path = upstream_file(tmp_path / "state_step001770.pt", vocab=50304)
     flags = ["--checkpoint", path, "--tokenization", "gpt2", "--bpe_file", shared / "data/gpt2.tiktoken", "--seed", 1]
-    ran = script("generate", *flags, "--prompt", "Hello", "--max_new_tokens", 5, cwd=tmp_path)
-    assert ran.returncode == 0 and ran.stdout.startswith("Hello")
-    assert "Format: small (from train_gpt_small.py)" in ran.stderr
+    assert generate.main([*map(str, flags), "--prompt", "Hello", "--max_new_tokens", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Hello") and "Format: small (from train_gpt_small.py)" in err
+    assert (tmp_path / "gpt2.tiktoken").read_bytes() == (shared / "data/gpt2.tiktoken").read_bytes()
     without = script("generate", "--checkpoint", path, cwd=tmp_path)
     assert without.returncode == 1 and without.stdout == ""
-    assert "have no tokenizer. Give --tokenization gpt2" in without.stderr.splitlines()[-1]
+    assert "no tokenizer in it or beside it. Give --tokenization gpt2" in without.stderr.splitlines()[-1]
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path, shared):

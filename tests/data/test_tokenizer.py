@@ -289,6 +289,20 @@ def test_gpt2_file_beside_the_program_is_found_and_the_named_one_wins(nowhere, b
         ranks.find_ranks(nowhere / "missing.tiktoken")
 
 
+def test_gpt2_ranks_that_were_given_are_kept_beside_the_program_in_one_form(nowhere, bpe_file, tmp_path):
+    windows = tmp_path / "windows.tiktoken"
+    windows.write_bytes(bpe_file.read_bytes().replace(b"\n", b"\r\n"))
+    (tmp_path / "other").write_bytes(bpe_file.read_bytes()[:-20])
+    for named in (None, tmp_path / "missing", tmp_path / "other"):
+        ranks.keep_given(named)
+        assert not ranks.BESIDE.exists()
+    ranks.keep_given(windows)
+    assert ranks.BESIDE.read_bytes() == bpe_file.read_bytes() and len(ranks.find_ranks()) == 50256
+    ranks.BESIDE.write_bytes(b"mine")
+    ranks.keep_given(windows)
+    assert ranks.BESIDE.read_bytes() == b"mine", "what is there already is the user's"
+
+
 def test_gpt2_ranks_with_other_line_ends_are_the_same_ranks(tmp_path, bpe_file):
     path = tmp_path / "windows.tiktoken"
     path.write_bytes(bpe_file.read_bytes().replace(b"\n", b"\r\n"))

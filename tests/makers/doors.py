@@ -181,6 +181,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "--bpe_file": FILE,
         "--device": NOTHING,
         "--prompt": NOTHING,
+        "--out": WRITTEN,
     },
     "inspect_model.py": {
         **SHARED_FLAGS,

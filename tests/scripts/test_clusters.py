@@ -22,14 +22,14 @@ LOOP, SLURM, TORCHRUN = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/clusters.
 pytestmark = pytest.mark.skipif(os.name != "posix" or not shutil.which("bash"), reason="needs bash")
 
 
-def start(tmp_path, script, *words, torchrun='exec python -m torch.distributed.run "$@"'):
+def start(tmp_path, script, *words, torchrun=f'exec "{sys.executable}" -m torch.distributed.run "$@"'):
     """Run a script, with this Python as `python`, a `torchrun`, and a queue that notes what it is asked."""
     (tmp_path / "text.txt").write_text(TEXT * 40)
     (tmp_path / "job.sh").write_text(script)
     programs = tmp_path / "bin"
     programs.mkdir(exist_ok=True)
     lines = {
-        "python": f'exec "{sys.executable}" "$@"',
+        "python": f'exec "{sys.executable}" tests/makers/talkative.py "$@"',
         "scontrol": f'echo "$@" >> "{tmp_path}/asked"',
         "torchrun": torchrun,
     }

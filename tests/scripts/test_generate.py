@@ -15,9 +15,10 @@ import torch
 import generate as script
 from core.config.gpt import GPTConfig
 from core.data.tokenizer import CharTokenizer
-from core.errors import CheckpointError, CheckpointNotFound, InputError
+from core.errors import CheckpointError, CheckpointNotFound, InputError, Unspecified
 from core.kinds.model_methods import save_checkpoint_bundle
 from core.model import GPT
+from core.networks.generation import until
 from tests.makers.modded_checkpoints import upstream_file
 from tests.makers.models import save_durably
 from tests.makers.small_gpts import SmallGPT
@@ -150,8 +151,16 @@ def test_a_kept_step_and_the_best_can_be_asked_for(write, many):
 
 
 def test_several_models_are_listed_with_code_2(write, many):
-    code, out, err = write(root=many)
-    assert (code, out) == (2, "") and "first" in err and "second" in err
+    with pytest.raises(Unspecified) as raised:  # of which the script makes a line and exit code 2
+        write(root=many)
+    assert str(raised.value) == f"{many} holds 2 models; choose one with --model_name: first, second"
+
+
+@pytest.mark.parametrize(("name", "meant"), [("frist", "; did you mean first?"), ("zzz", ".")])
+def test_a_misspelt_model_lists_the_models(write, many, name, meant):
+    with pytest.raises(CheckpointNotFound) as raised:
+        write("--model_name", name, root=many)
+    assert str(raised.value) == f"{many / name}: no such folder{meant} Models in {many}: first, second."
 
 
 def test_no_model_names_the_train_command(write, tmp_path):
@@ -325,3 +334,58 @@ def test_a_reader_that_leaves_early_is_no_error(models):
     )  # fmt: skip
     assert done.returncode == 0 and len(done.stdout) == 5
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "expected"),
+    [
+        (["ab", "cd"], [], ["ab", "cd", ""]),
+        (["ab", "cd", "ef"], ["cd"], ["ab", ""]),
+        (["ab", "c", "d", "ef"], ["cd"], ["ab", "", ""]),  # the c is held back until it is known
+        (["ab", "c", "x", "ef"], ["cd"], ["ab", "", "cx", "ef", ""]),
+        (["aab", "aabaac"], ["aabaac"], ["", "aab"]),  # it begins again within its own beginning
+        (["one. two! "], ["!", "."], ["one"]),  # the first in the text, not in the list
+        (["ab", "c"], ["cd"], ["ab", "", "c"]),  # the end: what was held back is written
+    ],
+)
+def test_a_text_ends_before_the_first_stop(pieces, stops, expected):
+    assert list(until(iter(pieces), stops)) == expected
+
+
+@pytest.mark.parametrize("mode", [[], ["--no_stream"], ["--json"]])
+def test_stop_cuts_the_text_of_the_same_seed_and_draws_no_more(write, mode):
+    same = ("--prompt", "a b", "--seed", "3", "--max_new_tokens", "60")
+    whole = json.loads(write(*same, "--json")[1])["text"]
+    stop = whole[20:22]
+    code, out, err = write(*same, *mode, "--stop", stop, "--stop", "never in it")
+    cut = whole[: whole.index(stop)]
+    assert code == 0 and out == (out if mode == ["--json"] else f"a b{cut}\n")
+    assert mode != ["--json"] or json.loads(out)["text"] == cut
+    assert f"\n{whole.index(stop) + 2} tokens in " in err
+
+
+def test_out_writes_a_file_per_text(write, tmp_path):
+    same = ("--seed", "3", "--max_new_tokens", "9", "--num_samples", "2", "--prompt", "a b")
+    expected = write(*same)[1].split(script.SEPARATOR + "\n")
+    code, out, err = write(*same, "--out", str(tmp_path / "deep/texts"))
+    assert (code, out) == (0, "") and err.endswith(f"2 texts in {tmp_path / 'deep/texts'}\n")
+    assert {p.name: p.read_text() for p in (tmp_path / "deep/texts").iterdir()} == {
+        "0001.txt": expected[0],
+        "0002.txt": expected[1],
+    }
+    write(*same, "--json", "--out", str(tmp_path / "objects"))
+    made = [json.loads((tmp_path / f"objects/000{n}.json").read_text()) for n in (1, 2)]
+    assert [one["prompt"] + one["text"] + "\n" for one in made] == expected and [one["seed"] for one in made] == [3, 4]
+
+
+def test_out_refuses_what_is_there_before_a_model_is_opened(write, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/mine.txt").write_text("mine")
+    for place, what in (("texts", "is not empty"), ("texts/mine.txt", "is a file")):
+        with pytest.raises(InputError) as raised:
+            write("--model_name", "nobody", "--out", str(tmp_path / place))
+        expected = f"{tmp_path / place}: {what}, expected a new or empty folder for --out. Nothing was written."
+        assert str(raised.value) == expected
+    assert [p.name for p in (tmp_path / "texts").iterdir()] == ["mine.txt"]
+    code, _, err = write("--stop", "")
+    assert code == 2 and "argument --stop: found no text, expected one that ends what is written" in err

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.data import gpt2_ranks
 from core.data.corpus import find_source, open_corpus
 from core.data.dataloader import DataLoader
 from core.data.token_shards import read_shard
@@ -45,11 +46,17 @@ def test_dataset_opens_and_has_the_tokens_of_the_text(tmp_path, shared):
     assert manifest["source"]["digest"] == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def test_gpt2_dataset_is_what_modded_nanogpt_reads(tmp_path, shared):
+def test_gpt2_dataset_is_what_modded_nanogpt_reads_and_the_given_ranks_are_kept(tmp_path, shared, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("Hello world\n" * 100)
-    bpe_file = shared / "data/gpt2.tiktoken"
-    done = prepare(tmp_path, "a.txt", "--output_dir", "set", "--tokenization", "gpt2", "--bpe_file", bpe_file)
-    assert done.returncode == 0, done.stderr
+    bpe_file, kept = shared / "data/gpt2.tiktoken", tmp_path / "data/gpt2.tiktoken"
+    monkeypatch.setattr(gpt2_ranks, "BESIDE", kept)
+    words = [tmp_path / "a.txt", "--output_dir", tmp_path / "set", "--tokenization", "gpt2", "--bpe_file", bpe_file]
+    assert script.main([str(word) for word in words]) == 0
+    assert kept.read_bytes() == bpe_file.read_bytes()
+    said = f"GPT-2's ranks are in {kept} from now on; --bpe_file is not needed again\n"
+    assert said in capsys.readouterr().err
+    assert script.main([str(word) for word in words]) == 0 and said not in capsys.readouterr().err
+    assert script.main([str(word) for word in words[:-2]]) == 0, "found where they were kept"
     raw = (tmp_path / "set/train_000000.bin").read_bytes()
     assert np.frombuffer(raw, "<i4", 256).tolist() == [20240520, 1, (len(raw) - 1024) // 2] + [0] * 253
     assert np.frombuffer(raw, "<u2", 3, offset=1024).tolist() == [15496, 995, 198]

@@ -32,6 +32,7 @@ HERE = {
     "python -m tests.faults": "true",
     # A fiftieth of every number of steps. The settings of the first run hold for those that resume it.
     "train.py --model_name dante@": "train.py --model_name dante --max_iters 30 --eval_interval 5 --eval_iters 1",
+    "--arch llama@": "--arch llama --max_iters 2 --eval_iters 1 --n_layer 1",
     " 1500": " 30",
     " 2000": " 40",
     " 2250": " 45",

@@ -47,7 +47,7 @@ def weights(place: Path, name: str) -> str:
 @pytest.fixture(scope="module")
 def expected(place) -> str:
     assert shell(place, f"{command(place, 'whole')} >out.txt 2>err.txt") == DONE
-    assert "a sample:" in (place / "err.txt").read_text(encoding="utf-8")
+    assert "next:" in (place / "err.txt").read_text(encoding="utf-8")
     return weights(place, "whole")
 
 

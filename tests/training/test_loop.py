@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from core.console.signals import StopSignal
 from core.training import loop
@@ -43,7 +44,7 @@ def test_the_tokens_per_second_leave_out_what_a_save_and_an_evaluation_take(tmp_
     """By a clock of our own: a step takes one second, a save and a batch of an evaluation a thousand."""
     now, shown = [0.0], []
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(loop.tqdm, "set_postfix_str", lambda self, text, *_: shown.append(text.partition(", ")[2]))
+    monkeypatch.setattr(tqdm, "set_postfix_str", lambda self, text: shown.append(text.partition(", ")[2]))
     made, model, optimizer = started(tmp_path)
     batches = loader()
     batch, val_batch, save = batches.batch, batches.val_batch, made.save

@@ -28,8 +28,9 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 
 def start(root, text, *words, **flags):
+    run = command(root, text, *words, **{"max_iters": 100_000, "eval_interval": 50_000, **flags})
     return subprocess.Popen(
-        command(root, text, *words, **{"max_iters": 100_000, "eval_interval": 50_000, **flags}), cwd=root,
+        [sys.executable, ROOT / "tests/makers/talkative.py", *run[1:]], cwd=root,
         env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
     )  # fmt: skip
 
