@@ -353,6 +353,22 @@ def test_damage_is_said_by_a_page_without_being_asked(tmp_path, capsys):
     assert Read(file.read_text()).has("1 fault")
 
 
+def test_a_sample_is_a_text_of_the_model_and_what_cannot_write_has_a_page_without(tmp_path, small, capsys):
+    made, model, optimizer = started(tmp_path)
+    save_durably(made, model, optimizer, step=3)
+    made.close()
+    file = tmp_path / "page.html"
+    assert inspect_model.main([str(tmp_path / "dante"), "--html", str(file), "--sample"]) == 0
+    text = file.read_text()
+    written = html.unescape(re.search("<blockquote>(.*?)</blockquote>", text, re.DOTALL)[1])
+    assert len(written) > 200 and set(written) <= {*made.tokenizer_state()["chars"], "\n"}
+    assert inspect_model.main([str(small), "--html", str(file), "--sample", "--overwrite"]) == 0
+    assert "no sample: " in capsys.readouterr().err and "<blockquote>" not in file.read_text()
+    with pytest.raises(SystemExit):
+        inspect_model.main([str(small), "--sample"])
+    assert "--sample needs --html" in capsys.readouterr().err
+
+
 # Hostile names
 
 
