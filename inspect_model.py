@@ -15,7 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
+from core.bundle.find import add_legacy_flag, choose_model, legacy_path
+from core.bundle.names import model_names
 from core.console.commandline import (
     DONE,
     FAILED,

@@ -16,8 +16,8 @@ from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.fused import recognise
 from .commit import CONFIG, MODEL, ModelFolder, OpenStep
 from .evolution import Evidence, evolve, old_settings
-from .find import missing_model
 from .folder import step_folder
+from .names import missing_model
 from .parts import WEIGHTS_KEYS, Part, ShardedFile, TorchFile, files_of, folder_of
 from .storage import DISK, Storage
 from .training_state import STATE, TrainingState, check_version, unseal
