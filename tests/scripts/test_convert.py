@@ -139,7 +139,7 @@ def test_a_model_with_a_tied_head_is_what_other_programs_compute(tmp_path):
     root = ["--checkpoint_root", str(tmp_path)]
     sizes = ["--n_layer", "1", "--n_embd", "8", "--n_head", "2", "--block_size", "8", "--batch_size", "2"]
     text = [*sizes, "--input_file", str(tmp_path / "text.txt"), "--eval_iters", "1", "--device", "cpu"]
-    for name, more in (("tied", ["--tied_head"]), ("own", [])):
+    for name, more in (("tied", []), ("own", ["--untied_head", "--head_bias"])):
         assert train.main([*root, "--model_name", name, *text, *more, "--max_iters", "1"]) == 0
     for to, target in (("hf", "hf"), ("nanogpt", "out"), ("megatron", "m")):
         assert convert_checkpoints.main([str(tmp_path / "tied"), str(tmp_path / target), "--to", to]) == 0
