@@ -285,6 +285,11 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
             with byte_bar("comparing", total) as bar:
                 found = compare(Side(a), Side(b), args.moments, bar.update)
                 room = Room(a.size + b.size)
+            if args.html is not None:
+                from core.inspection.html.difference import write_difference
+
+                write_difference(args.html, found, overwrite=args.overwrite)
+                say_written(args.html)
     except (CheckpointError, OSError) as error:
         tell_json(str(error))
         tell(f"error: {error}")

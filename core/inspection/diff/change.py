@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +30,12 @@ class Change:
     nan: int = 0  # of these, NaN in one or both: not included in the maxima
     absolute: float = 0.0  # largest |b - a|
     relative: float = 0.0  # largest |b - a| / max(|a|, |b|): 1 where zero became something, at most 2
+    squares: float = 0.0  # sum of (b - a) squared
+
+    @property
+    def rms(self) -> float:
+        """The root mean square of b - a: how far an element moved, as an average."""
+        return math.sqrt(self.squares / self.elements) if self.elements else 0.0
 
     def add(self, other: Change) -> None:
         """Include the elements of another piece."""
@@ -37,6 +44,7 @@ class Change:
         self.nan += other.nan
         self.absolute = max(self.absolute, other.absolute)
         self.relative = max(self.relative, other.relative)
+        self.squares += other.squares
 
 
 def change_between(a: View, b: View, progress: Progress = lambda size: None) -> Change:
@@ -90,8 +98,9 @@ def _measure(x: bytes | memoryview, dtype_x: str, y: bytes | memoryview, dtype_y
             kept = ~np.isnan(distance)
             distance, size = distance[kept], size[kept]
         absolute = float(distance.max(initial=0.0))
+        squares = float(distance @ distance)
         relative = absolute if absolute == np.inf else float(np.fmax.reduce(distance / size, initial=0.0))
-    return Change(0, changed, unordered, absolute, relative)
+    return Change(0, changed, unordered, absolute, relative, squares)
 
 
 def _distance(a: np.ndarray, b: np.ndarray, whole: bool) -> tuple[np.ndarray, np.ndarray]:

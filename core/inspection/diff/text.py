@@ -11,6 +11,7 @@ from ...containers.pickles.inert import as_text
 from ...containers.plain import plain
 from ...containers.tensors.views import View
 from ..tensor_table import grouped
+from .change import Change
 from .comparison import VALUES, Comparison, Pair, Tensors, Values
 from .side import Facts, Side
 
@@ -69,8 +70,14 @@ def _pair_facts(pair: Pair) -> Facts:
         "name": pair.title,
         "a": _view_facts(pair.a, pair.name),
         "b": _view_facts(pair.b, pair.name),
-        "change": asdict(pair.change) if pair.change is not None else None,
+        "change": _change_facts(pair.change) if pair.change is not None else None,
     }
+
+
+def _change_facts(change: Change) -> Facts:
+    facts = {**asdict(change), "rms": change.rms}
+    del facts["squares"]
+    return facts
 
 
 def _stored_facts(name: str, stored: View) -> Facts:
