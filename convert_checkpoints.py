@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from core.bundle.find import missing_model
 from core.bundle.foreign import foreign_checkpoint
+from core.bundle.names import missing_model
 from core.console.commandline import DONE, FAILED, Parser, run
 from core.console.progress import byte_bar, token_bar
 from core.console.words import columns, printable, size_text
@@ -23,6 +23,7 @@ from core.conversion.migration.plan import FAILED as NOT_MIGRATED
 from core.conversion.migration.plan import Candidates, Outcome, find, plan, work
 from core.conversion.plan import Plan
 from core.errors import CheckpointError, CheckpointNotFound
+from core.networks.distributed import rank_of_torchrun
 
 COMMON = (
     *("model_name", "checkpoint_root", "config_file", "dry_run", "json", "quiet", "to", "step", "list", "dtype"),
@@ -74,6 +75,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--consolidate", action="store_true", help=whole)
     add_flags(parser)
     args = parser.parse(argv)
+    if rank_of_torchrun():
+        return DONE  # the first rank does the work, which needs no others
     if args.list:
         return print_matrix(args.json)
     if args.consolidate:

@@ -15,7 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
+from core.bundle.find import add_legacy_flag, choose_model, legacy_path
+from core.bundle.names import model_names
 from core.console.commandline import (
     DONE,
     FAILED,
@@ -29,7 +30,7 @@ from core.console.commandline import (
     tell_json,
 )
 from core.console.progress import byte_bar, token_bar
-from core.console.words import printable, tell
+from core.console.words import printable, size_text, tell
 from core.containers.open import is_checkpoint_folder
 from core.containers.plain import Room, plain, write_plain
 from core.errors import CheckpointError, CheckpointNotFound
@@ -39,7 +40,7 @@ from core.inspection.report_text import models_text, not_finite, text_of, views_
 
 COMMON = (
     *("model_name", "checkpoint_root", "config_file", "step", "tensors", "history", "verify", "stats"),
-    *("diff", "html", "check_text", "json", "quiet"),
+    *("diff", "html", "watch", "check_text", "json", "quiet"),
 )
 """The flags of --help."""
 
@@ -54,7 +55,8 @@ more examples:
   python inspect_model.py runs/llama --tensors '*norm*'   a folder of any program; some of its tensors, one by one
   python inspect_model.py dante/model.pt --verify         compare every record with its checksum
   python inspect_model.py ckpt.pt --stats '*.weight'      smallest, largest, mean, NaN and Inf of tensors
-  python inspect_model.py --model_name dante --html dante.html  a page to look at
+  python inspect_model.py --model_name dante --html dante.html  a page to look at; of checkpoints/, of all models
+  python inspect_model.py --model_name dante --watch      the same page in a browser, newer while training goes on
 
 Nothing is loaded and nothing in a file is executed. Exit code 0 when all is well (with --diff: equal), 1 when
 something is damaged, cannot be read or holds NaN or Inf (with --diff: different), 2 for wrong use and for a --diff
@@ -80,7 +82,14 @@ def main(argv: list[str]) -> int:
         parser.error("--history shows every step; leave out --step")
     if args.check_loss is not None and args.check_text is None:
         parser.error("--check_loss needs --check_text, the text whose loss it is")
+    if args.port is not None and not args.watch:
+        parser.error("--port needs --watch, which serves the page there")
+    others = ("html", "history", "verify", "tensors", "stats", "check_text", "json")
+    if args.watch and (wrong := next((name for name in others if getattr(args, name) not in (None, False)), None)):
+        parser.error(f"--watch serves the page and does nothing else; leave out --{wrong}")
     places = find_places(parser, args)
+    if args.watch:
+        return watch(places[0], args)
     shown, faults = [], []
     for place in places:
         facts, found = look(place, args)
@@ -113,6 +122,10 @@ def make_parser() -> Parser:
     views.add_argument("--diff", metavar=("A", "B"), nargs=2, help="compare two checkpoints of any formats")
     views.add_argument("--moments", action="store_true", help="with --diff: the tensors of the optimizers as well")
     views.add_argument("--html", metavar="FILE", type=Path, help="write a page to look at, in one file")
+    views.add_argument(
+        "--watch", action="store_true", help="serve the page here, newer whenever training saves or logs"
+    )
+    views.add_argument("--port", metavar="N", type=port, help="with --watch: the port, 8000 unless given")
     views.add_argument("--overwrite", action="store_true", help="with --html: replace an existing file")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text (docs/inspect.md)")
     return parser
@@ -136,8 +149,8 @@ def find_places(parser: Parser, args: argparse.Namespace) -> list[Path]:
         places = [root / choose_model(args)]
     else:
         places = [root]
-    for flag in ("step", "html"):
-        if getattr(args, flag) is not None and len(places) != 1:
+    for flag in ("step", "html", "watch"):
+        if getattr(args, flag) not in (None, False) and len(places) != 1:
             parser.error(f"--{flag} is for one checkpoint; give one PATH")
     return places
 
@@ -161,6 +174,11 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
             if args.check_text is not None:
                 raise CheckpointError(f"{place}: holds {len(names)} models, and --check_text computes one. Name one.")
             models = [model_facts(place / name) for name in names]
+            if args.html is not None:
+                from core.inspection.html.runs import write_runs
+
+                write_runs(args.html, place, models, overwrite=args.overwrite)
+                say_written(args.html)
             opens = any("error" not in one and not ("legacy" in one and one["step"] is None) for one in models)
             none = f"{place}: none of its {len(models)} models opens; each is listed with the reason."
             return {"root": str(place), "models": models}, [] if opens else [none]
@@ -203,11 +221,41 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
             if args.html is not None:
                 from core.inspection.html.page import write_page
 
-                with byte_bar("reading", 2 * sum(t.nbytes for t in found.weights.values())) as bar:
-                    write_page(args.html, found, facts, overwrite=args.overwrite, progress=bar.update)
+                with byte_bar("reading", 2 * sum(t.nbytes for t in found.weights.values()) + found.size) as bar:
+                    damaged = write_page(args.html, found, facts, overwrite=args.overwrite, progress=bar.update)
+                faults += [fault for fault in damaged if fault not in faults]
+                say_written(args.html)
             return facts, faults
     except OSError as error:
         raise CheckpointError(f"{error.filename or place}: cannot be read ({error.strerror}).") from error
+
+
+def watch(place: Path, args: argparse.Namespace) -> int:
+    """Serve the page of a checkpoint, or of a folder of models, until Ctrl-C."""
+    from core.inspection.html.watch import PORT, Watch, serve
+    from core.inspection.report_ours import model_facts
+
+    def models() -> list[Facts]:
+        return [model_facts(place / name) for name in model_names(place)]
+
+    is_root = place.is_dir() and bool(model_names(place)) and not is_checkpoint(place) and args.step is None
+    if not is_root:
+        inspect_path(place, args.step).__exit__()  # what does not open is said here, not in the browser
+    serve(Watch(place, args.step, models if is_root else None), PORT if args.port is None else args.port, tell)
+    return DONE
+
+
+def port(text: str) -> int:
+    """A number of a port, for argparse."""
+    number = int(text)
+    if not 0 <= number < 1 << 16:
+        raise ValueError
+    return number
+
+
+def say_written(file: Path) -> None:
+    """Report the page that was written."""
+    tell(f"wrote {file} ({size_text(file.stat().st_size)})")
 
 
 def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:

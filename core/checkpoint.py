@@ -13,9 +13,9 @@ from .bundle import intact, rewind
 from .bundle.bundle import Bundle, newest_tokenizer
 from .bundle.choice import LEGACY_FILES, holds_bundle
 from .bundle.commit import MODEL
-from .bundle.find import file_in, model_folder
 from .bundle.folder import top_state
 from .bundle.foreign import refuse_foreign
+from .bundle.names import file_in, model_folder
 from .bundle.retention import best_step
 from .bundle.rules import StepRules
 from .bundle.writing import explained

@@ -21,7 +21,7 @@ from .networks.batched import GPTBatched
 from .networks.bound import bound, static_bound
 from .networks.flex import GPTFlexAttention
 from .networks.linear import Embedding, Linear
-from .networks.modded import IGNORED
+from .networks.modded import IGNORED, CastedLinear, TrainingScriptAttention, TrainingScriptBlock, TrainingScriptMLP
 from .networks.norms import make_norm, normed
 from .networks.rotary import Rotary, Rotation
 
@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from .data.tokenizer import Tokenizer
     from .networks.generation import Cache, LayerCache
 
-__all__ = ["GPT", "GPTBatched", "GPTFlexAttention"]
+__all__ = [
+    "GPT",
+    "CastedLinear",
+    "GPTBatched",
+    "GPTFlexAttention",
+    "TrainingScriptAttention",
+    "TrainingScriptBlock",
+    "TrainingScriptMLP",
+]
 
 
 class ReluSquared(nn.Module):
@@ -65,7 +73,7 @@ class FeedForward(nn.Module):
         """Transform each position by itself: x [B, T, C] to [B, T, C]."""
         if self.gate is None:
             return self.net(x)
-        up, activation, down = self.net.children()
+        up, activation, down = self.net
         return down(activation(self.gate(x)) * up(x))
 
 

@@ -26,7 +26,7 @@ from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, STOPPED, Parser, count, run
 from core.console.progress import byte_bar, step_bar
 from core.console.signals import StopSignal, reason
-from core.console.words import is_shown, printable
+from core.console.words import is_shown, listed_names, printable
 from core.data.randomness import mix
 from core.data.tokenizer import Tokenizer, named_tokenizer
 from core.errors import CheckpointMismatch, InputError, TrainingDiverged
@@ -120,7 +120,7 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> GPTBatche
 
     Raises: CheckpointMismatch naming each size with both numbers.
     """
-    path = args.pretrained_ckpt_path
+    path = named_checkpoint(args.pretrained_ckpt_path)
     model, info, _ = load_pretrained_checkpoint(path, device, torch.float32, say=say)
     sizes = {"n_layer": info["num_layers"], "n_head": info["num_heads"], "n_embd": info["model_dim"]}
     given = {name: value for name in sizes if (value := getattr(args, name)) is not None}
@@ -133,6 +133,23 @@ def load_pretrained(args: argparse.Namespace, device: torch.device) -> GPTBatche
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{path}: {', '.join(f'{n} {v}' for n, v in sizes.items())}, {parameters:,} parameters on {device}")
     return model
+
+
+def named_checkpoint(word: str) -> str:
+    """The checkpoint that a path names, or a pattern that a shell would expand (`runs/*/best_state_*.pt`).
+
+    Raises: InputError when a pattern matches nothing, or several, which are listed.
+    """
+    path = Path(word)
+    if path.exists() or not any(sign in word for sign in "*?["):
+        return word
+    found = sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+    if not found:
+        raise InputError(f"--pretrained_ckpt_path: nothing matches {word} (in {Path.cwd()}). Name the checkpoint.")
+    if len(found) > 1:
+        raise InputError(f"--pretrained_ckpt_path: {len(found)} match {word}: {listed_names(found, 10)}. Name one.")
+    say(f"{word}: using {found[0]}, its only match")
+    return found[0]
 
 
 def choose_tokenizer(args: argparse.Namespace, model: GPTBatched) -> Tokenizer:
@@ -351,9 +368,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="a character outside the vocabulary is an error, or skipped (default: error)",
     )
     start = parser.add_argument_group("pretrained model")
-    start.add_argument(
-        "--pretrained_ckpt_path", metavar="PATH", help="a .pt file of modded-nanogpt, or a model's folder"
-    )
+    checkpoint = "a .pt file of modded-nanogpt, a model's folder, or a quoted pattern"
+    start.add_argument("--pretrained_ckpt_path", metavar="PATH", help=checkpoint)
     start.add_argument("--tokenizer_name", metavar="NAME", help="gpt2, or a Hugging Face tokenizers JSON file")
     start.add_argument(
         "--bpe_file", metavar="PATH", help="the file of GPT-2 ranks, for a machine without network access"

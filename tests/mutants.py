@@ -42,6 +42,8 @@ ROOMS = {
     "core/containers/tensors/views.py": "families/test_rules containers/test_reading conversion/test_megatron",
     "core/containers/torch_files/zip.py": "containers/test_torch_zip "
     "containers/test_torch_zip_damage hostile/test_files",
+    "core/conversion/pairs/decoder_settings.py": "conversion/test_decoders",
+    "core/conversion/pairs/decoders.py": "conversion/test_decoders checkpoint/test_decoder_bundles",
     "core/conversion/pairs/gpt.py": "conversion/test_nanogpt conversion/test_hf_gpt2 conversion/test_refusals",
     "core/conversion/pairs/megatron.py": "conversion/test_llama conversion/test_megatron",
     "core/conversion/proof.py": "conversion/test_safety conversion/test_tensors conversion/test_hf_gpt2",
@@ -49,6 +51,8 @@ ROOMS = {
     "core/loading/optimizer.py": "checkpoint/test_optimizer checkpoint/test_legacy_updates",
     "core/loading/tensors.py": "checkpoint/test_tensors checkpoint/test_legacy_models bundle/test_address_space",
     "core/loading/mapped.py": "checkpoint/test_tensors checkpoint/test_sharded bundle/test_address_space",
+    "core/networks/attention.py": "networks/test_decoder networks/test_generation",
+    "core/networks/rotary.py": "networks/test_decoder",
     "core/networks/modded.py": "networks/test_modded_reference networks/test_modded_upstream networks/test_batched",
     "core/saving/snapshot.py": "checkpoint/test_snapshot checkpoint/test_checkpoint",
     "core/saving/step.py": "bundle/test_damage checkpoint/test_checkpoint training/test_failed_saves",
@@ -96,12 +100,12 @@ def mutations(source: bytes) -> list[Mutation]:
 
 
 def _visible(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that are computed and whose text may be replaced."""
+    """The nodes that are computed and whose text may be replaced; a decorator's settings show in no behaviour."""
     if isinstance(node, ast.JoinedStr):
         return
     yield node
     for name, value in ast.iter_fields(node):
-        if name not in ("annotation", "returns", "type_params"):
+        if name not in ("annotation", "returns", "type_params", "decorator_list"):
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     yield from _visible(child)

@@ -16,8 +16,8 @@ from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.fused import recognise
 from .commit import CONFIG, MODEL, ModelFolder, OpenStep
 from .evolution import Evidence, evolve, old_settings
-from .find import missing_model
 from .folder import step_folder
+from .names import missing_model
 from .parts import WEIGHTS_KEYS, Part, ShardedFile, TorchFile, files_of, folder_of
 from .storage import DISK, Storage
 from .training_state import STATE, TrainingState, check_version, unseal
@@ -180,6 +180,9 @@ def _open_step(place: ModelFolder, step: int) -> OpenStep:
     return place.open_kept(place.path / step_folder(step))
 
 
+_ALONE = f" {MODEL} alone does not show its model: write model.config.to_dict() as {CONFIG} beside it."
+
+
 def _bundle(opened: OpenStep, folder: Path) -> Bundle:
     weights, optimizer = _part(opened, MODEL, WEIGHTS_KEYS), _part(opened, OPTIMIZER)
     if CONFIG not in opened.files or weights is None:
@@ -189,7 +192,7 @@ def _bundle(opened: OpenStep, folder: Path) -> Bundle:
             raise missing_model(folder)
         raise CheckpointNotFound(
             f"{folder}: no checkpoint here. Looked for {CONFIG} + {MODEL} (bundle), latest.pt or final.pt (single "
-            f"file); found {there}."
+            f"file); found {there}.{_ALONE if weights is not None else ''}"
         )
     where = str(opened.folder / CONFIG)
     try:

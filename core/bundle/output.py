@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..containers.checksum import combine
+from ..containers.checksum import combine, crc32
 
 try:
     import fcntl
@@ -58,7 +57,7 @@ class Output:
         crc = 0
         for start in range(0, len(view), PIECE):
             piece = view[start : start + PIECE]
-            crc = zlib.crc32(piece, crc)
+            crc = crc32(piece, crc)
             if len(piece) + self._pending_size < PIECE:
                 self._pending.append(bytes(piece))
                 self._pending_size += len(piece)

@@ -6,6 +6,11 @@ import functools
 import itertools
 import os
 import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 POLYNOMIAL = 0xEDB88320
 """CRC-32 of zip and gzip, bits reflected: the highest bit stands for x^0."""
@@ -18,6 +23,25 @@ CHUNK = 256 * 1024
 
 POSITIONED_READS = hasattr(os, "preadv")
 """Off (Windows, tests): one thread that seeks and reads."""
+
+
+LARGE = 64 * 1024
+"""Bytes from which a faster library is worth its import."""
+
+
+@functools.cache
+def _fastest() -> Callable[[ReadableBuffer, int], int]:
+    """CRC32 of zlib-ng where it is installed (the extra `fast`), which has the same values, or else of zlib."""
+    try:
+        from zlib_ng import zlib_ng
+    except ImportError:
+        return zlib.crc32
+    return zlib_ng.crc32
+
+
+def crc32(data: ReadableBuffer, before: int = 0) -> int:
+    """CRC32 of `data` after bytes whose CRC32 is `before`; every sum of a tensor or file is made here."""
+    return (zlib.crc32 if memoryview(data).nbytes < LARGE else _fastest())(data, before)
 
 
 def _multiply(a: int, b: int) -> int:
@@ -55,9 +79,9 @@ def combine(first: int, second: int, second_length: int) -> int:
     return _multiply(_shift(second_length), first) ^ second
 
 
-def flipped_bit(data: bytes, crc32: int) -> tuple[int, int] | None:
-    """The byte and the bit that alone make data differ from data of this CRC32; None where more than one bit does."""
-    difference, bit = zlib.crc32(data) ^ crc32, POLYNOMIAL  # what the highest bit of the last byte changes
+def flipped_bit(data: bytes, expected: int) -> tuple[int, int] | None:
+    """The byte and the bit that alone make data differ from data of a CRC32; None where more than one bit does."""
+    difference, bit = zlib.crc32(data) ^ expected, POLYNOMIAL  # what the highest bit of the last byte changes
     for number in range(8 * len(data)):
         if bit == difference:
             return len(data) - 1 - number // 8, 7 - number % 8
@@ -83,7 +107,7 @@ def crc32_range(fd: int, start: int, end: int) -> int:
         count = read_into(fd, buffer[: end - position], position)
         if not count:
             break
-        crc = zlib.crc32(buffer[:count], crc)
+        crc = crc32(buffer[:count], crc)
         position += count
     return crc
 

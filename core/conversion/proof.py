@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from ..containers.checksum import THREADS, crc32_range
+from ..containers.checksum import THREADS, crc32, crc32_range
 from ..containers.container import Check, Container
 from ..containers.open import open_container
 from ..containers.spec import ITEM_SIZES
@@ -61,7 +60,7 @@ class Summing(Gatherer):
             assert block.source is not None
             self._found, self._crc32 = self._sums.get(_run(block.source, block.file, offset, left)), 0
         if self._found is not None:
-            self._crc32 = zlib.crc32(into, self._crc32)
+            self._crc32 = crc32(into, self._crc32)
             if left == len(into):
                 _refuse_damage(*self._found, self._crc32)
 

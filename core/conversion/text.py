@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..console.words import columns, listed_names, printable, size_text
+from ..families.fused import FUSED
 from ..inspection.report import choice_facts
 from ..inspection.report_text import choice_lines
 from .pairs import PAIRS, ways
+from .pairs.gpt import GPT2
 from .plan import Plan, folded
 from .sharded import REASONS
 from .targets import FORMATS, formats_of
@@ -97,7 +99,10 @@ def _sources(names: tuple[str, ...]) -> str:
 def matrix() -> dict[str, list[str]]:
     """The formats to which each family can be converted."""
     families = dict.fromkeys(name for pair in PAIRS for name in (pair.theirs, pair.ours))
-    return {family: formats_of(ways(family)) for family in families} | {"any other tensors": formats_of(())}
+    made = {family: formats_of(ways(family)) for family in families}
+    made[FUSED] = formats_of(ways(FUSED, lambda pair, back: pair.shape != GPT2))
+    made[f"{FUSED}, a decoder"] = formats_of(ways(FUSED, lambda pair, back: pair.shape == GPT2))
+    return made | {"any other tensors": formats_of(())}
 
 
 def matrix_text() -> Iterable[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,7 +19,7 @@ from ..bundle.storage import DISK, Storage
 from ..bundle.writing import lock_if_model
 from ..console.words import size_text
 from ..containers import safetensors_writer
-from ..containers.checksum import combine
+from ..containers.checksum import combine, crc32
 from ..containers.dcp.folder import SUFFIX
 from ..containers.dcp.metadata import METADATA
 from ..containers.tensors.reading import PIECE, Gatherer, cast
@@ -83,7 +82,7 @@ class DirectOutput(Output):
         if self.is_summed:
             if len(view) < PIECE // 2:
                 return super().write(view)
-            crc = zlib.crc32(view)
+            crc = crc32(view)
             self.crc32 = combine(self.crc32, crc, len(view))
         else:
             crc = 0

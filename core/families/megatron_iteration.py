@@ -28,6 +28,19 @@ def is_extra_state(name: str) -> bool:
     return name.partition("/")[0].endswith(EXTRA)
 
 
+def extra_states(content: Any, key: str) -> dict[str, Any]:
+    """The extra states beside the tensors under `key` of a content that are no tensors: None, bytes, or lists."""
+    node = content
+    for word in key.split(".")[:-1]:
+        node = node.get(word) if isinstance(node, Mapping) else None
+    entries = node.items() if isinstance(node, Mapping) else ()
+    return {
+        name: value
+        for name, value in entries
+        if isinstance(name, str) and is_extra_state(name) and not isinstance(value, TensorSpec)
+    }
+
+
 def model_of(tensors: Mapping[str, TensorSpec]) -> tuple[dict[str, TensorSpec], list[str]]:
     """The tensors of the model, and a sentence that counts the others; all of them where there is no model."""
     others: Counter[str] = Counter()

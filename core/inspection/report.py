@@ -8,6 +8,7 @@ from typing import Any
 from ..containers.pickles.inert import LEAVES, Call, flat
 from ..containers.spec import TensorSpec
 from ..families.choices import Choice
+from ..families.megatron_iteration import extra_states
 from .inspect import Facts, Inspection, named
 from .marks import choices
 from .tensor_table import tensor_facts
@@ -42,7 +43,7 @@ def facts_of(found: Inspection, pattern: str | None = None) -> Facts:
         "parameters": _parameters(found),
         "choices": choice_facts(choices(found)),
         "contradictions": [] if ours else [*identity.conflicts, *found.lacks],
-        "notes": [*container.notes, *(architecture.notes if architecture is not None and not ours else [])],
+        "notes": [*container.notes, *([] if ours else _notes(found))],
         "health": _health(found),
         "damaged": list(found.damage),
         "foreign": [named(found.path, call) for call in container.foreign],
@@ -62,6 +63,16 @@ def choice_facts(made: Iterable[Choice]) -> list[Facts]:
         {"name": one.name, "value": one.value, "origin": one.origin, "text": str(one), "warning": one.warning or None}
         for one in made
     ]
+
+
+def _notes(found: Inspection) -> list[str]:
+    """Those of the model: its extra states that are no tensors are counted, as the others are among its buffers."""
+    noted = found.identity.architecture.notes if found.identity.architecture is not None else []
+    if not (names := list(extra_states(found.container.content, found.key))):
+        return list(noted)
+    what = "entry is" if len(names) == 1 else "entries are"
+    left_out = f"{len(names)} _extra_state {what} left out, such as {names[0]}: what Transformer Engine keeps for FP8"
+    return [left_out, *noted]
 
 
 def _architecture(architecture: Any) -> Facts:

@@ -251,6 +251,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def rank_of_torchrun() -> int:
+    """The number of this process among those that torchrun started; 0 without torchrun."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() and "WORLD_SIZE" in os.environ else 0
+
+
 @contextlib.contextmanager
 def open_world(parallel: str | None) -> Iterator[World]:
     """Join the ranks that torchrun started while the block runs; without torchrun, yield a world of one process.

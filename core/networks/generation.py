@@ -2,8 +2,8 @@
 
 Shapes: B sequences, T positions, L layers, H heads, D head size, S room of the cache in positions, V vocabulary.
 
-Positions are learned, so a full window cannot slide: its older half is dropped and the rest computed again at
-positions from 0, which costs one long pass per block_size / 2 tokens. The rule is the same with and without a cache.
+A full context cannot slide where positions are learned, so with every kind of positions its older half is dropped and
+the rest computed again at positions from 0: one long pass per block_size / 2 tokens, with and without a cache.
 """
 
 from __future__ import annotations

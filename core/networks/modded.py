@@ -6,7 +6,7 @@ Shapes: B batch, T positions, C n_embd, H heads, D = 128 head size, h = H * D, V
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ from ..config.variants import (
     value_table,
     windows_of,
 )
+from ..errors import CheckpointMismatch
 from ..families.family import plain_names
 from .windows import block_mask, compiled_flex, mask
 
@@ -385,12 +386,26 @@ def _take_apart(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> Non
     if not prefix:  # only at the top: within another module, the names belong to that module
         for plain, name in plain_names(list(state)).items():
             state[plain] = state.pop(name)
+    _refuse_other_layout(module, state, prefix)
     scalars = state.get(f"{prefix}scalars")
     if scalars is None or module.apart or scalars.dim() != 1:
         return
     size = module.scalars.numel()
     module.scalars_tail = scalars[size:].detach().clone() if len(scalars) > size else None
     state[f"{prefix}scalars"] = scalars[:size]
+
+
+def _refuse_other_layout(module: Any, state: Mapping[str, Any], prefix: str) -> None:
+    """Refuse matrices of layers none of which has a place here; with strict=False torch would fill none of them."""
+    there = {name: value for name, value in state.items() if name.startswith(f"{prefix}blocks.")}
+    matrices = [name for name, value in there.items() if isinstance(value, Tensor) and value.dim() > 1]
+    own = [f"{prefix}{name}" for name, p in module.named_parameters() if name.startswith("blocks.") and p.dim() > 1]
+    if matrices and not set(own).intersection(matrices):
+        raise CheckpointMismatch(
+            f"{type(module).__name__} ({module.config.variant}): the weights of its layers have the layout of "
+            f"{own[0]}, and those given that of {matrices[0]}: none of them has a place, and nothing was loaded. "
+            "core.pretrained.load_pretrained_checkpoint(path) finds the layout of a file, and converts it."
+        )
 
 
 def _put_together(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:

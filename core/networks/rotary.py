@@ -9,6 +9,7 @@ buffers of the model would change with its dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..config.gpt import GPTConfig
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosine and sine of the angles, [T, R / 2], or [B, 1, T, R / 2] where rows have other positions."""
+"""Cosine, and sine with the sign of its partner, of each number's angle: [T, R], or [B, 1, T, R] by rows."""
 
 
 class Rotary:
@@ -27,10 +28,11 @@ class Rotary:
     def __init__(self, config: GPTConfig) -> None:
         # On the CPU also where the model is built without memory; they follow the first positions.
         exponents = torch.arange(0, config.rotary_width, 2, device="cpu").float() / config.rotary_width
-        self.frequencies = 1.0 / config.rope_theta**exponents
-        self.factor = 1.0  # of cosine and sine
+        frequencies, self.factor = 1.0 / config.rope_theta**exponents, 1.0  # the factor is of cosine and sine
         if config.rope_scaling is not None:
-            self.frequencies, self.factor = _scaled(self.frequencies, config.rope_theta, config.rope_scaling)
+            frequencies, self.factor = _scaled(frequencies, config.rope_theta, config.rope_scaling)
+        # cos(-a) is cos(a) and sin(-a) is -sin(a): the first of two partners turns by the negative angle.
+        self.frequencies = SPREAD[config.rotary_layout](-frequencies, frequencies)
 
     def rotation(self, positions: Tensor) -> Rotation:
         """Compute the angles of positions [T] or [B, T]."""
@@ -44,22 +46,28 @@ class Rotary:
 
 def rotate_halves(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn x [B, H, T, D]; number i of its first R is the partner of number i + R / 2."""
-    cos, sin = rotation
-    half = cos.size(-1)
-    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
+    return _rotated(x, rotation, lambda turning: turning.roll(turning.size(-1) // 2, -1))
 
 
 def rotate_pairs(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn x [B, H, T, D]; number 2 i of its first R is the partner of number 2 i + 1."""
+    return _rotated(x, rotation, lambda turning: turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
+
+
+def _rotated(x: Tensor, rotation: Rotation, partners: Callable[[Tensor], Tensor]) -> Tensor:
     cos, sin = rotation
-    turning, rest = x.split((2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)), dim=-1)
-    a, b = turning[..., 0::2], turning[..., 1::2]
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    return torch.cat((turned, rest), dim=-1).to(x.dtype)
+    width = cos.size(-1)
+    turning = x if width == x.size(-1) else x[..., :width]
+    turned = torch.addcmul(turning * cos, partners(turning), sin).to(x.dtype)
+    return turned if turning is x else torch.cat((turned, x[..., width:]), dim=-1)
 
 
 LAYOUTS = {"halves": rotate_halves, "pairs": rotate_pairs}
+SPREAD: dict[str, Callable[..., Tensor]] = {
+    "halves": lambda first, second: torch.cat((first, second)),
+    "pairs": lambda first, second: torch.stack((first, second), dim=-1).flatten(),
+}
+"""Where the first and second partners of a layout lie."""
 
 
 def _scaled(frequencies: Tensor, theta: float, scaling: dict[str, Any]) -> tuple[Tensor, float]:

@@ -5,7 +5,6 @@ docs/formats.md describes the file. What differs between ranks is kept by rank; 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from ..bundle.also import MARK
 from ..bundle.bundle import ALSO
+from ..containers.checksum import crc32
 from ..containers.trees import map_leaves
 from ..errors import InputError
 from ..networks.distributed import World
@@ -128,5 +128,5 @@ def _sum(state: Any) -> int:
     """A checksum of a state that a load gives back."""
     found = 0
     for _, data in records_of(state):
-        found = zlib.crc32(data if isinstance(data, bytes) else bytes_of(data.cpu()).numpy().data, found)
+        found = crc32(data if isinstance(data, bytes) else bytes_of(data.cpu()).numpy().data, found)
     return found

@@ -25,7 +25,6 @@ import contextlib
 import mmap
 import queue
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..containers.checksum import CHUNK, THREADS
+from ..containers.checksum import CHUNK, THREADS, crc32
 from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Seal
 from ..errors import SaveFailed
 from .free_memory import free_memory
@@ -400,7 +399,7 @@ def _sum(piece: Piece, memory: torch.Tensor, copy: bool) -> int:
         target = memory[start:end]
         if copy:
             _copy_bytes(piece.segment.content[piece.low + start : piece.low + end], target, False)
-        crc = zlib.crc32(target.numpy().data, crc)
+        crc = crc32(target.numpy().data, crc)
     return crc
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..containers.checksum import CHUNK, THREADS
+from ..containers.checksum import CHUNK, THREADS, crc32
 from ..containers.torch_files.layout import Sink, records, write_torch_file
 
 
@@ -49,7 +49,7 @@ def _crc32(data: np.ndarray) -> int:
     for start in range(0, len(data), CHUNK):
         piece = cache[: len(data) - start]
         np.copyto(piece, data[start : start + CHUNK])
-        crc = zlib.crc32(piece.data, crc)
+        crc = crc32(piece.data, crc)
     return crc
 
 

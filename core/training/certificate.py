@@ -7,7 +7,6 @@ proof that the functions and the state are still the same: each part is computed
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from ..bundle.bundle import EMA, OPTIMIZER
 from ..bundle.commit import MODEL
 from ..bundle.training_state import TrainingState
+from ..containers.checksum import crc32
 from ..data.randomness import mix
 from ..networks.device import changes, seed_generator
 from ..networks.state_dict import export_optimizer_state, export_state_dict
@@ -186,5 +186,5 @@ def verdict(state: TrainingState, found: Mapping[str, list[str]]) -> str:
 def _digest(tensors: Iterable[Tensor]) -> str:
     crc = 0
     for tensor in tensors:
-        crc = zlib.crc32(tensor.cpu().numpy().data, crc)
+        crc = crc32(tensor.cpu().numpy().data, crc)
     return f"{crc:08x}"

@@ -79,6 +79,11 @@ def read_splits(
 
     Raises: InputError when there is nothing to read, or a file is not as expected.
     """
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file or folder; looked for {path.absolute()}. --dataset takes a "
+            f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]} file, or a folder with a train file."
+        )
     if path.is_dir():
         files = {split: found for split, names in SPLITS.items() if (found := _find(path, names))}
         if "train" not in files:

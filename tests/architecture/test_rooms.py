@@ -183,7 +183,7 @@ READS = {
     "console/files.py": 1,  # the function itself
     "saving/free_memory.py": 4,  # /proc and the files of control groups
     "bundle/owner.py": 2,  # /proc
-    "inspection/html/page.py": 2,  # the page's own script and style
+    "inspection/html/document.py": 2,  # the page's own script and style
     "inspection/inspect.py": 1,  # an open file, once more
     "bundle/heartbeat.py": 2,
 }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -45,8 +46,13 @@ def test_save_into_an_empty_folder_writes_only_the_weights(tmp_path, model):
     model.save(tmp_path / "alone")
     assert [p.name for p in (tmp_path / "alone").iterdir() if not p.name.startswith(".")] == ["model.pt"]
     assert equal(torch.load(tmp_path / "alone/model.pt", weights_only=True), model.state_dict())
-    with pytest.raises(CheckpointNotFound, match=r"no checkpoint here\. Looked for config.json \+ model.pt .*; found"):
+    hint = "model.pt alone does not show its model: write model.config.to_dict() as config.json beside it."
+    looked = r"no checkpoint here\. Looked for config.json \+ model.pt .*; found"
+    with pytest.raises(CheckpointNotFound, match=f"{looked}.*{re.escape(hint)}$"):
         GPT.load(tmp_path / "alone")
+    (tmp_path / "alone/config.json").write_text(json.dumps(model.config.to_dict()))
+    loaded, ids = GPT.load(tmp_path / "alone")[0], torch.arange(5)[None]
+    assert torch.equal(loaded(ids)[0], model.eval()(ids)[0])
 
 
 def test_save_into_a_bundle_commits_the_same_config_and_tokenizer_without_an_optimizer(tmp_path):

@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 
+from core import model as model_module
 from core.config.variants import VARIANTS
 from core.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, CheckpointNotFound
 from core.loading.modded import load_flex_checkpoint
+from core.model import GPTBatched, GPTFlexAttention
 from core.pretrained import inspect_checkpoint, load_pretrained_checkpoint
 from tests.conftest import ROOT
 from tests.makers.modded_checkpoints import flex_model, upstream_file, upstream_state
@@ -163,3 +165,35 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path, dtype):
         check=True,
     )
     assert float(result.stdout) <= 1.3
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("file", "made", "class_", "own", "given"),
+    [
+        ("medium", "small", GPTFlexAttention, "blocks.0.attn.qkv_w", "blocks.0.attn.qkvo_w"),
+        ("medium", "small_2025_02", GPTFlexAttention, "blocks.0.attn.qkv_w", "blocks.0.attn.qkvo_w"),
+        ("small", "medium", GPTFlexAttention, "blocks.0.attn.qkvo_w", "blocks.0.attn.qkv_w"),
+        ("small", "small", GPTBatched, "blocks.0.attn.qkvo_w", "blocks.0.attn.qkv_w"),
+    ],
+)
+def test_a_state_of_another_layout_is_refused_and_changes_nothing(file, made, class_, own, given, strict):
+    torch.manual_seed(0)
+    state = {f"_orig_mod.{n}": t for n, t in GPTFlexAttention(256, 12, 1, 128, 128, variant=file).state_dict().items()}
+    model = class_(256, 12, 1, 128, 128, variant=made)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointMismatch) as raised:
+        model.load_state_dict(state, strict=strict)
+    assert str(raised.value) == (
+        f"{class_.__name__} ({made}): the weights of its layers have the layout of {own}, and those given that of "
+        f"{given}: none of them has a place, and nothing was loaded. "
+        "core.pretrained.load_pretrained_checkpoint(path) finds the layout of a file, and converts it."
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_classes_of_the_old_instructions_are_in_core_model():
+    small = model_module.GPTFlexAttention(256, 6, 1, 128, 128)
+    block = small.blocks[0]
+    assert type(block) is model_module.TrainingScriptBlock and type(block.attn) is model_module.TrainingScriptAttention
+    assert type(block.mlp) is model_module.TrainingScriptMLP and type(block.mlp.c_fc) is model_module.CastedLinear

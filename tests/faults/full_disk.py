@@ -47,7 +47,8 @@ def fill_up(place: Path, tally: Tally) -> None:
     free = shutil.disk_usage(place).free
     for left in (0, 4096, 8192, 65536, 131072, 262144, free // 2, free):
         filler = place / "filler"
-        filler.write_bytes(bytes(free - left))
+        free = shutil.disk_usage(place).free  # less than before where a mapped step was removed
+        filler.write_bytes(bytes(max(free - left, 0)))
         before, step = loaded(place), model.step
         update(model, optimizer)
         where = f"{left} bytes free"

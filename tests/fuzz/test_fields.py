@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from core.inspection.html import page
 from tests.fuzz.fields import OPTIMIZER, STATE, WRONG, changed, documents, fault, paths_in, trained_folder, views, write
-
-
-@pytest.fixture(autouse=True)
-def plotly(monkeypatch) -> None:
-    """A page needs none of plotly to be written."""
-    monkeypatch.setattr(page, "_plotly", lambda: "")
 
 
 @pytest.fixture(scope="module")

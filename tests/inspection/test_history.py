@@ -91,7 +91,7 @@ def test_health_is_told_from_sizes_and_headers_and_from_checksums_on_demand(bran
     health = {step["path"].rpartition("/")[2]: step["health"] for step in json.loads(out)["steps"]}
     assert health["step_00000001"] == "damaged" and health["step_00000002"] == "replaced"
     assert health["dante"] == health["step_00000003"] == "intact"
-    assert code == 1 and re.search(r"^error: .*step_00000001/model\.pt: \S+ is damaged \(CRC32", err)
+    assert code == 1 and re.search(r"^error: .*step_00000001/model\.pt: \S+, lm_head\.weight is damaged \(CRC32", err)
     assert re.search(
         r"^replaced: .*step_00000002/model\.pt: whole", run(capsys, branches, "--history", "--verify")[1], re.M
     )

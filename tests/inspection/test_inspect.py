@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from core.inspection.report_text import age
 from core.inspection.tensor_table import grouped
 from core.model import GPT
 from tests.makers.doors import Shell
+from tests.makers.megatron_exports import LLAMA, export_of, exported
 from tests.makers.models import flip, started, train_and_save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,3 +222,19 @@ def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path):
     done = run(tmp_path / "m", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0
     assert "vocab     : 2 characters: \\xe9\\u4e16" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("values", "noted"),
+    [
+        ([None, io.BytesIO(b"amax")], "2 _extra_state entries are left out, such as a._extra_state: "),
+        ([None], "1 _extra_state entry is left out, such as a._extra_state: "),
+        ([], None),
+    ],
+)
+def test_extra_states_that_are_no_tensors_are_counted(shared, tmp_path, capsys, values, noted):
+    state, config = exported(export_of(shared / "fixtures", LLAMA))
+    states = {f"{name}._extra_state": value for name, value in zip("ab", values, strict=False)}
+    torch.save({"model_state_dict": {**state, **states}, "model_config": config}, tmp_path / "x.pt")
+    said = [line for line in inspect(capsys, tmp_path / "x.pt").splitlines() if "_extra_state entr" in line]
+    assert said == ([f"note: {noted}what Transformer Engine keeps for FP8"] if noted else [])

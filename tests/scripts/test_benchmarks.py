@@ -55,3 +55,17 @@ def test_distributed_measures_every_way_to_save_shards(tmp_path):
     assert done.returncode == 0, done.stderr
     seconds = json.loads((tmp_path / "figures.json").read_text())["seconds"]
     assert all(0 <= blocked <= durable for blocked, durable, _ in seconds.values()) and len(seconds) == 3
+
+
+@pytest.mark.parametrize("arch", ["gpt", "llama"])
+@pytest.mark.parametrize("part", ["generation", "tuning"])
+def test_generate_compares_the_same_model_in_transformers(arch, part):
+    pytest.importorskip("transformers")
+    sizes = {"arch": arch, "part": part, "n_layer": 1, "new_tokens": 4, "batch": 1, "length": 8, "repeats": 1}
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "benchmarks/generate.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # also where texts or losses differ
+    rows = ["ours", "transformers"] + (["ours, no cache", "limit of memory"] if part == "generation" else [])
+    assert all(f"| {name:22} |" in done.stdout for name in rows)
+    assert "x transformers: " in done.stdout

@@ -139,7 +139,7 @@ def test_a_model_with_a_tied_head_is_what_other_programs_compute(tmp_path):
     root = ["--checkpoint_root", str(tmp_path)]
     sizes = ["--n_layer", "1", "--n_embd", "8", "--n_head", "2", "--block_size", "8", "--batch_size", "2"]
     text = [*sizes, "--input_file", str(tmp_path / "text.txt"), "--eval_iters", "1", "--device", "cpu"]
-    for name, more in (("tied", ["--tied_head"]), ("own", [])):
+    for name, more in (("tied", []), ("own", ["--untied_head", "--head_bias"])):
         assert train.main([*root, "--model_name", name, *text, *more, "--max_iters", "1"]) == 0
     for to, target in (("hf", "hf"), ("nanogpt", "out"), ("megatron", "m")):
         assert convert_checkpoints.main([str(tmp_path / "tied"), str(tmp_path / target), "--to", to]) == 0
@@ -150,3 +150,25 @@ def test_a_model_with_a_tied_head_is_what_other_programs_compute(tmp_path):
         train.main([*root, "--model_name", "own", "--tied_head", "--max_iters", "2"])
     with pytest.raises(InputError, match="--tied_head: these models have a head of their own"):
         train.main([*root, "--model_name", "flex", "--arch", "flex_small", *text[-6:], "--tied_head"])
+
+
+def test_of_several_processes_of_torchrun_the_first_converts_and_the_others_end_with_0(folder, monkeypatch, capsys):
+    fresh(folder)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    words, target = [str(folder / "latest.pt"), str(folder.parent / "out.safetensors"), "--to", "safetensors"], []
+    for rank in ("3", "1", "0", "2"):
+        monkeypatch.setenv("RANK", rank)
+        assert convert_checkpoints.main(words) == 0
+        target.append((folder.parent / "out.safetensors").exists())
+        assert bool(capsys.readouterr().out) == (rank == "0")
+    assert target == [False, False, True, True]
+
+
+@pytest.mark.full
+def test_torchrun_of_a_conversion_ends_with_0_and_kills_nothing(folder):
+    fresh(folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    words = [ROOT / "convert_checkpoints.py", "latest.pt", "out.safetensors", "--to", "safetensors"]
+    done = subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out.safetensors").is_file() and "Error" not in done.stderr and "SIGTERM" not in done.stderr

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,7 +202,8 @@ def test_a_model_of_another_program_is_neither_resumed_nor_a_classifier(made, tm
         ({"text_colums": "premise"}, WRONG_USE, "unknown flag --text_colums; did you mean --text_columns?"),
         ({"n_layer": 12, "n_embd": 768}, FAILED, "--n_layer is 12, but the checkpoint has 6; --n_embd is 768, but"),
         ({"n_head": 6}, FAILED, "--n_head is 6, but the checkpoint has 1. Leave the flags out"),
-        ({"dataset": "nowhere.csv"}, FAILED, "nowhere.csv: No such file or directory"),
+        ({"dataset": "nowhere.csv"}, FAILED, f"no such file or folder; looked for {Path.cwd()}/nowhere.csv."),
+        ({"pretrained_ckpt_path": "no*/x_*.pt"}, FAILED, f"nothing matches no*/x_*.pt (in {Path.cwd()}). Name the"),
         ({"pretrained_ckpt_path": "nowhere.pt"}, FAILED, "nowhere.pt: cannot be opened"),
         ({"tokenizer_name": "nowhere.json"}, FAILED, "--tokenizer_name: found no file nowhere.json, expected gpt2"),
         ({"tokenizer_name": "gpt2"}, FAILED, f"gpt2: gpt2, but the model has {len(TOKENS)} rows"),
@@ -227,6 +229,22 @@ def test_wrong_use_is_one_sentence_and_writes_nothing(made, tmp_path, flags, cod
             main(words(made, root, **flags))
         assert ended.value.code == WRONG_USE and said in capsys.readouterr().err
     assert not list(root.glob("*/*"))
+
+
+def test_a_quoted_pattern_names_its_only_match_and_several_are_listed(made, tmp_path, capsys):
+    root = tmp_path / "root"
+    (tmp_path / "hin_urd_run_1").mkdir()
+    (tmp_path / "hin_urd_run_1" / "best_state_7.pt").symlink_to(made / "state_step001770.pt")
+    pattern = f"{tmp_path}/hin_urd_run_*/best_state_*.pt"
+    with pytest.raises(CheckpointError, match="--n_layer is 8, but the checkpoint has 12"):
+        main(words(made, root, pretrained_ckpt_path=pattern, n_layer=8))
+    one = f"{tmp_path}/hin_urd_run_1/best_state_7.pt"
+    assert f"{pattern}: using {one}, its only match\n" in capsys.readouterr().err
+    (tmp_path / "hin_urd_run_1" / "best_state_9.pt").touch()
+    with pytest.raises(InputError) as raised:
+        main(words(made, root, pretrained_ckpt_path=pattern))
+    both = f"{one}, {one.replace('_7', '_9')}"
+    assert str(raised.value) == f"--pretrained_ckpt_path: 2 match {pattern}: {both}. Name one."
 
 
 def test_an_error_of_the_process_is_one_line_and_its_exit_code(made, tmp_path):

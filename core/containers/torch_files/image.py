@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
-from ..checksum import combine
+from ..checksum import combine, crc32
 from .layout import FOLDER, Entry, descriptor, directory, local_header
 
 
@@ -129,7 +129,7 @@ class Seal:
             self._late = self._content_of(segment)
         view = block[at : at + high - low]
         view[:] = self._late[low:high]
-        self.crc32 = zlib.crc32(view, self.crc32)
+        self.crc32 = crc32(view, self.crc32)
 
     def _content_of(self, segment: Segment) -> bytes:
         if segment.kind is Kind.HEADER:

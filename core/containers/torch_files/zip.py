@@ -14,6 +14,7 @@ from typing import BinaryIO
 from ...console.words import listed_names
 from ...errors import CheckpointDamaged, CheckpointError
 from ..blocks import read_at
+from ..checksum import crc32
 from ..pickles.inert import as_name, as_text
 from .storages import LARGEST_PICKLE, TensorLoader, TorchArchive, name_tensors
 from .zip_directory import Record, read_directory, read_head
@@ -99,7 +100,7 @@ def _read(file: BinaryIO, records: dict[str, Record], name: str, where: str, siz
             f"{where}: {record.name} is compressed, with {record.inflated} bytes in a file of {size}."
         )
     data = b"".join(pieces_of(file, record, where))
-    if record.crc32 and (found := zlib.crc32(data)) != record.crc32:
+    if record.crc32 and (found := crc32(data)) != record.crc32:
         raise CheckpointDamaged(f"{where}: {name} is damaged (CRC32 {found:08x}, recorded {record.crc32:08x}).")
     return data
 

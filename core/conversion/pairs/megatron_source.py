@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...containers.container import Container
 from ...containers.pickles.inert import as_text
 from ...containers.spec import TensorSpec
 from ...containers.tensors.views import View
 from ...errors import CheckpointError, CheckpointMismatch
 from ...families.identify import Identity
-from ...families.megatron_iteration import is_extra_state
+from ...families.megatron_iteration import extra_states
 from ...families.megatron_tables import TRANSFORMER_ENGINE, unstacked
 from ...families.rules import Table, apply
 from ..plan import Source
@@ -71,14 +69,10 @@ def refuse_mixed(model: Source) -> None:
 
 def drop_extra_states(model: Source, key: str) -> None:
     """List Transformer Engine's extra state as dropped: None or bytes for a layer, any value for a shard of layers."""
-    node: Any = model.container.content
-    for word in key.split(".")[:-1]:
-        node = node.get(word) if isinstance(node, dict) else None
-    for name, value in node.items() if isinstance(node, dict) else ():
-        if isinstance(name, str) and is_extra_state(name) and not isinstance(value, TensorSpec):
-            held = value[0] if isinstance(value, list) and len(value) == 1 else value  # a shard's is in a list
-            kind = "a tensor" if isinstance(held, TensorSpec) else as_text(held, 30).split("(")[0]
-            model.dropped[f"{key}{name}"] = f"what Transformer Engine keeps for FP8, here {kind}"
+    for name, value in extra_states(model.container.content, key).items():
+        held = value[0] if isinstance(value, list) and len(value) == 1 else value  # a shard's is in a list
+        kind = "a tensor" if isinstance(held, TensorSpec) else as_text(held, 30).split("(")[0]
+        model.dropped[f"{key}{name}"] = f"what Transformer Engine keeps for FP8, here {kind}"
 
 
 def localize(model: Source) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ...bundle.evolution import Evidence, evolve
 from ...bundle.optimizer_state import groups_of, names_in_order
 from ...bundle.parts import once
+from ...containers.checksum import crc32
 from ...containers.pickles.inert import as_text
 from ...containers.plain import plain
 from ...containers.spec import TensorSpec
@@ -216,7 +216,7 @@ class Side:
             return plain(value)
         data = pieces(stored(self.found.container, value))
         if value.numel > _FEW or value.dtype.startswith("complex"):
-            crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), data, 0)
+            crc = functools.reduce(lambda crc, piece: crc32(piece, crc), data, 0)
             return f"{value}, CRC32 {crc:08x}"
         numbers = plain(decode(b"".join(map(bytes, data)), value.dtype).tolist())
         return numbers if value.shape else numbers[0]

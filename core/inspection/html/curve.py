@@ -16,7 +16,7 @@ from ...errors import CheckpointError
 
 Points = dict[str, list[float]]
 
-BUCKETS = 1500
+BUCKETS = 500
 """Buckets to which a long curve is thinned; each keeps its lowest and its highest point."""
 
 _LONGEST_LINE = 1 << 16
@@ -39,11 +39,11 @@ class Series:
             means.append(mean)
         return Series(self.x, means)
 
-    def points(self) -> Points:
+    def points(self, buckets: int = BUCKETS) -> Points:
         """As many points as a screen can show, the extremes among them."""
         chosen: Iterable[int] = range(len(self.x))
-        if len(self.x) > 2 * BUCKETS:
-            edges = [len(self.x) * i // BUCKETS for i in range(BUCKETS + 1)]
+        if len(self.x) > 2 * buckets:
+            edges = [len(self.x) * i // buckets for i in range(buckets + 1)]
             spans = [range(first, end) for first, end in itertools.pairwise(edges)]
             ends = ({min(span, key=self.y.__getitem__), max(span, key=self.y.__getitem__)} for span in spans)
             chosen = [i for pair in ends for i in sorted(pair)]
@@ -58,11 +58,25 @@ class Curve:
     val_loss: Series = field(default_factory=Series)
     learning_rate: Series = field(default_factory=Series)
     said: str = ""
+    sample: str = ""  # of text, the last in the log, and the step that wrote it
+    sample_step: int = 0
 
     def points(self) -> dict[str, Points]:
         """All series thinned, and the smoothed loss."""
-        series = {"loss": self.loss, "val_loss": self.val_loss, "learning_rate": self.learning_rate}
-        return {name: s.points() for name, s in {**series, "smoothed": self.loss.smoothed()}.items()}
+        return {
+            "loss": self.loss.points(),
+            "val_loss": self.val_loss.points(),
+            "smoothed": self.loss.smoothed().points(BUCKETS // 2),  # smooth lines need fewer
+            "learning_rate": self.learning_rate.points(BUCKETS // 4),
+        }
+
+    @property
+    def best(self) -> tuple[float, float] | None:
+        """Step and validation loss of the best evaluation."""
+        if not self.val_loss.y:
+            return None
+        i = min(range(len(self.val_loss.y)), key=self.val_loss.y.__getitem__)
+        return self.val_loss.x[i], self.val_loss.y[i]
 
 
 def curve_beside(path: Path) -> Curve | None:
@@ -84,6 +98,8 @@ def read_curve(path: Path) -> Curve:
                 lines += 1
                 step, values = _numbers(line)
                 series: dict[str, Series] = {name: getattr(curve, name) for name in values}
+                if not series and _take_sample(line, curve):
+                    continue
                 if not series or any(len(s.x) and s.x[-1] >= step for s in series.values()):
                     left_out += 1
                     continue
@@ -106,6 +122,21 @@ def read_curve(path: Path) -> Curve:
         said.append(f"NaN or Inf in {len(not_finite):,} places, the first at step {not_finite[0]:,}")
     curve.said = "; ".join(said) + "."
     return curve
+
+
+def _take_sample(line: bytes, curve: Curve) -> bool:
+    """Keep the sample of text in a line; returns whether it has one."""
+    if b'"sample"' not in line:
+        return False
+    try:
+        values = json.loads(line)
+        step, text = values["step"], values["sample"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    if type(step) is not int or not isinstance(text, str):
+        return False
+    curve.sample, curve.sample_step = text, step
+    return True
 
 
 def _numbers(line: bytes) -> tuple[int, dict[str, float]]:
