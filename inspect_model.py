@@ -40,7 +40,7 @@ from core.inspection.report_text import models_text, not_finite, text_of, views_
 
 COMMON = (
     *("model_name", "checkpoint_root", "config_file", "step", "tensors", "history", "verify", "stats"),
-    *("diff", "html", "check_text", "json", "quiet"),
+    *("diff", "html", "watch", "check_text", "json", "quiet"),
 )
 """The flags of --help."""
 
