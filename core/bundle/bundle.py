@@ -155,6 +155,11 @@ class KeptStep:
         """Its place among the commits of its branch."""
         return self.state.order if self.state else self.step
 
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return self.state.size or sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
 
 def open_bundle(folder: Path, step: int | None = None, storage: Storage = DISK) -> Bundle:
     """Open the newest committed bundle of a model's folder, or one of its kept steps, or a folder that is a bundle.

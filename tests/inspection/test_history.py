@@ -62,7 +62,7 @@ def test_json_has_the_descent_of_every_step(branches, capsys):
     assert by_commit[top["parent"]]["step"] == 3 and by_commit[top["branch_left"]]["place"] == "kept"
     assert {step["run"] for step in past["steps"]} == {past["run"]}
     assert [step["why"] for step in past["steps"] if step["place"] == "aside"] == ["abandoned"] * 3
-    later = {"keep_best": 1, "best_by": "val_loss", "keep_steps": [], "keep_optimizer": None}
+    later = {"keep_best": 1, "best_by": "val_loss", "keep_steps": [], "keep_optimizer": None, "keep_within": 0}
     assert past["rules"] == {"keep": 9, "keep_every": None, "resumed_from": 3, **later, "recorded": True}
 
 
