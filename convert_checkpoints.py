@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from core.bundle.find import missing_model
 from core.bundle.foreign import foreign_checkpoint
+from core.bundle.names import missing_model
 from core.console.commandline import DONE, FAILED, Parser, run
 from core.console.progress import byte_bar, token_bar
 from core.console.words import columns, printable, size_text

@@ -15,7 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from core.bundle.find import add_legacy_flag, choose_model, legacy_path, model_names
+from core.bundle.find import add_legacy_flag, choose_model, legacy_path
+from core.bundle.names import model_names
 from core.console.commandline import (
     DONE,
     FAILED,
@@ -39,7 +40,7 @@ from core.inspection.report_text import models_text, not_finite, text_of, views_
 
 COMMON = (
     *("model_name", "checkpoint_root", "config_file", "step", "tensors", "history", "verify", "stats"),
-    *("diff", "html", "check_text", "json", "quiet"),
+    *("diff", "html", "watch", "check_text", "json", "quiet"),
 )
 """The flags of --help."""
 

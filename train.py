@@ -34,11 +34,13 @@ def main(argv: list[str]) -> int:
 def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
     """Do what the flags request, as the only writer of the model."""
     from core.checkpoint import CheckpointManager
-    from core.errors import CheckpointNotFound
     from core.networks.distributed import open_world
+    from core.training.pruning import prune
     from core.training.ranks import WorldRanks
 
     with open_world(args.parallel) as world:
+        if args.prune:
+            return prune(args, WorldRanks(world))
         manager = CheckpointManager(
             args.model_name or "default",
             args.checkpoint_root,
@@ -48,24 +50,12 @@ def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
             stage_memory=args.stage_memory,
             ranks=WorldRanks(world),
         )
-        if args.prune and not manager.checkpoint_dir.is_dir():
-            raise CheckpointNotFound(f"{manager.checkpoint_dir}: no such folder, so nothing to prune.")
         with manager:
-            if args.prune:
-                return prune(manager, args)
             if args.resume_from is not None:
+                args.seed = manager.seed_in_use() if args.seed is None else args.seed
                 manager.go_back(args.resume_from)
             with manager.newest_intact(args.init_from_checkpoint) or contextlib.nullcontext() as bundle:
                 return train(manager, bundle, args, stop)
-
-
-def prune(manager: CheckpointManager, args: argparse.Namespace) -> int:
-    """Remove what was set aside and, where a rule is given, kept steps and optimizer states that none keeps."""
-    from core.console.words import size_text
-
-    freed = manager.prune(**rules_given(args))
-    print(f"{freed} bytes freed ({size_text(freed)})")
-    return DONE
 
 
 def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Namespace, stop: StopSignal) -> int:

@@ -13,9 +13,9 @@ from .bundle import intact, rewind
 from .bundle.bundle import Bundle, newest_tokenizer
 from .bundle.choice import LEGACY_FILES, holds_bundle
 from .bundle.commit import MODEL
-from .bundle.find import file_in, model_folder
 from .bundle.folder import top_state
 from .bundle.foreign import refuse_foreign
+from .bundle.names import file_in, model_folder
 from .bundle.retention import best_step
 from .bundle.rules import StepRules
 from .bundle.writing import explained
@@ -61,6 +61,7 @@ class CheckpointManager(FolderWriter, StepRules):
         best_by: str = "val_loss",
         keep_steps: Iterable[int] | str = (),
         keep_optimizer: int | None = None,
+        keep_within: int = 0,
         say: Callable[[str], None] = intact.say_on_stderr,
         save_policy: str = "wait",
         stage_memory: int | None = None,
@@ -73,7 +74,7 @@ class CheckpointManager(FolderWriter, StepRules):
                 f"save_policy is {save_policy!r} and stage_memory {stage_memory}: expected wait or skip, and bytes."
             )
         FolderWriter.__init__(self, model_folder(base_dir, model_name), ranks or Ranks(), say, stage_memory)
-        StepRules.__init__(self, keep, keep_every, keep_best, best_by, keep_steps, keep_optimizer)
+        StepRules.__init__(self, keep, keep_every, keep_best, best_by, keep_steps, keep_optimizer, keep_within)
         self.model_name = model_name
         """Name of the model, and of its folder."""
         self.facts: dict[str, Any] = {}
@@ -150,16 +151,18 @@ class CheckpointManager(FolderWriter, StepRules):
             open_to_train = rewind.open_or_clear if self.allow_fresh else intact.open_newest_intact
             return open_to_train(self._folder, self.say, read_through, check=check)
 
-    def prune(self, keep: int | None = None, keep_every: int | None = None, **rules: Any) -> int:
+    def prune(
+        self, keep: int | None = None, keep_every: int | None = None, *, dry_run: bool = False, **rules: Any
+    ) -> int:
         """Remove and report what was set aside, and return the bytes freed; with a rule given, kept steps as well.
 
         Those are removed that the rules of the run, with the ones given (by the names of the manager's attributes), do
-        not keep, and so are optimizer states.
+        not keep, and so are optimizer states. A `dry_run` reports what would be removed, and changes nothing.
         """
         if not self.ranks.world.is_first:
             return 0
         with self.writing(), explained(self.checkpoint_dir):
-            return rewind.prune(self._folder, self.say, keep=keep, keep_every=keep_every, **rules)
+            return rewind.prune(self._folder, self.say, dry_run, keep=keep, keep_every=keep_every, **rules)
 
     def go_back(self, step: int) -> None:
         """Make a kept step the newest one again: training continues from it, and later steps are set aside.
@@ -327,6 +330,11 @@ class CheckpointManager(FolderWriter, StepRules):
     def saved_step(self) -> int | None:
         """The newest committed step; None where nothing is saved."""
         return top_state(self._folder).step
+
+    def seed_in_use(self) -> int | None:
+        """The seed of the run that saved the newest step; None where none is recorded. Every rank calls it."""
+        top = top_state(self._folder)
+        return self.ranks.world.from_first((top.training or {}).get("seed", top.seed))
 
     @property
     def extra(self) -> dict[str, Any]:

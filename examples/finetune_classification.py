@@ -24,9 +24,9 @@ from core.bundle.folder import LOG
 from core.bundle.tokenizer_state import describe
 from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, STOPPED, Parser, count, run
+from core.console.progress import byte_bar, step_bar
 from core.console.signals import StopSignal, reason
-from core.console.streams import unguarded
-from core.console.words import listed_names, printable
+from core.console.words import is_shown, listed_names, printable
 from core.data.randomness import mix
 from core.data.tokenizer import Tokenizer, named_tokenizer
 from core.errors import CheckpointMismatch, InputError, TrainingDiverged
@@ -227,12 +227,12 @@ class FineTuning:
         self.model.train()
         with (
             StopSignal(owns_process=True) as stop,
-            tqdm(initial=self.step, total=total, unit="step", file=unguarded(sys.stderr), dynamic_ncols=True) as bar,
+            step_bar(self.step, total, show=True) as bar,
         ):
             while self.step < total and not stopped_by:
                 loss = self.update()
                 stop.work_to_save = True
-                bar.set_postfix_str(f"epoch {self.step / self.steps_per_epoch:.2f}, loss {loss:.3f}", refresh=False)
+                bar.set_postfix_str(f"epoch {self.step / self.steps_per_epoch:.2f}, loss {loss:.3f}")
                 bar.update()
                 scores: dict[str, float] = {}
                 if self.step % self.steps_per_epoch == 0 and not stop.requested:
@@ -277,13 +277,16 @@ class FineTuning:
         counts = torch.zeros(K, K, dtype=torch.int64)
         self.model.eval()
         starts = range(0, len(examples), self.batch_size)
-        for start in tqdm(starts, desc=what, unit="batch", leave=False, file=unguarded(sys.stderr), dynamic_ncols=True):
+        bar = byte_bar(what, len(starts), unit=" batches")
+        for start in starts:
             numbers = np.arange(start, min(start + self.batch_size, len(examples)))
             tokens, mask, labels = examples.batch(numbers, self.device)
             with self.autocast:
                 logits = self.model(tokens, mask)[0]
             total += F.cross_entropy(logits, labels, reduction="sum").item()
             counts += confusion(logits.argmax(-1), labels, K).cpu()
+            bar.update()
+        bar.close()
         self.model.train()
         return Score(total / len(examples), counts)
 
@@ -344,7 +347,8 @@ def table(report: dict[str, Any]) -> str:
 
 def say(line: str) -> None:
     """Print to stderr, above a progress bar; only the result goes to stdout."""
-    tqdm.write(line, file=sys.stderr)
+    if is_shown(line):
+        tqdm.write(line, file=sys.stderr)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

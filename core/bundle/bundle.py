@@ -16,8 +16,8 @@ from ..errors import CheckpointDamaged, CheckpointMismatch, CheckpointNotFound
 from ..families.fused import recognise
 from .commit import CONFIG, MODEL, ModelFolder, OpenStep
 from .evolution import Evidence, evolve, old_settings
-from .find import missing_model
 from .folder import step_folder
+from .names import missing_model
 from .parts import WEIGHTS_KEYS, Part, ShardedFile, TorchFile, files_of, folder_of
 from .storage import DISK, Storage
 from .training_state import STATE, TrainingState, check_version, unseal
@@ -154,6 +154,11 @@ class KeptStep:
     def order(self) -> int:
         """Its place among the commits of its branch."""
         return self.state.order if self.state else self.step
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return self.state.size or sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
 
 def open_bundle(folder: Path, step: int | None = None, storage: Storage = DISK) -> Bundle:

@@ -155,14 +155,24 @@ class FolderReader:
         Raises: CheckpointNotFound when the step is not kept, CheckpointDamaged when a listed file is missing.
         """
         if not self.storage.exists(folder):
-            kept = ", ".join(str(s) for s in self.kept_steps()) or "none"
-            raise CheckpointNotFound(f"{folder}: this step is not kept. Kept steps: {kept}.")
+            raise CheckpointNotFound(f"{folder}: this step is not kept. {self.kept_said(int(folder.name[5:]))}")
         opened = self._open_listed(folder)
         if isinstance(opened, Path) and self.storage.exists(folder):  # a writer removes its optimizer state
             opened = self._open_listed(folder)
         if isinstance(opened, Path):
             raise CheckpointDamaged(f"{shown(opened)}: missing, but {STATE} lists it.")
         return opened
+
+    def kept_said(self, wanted: int) -> str:
+        """The kept steps with their losses, and the flag by which a step that is not among them would be."""
+        kept, newest = self.kept_steps(), top_state(self).step
+        steps = [self._step_said(step_folder(number), number) for number in kept]
+        top = f"; the newest is {self._step_said('', newest)}" if newest is not None and newest not in kept else ""
+        return f"Kept steps: {', '.join(steps) or 'none'}{top}. train.py --keep_steps {wanted} would have kept it."
+
+    def _step_said(self, folder: str, step: int) -> str:
+        loss = top_state(FolderReader(self.path / folder, self.storage)).val_loss
+        return f"{step} (val_loss {loss:.4f})" if isinstance(loss, (int, float)) else str(step)
 
     def _open_listed(self, folder: Path) -> OpenStep | Path:
         """Open every file that the training state of a folder lists; the path of one that is missing instead."""

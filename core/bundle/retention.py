@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..console.words import size_text
 from ..errors import CheckpointNotFound, InputError
 from .bundle import OPTIMIZER, KeptStep, history
 from .commit import ModelFolder
@@ -19,8 +20,11 @@ from .training_state import TrainingState
 LOG_SPACED = "log"
 """The value of `keep_steps` that stands for the powers of 2."""
 
-RULES = ("keep", "keep_every", "keep_best", "best_by", "keep_steps", "keep_optimizer")
+RULES = ("keep", "keep_every", "keep_best", "best_by", "keep_steps", "keep_optimizer", "keep_within")
 """The rules that a caller chooses, by name."""
+
+ROOM = 10**9
+"""The value of `keep_within` of a run of train.py for which nobody has chosen `keep`."""
 
 _OLDEST = ("keep", "keep_every", "resumed_from")
 """Rules that every training state records; of the later ones it records those that are not the default."""
@@ -43,10 +47,13 @@ class Retention:
     best_by: str = "val_loss"  # lower is better; another metric ends in ":min" or ":max"
     keep_steps: tuple[int, ...] | str = ()  # their numbers; "log" for 1, 2, 4, 8, ...
     keep_optimizer: int | None = None  # of the newest kept steps; those before them hold weights only
+    keep_within: int = 0  # bytes: older steps at growing distances, while all steps together take less
 
     def __post_init__(self) -> None:
         if self.keep < 0 or (self.keep_every is not None and self.keep_every < 1):
             raise InputError(f"keep is {self.keep} and keep_every {self.keep_every}: expected at least 0 and 1.")
+        if self.keep_within < 0:
+            raise InputError(f"keep_within is {self.keep_within}: expected a number of bytes of at least 0.")
         if self.keep_best < 0 or (self.keep_optimizer or 0) < 0:
             counts = f"keep_best is {self.keep_best} and keep_optimizer {self.keep_optimizer}"
             raise InputError(f"{counts}: expected at least 0.")
@@ -63,16 +70,21 @@ class Retention:
     def of(cls, state: TrainingState) -> Retention:
         """The rules in force when a training state was written; defaults for those that it does not record."""
         known = state.retention if isinstance(state.retention, dict) else {}
-        least = {"keep": 0, "keep_every": 1, "resumed_from": 0, "keep_best": 0, "keep_optimizer": 0}
+        least = {"keep": 0, "keep_every": 1, "resumed_from": 0, "keep_best": 0, "keep_optimizer": 0, "keep_within": 0}
         found = {n: known[n] for n, low in least.items() if isinstance(known.get(n), int) and known[n] >= low}
         found |= {name: known[name] for name in ("best_by", "keep_steps") if known.get(name) is not None}
         return cls().given(**found)
 
     def given(self, **rules: Any) -> Retention:
-        """The same rules, with those that are given, and are not None, in place of the old ones."""
+        """The same rules, with those that are given, and are not None, in place of the old ones.
+
+        A number of steps to keep replaces the room for older ones.
+        """
         found = {name: value for name, value in rules.items() if value is not None}
         if "keep_steps" in found:
             found["keep_steps"] = numbers_of(found["keep_steps"])
+        if "keep" in found:
+            found.setdefault("keep_within", 0)
         return replace(self, **found)
 
     def recorded(self) -> dict[str, Any]:
@@ -113,7 +125,22 @@ class Retention:
                 "migrated": step.state.migrated_from is not None,
             }
             found.append([rule for rule, holds in tests.items() if holds])
+        self._add_spaced(newest, kept, found)
         return found
+
+    def _add_spaced(self, newest: TrainingState, kept: Sequence[KeptStep], rules: list[list[str]]) -> None:
+        """Name the rule `keep_within` for the steps that it keeps beside those with a rule, the newest first.
+
+        They lie at growing distances: the n-th commit stays for twice as many commits as the highest power of 2 that
+        divides n. Which ones do so depends on nothing else, so that each save removes few.
+        """
+        room = self.keep_within - newest.size - sum(s.size for s, why in zip(kept, rules, strict=True) if why)
+        for step, why in reversed(list(zip(kept, rules, strict=True))):
+            if why or newest.order - step.order > 2 * (step.order & -step.order):
+                continue
+            if (room := room - step.size) <= 0:
+                return
+            why.append(f"within {size_text(self.keep_within)}")
 
     def rules_of_newest(self, newest: TrainingState, kept: Sequence[KeptStep]) -> list[str]:
         """Name the rules that hold for the step at the top, including those that will keep it as an older step."""

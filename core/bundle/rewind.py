@@ -40,9 +40,7 @@ def go_back(
     if step not in kept:
         aside = next((path for path in place.asides() if path.name.startswith(f"aside_{step:08d}_")), None)
         hint = f"Rename {aside.name} to step_{step:08d} to have it back. " if aside else ""
-        raise CheckpointNotFound(
-            f"{place.path}: step {step} is not kept. {hint}Kept steps: {', '.join(map(str, kept)) or 'none'}."
-        )
+        raise CheckpointNotFound(f"{place.path}: step {step} is not kept. {hint}{place.kept_said(step)}")
     intact.trusted(open_bundle(place.path, step), place, say, read, check=check).close()
     if fault := intact.weights_only(kept[step]):
         whole = [str(older.step) for older in kept.values() if older.state.optimizer_file]
@@ -92,35 +90,57 @@ def clear(place: ModelFolder, say: intact.Say) -> None:
     say(f"WARNING: {place.path}: starting from scratch (--allow_fresh).{found}")
 
 
-def prune(place: ModelFolder, say: intact.Say, **given: Any) -> int:
+def prune(place: ModelFolder, say: intact.Say, dry_run: bool = False, **given: Any) -> int:
     """Remove and report what was set aside, and return the bytes freed; with a rule given, kept steps as well.
 
     Those are removed that the rules of the run, with the ones given, do not keep, and so are optimizer states; the
     last step that can be loaded stays, with its optimizer. A file that also has another name, such as one of a kept
-    step, frees nothing. The caller holds the lock.
+    step, frees nothing. A `dry_run` reports what would be removed. The caller holds the lock.
     """
     going: list[KeptStep] = []
     thinned: list[KeptStep] = []
     newest, kept = top_state(place), history(place.path)
     rules = Retention.of(newest).given(**given)
-    if any(value is not None for value in given.values()):
+    is_ruled = any(value is not None for value in given.values())
+    if is_ruled:
         going = _besides_the_last(place, rules.going(newest, kept), kept, say, "stays")
         whole = [step for step in kept if step not in going and step.state.has_optimizer]
         thinned = _besides_the_last(place, rules.thinned(newest, kept), whole, say, "keeps its optimizer state")
     folders = [*place.asides(), *(older.path for older in going)]
-    states = {older.step: optimizer_paths(older) for older in thinned}
-    inside = {path: _files_in(path) for path in (*folders, *itertools.chain(*states.values()))}
-    gone = place.removal.remove(folders)
-    for older in thinned:
-        if drop_optimizer(place, older, rules):
-            gone += states[older.step]
+    inside = {path: _files_in(path) for path in (*folders, *itertools.chain(*map(optimizer_paths, thinned)))}
+    gone = list(inside) if dry_run else _removed(place, folders, thinned, rules)
     files = [file for folder in gone for file in inside[folder]]
     names = Counter(file.st_ino for file in files)
     freed = {file.st_ino: file.st_size for file in files if names[file.st_ino] == file.st_nlink}
     for folder in gone:
-        say(f"removed {folder} ({size_text(sum(file.st_size for file in inside[folder]))})")
+        size = size_text(sum(file.st_size for file in inside[folder]))
+        say(f"{'would remove' if dry_run else 'removed'} {folder} ({size})")
     place.removal.report(say)
+    if not inside:
+        say(f"{place.path}: {_why_nothing(kept, is_ruled)}")
+    elif gone and not freed:
+        say(f"{place.path}: every file of these has another name, such as in a kept step, so no bytes are freed")
     return sum(freed.values())
+
+
+def _removed(place: ModelFolder, folders: list[Path], thinned: list[KeptStep], rules: Retention) -> list[Path]:
+    """Remove folders, and the optimizer states of steps; return what is gone."""
+    gone = list(place.removal.remove(folders))
+    for older in thinned:
+        states = optimizer_paths(older)
+        gone += states if drop_optimizer(place, older, rules) else []
+    return gone
+
+
+def _why_nothing(kept: list[KeptStep], is_ruled: bool) -> str:
+    """Say why there is nothing to remove."""
+    one = "1 kept step" if len(kept) == 1 else f"{len(kept)} kept steps"
+    if not kept:
+        return "nothing lies aside, and no older step is kept"
+    if is_ruled:
+        return f"nothing lies aside, and the rules keep {'the' if len(kept) == 1 else 'all'} {one}"
+    size = size_text(sum(step.size for step in kept))
+    return f"nothing lies aside; of the {one} ({size}), --keep N removes those that no rule keeps"
 
 
 def _files_in(path: Path) -> list[os.stat_result]:

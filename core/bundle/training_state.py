@@ -112,6 +112,11 @@ class TrainingState(Mapping[str, Any]):
         return self.optimizer_file is not None or "optimizer_file" not in self.names
 
     @property
+    def size(self) -> int:
+        """Bytes of the files that it lists; 0 where it lists none."""
+        return sum(entry["size"] for entry in self.files.values())
+
+    @property
     def order(self) -> int:
         """The place of a step on its branch: the newest is what was committed last, not what has the highest step.
 
@@ -206,7 +211,7 @@ _TYPES: dict[str, Any] = {
     "saved_at": _TEXT,
     "best": {"step": _COUNT, "val_loss": _NUMBER},
     "retention": {
-        **dict.fromkeys(("keep", "keep_every", "resumed_from", "keep_best", "keep_optimizer"), _COUNT),
+        **dict.fromkeys(("keep", "keep_every", "resumed_from", "keep_best", "keep_optimizer", "keep_within"), _COUNT),
         "best_by": _RANKING,
         "keep_steps": _STEPS,
     },

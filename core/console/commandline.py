@@ -210,6 +210,8 @@ def add_rule_flags(group: argparse._ArgumentGroup, what: str = "") -> None:
     group.add_argument("--keep_steps", type=_steps, metavar="STEPS", help=what or text)
     text = "of the kept steps only the N newest keep their optimizer state; older ones hold weights only"
     group.add_argument("--keep_optimizer", type=whole, metavar="N", help=what or text)
+    text = "older steps at growing distances, while all take less (1GB, unless --keep is given)"
+    group.add_argument("--keep_within", type=lambda word: size(word, least=0), metavar="SIZE", help=what or text)
 
 
 def rules_given(args: argparse.Namespace) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def rules_given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _RULES}
 
 
-_RULES = ("keep", "keep_every", "keep_best", "keep_steps", "keep_optimizer")
+_RULES = ("keep", "keep_every", "keep_best", "keep_steps", "keep_optimizer", "keep_within")
 
 
 def _steps(word: str) -> str | tuple[int, ...]:

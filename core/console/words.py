@@ -26,6 +26,14 @@ def size_text(size: int) -> str:
     return f"{size} bytes"
 
 
+def size_word(size: int) -> str:
+    """A number of bytes as the value of a flag: 1GB, or the number."""
+    whole = (
+        f"{size // length}{unit}" for unit, length in (("GB", 10**9), ("MB", 10**6)) if size and size % length == 0
+    )
+    return next(whole, str(size))
+
+
 class Output:
     """What the command line asks for: JSON on stdout, or only results, warnings and errors."""
 

@@ -14,7 +14,7 @@ from ..bundle.folder import CONFIG, MODEL, FolderReader
 from ..bundle.retention import RULES, Retention, optimizer_paths
 from ..bundle.training_state import STATE, TrainingState, unseal
 from ..bundle.verify import verify
-from ..console.words import columns, printable, size_text
+from ..console.words import columns, printable, size_text, size_word
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from .inspect import Facts
 
@@ -192,6 +192,7 @@ def past_facts(past: Past, checksums: bool, given: Mapping[str, Any]) -> Facts:
 
 def _flags(rules: Mapping[str, Any]) -> str:
     """Rules as the flags of train.py."""
+    rules = {name: size_word(value) if name == "keep_within" else value for name, value in rules.items()}
     said = {n: v if isinstance(v, (int, str)) else ",".join(map(str, v)) or "none" for n, v in rules.items()}
     return " ".join(f"--{name} {value}" for name, value in said.items())
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..bundle.find import is_model
+from ..bundle.names import is_model
 from ..config.variants import VARIANTS
 from ..console.words import listed_names
 from ..containers.container import Check, Container

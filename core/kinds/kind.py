@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 
 from ..bundle.bundle import Bundle
-from ..bundle.find import model_folder
 from ..bundle.folder import CONFIG
 from ..bundle.intact import open_chosen
+from ..bundle.names import model_folder
 from ..config.decoders import arch_of_config
 from ..config.gpt import GPTConfig
 from ..config.modded import ModdedConfig

@@ -104,6 +104,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse(argv)
     if args.prune and args.resume_from is not None:
         parser.error("--prune only removes folders: leave out --resume_from or --prune")
+    if args.dry_run and not args.prune:
+        parser.error("--dry_run is for --prune, which is missing; training has no dry run")
     asked = [name for name in flags_of_source(args) if name not in CONFIG_FLAGS]
     if asked and args.init_from_checkpoint is None:
         parser.error(f"--{asked[0]}: for a file that --init_from_checkpoint names and that does not show it")
@@ -170,7 +172,9 @@ def _add_saving(group: argparse._ArgumentGroup) -> None:
 
 def _add_history(group: argparse._ArgumentGroup) -> None:
     _add(group, "resume_from", whole, "go back to a kept step; later steps are set aside", metavar="STEP")
-    _add(group, "prune", None, "remove what was set aside (with --keep, older steps too), and train nothing")
+    text = "remove what was set aside (with --keep, older steps too); without --model_name of all models"
+    _add(group, "prune", None, text)
+    _add(group, "dry_run", None, "with --prune: say what would be removed, and change nothing")
     _add(group, "allow_fresh", None, "when no checkpoint is intact, set all aside and start from scratch")
     text = "do not compare checksums when resuming"
     group.add_argument("--no_verify", action="store_false", dest="verify", help=text)

@@ -9,8 +9,8 @@ import pytest
 from core.bundle.bundle import open_bundle
 from core.bundle.contradictions import check_fit
 from core.bundle.evolution import old_settings
-from core.bundle.find import is_model
 from core.bundle.folder import FolderReader
+from core.bundle.names import is_model
 from core.bundle.retention import best_step
 from core.bundle.tokenizer_state import GPT2_FINGERPRINT, definition_fingerprint, proves_itself
 from core.bundle.training_state import STATE, TrainingState, seal, unseal

@@ -112,7 +112,9 @@ def test_a_step_that_is_not_kept_is_answered_with_those_that_are_and_nothing_cha
     with manager(tmp_path) as made:
         made.go_back(1)
         before = named(tmp_path / "dante")
-        with pytest.raises(CheckpointNotFound, match=r"dante: step 7 is not kept\. Kept steps: 1\."):
+        flag = "train.py --keep_steps 7 would have kept it."
+        listed = rf"Kept steps: 1 \(val_loss 9.0000\)\. {flag}"
+        with pytest.raises(CheckpointNotFound, match=rf"dante: step 7 is not kept\. {listed}$"):
             made.go_back(7)
         said = r"step 2 is not kept\. Rename aside_00000002_abandoned_\w+ to step_00000002 to have it back\."
         with pytest.raises(CheckpointNotFound, match=said):

@@ -18,8 +18,9 @@ from core.bundle.storage import DISK
 from core.bundle.training_state import STATE, TrainingState, seal
 from core.bundle.verify import verify
 from core.checkpoint import CheckpointManager
-from core.console.commandline import DONE
-from core.errors import CheckpointMismatch, InputError, NoneIntact
+from core.console.commandline import DONE, FAILED
+from core.console.words import size_text
+from core.errors import CheckpointLocked, CheckpointMismatch, CheckpointNotFound, InputError, NoneIntact
 from tests.makers.models import equal, flip, kept, manager, save_durably, save_steps, started, state_of, train_and_save
 from tests.makers.runs import fitted
 
@@ -57,10 +58,62 @@ RULES = st.builds(
 )
 
 
+def commit(step: int, size: int, **more) -> KeptStep:
+    state = {"step": step, "commit_number": step // 250, "integrity": {"files": {"model.pt": {"size": size}}}, **more}
+    return KeptStep(step, Path(str(step)), TrainingState.from_dict(state))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (10, [1000, 2000, 3000, 4000, 4500, 4750]),  # the best is 1000
+        (125, [1000, 2000, 3000, 4000, 4500, 4750]),
+        (143, [1000, 3000, 4000, 4500, 4750]),  # 7 would be above 1000 bytes
+        (199, [1000, 4000, 4500, 4750]),
+        (201, [1000, 4500, 4750]),
+        (333, [1000, 4750]),
+        (600, [1000, 4750]),  # newest and best, however large
+    ],
+)
+def test_steps_at_growing_distances_stay_while_all_of_them_are_smaller_than_the_room(size, expected):
+    rules, older = Retention(keep_within=1000), []
+    for step in range(250, 5001, 250):
+        top = commit(step, size, best={"step": min(step, 1000), "val_loss": 1.0})
+        older = [one for one in older if one not in rules.going(top.state, older)]
+        shown = [one.step for one in older]
+        assert size * (len(older) + 1) < 1000 or len(older) <= 2
+        older.append(top)
+    assert shown == expected
+    before = "within 1.0 KB" if size < 300 else "best"
+    assert rules.rules(top.state, older[:-1])[-2:] == [[before], ["newest 1"]]
+
+
+def test_a_given_or_recorded_number_of_steps_wins_over_the_room_and_the_room_is_told_once(tmp_path):
+    said = []
+    made = CheckpointManager("dante", tmp_path, say=said.append)
+    made.keep_as({})
+    assert made.rules == Retention(keep_within=10**9) and said == [
+        "kept: the newest two steps, the best one, and older ones at growing distances while all take less than 1.0 GB "
+        "(--keep N keeps the N newest older steps and the best instead)"
+    ]
+    recorded = {"step": 1, "retention": made.rules.recorded()}
+    assert recorded["retention"]["keep_within"] == 10**9
+    made.keep_as(recorded)
+    assert made.keep_within == 10**9
+    made.keep_as(recorded, keep=3)
+    assert (made.keep, made.keep_within) == (3, 0)
+    made.keep_as({"step": 1, "retention": made.rules.recorded()})
+    assert (made.keep, made.keep_within) == (3, 0)
+    made.keep_as({"step": 1, "retention": {"keep": 1, "keep_every": None, "resumed_from": None}})  # of an older version
+    assert (made.keep, made.keep_within) == (1, 0)
+    made.keep_as({}, keep_within=0)
+    assert made.keep_within == 0 and len(said) == 1
+
+
 @settings(max_examples=50, deadline=None)
 @given(RULES, st.lists(st.integers(0, 6), min_size=1, max_size=20))
 def test_what_is_kept_is_exactly_what_the_rules_say(rules, values):
-    metric, sign = rules.metric
+    (metric, sign), thinned = rules.metric, set()
     for count, (top, older) in enumerate(life(rules, values, metric), 1):
         saved = range(1, count)
         ranked = sorted(range(1, count + 1), key=lambda step: (sign * values[step - 1], step))
@@ -77,7 +130,9 @@ def test_what_is_kept_is_exactly_what_the_rules_say(rules, values):
         if rules.keep_optimizer is not None:
             last = sorted(expected)[max(0, len(expected) - rules.keep_optimizer) :]
             whole = {one.step for one in older if one.state.optimizer_file}
-            assert whole == {*last, *({rules.resumed_from} & expected)}
+            stays = {*last, *({rules.resumed_from} & expected)}
+            assert whole == stays - thinned  # what is gone does not come back when a newer step goes
+            thinned |= expected - stays
         assert Retention.of(TrainingState.from_dict({"step": 1, "retention": rules.recorded()})) == rules
 
 
@@ -91,6 +146,7 @@ def test_what_is_kept_is_exactly_what_the_rules_say(rules, values):
         ({"keep_steps": "every"}, "keep_steps is 'every': expected numbers of steps of at least 0, or \"log\"."),
         ({"keep_steps": [1, -1]}, r"keep_steps is \(-1, 1\): expected numbers"),
         ({"keep_steps": [1.5]}, r"keep_steps is \[1.5\]: expected numbers"),
+        ({"keep_within": -1}, "keep_within is -1: expected a number of bytes of at least 0."),
         ({"keep_steps": 7}, "keep_steps is 7: expected numbers"),
     ],
 )
@@ -208,6 +264,62 @@ def test_prune_removes_optimizer_states_by_a_rule_and_counts_the_bytes(tmp_path,
         assert made.prune(keep_optimizer=0) > 0
     assert f"WARNING: {folder}/step_00000004 keeps its optimizer state: it is the last step" in lines[0]
     assert [one.step for one in history(folder) if one.state.optimizer_file] == [4]
+
+
+def test_a_dry_run_names_and_counts_what_a_prune_removes_and_changes_nothing(tmp_path, capsys):
+    folder, _ = thin(tmp_path, keep_optimizer=None)
+    names = [path.name for path in sorted(folder.iterdir())]
+    words = ["--model_name", "dante", "--checkpoint_root", str(tmp_path), "--prune", "--keep", "2"]
+    assert train.main([*words, "--keep_optimizer", "1", "--dry_run"]) == DONE
+    said = capsys.readouterr()
+    assert [path.name for path in sorted(folder.iterdir())] == names
+    gone = ["step_00000001", "step_00000002", "step_00000003/optimizer.pt"]
+    assert [line.partition(" (")[0] for line in said.err.splitlines()] == [f"would remove {folder}/{n}" for n in gone]
+    assert train.main([*words, "--keep_optimizer", "1"]) == DONE
+    real = capsys.readouterr()
+    assert said.out == real.out.replace(" bytes freed", " bytes would be freed")
+    assert real.err == said.err.replace("would remove", "removed")
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--dry_run"])
+    assert "--dry_run is for --prune, which is missing" in capsys.readouterr().err
+
+
+def test_a_prune_that_frees_nothing_says_why(tmp_path, capsys):
+    folder, _ = thin(tmp_path, keep_optimizer=None)
+    words = ["--model_name", "dante", "--checkpoint_root", str(tmp_path), "--prune"]
+    size = size_text(sum(file.stat().st_size for file in folder.glob("step_*/*") if file.name != STATE))
+    for more, why in (
+        ([], f"nothing lies aside; of the 4 kept steps ({size}), --keep N removes those that no rule keeps"),
+        (["--keep", "4"], "nothing lies aside, and the rules keep all 4 kept steps"),
+    ):
+        assert train.main([*words, *more]) == DONE
+        said = capsys.readouterr()
+        assert (said.out, said.err) == ("0 bytes freed (0 bytes)\n", f"{folder}: {why}\n")
+    save_steps(tmp_path, 1, "other", keep=0)
+    assert train.main(["--model_name", "other", *words[2:]]) == DONE
+    assert capsys.readouterr().err == f"{tmp_path}/other: nothing lies aside, and no older step is kept\n"
+
+
+def test_a_prune_without_a_name_is_of_all_models_and_passes_over_one_that_trains(tmp_path, capsys, monkeypatch):
+    for name in ("a", "b", "c"):
+        save_steps(tmp_path, 3, name, keep=2, keep_best=0)
+    prune = CheckpointManager.prune
+
+    def refused(made, **rules):
+        if made.model_name == "b":
+            raise CheckpointLocked(f"{made.checkpoint_dir}: another program trains this model.")
+        return prune(made, **rules)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointManager, "prune", refused)
+        assert train.main(["--checkpoint_root", str(tmp_path), "--prune", "--keep", "1"]) == FAILED
+    said = capsys.readouterr()
+    assert [kept(tmp_path / name)[:-1] for name in "abc"] == [[], ["step_00000001"], []]
+    assert said.err.startswith(f"removed {tmp_path}/a/step_00000001 (") and f"error: {tmp_path}/b: " in said.err
+    size = sum(file.stat().st_size for file in (tmp_path / "b/step_00000001").iterdir())
+    assert said.out == f"{2 * size} bytes freed ({size_text(2 * size)})\n"
+    with pytest.raises(CheckpointNotFound, match="no models here, so nothing to prune"):
+        train.main(["--checkpoint_root", str(tmp_path / "none"), "--prune"])
 
 
 def test_what_a_killed_removal_left_is_listed_nowhere_and_the_next_save_removes_it(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.bundle.find import model_folder
+from core.bundle.names import model_folder
 from core.bundle.storage import DISK
 from core.checkpoint import CheckpointManager
 from core.console.anchored import anchored

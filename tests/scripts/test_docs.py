@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
+import shlex
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from core.console.commandline import Parser
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,3 +96,41 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_program():
     least = {message: min(12, len(message) // 3) for message in messages}
     assert len(messages) > 25
     assert [message for message in messages if longest_known(message, source) < least[message]] == []
+
+
+def parser_of(script: str, monkeypatch) -> Parser:
+    """The parser of a script, whose main goes no further."""
+    found = []
+
+    def parse(self, argv):
+        found.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parser, "parse", parse)
+    with pytest.raises(KeyboardInterrupt):
+        runpy.run_path(str(ROOT / script))["main"]([])
+    return found[0]
+
+
+def test_the_scripts_of_the_seeds_have_a_row_with_a_command_or_function_of_ours(monkeypatch):
+    page = (ROOT / "docs/migration.md").read_text(encoding="utf-8").partition("## Scripts of other projects")[2]
+    rows = re.findall(r"^\| `(\w+\.py)([^|]*)\| (.*) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == [
+        "load_checkpoint_helper.py",
+        "test_checkpoint_loading.py",
+        "finetune_hindi_xnli.py",
+        "load_checkpoint_standalone.py",
+        "load_checkpoint_with_megatron.py",
+        "convert_megatron_to_pytorch.py",
+        "convert_megatron_checkpoint.py",
+        "convert_to_hf_format.py",
+        "fsdp_checkpoint_manager.py",
+    ]
+    commands = re.findall(r"`python (\S+) ([^`]*)`", page)
+    assert len(commands) == 10
+    for script, words in commands:
+        parser = parser_of(script, monkeypatch)
+        assert parser.parse_known_args(shlex.split(words))[1] == [], words
+    from core.pretrained import inspect_checkpoint, load_pretrained_checkpoint
+
+    assert callable(inspect_checkpoint) and callable(load_pretrained_checkpoint)

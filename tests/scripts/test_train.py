@@ -231,3 +231,23 @@ def test_help_all_is_groups_with_examples():
 def test_a_name_is_spelled_so_that_a_shell_and_the_parser_give_it_back(name):
     parser = Parser("train.py", "")
     assert parser.parse(shlex.split(spelled("--model_name", name))).model_name == name
+
+
+def test_a_second_resume_from_keeps_the_seed_in_use_unless_a_seed_is_given(tmp_path, text):
+    def trained(*words, **flags):
+        assert script.main(command(tmp_path, text, *words, **flags)[2:]) == DONE
+        return state(tmp_path)["seed"], state(tmp_path)["training"]["seed"]
+
+    assert trained(max_iters=2, save_interval=1, keep=5) == (1337, 1337)
+    assert trained(max_iters=2, resume_from=1, seed=42) == (42, 42)
+    assert trained(max_iters=3, resume_from=1) == (42, 42)  # step 1 was made with 1337
+    assert trained(max_iters=3, resume_from=1, seed=7) == (7, 7)
+
+
+def test_a_new_run_says_once_which_steps_it_keeps(tmp_path, text, capsys):
+    words = command(tmp_path, text, max_iters=1)[2:]
+    assert script.main(words) == DONE and script.main([*words[:-2], "--max_iters", "2"]) == DONE
+    assert capsys.readouterr().err.count("kept: the newest two steps, the best one, and older ones at growing") == 1
+    assert state(tmp_path)["retention"]["keep_within"] == 10**9
+    assert script.main([*words[:-2], "--max_iters", "3", "--keep", "1"]) == DONE
+    assert "keep_within" not in state(tmp_path)["retention"]
