@@ -297,6 +297,11 @@ def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     with byte_bar("verifying", total, show=args.verify) as bar:
         past = past_of(place, checksums=args.verify, progress=bar.update)
     facts = past_facts(past, args.verify, rules_given(args))
+    if args.html is not None:
+        from core.inspection.html.past import write_past
+
+        write_past(args.html, facts, overwrite=args.overwrite)
+        say_written(args.html)
     return {"past": facts}, past_faults(facts)
 
 

@@ -369,6 +369,24 @@ def test_a_sample_is_a_text_of_the_model_and_what_cannot_write_has_a_page_withou
     assert "--sample needs --html" in capsys.readouterr().err
 
 
+def test_a_history_has_a_page_with_every_step_and_what_rules_would_remove(tmp_path, capsys):
+    made, model, optimizer = started(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        update(model, optimizer)
+        save_durably(made, model, optimizer, step=step, metrics={"val_loss": 4.0 - step})
+    made.go_back(2)
+    made.close()
+    file, folder = tmp_path / "page.html", tmp_path / "dante"
+    assert inspect_model.main([str(folder), "--history", "--keep", "0", "--html", str(file)]) == 0
+    assert f"wrote {file} (" in capsys.readouterr().err
+    text = file.read_text()
+    read = Read(text)
+    assert read.faults == [] and read.open == [] and read.has("3 steps, 1 aside")
+    rows = re.findall(r"</pre></td><td>(\d)</td><td>([\d.]+)</td>", text)
+    assert rows == [("1", "3.0000"), ("2", "2.0000"), ("3", "1.0000"), ("2", "2.0000")]  # as a drawing of branches
+    assert read.has("--keep 0 would remove") and read.has(str(folder / "step_00000001"))
+
+
 # Hostile names
 
 
