@@ -82,11 +82,7 @@ def main(argv: list[str]) -> int:
         parser.error("--history shows every step; leave out --step")
     if args.check_loss is not None and args.check_text is None:
         parser.error("--check_loss needs --check_text, the text whose loss it is")
-    if args.port is not None and not args.watch:
-        parser.error("--port needs --watch, which serves the page there")
-    others = ("html", "history", "verify", "tensors", "stats", "check_text", "json")
-    if args.watch and (wrong := next((name for name in others if getattr(args, name) not in (None, False)), None)):
-        parser.error(f"--watch serves the page and does nothing else; leave out --{wrong}")
+    refuse_clashes_of_page(parser, args)
     places = find_places(parser, args)
     if args.watch:
         return watch(places[0], args)
@@ -96,6 +92,17 @@ def main(argv: list[str]) -> int:
         shown.append(facts)
         faults += found
     return show(shown, faults, args)
+
+
+def refuse_clashes_of_page(parser: Parser, args: argparse.Namespace) -> None:
+    """End with a message where flags of the page do not fit each other."""
+    if args.sample is not None and args.html is None:
+        parser.error("--sample needs --html, the page that shows it; generate.py writes texts")
+    if args.port is not None and not args.watch:
+        parser.error("--port needs --watch, which serves the page there")
+    others = ("html", "history", "verify", "tensors", "stats", "check_text", "json")
+    if args.watch and (wrong := next((name for name in others if getattr(args, name) not in (None, False)), None)):
+        parser.error(f"--watch serves the page and does nothing else; leave out --{wrong}")
 
 
 def make_parser() -> Parser:
@@ -122,6 +129,9 @@ def make_parser() -> Parser:
     views.add_argument("--diff", metavar=("A", "B"), nargs=2, help="compare two checkpoints of any formats")
     views.add_argument("--moments", action="store_true", help="with --diff: the tensors of the optimizers as well")
     views.add_argument("--html", metavar="FILE", type=Path, help="write a page to look at, in one file")
+    views.add_argument(
+        "--sample", metavar="PROMPT", nargs="?", const="", help="with --html: a text that the model writes, on the page"
+    )
     views.add_argument(
         "--watch", action="store_true", help="serve the page here, newer whenever training saves or logs"
     )
@@ -219,15 +229,34 @@ def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
                 facts["check"] = {**asdict(check), "line": check.line, "faults": check.faults}
                 faults += check.faults
             if args.html is not None:
-                from core.inspection.html.page import write_page
-
-                with byte_bar("reading", 2 * sum(t.nbytes for t in found.weights.values()) + found.size) as bar:
-                    damaged = write_page(args.html, found, facts, overwrite=args.overwrite, progress=bar.update)
-                faults += [fault for fault in damaged if fault not in faults]
-                say_written(args.html)
+                faults += [fault for fault in write_checked_page(place, found, facts, args) if fault not in faults]
             return facts, faults
     except OSError as error:
         raise CheckpointError(f"{error.filename or place}: cannot be read ({error.strerror}).") from error
+
+
+def write_checked_page(place: Path, found: Inspection, facts: Facts, args: argparse.Namespace) -> list[str]:
+    """Write the page of a checkpoint, and return the faults of its bytes, all of which that reads."""
+    from core.inspection.html.page import write_page
+
+    sample = sample_of(place, args) if args.sample is not None else ""
+    with byte_bar("reading", 2 * sum(t.nbytes for t in found.weights.values()) + found.size) as bar:
+        faults = write_page(args.html, found, facts, overwrite=args.overwrite, progress=bar.update, sample=sample)
+    say_written(args.html)
+    return faults
+
+
+def sample_of(place: Path, args: argparse.Namespace) -> str:
+    """A text that the checkpoint at a path writes after a prompt; empty, and said, where it cannot write."""
+    from core.bundle.step_place import step_place
+    from core.pretrained import open_checkpoint
+
+    try:
+        model = open_checkpoint(place if args.step is None else step_place(place, args.step), say=tell)
+        return str(model.generate(args.sample, max_new_tokens=300, temperature=0.8, top_k=200, seed=1))
+    except CheckpointError as error:
+        tell(f"no sample: {error}")
+        return ""
 
 
 def watch(place: Path, args: argparse.Namespace) -> int:
@@ -268,6 +297,11 @@ def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     with byte_bar("verifying", total, show=args.verify) as bar:
         past = past_of(place, checksums=args.verify, progress=bar.update)
     facts = past_facts(past, args.verify, rules_given(args))
+    if args.html is not None:
+        from core.inspection.html.past import write_past
+
+        write_past(args.html, facts, overwrite=args.overwrite)
+        say_written(args.html)
     return {"past": facts}, past_faults(facts)
 
 

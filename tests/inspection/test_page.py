@@ -353,6 +353,40 @@ def test_damage_is_said_by_a_page_without_being_asked(tmp_path, capsys):
     assert Read(file.read_text()).has("1 fault")
 
 
+def test_a_sample_is_a_text_of_the_model_and_what_cannot_write_has_a_page_without(tmp_path, small, capsys):
+    made, model, optimizer = started(tmp_path)
+    save_durably(made, model, optimizer, step=3)
+    made.close()
+    file = tmp_path / "page.html"
+    assert inspect_model.main([str(tmp_path / "dante"), "--html", str(file), "--sample"]) == 0
+    text = file.read_text()
+    written = html.unescape(re.search("<blockquote>(.*?)</blockquote>", text, re.DOTALL)[1])
+    assert len(written) > 200 and set(written) <= {*made.tokenizer_state()["chars"], "\n"}
+    assert inspect_model.main([str(small), "--html", str(file), "--sample", "--overwrite"]) == 0
+    assert "no sample: " in capsys.readouterr().err and "<blockquote>" not in file.read_text()
+    with pytest.raises(SystemExit):
+        inspect_model.main([str(small), "--sample"])
+    assert "--sample needs --html" in capsys.readouterr().err
+
+
+def test_a_history_has_a_page_with_every_step_and_what_rules_would_remove(tmp_path, capsys):
+    made, model, optimizer = started(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        update(model, optimizer)
+        save_durably(made, model, optimizer, step=step, metrics={"val_loss": 4.0 - step})
+    made.go_back(2)
+    made.close()
+    file, folder = tmp_path / "page.html", tmp_path / "dante"
+    assert inspect_model.main([str(folder), "--history", "--keep", "0", "--html", str(file)]) == 0
+    assert f"wrote {file} (" in capsys.readouterr().err
+    text = file.read_text()
+    read = Read(text)
+    assert read.faults == [] and read.open == [] and read.has("3 steps, 1 aside")
+    rows = re.findall(r"</pre></td><td>(\d)</td><td>([\d.]+)</td>", text)
+    assert rows == [("1", "3.0000"), ("2", "2.0000"), ("3", "1.0000"), ("2", "2.0000")]  # as a drawing of branches
+    assert read.has("--keep 0 would remove") and read.has(str(folder / "step_00000001"))
+
+
 # Hostile names
 
 

@@ -58,8 +58,6 @@ class Curve:
     val_loss: Series = field(default_factory=Series)
     learning_rate: Series = field(default_factory=Series)
     said: str = ""
-    sample: str = ""  # of text, the last in the log, and the step that wrote it
-    sample_step: int = 0
 
     def points(self) -> dict[str, Points]:
         """All series thinned, and the smoothed loss."""
@@ -98,8 +96,6 @@ def read_curve(path: Path) -> Curve:
                 lines += 1
                 step, values = _numbers(line)
                 series: dict[str, Series] = {name: getattr(curve, name) for name in values}
-                if not series and _take_sample(line, curve):
-                    continue
                 if not series or any(len(s.x) and s.x[-1] >= step for s in series.values()):
                     left_out += 1
                     continue
@@ -122,21 +118,6 @@ def read_curve(path: Path) -> Curve:
         said.append(f"NaN or Inf in {len(not_finite):,} places, the first at step {not_finite[0]:,}")
     curve.said = "; ".join(said) + "."
     return curve
-
-
-def _take_sample(line: bytes, curve: Curve) -> bool:
-    """Keep the sample of text in a line; returns whether it has one."""
-    if b'"sample"' not in line:
-        return False
-    try:
-        values = json.loads(line)
-        step, text = values["step"], values["sample"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
-    if type(step) is not int or not isinstance(text, str):
-        return False
-    curve.sample, curve.sample_step = text, step
-    return True
 
 
 def _numbers(line: bytes) -> tuple[int, dict[str, float]]:

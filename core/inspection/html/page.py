@@ -23,7 +23,13 @@ from .weights import Progress, Weights
 
 
 def write_page(
-    file: Path, found: Inspection, facts: Facts, *, overwrite: bool = False, progress: Progress = lambda size: None
+    file: Path,
+    found: Inspection,
+    facts: Facts,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda size: None,
+    sample: str = "",
 ) -> list[str]:
     """Write everything known about a checkpoint as a page, and return the faults of its bytes, a sentence each.
 
@@ -37,7 +43,7 @@ def write_page(
     def made() -> str:
         if "verification" not in facts:
             facts["verification"] = asdict(verify_container(found.container, progress))
-        return page(found, facts, progress)
+        return page(found, facts, progress, sample=sample)
 
     publish(file, made, overwrite)
     return list(facts["verification"]["damaged"])
@@ -49,9 +55,10 @@ def page(
     progress: Progress = lambda size: None,
     *,
     weights: Weights | None = None,
+    sample: str = "",
     live: str = "",
 ) -> str:
-    """The page as text; `weights` are what was read of them before, `live` as in `document`."""
+    """The page as text; `weights` are those read before, `sample` a text that it wrote, `live` as in `document`."""
     weights = weights or Weights.of(found, progress)
     curve = curve_of(found)
     rows = weights.rows(facts["tensors"], "" if found.bundle else found.key)
@@ -60,7 +67,7 @@ def page(
         header(title, facts),
         *summary(facts, weights, curve),
         *curve_section(curve, found),
-        *sample_section(curve),
+        *sample_section(sample),
         *size_section(found),
         *weights_sections(weights),
         *origin_section(facts),

@@ -69,13 +69,11 @@ def curve_said(curve: Curve) -> str:
     return "; ".join(said) + "."
 
 
-def sample_section(curve: Curve | None) -> Iterator[str]:
-    """The last sample of text in the log."""
-    if curve is not None and curve.sample:
-        text = curve.sample[:4000]
-        lines = "\n".join(escaped(line) for line in text.splitlines())
-        yield f'<section id="sample"><h2>A sample <small>step {curve.sample_step:,}</small></h2>'
-        yield f"<blockquote>{lines}</blockquote></section>"
+def sample_section(sample: str) -> Iterator[str]:
+    """A text that the model wrote."""
+    if sample:
+        lines = "\n".join(escaped(line) for line in sample[:4000].splitlines())
+        yield f'<section id="sample"><h2>A sample of text</h2><blockquote>{lines}</blockquote></section>'
 
 
 def _evaluations(curve: Curve) -> str:
