@@ -8,8 +8,10 @@ import gc
 import io
 import itertools
 import math
+import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -40,7 +42,7 @@ from core.inspection.report_text import models_text, not_finite, text_of, views_
 
 COMMON = (
     *("model_name", "checkpoint_root", "config_file", "step", "tensors", "history", "verify", "stats"),
-    *("diff", "html", "watch", "check_text", "json", "quiet"),
+    *("diff", "curve", "html", "watch", "check_text", "json", "quiet"),
 )
 """The flags of --help."""
 
@@ -83,7 +85,11 @@ def main(argv: list[str]) -> int:
     if args.check_loss is not None and args.check_text is None:
         parser.error("--check_loss needs --check_text, the text whose loss it is")
     refuse_clashes_of_page(parser, args)
+    if args.curve and args.json:
+        parser.error("--curve draws in the terminal; leave out --json")
     places = find_places(parser, args)
+    if args.curve:
+        return draw(places)
     if args.watch:
         return watch(places[0], args)
     shown, faults = [], []
@@ -126,8 +132,11 @@ def make_parser() -> Parser:
         "--stats", metavar="GLOB", nargs="?", const="*", help="read tensors: min, max, mean, std, zeros, NaN and Inf"
     )
     add_check_flags(parser)
-    views.add_argument("--diff", metavar=("A", "B"), nargs=2, help="compare two checkpoints of any formats")
+    views.add_argument(
+        "--diff", metavar=("A", "B"), nargs=2, help="compare two checkpoints of any formats, or steps of one model"
+    )
     views.add_argument("--moments", action="store_true", help="with --diff: the tensors of the optimizers as well")
+    views.add_argument("--curve", action="store_true", help="draw the losses of the run here, in plain characters")
     views.add_argument("--html", metavar="FILE", type=Path, help="write a page to look at, in one file")
     views.add_argument(
         "--sample", metavar="PROMPT", nargs="?", const="", help="with --html: a text that the model writes, on the page"
@@ -307,14 +316,20 @@ def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
 
 def diff(parser: Parser, args: argparse.Namespace) -> int:
     """Compare two checkpoints; returns 0 when they are equal, 1 when not, 2 when they cannot be compared."""
-    if args.paths or args.model_name or args.legacy_checkpoint or args.step is not None:
-        parser.error("--diff A B names both checkpoints; leave out PATH")
+    if args.legacy_checkpoint or args.step is not None or len(args.paths) > 1 or (args.paths and args.model_name):
+        parser.error("--diff A B names both checkpoints, or with one PATH or --model_name two of its steps")
+    model = Path(args.paths[0]) if args.paths else Path(args.checkpoint_root, args.model_name or "")
+    steps = [step_of(parser, word) for word in args.diff] if args.paths or args.model_name else None
     from core.inspection.diff.comparison import compare
     from core.inspection.diff.side import Side
     from core.inspection.diff.text import comparison_facts, comparison_lines
 
     try:
-        with inspect_path(Path(args.diff[0])) as a, inspect_path(Path(args.diff[1])) as b:
+        with ExitStack() as held:
+            a, b = (
+                held.enter_context(inspect_path(model, steps[i]) if steps else inspect_path(Path(args.diff[i])))
+                for i in range(2)
+            )
             total = sum(t.nbytes for found in (a, b) for t in found.weights.values())
             with byte_bar("comparing", total) as bar:
                 found = compare(Side(a), Side(b), args.moments, bar.update)
@@ -333,6 +348,33 @@ def diff(parser: Parser, args: argparse.Namespace) -> int:
     else:
         print("\n".join(comparison_lines(found)))
     return DONE if found.equal else FAILED
+
+
+def draw(places: list[Path]) -> int:
+    """Print the losses of runs as drawings as wide as the terminal; returns the exit code.
+
+    Raises: CheckpointNotFound where no loss is logged.
+    """
+    from core.inspection.curve_text import curve_lines
+    from core.inspection.html.curve import curve_beside
+
+    for place in places:
+        curve = curve_beside(place)
+        if curve is None or not (curve.loss.x or curve.val_loss.x):
+            why = curve.said if curve is not None else "no metrics.jsonl is here"
+            raise CheckpointNotFound(f"{place}: {why.rstrip('.')}, so there is no loss to draw.")
+        print(f"{printable(str(place))}: {printable(curve.said)}")
+        print("\n".join(curve_lines(curve, shutil.get_terminal_size().columns)))
+    return DONE
+
+
+def step_of(parser: Parser, word: str) -> int | None:
+    """The step that a word of --diff names; None for the newest."""
+    try:
+        found = step(word)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--diff of the steps of one model: {error}; without PATH and --model_name they are paths")
+    return found if isinstance(found, int) else None
 
 
 def is_checkpoint(folder: Path) -> bool:

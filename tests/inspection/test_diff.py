@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import inspect_model
 from core.containers.open import open_container
 from core.conversion.migration.migrate import migrate
 from core.families import gpt, megatron
@@ -367,3 +368,74 @@ def test_every_row_of_every_table_leads_to_a_tensor():
     assert head_and_table("hf_qwen3") == ("lm_head.weight", "embed_tokens.weight")
     assert head_and_table("modded_small") is None
     assert places("hf_qwen2", ["model.norm.weight"])["norm.weight"].parts == ("model.norm.weight",)
+
+
+# two steps of one model
+
+
+def saved_steps(root: Path) -> Path:
+    """Steps 1 to 4 of a model with an average and a generator of its own; each has its line in the log."""
+    made, model, optimizer = started(root, keep=2, keep_best=0)
+    for step in range(1, 5):
+        value = torch.tensor([float(step)])
+        ema = {name: torch.full_like(tensor, step // 3) for name, tensor in model.state_dict().items()}
+        also = {"x": {"n": 3 + step // 4, "t": value}}
+        made.save(model, optimizer, step=step, metrics={"val_loss": 5.0 - step}, ema=ema, also=also)
+        made.wait()
+    made.close()
+    lines = [{"step": n, "loss": 1.0, "learning_rate": n * 1e-4, "grad_norm": n / 3} for n in range(1, 5)]
+    (root / "dante/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root / "dante"
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_two_steps_of_one_model_are_compared_with_what_one_looks_for_first(tmp_path: Path, capsys, by_name: bool):
+    folder = saved_steps(tmp_path)
+    named = ["--model_name", "dante", "--checkpoint_root", str(tmp_path)] if by_name else [str(folder)]
+    assert inspect_model.main([*named, "--diff", "2", "3"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        f"A: {folder}/step_00000002 (bundle, fused, step 2)\nB: {folder}/step_00000003 (bundle, fused, step 3)\n\n"
+        "                 A       B\n"
+        "validation loss  3.0000  2.0000\n"
+        "learning rate    0.0002  0.0003\n"
+        "gradient norm    0.667   1\n\nconfig: "
+    )
+    assert re.search(r"^also: 1 compared, 0 equal\n.*\n.*\n    also\.x\.t +1 +0\.333 +1 of 1$", shown, re.MULTILINE), shown
+    assert shown.endswith("different: step, ema, also\n")
+    assert inspect_model.main([*named, "--diff", "3", "newest", "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["b"]["measured"] == {"val_loss": 1.0, "learning_rate": 4e-4, "grad_norm": 4 / 3}
+    assert facts["ema"]["equal"] and [pair["name"] for pair in facts["also"]["different"]] == ["also.x.t"]
+    assert facts["different"] == ["step", "also"] and facts["also"]["faults"] == ["x.n: 3 and 4"]
+    assert inspect_model.main([*named, "--diff", "1", "3"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {folder}/step_00000001: this step is not kept. Kept steps: 2 (val_loss 3.0000), 3 (val_loss 2.0000); "
+        "the newest is 4 (val_loss 1.0000). train.py --keep_steps 1 would have kept it.\n"
+    )
+
+
+def test_an_average_or_objects_that_only_one_of_two_bundles_has_make_them_different(tmp_path: Path):
+    folder = saved_steps(tmp_path)
+    made, model, optimizer = started(tmp_path, "plain")
+    made.save(model, optimizer, step=4)
+    made.close()
+    found = compared(tmp_path / "plain", folder)
+    assert {"ema", "also"} <= set(found.different)
+    assert found.ema.faults == ["only B has ema.pt"] and found.also.faults == ["only B has also.pt"]
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    found = compared(folder, tmp_path / "weights.pt")
+    assert found.ema.notes == ["only A has ema.pt"] and "ema" not in found.different
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dante", "--diff", "1", "x"], "of the steps of one model: 'x' is neither the number of a step nor newest"),
+        (["a", "b", "--diff", "1", "2"], "names both checkpoints, or with one PATH or --model_name two of its steps"),
+    ],
+)
+def test_words_that_name_no_step_are_wrong_use(words, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        inspect_model.main(words)
+    assert said in capsys.readouterr().err

@@ -127,7 +127,8 @@ def test_ended_in_mid_epoch_and_started_again_it_ends_with_the_same_bits(made, t
 
 def test_a_signal_saves_and_the_same_line_goes_on_and_a_third_time_only_scores(made, tmp_path):
     flags = {"num_epochs": 40, "save_interval": 1000, "dataset": made / "nli"}
-    command = [sys.executable, SCRIPT, *words(made, tmp_path, **flags)]
+    talkative = ROOT / "tests/makers/talkative.py"
+    command = [sys.executable, talkative, SCRIPT, *words(made, tmp_path, **flags)]
     run = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     said = b""
     while b"loss" not in said:

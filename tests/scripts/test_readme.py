@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.makers.clones import cloned, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -56,15 +57,7 @@ def shortened(command: str) -> str:
 @pytest.fixture
 def clone(shared, tmp_path) -> Path:
     """A copy of the files that a clone has, and the files of the reader that the README names."""
-    listed = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(listed, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"git does not list the files of {ROOT}: {done.stderr.strip()}")
-    folder = tmp_path / "clone"
-    for name in done.stdout.split("\0"):
-        if name and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
+    folder = cloned(tmp_path / "clone")
     (folder / "book.txt").write_bytes((shared / "data/tinyshakespeare.txt").read_bytes()[:20_000])
     shutil.copyfile(shared / "data/gpt2.tiktoken", folder / "data/gpt2.tiktoken")  # else it would be downloaded
     fixtures = shared / "fixtures"
@@ -82,11 +75,9 @@ def clone(shared, tmp_path) -> Path:
 @pytest.mark.slow
 def test_every_command_of_the_readme_works_in_the_order_in_which_they_stand(clone, tell):
     assert [written for written in HERE if not any(written in f"{command}@" for command in COMMANDS)] == []
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     for command in COMMANDS:
         words = ["bash", "-c", shortened(command)]
-        done = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, cwd=clone, env=environment(), capture_output=True, text=True, timeout=300)
         allowed = (0, 137, -9) if command.startswith("timeout -s KILL") else (0,)
         assert done.returncode in allowed, f"{command}\n{shortened(command)}\n{done.stdout}{done.stderr}"
     tell(f"README: {len(COMMANDS)} commands in their order")

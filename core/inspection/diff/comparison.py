@@ -92,6 +92,8 @@ class Comparison:
     optimizer: Values  # its settings
     weights: Tensors
     moments: Tensors | None  # None where they were not compared
+    ema: Tensors | None  # None where neither has one
+    also: Tensors | None
     notes: list[str]
 
     @property
@@ -99,7 +101,7 @@ class Comparison:
         """The parts that differ."""
         return [
             name
-            for name in (*VALUES, "weights", "moments")
+            for name in (*VALUES, "weights", "moments", "ema", "also")
             if (part := getattr(self, name)) is not None and not part.equal
         ]
 
@@ -137,6 +139,8 @@ def compare(a: Side, b: Side, moments: bool = False, progress: Progress = lambda
         optimizer=optimizer,
         weights=_compare_weights(a, b, progress),
         moments=_compare_moments(a, b, progress) if both and moments and known else None,
+        ema=_compare_part("ema", a, b, progress),
+        also=_compare_part("also", a, b, progress),
         notes=notes,
     )
 
@@ -245,7 +249,23 @@ def _layouts(a: Side, b: Side, mine: dict[str, View], theirs: dict[str, View]) -
 
 
 def _compare_moments(a: Side, b: Side, progress: Progress) -> Tensors:
-    (tensors_a, values_a), (tensors_b, values_b) = a.moments(), b.moments()
+    return _compare_both(a.moments(), b.moments(), progress)
+
+
+def _compare_part(name: str, a: Side, b: Side, progress: Progress) -> Tensors | None:
+    """Compare ema.pt or also.pt; that only one of two bundles has one makes them different."""
+    mine, theirs = a.part(name), b.part(name)
+    if mine is None and theirs is None:
+        return None
+    if mine is None or theirs is None:
+        only = f"only {'A' if theirs is None else 'B'} has {name}.pt"
+        strict = a.found.bundle is not None and b.found.bundle is not None
+        return Tensors(faults=[only]) if strict else Tensors(notes=[only])
+    return _compare_both(mine, theirs, progress)
+
+
+def _compare_both(a: tuple[dict[str, View], Facts], b: tuple[dict[str, View], Facts], progress: Progress) -> Tensors:
+    (tensors_a, values_a), (tensors_b, values_b) = a, b
     found = _compare_tensors(tensors_a, tensors_b, progress)
     values = _compare_values(values_a, values_b, True)
     found.faults += [f"{name}: {as_text(x, 60)} and {as_text(y, 60)}" for name, (x, y) in values.different.items()]

@@ -17,10 +17,12 @@ from ...containers.spec import TensorSpec
 from ...containers.tensors.dtypes import decode
 from ...containers.tensors.reading import pieces
 from ...containers.tensors.views import View, concatenate, permute, stored
+from ...containers.trees import map_paths
 from ...errors import CheckpointMismatch
 from ...families.common_names import GPT2, Place, common_fields, head_and_table, in_module_order, naming, places
 from ...families.family import plain_names
 from ...families.fused import FUSED, LECTURE, recognise
+from ..html.curve import measured_at
 from ..inspect import Facts, Inspection
 
 Parts = Sequence[tuple[str, TensorSpec]]
@@ -118,6 +120,29 @@ class Side:
         if names is None or names[0] in self.places or names[1] not in self.places:
             return None
         return None if common_fields(self.fields or {}).get("tied_head") is False else names
+
+    @functools.cached_property
+    def measured(self) -> dict[str, float]:
+        """Validation loss, learning rate and gradient norm at its step, those of them that are recorded."""
+        bundle = self.found.bundle
+        if bundle is None or bundle.single:
+            return {}
+        loss = bundle.state.val_loss
+        own = {"val_loss": float(loss)} if isinstance(loss, (int, float)) else {}
+        return measured_at(bundle.folder, bundle.state.step) | own
+
+    def part(self, name: str) -> tuple[dict[str, View], Facts] | None:
+        """The tensors and the plain values of `ema` or `also`, by their paths; None where it has none."""
+        content = self.found.container.content
+        if self.found.bundle is None or not isinstance(content, dict) or name not in content:
+            return None
+        values: Facts = {}
+        map_paths(lambda path, leaf: values.__setitem__(path, leaf), content[name])
+        container, before = self.found.container, f"{name}."
+        tensors = {
+            n.removeprefix(before): stored(container, t) for n, t in container.tensors.items() if n.startswith(before)
+        }
+        return tensors, plain({path: leaf for path, leaf in values.items() if not isinstance(leaf, TensorSpec)})
 
     @functools.cached_property
     def fields(self) -> Facts | None:

@@ -31,7 +31,10 @@ def comparison_facts(found: Comparison) -> Facts:
         "b": _side_facts(found.b),
         **{part: _values_facts(getattr(found, part)) for part in VALUES},
         "weights": _tensors_facts(found.weights),
-        "moments": _tensors_facts(found.moments) if found.moments is not None else None,
+        **{
+            part: _tensors_facts(tensors) if (tensors := getattr(found, part)) is not None else None
+            for part in ("moments", "ema", "also")
+        },
         "notes": found.notes,
     }
     return plain(facts)
@@ -39,7 +42,13 @@ def comparison_facts(found: Comparison) -> Facts:
 
 def _side_facts(side: Side) -> Facts:
     found = side.found
-    return {"path": str(found.path), "kind": found.container.kind, "family": side.family, "step": found.step}
+    return {
+        "path": str(found.path),
+        "kind": found.container.kind,
+        "family": side.family,
+        "step": found.step,
+        "measured": side.measured,
+    }
 
 
 def _values_facts(values: Values) -> Facts:
@@ -96,14 +105,34 @@ def comparison_lines(found: Comparison) -> Iterable[str]:
         what = ", ".join([side.found.container.kind, side.family, *step])
         yield f"{who}: {printable(path)} ({printable(what)})"
     yield ""
+    if rows := list(_measured_rows(found)):
+        yield from columns([("", "A", "B"), *rows])
+        yield ""
     for part in VALUES:
         yield from _values_lines(part, getattr(found, part))
     yield from _tensors_lines("tensors", found.weights)
-    if found.moments is not None:
-        yield from _tensors_lines("moments", found.moments)
+    for part in ("moments", "ema", "also"):
+        if (tensors := getattr(found, part)) is not None:
+            yield from _tensors_lines(part, tensors)
     yield from (f"note: {printable(note)}" for note in found.notes)
     yield ""
     yield f"different: {', '.join(found.different)}" if found.different else "equal in all that was compared"
+
+
+def _measured_rows(found: Comparison) -> Iterable[tuple[str, ...]]:
+    """What one looks for first, where one of both records it."""
+    for name, title in (
+        ("val_loss", "validation loss"),
+        ("learning_rate", "learning rate"),
+        ("grad_norm", "gradient norm"),
+    ):
+        values = [side.measured.get(name) for side in (found.a, found.b)]
+        if any(value is not None for value in values):
+            yield title, *("-" if value is None else _number(name, value) for value in values)
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.4f}" if name == "val_loss" else f"{value:.3g}"
 
 
 def _values_lines(title: str, values: Values) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import io
 import itertools
 import json
@@ -57,6 +58,7 @@ class Curve:
     loss: Series = field(default_factory=Series)
     val_loss: Series = field(default_factory=Series)
     learning_rate: Series = field(default_factory=Series)
+    grad_norm: Series = field(default_factory=Series)
     said: str = ""
 
     def points(self) -> dict[str, Points]:
@@ -75,6 +77,14 @@ class Curve:
             return None
         i = min(range(len(self.val_loss.y)), key=self.val_loss.y.__getitem__)
         return self.val_loss.x[i], self.val_loss.y[i]
+
+
+def measured_at(path: Path, step: int | None) -> dict[str, float]:
+    """What the log beside a checkpoint of ours holds of one step: validation loss, learning rate, gradient norm."""
+    curve = curve_beside(path)
+    series = {name: getattr(curve, name) for name in ("val_loss", "learning_rate", "grad_norm")} if curve else {}
+    at = {name: bisect.bisect_left(one.x, step) for name, one in series.items()} if step is not None else {}
+    return {name: series[name].y[i] for name, i in at.items() if i < len(series[name].x) and series[name].x[i] == step}
 
 
 def curve_beside(path: Path) -> Curve | None:
@@ -126,7 +136,7 @@ def _numbers(line: bytes) -> tuple[int, dict[str, float]]:
         values = json.loads(line)
         step = values["step"]
         if type(step) is int and 0 <= step < 1 << 53:
-            names = ("loss", "val_loss", "learning_rate")
+            names = ("loss", "val_loss", "learning_rate", "grad_norm")
             return step, {name: float(values[name]) for name in names if type(values.get(name)) in (int, float)}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError):
         return 0, {}
