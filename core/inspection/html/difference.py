@@ -45,8 +45,9 @@ def difference_page(found: Comparison) -> str:
         *_settings(found),
         *_tensors("Weights", "weights", found.weights, map_of(found)),
     ]
-    if found.moments is not None:
-        body += _tensors("Moments of the optimizer", "moments", found.moments, _by_kind([], found.moments))
+    for title, ident in (("Moments of the optimizer", "moments"), ("Average of the weights", "ema"), ("Other", "also")):
+        if (tensors := getattr(found, ident)) is not None:
+            body += _tensors(title, ident, tensors, _by_kind([], tensors))
     return document(names, body)
 
 
@@ -153,7 +154,10 @@ def _cell(layers: dict[int | None, Change | None], layer: int | None, low: float
 
 def _settings(found: Comparison) -> Iterator[str]:
     """The values that are not the same."""
-    rows = [row for part in VALUES for row in _values(part, getattr(found, part))]
+    a, b = (side.measured for side in (found.a, found.b))
+    texts = {name: [number_text(one[name]) if name in one else "-" for one in (a, b)] for name in {**a, **b}}
+    rows = [("measured", escaped(name).replace("_", " "), *two) for name, two in texts.items()]
+    rows += [row for part in VALUES for row in _values(part, getattr(found, part))]
     yield '<section id="settings"><h2>Settings that differ</h2>'
     if rows:
         yield table(("part", "setting", "A", "B"), rows[:_ROWS], "settings that differ")

@@ -31,6 +31,11 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
     return float(f"{value:.{digits}g}") if value is not None and math.isfinite(value) else None
 
 
+def finite(value: Any) -> float | None:
+    """A number of a training state as such; None for anything else, and for one that nobody counted."""
+    return float(value) if type(value) in (int, float) and abs(value) < 1e18 else None
+
+
 def number_text(value: float) -> str:
     """A number for people, to four digits: 1,234, 0.0123, 3e-05."""
     if value == 0:

@@ -16,7 +16,7 @@ from ..inspect import Facts
 from .chart import Chart, Line
 from .curve import Curve, Series, curve_beside
 from .document import document, publish
-from .markup import box, count_text, duration_text, escaped, fold, moment, table
+from .markup import box, count_text, duration_text, escaped, finite, fold, moment, table
 
 _RUNS, _BUCKETS, _SETTINGS = 24, 100, 60
 """Runs whose curves are drawn (eight colours, three dashes), buckets of each, and settings that are listed."""
@@ -39,10 +39,8 @@ class Run:
 
     def each_step(self, counter: str) -> float:
         """What one step takes of a counter of the training state, as an average; 0 where it is not recorded."""
-        value, step = self.state.get(counter), self.facts.get("step")
-        if not isinstance(value, (int, float)) or not isinstance(step, int) or step <= 0:
-            return 0.0
-        return value / step
+        value, step = finite(self.state.get(counter)), finite(self.facts.get("step"))
+        return value / step if value and step and step > 0 else 0.0
 
 
 def write_runs(file: Path, root: Path, models: Sequence[Facts], *, overwrite: bool = False) -> None:
@@ -142,15 +140,15 @@ def _list(runs: Sequence[Run]) -> Iterator[str]:
 
 def _row(run: Run) -> tuple[str, ...]:
     facts, best = run.facts, run.curve.best
-    tokens, seconds = run.state.get("tokens_seen"), run.state.get("elapsed_seconds")
-    loss = facts.get("val_loss")
+    tokens, seconds = (finite(run.state.get(name)) for name in ("tokens_seen", "elapsed_seconds"))
+    loss = finite(facts.get("val_loss"))
     return (
         escaped(run.name),
         escaped(as_text(facts.get("step", "cannot be read"), 40)) if facts.get("step") is not None else "unknown",
-        f"{loss:.4f}" if isinstance(loss, (int, float)) else "",
+        f"{loss:.4f}" if loss is not None else "",
         f"{best[1]:.4f} at step {best[0]:,.0f}" if best else "",
-        count_text(tokens) if isinstance(tokens, int) else "",
-        duration_text(seconds) if isinstance(seconds, (int, float)) else "",
+        count_text(tokens) if tokens else "",
+        duration_text(seconds) if seconds else "",
         size_text(facts["bytes"]) if "bytes" in facts else "",
         size_text(run.bytes),
         moment(facts.get("saved_at")),

@@ -15,7 +15,7 @@ from ..inspect import Facts, Inspection
 from ..report import tensors_in
 from ..report_text import architecture_lines
 from .curve import Curve
-from .markup import box, count_text, duration_text, escaped, fold, moment, pairs, table
+from .markup import box, count_text, duration_text, escaped, finite, fold, moment, pairs, table
 from .sizes import bar, parts_table, sizes_of, tree
 from .weights import Weights
 
@@ -53,7 +53,7 @@ def summary(facts: Facts, weights: Weights, curve: Curve | None) -> Iterator[str
 def _tiles(facts: Facts, curve: Curve | None) -> list[tuple[str, str, str]]:
     """Label, value and a note (which is markup) of each tile."""
     state, count = facts.get("training_state") or {}, facts["parameters"]
-    loss, tokens, seconds = (_number(state.get(name)) for name in ("val_loss", "tokens_seen", "elapsed_seconds"))
+    loss, tokens, seconds = (finite(state.get(name)) for name in ("val_loss", "tokens_seen", "elapsed_seconds"))
     bare = count["without_embeddings"]
     speed = f"{count_text(tokens / seconds)} tokens a second" if tokens and seconds else ""
     step = f"{facts['step']:,}" if isinstance(facts["step"], int) else "unknown"
@@ -68,10 +68,6 @@ def _tiles(facts: Facts, curve: Curve | None) -> list[tuple[str, str, str]]:
     ]
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and math.isfinite(value) and value < 1e18 else None
-
-
 def _loss_said(loss: float | None, facts: Facts, curve: Curve | None) -> str:
     """What a loss means: perplexity, the loss of a uniform guess, and the best step."""
     said = [f"perplexity {math.exp(loss):,.4g}"] if loss is not None and loss < 50 else []
@@ -79,7 +75,7 @@ def _loss_said(loss: float | None, facts: Facts, curve: Curve | None) -> str:
     said += [f"a uniform guess: {math.log(vocabulary):.2f}"] if vocabulary else []
     best = (facts.get("training_state") or {}).get("best")
     value, step = (best.get("val_loss"), best.get("step")) if isinstance(best, dict) else (None, None)
-    if _number(value) is None or type(step) is not int:
+    if finite(value) is None or type(step) is not int:
         step, value = curve.best if curve and curve.best else (None, None)
     if value is not None and step is not None:
         said.append("the best so far" if step == facts["step"] else f"best: {value:.4f} at step {step:,.0f}")
