@@ -53,7 +53,7 @@ def test_a_long_curve_keeps_its_extremes():
         long.y.append(9.0 if step == 54_321 else -9.0 if step == 77_777 else math.sin(step))
     points = long.points()
     assert len(points["x"]) <= 2 * BUCKETS
-    assert points["x"] == sorted(points["x"])
+    assert points["x"] == sorted(points["x"]) and (points["x"][0], points["x"][-1]) == (0, 99_999)
     assert points["y"][points["x"].index(54_321)] == 9.0
     assert points["y"][points["x"].index(77_777)] == -9.0
 

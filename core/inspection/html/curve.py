@@ -41,13 +41,14 @@ class Series:
         return Series(self.x, means)
 
     def points(self, buckets: int = BUCKETS) -> Points:
-        """As many points as a screen can show, the extremes among them."""
+        """As many points as a screen can show, the extremes and both ends among them."""
         chosen: Iterable[int] = range(len(self.x))
         if len(self.x) > 2 * buckets:
+            buckets -= 1  # for the two ends
             edges = [len(self.x) * i // buckets for i in range(buckets + 1)]
             spans = [range(first, end) for first, end in itertools.pairwise(edges)]
             ends = ({min(span, key=self.y.__getitem__), max(span, key=self.y.__getitem__)} for span in spans)
-            chosen = [i for pair in ends for i in sorted(pair)]
+            chosen = sorted({0, len(self.x) - 1}.union(*ends))
         return {"x": [self.x[i] for i in chosen], "y": [float(f"{self.y[i]:.6g}") for i in chosen]}
 
 

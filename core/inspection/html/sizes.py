@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ...console.words import printable, size_text
 from ...containers.spec import TensorSpec
+from ...families.family import WRAPPERS, plain_name
 from ..inspect import Inspection
 from .markup import escaped
 
@@ -42,6 +43,7 @@ def sizes_of(found: Inspection) -> dict[str, Module]:
     """The modules of the weights and of what else there is; tensors that share their bytes count once."""
     tops = {"weights": Module(), "optimizer": Module(), "other tensors": Module()}
     seen = set()
+    wrapped = {name: plain_name(name, WRAPPERS) for name in found.weights}
     for name, tensor in found.container.tensors.items():
         place = (tensor.file, tensor.storage, tensor.offset, tensor.shape, tensor.chunks)
         if place in seen:
@@ -49,7 +51,7 @@ def sizes_of(found: Inspection) -> dict[str, Module]:
         seen.add(place)
         plain = name.removeprefix(found.key) if name.startswith(found.key) else name
         if plain in found.weights:
-            top, names = "weights", plain.split(".", _DEEPEST)
+            top, names = "weights", wrapped[plain].split(".", _DEEPEST)
         else:
             top = "optimizer" if re.match(r"optim|optimizers?\b|exp_avg", name) else "other tensors"
             names = name.removeprefix("optimizer.").split(".", _DEEPEST)
@@ -102,10 +104,11 @@ def bar(name: str, size: int, whole: int) -> str:
 def _inside(module: Module, whole: int) -> Iterator[str]:
     layers = {name: inner for name, inner in module.inner.items() if name.isdigit()}
     rest = {name: inner for name, inner in module.inner.items() if name not in layers}
-    if len(layers) > 1 and len({inner.size for inner in layers.values()}) == 1:
-        first, *_ = layers
+    sizes = sorted({inner.size for inner in layers.values()})
+    if len(layers) > 2 or (len(layers) == 2 and len(sizes) == 1):
+        each = size_text(sizes[0]) if len(sizes) == 1 else f"{size_text(sizes[0])} to {size_text(sizes[-1])}"
         size = sum(inner.size for inner in layers.values())
-        lines = bar(f"{len(layers)} alike, {size_text(layers[first].size)} each", size, whole)
+        lines = bar(f"{len(layers)} numbered, {each} each", size, whole)
         yield f"<details><summary>{lines}</summary>{''.join(_inside(_sum(layers), whole))}</details>"
     else:
         rest = module.inner
