@@ -4,7 +4,7 @@ PYTEST = -m pytest -n auto --dist loadfile
 WALLS = $(PYTHON) -c "from importlinter.cli import lint_imports_command as main; main()" --no-cache --no-logo
 
 .DEFAULT_GOAL := help
-.PHONY: help check test full nightly faults mutants bench rooms
+.PHONY: help check test full nightly faults mutants shots bench rooms
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ faults: ## kill, fill the disk, cut the power, flip bits; counts of what was los
 
 mutants: ## break 150 lines, one at a time, and print how many of the breaks a test finds (COUNT=20 SEED=1); hours
 	$(PYTHON) -m tests.mutants --count $(or $(COUNT),150) --seed $(or $(SEED),0) --jobs 2
+
+shots: ## take the picture of the page in README.md again, of MODEL=checkpoints/dante; needs chromium and playwright
+	$(PYTHON) -m tests.shots $(or $(MODEL),checkpoints/dante)
 
 bench: ## list the benchmarks, or run one (NAME=save FLAGS='--repeats 3')
 ifdef NAME
