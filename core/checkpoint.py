@@ -25,6 +25,7 @@ from .console.words import size_text
 from .containers.json_files import dump_json, with_infinities
 from .data.tokenizer import Tokenizer
 from .errors import CheckpointDamaged, CheckpointError, InputError
+from .inspection.notebook import steps_html
 from .kinds import gpt_kind
 from .kinds.gpt import given_fields
 from .kinds.kind import ModelKind, Request, new_model
@@ -335,6 +336,9 @@ class CheckpointManager(FolderWriter, StepRules):
         """The seed of the run that saved the newest step; None where none is recorded. Every rank calls it."""
         top = top_state(self._folder)
         return self.ranks.world.from_first((top.training or {}).get("seed", top.seed))
+
+    def _repr_html_(self) -> str:
+        return steps_html(self.checkpoint_dir)
 
     @property
     def extra(self) -> dict[str, Any]:

@@ -247,4 +247,5 @@ class GPT(nn.Module):
     load_legacy = static_bound(".kinds.model_methods", "load_legacy", __package__)
     save = bound(".kinds.model_methods", "save", __package__)
     save_checkpoint_bundle = bound(".kinds.model_methods", "save_checkpoint_bundle", __package__)
+    _repr_html_ = bound(".kinds.notebook", "model_html", __package__)
     fit = bound(".training.fit", "fit", __package__)

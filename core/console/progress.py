@@ -84,6 +84,10 @@ def byte_bar(what: str, total: int, show: bool = True, unit: str = "B") -> tqdm 
 
 def _bar(what: str, total: int, show: bool, unit: str, **more: Any) -> tqdm | Lines:
     show = show and not Output.quiet
+    if "ipykernel" in sys.modules:  # a notebook, whose stderr is no terminal, and which draws bars of its own
+        from tqdm.auto import tqdm as notebook_bar
+
+        return notebook_bar(total=total, desc=what or None, unit=unit, disable=not show, **more)
     file = unguarded(sys.stderr)
     if show and not file.isatty():
         return Lines(what, total, unit, "unit_scale" in more, more.get("initial", 0))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from stat import S_ISREG
 
 from ..bundle.also import also_kinds
-from ..bundle.bundle import KeptStep, open_bundle
+from ..bundle.bundle import KeptStep, history, open_bundle
 from ..bundle.choice import LEGACY_FILES, choose
 from ..bundle.contradictions import contradictions
 from ..bundle.evolution import notes
@@ -68,11 +69,22 @@ def _step_facts(step: int, state: TrainingState, size: int) -> Facts:
     return {"step": step, "val_loss": state.val_loss, "bytes": size, "saved_at": state.saved_at}
 
 
+def _bytes_below(folder: Path) -> int:
+    """Bytes of all files of a model, with those of older steps and of what lies aside; linked ones count once."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError):  # a concurrent writer removes some
+        stats = [stat for stat in map(Path.lstat, folder.rglob("*")) if S_ISREG(stat.st_mode)]
+        found = {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}
+    return sum(found.values())
+
+
 def model_facts(folder: Path) -> Facts:
     """The line of one model in the list of all."""
     try:
         with open_bundle(folder) as bundle:
-            return {"name": folder.name, **_step_facts(bundle.step, bundle.state, sum(bundle.sizes.values()))}
+            newest = _step_facts(bundle.step, bundle.state, sum(bundle.sizes.values()))
+        kept = [one.step for one in history(folder) if one.step != newest["step"]]
+        return {"name": folder.name, **newest, "kept": kept, "total_bytes": _bytes_below(folder)}
     except CheckpointError as error:
         legacy = [folder / name for name in LEGACY_FILES if (folder / name).is_file()]
         if legacy:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..console.words import columns, printable, size_text
+from ..console.words import columns, listed_names, printable, size_text
 from ..containers.pickles.inert import as_text
 from ..containers.spec import TensorSpec
 from ..containers.step_parents import steps_below
@@ -208,7 +208,8 @@ def _model_row(model: Facts) -> tuple[str, ...]:
     if "legacy" in model:
         step = f"step {model['step']}" if model["step"] is not None else "unreadable"
         return (model["name"], step, model["legacy"], size_text(model["bytes"]))
-    return (model["name"], *_kept_row(model))
+    older = f"older: {listed_names(model['kept'][::-1], 6)}" if model["kept"] else ""
+    return (model["name"], *_kept_row({**model, "bytes": model["total_bytes"]}), older)
 
 
 def _kept_row(kept: Facts) -> tuple[str, ...]:

@@ -401,9 +401,8 @@ def test_two_steps_of_one_model_are_compared_with_what_one_looks_for_first(tmp_p
         "learning rate    0.0002  0.0003\n"
         "gradient norm    0.667   1\n\nconfig: "
     )
-    assert re.search(r"^also: 1 compared, 0 equal\n.*\n.*\n    also\.x\.t +1 +0\.333 +1 of 1$", shown, re.MULTILINE), (
-        shown
-    )
+    changed = r"^also: 1 compared, 0 equal\n.*\n.*\n    also\.x\.t +1 +0\.333 +1 of 1$"
+    assert re.search(changed, shown, re.MULTILINE), shown
     assert shown.endswith("different: step, ema, also\n")
     assert inspect_model.main([*named, "--diff", "3", "newest", "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)

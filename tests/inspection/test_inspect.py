@@ -17,6 +17,7 @@ import torch
 
 import inspect_model
 from core.config.gpt import GPTConfig
+from core.console.words import size_text
 from core.inspection.report_text import age
 from core.inspection.tensor_table import grouped
 from core.model import GPT
@@ -146,6 +147,27 @@ def test_several_models_are_listed_with_step_loss_and_size(tmp_path, capsys):
     assert re.search(r"^torn +.*config\.json", out, re.MULTILINE)
     facts = json.loads(inspect(capsys, "--checkpoint_root", tmp_path, "--json"))
     assert [model["name"] for model in facts["models"]] == ["boccaccio", "dante", "old", "torn"]
+
+
+def test_a_list_of_models_has_all_kept_steps_the_size_in_total_and_the_age(tmp_path, capsys):
+    for name, count in (("dante", 3), ("many", 9), ("one", 1)):
+        made, model, optimizer = started(tmp_path, name, keep=9)
+        with made.writing():
+            train_and_save(made, model, optimizer, count, val_loss=lambda step: 4.0 - step / 4)
+            if name == "dante":
+                made.go_back(2)
+    files = {name: [p for p in (tmp_path / name).rglob("*") if p.is_file()] for name in ("dante", "many")}
+    sizes = {name: sum(p.stat().st_size for p in found) for name, found in files.items()}
+    rows = [re.split("  +", line) for line in inspect(capsys, tmp_path).splitlines()[1:]]
+    ages = [row.pop(4) for row in rows]
+    older = "older: 8, 7, 6, 5, 4, 3 and 2 more"
+    assert rows[1] == ["many", "step 9", "val_loss 1.7500", size_text(sizes["many"]), older]
+    assert rows[0][:3] == ["dante", "step 2", "val_loss 3.5000"] and rows[0][4:] == ["older: 1"] and len(rows[2]) == 4
+    assert all(re.fullmatch(r"\d+ seconds old", one) for one in ages)
+    facts = json.loads(inspect(capsys, tmp_path, "--json"))["models"]
+    assert [one["kept"] for one in facts] == [[1], [1, 2, 3, 4, 5, 6, 7, 8], []]
+    assert facts[1]["total_bytes"] == sizes["many"] > 8 * facts[1]["bytes"] > 0
+    assert facts[0]["bytes"] * 3 < facts[0]["total_bytes"] <= sizes["dante"]  # links count once
 
 
 def test_single_file_shows_its_content_and_tensors(tmp_path, capsys):
