@@ -279,8 +279,13 @@ def watch(place: Path, args: argparse.Namespace) -> int:
     is_root = place.is_dir() and bool(model_names(place)) and not is_checkpoint(place) and args.step is None
     if not is_root:
         inspect_path(place, args.step).__exit__()  # what does not open is said here, not in the browser
-    serve(Watch(place, args.step, models if is_root else None), PORT if args.port is None else args.port, tell)
+    serve(Watch(place, args.step, models if is_root else None), PORT if args.port is None else args.port, say_address)
     return DONE
+
+
+def say_address(line: str) -> None:
+    """Print the address of a page: it is the result, so --quiet leaves it."""
+    print(printable(line), flush=True)
 
 
 def port(text: str) -> int:

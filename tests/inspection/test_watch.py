@@ -134,9 +134,9 @@ def test_a_taken_port_is_followed_by_the_next_free_one_which_is_said(model, monk
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_ends_with_0(model):
-    command = [sys.executable, inspect_model.__file__, str(model[3]), "--watch", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        line = process.stderr.readline()
+    command = [sys.executable, inspect_model.__file__, str(model[3]), "--watch", "--port", "0", "--quiet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
         port = int(re.search(r":(\d+)/ \(Ctrl-C ends\)", line)[1])
         assert get(port)[0] == 200
         process.send_signal(signal.SIGINT)
