@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..bundle.find import model_names
+from ..bundle.names import model_names
 from ..checkpoint import CheckpointManager
 from ..console.commandline import DONE, FAILED, rules_given
 from ..console.words import size_text, tell

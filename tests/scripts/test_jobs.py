@@ -24,6 +24,7 @@ def without_numbers(text: str) -> str:
     """A text in which each number, id, date and unit of size or time is #: they differ from machine to machine."""
     text = re.sub(r"_[0-9a-f]{16}\b|fingerprint [0-9a-f]{12}|in \d+\.\d\d s( \(.*?\))?", "#", text)
     text = re.sub(r"\d[\d,.:-]*( bytes| [KMG]B| M|GB| (second|minute)s?)?", "#", text)
+    text = re.sub(r"older: #( #)*( and # more)?", "older: #", text)  # how many depends on when the run was stopped
     return re.sub(r" {2,}", " ", text)
 
 
