@@ -113,7 +113,7 @@ def test_upstream_files_say_what_they_are(shared, capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--diff", "a", "b", "c"], "names both checkpoints"),
+        (["--diff", "a", "b", "c"], "'a' is neither the number of a step nor newest"),
         (["a", "b", "--step", "3"], "--step is for one checkpoint"),
         (["a", "b", "--html", "x"], "--html is for one checkpoint"),
         (["--tensors", "."], "--tensors .: is a path, and would be taken as a pattern; put it first"),

@@ -15,6 +15,7 @@ from core.config.gpt import GPTConfig
 from core.errors import CheckpointMismatch
 from core.kinds import KINDS
 from core.model import GPT
+from core.training import report
 from tests.conftest import ROOT
 from tests.makers.limits import wait_until
 from tests.makers.models import TEXT
@@ -50,7 +51,7 @@ def text(tmp_path):
 @pytest.fixture(autouse=True)
 def no_sample(monkeypatch):
     """The text that a run ends with takes longer than these runs."""
-    monkeypatch.setattr(train, "finish", lambda *_: None)
+    monkeypatch.setattr(report, "say_result", lambda *_: None)
 
 
 @pytest.mark.parametrize(("arch", "expected"), [("llama", LLAMA), ("qwen3", QWEN3)])
