@@ -192,6 +192,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "--html": WRITTEN,
         "--tensors": NOTHING,
         "--stats": NOTHING,
+        "--sample": NOTHING,
     },
     "convert_checkpoints.py": {
         **SHARED_FLAGS,
