@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from core.inspection.inspect import inspect_path
-from tests.makers.conversions import converted, tensors_of, texts
+from core.model import GPT
+from tests.makers.conversions import converted, tensors_of, texts, worst
 from tests.makers.megatron_exports import GPT2, LLAMA, QWEN, RUN, THETA, export_of, exported, off_by, refused
 from tests.makers.megatron_iterations import STATEFUL, stacked, write_iteration
 
@@ -26,6 +27,16 @@ def test_transformers_computes_the_logits_of_an_iteration(fixtures, tmp_path, na
     converted(write_iteration(tmp_path / "iter_0000100", state, **config, **RUN[name]), tmp_path / "hf", "hf")
     expected = load_file(fixtures / name / "expected.safetensors")
     assert off_by(tmp_path / "hf", expected["input_ids"], expected["logits_fp32"]) < 2e-6
+
+
+@pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
+def test_an_iteration_becomes_a_bundle_of_ours_with_its_logits(fixtures, tmp_path, name):
+    state, config = exported(export_of(fixtures, name))
+    converted(write_iteration(tmp_path / "iter_0000100", state, **config, **RUN[name]), tmp_path / "ours", "bundle")
+    known = load_file(fixtures / name / "expected.safetensors")
+    with torch.no_grad():
+        logits = GPT.load(tmp_path / "ours", load_dtype="fp32")[0].eval()(known["input_ids"].long())[0]
+    assert worst(logits, known["logits_fp32"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", [LLAMA, QWEN, GPT2])
