@@ -112,7 +112,7 @@ def test_a_run_trains_resumes_and_writes_text_with_any_meta(tmp_path, meta, rows
     data = dataset(tmp_path / "data", meta, rows)
     flags = ["--checkpoint_root", tmp_path, "--model_name", "a", "--eval_iters", "1", "--dataset_dir", data]
     _, said = run("train.py", *flags, "--max_iters", "1", *SMALL)
-    assert "python generate.py" in said and ("--prompt" in said) == (kind == "char")
+    assert "python generate.py" in said and "--prompt" not in said  # none of these vocabularies has "The "
     run("train.py", *flags, "--max_iters", "2")
     config = json.loads((tmp_path / "a/config.json").read_text())
     state = json.loads((tmp_path / "a/tokenizer.json").read_text())
