@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import contextlib
 import functools
 import hashlib
@@ -103,6 +104,9 @@ def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
 
     Raises: InputError with the line that is not a rank, or the wrong number of ranks, or the wrong fingerprint.
     """
+    if hashlib.sha256(data).hexdigest() == FINGERPRINT:  # the file itself, of which every line is known
+        lines = (line.split() for line in data.splitlines())
+        return {binascii.a2b_base64(token): int(rank) for token, rank in lines}
     ranks = _parse_json(data, where) if data[:1] == b"{" else parse_lines(data, where)
     if len(ranks) != COUNT or sorted(ranks.values()) != list(range(COUNT)):
         raise InputError(f"{where}: {len(ranks):,} ranks, expected GPT-2's {COUNT:,}, numbered from 0 without a gap.")
