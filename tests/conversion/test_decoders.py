@@ -19,6 +19,7 @@ from core.conversion.pairs.decoders import hf_family, unfit
 from core.errors import CheckpointMismatch
 from core.model import GPT
 from tests.makers.conversions import converted, expected, our_logits, same, tensors_of, worst
+from tests.makers.hf_decoders import PEERS
 from tests.makers.megatron_exports import LLAMA, QWEN, export_of, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,6 +181,23 @@ def test_transformers_computes_what_it_is_given(family, data):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(name) / "hf", attn_implementation="eager")
         logits = theirs.eval()(ids).logits
         assert (model(ids)[0] - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", PEERS)
+def test_a_model_that_transformers_saved_comes_in_with_its_logits_and_leaves_bit_for_bit(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    theirs, _ = PEERS[name].make()
+    theirs.save_pretrained(tmp_path / "theirs")
+    converted(tmp_path / "theirs", tmp_path / "ours", "bundle")
+    converted(tmp_path / "ours", tmp_path / "back", "hf")
+    assert tensors_of(tmp_path / "back") == tensors_of(tmp_path / "theirs")
+    ids = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(1))
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = theirs(ids).logits
+        assert torch.equal(back(ids).logits, logits)
+    assert worst(our_logits(tmp_path / "ours", ids), logits) < 1e-5
 
 
 BASE = {
