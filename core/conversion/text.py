@@ -11,7 +11,7 @@ from ..families.fused import FUSED
 from ..inspection.report import choice_facts
 from ..inspection.report_text import choice_lines
 from .pairs import PAIRS, ways
-from .pairs.gpt import GPT2
+from .pairs.gpt import GPT2_SHAPE
 from .plan import Plan, folded
 from .sharded import REASONS
 from .targets import FORMATS, formats_of
@@ -100,8 +100,8 @@ def matrix() -> dict[str, list[str]]:
     """The formats to which each family can be converted."""
     families = dict.fromkeys(name for pair in PAIRS for name in (pair.theirs, pair.ours))
     made = {family: formats_of(ways(family)) for family in families}
-    made[FUSED] = formats_of(ways(FUSED, lambda pair, back: pair.shape != GPT2))
-    made[f"{FUSED}, a decoder"] = formats_of(ways(FUSED, lambda pair, back: pair.shape == GPT2))
+    made[FUSED] = formats_of(ways(FUSED, lambda pair, back: pair.shape != GPT2_SHAPE))
+    made[f"{FUSED}, a decoder"] = formats_of(ways(FUSED, lambda pair, back: pair.shape == GPT2_SHAPE))
     return made | {"any other tensors": formats_of(())}
 
 

@@ -11,7 +11,7 @@ from ...families import hf_llama, hf_neox
 from ...families.fused import FUSED
 from ..plan import Options, Pair, Source
 from .decoder_settings import DECODERS, ONLY, Decoder, Unfit
-from .gpt import HEAD, HEAD_BIAS, TABLE, drop_head_bias, is_tied
+from .gpt import HEAD, HEAD_BIAS, TABLE, biases, drop_head_bias, is_tied
 
 TABLES = hf_llama.TABLES | hf_neox.TABLES
 NAMES = {family.name: family for family in (*hf_llama.FAMILIES, *hf_neox.FAMILIES)}
@@ -21,13 +21,18 @@ GPT2 = "hf_gpt2"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Ids that say nothing of the model: they are kept among the fields of ours that nothing here reads."""
 
-_SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "head_size", "vocab_size")
+SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "head_size", "vocab_size")
 
 
 def _names(family: str) -> tuple[str, str]:
     """The head and the token table of a family."""
     known = NAMES.get(family, NAMES["hf_llama"])
     return known.head, known.embedding
+
+
+def shown_sizes(model: Source) -> dict[str, int]:
+    """The sizes of a decoder that its tensors show, as our fields."""
+    return {name: model.sizes[name] for name in SIZES if name in model.sizes}
 
 
 def to_ours(model: Source, options: Options) -> dict[str, Any]:
@@ -43,20 +48,18 @@ def to_ours(model: Source, options: Options) -> dict[str, Any]:
             raise model.refuse(f"{name} is {model.config[name]!r}; our GPT computes {values[0]!r}. {_KEEPS}.")
     fields = {
         **decoder.always,
-        **{name: model.sizes[name] for name in _SIZES if name in model.sizes},
+        **shown_sizes(model),
     }
     try:
         for setting in decoder.settings:
-            fields |= {name: value for name, value in setting.read(model.config).items() if name not in _SIZES}
+            fields |= {name: value for name, value in setting.read(model.config).items() if name not in SIZES}
     except Unfit as error:
         raise model.refuse(f"{error}. {_KEEPS}.") from error
     head, table = _names(model.family)
     tied = is_tied(model, head, table, model.config.get("tie_word_embeddings", decoder.tied) is not False)
     if tied:
         model.tensors.setdefault(head, model.tensors[table])
-    biases = {"bias": "qkv", "proj_bias": "proj", "mlp_bias": "mlp", "norm_bias": "norm", "head_bias": "head"}
-    fields |= {name: model.biases.get(part, False) for name, part in biases.items()}
-    fields |= {"tied_head": tied, "dropout": 0.0}
+    fields |= biases(model) | {"tied_head": tied, "dropout": 0.0}
     fields |= {name: value for name in SPECIAL if (value := model.config.get(name)) is not None}
     return GPTConfig.from_dict(fields, str(model.path)).to_dict()
 
@@ -69,7 +72,7 @@ def unfit(config: GPTConfig, decoder: Decoder) -> list[str]:
     values, neutral = config.architecture(), {**GPTConfig().architecture(), **config.neutral}
     wanted = {"mlp_type": None, "head_bias": False, **neutral, **decoder.always}
     faults = [
-        f"{name} is {_shown(values[name])}, expected {_shown(wanted[name])}"
+        f"{name} is {shown(values[name])}, expected {shown(wanted[name])}"
         for name in values
         if name not in decoder.free and name != "qkv_bias" and values[name] != wanted[name]
     ]
@@ -81,7 +84,8 @@ def unfit(config: GPTConfig, decoder: Decoder) -> list[str]:
     return faults
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as config.json spells it; none for null."""
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 

@@ -25,7 +25,7 @@ NEW_HEAD = "python train.py --tied_head starts a model that GPT-2 and nanoGPT co
 
 TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
-GPT2 = "gpt2"
+GPT2_SHAPE = "gpt2"
 """The shape of its models."""
 
 GPT2_END = 50256
@@ -35,9 +35,21 @@ _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 _CHOICES = ("activation", "attention_scale", "norm_placement", "norm_eps")
 
 
-def _biases(model: Source) -> dict[str, bool]:
+def biases(model: Source) -> dict[str, bool]:
     """Which biases exist, as fields of our config."""
     return {"bias" if part == "qkv" else f"{part}_bias": on for part, on in model.biases.items()}
+
+
+def head_of(model: Source, head: str, table: str) -> bool:
+    """Give a model its head, which is the token table unless it has other values; whether it is the token table."""
+    tied = model.is_tied(head, table)
+    if tied:
+        if head in model.tensors and model.tensors[head].place != model.tensors[table].place:
+            model.tie(head, table)  # one parameter, which was saved twice
+        model.tensors.setdefault(head, model.tensors[table])
+    else:
+        model.notes.append("its head has other values than its token table: kept as a head of its own")
+    return tied
 
 
 def _ours(model: Source, **fields: Any) -> dict[str, Any]:
@@ -64,21 +76,15 @@ def complete(model: Source, options: Options) -> dict[str, Any]:
     tied = model.is_tied(HEAD, TABLE, model.config.get("tied_head") is True)
     said = {name: value for name, value in model.config.items() if name not in ("format_version", "model_class")}
     chosen = {name: model.choice(name) for name in _CHOICES}
-    return _ours(model, **{"dropout": 0.0, **said, **_biases(model), "tied_head": tied, **chosen})
+    return _ours(model, **{"dropout": 0.0, **said, **biases(model), "tied_head": tied, **chosen})
 
 
 def nanogpt_to_ours(model: Source, options: Options) -> dict[str, Any]:
     """Read model_args; the head is the token table, and has no bias."""
-    tied = model.is_tied(HEAD, HF_TABLE)
-    if tied:
-        if HEAD in model.tensors and model.tensors[HEAD].place != model.tensors[HF_TABLE].place:
-            model.tie(HEAD, HF_TABLE)  # one parameter, which was saved twice
-        model.tensors.setdefault(HEAD, model.tensors[HF_TABLE])
-    else:
-        model.notes.append("its head has other values than its token table: kept as a head of its own")
+    tied = head_of(model, HEAD, HF_TABLE)
     dropout = model.config.get("dropout", 0.0)
     dropout = dropout if isinstance(dropout, (int, float)) else 0.0
-    return _ours(model, dropout=dropout, **_biases(model), tied_head=tied)
+    return _ours(model, dropout=dropout, **biases(model), tied_head=tied)
 
 
 def hf_to_ours(model: Source, options: Options) -> dict[str, Any]:
@@ -228,7 +234,7 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
 
 
 PAIRS = (
-    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=complete, shape=GPT2),
-    Pair("nanogpt", FUSED, nanogpt.NANOGPT, nanogpt_to_ours, ours_to_nanogpt, GPT2),
-    Pair("hf_gpt2", FUSED, hf_gpt2.HF_GPT2, hf_to_ours, ours_to_hf, GPT2),
+    Pair(LECTURE, FUSED, lecture.LECTURE, to_ours=complete, shape=GPT2_SHAPE),
+    Pair("nanogpt", FUSED, nanogpt.NANOGPT, nanogpt_to_ours, ours_to_nanogpt, GPT2_SHAPE),
+    Pair("hf_gpt2", FUSED, hf_gpt2.HF_GPT2, hf_to_ours, ours_to_hf, GPT2_SHAPE),
 )

@@ -14,8 +14,8 @@ from ...families.fused import FUSED
 from ...families.litgpt import OLD, TABLES
 from ..plan import Options, Pair, Source
 from .decoder_settings import Unfit
-from .decoders import hf_family
-from .gpt import HEAD, TABLE
+from .decoders import hf_family, shown, shown_sizes
+from .gpt import HEAD, TABLE, biases
 
 CONFIG = "model_config.yaml"
 FAMILIES = ("litgpt", "litgpt_neox", "litgpt_olmo2")
@@ -117,9 +117,7 @@ def to_ours(model: Source, options: Options) -> dict[str, Any]:
     except Unfit as error:
         raise model.refuse(f"{error}. --to safetensors keeps the tensors.") from error
     tied = model.is_tied("lm_head.weight", "transformer.wte.weight")
-    biases = {"bias": "qkv", "proj_bias": "proj", "mlp_bias": "mlp", "norm_bias": "norm", "head_bias": "head"}
-    fields |= {name: model.biases.get(part, False) for name, part in biases.items()}
-    fields |= {"tied_head": tied, "dropout": 0.0}
+    fields |= biases(model) | {"tied_head": tied, "dropout": 0.0}
     return GPTConfig.from_dict(fields, str(model.path)).to_dict()
 
 
@@ -130,24 +128,23 @@ def _read(said: Mapping[str, Any], model: Source) -> dict[str, Any]:
             raise Unfit(f"{name} is {said[name]!r}, which is no known field of litgpt's Config")
         if name in ONLY and said[name] not in ONLY[name]:
             raise Unfit(f"{name} is {said[name]!r}; our GPT computes {ONLY[name][0]!r}")
-    sizes = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "head_size", "vocab_size")
-    shown = {name: model.sizes[name] for name in sizes if name in model.sizes}
-    scalar = said["attention_scores_scalar"] or shown.get("head_size")
+    sizes = shown_sizes(model)
+    scalar = said["attention_scores_scalar"] or sizes.get("head_size")
     return {
-        **shown,
+        **sizes,
         "block_size": said["block_size"],
         **_norms(said, model),
         **_mlp(said),
-        **_rotary(said, shown),
+        **_rotary(said, sizes),
         "parallel_residual": said["parallel_residual"],
         "shared_attention_norm": said["shared_attention_norm"],
         "attention_scale": "head_size"
-        if scalar == shown.get("head_size")
+        if scalar == sizes.get("head_size")
         else _number(scalar, "attention_scores_scalar") ** -0.5,
         "attention_cap": said["attention_logit_softcapping"],
         "logit_cap": said["final_logit_softcapping"],
-        "embedding_scale": shown["n_embd"] ** 0.5 if said["scale_embeddings"] else 1.0,
-        "sliding_window": _windows(said, shown["n_layer"]),
+        "embedding_scale": sizes["n_embd"] ** 0.5 if said["scale_embeddings"] else 1.0,
+        "sliding_window": _windows(said, sizes["n_layer"]),
     }
 
 
@@ -272,7 +269,7 @@ def _written(config: GPTConfig) -> dict[str, Any]:
     }
     for name, values in fitting.items():
         if (value := getattr(config, name)) not in values:
-            raise Unfit(f"{name} is {_said(value)}, expected {' or '.join(map(_said, values))}")
+            raise Unfit(f"{name} is {shown(value)}, expected {' or '.join(map(shown, values))}")
     first, second, behind, last = PLACEMENTS[config.norm_placement]
     return {
         "block_size": config.block_size,
@@ -303,10 +300,6 @@ def _written(config: GPTConfig) -> dict[str, Any]:
         **_scores(config),
         **_turning(config),
     }
-
-
-def _said(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _scores(config: GPTConfig) -> dict[str, Any]:

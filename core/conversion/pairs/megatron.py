@@ -7,7 +7,7 @@ from typing import Any
 from ...containers.tensors.computed import ComputedTensors, mean, plus_one
 from ...families import megatron_tables
 from ..plan import Options, Pair, Source
-from .gpt import GPT2, add_zero_biases, hf_config, is_tied, refuse_other_scales
+from .gpt import GPT2_SHAPE, add_zero_biases, hf_config, is_tied, refuse_other_scales
 from .megatron_settings import LLAMA3, TO_HF, ids, refuse_other_models, rope_scaling, setting, sizes_of
 from .megatron_source import localize
 
@@ -227,5 +227,5 @@ PAIRS = (
         Pair(f"megatron_{style}", f"hf_{style}", megatron_tables.LLAMA, to_hf, to_megatron, "llama")
         for style in CLASSES
     ),
-    Pair("megatron_gpt2", "hf_gpt2", megatron_tables.GPT2, to_gpt2, gpt2_to_megatron, GPT2),
+    Pair("megatron_gpt2", "hf_gpt2", megatron_tables.GPT2, to_gpt2, gpt2_to_megatron, GPT2_SHAPE),
 )

@@ -12,6 +12,8 @@ from ...families.fused import FUSED
 from ...families.meta_llama import HEAD, META_LLAMA, TABLE
 from ...inspection.marks import ARGUMENTS
 from ..plan import Options, Pair, Source
+from .decoders import shown_sizes
+from .gpt import head_of
 
 KNOWN = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim"}
 KNOWN |= {"multiple_of", "norm_eps", "max_seq_len", "dropout"}
@@ -35,15 +37,8 @@ def to_ours(model: Source, options: Options) -> dict[str, Any]:
         raise model.refuse(
             f"{said} in model_args, which llama2.c does not compute. --to safetensors keeps the tensors."
         )
-    tied = model.is_tied(HEAD, TABLE)
-    if tied:
-        if HEAD in model.tensors and model.tensors[HEAD].place != model.tensors[TABLE].place:
-            model.tie(HEAD, TABLE)  # one parameter, which was saved twice
-        model.tensors.setdefault(HEAD, model.tensors[TABLE])
-    else:
-        model.notes.append("its head has other values than its token table: kept as a head of its own")
-    sizes = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn", "head_size", "vocab_size")
-    fields = {name: model.sizes[name] for name in sizes if name in model.sizes} | {
+    tied = head_of(model, HEAD, TABLE)
+    fields = shown_sizes(model) | {
         "block_size": model.config["max_seq_len"],
         "dropout": model.config.get("dropout", 0.0),
         "pos_encoding": "rotary",
