@@ -18,6 +18,7 @@ from .bundle.foreign import refuse_foreign
 from .bundle.names import file_in, model_folder
 from .bundle.retention import best_step
 from .bundle.rules import StepRules
+from .bundle.training_state import RESUMES
 from .bundle.writing import explained
 from .config.gpt import GPTConfig
 from .console.anchored import anchored
@@ -241,6 +242,8 @@ class CheckpointManager(FolderWriter, StepRules):
     def went_on_from(self, bundle: Bundle, model: nn.Module) -> None:
         """Remember the step that training continues from, and map its averaged weights, sharded like the model."""
         self.resumed = bundle.state
+        if bundle.state.step is not None:
+            self.record(resumes=[*(bundle.state.resumes or []), bundle.state.step][-RESUMES:])
         self.averages = load_averages(bundle, model)
 
     def record(self, **facts: Any) -> None:

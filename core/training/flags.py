@@ -109,6 +109,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     asked = [name for name in flags_of_source(args) if name not in CONFIG_FLAGS]
     if asked and args.init_from_checkpoint is None:
         parser.error(f"--{asked[0]}: for a file that --init_from_checkpoint names and that does not show it")
+    args.command = ["train.py", *argv]
     return args
 
 

@@ -149,6 +149,8 @@ def origin_section(facts: Facts) -> Iterator[str]:
         more = 2 * facts["step"] if isinstance(facts["step"], int) else 1000
         lines = (f"python generate.py {name}", f"python train.py {name} --max_iters {more}")
         content.insert(0, f"<p>To go on:</p><pre>{escaped(lines[0])}\n{escaped(lines[1])}</pre>")
+    if command := state.get("command"):
+        content.insert(0, f"<p>The command that saved this step:</p><pre>python {escaped(shlex.join(command))}</pre>")
     seed = state.get("seed")
     said = f"<p>Seed {escaped(as_text(seed, 40))}, run {escaped(state.get('run') or 'unknown')}.</p>"
     yield f'<section id="origin"><h2>How it was trained</h2>{said}{"".join(content)}</section>'
