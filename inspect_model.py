@@ -31,6 +31,7 @@ from core.console.commandline import (
     step,
     tell_json,
 )
+from core.console.commands import typed
 from core.console.progress import byte_bar, token_bar
 from core.console.words import printable, size_text, tell
 from core.containers.open import is_checkpoint_folder
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> int:
 def refuse_clashes_of_page(parser: Parser, args: argparse.Namespace) -> None:
     """End with a message where flags of the page do not fit each other."""
     if args.sample is not None and args.html is None:
-        parser.error("--sample needs --html, the page that shows it; generate.py writes texts")
+        parser.error(typed("--sample needs --html, the page that shows it; generate.py writes texts"))
     if args.port is not None and not args.watch:
         parser.error("--port needs --watch, which serves the page there")
     others = ("html", "history", "verify", "tensors", "stats", "check_text", "json")
