@@ -3,6 +3,7 @@
 Everything else about it stands in pyproject.toml.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,12 @@ SOURCES = {("gpt_checkpoints.scripts", Path(script).stem): ROOT / script for scr
 
 class BuildScripts(build_py):
     """Puts each script where a clone has the module that starts it."""
+
+    def run(self) -> None:
+        """Build all modules; what an earlier build left in build/lib would get into the wheel, and is removed."""
+        if not self.editable_mode and Path(self.build_lib) == Path("build/lib"):
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
     def build_module(self, module: str, module_file: str, package: str) -> tuple[str, bool]:
         """Copy a module into the build, a script with its imports renamed."""
