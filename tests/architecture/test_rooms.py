@@ -227,7 +227,7 @@ def test_every_method_that_is_bound_by_name_is_there():
 
 def test_the_package_itself_holds_only_the_version_and_its_other_name():
     assigned = [n for n in ast.parse((CORE / "__init__.py").read_text()).body if isinstance(n, ast.Assign)]
-    assert [ast.unparse(n.targets[0]) for n in assigned] == ["__version__", "ALONE"]
+    assert [ast.unparse(n.targets[0]) for n in assigned] == ["__version__", "OTHER_NAME"]
     assert outside(CORE / "__init__.py") == {"sys"} and not imported(CORE / "__init__.py")
 
 
