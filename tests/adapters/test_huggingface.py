@@ -74,9 +74,9 @@ def same_from(tmp_path, stops, **settings):
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param([], id="accumulation"),
-        pytest.param(['save_strategy="epoch"', 'eval_strategy="epoch"'], id="epochs"),
-        pytest.param(["gradient_accumulation_steps=1", "max_steps=16"], id="a number of steps"),
+        pytest.param(["num_train_epochs=16"], id="accumulation"),
+        pytest.param(["num_train_epochs=16", 'save_strategy="epoch"', 'eval_strategy="epoch"'], id="epochs"),
+        pytest.param(["gradient_accumulation_steps=1", "max_steps=96", "logging_steps=5"], id="a number of steps"),
     ],
 )
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_a_run_that_was_killed_several_times_ends_with_the_bits_of_one_that_was_
 
 @pytest.mark.slow
 def test_two_processes_that_were_killed_end_with_the_bits_of_two_that_were_not(tmp_path):
-    words = ["per_device_train_batch_size=2", "num_train_epochs=4"]
+    words = ["per_device_train_batch_size=2", "num_train_epochs=16"]
     expected = whole("hf_trainer_run", tmp_path / "whole", *words, ranks=2)
     found, log = killed("hf_trainer_run", tmp_path / "killed", *words, ranks=2, kills=2)
     assert "Trainer goes on from step" in log
