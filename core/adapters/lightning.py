@@ -13,42 +13,29 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..checkpoint import CheckpointManager
-from ..console.anchored import anchored
 from ..console.words import listed
-from ..errors import CheckpointError, CheckpointMismatch, CheckpointNotFound, InputError
+from ..errors import CheckpointError, CheckpointNotFound, InputError
 from ..loading.also import also_restored
 from ..loading.live import fill_live
 from ..loading.restore import load_optimizers
-from ..loading.tensors import read_part
 from ..networks.stateful import AllGenerators
 from ..training.ranks import WorldRanks
+from .framework import SAVED_BY, framework, refuse_others
+from .lightning_io import checkpoint_io
+
+NAME = "Lightning's Trainer"
 
 LEFT_OUT = ("state_dict", "optimizer_states", "hparams_type", "datamodule_hparams_type")
 """Entries of Lightning's dict that also.pt has not: model.pt and optimizer.pt have them, or they are classes."""
 
 
-class LightningState:
-    """An entry of `also`: Lightning's dict without weights and optimizers, and the random generators."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The values as they were set."""
-        return self.values
-
-    def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take the values of a step."""
-        self.values = values
-
-
-class Saver:
-    """The callback without Lightning's base class: `saver` makes it, and describes it."""
+class LightningCheckpoints:
+    """The callback without Lightning's base class: `lightning_checkpoints` makes it, and describes it."""
 
     def __init__(self, name: str, base_dir: str | Path, every: int | None, settings: dict[str, Any]) -> None:
         self._arguments, self._settings, self._every = (name, base_dir), settings, every
         self._manager = CheckpointManager(name, base_dir, **settings)  # of one process, until the ranks have joined
-        self._state = LightningState()
+        self._state: dict[str, Any] = {}  # Lightning's dict without weights and optimizers, and the generators
         self._step = 0  # the newest one that is in the folder
         self._due = False
         self._measured: tuple[int, dict[str, float]] = (0, {})
@@ -73,24 +60,20 @@ class Saver:
         if (bundle := manager.newest_intact()) is None:
             raise CheckpointNotFound(f"{self.folder}: no checkpoint here. The first run has ckpt_path=None.")
         self._opened = bundle
-        if "lightning" not in (read_part(bundle.also) if bundle.also is not None else {}):
-            raise CheckpointMismatch(
-                f"{self.folder}: step {bundle.step} was not saved by this callback, so how far a Trainer had come is "
-                "unknown. Load its weights with CheckpointManager.load, and train under another name."
-            )
+        refuse_others(bundle, NAME, "load the weights alone with CheckpointManager.load and a loop of your own")
         with also_restored(bundle, {"lightning": self._state}, manager.ranks.world, manager.say, strict=True):
             fill_live(bundle, module, None, manager.say, module.strict_loading)
         manager.went_on_from(bundle, module)
         self._step = bundle.step
         manager.say(f"{self.folder}: going on from step {bundle.step}")
-        return {**self._state.values["trainer"], "state_dict": module.state_dict(), "optimizer_states": []}
+        return {**self._state["trainer"], "state_dict": module.state_dict(), "optimizer_states": []}
 
     # the hooks of Lightning's Callback, in the order in which they are called
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Make the manager, and put this in front of the Trainer's CheckpointIO."""
         self._manager = CheckpointManager(*self._arguments, ranks=WorldRanks.joined(), **self._settings)
-        trainer.strategy.checkpoint_io = checkpoint_io(self, trainer)
+        trainer.strategy.checkpoint_io = checkpoint_io(self.folder, self.load, trainer)
         if stage == "fit":
             self._manager.acquire()
 
@@ -108,19 +91,22 @@ class Saver:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Go on as after the save: nothing but the batches draws random numbers from here to the first one."""
         loop = trainer.fit_loop
-        for line in _differences(trainer):
-            self._manager.say(f"{self.folder}: {line}")
+        if line := _difference(loop):
+            self._manager.say(
+                f"{self.folder}: {line}: a resume within an epoch is exact in all else, one at its end in everything. "
+                "core.data.resumable and torchdata's StatefulDataLoader of a dataset with a length are exact."
+            )
         if self._opened is None:
             return
-        begins = self._state.values["at_epoch_end"] and not loop.restarting  # Lightning loads no loader's state then
+        begins = self._state["at_epoch_end"] and not loop.restarting  # Lightning loads no loader's state then
         if begins:
-            states = self._state.values["trainer"]["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+            states = self._state["trainer"]["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
             loop._combined_loader._load_state_dicts(states)
             iter(loop._data_fetcher)  # takes the state, which is at the end of the epoch that is over
-        AllGenerators().load_state_dict(self._state.values["generators"])
+        AllGenerators().load_state_dict(self._state["generators"])
         if begins:
             iter(loop._data_fetcher)
-        self._opened, self._state.values = None, {}
+        self._opened, self._state = None, {}
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         """Save where a step is due, unless a validation or the end of the epoch follows: then save after that."""
@@ -141,10 +127,12 @@ class Saver:
 
     def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
         """Save where a step is due, or no other epoch follows."""
-        ends = trainer.fit_loop.epoch_progress.current.processed == trainer.max_epochs
+        ends = trainer.should_stop or trainer.fit_loop.epoch_progress.current.processed == trainer.max_epochs
         self._due |= trainer.global_step > self._step and (ends or self._every is None)
         slow = any(one.reduce_on_plateau and one.interval == "epoch" for one in trainer.lr_scheduler_configs)
-        if self._due and (ends or not slow):  # Lightning steps those after this, and not at all after a resume
+        if slow and trainer.global_step > self._step:  # else Lightning does not step them in an epoch that was resumed
+            trainer.fit_loop._restarting = False
+        if self._due and (ends or not slow):  # it steps them after this hook, and not at all after a resume from here
             self._save(trainer, at_epoch_end=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -167,15 +155,16 @@ class Saver:
         connector = trainer._checkpoint_connector  # Trainer.save_checkpoint would give the dict to the first rank only
         kept = {name: value for name, value in connector.dump_checkpoint(False).items() if name not in LEFT_OUT}
         generators, (measured, metrics) = AllGenerators().state_dict(), self._measured
-        self._state.values = {"trainer": kept, "generators": generators, "at_epoch_end": at_epoch_end}
+        self._state = {"trainer": kept, "generators": generators, "at_epoch_end": at_epoch_end}
         self._manager.save(
             trainer.lightning_module,
             _one_or_all(trainer.optimizers),
             step=trainer.global_step,
             metrics=metrics if measured == trainer.global_step else None,
+            extra={SAVED_BY: NAME},
             also={"lightning": self._state},
         )
-        self._step, self._due, self._state.values = trainer.global_step, False, {}
+        self._step, self._due, self._state = trainer.global_step, False, {}
 
 
 def _one_or_all(optimizers: list[Any]) -> Any:
@@ -183,75 +172,28 @@ def _one_or_all(optimizers: list[Any]) -> Any:
     return optimizers[0] if len(optimizers) == 1 else optimizers or None
 
 
-def _has_state(loader: Any) -> bool:
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+def _difference(loop: Any) -> str | None:
+    """What a resume within an epoch does not give back; None where it is exact."""
+    loaders = loop._combined_loader.flattened
+    if without := [type(one).__name__ for one in loaders if not hasattr(one, "load_state_dict")]:
+        return f"{listed(sorted(set(without)))} keeps no position, so the batches begin anew"
+    if loop._data_fetcher.length is None:
+        return "the loader has no length, so Lightning fetches a batch ahead, which is left out"
+    return None
 
 
-def _differences(trainer: Any) -> list[str]:
-    """What is not exact after a resume, a line each."""
-    loop = trainer.fit_loop
-    lines = []
-    without = sorted({type(one).__name__ for one in loop._combined_loader.flattened if not _has_state(one)})
-    if without:
-        lines.append(
-            f"{listed(without)} keeps no position: a resume within an epoch is exact in all but the batches, which "
-            "begin anew. core.data.resumable and torchdata's StatefulDataLoader have one."
-        )
-    return lines
+def lightning_checkpoints(
+    name: str, base_dir: str | Path = "checkpoints", *, every: int | None = None, **settings: Any
+) -> Any:
+    """Make a Lightning callback that saves through a CheckpointManager: each `every` steps, or None for each epoch.
 
-
-def checkpoint_io(saver: Saver, trainer: Any) -> Any:
-    """Make the CheckpointIO: the folder of the manager is its own, every other path goes to the one before."""
-    from lightning.pytorch.plugins.io import CheckpointIO
-
-    before = trainer.strategy.checkpoint_io
-    before = getattr(before, "before", before)  # a second call of fit
-
-    class ManagedIO(CheckpointIO):
-        """Reads what a CheckpointManager has saved."""
-
-        def __init__(self) -> None:
-            self.before = before
-
-        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-            if anchored(path) == saver.folder:
-                raise InputError(f"{path}: the callback saves here, at its steps. Nothing was written.")
-            before.save_checkpoint(checkpoint, path, storage_options)
-
-        def load_checkpoint(
-            self, path: Any, map_location: Any = None, weights_only: bool | None = None
-        ) -> dict[str, Any]:
-            if anchored(path) == saver.folder:
-                return saver.load(trainer)
-            how = {} if map_location is None else {"map_location": map_location}
-            return before.load_checkpoint(path, weights_only=weights_only is not False, **how)
-
-        def remove_checkpoint(self, path: Any) -> None:
-            if anchored(path) != saver.folder:
-                before.remove_checkpoint(path)
-
-        def teardown(self) -> None:
-            before.teardown()
-
-    return ManagedIO()
-
-
-def saver(name: str, base_dir: str | Path = "checkpoints", *, every: int | None = None, **settings: Any) -> Any:
-    """Make a Lightning callback that saves through a CheckpointManager: every so many steps, or None for epochs.
-
-    `trainer = Trainer(callbacks=saver)`, then `trainer.fit(module, loader, ckpt_path=saver.ckpt_path)`, the first time
-    and after each stop. `settings` are those of the CheckpointManager. The last step of a run is saved as well.
+    `Trainer(callbacks=checkpoints)`, then `trainer.fit(module, loader, ckpt_path=checkpoints.ckpt_path)`: the first
+    time, and after each stop. `settings` are those of the CheckpointManager. The last step of a run is always saved.
 
     Raises: InputError where Lightning is not installed.
     """
-    try:
-        from lightning.pytorch.callbacks import Checkpoint
-    except ImportError as error:
-        raise InputError(f"The adapter for Lightning needs it ({error}): pip install lightning") from error
+    callbacks = framework("lightning.pytorch.callbacks")
     if every is not None and every < 1:
         raise InputError(f"every is {every}, expected a number of steps of at least 1, or None for each epoch.")
-
-    class ManagedSaver(Saver, Checkpoint):
-        """The callback."""
-
-    return ManagedSaver(name, base_dir, every, settings)
+    kind = type("ManagedCheckpoints", (LightningCheckpoints, callbacks.Checkpoint), {})
+    return kind(name, base_dir, every, settings)
