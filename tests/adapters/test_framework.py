@@ -11,6 +11,7 @@ import torch
 from core.adapters.accelerate import AcceleratorCheckpoints, Position
 from core.adapters.framework import put_file, refuse_others
 from core.adapters.huggingface import TrainerCheckpoints
+from core.adapters.lightning import lightning_checkpoints
 from core.bundle.bundle import open_bundle
 from core.bundle.storage import DISK
 from core.checkpoint import CheckpointManager
@@ -90,3 +91,9 @@ def test_a_position_in_other_batches_is_refused():
         ValueError, match="its loader had 20 samples in batches of 4, here are 20 samples in batches of 5"
     ):
         other.load_state_dict(first.state_dict())
+
+
+def test_lightning_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(CheckpointError, match=r"^The adapter for lightning.* needs it .*: pip install lightning$"):
+        lightning_checkpoints("dante")
