@@ -41,6 +41,7 @@ OURS = (
     "core.training.ranks", "core.training.report", "core.kinds.gpt", "core.kinds.origin", "core.data.corpus",
     "core.data.source", "core.training.pruning",
 )  # fmt: skip
+HF = ("torch._dynamo", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,22 @@ TRAINERS = {
     "train": Trainer("`train.py`", f"train.py {TRAIN}"),
     "rank0": Trainer("`train.py`, two ranks (fsdp), rank 0 killed", f"train.py --parallel fsdp {TRAIN}", ranks=2),
     "rank1": Trainer("the same, rank 1 killed", f"train.py --parallel fsdp {TRAIN}", ranks=2, crash_rank=1),
+    "hf": Trainer(
+        "transformers' Trainer, our adapter",
+        "tests/adapters/hf_trainer_run.py {out} max_steps=6 keep=9",
+        (*HF, "core.adapters.huggingface", "core.checkpoint", "core.training.ranks"),
+        "checkpoints/tiny/step_*",
+    ),
+    "accelerate": Trainer(
+        "accelerate, our adapter",
+        f"{JUDGED}/accelerate_run.py {{out}} epochs=1 keep=9",
+        ("torch._dynamo", "accelerate", "core.adapters.accelerate", "core.checkpoint", "core.training.ranks"),
+        "checkpoints/small/step_*",
+    ),
     "hf_own": Trainer(
         "transformers' Trainer, its own saving",
         f"{JUDGED}/hf_trainer.py {{out}}",
-        ("torch._dynamo", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2", "accelerate"),
+        HF,
         "checkpoint-*",
         ours=False,
     ),
@@ -135,11 +148,13 @@ def judge(name: str, folder: Path, points: int = 10_000, jobs: int = 1, modes: t
             "--modes", ",".join(modes), "--max-points", str(points), "--ckpt-ignore-size",
             "--ranks", str(trainer.ranks), "--crash-rank", str(trainer.crash_rank),
             "--checkpoint-glob", f"{{out}}/{trainer.checkpoints}",
-            "--step-regex", r"(?:resum(?:ed|ing) at step |toy: step )(\d+)",
+            "--step-regex", r"(?:resum(?:ed|ing) at step |goes on from step |toy: step )(\d+)",
             "--result-cmd", shlex.join([*ask, str(JUDGED / "digest.py"), "{out}"]),
             "--", *ask, *trainer.command.format(text=text, out="{out}").split(),
         ]  # fmt: skip
-        said = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        # Without this, ckpt-chaos 0.1.8 kills no rank but the first, whatever --crash-rank says.
+        environment = {**os.environ, "CKPT_CHAOS_CRASH_RANK": str(trainer.crash_rank)}
+        said = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (work / "pt_control/result.json").exists(), said.stdout + said.stderr
     return _read(work, trainer, time.perf_counter() - began)
 

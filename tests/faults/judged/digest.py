@@ -47,6 +47,9 @@ def add(digest, where: str, value) -> None:
 def main(folder: Path) -> str:
     """The digest."""
     digest = hashlib.sha256()
+    if (result := folder / "result.pt").exists():  # what the runs of our adapters write at their end
+        add(digest, "", torch.load(result, weights_only=False))
+        return digest.hexdigest()
     for path in newest(folder):
         if path.suffix == ".safetensors":
             add(digest, path.name, load_file(path))
