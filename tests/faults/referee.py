@@ -74,6 +74,11 @@ TRAINERS = {
         ("torch._dynamo", "accelerate", "core.adapters.accelerate", "core.checkpoint", "core.training.ranks"),
         "checkpoints/small/step_*",
     ),
+    "lightning": Trainer(
+        "Lightning's Trainer, our adapter",
+        f"{JUDGED}/lightning_ours.py {{out}}",
+        ("torch._dynamo", "lightning.pytorch", "core.adapters.lightning", "core.checkpoint", "core.training.ranks"),
+    ),
     "hf_own": Trainer(
         "transformers' Trainer, its own saving",
         f"{JUDGED}/hf_trainer.py {{out}}",
@@ -148,7 +153,7 @@ def judge(name: str, folder: Path, points: int = 10_000, jobs: int = 1, modes: t
             "--modes", ",".join(modes), "--max-points", str(points), "--ckpt-ignore-size",
             "--ranks", str(trainer.ranks), "--crash-rank", str(trainer.crash_rank),
             "--checkpoint-glob", f"{{out}}/{trainer.checkpoints}",
-            "--step-regex", r"(?:resum(?:ed|ing) at step |goes on from step |toy: step )(\d+)",
+            "--step-regex", r"(?:resum(?:ed|ing) at step |go(?:es|ing) on from step |toy: step )(\d+)",
             "--result-cmd", shlex.join([*ask, str(JUDGED / "digest.py"), "{out}"]),
             "--", *ask, *trainer.command.format(text=text, out="{out}").split(),
         ]  # fmt: skip

@@ -7,7 +7,9 @@ from tests.faults import referee
 
 @pytest.mark.full
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "points"), [("train", 48), ("rank0", 12), ("rank1", 12)])
+@pytest.mark.parametrize(
+    ("name", "points"), [("train", 48), ("rank0", 8), ("rank1", 8), ("hf", 12), ("accelerate", 12), ("lightning", 12)]
+)
 def test_a_neutral_referee_finds_no_kill_that_costs_one_of_our_trainers_a_committed_step_or_a_bit(
     name, points, tmp_path, tell
 ):

@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Small(LightningModule):
-    """Two layers without dropout: Lightning's checkpoints hold no states of random generators."""
+    """Two layers, without dropout here: Lightning's checkpoints hold no states of random generators."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Dropout(dropout), torch.nn.Linear(8, 1)
+        )
 
     def training_step(self, batch, _):
         """The mean square error of the sum of the inputs."""
