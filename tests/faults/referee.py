@@ -1,7 +1,7 @@
 """Have ckpt-chaos, which is not ours, kill trainers at every change of a file, resume them, and compare the end.
 
-    python -m tests.faults referee                      all points of every trainer
-    python -m tests.faults.referee [NAME ...] [--points N] [--write]
+    python -m tests.faults referee                                   some points of every trainer
+    python -m tests.faults.referee [NAME ...] [--points N] [--write]   all points, or N
 
 Our trainers are judged; what transformers and Lightning save by themselves is counted beside, by the same tool and run.
 `--write` puts the rows into the table of docs/guarantees.md.
@@ -187,7 +187,7 @@ def _events(run: Path, trainer: Trainer) -> int:
     return (run / f"events.log.rank{trainer.crash_rank}").read_text().count("\n")
 
 
-def run(folder: Path, names: tuple[str, ...] = tuple(TRAINERS), points: int = 10_000) -> Tally:
+def run(folder: Path, names: tuple[str, ...] = tuple(TRAINERS), points: int = 48) -> Tally:
     """Judge trainers; a failure of ours is a loss, those of others are counted."""
     tally = Tally()
     for name in names:
