@@ -1,7 +1,7 @@
 """A training run with accelerate that saves through AcceleratorCheckpoints: started again, it goes on.
 
 `python -m tests.adapters.accelerate_run FOLDER [key=value ...]` trains a small model with dropout, of shuffled batches,
-and writes FOLDER/result.pt when it is done. Keys: epochs, accumulation, every, seedable, workers, keep.
+and writes FOLDER/result.pt when it is done. Keys: epochs, accumulation, every, seedable, workers, batch, and rules of the manager.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run(folder: Path, stop: int | None = None, **keys: Any) -> dict[str, Any] | 
     model = torch.nn.Sequential(torch.nn.Linear(10, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
-    loader = torch.utils.data.DataLoader(data, 4, shuffle=True, num_workers=keys.pop("workers", 0))
+    loader = torch.utils.data.DataLoader(data, keys.pop("batch", 4), shuffle=True, num_workers=keys.pop("workers", 0))
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     losses: list[float] = []
     epochs, every = keys.pop("epochs", 3), keys.pop("every", 2)
