@@ -17,54 +17,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from core.bundle.find import add_legacy_flag, choose_model, legacy_path
 from core.bundle.names import model_names
-from core.console.commandline import (
-    DONE,
-    FAILED,
-    WRONG_USE,
-    Parser,
-    add_check_flags,
-    add_rule_flags,
-    rules_given,
-    run,
-    step,
-    tell_json,
-)
+from core.console.commandline import DONE, FAILED, WRONG_USE, rules_given, run, tell_json
 from core.console.progress import byte_bar, token_bar
 from core.console.words import printable, size_text, tell
 from core.containers.open import is_checkpoint_folder
 from core.containers.plain import Room, plain, write_plain
 from core.errors import CheckpointError, CheckpointNotFound
+from core.inspection.flags import parse
 from core.inspection.inspect import Inspection, inspect_path
 from core.inspection.report import Facts, facts_of
 from core.inspection.report_text import models_text, not_finite, text_of, views_text
-
-COMMON = (
-    *("model_name", "checkpoint_root", "config_file", "step", "tensors", "history", "verify", "stats"),
-    *("diff", "curve", "html", "watch", "check_text", "json", "quiet"),
-)
-"""The flags of --help."""
-
-EPILOG = """examples:
-  python inspect_model.py                                 every model below checkpoints/, or the only one
-  python inspect_model.py --model_name dante              one model
-  python inspect_model.py --model_name dante --history    its history: every step, its branch, why it is kept
-  python inspect_model.py old.pt                          a file of any program: .pt, .safetensors, .bin
-  python inspect_model.py --diff latest.pt checkpoints/dante    what changed, whatever the formats
-
-more examples:
-  python inspect_model.py runs/llama --tensors '*norm*'   a folder of any program; some of its tensors, one by one
-  python inspect_model.py dante/model.pt --verify         compare every record with its checksum
-  python inspect_model.py ckpt.pt --stats '*.weight'      smallest, largest, mean, NaN and Inf of tensors
-  python inspect_model.py --model_name dante --html dante.html  a page to look at; of checkpoints/, of all models
-  python inspect_model.py --model_name dante --watch      the same page in a browser, newer while training goes on
-
-Nothing is loaded and nothing in a file is executed. Exit code 0 when all is well (with --diff: equal), 1 when
-something is damaged, cannot be read or holds NaN or Inf (with --diff: different), 2 for wrong use and for a --diff
-that cannot be made.
-"""
-
 
 _FEW = 3
 """Records of other programs' values that are named on stderr; what may act on a reader is always."""
@@ -72,106 +35,19 @@ _FEW = 3
 
 def main(argv: list[str]) -> int:
     """Print what checkpoints hold; returns the exit code."""
-    parser = make_parser()
-    args = parser.parse(argv)
+    args = parse(argv)
     if args.diff:
-        return diff(parser, args)
-    if not args.history and (rules := [f"--{name}" for name, value in rules_given(args).items() if value is not None]):
-        parser.error(f"{' and '.join(rules)} need --history, which shows what they would remove")
-    if args.history and args.check_text is not None:
-        parser.error("--check_text computes one step; leave out --history, or name the step with --step")
-    if args.history and args.step is not None:
-        parser.error("--history shows every step; leave out --step")
-    if args.check_loss is not None and args.check_text is None:
-        parser.error("--check_loss needs --check_text, the text whose loss it is")
-    refuse_clashes_of_page(parser, args)
-    if args.curve and args.json:
-        parser.error("--curve draws in the terminal; leave out --json")
-    places = find_places(parser, args)
+        return diff(args)
     if args.curve:
-        return draw(places)
+        return draw(args.places)
     if args.watch:
-        return watch(places[0], args)
+        return watch(args.places[0], args)
     shown, faults = [], []
-    for place in places:
+    for place in args.places:
         facts, found = look(place, args)
         shown.append(facts)
         faults += found
     return show(shown, faults, args)
-
-
-def refuse_clashes_of_page(parser: Parser, args: argparse.Namespace) -> None:
-    """End with a message where flags of the page do not fit each other."""
-    if args.sample is not None and args.html is None:
-        parser.error("--sample needs --html, the page that shows it; generate.py writes texts")
-    if args.port is not None and not args.watch:
-        parser.error("--port needs --watch, which serves the page there")
-    others = ("html", "history", "verify", "tensors", "stats", "check_text", "json")
-    if args.watch and (wrong := next((name for name in others if getattr(args, name) not in (None, False)), None)):
-        parser.error(f"--watch serves the page and does nothing else; leave out --{wrong}")
-
-
-def make_parser() -> Parser:
-    """Describe the flags."""
-    parser = Parser("inspect_model.py", __doc__ or "", EPILOG, common=COMMON)
-    parser.usage = "inspect_model.py [PATH ...] [--FLAG VALUE ...]"
-    parser.add_argument("paths", metavar="PATH", nargs="*", help="a checkpoint folder or file, or a folder of models")
-    steps = "a kept step instead of the newest; of another program's run the step N, or newest"
-    parser.add_argument("--step", type=step, metavar="N", help=steps)
-    add_legacy_flag(parser)
-    views = parser.add_argument_group("views")
-    views.add_argument(
-        "--tensors", metavar="GLOB", nargs="?", const="*", help="list the tensors that match a pattern, one by one"
-    )
-    views.add_argument(
-        "--history", action="store_true", help="every step, kept and aside, with its health and the reason it is kept"
-    )
-    add_rule_flags(views, "with --history: what this would remove")
-    views.add_argument("--verify", action="store_true", help="compare every record with its checksum")
-    views.add_argument(
-        "--stats", metavar="GLOB", nargs="?", const="*", help="read tensors: min, max, mean, std, zeros, NaN and Inf"
-    )
-    add_check_flags(parser)
-    views.add_argument(
-        "--diff", metavar=("A", "B"), nargs=2, help="compare two checkpoints of any formats, or steps of one model"
-    )
-    views.add_argument("--moments", action="store_true", help="with --diff: the tensors of the optimizers as well")
-    views.add_argument("--curve", action="store_true", help="draw the losses of the run here, in plain characters")
-    views.add_argument("--html", metavar="FILE", type=Path, help="write a page to look at, in one file")
-    views.add_argument(
-        "--sample", metavar="PROMPT", nargs="?", const="", help="with --html: a text that the model writes, on the page"
-    )
-    views.add_argument(
-        "--watch", action="store_true", help="serve the page here, newer whenever training saves or logs"
-    )
-    views.add_argument("--port", metavar="N", type=port, help="with --watch: the port, 8000 unless given")
-    views.add_argument("--overwrite", action="store_true", help="with --html: replace an existing file")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of text (docs/inspect.md)")
-    return parser
-
-
-def find_places(parser: Parser, args: argparse.Namespace) -> list[Path]:
-    """Find the checkpoints that the command line names."""
-    named = [flag for flag in ("model_name", "legacy_checkpoint") if getattr(args, flag)]
-    for flag in ("tensors", "stats"):
-        if Path(getattr(args, flag) or "*").exists():
-            parser.error(f"--{flag} {getattr(args, flag)}: is a path, and would be taken as a pattern; put it first")
-    if args.paths and named:
-        parser.error(f"PATH and --{named[0]} name two checkpoints; give only one of them")
-    root = Path(args.checkpoint_root)
-    single = legacy_path(parser, args)
-    if single is not None:
-        places = [single]
-    elif args.paths:
-        places = [Path(path) for path in args.paths]
-    elif args.model_name or len(model_names(root)) < 2:
-        places = [root / choose_model(args)]
-    else:
-        places = [root]
-    for flag in ("step", "html", "watch"):
-        if getattr(args, flag) not in (None, False) and len(places) != 1:
-            parser.error(f"--{flag} is for one checkpoint; give one PATH")
-    return places
 
 
 def look(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
@@ -288,14 +164,6 @@ def say_address(line: str) -> None:
     print(printable(line), flush=True)
 
 
-def port(text: str) -> int:
-    """A number of a port, for argparse."""
-    number = int(text)
-    if not 0 <= number < 1 << 16:
-        raise ValueError
-    return number
-
-
 def say_written(file: Path) -> None:
     """Report the page that was written."""
     tell(f"wrote {file} ({size_text(file.stat().st_size)})")
@@ -319,22 +187,15 @@ def look_back(place: Path, args: argparse.Namespace) -> tuple[Facts, list[str]]:
     return {"past": facts}, past_faults(facts)
 
 
-def diff(parser: Parser, args: argparse.Namespace) -> int:
+def diff(args: argparse.Namespace) -> int:
     """Compare two checkpoints; returns 0 when they are equal, 1 when not, 2 when they cannot be compared."""
-    if args.legacy_checkpoint or args.step is not None or len(args.paths) > 1 or (args.paths and args.model_name):
-        parser.error("--diff A B names both checkpoints, or with one PATH or --model_name two of its steps")
-    model = Path(args.paths[0]) if args.paths else Path(args.checkpoint_root, args.model_name or "")
-    steps = [step_of(parser, word) for word in args.diff] if args.paths or args.model_name else None
     from core.inspection.diff.comparison import compare
     from core.inspection.diff.side import Side
     from core.inspection.diff.text import comparison_facts, comparison_lines
 
     try:
         with ExitStack() as held:
-            a, b = (
-                held.enter_context(inspect_path(model, steps[i]) if steps else inspect_path(Path(args.diff[i])))
-                for i in range(2)
-            )
+            a, b = (held.enter_context(inspect_path(*side)) for side in zip(args.places, args.steps, strict=True))
             total = sum(t.nbytes for found in (a, b) for t in found.weights.values())
             with byte_bar("comparing", total) as bar:
                 found = compare(Side(a), Side(b), args.moments, bar.update)
@@ -371,15 +232,6 @@ def draw(places: list[Path]) -> int:
         print(f"{printable(str(place))}: {printable(curve.said)}")
         print("\n".join(curve_lines(curve, shutil.get_terminal_size().columns)))
     return DONE
-
-
-def step_of(parser: Parser, word: str) -> int | None:
-    """The step that a word of --diff names; None for the newest."""
-    try:
-        found = step(word)
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"--diff of the steps of one model: {error}; without PATH and --model_name they are paths")
-    return found if isinstance(found, int) else None
 
 
 def is_checkpoint(folder: Path) -> bool:

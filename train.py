@@ -49,6 +49,7 @@ def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
             save_policy=args.save_policy,
             stage_memory=args.stage_memory,
             ranks=WorldRanks(world),
+            log_to=args.log,
         )
         with manager:
             if args.resume_from is not None:
@@ -72,7 +73,6 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     world = manager.ranks.world
 
     # 1. The model and its device: the kind of the checkpoint, or of --arch.
-    manager.keep_as(bundle.state if bundle else {}, **rules_given(args))
     given = {name: flags[name] for name in CONFIG_FLAGS if name in flags}
     path = args.init_from_checkpoint if bundle is None else None
     origin = open_origin(path, args.arch, source_options(args), args.verify) if path else None
@@ -83,7 +83,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     so_far, preset = bundle.settings if bundle else {}, kind.preset(device.type == "cpu")
     settings = Settings.resolve(flags, so_far, preset, bundle.step if bundle else 0)
     world.refuse_fp16_shards(settings.dtype)
-    if bundle and bundle.step >= settings.max_iters:
+    if bundle and settings.is_done(bundle.state, so_far):
         kind.refuse_contradictions(bundle, given)
         tell(
             f"{manager.checkpoint_dir}: step {bundle.step}, and max_iters is {settings.max_iters}: nothing to do. "
@@ -119,8 +119,9 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     say_what_runs(manager, model, corpus, start if bundle else None)
     if device.type == "cpu" and not (bundle or origin or args.init_from_model):
         say_preset(preset, given)
+    manager.keep_as(bundle.state if bundle else {}, **rules_given(args))
     world.agree("data", source.record())
-    manager.record(data=source.record(), training=settings.recorded(so_far))
+    manager.record(data=source.record(), training=settings.recorded(so_far), command=args.command)
     for line in [*(origin_of(bundle.state, so_far, settings) if bundle else []), *settings.changes(so_far)]:
         tell(line)
     dtype = DTYPES[settings.dtype if kind.autocasts else "fp32"]

@@ -109,7 +109,7 @@ class AcceleratorCheckpoints:
             )
         self.accelerator = accelerator
         self.manager = CheckpointManager(name, base_dir, ranks=WorldRanks.joined(), **settings)
-        """The manager; it holds the writer's lock from `load` to `close`."""
+        """The manager; it holds the writer's lock within the `with` block."""
         self._position = Position(loader, accelerator)
 
     def __enter__(self) -> Self:

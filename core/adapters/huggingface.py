@@ -27,7 +27,7 @@ from ..networks.stateful import AllGenerators
 from ..networks.wrappers import unwrap
 from ..training.ranks import WorldRanks
 from .framework import SAVED_BY, framework, of_rank, refuse_others
-from .trainer_folder import give_back, make_folder, order_of, put_weights, refuse_own_folders
+from .trainer_folder import draw_from, give_back, make_folder, order_of, put_weights, refuse_own_folders
 
 NAME = "Hugging Face's Trainer"
 
@@ -87,6 +87,7 @@ class TrainerCheckpoints:
             fill_live(bundle, unwrap(model), None, manager.say, frozen=manager._frozen)
             extra, states = with_infinities(bundle.state.extra or {}), read_part(bundle.also) if bundle.also else {}
             own = of_rank(states["trainer"], world.rank)
+            own["noise"] = of_rank(states["rng"], world.rank)
             self._resumed = {**own, **extra, "optimizer": bundle.state.optimizer_class, "step": bundle.step}
             pairs = {key: (extra["order"].get(key), value) for key, value in order_of(self.trainer).items()}
             if changed := [f"{key} was {old}, is {new}" for key, (old, new) in pairs.items() if old != new]:
@@ -119,12 +120,12 @@ class TrainerCheckpoints:
             give_back(trainer, resumed, self.manager.checkpoint_dir)
         if state.global_step >= state.max_steps:  # else Trainer makes one more step within an epoch
             trainer.get_batch_samples = lambda *_: ([], None)
+            draw_from(resumed.get("noise"))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin a resumed epoch with the generators from which its order was drawn."""
-        if self._resumed:
-            AllGenerators().load_state_dict(self._resumed["epoch"])
-            self._resumed = {}
+        draw_from(self._resumed.get("epoch"))
+        self._resumed = {}
         self._epoch = AllGenerators().state_dict()
         self._save_due(state, state.log_history)
 
@@ -176,7 +177,8 @@ class TrainerCheckpoints:
             return
         self._due, trainer, (measured, metrics) = False, self.trainer, self._measured
         trainer.store_flos()
-        states = [one for one in (*trainer.callback_handler.callbacks, trainer.control) if hasattr(one, "state")]
+        kind = framework("transformers.trainer_callback").ExportableState
+        states = [one for one in (*trainer.callback_handler.callbacks, trainer.control) if isinstance(one, kind)]
         told = dataclasses.replace(state, log_history=log, stateful_callbacks=states)
         also = {
             "scheduler": trainer.lr_scheduler,

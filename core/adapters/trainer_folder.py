@@ -15,6 +15,7 @@ from ..bundle.storage import DISK
 from ..containers.json_files import with_infinities
 from ..errors import CheckpointMismatch, InputError
 from ..loading.tensors import read_part
+from ..networks.stateful import AllGenerators
 from ..networks.wrappers import class_names, optimizers_by_name, parameter_names, plain_tensors
 from .framework import framework, of_rank, put_file
 
@@ -105,3 +106,9 @@ def give_back(trainer: Any, resumed: Mapping[str, Any], where: Path) -> None:
     trainer._tr_loss += resumed["loss"].to(trainer._tr_loss.device)
     trainer._total_loss_scalar -= resumed["loss"].item()  # that of this call of train() alone is reported
     trainer._globalstep_last_logged = resumed["logged"]
+
+
+def draw_from(states: dict[str, Any] | None) -> None:
+    """Set the generators of the CPU, where there is something to set; Trainer sets those of the GPUs."""
+    if states is not None:
+        AllGenerators().load_state_dict({**states, "cuda": AllGenerators().state_dict()["cuda"]})

@@ -16,6 +16,9 @@ from ..containers.json_files import dump_json, parse_json
 from ..errors import CheckpointDamaged, CheckpointMismatch
 
 STATE = "training_state.json"
+RESUMES = 1000
+"""How many of the last resumes a step records."""
+
 _LONGEST_NAME = 255  # characters of a file's name
 
 Values = dict[str, Any]
@@ -44,14 +47,16 @@ class TrainingState(Mapping[str, Any]):
     saved_at: str | None = None  # local time with its offset from UTC
     best: Values | None = None  # step and val_loss (nats a token), or the run's own metric, of the best step so far
     retention: Values | None = None  # the rules of this run, and the step it resumed from
+    resumes: list[int] | None = None  # the last steps from which a program went on, oldest first
     architecture: Values | None = None  # fields of a GPT's config that decide its tensors and its mathematics
     legacy: list[Values] | None = None  # single files that were there: name, size (bytes), mtime_ns, crc32
     # Other writers of a whole state
     migrated_from: Values | None = None  # name, size (bytes) and crc32 of the single file; the migration
     went_back: Values | None = None  # step and commit_id left, why, and what went aside; a folder that goes back
-    # Facts of a run: the training loop, and train.py for the first two
+    # Facts of a run: the training loop, and train.py for the first three
     data: Values | None = None  # kind, path, bytes, mtime_ns and SHA-256 of the text or tokens
     training: Values | None = None  # settings, by the names of their flags
+    command: list[str] | None = None  # the words of the command line that saved it
     schedule: Values | None = None  # of the learning rate: its kind and its numbers, in steps
     seed: int | None = None  # of batches and noise
     tokens_seen: int | None = None  # tokens trained on, over all resumes
@@ -198,6 +203,7 @@ def unseal(data: bytes, where: str) -> TrainingState:
 _TEXT, _COUNT, _NUMBER, _OBJECT = "a text", "a whole number of at least 0", "a number", "an object"
 _RANKING = '"val_loss", or a metric that ends in ":min" or ":max"'
 _STEPS = '"log" or a list of whole numbers of at least 0'
+_COUNTS, _TEXTS = "a list of whole numbers of at least 0", "a list of texts"
 
 _TYPES: dict[str, Any] = {
     "optimizer_file": _TEXT,
@@ -215,11 +221,13 @@ _TYPES: dict[str, Any] = {
         "best_by": _RANKING,
         "keep_steps": _STEPS,
     },
+    "resumes": _COUNTS,
     "architecture": _OBJECT,
     "migrated_from": {"name": _TEXT, "size": _COUNT, "crc32": _TEXT},
     "went_back": {"step": _COUNT, "commit_id": _TEXT},
     "data": {"kind": _TEXT, "path": _TEXT, "bytes": _COUNT, "mtime_ns": _NUMBER, "digest": _TEXT},
     "training": _OBJECT,
+    "command": _TEXTS,
     "schedule": _OBJECT,
     "seed": _COUNT,
     "tokens_seen": _COUNT,
@@ -256,8 +264,11 @@ def _is_a(kind: str, value: Any) -> bool:
         return (is_whole and value >= 0) if kind == _COUNT else (is_whole or type(value) is float)
     if kind == _RANKING:
         return isinstance(value, str) and (value == "val_loss" or value.endswith((":min", ":max")))
+    if kind in (_COUNTS, _TEXTS):
+        each = _COUNT if kind == _COUNTS else _TEXT
+        return isinstance(value, list) and all(_is_a(each, one) for one in value)
     if kind == _STEPS:
-        return value == "log" or (isinstance(value, list) and all(_is_a(_COUNT, step) for step in value))
+        return value == "log" or _is_a(_COUNTS, value)
     return isinstance(value, str if kind == _TEXT else dict)
 
 

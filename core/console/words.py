@@ -42,8 +42,8 @@ class Output:
 
 
 def is_shown(line: str) -> bool:
-    """Whether a line goes to stderr: --quiet leaves only warnings and errors."""
-    return not Output.quiet or line.startswith(("WARNING", "error"))
+    """Whether a line goes to stderr: --quiet leaves warnings, errors, and how a run ended."""
+    return not Output.quiet or line.startswith(("WARNING", "error", "done:", "stopped by"))
 
 
 def tell(line: str) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader as TorchLoader
 from ..checkpoint import CheckpointManager
 from ..console.signals import StopSignal
 from ..data.dataloader import DataLoader
+from ..inspection.notebook import table_html
 from ..model import GPT, GPTFlexAttention
 from ..networks.distributed import ALONE, World
 from .ema import check_decay
@@ -30,6 +31,12 @@ class FitResult:
     step: int
     val_loss: float | None  # of this step
     stopped_by: str | None  # the name of the signal, or stop_after_minutes
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        loss = "not measured" if self.val_loss is None else f"{self.val_loss:.4f}"
+        ended = f"stopped by {self.stopped_by}" if self.stopped_by else "done"
+        return table_html("Training", [("ended", ended), ("step", f"{self.step:,}"), ("validation loss", loss)])
 
 
 def fit(
@@ -136,7 +143,8 @@ def fit_with(
         if manager:
             manager.wait()
         stop.work_to_save = False
-        return FitResult(model.step, loop.measured_loss(), stopping if model.step < settings.max_iters else None)
+        ended = model.step == settings.max_iters and not loop.is_unmeasured
+        return FitResult(model.step, loop.measured_loss(), None if ended else stopping)
 
 
 @contextlib.contextmanager

@@ -38,5 +38,5 @@ def prune(args: argparse.Namespace, ranks: Ranks) -> int:
             tell(f"error: {error}")
             code = FAILED
     if ranks.world.is_first:
-        print(f"{freed} bytes {'would be ' if args.dry_run else ''}freed ({size_text(freed)})")
+        print(f"{size_text(freed)} {'would be ' if args.dry_run else ''}freed")
     return code

@@ -1,7 +1,8 @@
 """A training run with accelerate that saves through AcceleratorCheckpoints: started again, it goes on.
 
 `python -m tests.adapters.accelerate_run FOLDER [key=value ...]` trains a small model with dropout, of shuffled batches,
-and writes FOLDER/result.pt when it is done. Keys: epochs, accumulation, every, seedable, workers, batch, and rules of the manager.
+and writes FOLDER/result.pt when it is done. Keys: epochs, accumulation, every, seedable, workers, batch, and
+rules of the manager. Under torchrun it runs on several processes.
 """
 
 from __future__ import annotations

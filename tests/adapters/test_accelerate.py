@@ -50,7 +50,7 @@ def test_a_stop_behind_any_step_is_made_good(tmp_path, keys):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_was_killed_several_times_ends_with_the_bits_of_one_that_was_not(tmp_path, ranks):
-    words = ["epochs=40"]
+    words = ["epochs=20"]
     expected = whole("accelerate_run", tmp_path / "whole", *words, ranks=ranks)
     found, _ = killed("accelerate_run", tmp_path / "killed", *words, ranks=ranks)
     assert differences(expected, found) == []

@@ -45,8 +45,8 @@ def test_a_step_of_another_trainer_is_named_by_who_saved_it(tmp_path):
         with open_bundle(tmp_path / "dante") as bundle, pytest.raises(CheckpointError) as error:
             refuse_others(bundle, "X", "wait")
         assert str(error.value) == (
-            f"{tmp_path / 'dante'}: step {step} was saved by {by}, expected one of X: how far that had come is not in it. "
-            "Choose another name, or wait. Nothing was changed."
+            f"{tmp_path / 'dante'}: step {step} was saved by {by}, expected one of X: how far that had come is not in "
+            "it. Choose another name, or wait. Nothing was changed."
         )
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.bundle.retention import best_step
 from core.checkpoint import CheckpointManager
 from core.errors import CheckpointError
 from tests.conftest import ROOT
 from tests.makers.adapter_runs import differences, killed, whole
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("default")]  # of the frameworks
 
 from core.adapters.huggingface import TrainerCheckpoints  # noqa: E402
 from tests.adapters.hf_trainer_run import make_trainer, result  # noqa: E402
@@ -73,9 +74,9 @@ def same_from(tmp_path, stops, **settings):
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param([], id="accumulation"),
-        pytest.param(['save_strategy="epoch"', 'eval_strategy="epoch"'], id="epochs"),
-        pytest.param(["gradient_accumulation_steps=1", "max_steps=16"], id="a number of steps"),
+        pytest.param(["num_train_epochs=16"], id="accumulation"),
+        pytest.param(["num_train_epochs=16", 'save_strategy="epoch"', 'eval_strategy="epoch"'], id="epochs"),
+        pytest.param(["gradient_accumulation_steps=1", "max_steps=96", "logging_steps=5"], id="a number of steps"),
     ],
 )
 @pytest.mark.slow
@@ -88,7 +89,7 @@ def test_a_run_that_was_killed_several_times_ends_with_the_bits_of_one_that_was_
 
 @pytest.mark.slow
 def test_two_processes_that_were_killed_end_with_the_bits_of_two_that_were_not(tmp_path):
-    words = ["per_device_train_batch_size=2", "num_train_epochs=4"]
+    words = ["per_device_train_batch_size=2", "num_train_epochs=16"]
     expected = whole("hf_trainer_run", tmp_path / "whole", *words, ranks=2)
     found, log = killed("hf_trainer_run", tmp_path / "killed", *words, ranks=2, kills=2)
     assert "Trainer goes on from step" in log
@@ -134,12 +135,14 @@ def test_a_damaged_newest_step_is_walked_back_over(tmp_path):
     assert any(line.endswith("Trainer goes on from step 6") for line in lines)
 
 
-def test_what_an_evaluation_measures_decides_which_step_is_the_best(tmp_path):
-    train(tmp_path, save_steps=4, load_best_model_at_end=True)
-    state = transformers.TrainerState
-    manager = CheckpointManager("tiny", tmp_path / "checkpoints")
-    kept = {p.name for p in manager.checkpoint_dir.glob("step_*")}
-    assert kept and manager.saved_step() == 15 and state
+def test_the_best_step_by_what_was_measured_is_kept_and_loaded_at_the_end(tmp_path):
+    found = train(tmp_path, save_steps=4, eval_steps=4, load_best_model_at_end=True, learning_rate=0.05)
+    folder = tmp_path / "checkpoints/tiny"
+    measured = {line["step"]: line["eval_loss"] for line in found["log"] if "eval_loss" in line}
+    best = min((step for step in measured if step % 4 == 0 or step == 15), key=measured.__getitem__)
+    assert best_step(folder) == best < 15
+    kept = torch.load(folder / f"step_{best:08d}/model.pt", weights_only=True)
+    assert differences(kept, {name: found["model"][name] for name in kept}) == []
 
 
 @pytest.mark.parametrize("only", [True, False])

@@ -271,7 +271,7 @@ def test_the_command_line_goes_back_and_prunes(tmp_path):
     assert max(lines) == 4
     assert len(asides(tmp_path)) == 2
     pruned = train(tmp_path, "--prune")
-    assert pruned.returncode == DONE and pruned.stdout.endswith("KB)\n"), pruned.stderr
+    assert pruned.returncode == DONE and pruned.stdout.endswith(" KB freed\n"), pruned.stderr
     assert pruned.stderr.count("removed ") == 2 and not asides(tmp_path)
     nothing = train(tmp_path / "typo", "--prune")
     assert nothing.returncode == FAILED and not (tmp_path / "typo").exists()

@@ -78,6 +78,8 @@ WRONG = {
     "a number": (True, "1", 2**70, []),
     '"log" or a list of whole numbers of at least 0': (5, True, "every", {}, [-1], [1.5], ["1"]),
     '"val_loss", or a metric that ends in ":min" or ":max"': (5, True, "accuracy", "", ["val_loss"]),
+    "a list of whole numbers of at least 0": (5, "x", {}, [-1], [True], [0.5]),
+    "a list of texts": (5, "x", {}, [1], ["a", None]),
     "an object": (True, 5, "x", [], [{}]),
 }
 """Values that are none of a kind."""

@@ -9,6 +9,7 @@ import tqdm.auto
 
 from core.console.progress import Lines, byte_bar
 from core.model import GPT
+from core.training.fit import FitResult
 from tests.makers.models import config, manager, save_steps, tokenizer
 
 
@@ -46,6 +47,16 @@ def test_a_model_shows_its_sizes(tmp_path):
     assert rows["weights"] == "float32 on cpu" and rows["tokenizer"].startswith("char, ")
     model.tokenizer = None
     assert dict(cells(model._repr_html_()))["tokenizer"] == "none"
+
+
+def test_what_fit_returns_shows_how_it_ended():
+    assert dict(cells(FitResult(1500, 1.44651, None)._repr_html_())) == {
+        "ended": "done",
+        "step": "1,500",
+        "validation loss": "1.4465",
+    }
+    rows = dict(cells(FitResult(7, None, "SIGTERM")._repr_html_()))
+    assert rows == {"ended": "stopped by SIGTERM", "step": "7", "validation loss": "not measured"}
 
 
 def test_a_notebook_draws_bars_of_its_own(monkeypatch):

@@ -162,8 +162,9 @@ def test_an_error_under_json_is_one_object_on_stdout(error, code, message, as_js
     assert (json.loads(out) == {"error": message}) if as_json else out == ""
 
 
-def test_quiet_leaves_warnings_and_errors():
-    lines = ["WARNING: x", "error: x", "step 5: train loss 2.1", "saved step 5"]
+def test_quiet_leaves_warnings_errors_and_how_a_run_ended():
+    results = ["WARNING: x", "error: x", "done: step 9, validation loss 1.2", "stopped by SIGTERM after step 9"]
+    lines = [*results, "step 5: train loss 2.1", "saved step 5"]
     assert [line for line in lines if is_shown(line)] == lines
     Parser("x.py", "").parse(["--quiet"])
-    assert [line for line in lines if is_shown(line)] == lines[:2]
+    assert [line for line in lines if is_shown(line)] == results

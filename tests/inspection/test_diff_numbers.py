@@ -16,7 +16,7 @@ from core.containers.tensors.dtypes import decode
 from core.errors import CheckpointDamaged
 from core.inspection.diff.comparison import compare
 from core.inspection.diff.side import Side
-from core.inspection.diff.text import comparison_facts
+from core.inspection.diff.text import _rounded, comparison_facts
 from core.inspection.inspect import inspect_path
 from tests.makers.comparisons import compared, saved, text, with_optimizer
 
@@ -182,6 +182,12 @@ def test_views_of_one_storage_are_told_apart(tmp_path: Path):
         "square": 1,
         "turned": 12,
     }
+
+
+def test_settings_are_rounded_to_four_digits_or_to_where_they_differ():
+    assert (_rounded(0.0006930693069306931, 0.001), _rounded(0.001, 0.0006930693069306931)) == ("0.0006931", "0.001")
+    assert (_rounded(0.12345678, 0.12345679), _rounded(1.0, None)) == ("0.12345678", "1")
+    assert _rounded(math.nextafter(0.1, 1), 0.1) == "0.10000000000000002"
 
 
 def test_long_lists_are_cut(tmp_path: Path):

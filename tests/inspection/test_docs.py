@@ -18,6 +18,7 @@ from torch import nn
 import inspect_model
 from core.checkpoint import CheckpointManager
 from core.containers.open import open_container
+from core.inspection.flags import make_parser
 from tests.conftest import ROOT
 from tests.makers.models import flip, save_steps, started, train_and_save
 
@@ -94,7 +95,7 @@ def test_examples_are_what_is_printed(example):
 
 
 def test_flags_are_those_of_the_script():
-    flags = {flag for flag in inspect_model.make_parser()._option_string_actions if flag.startswith("--")}
+    flags = {flag for flag in make_parser()._option_string_actions if flag.startswith("--")}
     flags -= {"--help", "--help_all"}
     assert set(re.findall(r"^\| `(--\w+)", PAGE, re.MULTILINE)) == flags
     assert set(re.findall(r"(?<!train\.py )--\w+", PAGE)) <= flags

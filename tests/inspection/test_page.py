@@ -29,7 +29,7 @@ from core.inspection.html.sizes import part_of, sizes_of
 from core.inspection.html.weights import Weights
 from core.inspection.inspect import inspect_path
 from core.inspection.report import facts_of
-from tests.makers.models import manager, save_durably, started, update
+from tests.makers.models import manager, save_durably, save_steps, started, update
 
 HOSTILE = [
     "<script>document.title='taken'</script>",
@@ -335,6 +335,43 @@ def test_a_walk_back_and_the_branch_it_left_are_marked(tmp_path):
     assert read.has("step 1: went back to it, and on from there")
     assert read.has("step 3: end of a branch that was abandoned")
     assert ("data-name", "abandoned, to step 3") in read.attributes
+
+
+def test_every_resume_is_marked_also_where_its_steps_are_gone_and_the_command_is_shown(tmp_path):
+    made, model, optimizer = started(tmp_path, keep=0)
+    for step in (1, 2, 3):
+        update(model, optimizer)
+        made.record(command=["train.py", "--model_name", "a<b> c"])
+        save_durably(made, model, optimizer, step=step)
+        made.close()
+        made = manager(tmp_path, keep=0)
+        model, optimizer, _ = made.initialize_for_training({}, "char", None, 1e-3)
+    made.close()
+    state = json.loads((tmp_path / "dante/training_state.json").read_bytes())
+    assert state["resumes"] == [1, 2] and state["command"] == ["train.py", "--model_name", "a<b> c"]
+    log = [json.dumps({"step": s, "loss": 4.0 - s}) + "\n" for s in (1, 2, 3)]
+    (tmp_path / "dante/metrics.jsonl").write_text("".join(log))
+    read = page_of(tmp_path / "dante")
+    assert read.has("step 1: resumed") and read.has("step 2: resumed") and not read.has("step 3: resumed")
+    assert read.has("python train.py --model_name 'a<b> c'")
+
+
+def test_a_page_without_a_name_is_named_after_what_it_shows(tmp_path, monkeypatch, capsys):
+    save_steps(tmp_path / "checkpoints", 2)
+    monkeypatch.chdir(tmp_path)
+    for words, name in (
+        (["--model_name", "dante", "--html"], "dante.html"),
+        (["checkpoints/dante", "--step", "1", "--html"], "dante_1.html"),
+        (["checkpoints/dante", "--history", "--html"], "dante_history.html"),
+        (["checkpoints", "--html"], "checkpoints.html"),
+        (["--model_name", "dante", "--diff", "1", "2", "--html"], "dante_1_and_2.html"),
+        (["--diff", "checkpoints/dante/step_00000001", "checkpoints/dante", "--html"], "step_00000001_and_dante.html"),
+    ):
+        inspect_model.main(words)
+        assert f"wrote {name} (" in capsys.readouterr().err and Path(name).is_file()
+    with pytest.raises(SystemExit):
+        inspect_model.main(["--html", "checkpoints"])
+    assert "--html checkpoints: is a folder, and would be taken as the page; put it first" in capsys.readouterr().err
 
 
 def test_damage_is_said_by_a_page_without_being_asked(tmp_path, capsys):

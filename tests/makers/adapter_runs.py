@@ -57,7 +57,7 @@ def killed(
         before, limit = log.stat().st_size, time.monotonic() + 200
         while run.poll() is None and b"saved step" not in log.read_bytes()[before:] and time.monotonic() < limit:
             time.sleep(0.01)
-        time.sleep(moments.random() * 0.4)  # the moment is what is drawn here
+        time.sleep(moments.random())  # the moment is what is drawn here
         for process in (run.pid, *processes(run).values()):
             kill(process, signal.SIGKILL)
         run.wait(60)

@@ -149,11 +149,20 @@ def _values_lines(title: str, values: Values) -> Iterable[str]:
 
 def _shown(value: Any, other: Any = None) -> str:
     """A value on one line; for a long list its length, and where it begins to differ from the other."""
+    if isinstance(value, float):
+        return _rounded(value, other)
     if not isinstance(value, list) or not isinstance(other, list) or len(as_text(value)) <= _WIDTH:
         return as_text(value, _WIDTH)
     first = next((i for i, (x, y) in enumerate(zip(value, other, strict=False)) if x != y), min(len(value), len(other)))
     item = f"[{first}] is {as_text(value[first], _WIDTH)}" if first < len(value) else "and no more"
     return f"{len(value)} entries, {item}"
+
+
+def _rounded(value: float, other: Any) -> str:
+    """A number to four digits, or to as many as tell it from the other."""
+    if not isinstance(other, float):
+        return f"{value:.4g}"
+    return next((text for n in range(4, 17) if (text := f"{value:.{n}g}") != f"{other:.{n}g}"), repr(value))
 
 
 def _tensors_lines(title: str, tensors: Tensors) -> Iterable[str]:

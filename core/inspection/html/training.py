@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...bundle.folder import LOG
+from ...bundle.training_state import TrainingState
 from ...errors import CheckpointError
 from ..history import ASIDE, Entry, past_of
 from ..inspect import Inspection
@@ -94,19 +95,24 @@ def _entries(path: Path) -> list[Entry]:
 def _marks(entries: list[Entry], shown: int | None) -> list[Mark]:
     """Where the run was resumed, where it went back, and the step that the page shows, in the order of the steps."""
     found: dict[tuple[float, str], None] = {}
+    branches = [entry.branch["step"] for entry in entries if isinstance(entry.branch.get("step"), int)]
+    for step in branches:
+        found[step, f"step {step:,}: went back to it, and on from there"] = None
     for entry in entries:
-        retention = entry.state.retention if isinstance(entry.state.retention, dict) else {}
-        back = entry.branch.get("step")
-        if isinstance(back, int):
-            found[back, f"step {back:,}: went back to it, and on from there"] = None
-        elif isinstance(resumed := retention.get("resumed_from"), int):
-            found[resumed, f"step {resumed:,}: resumed"] = None
+        for step in _resumes(entry.state) - {*branches}:
+            found[step, f"step {step:,}: resumed"] = None
         if entry.place == ASIDE and entry.why == "abandoned":
             found[entry.step, f"step {entry.step:,}: end of a branch that was abandoned"] = None
     newest = max((entry.step for entry in entries), default=None)
     if shown is not None and newest is not None and shown < newest:
         found[shown, f"step {shown:,}: this page"] = None
     return [Mark(step, said) for step, said in sorted(found)][:_MARKS]
+
+
+def _resumes(state: TrainingState) -> set[int]:
+    """The steps from which a program went on; a training state of an older version names the last one alone."""
+    last = (state.retention or {}).get("resumed_from")
+    return {*(state.resumes or []), *([last] if isinstance(last, int) else [])}
 
 
 def _branches(entries: list[Entry]) -> Iterator[Line]:
