@@ -65,7 +65,8 @@ class LightningCheckpoints:
             fill_live(bundle, module, None, manager.say, module.strict_loading)
         manager.went_on_from(bundle, module)
         self._step = bundle.step
-        manager.say(f"{self.folder}: going on from step {bundle.step}")
+        if manager.ranks.world.is_first:
+            manager.say(f"{self.folder}: going on from step {bundle.step}")
         return {**self._state["trainer"], "state_dict": module.state_dict(), "optimizer_states": []}
 
     # the hooks of Lightning's Callback, in the order in which they are called
@@ -91,7 +92,7 @@ class LightningCheckpoints:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Go on as after the save: nothing but the batches draws random numbers from here to the first one."""
         loop = trainer.fit_loop
-        if line := _difference(loop):
+        if self._manager.ranks.world.is_first and (line := _difference(loop)):
             self._manager.say(
                 f"{self.folder}: {line}: a resume within an epoch is exact in all else, one at its end in everything. "
                 "core.data.resumable and torchdata's StatefulDataLoader of a dataset with a length are exact."

@@ -89,7 +89,13 @@ def run(folder: Path, stop: int | None = None, seed: int = 0, **keys: Any) -> di
     epochs, accumulation = keys.pop("epochs", 3), keys.pop("accumulation", 1)
     checkpoints = lightning_checkpoints("small", folder / "checkpoints", every=keys.pop("every", 1), **keys)
     trainer = Trainer(
-        callbacks=checkpoints, max_epochs=epochs, accumulate_grad_batches=accumulation, **val, **quiet, devices=1
+        callbacks=checkpoints,
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulation,
+        devices=1 + torch.distributed.is_torchelastic_launched(),
+        strategy="ddp" if torch.distributed.is_torchelastic_launched() else "auto",
+        **val,
+        **quiet,
     )
     try:
         validation = None if "limit_val_batches" in val else DataLoader(data, 10)
@@ -110,4 +116,6 @@ if __name__ == "__main__":
             return value
 
     arguments = {key: read(value) for key, value in (word.split("=", 1) for word in sys.argv[2:])}
-    torch.save(run(Path(sys.argv[1]), **arguments), Path(sys.argv[1]) / "result.pt")
+    made = run(Path(sys.argv[1]), **arguments)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        torch.save(made, Path(sys.argv[1]) / "result.pt")

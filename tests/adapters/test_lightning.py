@@ -63,11 +63,11 @@ def test_a_plain_loader_is_exact_at_the_end_of_an_epoch_and_says_so(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["resumable", "stateful"])
-def test_a_run_that_was_killed_several_times_ends_with_the_bits_of_one_that_was_not(tmp_path, loader):
-    words = ["epochs=60", "every=2", "val=epoch", f"loader={loader}"]
-    expected = whole("lightning_run", tmp_path / "whole", *words)
-    found, log = killed("lightning_run", tmp_path / "killed", *words)
+@pytest.mark.parametrize(("loader", "every", "ranks"), [("resumable", 2, 1), ("stateful", 2, 1), ("plain", "null", 2)])
+def test_a_run_that_was_killed_several_times_ends_with_the_bits_of_one_that_was_not(tmp_path, loader, every, ranks):
+    words = ["epochs=25", f"every={every}", "val=epoch", f"loader={loader}"]
+    expected = whole("lightning_run", tmp_path / "whole", *words, ranks=ranks)
+    found, log = killed("lightning_run", tmp_path / "killed", *words, ranks=ranks)
     assert differences(expected, found) == []
     assert log.count("going on from step") >= 2
 
