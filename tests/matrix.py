@@ -66,7 +66,8 @@ def bounds() -> dict[str, str]:
 def cells(pythons: list[str], versions: list[str]) -> Iterator[Cell]:
     """All cells, the lowest first."""
     first, *others = pythons
-    yield from (Cell(first, torch, lowest=torch == bounds()["torch"]) for torch in versions)
+    at_all = (PYTHONS[0], bounds()["torch"])  # later Pythons have no wheels of the oldest packages
+    yield from (Cell(first, torch, lowest=(first, torch) == at_all) for torch in versions)
     yield from (Cell(python, torch) for python in others for torch in dict.fromkeys((versions[0], versions[-1])))
 
 
@@ -85,7 +86,7 @@ def run(cell: Cell, minutes: float, whole: bool) -> str:
             [inside, "-m", "pip", "install", "--quiet", *dict.fromkeys(wanted)], capture_output=True, text=True
         )
         if pip.returncode:
-            why = next((line for line in pip.stderr.splitlines() if line.startswith("ERROR")), "pip failed")
+            why = next((line for line in reversed(pip.stderr.splitlines()) if "ERROR" in line), "pip failed")
             return f"{'| ' * len(SHOWN)}left out: {why[:200]}"
         return f"{installed(inside)} | {tested(inside, minutes, whole)}"
     finally:
