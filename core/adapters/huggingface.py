@@ -38,7 +38,7 @@ class TrainerCheckpoints:
     Call `trainer.train(resume_from_checkpoint=checkpoints.resume_folder())`, the first time and after each stop.
     `trainable_only` leaves out frozen parameters, as with PEFT; `settings` are those of the CheckpointManager.
 
-    Raises: InputError where transformers is not installed, and for a model in shards.
+    Raises: InputError where transformers is not installed, for a model in shards, and for `save_strategy="best"`.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class TrainerCheckpoints:
                 f"{name}: Trainer shards the model (FSDP, DeepSpeed or tensor parallel), expected a whole one in each "
                 "process. Leave Trainer's own saving on, or shard it in a loop of your own (docs/own_loop.md)."
             )
+        if args.save_strategy == "best":
+            raise InputError(f'{name}: save_strategy is "best", expected "steps" or "epoch": the best step is kept.')
         if (metric := args.metric_for_best_model) and (metric := metric.removeprefix("eval_")) != "loss":
             settings.setdefault("best_by", f"eval_{metric}:{'max' if args.greater_is_better else 'min'}")
         self.trainer = trainer
@@ -86,8 +88,7 @@ class TrainerCheckpoints:
             refuse_others(bundle, NAME, "load its weights with CheckpointManager.load")
             fill_live(bundle, unwrap(model), None, manager.say, frozen=manager._frozen)
             extra, states = with_infinities(bundle.state.extra or {}), read_part(bundle.also) if bundle.also else {}
-            own = of_rank(states["trainer"], world.rank)
-            own["noise"] = of_rank(states["rng"], world.rank)
+            own = of_rank(states["trainer"], world.rank) | {"noise": of_rank(states["rng"], world.rank)}
             self._resumed = {**own, **extra, "optimizer": bundle.state.optimizer_class, "step": bundle.step}
             pairs = {key: (extra["order"].get(key), value) for key, value in order_of(self.trainer).items()}
             if changed := [f"{key} was {old}, is {new}" for key, (old, new) in pairs.items() if old != new]:
@@ -115,7 +116,6 @@ class TrainerCheckpoints:
                 f"{self.manager.checkpoint_dir}: found step {found}, and Trainer begins at step {state.global_step}. "
                 "Call trainer.train(resume_from_checkpoint=checkpoints.resume_folder()), or choose another name."
             )
-        self._due = False
         if resumed:
             give_back(trainer, resumed, self.manager.checkpoint_dir)
         if state.global_step >= state.max_steps:  # else Trainer makes one more step within an epoch
@@ -165,7 +165,7 @@ class TrainerCheckpoints:
         """Let other processes write; the last step is durable."""
         vars(self.trainer).pop("get_batch_samples", None)
         self._remove_folder()
-        self._held, self._resumed = False, {}
+        self._held, self._due, self._resumed = False, False, {}
         self.manager.close()
 
     def _remove_folder(self) -> None:

@@ -230,6 +230,11 @@ def test_a_model_in_shards_is_refused(tmp_path):
         TrainerCheckpoints(trainer, "tiny", tmp_path)
 
 
+def test_saving_the_best_steps_alone_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match='tiny: save_strategy is "best", expected "steps" or "epoch"'):
+        TrainerCheckpoints(make_trainer(tmp_path, save_strategy="best"), "tiny", tmp_path)
+
+
 def test_the_loop_of_the_docs_runs_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs/adapters.md").read_text(encoding="utf-8")
