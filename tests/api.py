@@ -46,10 +46,11 @@ PUBLIC: dict[str, dict[str, str]] = {
     "core.data.dataloader": {"DataLoader": "batch val_batch"},
     "core.adapters.huggingface": {"TrainerCheckpoints": "resume_folder"},
     "core.adapters.accelerate": {"AcceleratorCheckpoints": "load save epochs batches"},
+    "core.adapters.lightning": {"lightning_checkpoints": "", "LightningCheckpoints": "ckpt_path folder"},
 }
 """Functions and classes by module, and the members of these; other adapters and core.errors follow as they are."""
 
-WITHIN = {"framework", "trainer_folder"}
+WITHIN = {"framework", "trainer_folder", "lightning_io"}
 """Modules of core.adapters that only adapters use."""
 
 INTRO = """# The public API
