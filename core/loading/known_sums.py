@@ -28,7 +28,7 @@ class KnownSums:
         for memory, base, sums in self._parts:
             if memory() is not None:
                 spans |= {(base + start, end - start): crc for (start, end), crc in sums.items()}
-        found, written = set(), set()
+        found, written = set[tuple[int, int]](), set[tuple[int, int]]()
         for tensor in tensors:
             storage = tensor.untyped_storage()
             place = (storage.data_ptr(), storage.nbytes()) if storage.device.type == "cpu" else (0, 0)
