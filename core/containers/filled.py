@@ -40,8 +40,6 @@ def fill(fd: int, size: int, spans: Iterable[tuple[int, int]]) -> Filled | None:
         from concurrent.futures import ThreadPoolExecutor  # takes as long to import as a small file to read
 
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)  # a page is made when a thread first writes to it
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             crcs = list(itertools.chain.from_iterable(pool.map(lambda share: _read(fd, memory, share), shares)))
     except (OSError, RuntimeError, EOFError):
