@@ -4,7 +4,7 @@ PYTEST = -m pytest -n auto --dist loadfile
 WALLS = $(PYTHON) -c "from importlinter.cli import lint_imports_command as main; main()" --no-cache --no-logo
 
 .DEFAULT_GOAL := help
-.PHONY: help check test full nightly faults mutants shots bench rooms
+.PHONY: help check test full nightly faults mutants shots bench rooms api
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,9 @@ mutants: ## break 150 lines, one at a time, and print how many of the breaks a t
 
 shots: ## take the picture of the page in README.md again, of MODEL=checkpoints/dante; needs chromium and playwright
 	$(PYTHON) -m tests.shots $(or $(MODEL),checkpoints/dante)
+
+api: ## write docs/api.md from the docstrings
+	$(PYTHON) -m tests.api
 
 bench: ## list the benchmarks, or run one (NAME=save FLAGS='--repeats 3')
 ifdef NAME

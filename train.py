@@ -49,6 +49,7 @@ def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
             save_policy=args.save_policy,
             stage_memory=args.stage_memory,
             ranks=WorldRanks(world),
+            log_to=args.log,
         )
         with manager:
             if args.resume_from is not None:

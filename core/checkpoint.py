@@ -51,7 +51,8 @@ class CheckpointManager(FolderWriter, StepRules):
     """The checkpoints of one model: a folder whose top is always the newest committed step, whole.
 
     `stage_memory` limits the bytes that hold a step on its way to disk; None is half of what is free when the first
-    step is saved, and 48 MB are always allowed. The attributes describe all other arguments.
+    step is saved, and 48 MB are always allowed. `log_to` names who gets what `log` is given: csv, tensorboard, wandb,
+    module:function, or a function itself. The attributes describe all other arguments.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class CheckpointManager(FolderWriter, StepRules):
         verify: bool = True,
         allow_fresh: bool = False,
         ranks: Ranks | None = None,
+        log_to: str | Iterable[str | Callable[..., object]] = (),
     ) -> None:
         if save_policy not in ("wait", "skip") or (stage_memory is not None and stage_memory < 0):
             raise InputError(
                 f"save_policy is {save_policy!r} and stage_memory {stage_memory}: expected wait or skip, and bytes."
             )
-        FolderWriter.__init__(self, model_folder(base_dir, model_name), ranks or Ranks(), say, stage_memory)
+        FolderWriter.__init__(self, model_folder(base_dir, model_name), ranks or Ranks(), say, stage_memory, log_to)
         StepRules.__init__(self, keep, keep_every, keep_best, best_by, keep_steps, keep_optimizer, keep_within)
         self.model_name = model_name
         """Name of the model, and of its folder."""
@@ -250,6 +252,7 @@ class CheckpointManager(FolderWriter, StepRules):
         self.known_sums = KnownSums(filter(None, (part.source.filled for part in bundle.torch_parts.values())))
         for part in bundle.torch_parts.values():
             part.source.filled = None  # it stays for as long as tensors lie in it
+        self.logs.goes_on_from(bundle.step)
         if bundle.state.step is not None:
             self.record(resumes=[*(bundle.state.resumes or []), bundle.state.step][-RESUMES:])
         self.averages = load_averages(bundle, model)
@@ -261,6 +264,17 @@ class CheckpointManager(FolderWriter, StepRules):
         """
         dump_json(facts)
         self.facts = {**self.facts, **facts}
+
+    def log(self, step: int, **values: Any) -> None:
+        """Log values of a step, such as its loss: numbers and texts, by name.
+
+        They are in `metrics.jsonl` before a step that is not lower is committed, and loggers (`log_to`) get them after
+        that commit. A run that continues from an earlier step drops what was logged after it. Logging costs memory
+        only; where a logger fails, training continues. Ranks other than the first log nothing.
+
+        Raises: InputError for anything else than a number or a text.
+        """
+        self.logs.add(whole_step(step), values)
 
     def save(
         self,
@@ -300,6 +314,7 @@ class CheckpointManager(FolderWriter, StepRules):
         CheckpointLocked, InputError.
         """
         step = whole_step(step)
+        self.logs.begin_if_due()
         states = None if also is None else captured(also, self.ranks.world)
         if not self.ranks.may_begin(self._saver, self.save_policy == "skip", step, self.say):
             return False
@@ -315,11 +330,16 @@ class CheckpointManager(FolderWriter, StepRules):
             facts=self.facts,
             retention=self.rules,
             frozen=self._frozen if trainable_only else None,
-            before_commit=before_commit,
+            before_commit=lambda: self._before_commit(step, before_commit),
         )
         if (save := self.ranks.step_save(self._folder, content)) is not None:
             self._write(save, optimizer)
         return True
+
+    def _before_commit(self, step: int, also: Callable[[], None] | None) -> None:
+        if also is not None:
+            also()
+        self.logs.flush(step)
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of the newest step after it was saved; durable when this returns.
@@ -327,9 +347,11 @@ class CheckpointManager(FolderWriter, StepRules):
         Raises: SaveFailed when it could not be recorded (the step is intact), InputError when another is the newest.
         """
         if self.ranks.world.is_first:
-            self.wait()
+            self.wait_written()
+            self.logs.flush(step)
             with self.writing(), explained(self.checkpoint_dir):
                 add_metrics(self._folder, step, metrics)
+            self.logs.committed(step)
 
     def tokenizer_state(self, or_of: str | None = None) -> dict[str, Any] | None:
         """The tokenizer.json of the newest step, or one beside a config.json without weights; None without one.
@@ -379,6 +401,7 @@ class CheckpointManager(FolderWriter, StepRules):
         """
         module = as_module(model)
         if (bundle := self.newest_intact()) is None:
+            self.logs.goes_on_from(0)
             return 0
         with bundle:
             with also_restored(bundle, also, self.ranks.world, self.say, strict):

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.bundle.tokenizer_state import describe
 from core.console.commandline import DONE, Parser, run, spelled
+from core.console.commands import typed
 from core.data.corpus import choose_tokenizer, prepare
 from core.data.gpt2_ranks import keep_given
 from core.data.source import find_source
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
         )
     train, val = (sum(entry["tokens"] for entry in made[split]) for split in SPLITS)
     print(f"{folder}: {train:,} tokens to train on, {val:,} to validate with, {describe(tokenizer.state())}")
-    print(f"next: python train.py {spelled('--dataset_dir', folder)}")
+    print(f"next: {typed('python train.py')} {spelled('--dataset_dir', folder)}")
     return DONE
 
 

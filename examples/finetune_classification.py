@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from core.bundle.folder import LOG
 from core.bundle.tokenizer_state import describe
 from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, STOPPED, Parser, count, run
@@ -36,7 +35,6 @@ from core.networks.batched import GPTBatched
 from core.networks.classification import GPTClassification, accuracy, balanced_weights, class_scores, confusion, macro_f
 from core.networks.device import changes, environment, resolve_device
 from core.pretrained import load_pretrained_checkpoint
-from core.training.metrics import Metrics
 from core.training.schedule import Schedule
 from examples.classification.encoded import EncodedTexts, encode
 from examples.classification.labelled import read_splits
@@ -191,13 +189,11 @@ class FineTuning:
         self.schedule = schedule
         self.optimizer = configure_optimizer(model, settings["learning_rate"], WEIGHT_DECAY)
         self.steps_per_epoch = math.ceil(len(examples["train"]) / self.batch_size)
-        self.metrics = Metrics(manager.get_path(LOG))
         self.step = manager.load(model, self.optimizer)
         here = environment(self.device, dtype=dtype, compile=False, fused=bool(self.optimizer.param_groups[0]["fused"]))
         manager.facts = {"finetuning": settings, "seed": self.seed, "environment": here}
         if self.step:
             self._resume(here)
-        self.metrics.cut(self.step)  # drops lines of steps that were made but never committed
 
     def _resume(self, here: dict[str, Any]) -> None:
         """Check that this is the run that was saved, and restore its state besides weights and moments."""
@@ -267,7 +263,7 @@ class FineTuning:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.metrics.add(step=self.step, loss=value, learning_rate=rate, grad_norm=norm.item())
+        self.manager.log(self.step, loss=value, learning_rate=rate, grad_norm=norm.item())
         return value
 
     @torch.no_grad()
@@ -297,7 +293,7 @@ class FineTuning:
             "val_accuracy": accuracy(score.counts),
             "val_macro_f": macro_f(score.counts),
         }
-        self.metrics.add(step=self.step, **found)
+        self.manager.log(self.step, **found)
         loss, right, f_score = found.values()
         epoch = self.step // self.steps_per_epoch
         say(f"epoch {epoch}, step {self.step}: validation loss {loss:.4f}, accuracy {right:.4f}, macro F {f_score:.4f}")
@@ -305,7 +301,6 @@ class FineTuning:
 
     def save(self, scores: dict[str, float]) -> None:
         """Commit this step, its log lines first."""
-        self.metrics.flush()
         extra = {"pretrained_config": self.model.pretrained_model.config.to_dict("GPTBatched")}
         if self.scaler.is_enabled():
             extra["grad_scaler"] = self.scaler.state_dict()

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..console.commandline import Parser
+from ..console.commands import typed
 from ..console.words import tell
 from ..errors import CheckpointNotFound, Unspecified
 from .names import missing_model, model_folder, model_names
@@ -62,7 +63,7 @@ def choose_model(args: argparse.Namespace) -> str:
         for folder in sorted(root.iterdir()) if root.is_dir() else ():
             if folder.is_dir() and (found := foreign_checkpoint(folder)):
                 raise CheckpointNotFound(found)
-        raise CheckpointNotFound(f"{root}: no models here. Train one: python train.py --model_name dante")
+        raise CheckpointNotFound(f"{root}: no models here. Train one: {typed('python train.py')} --model_name dante")
     if len(names) == 1:
         tell(f"model: {names[0]} (the only one in {root})")
         return names[0]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from ..console.commands import typed
 from ..containers.json_files import parse_json
 from ..errors import CheckpointDamaged, CheckpointNotFound
 from .storage import DISK, MOVING, Storage
@@ -168,7 +169,8 @@ class FolderReader:
         kept, newest = self.kept_steps(), top_state(self).step
         steps = [self._step_said(step_folder(number), number) for number in kept]
         top = f"; the newest is {self._step_said('', newest)}" if newest is not None and newest not in kept else ""
-        return f"Kept steps: {', '.join(steps) or 'none'}{top}. train.py --keep_steps {wanted} would have kept it."
+        flag = f"{typed('train.py')} --keep_steps {wanted}"
+        return f"Kept steps: {', '.join(steps) or 'none'}{top}. {flag} would have kept it."
 
     def _step_said(self, folder: str, step: int) -> str:
         loss = top_state(FolderReader(self.path / folder, self.storage)).val_loss

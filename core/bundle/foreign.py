@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..console.commands import typed
 from ..containers.container import Container, listing
 from ..containers.open import SINGLE, is_checkpoint_folder, is_file_of_tensors, open_container
 from ..containers.tensors.reading import FLOATS
@@ -66,17 +67,17 @@ def _said(path: Path, folder: Path) -> str | None:
     shapes = {name.removeprefix(key): s.shape for name, s in container.tensors.items() if name.startswith(key)}
     found = identify(shapes)
     if found.family == UNKNOWN:
-        look = shlex.join(["python", "inspect_model.py", str(path)])
+        look = f"{typed('python inspect_model.py')} {shlex.quote(str(path))}"
         return f"{path}: a checkpoint of a program that is not known here. {look} shows what is in it."
     target = next(
         free for end in ("", *range(2, 1000)) if not (free := folder.with_name(f"{folder.name}_new{end}")).exists()
     )
-    command = ["python", "convert_checkpoints.py", str(path), str(target), "--to", "bundle"]
+    command = [str(path), str(target), "--to", "bundle"]
     if (folder / META).is_file():
         command += ["--meta", str(folder / META)]
     return (
         f"{path}: a checkpoint of {found.program}, which is not used as it is. Take it over with "
-        f"{shlex.join(command)}, and use --model_name {target.name}."
+        f"{typed('python convert_checkpoints.py')} {shlex.join(command)}, and use --model_name {target.name}."
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..console.commands import typed
 from ..containers.pickles.foreign import attributes
 from ..containers.pickles.inert import as_text
 from ..containers.plain import plain
@@ -46,8 +47,8 @@ def _bundle(source: TorchFile) -> Bundle:
     if not isinstance(content, dict) or not {WEIGHTS, CONFIG_KEY} <= content.keys():
         raise CheckpointMismatch(
             f"{path}: found {entries(content)}, expected the entries {WEIGHTS} and {CONFIG_KEY} of a single-file "
-            f"checkpoint. inspect_model.py shows its contents, and convert_checkpoints.py {path} DST --to bundle "
-            "takes a model of another program over."
+            f"checkpoint. {typed('inspect_model.py')} shows its contents, and {typed('convert_checkpoints.py')} {path} "
+            "DST --to bundle takes a model of another program over."
         )
     for name, optional in ((WEIGHTS, False), (OPTIMIZER_STATE, True), (TOKENIZER_KEY, True)):
         value = content.get(name)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..console.commands import typed
 from ..containers.checksum import crc32_range
 from ..containers.container import Container
 from ..containers.dcp.folder import open_dcp
@@ -55,7 +56,7 @@ class TorchFile:
         if calls:
             raise CheckpointError(
                 f"{self.path}: its pickle names {', '.join(calls[:3])}. Nothing was executed, and nothing is loaded; "
-                "inspect_model.py shows its tensors and plain values."
+                f"{typed('inspect_model.py')} shows its tensors and plain values."
             )
 
 

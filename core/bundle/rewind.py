@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..console.commands import typed
 from ..console.words import size_text
 from ..errors import CheckpointError, CheckpointMismatch, CheckpointNotFound, NoneIntact
 from . import intact
@@ -46,7 +47,7 @@ def go_back(
         whole = [str(older.step) for older in kept.values() if older.state.optimizer_file]
         raise CheckpointMismatch(
             f"{fault} Steps with one: {', '.join(whole) or 'none'}. Its weights alone start a new run: "
-            f"convert_checkpoints.py {kept[step].path} DST --to bundle. Nothing was changed."
+            f"{typed('convert_checkpoints.py')} {kept[step].path} DST --to bundle. Nothing was changed."
         )
     later = [older.path for older in kept.values() if older.order > kept[step].order]
     ids = [older.state.commit_id for older in kept.values()]

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import __version__
 from ..errors import CheckpointError, InputError, Unspecified
+from .commands import PROGRAM, typed
 from .files import read_regular
 from .streams import guard_terminal
 from .synonyms import PATH, suggested
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         self, prog: str, description: str, epilog: str = "", model: bool = True, common: tuple[str, ...] = ()
     ) -> None:
         super().__init__(
-            prog=prog,
+            prog=typed(prog),
             description=description,
             epilog=epilog,
             allow_abbrev=False,
@@ -65,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         """Parse flags; those of --config_file stand in front, so that the command line wins."""
         # Added after the flags of the script, whose usage line begins with those.
         self.add_argument("--quiet", action="store_true", help="print only results, warnings and errors")
-        self.add_argument("--version", action="version", version=f"gpt-checkpoints {__version__}")
+        self.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, formatter_class=_wide)
         early.add_argument("--config_file")
         self._choose_output(argv)
@@ -86,7 +87,7 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """The page of --help: the flags people use, on one screen; every flag where none were chosen."""
         if not self.common:
-            return super().format_help()
+            return typed(super().format_help())
         page = self._get_formatter()
         page.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         page.add_text((self.description or "").partition("\n\n")[0])
@@ -94,11 +95,11 @@ class Parser(argparse.ArgumentParser):
         page.add_arguments([a for a in self._actions if not a.option_strings or a.dest in self.common])
         page.end_section()
         page.add_text((self.epilog or "").partition("\n\n")[0])
-        return page.format_help()
+        return typed(page.format_help())
 
     def format_all(self) -> str:
         """The page of --help_all."""
-        return super().format_help()
+        return typed(super().format_help())
 
     def error(self, message: str) -> NoReturn:
         """Exit with one line; the usage of thirty flags would hide it."""

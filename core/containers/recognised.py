@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..console.commands import typed
 from .pickles.inert import as_text
 
 
@@ -30,7 +31,7 @@ class Row:
         """What to do with a file or folder of the format, in a sentence."""
         words = {"path": path, "folder": path.parent, "name": path.name, "stem": path.stem}
         quoted = {word: shlex.quote(str(value)) for word, value in words.items()}
-        return self.command.format(**quoted, text=repr(str(path)))
+        return typed(self.command).format(**quoted, text=repr(str(path)))
 
 
 _PAGE = "Download the file again: the server sent a page in its place."

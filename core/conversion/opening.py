@@ -11,6 +11,7 @@ from typing import Any
 from ..bundle.also import also_kinds
 from ..bundle.bundle import Bundle
 from ..bundle.training_state import TrainingState
+from ..console.commands import typed
 from ..console.words import listed, listed_names, on_one_side
 from ..containers.pickles.foreign import attributes
 from ..containers.plain import plain
@@ -97,7 +98,7 @@ def _refuse_unreadable(path: Path, found: Inspection) -> None:
     if acting and not is_iteration(found.container):
         raise CheckpointError(
             f"{path}: its pickle names {', '.join(acting[:3])}. Nothing was executed, and nothing is "
-            "converted; inspect_model.py shows its tensors and plain values."
+            f"converted; {typed('inspect_model.py')} shows its tensors and plain values."
         )
 
 
@@ -260,7 +261,8 @@ def _position(found: Inspection) -> list[str]:
     epoch = state.get("epoch") if isinstance(state, Mapping) else None
     if not isinstance(epoch, (int, float)):
         return []
-    return [f"its position in the data is epoch {epoch:g} (trainer_state.json); train.py draws batches of its own"]
+    anew = typed("train.py draws batches of its own")
+    return [f"its position in the data is epoch {epoch:g} (trainer_state.json); {anew}"]
 
 
 def _run_of(found: Inspection, model: Source) -> Run | None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..console.commands import typed
+
 OF_NANOGPT = ("nanogpt", "meta_llama")
 """Families whose checkpoints have the entries of nanoGPT's; llama2.c has its train.py."""
 
@@ -86,7 +88,8 @@ def run_of(config: Mapping[str, Any], step: int, rate: Any, *, has_moments: bool
         shown = ", ".join(f"{name} {value!r}" for name, value in refused.items())
         run.notes.append(f"not taken over from its config: {shown}")
     run.notes += missing(run)
-    run.notes.append("it records neither a seed nor a position in its data: train.py draws batches and dropout anew")
+    anew = typed("train.py draws batches and dropout anew")
+    run.notes.append(f"it records neither a seed nor a position in its data: {anew}")
     return run
 
 
@@ -100,7 +103,8 @@ def missing(run: Run) -> list[str]:
     """Report the decisive settings that are not recorded."""
     found = run.settings if run.batch_size is None else {**run.settings, "batch_size": run.batch_size}
     names = [name for name in DECISIVE if name not in found]
-    return [f"WARNING: not recorded, so train.py has its own: {', '.join(names)} (flags set them)"] if names else []
+    said = typed("WARNING: not recorded, so train.py has its own")
+    return [f"{said}: {', '.join(names)} (flags set them)"] if names else []
 
 
 def _take_schedule(run: Run, config: Mapping[str, Any], rate: Any) -> None:
@@ -116,7 +120,8 @@ def _take_schedule(run: Run, config: Mapping[str, Any], rate: Any) -> None:
         if _is_number(rate) and rate > 0:
             run.settings["learning_rate"] = rate
         run.notes.append(
-            f"WARNING: its learning-rate schedule is not taken over, because {fault}: train.py goes on at a constant "
+            f"WARNING: its learning-rate schedule is not taken over, because {fault}: "
+            f"{typed('train.py')} goes on at a constant "
             f"{run.settings.get('learning_rate', 'rate of its own')}, unless --lr_schedule and its flags say otherwise"
         )
         return
@@ -162,8 +167,8 @@ def _compare_rate(run: Run, step: int, rate: Any) -> None:
         )
         return
     run.notes.append(
-        f"WARNING: its optimizer has the learning rate {rate:.6g}, its config at step {step} {here:.6g}: train.py "
-        "follows the config"
+        f"WARNING: its optimizer has the learning rate {rate:.6g}, its config at step {step} {here:.6g}: "
+        f"{typed('train.py')} follows the config"
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from ..console.commands import typed
 from ..console.words import columns, listed_names, printable, size_text
 from ..families.fused import FUSED
 from ..inspection.report import choice_facts
@@ -112,4 +113,4 @@ def matrix_text() -> Iterable[str]:
     rows += [(family, *("yes" if name in there else "-" for name in names)) for family, there in matrix().items()]
     yield from columns(rows)
     yield ""
-    yield from columns([(f"--to {one.name}", one.what) for one in FORMATS])
+    yield from columns([(f"--to {one.name}", typed(one.what)) for one in FORMATS])

@@ -10,6 +10,7 @@ from typing import Any
 from ..bundle.foreign import META
 from ..bundle.tokenizer_state import checked_chars, checked_ranks, checked_symbols, ranks_fault, state_of_meta
 from ..bundle.vocabularies import vocabulary_of_size
+from ..console.commands import typed
 from ..containers.container import is_plain, reading
 from ..containers.json_files import parse_json
 from ..containers.pickles.foreign import attributes
@@ -52,7 +53,7 @@ def add_tokenizer(model: Source, options: Options) -> None:
     elif model.family_of_source == "nanogpt":
         model.notes.append("the characters of nanoGPT are in meta.pkl beside its data: --meta FILE includes them")
     else:
-        model.notes.append("its tokenizer is unknown: generate.py needs one to write text")
+        model.notes.append(typed("its tokenizer is unknown: generate.py needs one to write text"))
 
 
 def _beside(model: Source, folder: Path, rows: int) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..bundle.storage import DISK
 from ..bundle.tokenizer_state import state_of_meta
+from ..console.commands import typed
 from ..console.files import open_regular, read_regular
 from ..console.words import tell
 from ..containers.json_files import dump_json
@@ -85,7 +86,9 @@ def open_dataset(folder: Path) -> Dataset:
     """
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing there"
-        raise InputError(f"{folder}: {found}, expected a folder made by data/prepare.py, or one of .bin shards.")
+        raise InputError(
+            f"{folder}: {found}, expected a folder made by {typed('data/prepare.py')}, or one of .bin shards."
+        )
     if (folder / MANIFEST).exists():
         return _ours(folder)
     shards = sorted(folder.glob("*.bin"))
@@ -93,8 +96,8 @@ def open_dataset(folder: Path) -> Dataset:
     if not train:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise InputError(
-            f"{folder}: no training shards. Expected {MANIFEST} (made by data/prepare.py), train.bin (nanoGPT) or "
-            f"*train*.bin (modded-nanogpt); found {found}."
+            f"{folder}: no training shards. Expected {MANIFEST} (made by {typed('data/prepare.py')}), train.bin "
+            f"(nanoGPT) or *train*.bin (modded-nanogpt); found {found}."
         )
     meta = folder / "meta.pkl"
     state = _meta_state(meta) if meta.exists() else None
@@ -194,7 +197,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        with readable(path, "what data/prepare.py writes"):
+        with readable(path, typed("what data/prepare.py writes")):
             manifest = json.loads(read_regular(path))
         version = manifest["format_version"]
         if version > VERSION:
@@ -206,7 +209,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise TypeError("no tokenizer, or no numbers of tokens")
         return {"source": {}, **manifest}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not what data/prepare.py writes ({error!r}). Prepare the dataset again.") from error
+        raise InputError(
+            f"{path}: not what {typed('data/prepare.py')} writes ({error!r}). Prepare the dataset again."
+        ) from error
 
 
 def _ours(folder: Path) -> Dataset:
@@ -214,7 +219,9 @@ def _ours(folder: Path) -> Dataset:
     try:
         shards = {split: [_listed(folder, entry) for entry in manifest[split]] for split in SPLITS}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not what data/prepare.py writes ({error!r}). Prepare the dataset again.") from error
+        raise InputError(
+            f"{path}: not what {typed('data/prepare.py')} writes ({error!r}). Prepare the dataset again."
+        ) from error
     return Dataset(folder, manifest["tokenizer"], shards["train"], shards["val"])
 
 

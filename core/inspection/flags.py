@@ -8,6 +8,7 @@ from pathlib import Path
 from ..bundle.find import add_legacy_flag, choose_model, legacy_path
 from ..bundle.names import model_names
 from ..console.commandline import Parser, add_check_flags, add_rule_flags, rules_given, step
+from ..console.commands import typed
 
 COMMON = (
     *("model_name", "checkpoint_root", "config_file", "step", "tensors", "history", "verify", "stats"),
@@ -57,7 +58,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def make_parser() -> Parser:
     """Describe the flags."""
-    parser = Parser("inspect_model.py", __doc__ or "", EPILOG, common=COMMON)
+    about = "Inspect any checkpoint without loading it: its format, its contents, its integrity, and what changed."
+    parser = Parser("inspect_model.py", about, EPILOG, common=COMMON)
     parser.usage = "inspect_model.py [PATH ...] [--FLAG VALUE ...]"
     parser.add_argument("paths", metavar="PATH", nargs="*", help="a checkpoint folder or file, or a folder of models")
     steps = "a kept step instead of the newest; of another program's run the step N, or newest"
@@ -128,7 +130,7 @@ def _refuse_clashes(parser: Parser, args: argparse.Namespace) -> None:
     if args.curve and args.json:
         parser.error("--curve draws in the terminal; leave out --json")
     if args.sample is not None and args.html is None:
-        parser.error("--sample needs --html, the page that shows it; generate.py writes texts")
+        parser.error(typed("--sample needs --html, the page that shows it; generate.py writes texts"))
     if args.port is not None and not args.watch:
         parser.error("--port needs --watch, which serves the page there")
     others = ("html", "history", "verify", "tensors", "stats", "check_text", "json")

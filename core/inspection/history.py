@@ -14,6 +14,7 @@ from ..bundle.folder import CONFIG, MODEL, FolderReader
 from ..bundle.retention import RULES, Retention, optimizer_paths
 from ..bundle.training_state import STATE, TrainingState, unseal
 from ..bundle.verify import verify
+from ..console.commands import typed
 from ..console.words import columns, printable, size_text, size_word
 from ..errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from .inspect import Facts
@@ -252,7 +253,7 @@ def _notes(facts: Facts) -> Iterable[str]:
     aside = [step for step in facts["steps"] if step["place"] == ASIDE]
     if aside:
         size = size_text(sum(step["bytes"] for step in aside))
-        yield f"aside: {len(aside)} ({size}), never read; train.py --prune removes them"
+        yield f"aside: {len(aside)} ({size}), never read; {typed('train.py')} --prune removes them"
     if facts["would_remove"] is not None:
         yield _preview(facts)
 
@@ -275,7 +276,7 @@ def _preview(facts: Facts) -> str:
     size = size_text(sum(step["bytes"] for step in going))
     parts = [f"{_numbers(going)} ({size})"] if going else []
     parts += [f"the optimizer state of {_numbers(thinned)}"] if thinned else []
-    return f"{facts['flags']}: would remove {' and '.join(parts)}; train.py --prune {facts['flags']} does"
+    return f"{facts['flags']}: would remove {' and '.join(parts)}; {typed('train.py')} --prune {facts['flags']} does"
 
 
 def _inside(path: str, step: Facts) -> bool:

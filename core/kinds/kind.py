@@ -16,6 +16,7 @@ from ..bundle.names import model_folder
 from ..config.decoders import arch_of_config
 from ..config.gpt import GPTConfig
 from ..config.modded import ModdedConfig
+from ..console.commands import typed
 from ..data.corpus import Corpus
 from ..data.dataloader import DataLoader
 from ..data.tokenizer import Tokenizer
@@ -156,7 +157,7 @@ def arch_of(bundle: Bundle | None, arch: str | None) -> str:
         raise CheckpointMismatch(f"{where}: the checkpoint is a {kind}, this run has --arch {arch}. {ANOTHER}")
     if name == "GPTBatched":
         raise CheckpointMismatch(
-            f"{where}: model_class is GPTBatched; train.py trains GPT and {MODDED_CLASS}. "
+            f"{where}: model_class is GPTBatched; {typed('train.py')} trains GPT and {MODDED_CLASS}. "
             "Train from the file of its program: --init_from_checkpoint FILE, under another --model_name."
         )
     return found

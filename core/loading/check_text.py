@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..bundle.legacy import open_legacy
 from ..bundle.training_state import TrainingState
 from ..config.modded import CLASSES
+from ..console.commands import typed
 from ..console.files import open_regular
 from ..conversion.plan import Options
 from ..conversion.planning import plan_conversion
@@ -116,7 +117,7 @@ def check_text(
             return TextCheck(str(text), expected=expected, reason=str(error))
         known = own if own is not None else tokenizer
         if known is None:
-            reason = "its tokenizer is not known. convert_checkpoints.py --to bundle --meta FILE adds one."
+            reason = typed("its tokenizer is not known. convert_checkpoints.py --to bundle --meta FILE adds one.")
             return TextCheck(str(text), expected=expected, reason=reason)
         ids, skipped = _encode(tokenizer_from_state(known, bpe_file), beginning, text)
         loss = mean_loss(model, ids, progress)

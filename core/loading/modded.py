@@ -18,6 +18,7 @@ from ..bundle.tokenizer_state import describe
 from ..bundle.verify import verify_records
 from ..config.gpt import GPTConfig
 from ..config.modded import CLASSES, ModdedConfig
+from ..console.commands import typed
 from ..console.words import differences, listed, on_one_side
 from ..containers.part import part_of_model
 from ..containers.torch_files.container import container_of
@@ -210,7 +211,7 @@ def _config(path: Path, found: Identity, names: list[str]) -> ModdedConfig:
         listing = f" Without a place: {listed(strange)}." if strange else ""
         raise CheckpointMismatch(
             f"{path}: not a modded-nanogpt checkpoint of a version that this project computes: {what}.{listing} "
-            "inspect_model.py shows what it holds."
+            f"{typed('inspect_model.py')} shows what it holds."
         )
     faults = on_one_side(found.missing, found.unplaced) + found.conflicts
     if faults:

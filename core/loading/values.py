@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..console.commands import typed
 from ..containers.blocks import naturals
 from ..containers.pickles.collisions import fill
 from ..containers.pickles.inert import ByteArray, Call, DtypeName, Global, Malformed, Size
@@ -51,7 +52,7 @@ def _filled(target: Any, values: Iterable[Any], where: str, items: Sequence[Any]
     try:
         fill(target, found, items)
     except Malformed as fault:
-        raise CheckpointDamaged(f"{where}: {fault}. inspect_model.py shows the file.") from None
+        raise CheckpointDamaged(f"{where}: {fault}. {typed('inspect_model.py')} shows the file.") from None
     return target
 
 

@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..console.commandline import FAILED
+from ..console.commands import typed
 from ..console.signals import WISHES
 from ..errors import CheckpointError, InputError
 
@@ -270,7 +271,7 @@ def open_world(parallel: str | None) -> Iterator[World]:
         if parallel:
             raise InputError(
                 f"--parallel {parallel}: found one process, expected several. Start them with "
-                "torchrun --nproc_per_node=N train.py ..."
+                f"{typed('torchrun --nproc_per_node=N train.py')} ..."
             )
         yield ALONE
         return

@@ -27,6 +27,7 @@ from ..config.variants import (
     value_table,
     windows_of,
 )
+from ..console.commands import typed
 from ..errors import CheckpointMismatch
 from ..families.family import plain_names
 from .windows import block_mask, compiled_flex, mask
@@ -404,7 +405,7 @@ def _refuse_other_layout(module: Any, state: Mapping[str, Any], prefix: str) -> 
         raise CheckpointMismatch(
             f"{type(module).__name__} ({module.config.variant}): the weights of its layers have the layout of "
             f"{own[0]}, and those given that of {matrices[0]}: none of them has a place, and nothing was loaded. "
-            "core.pretrained.load_pretrained_checkpoint(path) finds the layout of a file, and converts it."
+            f"{typed('core.pretrained')}.load_pretrained_checkpoint(path) finds the layout of a file, and converts it."
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..console.commands import typed
 from ..errors import CheckpointMismatch, InputError
 from .distributed import World, group_size
 from .wrappers import plain_tensors, unwrap
@@ -36,7 +37,7 @@ def named(also: Mapping[str, Any], world: World) -> dict[str, Any]:
         raise InputError(
             f'also: {alone[0]} is "all" in a group of {others} processes, and the manager is of one: the others would '
             "lose theirs. Make it on every rank, with CheckpointManager(..., ranks=WorldRanks.joined()) of "
-            "core.training.ranks. Nothing was changed."
+            f"{typed('core.training.ranks')}. Nothing was changed."
         )
     return found
 

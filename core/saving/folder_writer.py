@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +12,7 @@ from ..bundle.commit import ModelFolder
 from ..bundle.lock import hold
 from ..bundle.probe import probe
 from ..bundle.writing import explained, writing
+from ..logs.hand_over import Logs
 from ..networks.wrappers import Optimizers, optimizers_by_name, says_when_it_steps
 from .background import BackgroundSaver
 from .ranks import Ranks
@@ -23,7 +24,12 @@ class FolderWriter:
     """Holds the lock of a model's folder, and writes one step at a time in the background."""
 
     def __init__(
-        self, checkpoint_dir: Path, ranks: Ranks, say: Callable[[str], None], stage_memory: int | None = None
+        self,
+        checkpoint_dir: Path,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        stage_memory: int | None = None,
+        log_to: str | Iterable[str | Callable[..., object]] = (),
     ) -> None:
         self.checkpoint_dir = checkpoint_dir
         """The folder of the model: `base_dir/model_name`, wherever the process goes later."""
@@ -31,6 +37,8 @@ class FolderWriter:
         """How the processes that train this model share its folder."""
         self.say = say
         """Called with each line that reports what was found, saved or removed."""
+        self.logs = Logs(checkpoint_dir if ranks.world.is_first else None, log_to, say)
+        """The log of the run, `metrics.jsonl`, and who gets it."""
         self._folder = ModelFolder(checkpoint_dir)
         self._held = contextlib.ExitStack()
         self._saver = BackgroundSaver(stage_memory)
@@ -51,6 +59,7 @@ class FolderWriter:
         Raises: CheckpointLocked when another process writes here, SaveFailed where no checkpoint can be written.
         """
         self._held.enter_context(self.holding())
+        self.logs.committed()
 
     def close(self) -> None:
         """Wait for the save that is being written, and let other processes write.
@@ -58,9 +67,12 @@ class FolderWriter:
         Raises: SaveFailed when that save failed.
         """
         try:
-            self.wait()
+            self.wait_written()
         finally:
-            self._held.close()
+            try:
+                self.logs.settle(ends=True)
+            finally:
+                self._held.close()
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -91,10 +103,15 @@ class FolderWriter:
             yield
 
     def wait(self) -> None:
-        """Wait until the last save is durable.
+        """Wait until the last save is durable, and for at most ten seconds for loggers.
 
         Raises: SaveFailed when it, or an earlier save that was not asked about, could not be committed.
         """
+        self.wait_written()
+        self.logs.settle()
+
+    def wait_written(self) -> None:
+        """Wait until the last save is durable, as `wait`, and not for loggers."""
         self._saver.join()
         self.raise_failed()
 
@@ -119,6 +136,7 @@ class FolderWriter:
         def write(memory: Memory) -> None:
             with held, explained(self.checkpoint_dir):
                 save.write(memory, self.say)
+                self.logs.committed(save.step)
 
         try:
             if self.ranks.world.size == 1:  # in a run of several, `acquire` has done it

@@ -22,6 +22,8 @@ from ..console.commandline import (
     whole,
 )
 from ..conversion.command import add_source_flags, flags_of_source
+from ..errors import InputError
+from ..logs.loggers import names_of
 from ..networks.distributed import PARALLEL
 from .settings import Settings
 from .skips import step_ranges
@@ -104,6 +106,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse(argv)
     if args.prune and args.resume_from is not None:
         parser.error("--prune only removes folders: leave out --resume_from or --prune")
+    try:
+        args.log = names_of(args.log) if args.log else ()
+    except InputError as error:
+        parser.error(f"--log: {error}")
     if args.dry_run and not args.prune:
         parser.error("--dry_run is for --prune, which is missing; training has no dry run")
     asked = [name for name in flags_of_source(args) if name not in CONFIG_FLAGS]
@@ -164,6 +170,8 @@ def _add_saving(group: argparse._ArgumentGroup) -> None:
     text = "when a save is due while another is being written: wait for it, or skip this one (default: wait)"
     _add(group, "save_policy", ("wait", "skip"), text, default="wait")
     _add_settings(group, "max_failed_saves")
+    text = "who gets losses as they are committed: csv, tensorboard, wandb, module:function; several with commas"
+    _add(group, "log", str, text, metavar="LOGGER", action=_Joined)
     text = "memory for a step on its way to disk: 2GB, 500MB, or 0 for 48 MB (default: half of what is free)"
     _add(group, "stage_memory", lambda word: size(word, least=0), text, metavar="SIZE")
     add_rule_flags(group)

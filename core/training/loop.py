@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bundle.folder import LOG
 from ..bundle.intact import say_on_stderr
 from ..bundle.training_state import TrainingState
 from ..checkpoint import CheckpointManager
@@ -27,7 +26,6 @@ from ..networks.muon import MuonWithAdamW
 from .certificate import EXACT, certificate_of, differences, make_certificate, settings_of, state_digests, verdict
 from .ema import Ema
 from .grad_scaler import SMALLEST, make_scaler
-from .metrics import Metrics
 from .pair_loader import NOT_REPLAYED, PairLoader
 from .save_timing import RunSaves
 from .schedule import Schedule
@@ -75,7 +73,6 @@ class Loop:
         self.saves = RunSaves(manager, settings, 2 if late else 1) if manager else None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.autocast = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-        self.metrics = Metrics(manager.get_path(LOG) if manager and world.is_first else None)
         self.scaler = make_scaler(self.device, dtype, self._recorded().scaler)
         self.ema = self._make_ema(settings.ema)
         self._unseen: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
@@ -122,7 +119,7 @@ class Loop:
             say_on_stderr(NOT_REPLAYED)
         if self.skips.ranges:
             say_on_stderr(f"the batches of steps {self.skips} are left out (--skip_steps)")
-        if said := self.metrics.cut(self.model.step):
+        if self.manager and self.world.is_first and (said := self.manager.logs.begin(self.model.step)):
             say_on_stderr(f"WARNING: {said}")
         self._look_from_here()
         self._bar = step_bar(self.model.step, self.settings.max_iters, progress)
@@ -248,7 +245,7 @@ class Loop:
                 what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
                 self._diverged(step, what)
             self._since_evaluation.append(loss)
-            self._log(step, loss, rate, norm)
+            self._log_update(step, loss, rate, norm)
         if self._unseen:
             tokens, seconds = self._tokens - self._looked[0], time.perf_counter() - self._looked[1]
             self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
@@ -257,12 +254,16 @@ class Loop:
 
     def _skipped(self, step: int, rate: float, scale: float) -> None:
         say_on_stderr(f"step {step}: gradients overflowed fp16, no update made; loss scale {scale:g}")
-        self._log(step, None, rate, None)
+        self._log_update(step, None, rate, None)
 
-    def _log(self, step: int, loss: float | None, rate: float, norm: float | None) -> None:
+    def _log(self, step: int, **values: Any) -> None:
+        if self.manager and self.world.is_first:
+            self.manager.log(step, **values)
+
+    def _log_update(self, step: int, loss: float | None, rate: float, norm: float | None) -> None:
         batch = self.skips.batch_of(step)
         shifted = {"batch": batch} if batch != step else {}
-        self.metrics.add(step=step, loss=loss, learning_rate=rate, grad_norm=norm, **shifted)
+        self._log(step, loss=loss, learning_rate=rate, grad_norm=norm, **shifted)
 
     def _look_from_here(self) -> None:
         self._looked = self._tokens, time.perf_counter()
@@ -315,7 +316,7 @@ class Loop:
         if not math.isfinite(loss):
             self._diverged(self.model.step, f"validation loss is {loss}")
         self._measured = self.model.step, loss
-        self.metrics.add(step=self.model.step, val_loss=loss)
+        self._log(self.model.step, val_loss=loss)
         seen = self._since_evaluation
         train_loss = f"train loss {math.fsum(seen) / len(seen):.4f}, " if seen else ""
         say_on_stderr(f"step {self.model.step}: {train_loss}val loss {loss:.4f}")
@@ -361,12 +362,10 @@ class Loop:
         if self.scaler.is_enabled():
             self.manager.facts["scaler"] = self.scaler.state_dict()  # its scale, and the steps since it last grew
         metrics, ema = self._new_metrics(), self.ema.tensors() if self.ema else None
-        step, flush = self.model.step, self.metrics.flush
-        return self.manager.save(self.model, self.optimizer, step=step, metrics=metrics, ema=ema, before_commit=flush)
+        return self.manager.save(self.model, self.optimizer, step=self.model.step, metrics=metrics, ema=ema)
 
     def _commit_measured(self) -> bool:
         assert self.manager
-        self.metrics.flush()
         if metrics := self._new_metrics():
             self.manager.add_metrics(self.model.step, metrics)
         return True

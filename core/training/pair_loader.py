@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader as TorchLoader
 
+from ..console.commands import typed
 from ..data.dataloader import ALL_ROWS, DataLoader
 from ..data.resumable_loader import ResumableLoader
 from ..errors import InputError
@@ -18,7 +19,7 @@ from .settings import Settings
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-NOT_REPLAYED = (
+NOT_REPLAYED = typed(
     "data_loader: the batches of this torch DataLoader are not a function of the step. A resume is exact in everything "
     "else, and takes its batches from the beginning; those of core.data.resumable are exact from any step."
 )

@@ -10,6 +10,7 @@ from typing import Any
 from ..bundle.tokenizer_state import describe
 from ..checkpoint import CheckpointManager
 from ..console.commandline import spelled
+from ..console.commands import typed
 from ..console.words import tell
 from ..data.corpus import Corpus
 from ..data.tokenizer import Tokenizer
@@ -78,10 +79,13 @@ def _next_commands(manager: CheckpointManager, step: int, tokenizer: Tokenizer |
     root = manager.checkpoint_dir.parent
     name = spelled("--model_name", manager.model_name)
     name += f" {spelled('--checkpoint_root', root)}" if root != Path("checkpoints") else ""
-    commands = [f"python inspect_model.py {name}", f"python train.py {name} --max_iters {2 * step}"]
+    commands = [
+        f"{typed('python inspect_model.py')} {name}",
+        f"{typed('python train.py')} {name} --max_iters {2 * step}",
+    ]
     if tokenizer is None:
         return commands
-    return [f"python generate.py {name}{_prompt(tokenizer)}", *commands]
+    return [f"{typed('python generate.py')} {name}{_prompt(tokenizer)}", *commands]
 
 
 def _prompt(tokenizer: Tokenizer) -> str:

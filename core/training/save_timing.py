@@ -75,7 +75,7 @@ class RunSaves:
         """
         with self._counted():
             if wait:
-                self._manager.wait()
+                self._manager.wait_written()
             else:
                 self._manager.raise_failed()
         if self._lost and (line := self._lost.ended(self._manager.durable_at)):

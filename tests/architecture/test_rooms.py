@@ -14,13 +14,14 @@ import pytest
 from tests.conftest import ROOT
 
 FLOORS = (
+    "scripts",
     "training pretrained",
     "checkpoint",
     "kinds",
     "saving loading",
     "model",
     "networks conversion",
-    "data inspection",
+    "data inspection logs",
     "bundle",
     "families",
     "containers",
@@ -79,8 +80,8 @@ GRAPH = {module: imported(path) for module, path in MODULES.items()}
 
 
 def test_core_has_these_rooms_and_nothing_else():
-    found = {p.stem for p in CORE.iterdir() if not p.name.startswith(("__", "."))} - {"README"}
-    assert found == set(ROOMS) and len(ROOMS) == 17
+    found = {p.stem for p in CORE.iterdir() if not p.name.startswith(("__", "."))} - {"README", "py"}
+    assert found == set(ROOMS) and len(ROOMS) == 19 and (CORE / "py.typed").read_bytes() == b""
 
 
 def upward(graph: dict[str, set[str]]) -> list[str]:
@@ -186,6 +187,7 @@ READS = {
     "inspection/html/document.py": 2,  # the page's own script and style
     "inspection/inspect.py": 1,  # an open file, once more
     "bundle/heartbeat.py": 2,
+    "scripts/__init__.py": 1,  # the clone's own scripts
 }
 """Calls that read a file without `open_regular`, by module."""
 
@@ -223,9 +225,10 @@ def test_every_method_that_is_bound_by_name_is_there():
     assert found >= 9
 
 
-def test_the_package_itself_holds_only_the_version():
-    (statement,) = ast.parse((CORE / "__init__.py").read_text()).body
-    assert isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__version__"
+def test_the_package_itself_holds_only_the_version_and_its_other_name():
+    assigned = [n for n in ast.parse((CORE / "__init__.py").read_text()).body if isinstance(n, ast.Assign)]
+    assert [ast.unparse(n.targets[0]) for n in assigned] == ["__version__", "OTHER_NAME", "_other"]
+    assert outside(CORE / "__init__.py") == {"sys"} and not imported(CORE / "__init__.py")
 
 
 def test_the_doors_are_where_they_were():

@@ -16,7 +16,7 @@ from core.bundle.storage import DISK
 from core.checkpoint import CheckpointManager
 from core.console.anchored import anchored
 from core.data.source import find_source
-from core.training.metrics import Metrics
+from core.logs.metrics import Metrics
 from tests.makers.models import SMALL, TEXT, tokenizer, update
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from core.bundle.storage import DISK, Storage
 from core.checkpoint import CheckpointManager
 from core.errors import CheckpointError, SaveFailed
-from core.training.metrics import UNREADABLE, Metrics
+from core.logs.metrics import UNREADABLE, Metrics
 
 FOLDERS = [".hist", ".committed", ".stage-0123456789abcdef", ".trash-1", "step_00000001", "step_00000009"]
 FOLDERS += ["aside_00000001_displaced_0123456789abcdef", "model_sharded"]

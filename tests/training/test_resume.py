@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from core.errors import InputError, SaveFailed, TrainingDiverged
+from core.logs.metrics import Metrics
 from core.training.fit import fit
-from core.training.metrics import Metrics
 from core.training.schedule import Schedule
 from tests.conftest import ROOT
 from tests.makers.limits import wait_until

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...console.commands import typed
 from ...console.words import listed_names
 from ...errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from ..blocks import blocks_fault, read_whole, spec_of_blocks
@@ -146,8 +147,8 @@ def _without_metadata(path: Path, names: list[str]) -> CheckpointError:
     return CheckpointDamaged(
         f"{path / METADATA}: missing. The {SUFFIX} files ({len(names)}) hold {count} whole items, but only {METADATA} "
         "has their names and their positions in their tensors. Copy it from where the folder was written, or let "
-        "convert_checkpoints.py rebuild it: --metadata_from names the folder of another step that the same program "
-        "wrote on as many ranks, or a torch file of the model (its tensors in the order of the modules)."
+        f"{typed('convert_checkpoints.py')} rebuild it: --metadata_from names the folder of another step that the same "
+        "program wrote on as many ranks, or a torch file of the model (its tensors in the order of the modules)."
     )
 
 

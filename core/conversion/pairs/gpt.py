@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...config.gpt import ACTIVATIONS, MLP_TYPES, GPTConfig
+from ...console.commands import typed
 from ...containers.tensors.views import filled
 from ...families import hf_gpt2, lecture, nanogpt
 from ...families.choices import ACTIVATIONS as SPELLINGS
@@ -139,7 +140,7 @@ def drop_head_bias(model: Source, target: str) -> None:
     if not model.is_zero(HEAD_BIAS):
         raise model.refuse(
             f"{HEAD_BIAS} has values other than 0, and {target} has no bias in its head: it would compute other "
-            f"logits. --to safetensors and --to bundle keep it; {NEW_HEAD}."
+            f"logits. --to safetensors and --to bundle keep it; {typed(NEW_HEAD)}."
         )
     model.drop(HEAD_BIAS, f"all zeros; {target} has no bias in its head")
 
@@ -216,7 +217,7 @@ def ours_to_nanogpt(model: Source, options: Options) -> dict[str, Any]:
         has_bias = HEAD_BIAS in model.tensors and not model.is_zero(HEAD_BIAS)
         keep = "--to bundle and --to safetensors" if has_bias else "--to bundle and --to hf"  # which has no bias there
         raise model.refuse(
-            f"its head is not its token table, and nanoGPT has one tensor for both. {keep} keep two; {NEW_HEAD}."
+            f"its head is not its token table, and nanoGPT has one tensor for both. {keep} keep two; {typed(NEW_HEAD)}."
         )
     drop_head_bias(model, "nanoGPT")
     model.tie(HEAD, TABLE)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle.storage import DISK
+from ...console.commands import typed
 from ...console.files import open_regular
 from ...console.words import printable
 from ...errors import InputError
@@ -43,8 +44,8 @@ def document(title: str, body: Iterable[str], data: Any = None, *, live: str = "
             f"<title>{escaped(title)}</title>",
             f"<style>\n{here.with_name('page.css').read_text('utf-8')}</style></head><body><main>",
             *body,
-            "</main><footer>Written by <code>inspect_model.py</code>. Nothing of the checkpoint was executed, and this "
-            "page loads nothing.</footer>",
+            f"</main><footer>Written by <code>{escaped(typed('inspect_model.py'))}</code>. Nothing of the checkpoint "
+            "was executed, and this page loads nothing.</footer>",
             f'<script type="application/json" id="data">{json_text(data)}</script>',
             f"<script>{script}</script>",
             "</body></html>\n",

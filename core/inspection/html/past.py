@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...console.commands import typed
 from ...console.words import size_text
 from ..history import ASIDE, DAMAGED, KEPT
 from ..inspect import Facts
@@ -39,7 +40,8 @@ def past_page(facts: Facts) -> str:
         box("note", f"{facts['flags']} would remove", going),
         '<section id="steps"><h2>Steps</h2>',
         table(heading, map(_row, steps), "steps"),
-        '<p class="said">The newest step has a star. What is aside is never read; train.py --prune removes it.</p>',
+        '<p class="said">The newest step has a star. What is aside is never read; '
+        f"{escaped(typed('train.py'))} --prune removes it.</p>",
         "</section>",
     ]
     return document(title, body)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ...console.commands import typed
 from ...console.words import size_text
 from ...containers.pickles.inert import as_text
 from ...containers.spec import TensorSpec
@@ -147,10 +148,11 @@ def origin_section(facts: Facts) -> Iterator[str]:
         root = "" if str(folder.parent) == "checkpoints" else f" --checkpoint_root {shlex.quote(str(folder.parent))}"
         name = f"--model_name {shlex.quote(folder.name)}{root}"
         more = 2 * facts["step"] if isinstance(facts["step"], int) else 1000
-        lines = (f"python generate.py {name}", f"python train.py {name} --max_iters {more}")
+        lines = (f"{typed('python generate.py')} {name}", f"{typed('python train.py')} {name} --max_iters {more}")
         content.insert(0, f"<p>To go on:</p><pre>{escaped(lines[0])}\n{escaped(lines[1])}</pre>")
     if command := state.get("command"):
-        content.insert(0, f"<p>The command that saved this step:</p><pre>python {escaped(shlex.join(command))}</pre>")
+        line = f"{typed('python train.py')} {shlex.join(command[1:])}"
+        content.insert(0, f"<p>The command that saved this step:</p><pre>{escaped(line)}</pre>")
     seed = state.get("seed")
     said = f"<p>Seed {escaped(as_text(seed, 40))}, run {escaped(state.get('run') or 'unknown')}.</p>"
     yield f'<section id="origin"><h2>How it was trained</h2>{said}{"".join(content)}</section>'
@@ -200,4 +202,5 @@ def tensor_section(count: int) -> Iterator[str]:
         yield '<p class="said" id="found" role="status"></p><div class="scroll" tabindex="0" role="region" '
         yield 'aria-label="tensors"><table id="tensors"></table></div>'
         yield '<button id="more" type="button" hidden>Show more</button>'
-        yield "<noscript><p>The table needs JavaScript; `inspect_model.py --tensors` lists it.</p></noscript></section>"
+        listing = escaped(typed("inspect_model.py --tensors"))
+        yield f"<noscript><p>The table needs JavaScript; `{listing}` lists it.</p></noscript></section>"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..bundle.storage import DISK
-from ..console.files import read_regular
+from ..console.files import open_regular, read_regular
 from ..errors import InputError, SaveFailed
 
 _LARGEST = 2**30
@@ -24,16 +28,22 @@ class Metrics:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._lines: list[str] = []
+        self._lines: list[tuple[Any, str]] = []  # step and text, not on the disk yet
+        self._flushing = threading.Lock()
+        self._step: int | None = None
+        self._there: set[tuple[str, ...]] = set()  # what the file has of the step that the run continues from
 
     def cut(self, step: int) -> str | None:
         """Drop what was logged after a step, and a last line that a crash cut short: the run continues from there.
 
-        Lines that are not JSON objects are moved to a file beside the log, and reported in the sentence that is
-        returned; all others stay, in their order.
+        What is there of that step is not logged again: a run that was killed after an evaluation repeats it. Lines that
+        are not JSON objects are moved to a file beside the log, and reported in the sentence that is returned; all
+        others stay, in their order.
 
         Raises: InputError when the log cannot be read.
         """
+        self._there.clear()
+        self._lines[:] = [line for line in self._lines if _is_up_to(line[0], step)]
         if self.path is None or not (self.path.exists() or self.path.is_symlink()):
             return None
         DISK.append(self.path).close()  # it is ours, and has no other name
@@ -44,7 +54,14 @@ class Metrics:
         *lines, rest = data.split(b"\n")
         lines += [rest] if _values(rest) is not None else []  # a person's editor may have left out the last newline
         unreadable = [line for line in lines if line.strip() and _values(line) is None]
-        kept = [line for line in lines if (values := _values(line)) is not None and _is_up_to(values, step)]
+        known = [
+            (line, values)
+            for line in lines
+            if (values := _values(line)) is not None and _is_up_to(values.get("step"), step)
+        ]
+        kept = [line for line, _ in known]
+        self._there = {tuple(values) for _, values in known if values.get("step") == step}
+        self._step = step
         whole = b"".join(line + b"\n" for line in kept)
         if unreadable:
             self._set_aside(unreadable)
@@ -69,32 +86,54 @@ class Metrics:
 
     def add(self, **values: Any) -> None:
         """Log one line; `step` comes first by custom."""
-        if self.path is not None:
-            self._lines.append(json.dumps(values) + "\n")
+        is_there = values.get("step") == self._step and tuple(values) in self._there
+        if self.path is not None and not is_there:
+            self._lines.append((values.get("step"), json.dumps(values) + "\n"))
 
-    def flush(self) -> None:
-        """Append what was logged and make it durable: done before a commit, so that no committed step lacks lines.
+    def flush(self, step: float = math.inf) -> None:
+        """Append what was logged up to a step and make it durable; before its commit, so that no such step lacks lines.
 
         Another thread may log meanwhile. After a failure the lines are kept for the next attempt.
 
         Raises: SaveFailed.
         """
-        lines = self._lines[:]
-        if self.path is None or not lines:
-            return
+        with self._flushing:
+            due = [line for line in self._lines[:] if _is_up_to(line[0], step)]
+            if self.path is not None and due:
+                self._append(self.path, "".join(text for _, text in due).encode())
+                for line in due:
+                    self._lines.remove(line)
+
+    def _append(self, path: Path, data: bytes) -> None:
         end = None
         try:
-            with DISK.append(self.path) as file:
+            with DISK.append(path) as file:
                 end = file.tell()
-                file.write("".join(lines).encode())
+                file.write(data)
                 DISK.sync(file)
         except OSError as error:
             if end is not None:
                 # Otherwise half a line would remain in the middle, and a resume would drop everything after it.
                 with contextlib.suppress(OSError):
-                    os.truncate(self.path, end)
-            raise SaveFailed(f"{self.path}: {error.strerror}. The last saved step is intact.") from error
-        del self._lines[: len(lines)]
+                    os.truncate(path, end)
+            raise SaveFailed(f"{path}: {error.strerror}. The last saved step is intact.") from error
+
+    def events(self, start: int, step: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the lines that name a step, from a byte of the file on and up to the first that is ahead of `step`.
+
+        Each with the byte after it.
+        """
+        if self.path is None or not self.path.exists():
+            return
+        with io.BufferedReader(open_regular(self.path)) as file:
+            file.seek(start)
+            for line in file:
+                start += len(line)
+                values = _values(line) if line.endswith(b"\n") else {}
+                if values and isinstance(logged := values.get("step"), int):
+                    if logged > step:
+                        return
+                    yield start, values
 
 
 def _values(line: bytes) -> dict[str, Any] | None:
@@ -106,7 +145,6 @@ def _values(line: bytes) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _is_up_to(values: dict[str, Any], step: int) -> bool:
+def _is_up_to(logged: Any, step: float) -> bool:
     """Whether a line is not ahead of a step; one that names no step is somebody's note."""
-    logged = values.get("step", step)
     return not isinstance(logged, (int, float)) or logged <= step

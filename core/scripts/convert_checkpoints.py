@@ -1,0 +1,5 @@
+"""convert_checkpoints.py of this clone; a wheel has the script itself in this place."""
+
+from . import of_clone
+
+exec(of_clone("convert_checkpoints.py"))

@@ -1,0 +1,5 @@
+"""inspect_model.py of this clone; a wheel has the script itself in this place."""
+
+from . import of_clone
+
+exec(of_clone("inspect_model.py"))

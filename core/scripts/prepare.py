@@ -1,0 +1,5 @@
+"""data/prepare.py of this clone; a wheel has the script itself in this place."""
+
+from . import of_clone
+
+exec(of_clone("data/prepare.py"))
