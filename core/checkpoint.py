@@ -240,6 +240,7 @@ class CheckpointManager(FolderWriter, StepRules):
                 model = kind.load(bundle, request, self.say)
                 optimizer = kind.optimizer(model, request, bundle, self.say)
                 self.went_on_from(bundle, model)
+            self.known_sums.until_step_of(optimizer)
             refuse_unwritable(self.checkpoint_dir, model)
             return model, optimizer, model.step
         model = new_model(kind, request, self.checkpoint_dir, self.say, check=self.verify)

@@ -19,6 +19,13 @@ class KnownSums:
             for one in filled
         ]
 
+    def until_step_of(self, optimizer: object) -> None:
+        """Forget all at the first step of an optimizer: torch does not count what a fused one writes."""
+        if isinstance(optimizer, torch.optim.Optimizer):
+            optimizer.register_step_pre_hook(lambda *_: self._parts.clear())
+        else:
+            self._parts.clear()
+
     def of(self, tensors: Iterable[torch.Tensor]) -> dict[tuple[int, int], int]:
         """The CRC32 by address and bytes of each storage that has one, and that no operation has written to since.
 

@@ -118,7 +118,8 @@ def load_model(
     if writable and target.type == "cpu":
         with _room_for(bundle):
             owner = Owner(bundle.weights.source.filled is not None)
-            owned = {id(tensor): owner.own(tensor, dtype) for tensor in tensors.values()}
+            tied = {id(tensor): tensor for tensor in tensors.values()}
+            owned = {key: owner.own(tensor, dtype) for key, tensor in tied.items()}
         tensors = {name: owned[id(tensor)] for name, tensor in tensors.items()}
     with torch.device("meta"):
         model = GPT(config)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import core.bundle.verify
+from core.checkpoint import CheckpointManager
 from core.containers.filled import Filled
 from core.loading.mapped import Owner
 from core.training.certificate import state_digests
@@ -78,7 +79,7 @@ def test_a_damaged_record_walks_back_as_ever(tmp_path):
     path = tmp_path / "dante/optimizer.pt"
     flip(path, path.stat().st_size // 2)
     lines = []
-    made = manager(tmp_path, say=lines.append)
+    made = CheckpointManager("dante", tmp_path, say=lines.append)
     with made:
         assert made.initialize_for_training({}, "char", None, 1e-3)[2] == 1
     assert any("optimizer.pt" in line and "Continuing from step 1" in line for line in lines)
