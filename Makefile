@@ -4,7 +4,7 @@ PYTEST = -m pytest -n auto --dist loadfile
 WALLS = $(PYTHON) -c "from importlinter.cli import lint_imports_command as main; main()" --no-cache --no-logo
 
 .DEFAULT_GOAL := help
-.PHONY: help check test full nightly faults mutants shots bench rooms api
+.PHONY: help check test full nightly faults mutants shots bench rooms api matrix
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-9s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ shots: ## take the picture of the page in README.md again, of MODEL=checkpoints/
 
 api: ## write docs/api.md from the docstrings
 	$(PYTHON) -m tests.api
+
+matrix: ## run tests on each Python and torch that is supported, into docs/versions.md (FLAGS='--python python3.12')
+	$(PYTHON) -m tests.matrix $(FLAGS)
 
 bench: ## list the benchmarks, or run one (NAME=save FLAGS='--repeats 3')
 ifdef NAME

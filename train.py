@@ -83,7 +83,7 @@ def train(manager: CheckpointManager, bundle: Bundle | None, args: argparse.Name
     so_far, preset = bundle.settings if bundle else {}, kind.preset(device.type == "cpu")
     settings = Settings.resolve(flags, so_far, preset, bundle.step if bundle else 0)
     world.refuse_fp16_shards(settings.dtype)
-    if bundle and bundle.step >= settings.max_iters:
+    if bundle and settings.is_done(bundle.state, so_far):
         kind.refuse_contradictions(bundle, given)
         tell(
             f"{manager.checkpoint_dir}: step {bundle.step}, and max_iters is {settings.max_iters}: nothing to do. "

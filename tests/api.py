@@ -44,8 +44,13 @@ PUBLIC: dict[str, dict[str, str]] = {
     ),
     "core.training.fit": {"fit": "", "FitResult": ""},
     "core.data.dataloader": {"DataLoader": "batch val_batch"},
+    "core.adapters.huggingface": {"TrainerCheckpoints": "resume_folder"},
+    "core.adapters.accelerate": {"AcceleratorCheckpoints": "load save epochs batches"},
 }
-"""Functions and classes by module, and the members of these; core.adapters and core.errors follow as they are."""
+"""Functions and classes by module, and the members of these; other adapters and core.errors follow as they are."""
+
+WITHIN = {"framework", "trainer_folder"}
+"""Modules of core.adapters that only adapters use."""
 
 INTRO = """# The public API
 
@@ -81,6 +86,8 @@ def adapters() -> dict[str, dict[str, str]]:
     found = {}
     for path in sorted((ROOT / "core/adapters").glob("[!_]*.py")):
         there = importlib.import_module(module := f"core.adapters.{path.stem}")
+        if path.stem in WITHIN or module in PUBLIC:
+            continue
         found[module] = {name: methods(getattr(there, name)) for name in everything_of(module)}
     return found
 

@@ -50,16 +50,16 @@ class Record:
     def cut(self, events: int) -> None:
         """No logger has got more than the events that the log has left."""
         cut = {name: {"events": min(self.of(name)[0], events), "run": self.of(name)[1] or ""} for name in self._known}
-        if cut != self._known:
+        with contextlib.suppress(OSError):  # a disk that takes nothing fails the next save, which says so
             self._write(cut)
 
     def _write(self, known: dict[str, Any]) -> None:
         if known != self._known:
+            self._known = known
             new = self._path.with_name(f"{self._path.name}.new")
             new.unlink(missing_ok=True)  # of a process that was killed here
             DISK.write(new, dump_json(known))
             DISK.rename(new, self._path)
-            self._known = known
 
 
 class Feed:

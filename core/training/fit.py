@@ -143,7 +143,8 @@ def fit_with(
         if manager:
             manager.wait()
         stop.work_to_save = False
-        return FitResult(model.step, loop.measured_loss(), stopping if model.step < settings.max_iters else None)
+        ended = model.step == settings.max_iters and not loop.is_unmeasured
+        return FitResult(model.step, loop.measured_loss(), None if ended else stopping)
 
 
 @contextlib.contextmanager

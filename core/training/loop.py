@@ -130,7 +130,7 @@ class Loop:
         """Train to the last step, or until something requests a stop; return what requested it."""
         settings, model = self.settings, self.model
         save_interval = settings.save_interval or settings.eval_interval
-        stopping = self.measure_resumed(settings.eval_interval, stop)
+        stopping = self.measure_resumed(stop)
         # A stop need not wait for compilation: until it is done there is nothing to lose.
         stop.work_to_save = not settings.compile
         while model.step < settings.max_iters and not stopping:
@@ -275,14 +275,15 @@ class Loop:
             kept = f"The last saved step is {saved}, in {self.manager.checkpoint_dir}." if saved is not None else kept
         raise TrainingDiverged(f"step {step}: {what}. {kept} Try a lower --learning_rate.")
 
-    def measure_resumed(self, eval_interval: int, stop: StopSignal) -> str | None:
+    def measure_resumed(self, stop: StopSignal) -> str | None:
         """Evaluate the resumed step, if the previous run was stopped before its evaluation; as `evaluate`."""
         state = self.manager.resumed if self.manager else TrainingState()
-        at = state.step == self.model.step and self.model.step % eval_interval == 0
+        step, settings = self.model.step, self.settings
+        at = state.step == step and (step % settings.eval_interval == 0 or step == settings.max_iters)
         to_do = at and self.loader.validates and state.commit_id is not None and state.val_loss is None
         if not self.saves or not to_do:
             return None
-        self.saves.step = self._begun = self.model.step
+        self.saves.step = self._begun = step
         stopping = self.evaluate(stop)
         if not stopping:
             self.save()
@@ -331,6 +332,11 @@ class Loop:
             loss = self.forward(x, y)[1]  # on every rank, counted or not: a sharded model needs all of them
         if i < self.settings.eval_iters:
             total += loss.item()
+
+    @property
+    def is_unmeasured(self) -> bool:
+        """Whether a saved step lacks its evaluation, which the next run makes up for."""
+        return self.saves is not None and self.loader.validates and self.measured_loss() is None
 
     def measured_loss(self) -> float | None:
         """The validation loss of this step; None where it was not measured."""

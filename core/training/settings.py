@@ -138,6 +138,12 @@ class Settings:
         here = {"dtype", "compile", "max_failed_saves", "strict_resume"} - ({"dtype"} & (so_far or {}).keys())
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in here}
 
+    def is_done(self, state: TrainingState, so_far: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint has all steps, and the evaluation of the last one where its run was to end there."""
+        step = state.step or 0
+        stopped_before_it = so_far.get("max_iters") == step and state.commit_id is not None and state.val_loss is None
+        return step > self.max_iters or (step == self.max_iters and not stopped_before_it)
+
     def changes(self, recorded: Mapping[str, Any]) -> list[str]:
         """Report the settings that differ from the run so far."""
         known = {f.name for f in fields(self)} - {"max_iters"}

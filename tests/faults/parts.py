@@ -23,6 +23,7 @@ PARTS = {
     "damage": "bits flipped, files cut and exchanged",
     "mounts": "killed on an overlay, in memory, on FUSE",
     "full_disk": "disks that are full or read-only",
+    "referee": "killed and judged by a program of somebody else",
 }
 """Every part has a function `run(folder)` that returns a Tally, and may have a `why_not` that says what is missing."""
 

@@ -12,10 +12,12 @@ import threading
 
 import pytest
 
+from core.bundle.training_state import TrainingState
 from core.checkpoint import CheckpointManager
 from core.console.commandline import DONE, FAILED, INTERRUPTED, STOPPED
 from core.console.signals import StopSignal
 from core.training.fit import FitResult
+from core.training.settings import Settings
 from tests.conftest import ROOT
 from tests.makers import ranks
 from tests.makers.limits import wait_until
@@ -164,6 +166,28 @@ def test_evaluation_is_left_at_once_and_made_up_for_by_the_next_run(tmp_path, te
     whole, rest = train(tmp_path, text, **flags, model_name="whole"), train(tmp_path, text, **flags)
     assert rest.returncode == whole.returncode == DONE and "step 7: val loss " in rest.stderr, rest.stderr
     assert same_run(tmp_path / "whole", tmp_path / "default")
+
+
+@pytest.mark.parametrize("interval", [3, 50])
+def test_a_stop_in_the_last_step_is_said_and_the_next_run_makes_up_for_the_evaluation(tmp_path, interval):
+    whole = fitted(started(tmp_path / "whole"), 6, eval_interval=interval)
+    stop = StopSignal()
+    run = _, model, _ = started(tmp_path / "stopped")
+    model.register_forward_hook(lambda module, *_: setattr(stop, "signal", "SIGTERM") if module.step == 5 else None)
+    assert fitted(run, 6, eval_interval=interval, stop=stop) == FitResult(6, None, "SIGTERM")
+    assert (
+        fitted(started(tmp_path / "stopped"), 6, eval_interval=interval) == whole == FitResult(6, whole.val_loss, None)
+    )
+    assert same_run(tmp_path / "whole/dante", tmp_path / "stopped/dante")
+
+
+def test_a_run_is_done_at_its_last_step_unless_it_was_stopped_before_its_evaluation():
+    stopped = TrainingState.from_dict({"step": 6, "commit_id": "a"})
+    settings, so_far = Settings(max_iters=6), {"max_iters": 6}
+    assert not settings.is_done(stopped, so_far)
+    assert settings.is_done(stopped.having(val_loss=1.0), so_far)
+    assert settings.is_done(stopped, {"max_iters": 9}) and settings.is_done(stopped.having(step=7), {"max_iters": 7})
+    assert not settings.is_done(stopped.having(step=5), so_far)
 
 
 @posix

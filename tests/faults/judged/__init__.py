@@ -1,0 +1,1 @@
+"""What the referee kills: trainers, and the process that starts them fast."""
