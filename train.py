@@ -55,7 +55,7 @@ def prune_or_train(args: argparse.Namespace, stop: StopSignal) -> int:
             if args.resume_from is not None:
                 args.seed = manager.seed_in_use() if args.seed is None else args.seed
                 manager.go_back(args.resume_from)
-            with manager.newest_intact(args.init_from_checkpoint) or contextlib.nullcontext() as bundle:
+            with manager.newest_intact(args.init_from_checkpoint, to_train=True) or contextlib.nullcontext() as bundle:
                 return train(manager, bundle, args, stop)
 
 

@@ -134,7 +134,7 @@ class FirstStep(BaseException):
 def resume_ours(folder: Path, sizes: dict[str, int], clone: Path | None, marks: Marks) -> None:
     """Resume as train.py does."""
     with CheckpointManager(NAME, folder, say=lambda line: None) as manager:
-        bundle = manager.newest_intact()
+        bundle = manager.newest_intact(to_train=True)
         marks["found and verified"] = now()
         model, optimizer, step = manager.initialize_for_training(
             {}, tokenizer_of(config_of(sizes)), None, 1e-4, bundle=bundle

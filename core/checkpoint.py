@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from .kinds.gpt import given_fields
 from .kinds.kind import ModelKind, Request, new_model
 from .loading.also import also_restored
 from .loading.inference import load_chosen
+from .loading.known_sums import KnownSums
 from .loading.live import fill_live
 from .loading.tensors import load_averages, read_through
 from .model import GPT, GPTBatched, GPTFlexAttention
@@ -82,6 +84,7 @@ class CheckpointManager(FolderWriter, StepRules):
         self.model_name = model_name
         """Name of the model, and of its folder."""
         self.facts: dict[str, Any] = {}
+        self.known_sums = KnownSums()
         """Entries of the training state of every later save, by name; `record` adds to them."""
         self.averages: dict[str, torch.Tensor] | None = None
         """The average of the weights at the resumed step, by their names; None where it has none."""
@@ -120,21 +123,23 @@ class CheckpointManager(FolderWriter, StepRules):
         """Whether the folder holds a single-file checkpoint of this name."""
         return self.get_path(filename).is_file()
 
-    def newest_intact(self, origin: Path | None = None) -> Bundle | None:
+    def newest_intact(self, origin: Path | None = None, *, to_train: bool = False) -> Bundle | None:
         """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
 
         A damaged newest step is renamed aside and replaced by the newest intact one; both are reported. Where there are
-        steps and none is intact, `allow_fresh` sets all of them aside and returns None. Every rank calls it.
+        steps and none is intact, `allow_fresh` sets all of them aside and returns None. Every rank calls it. What is
+        read `to_train` on the processor stays in memory, for `start`.
 
         Raises: NoneIntact when there are steps and none is intact; Unspecified when another program's checkpoint is
             here, unless `allow_fresh` or it is the `origin` of a new run. Nothing is changed then.
         """
-        bundle = self.ranks.newest_intact(self._folder, self._reopen, self.verify)
+        reopen = functools.partial(self._reopen, to_train and not torch.accelerator.is_available())
+        bundle = self.ranks.newest_intact(self._folder, reopen, self.verify)
         if bundle is None:
             refuse_foreign(self.checkpoint_dir, origin, self.allow_fresh, self.say)
         return bundle
 
-    def _reopen(self, check: bool, damage: str | None) -> Bundle | None:
+    def _reopen(self, to_train: bool, check: bool, damage: str | None) -> Bundle | None:
         """Open the newest intact step, as the only writer where others are set aside.
 
         `damage` is the known damage of the newest one.
@@ -144,7 +149,7 @@ class CheckpointManager(FolderWriter, StepRules):
         if not damage:
             try:
                 with explained(self.checkpoint_dir):
-                    return intact.open_unrepaired(self._folder, self.say, read_through, check=check)
+                    return intact.open_unrepaired(self._folder, self.say, read_through, check=check, to_train=to_train)
             except intact.NeedsRepair as needed:
                 found = needed.__cause__
         if isinstance(found, CheckpointError) and not self._folder.storage.may_change(self.checkpoint_dir):
@@ -228,13 +233,14 @@ class CheckpointManager(FolderWriter, StepRules):
         Raises: CheckpointMismatch when the architecture or the tokenizer contradicts the checkpoint; both are shown.
         """
         self.acquire()
-        bundle = bundle or self.newest_intact(request.origin.path if request.origin else None)
+        bundle = bundle or self.newest_intact(request.origin.path if request.origin else None, to_train=True)
         if bundle is not None:
             with bundle:
                 bundle.refuse_partial()
                 model = kind.load(bundle, request, self.say)
                 optimizer = kind.optimizer(model, request, bundle, self.say)
                 self.went_on_from(bundle, model)
+            self.known_sums.until_step_of(optimizer)
             refuse_unwritable(self.checkpoint_dir, model)
             return model, optimizer, model.step
         model = new_model(kind, request, self.checkpoint_dir, self.say, check=self.verify)
@@ -244,6 +250,9 @@ class CheckpointManager(FolderWriter, StepRules):
     def went_on_from(self, bundle: Bundle, model: nn.Module) -> None:
         """Remember the step that training continues from, and map its averaged weights, sharded like the model."""
         self.resumed = bundle.state
+        self.known_sums = KnownSums(filter(None, (part.source.filled for part in bundle.torch_parts.values())))
+        for part in bundle.torch_parts.values():
+            part.source.filled = None  # it stays for as long as tensors lie in it
         self.logs.goes_on_from(bundle.step)
         if bundle.state.step is not None:
             self.record(resumes=[*(bundle.state.resumes or []), bundle.state.step][-RESUMES:])

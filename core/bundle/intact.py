@@ -69,8 +69,11 @@ def trusted(
     *,
     check: bool = True,
     mixed: bool = False,
+    to_train: bool = False,
 ) -> Bundle:
     """Check an open bundle as `verified` does, to train on it; where a file was replaced, also that it is whole.
+
+    What a model and its optimizer are made of stays in memory where that is done `to_train` now.
 
     Whole is: with a training state, read by `read` and, unless it may be `mixed`, of one save.
 
@@ -79,7 +82,7 @@ def trusted(
     try:
         kept = history(place.path)
         refuse_without_state(bundle, kept)
-        if lines := verify(bundle) if check else []:
+        if lines := verify(bundle, to_train=to_train) if check else []:
             if not mixed:
                 refuse_mixture(bundle, place)
             read(bundle)
@@ -122,9 +125,11 @@ class NeedsRepair(Exception):
 
 
 def open_unrepaired(
-    place: ModelFolder, say: Say, read: ReadThrough = read_headers, *, check: bool = True
+    place: ModelFolder, say: Say, read: ReadThrough = read_headers, *, check: bool = True, to_train: bool = False
 ) -> Bundle | None:
     """Open the checkpoint to train on where it is intact, without the lock; None where there is none at all.
+
+    `to_train` is as in `trusted`.
 
     Raises: NeedsRepair where `open_newest_intact` has more to do; nothing is said then. Nothing is ever changed.
     """
@@ -134,7 +139,7 @@ def open_unrepaired(
 
     said: list[str] = []
     try:
-        bundle = open_newest_intact(place, said.append, read, check=check, repair=refuse)
+        bundle = open_newest_intact(place, said.append, read, check=check, repair=refuse, to_train=to_train)
     except NoneIntact as damage:
         raise NeedsRepair(str(damage)) from damage
     for line in said:
@@ -149,12 +154,13 @@ def open_newest_intact(
     *,
     check: bool = True,
     repair: Repair | None = None,
+    to_train: bool = False,
 ) -> Bundle | None:
     """Open the checkpoint to train on, walking back from what is damaged; None where there is none at all.
 
     The caller holds the lock. Without `check` only what cannot be opened counts as damaged. A step that can be opened,
     with a file that is not as it was saved, is used only when `read` reads it. `repair` makes an intact step the newest
-    one, as `walk_back` does.
+    one, as `walk_back` does; `to_train` is as in `trusted`.
 
     Raises: NoneIntact when checkpoints, or parts of some, are here and none can be used; nothing is changed then.
     """
@@ -163,7 +169,7 @@ def open_newest_intact(
         say(line)
     for i, candidate in enumerate(choice.candidates):
         try:
-            return _open_or_repair(place, candidate, say, read, check, repair)
+            return _open_or_repair(place, candidate, say, read, check, repair, to_train)
         except (CheckpointDamaged, CheckpointNotFound) as damage:
             if i + 1 == len(choice.candidates):
                 if isinstance(damage, NoneIntact):
@@ -202,12 +208,18 @@ def _nothing_else(place: ModelFolder, damage: CheckpointError) -> str:
 
 
 def _open_or_repair(
-    place: ModelFolder, candidate: Candidate, say: Say, read: ReadThrough, check: bool, repair: Repair | None
+    place: ModelFolder,
+    candidate: Candidate,
+    say: Say,
+    read: ReadThrough,
+    check: bool,
+    repair: Repair | None,
+    to_train: bool,
 ) -> Bundle:
     if candidate.single is not None:
         return verified(open_legacy(candidate.folder / candidate.single), say, check=check)
     try:
-        return trusted(open_bundle(candidate.folder), place, say, read, check=check)
+        return trusted(open_bundle(candidate.folder), place, say, read, check=check, to_train=to_train)
     except CheckpointError as error:
         if (damage := behind(place, error)) is None:
             raise

@@ -13,6 +13,7 @@ from ..containers.checksum import crc32_range
 from ..containers.container import Container
 from ..containers.dcp.folder import open_dcp
 from ..containers.dcp.metadata import METADATA
+from ..containers.filled import Filled
 from ..containers.pickles.foreign import foreign_calls
 from ..containers.spec import TensorSpec
 from ..containers.torch_files.file import open_torch_file
@@ -30,6 +31,8 @@ class TorchFile:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file = file
         self.path = path
+        self.filled: Filled | None = None
+        """Its bytes in memory of the process, where verification put them, so that nothing reads it a second time."""
 
     @functools.cached_property
     def header(self) -> TorchArchive:

@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..containers.checksum import crc32_file, crc32_range
+from ..containers.filled import fill
 from ..containers.torch_files.file import open_torch_file
 from ..containers.torch_files.storages import TorchArchive
 from ..errors import CheckpointDamaged, CheckpointError
 from .bundle import ALL_PARTS, OPTIMIZER, TOKENIZER, Bundle
-from .folder import shown
+from .folder import MODEL, shown
 from .parts import Part, ShardedFile, files_of
 from .tokenizer_state import proves_itself
 
+FILLED = (MODEL, OPTIMIZER)
+"""The files of which training changes every byte."""
 
-def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
+
+def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS, to_train: bool = False) -> list[str]:
     """Check files of a bundle against their checksums, and return a sentence for each that was replaced since.
+
+    What is read `to_train` on it stays in memory, in the `filled` of its part, as it was summed.
 
     A replaced file is whole by its own checksums, but not the recorded one. Files of old bundles, which recorded
     nothing, are checked by the CRC32 of each zip record. Of a single file, the parts of these names are checked.
@@ -42,7 +48,8 @@ def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
                 verify_records(file, path)
             continue
         size = os.fstat(file.fileno()).st_size
-        crc = f"{crc32_file(file.fileno(), size):08x}" if size == expected["size"] else None
+        part = bundle.torch_parts.get(name) if to_train and name in FILLED else None
+        crc = f"{_crc32(file, size, part):08x}" if size == expected["size"] else None
         if crc == expected["crc32"]:
             continue
         found = (
@@ -60,6 +67,17 @@ def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS) -> list[str]:
             same = expected.get("tensors") == tensors_digest(verify_records(file, path))
         replaced.append(f"{path}: {_what_differs(crc, same, expected)} ({found}). It is used as it is.")
     return replaced
+
+
+def _crc32(file: BinaryIO, size: int, part: Part | None) -> int:
+    """CRC32 of a file, whose bytes stay in memory where it is that of a part and there is room."""
+    if part is not None and not isinstance(part.source, ShardedFile):
+        with contextlib.suppress(CheckpointError):  # damaged: the sum says so
+            records = [r for r in part.source.header.records.values() if r.stored and "/data/" in r.name]
+            part.source.filled = fill(file.fileno(), size, [(r.offset, r.offset + r.size) for r in records])
+            if part.source.filled is not None:
+                return part.source.filled.crc32
+    return crc32_file(file.fileno(), size)
 
 
 def _what_differs(crc: str | None, same: bool, expected: Mapping[str, Any]) -> str:

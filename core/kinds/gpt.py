@@ -23,6 +23,7 @@ from ..data.corpus import Corpus
 from ..data.dataloader import DataLoader
 from ..data.tokenizer import Tokenizer, make_char, named_tokenizer
 from ..errors import CheckpointMismatch, InputError
+from ..loading.mapped import Owner
 from ..loading.optimizer import configure_optimizer
 from ..loading.tensors import load_model, load_optimizer, say_without_moments
 from ..model import GPT
@@ -112,7 +113,12 @@ class GptKind:
         where = source.path(OPTIMIZER)
         try:
             optimizer = configure_optimizer(
-                model, request.learning_rate, request.weight_decay, state, lambda line: say(f"{where}: {line}")
+                model,
+                request.learning_rate,
+                request.weight_decay,
+                state,
+                lambda line: say(f"{where}: {line}"),
+                Owner(source.optimizer is not None and source.optimizer.source.filled is not None),
             )
         except CheckpointMismatch as error:
             raise CheckpointMismatch(f"{where}: {error}") from error

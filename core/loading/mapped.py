@@ -50,12 +50,15 @@ def refuse_unfolded(path: Path, count: int, nbytes: int, size: int) -> None:
 def map_tensors(source: TorchFile, content: Any) -> Any:
     """Put mapped tensors in place of the specs in a header's content; tensors that share a storage share memory.
 
+    Of a file that verification has read into memory they lie there.
+
     Raises: CheckpointDamaged when the tensors unfold to far more than the file: whoever copies them would take that.
     """
     specs = [leaf for leaf in leaves(content) if isinstance(leaf, TensorSpec)]
     size = os.fstat(source.file.fileno()).st_size
     refuse_unfolded(source.path, len(specs), sum(spec.nbytes for spec in specs), size)
-    memory = torch.frombuffer(mapped(source.file, source.path), dtype=torch.uint8)
+    whole = source.filled.memory if source.filled is not None else mapped(source.file, source.path)
+    memory = torch.frombuffer(whole, dtype=torch.uint8)
     ends: dict[str, int] = {}
     starts: dict[str, int] = {}
     for spec in specs:
@@ -67,6 +70,26 @@ def map_tensors(source: TorchFile, content: Any) -> Any:
         return _strided(storages[spec.storage], spec, spec.offset - starts[spec.storage])
 
     return live(content, put, str(source.path))
+
+
+class Owner:
+    """Gives out tensors to write to: those that lie in memory of their own as they are, of all others a copy.
+
+    A storage that has been given out, and one that a tensor fills only in part, is copied: nobody else may change it.
+    """
+
+    def __init__(self, filled: bool) -> None:
+        self._filled = filled  # whether the tensors lie in memory of the process, not in a mapped file
+        self._given: set[int] = set()
+
+    def own(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor in memory that its caller may change, on the processor."""
+        storage = tensor.untyped_storage()
+        alone = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in self._given
+        if self._filled and alone and tensor.nbytes and dtype in (None, tensor.dtype):
+            self._given.add(storage.data_ptr())
+            return tensor
+        return tensor.to(dtype=dtype or tensor.dtype, device="cpu", copy=True)
 
 
 def read_shards(source: ShardedFile) -> Any:

@@ -16,6 +16,7 @@ from ..errors import CheckpointMismatch
 from ..families.family import plain_name
 from ..networks.wrappers import parameter_names
 from .casts import cast_loss
+from .mapped import Owner
 
 if TYPE_CHECKING:
     from ..model import GPT
@@ -38,6 +39,7 @@ def configure_optimizer(
     weight_decay: float | None = None,
     optimizer_state: dict[str, Any] | None = None,
     say: Callable[[str], None] = tell,
+    owner: Owner | None = None,
 ) -> torch.optim.AdamW:
     """Make AdamW over the named parameters of a model; matrices and embeddings decay (by 0.1), biases and norms do not.
 
@@ -45,7 +47,8 @@ def configure_optimizer(
     optimizer that was saved, with its groups, betas, weight decay and kernel, as kernels differ in the last bits; only
     the learning rate is new, and the weight decay if one is given. A state is loaded by name, as
     `load_optimizer_state` does: parameters that it lacks start from zero, in the group of those like them. One without
-    names and with a single group is taken to be in the order of the model's parameters.
+    names and with a single group is taken to be in the order of the model's parameters. An `owner` decides which of its
+    tensors are copied; without one all are.
 
     Raises: CheckpointMismatch when the given state is another model's.
     """
@@ -63,7 +66,7 @@ def configure_optimizer(
     names = [plain_name(n, DDP) for n in names_in_order(saved, {name: tuple(p.shape) for name, p in named.items()})]
     refuse([f"{name} is not in this model" for name in names if name not in everything])
     made = _like(saved, names, named, learning_rate, weight_decay, fused)
-    for line in load_optimizer_state(made, optimizer_state, names, known=everything):
+    for line in load_optimizer_state(made, optimizer_state, names, known=everything, owner=owner):
         say(line)
     return made
 
@@ -125,6 +128,7 @@ def load_optimizer_state(
     model: nn.Module | None = None,
     known: Collection[str] = (),
     strict: bool = True,
+    owner: Owner | None = None,
 ) -> list[str]:
     """Copy the moments of a saved state into an optimizer, and report which ones start from zero or are dropped.
 
@@ -132,7 +136,8 @@ def load_optimizer_state(
     in the state's order; else by order. The optimizer's own names are those of its groups, or of the `model`. Then
     order and groups do not matter; a parameter that the state lacks starts from zero; the moments of one that is
     `known` (by default: in the model) but not in the optimizer, since it is frozen, are dropped. Not `strict`, so are
-    those of parameters that the model does not have. All is checked before anything changes.
+    those of parameters that the model does not have. All is checked before anything changes. An `owner` decides which
+    moments are copied; without one all are.
     (`Optimizer.load_state_dict` matches by position, checks no shape, keeps the tensors it is given and takes
     hyper-parameters from the file.)
 
@@ -149,7 +154,7 @@ def load_optimizer_state(
     )
     for one in matched.parameters:
         if one.entry:
-            optimizer.state[one.live] = {k: _copy(k, v, one.live, one.group) for k, v in one.entry.items()}
+            optimizer.state[one.live] = {k: _copy(k, v, one.live, one.group, owner) for k, v in one.entry.items()}
         elif one.is_new:
             optimizer.state.pop(one.live, None)
     return matched.lines
@@ -282,7 +287,7 @@ def refuse(faults: list[str]) -> None:
         raise CheckpointMismatch(f"optimizer state: {listed(faults)}. {OTHER_MODEL}")
 
 
-def _copy(key: str, value: Any, p: Tensor, group: dict[str, Any]) -> Any:
+def _copy(key: str, value: Any, p: Tensor, group: dict[str, Any], owner: Owner | None) -> Any:
     """Copy one value of a saved entry to where the optimizer needs it: counts on the CPU unless a kernel reads them."""
     if key == "step":
         on_device = group.get("fused") or group.get("capturable")
@@ -291,6 +296,8 @@ def _copy(key: str, value: Any, p: Tensor, group: dict[str, Any]) -> Any:
         from .spread import block_like  # imports torch.distributed, which one process does not need
 
         return block_like(value, p)
+    if isinstance(value, Tensor) and owner is not None and p.device.type == "cpu":
+        return owner.own(value, p.dtype if value.is_floating_point() else None)
     if isinstance(value, Tensor):
         return value.detach().to(device=p.device, dtype=p.dtype if value.is_floating_point() else None, copy=True)
     return value

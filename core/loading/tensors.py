@@ -20,7 +20,7 @@ from ..errors import CheckpointError, CheckpointMismatch
 from ..families.fused import Fusing
 from ..model import GPT
 from ..networks.device import resolve_device
-from .mapped import map_tensors, read_shards
+from .mapped import Owner, map_tensors, read_shards
 from .optimizer import load_optimizer_state
 
 
@@ -99,8 +99,9 @@ def load_model(
 ) -> GPT:
     """Build the model of a bundle in eval mode, with its tokenizer and step.
 
-    The model is built without memory, and the mapped tensors replace its own. `writable` copies them out
-    of the file, as training needs. Weights that were rounded for the file get the dtype back that the model had.
+    The model is built without memory, and the mapped tensors replace its own. Training writes to them: `writable`
+    copies those that verification has not read into memory. Weights that were rounded for the file get the dtype back
+    that the model had.
 
     Raises: CheckpointMismatch when config, tokenizer, weights and optimizer state contradict each other, before
     anything is allocated.
@@ -116,8 +117,10 @@ def load_model(
         _tie(bundle, tensors)
     if writable and target.type == "cpu":
         with _room_for(bundle):
-            copies = {id(tensor): tensor.to(dtype or tensor.dtype, copy=True) for tensor in tensors.values()}
-        tensors = {name: copies[id(tensor)] for name, tensor in tensors.items()}
+            owner = Owner(bundle.weights.source.filled is not None)
+            tied = {id(tensor): tensor for tensor in tensors.values()}
+            owned = {key: owner.own(tensor, dtype) for key, tensor in tied.items()}
+        tensors = {name: owned[id(tensor)] for name, tensor in tensors.items()}
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict(tensors, assign=True)

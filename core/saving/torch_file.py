@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,13 +34,20 @@ def records_of(content: Any) -> list[tuple[str, bytes | torch.UntypedStorage]]:
     return list(records(*_pickle(content)))
 
 
-def digest_of(content: Any) -> str:
+def digest_of(content: Any, known: Mapping[tuple[int, int], int] | None = None) -> str:
     """Digest of the tensors of an object as they are now, in the order of its torch file: 8 hex digits.
 
-    It is the CRC32 of the CRC32s of their storages, little-endian; a saved step records it for each file.
+    It is the CRC32 of the CRC32s of their storages, little-endian; a saved step records it for each file. `known` has
+    CRC32s by address and bytes of a storage.
     """
+    known = known or {}
+
+    def crc_of(storage: torch.UntypedStorage) -> int:
+        crc = known.get((storage.data_ptr(), storage.nbytes())) if storage.device.type == "cpu" else None
+        return _crc32(bytes_of(storage.cpu()).numpy()) if crc is None else crc
+
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = pool.map(lambda storage: _crc32(bytes_of(storage.cpu()).numpy()), _pickle(content)[1])
+        sums = pool.map(crc_of, _pickle(content)[1])
         return f"{zlib.crc32(b''.join(crc.to_bytes(4, 'little') for crc in sums)):08x}"
 
 

@@ -17,6 +17,7 @@ from ..bundle.bundle import EMA, OPTIMIZER
 from ..bundle.commit import MODEL
 from ..bundle.training_state import TrainingState
 from ..containers.checksum import crc32
+from ..containers.trees import leaves
 from ..data.randomness import mix
 from ..networks.device import changes, seed_generator
 from ..networks.state_dict import export_optimizer_state, export_state_dict
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data.dataloader import DataLoader
+    from ..loading.known_sums import KnownSums
     from .ema import Ema
     from .pair_loader import PairLoader
     from .schedule import Schedule
@@ -104,15 +106,20 @@ def settings_of(
     return found
 
 
-def state_digests(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> dict[str, str]:
+def state_digests(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None, sums: KnownSums | None = None
+) -> dict[str, str]:
     """Digests of the live weights, moments and average as a save would write them; one pass over their bytes.
 
-    Empty for a model that is sharded over ranks: no rank could compute them.
+    Where what verification read into memory is unchanged, its `sums` are taken. Empty for a model that is sharded over
+    ranks: no rank could compute them.
     """
     if any(hasattr(p, "device_mesh") for p in model.parameters()):
         return {}
     contents = {MODEL: export_state_dict(model), OPTIMIZER: export_optimizer_state(optimizer, model)}
-    return {name: digest_of(content) for name, content in (contents | ({EMA: ema.tensors()} if ema else {})).items()}
+    contents |= {EMA: ema.tensors()} if ema else {}
+    known = sums.of(leaf for leaf in leaves(contents) if isinstance(leaf, torch.Tensor)) if sums else {}
+    return {name: digest_of(content, known) for name, content in contents.items()}
 
 
 def differences(state: TrainingState, now: Mapping[str, Any], live: Mapping[str, str]) -> dict[str, list[str]]:

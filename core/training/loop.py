@@ -163,7 +163,9 @@ class Loop:
         if self.manager is None or not self.model.step or self.manager.resumed.step != self.model.step:
             return
         state = self.manager.resumed
-        live = state_digests(self.model, self.optimizer, self.ema) if certificate_of(state) else {}
+        live = {}
+        if certificate_of(state):
+            live = state_digests(self.model, self.optimizer, self.ema, self.manager.known_sums)
         line = verdict(state, differences(state, {**self.manager.facts, **self._facts()}, live))
         if strict and line != EXACT:
             raise CheckpointMismatch(
