@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .checksum import CHUNK, POSITIONED_READS, combine, crc32, read_into
+from .free_memory import free_memory
 
 _SHARE = 64 * CHUNK
 """Bytes that a thread reads at a time, about: few enough that all threads end together."""
@@ -29,17 +30,17 @@ class Filled:
 def fill(fd: int, size: int, spans: Iterable[tuple[int, int]]) -> Filled | None:
     """Read an open file of `size` bytes into memory, with a CRC32 of each of these `spans`, which do not overlap.
 
-    None where that cannot be: without positioned reads, memory or threads, and for a file that is shorter by now. What
-    maps the file instead says why.
+    None where that cannot be: without positioned reads or threads, for a file that is shorter by now, and for one of
+    more than half of the memory that is free, as far as that is known. What maps the file instead says why.
     """
-    if not POSITIONED_READS or not size:
+    if not POSITIONED_READS or not 0 < size <= free_memory() // 2:
         return None
     edges = sorted({0, size, *itertools.chain.from_iterable(spans)})
-    shares = list(_shares(itertools.pairwise(edges)))
     try:
         from concurrent.futures import ThreadPoolExecutor  # takes as long to import as a small file to read
 
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        shares = list(_shares(itertools.pairwise(edges)))
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             crcs = list(itertools.chain.from_iterable(pool.map(lambda share: _read(fd, memory, share), shares)))
     except (OSError, RuntimeError, EOFError):

@@ -34,9 +34,9 @@ import numpy as np
 import torch
 
 from ..containers.checksum import CHUNK, THREADS, crc32
+from ..containers.free_memory import free_memory
 from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Seal
 from ..errors import SaveFailed
-from .free_memory import free_memory
 from .loadable import is_plain, refuse_unloadable, unloadable
 from .torch_file import bytes_of, records_of
 

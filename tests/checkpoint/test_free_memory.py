@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from core.saving.free_memory import free_memory
+from core.containers.free_memory import free_memory
 from tests.conftest import ROOT
 
 MB = 1 << 20

@@ -40,5 +40,8 @@ def test_nothing_is_filled_without_positioned_reads_memory_or_the_whole_file(tmp
     assert filled(path, [], size=101) is None, "it was cut meanwhile"
     assert filled(path, [], size=1 << 60) is None, "more than there is of addresses"
     assert bytes(filled(path, []).memory) == b"x" * 100
+    for free, fits in ((199, False), (200, True), (0, False)):
+        monkeypatch.setattr(core.containers.filled, "free_memory", lambda free=free: free)
+        assert (filled(path, []) is not None) is fits
     monkeypatch.setattr(core.containers.filled, "POSITIONED_READS", False)
     assert filled(path, []) is None
