@@ -182,7 +182,7 @@ def test_one_file_renames_and_syncs():
 
 READS = {
     "console/files.py": 1,  # the function itself
-    "saving/free_memory.py": 4,  # /proc and the files of control groups
+    "containers/free_memory.py": 4,  # /proc and the files of control groups
     "bundle/owner.py": 2,  # /proc
     "inspection/html/document.py": 2,  # the page's own script and style
     "inspection/inspect.py": 1,  # an open file, once more
