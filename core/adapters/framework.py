@@ -10,6 +10,7 @@ from typing import Any
 
 from ..bundle.bundle import ALSO, Bundle
 from ..bundle.storage import DISK
+from ..console.commands import typed
 from ..errors import CheckpointMismatch, InputError
 from ..networks.marked import ObjectState, RankStates, unmarked
 
@@ -36,7 +37,7 @@ def refuse_others(bundle: Bundle, name: str, instead: str) -> None:
     extra = bundle.state.extra
     said = extra.get(SAVED_BY) if isinstance(extra, Mapping) else None
     if said != name:
-        by = str(said)[:80] if said else "train.py or fit" if bundle.state.training else "a loop of one's own"
+        by = str(said)[:80] if said else typed("train.py or fit") if bundle.state.training else "a loop of one's own"
         raise CheckpointMismatch(
             f"{bundle.folder}: step {bundle.step} was saved by {by}, expected one of {name}: how far that had come is "
             f"not in it. Choose another name, or {instead}. Nothing was changed."

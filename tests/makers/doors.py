@@ -169,6 +169,7 @@ FLAGS: dict[str, dict[str, str]] = {
         "--bpe_file": FILE,
         "--init_from_model": CHECKPOINT,
         "--init_from_checkpoint": CHECKPOINT,
+        "--log": NOTHING,  # names of loggers
         "--device": NOTHING,
     },
     "generate.py": {

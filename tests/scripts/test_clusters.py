@@ -58,7 +58,7 @@ def test_the_shell_loop_goes_on_until_the_run_is_done(tmp_path):
     run = start(tmp_path, LOOP, "--max_iters", "3", "--stop_after_minutes", "0.0001")
     _, said = run.communicate(timeout=300)
     assert run.returncode == DONE, said
-    assert re.findall(r"stopped by stop_after_minutes after step (\d)", said) == ["1", "2"] and step(tmp_path) == 3
+    assert re.findall(r"stopped by stop_after_minutes after step (\d)", said) == ["1", "2", "3"] and step(tmp_path) == 3
 
 
 def test_the_shell_loop_ends_with_the_failure_of_its_run(tmp_path):
