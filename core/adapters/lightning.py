@@ -144,7 +144,9 @@ class LightningCheckpoints:
             self._manager.say(str(error))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Finish the save that is being written, and let other processes write."""
+        """Finish the save that is being written, and let other processes write; a finished run is as it ended."""
+        if self._opened is not None:  # it did not begin to train
+            AllGenerators().load_state_dict(self._state["generators"])
         self._close()
 
     def _close(self) -> None:
@@ -155,13 +157,12 @@ class LightningCheckpoints:
     def _save(self, trainer: Any, at_epoch_end: bool = False) -> None:
         connector = trainer._checkpoint_connector  # Trainer.save_checkpoint would give the dict to the first rank only
         kept = {name: value for name, value in connector.dump_checkpoint(False).items() if name not in LEFT_OUT}
-        generators, (measured, metrics) = AllGenerators().state_dict(), self._measured
-        self._state = {"trainer": kept, "generators": generators, "at_epoch_end": at_epoch_end}
+        self._state = {"trainer": kept, "generators": AllGenerators().state_dict(), "at_epoch_end": at_epoch_end}
         self._manager.save(
             trainer.lightning_module,
             _one_or_all(trainer.optimizers),
             step=trainer.global_step,
-            metrics=metrics if measured == trainer.global_step else None,
+            metrics=self._measured[1] if self._measured[0] == trainer.global_step else None,
             extra={SAVED_BY: NAME},
             also={"lightning": self._state},
         )
@@ -196,5 +197,4 @@ def lightning_checkpoints(
     callbacks = framework("lightning.pytorch.callbacks")
     if every is not None and every < 1:
         raise InputError(f"every is {every}, expected a number of steps of at least 1, or None for each epoch.")
-    kind = type("ManagedCheckpoints", (LightningCheckpoints, callbacks.Checkpoint), {})
-    return kind(name, base_dir, every, settings)
+    return type("ManagedCheckpoints", (LightningCheckpoints, callbacks.Checkpoint), {})(name, base_dir, every, settings)

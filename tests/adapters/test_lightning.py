@@ -62,6 +62,12 @@ def test_a_plain_loader_is_exact_at_the_end_of_an_epoch_and_says_so(tmp_path):
     )
 
 
+@pytest.mark.parametrize("keys", [{"every": 2}, {"every": 2, "val": "epoch"}, {"every": 5, "loader": "plain"}])
+def test_a_finished_run_that_is_started_again_is_as_it_ended(tmp_path, keys):
+    expected = run(tmp_path, **QUIET, **keys)
+    assert differences(expected, run(tmp_path, seed=9, **QUIET, **keys)) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("loader", "every", "ranks"), [("resumable", 2, 1), ("stateful", 2, 1), ("plain", "null", 2)])
 def test_a_run_that_was_killed_several_times_ends_with_the_bits_of_one_that_was_not(tmp_path, loader, every, ranks):
