@@ -127,8 +127,8 @@ class CheckpointManager(FolderWriter, StepRules):
         """Open the newest step whose every file is intact, of a bundle or a single file; None where there is nothing.
 
         A damaged newest step is renamed aside and replaced by the newest intact one; both are reported. Where there are
-        steps and none is intact, `allow_fresh` sets all of them aside and returns None. Every rank calls it. What is
-        read `to_train` on the processor stays in memory, for `start`.
+        steps and none is intact, `allow_fresh` sets all of them aside and returns None. Every rank calls it. With
+        `to_train`, what `start` needs stays in memory as it is checked, unless the machine has an accelerator.
 
         Raises: NoneIntact when there are steps and none is intact; Unspecified when another program's checkpoint is
             here, unless `allow_fresh` or it is the `origin` of a new run. Nothing is changed then.

@@ -73,7 +73,7 @@ def trusted(
 ) -> Bundle:
     """Check an open bundle as `verified` does, to train on it; where a file was replaced, also that it is whole.
 
-    What a model and its optimizer are made of stays in memory where that is done `to_train` now.
+    With `to_train` the bytes of the model and its optimizer stay in memory as they are checked.
 
     Whole is: with a training state, read by `read` and, unless it may be `mixed`, of one save.
 

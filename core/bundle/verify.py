@@ -26,7 +26,7 @@ FILLED = (MODEL, OPTIMIZER)
 def verify(bundle: Bundle, names: tuple[str, ...] = ALL_PARTS, to_train: bool = False) -> list[str]:
     """Check files of a bundle against their checksums, and return a sentence for each that was replaced since.
 
-    What is read `to_train` on it stays in memory, in the `filled` of its part, as it was summed.
+    With `to_train` the bytes of the model and its optimizer stay in memory, each file's in the `filled` of its part.
 
     A replaced file is whole by its own checksums, but not the recorded one. Files of old bundles, which recorded
     nothing, are checked by the CRC32 of each zip record. Of a single file, the parts of these names are checked.

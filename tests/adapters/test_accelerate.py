@@ -20,12 +20,6 @@ from core.adapters.accelerate import AcceleratorCheckpoints  # noqa: E402
 from tests.adapters.accelerate_run import run  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def own_generator():
-    with torch.random.fork_rng():
-        yield
-
-
 @pytest.mark.parametrize(
     "keys",
     [

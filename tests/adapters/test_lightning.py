@@ -24,12 +24,6 @@ from tests.adapters.lightning_run import run  # noqa: E402
 QUIET = {"say": [].append}
 
 
-@pytest.fixture(autouse=True)
-def own_generator():
-    with torch.random.fork_rng():
-        yield
-
-
 @pytest.mark.parametrize(
     "keys",
     [
