@@ -13,7 +13,6 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..checkpoint import CheckpointManager
-from ..console.words import listed
 from ..errors import CheckpointError, CheckpointNotFound, InputError
 from ..loading.also import also_restored
 from ..loading.live import fill_live
@@ -22,6 +21,7 @@ from ..networks.stateful import AllGenerators
 from ..training.ranks import WorldRanks
 from .framework import SAVED_BY, framework, refuse_others
 from .lightning_io import checkpoint_io
+from .lightning_loaders import difference
 
 NAME = "Lightning's Trainer"
 
@@ -92,11 +92,8 @@ class LightningCheckpoints:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Go on as after the save: nothing but the batches draws random numbers from here to the first one."""
         loop = trainer.fit_loop
-        if self._manager.ranks.world.is_first and (line := _difference(loop)):
-            self._manager.say(
-                f"{self.folder}: {line}: a resume within an epoch is exact in all else, one at its end in everything. "
-                "core.data.resumable and torchdata's StatefulDataLoader of a dataset with a length are exact."
-            )
+        if self._manager.ranks.world.is_first and (line := difference(loop)):
+            self._manager.say(f"{self.folder}: {line}")
         if self._opened is None:
             return
         begins = self._state["at_epoch_end"] and not loop.restarting  # Lightning loads no loader's state then
@@ -172,16 +169,6 @@ class LightningCheckpoints:
 def _one_or_all(optimizers: list[Any]) -> Any:
     """The optimizers as the manager takes them: a single one has no name."""
     return optimizers[0] if len(optimizers) == 1 else optimizers or None
-
-
-def _difference(loop: Any) -> str | None:
-    """What a resume within an epoch does not give back; None where it is exact."""
-    loaders = loop._combined_loader.flattened
-    if without := [type(one).__name__ for one in loaders if not hasattr(one, "load_state_dict")]:
-        return f"{listed(sorted(set(without)))} keeps no position, so the batches begin anew"
-    if loop._data_fetcher.length is None:
-        return "the loader has no length, so Lightning fetches a batch ahead, which is left out"
-    return None
 
 
 def lightning_checkpoints(

@@ -2,7 +2,8 @@
 
 `python -m tests.adapters.lightning_run FOLDER [key=value ...]` trains a small model with dropout, of shuffled batches,
 and writes FOLDER/result.pt when it is done. Keys: epochs, every, loader (resumable, stateful, plain), workers,
-scheduler (step, epoch, plateau), val (none, epoch, middle), accumulation, stop (at a step), and rules of the manager.
+scheduler (step, epoch, plateau), val (none, epoch, middle), accumulation, limit (of an epoch), stop (at a step), and
+rules of the manager.
 """
 
 from __future__ import annotations
@@ -86,12 +87,13 @@ def run(folder: Path, stop: int | None = None, seed: int = 0, **keys: Any) -> di
     loader = made_loader(keys.pop("loader", "resumable"), data, keys.pop("workers", 0))
     val = {"none": {"limit_val_batches": 0}, "epoch": {}, "middle": {"val_check_interval": 2}}[keys.pop("val", "none")]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    epochs, accumulation = keys.pop("epochs", 3), keys.pop("accumulation", 1)
+    epochs, accumulation, limit = keys.pop("epochs", 3), keys.pop("accumulation", 1), keys.pop("limit", None)
     checkpoints = lightning_checkpoints("small", folder / "checkpoints", every=keys.pop("every", 1), **keys)
     trainer = Trainer(
         callbacks=checkpoints,
         max_epochs=epochs,
         accumulate_grad_batches=accumulation,
+        limit_train_batches=limit,
         devices=1 + torch.distributed.is_torchelastic_launched(),
         strategy="ddp" if torch.distributed.is_torchelastic_launched() else "auto",
         **val,

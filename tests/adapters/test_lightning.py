@@ -56,6 +56,21 @@ def test_a_plain_loader_is_exact_at_the_end_of_an_epoch_and_says_so(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("loader", "steps"), [("stateful", 9), ("resumable", 8)])
+def test_an_epoch_that_a_limit_ends_is_exact_or_it_is_said_which_is_not(tmp_path, loader, steps):
+    said: list[str] = []
+    expected = run(tmp_path / "whole", say=said.append, loader=loader, limit=3)  # of 5: resumable gives 3, 2, 3
+    assert len(expected["losses"]) == steps
+    unlike = []
+    for stop in range(2, steps):
+        assert run(tmp_path / f"{stop}", stop, **QUIET, loader=loader, limit=3) is None
+        if differences(expected, run(tmp_path / f"{stop}", seed=9, **QUIET, loader=loader, limit=3)):
+            unlike.append(stop)
+    assert unlike == ([] if loader == "stateful" else [5])
+    lines = [line for line in said if "limit_train_batches takes 3 of 5 batches, and a later epoch has the 2" in line]
+    assert len(lines) == (loader == "resumable")
+
+
 @pytest.mark.parametrize("keys", [{"every": 2}, {"every": 2, "val": "epoch"}, {"every": 5, "loader": "plain"}])
 def test_a_finished_run_that_is_started_again_is_as_it_ended(tmp_path, keys):
     expected = run(tmp_path, **QUIET, **keys)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from core.adapters.lightning import lightning_checkpoints
+from core.data import resumable
 from tests.faults.judged.lightning_trainer import Small
 
 
@@ -26,7 +27,7 @@ def main(folder: Path) -> None:
         max_epochs=3, accelerator="cpu", devices=1, callbacks=[saving], logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
-    loader = DataLoader(TensorDataset(inputs), batch_size=4, shuffle=True)
+    loader = resumable(TensorDataset(inputs), 4, seed=1)
     trainer.fit(Small(dropout=0.2), loader, ckpt_path=saving.ckpt_path)
 
 
