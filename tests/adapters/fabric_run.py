@@ -1,6 +1,6 @@
 """A loop with Lightning's Fabric that saves through CheckpointManager: started again, it goes on.
 
-`python -m tests.adapters.fabric_run FOLDER [steps=N]` writes FOLDER/result.pt when it is done.
+`python -m tests.adapters.fabric_run FOLDER steps=N [keep=N]` writes FOLDER/result.pt when it is done.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from core.data import resumable
 from core.training.ranks import WorldRanks
 
 
-def run(folder: Path, steps: int) -> dict[str, Any]:
+def run(folder: Path, steps: int, **settings: int) -> dict[str, Any]:
     """Train to the end and return what two runs must have in common."""
     torch.set_num_threads(1)
     fabric = Fabric(accelerator="cpu", devices=torch.distributed.is_torchelastic_launched() + 1)
@@ -32,8 +32,10 @@ def run(folder: Path, steps: int) -> dict[str, Any]:
     model, optimizer = fabric.setup(model, optimizer)
     loader, losses = resumable(data, batch_size=4, seed=1), []
     also = {"scheduler": scheduler, "rng": "all", "losses": losses}
-    with CheckpointManager("small", folder / "checkpoints", ranks=WorldRanks.joined()) as manager:
-        for step, (x, y) in loader.steps(manager.load(model, optimizer, also=also), steps):
+    with CheckpointManager("small", folder / "checkpoints", ranks=WorldRanks.joined(), **settings) as manager:
+        begin = manager.load(model, optimizer, also=also)
+        print(f"resumed at step {begin}", flush=True)
+        for step, (x, y) in loader.steps(begin, steps):
             loss = (model(x) - y).square().mean()
             fabric.backward(loss)
             optimizer.step()
@@ -49,4 +51,4 @@ def run(folder: Path, steps: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2].removeprefix("steps=")))
+    run(Path(sys.argv[1]), **{key: int(value) for key, _, value in (word.partition("=") for word in sys.argv[2:])})

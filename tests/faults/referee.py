@@ -79,6 +79,12 @@ TRAINERS = {
         f"{JUDGED}/lightning_ours.py {{out}}",
         ("torch._dynamo", "lightning.pytorch", "core.adapters.lightning", "core.checkpoint", "core.training.ranks"),
     ),
+    "fabric": Trainer(
+        "a loop with Lightning's Fabric and the manager",
+        "tests/adapters/fabric_run.py {out} steps=6 keep=9",
+        ("torch._dynamo", "lightning.fabric", "core.checkpoint", "core.data", "core.training.ranks"),
+        "checkpoints/small/step_*",
+    ),
     "hf_own": Trainer(
         "transformers' Trainer, its own saving",
         f"{JUDGED}/hf_trainer.py {{out}}",
