@@ -177,6 +177,8 @@ def test_a_run_that_is_killed_and_what_follows_it_from_an_empty_folder(installed
     page = command("gpt-checkpoints inspect --model_name dante --html dante.html") and tmp_path / "dante.html"
     assert "<pre>gpt-checkpoints train --model_name dante --max_iters " in page.read_text()
     assert "bit for bit" in command("gpt-checkpoints convert checkpoints/dante a.safetensors --to safetensors")
+    assert "bit for bit" in command("gpt-checkpoints convert checkpoints/dante hf --to hf")
+    assert "by `gpt-checkpoints convert --to hf`" in (tmp_path / "hf/README.md").read_text()
 
     # The clone's own run, never killed, has the same bits; and each reads what the other wrote.
     end = ["--max_iters", str(2 * (reached + 20))]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle.commit import CONFIG
+from ...console.commands import PACKAGE, PROGRAM
 from ...containers.hf_folder import BESIDE
 from ...containers.json_files import dump_json
 from ..hf_tokenizer import add_tokenizer_files
@@ -22,6 +23,7 @@ def card(plan: Plan) -> str:
     model = plan.model
     shape = model.sizes
     numbers = sum(target.view.numel for target in plan.targets)
+    command = "convert_checkpoints.py" if PACKAGE == "core" else f"{PROGRAM} convert"  # no path of this machine
     lines = [
         "---",
         "library_name: transformers",
@@ -29,7 +31,7 @@ def card(plan: Plan) -> str:
         "---",
         f"# {plan.target.name}",
         "",
-        f"Converted from {_sources(model)} ({model.program}) by `convert_checkpoints.py --to {plan.format}`.",
+        f"Converted from {_sources(model)} ({model.program}) by `{command} --to {plan.format}`.",
         "",
         f"- {shape.get('n_layer', '?')} layers, {shape.get('n_head', '?')} heads, width {shape.get('n_embd', '?')}, "
         f"context {shape.get('block_size', '?')}, vocabulary {shape.get('vocab_size', '?')}; {numbers:,} parameters",
