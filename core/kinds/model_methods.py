@@ -19,7 +19,7 @@ from ..loading.tensors import load_model, load_optimizer
 from ..model import GPT
 from ..networks.device import resolve_dtype
 from ..networks.state_dict import export_state_dict
-from ..saving.snapshot import Memory
+from ..saving.block_memory import Memory
 from ..saving.step import StepContent, StepSave
 from ..saving.torch_file import write_torch_zip
 

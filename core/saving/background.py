@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..console.words import tell
-from .snapshot import Memory, Snapshot
+from .block_memory import Memory
+from .snapshot import Snapshot
 
 
 class BackgroundSaver:

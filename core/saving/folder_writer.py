@@ -15,8 +15,8 @@ from ..bundle.writing import explained, writing
 from ..logs.hand_over import Logs
 from ..networks.wrappers import Optimizers, optimizers_by_name, says_when_it_steps
 from .background import BackgroundSaver
+from .block_memory import Memory
 from .ranks import Ranks
-from .snapshot import Memory
 from .step import StepSave
 
 

@@ -31,8 +31,8 @@ from ..errors import CheckpointError, InputError, SaveFailed
 from ..networks.distributed import World
 from ..networks.state_dict import local, plain
 from ..networks.wrappers import Optimizers, optimizers_by_name
+from .block_memory import Memory
 from .shards import Shard, averages_of, image_of, moments_of, placed, weights_of
-from .snapshot import Memory
 from .step import StepContent, StepSave
 
 

@@ -22,7 +22,6 @@ update may have to wait. None in a queue means that nothing more comes.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import queue
 import threading
 from collections import deque
@@ -34,61 +33,14 @@ import numpy as np
 import torch
 
 from ..containers.checksum import CHUNK, THREADS, crc32
-from ..containers.free_memory import free_memory
 from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Seal
 from ..errors import SaveFailed
+from .block_memory import Memory
 from .loadable import is_plain, refuse_unloadable, unloadable
 from .torch_file import bytes_of, records_of
 
-BLOCK = 4 * 1024 * 1024
-"""Bytes of a block: large enough for the disk, small enough to be filled while another is written."""
-
-RING = 12
-"""The number of blocks when memory allows no more: 48 MB."""
-
 FEW = 8
 """The number of blocks below which another thread does not pay off."""
-
-SHARE = 0.5
-"""Fraction of the free memory that a snapshot may take."""
-
-
-class Blocks:
-    """Memory in blocks, page-aligned; pinned where a GPU copies into it."""
-
-    def __init__(self, count: int, pinned: bool) -> None:
-        self.count, self.pinned = count, pinned
-        if pinned:
-            self.memory = torch.empty(count * BLOCK, dtype=torch.uint8, pin_memory=True)
-            return
-        self.memory = torch.frombuffer(mmap.mmap(-1, count * BLOCK), dtype=torch.uint8)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """The bytes of a block."""
-        return self.memory[index * BLOCK : (index + 1) * BLOCK]
-
-
-class Memory:
-    """The blocks of a manager's saves, kept from one to the next.
-
-    `limit` is in bytes; None takes a share of what is free when they are allocated.
-    """
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
-        self._blocks: Blocks | None = None
-
-    def blocks(self, wanted: int, pinned: bool) -> Blocks:
-        """Get up to `wanted` blocks, and at least a ring of them; those of the last save where they suffice."""
-        if self._blocks is not None and self._blocks.pinned == pinned and self._blocks.count >= wanted:
-            return self._blocks
-        held = self._blocks.count * BLOCK if self._blocks is not None else 0
-        limit = self.limit if self.limit is not None else int((free_memory() + held) * SHARE)
-        count = min(wanted, max(RING, limit // BLOCK))
-        if self._blocks is None or self._blocks.pinned != pinned or self._blocks.count != count:
-            self._blocks = None  # before the new ones are made
-            self._blocks = Blocks(count, pinned)
-        return self._blocks
 
 
 class SnapshotFile:
@@ -196,9 +148,10 @@ class Snapshot:
 
     def start(self, memory: Memory) -> None:
         """Begin to copy; where no thread can be started, `blocks_of` copies."""
-        starts = [(file, start) for file in self._files.values() for start in range(0, file.size, BLOCK)]
+        block = memory.BLOCK
+        starts = [(file, start) for file in self._files.values() for start in range(0, file.size, block)]
         for number, (file, start) in enumerate(starts):
-            self._left.append(_Span(number, file, start, min(BLOCK, file.size - start)))
+            self._left.append(_Span(number, file, start, min(block, file.size - start)))
         self._blocks = memory.blocks(max(1, len(starts)), pinned=self._device is not None)
         for index in range(self._blocks.count):
             self._free.put(index)

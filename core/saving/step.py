@@ -37,8 +37,9 @@ from ..errors import CheckpointDamaged, InputError, SaveFailed
 from ..networks.frozen import Frozen
 from ..networks.state_dict import changed_by_step, copy_others, export_optimizers, export_state_dict, plain
 from ..networks.wrappers import Modules, Optimizers, as_module, class_names, optimizers_by_name, unwrap
+from .block_memory import Memory
 from .loadable import unloadable
-from .snapshot import Memory, Snapshot, SnapshotFile
+from .snapshot import Snapshot, SnapshotFile
 
 
 def whole_step(step: object) -> int:

@@ -21,8 +21,9 @@ from core.bundle.storage import DISK
 from core.checkpoint import CheckpointManager
 from core.errors import InputError, SaveFailed
 from core.networks.state_dict import export_optimizer_state
-from core.saving import snapshot
-from core.saving.snapshot import BLOCK, RING, Memory, Snapshot
+from core.saving import block_memory, snapshot
+from core.saving.block_memory import Memory
+from core.saving.snapshot import Snapshot
 from core.saving.torch_file import digest_of
 from tests.makers.models import SMALL, equal, manager, save_durably, started, state_of, train_and_save, update, weights
 
@@ -45,8 +46,8 @@ def slow_copy(monkeypatch):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Files of a small model take many blocks."""
-    monkeypatch.setattr(snapshot, "BLOCK", 4096)
-    monkeypatch.setattr(snapshot, "RING", 3)
+    monkeypatch.setattr(Memory, "BLOCK", 4096)
+    monkeypatch.setattr(Memory, "RING", 3)
 
 
 def on_disk(folder):
@@ -94,10 +95,10 @@ def test_any_amount_of_memory_gives_the_same_bytes(tmp_path, small_blocks, limit
 
 
 def test_a_ring_takes_less_than_64_megabytes_and_the_share_of_free_memory_is_respected(monkeypatch):
-    assert RING * BLOCK <= 64e6
-    monkeypatch.setattr(snapshot, "free_memory", lambda: 40 * BLOCK)
+    assert Memory.RING * Memory.BLOCK <= 64e6
+    monkeypatch.setattr(block_memory, "free_memory", lambda: 40 * Memory.BLOCK)
     assert Memory().blocks(1000, pinned=False).count == 20
-    assert Memory(0).blocks(1000, pinned=False).count == RING
+    assert Memory(0).blocks(1000, pinned=False).count == Memory.RING
     assert Memory().blocks(7, pinned=False).count == 7
     memory = Memory()
     first = memory.blocks(15, pinned=False)
@@ -105,7 +106,7 @@ def test_a_ring_takes_less_than_64_megabytes_and_the_share_of_free_memory_is_res
 
 
 def test_free_memory_is_what_the_machine_says_here():
-    assert 1e6 < snapshot.free_memory() < 1e15
+    assert 1e6 < block_memory.free_memory() < 1e15
 
 
 def test_buffers_and_state_that_a_person_edits_are_copied_in_save(tmp_path, slow_copy):
@@ -467,7 +468,7 @@ def test_on_a_gpu_the_copy_is_made_beside_the_computation_and_equals_the_state_a
 
 
 def test_a_snapshot_given_up_half_way_lets_training_go_on():
-    content = {"model.pt": {"w": torch.randn(3 * BLOCK // 4)}}
+    content = {"model.pt": {"w": torch.randn(3 * Memory.BLOCK // 4)}}
     taken = Snapshot(content, content["model.pt"])
     files = taken.plan()
     taken.start(Memory(0))
