@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 
 import torch
 
@@ -12,16 +13,41 @@ from ..containers.free_memory import free_memory
 class Blocks:
     """Memory in blocks, page-aligned; pinned where a GPU copies into it."""
 
+    SEGMENT = 64
+    """The most blocks that are pinned at once: 256 MB. torch rounds what it pins up to a power of two."""
+
     def __init__(self, count: int, size: int, pinned: bool) -> None:
         self.count, self.size, self.pinned = count, size, pinned
-        if pinned:
-            self.memory = torch.empty(count * size, dtype=torch.uint8, pin_memory=True)
-            return
-        self.memory = torch.frombuffer(mmap.mmap(-1, count * size), dtype=torch.uint8)
+        self._blocks: list[torch.Tensor] = []
+
+    def taken(self) -> Iterator[int]:
+        """Yield the index of each block as soon as there is memory for it.
+
+        Memory is pinned at some GB/s, so that the first blocks may be filled while more are pinned. Where no more can
+        be pinned, those that are there have to do.
+
+        Raises: MemoryError or RuntimeError where there is memory for none.
+        """
+        yield from range(len(self._blocks))
+        while (left := self.count - len(self._blocks)) > 0:
+            begin = len(self._blocks)
+            count = min(self.SEGMENT, 1 << left.bit_length() - 1) if self.pinned else left
+            try:
+                self._blocks += self._allocated(count * self.size).split(self.size)
+            except (MemoryError, RuntimeError):
+                if not begin:
+                    raise
+                self.count = begin
+            yield from range(begin, len(self._blocks))
+
+    def _allocated(self, size: int) -> torch.Tensor:
+        if self.pinned:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """The bytes of a block."""
-        return self.memory[index * self.size : (index + 1) * self.size]
+        """The bytes of a block that was taken."""
+        return self._blocks[index]
 
 
 class Memory:

@@ -10,7 +10,7 @@ the future files, into memory that is allocated once, and compute the CRC32 whil
                       |  fill a block,                                ^          takes blocks in order (`_early` holds
                       |  sum it on a CPU                              |          those that came too soon), seals them
                       `-- _arriving (GPU) -> summing threads ---------'          with the checksums
-                             wait for the copy's event, then sum
+                             wait for the copies' events, then sum
 
 Three roles: the loop's thread makes the snapshot and waits in `wait_copied` before the next update; copying threads
 (one for a GPU, several for a CPU, since the threads of a computation wait for the slowest of them) empty `_left`;
@@ -36,6 +36,7 @@ from ..containers.checksum import CHUNK, THREADS, crc32
 from ..containers.torch_files.image import RECORDS, Image, Kind, Piece, Seal
 from ..errors import SaveFailed
 from .block_memory import Memory
+from .copy_stream import CopyStream, gpu_of
 from .loadable import is_plain, refuse_unloadable, unloadable
 from .torch_file import bytes_of, records_of
 
@@ -86,8 +87,8 @@ class _Block:
     pieces: list[Piece]
     sums: list[int] = field(default_factory=list)
     """The CRC32 of each piece."""
-    arrived: Any = None
-    """From a GPU: the event after which its bytes have arrived."""
+    arrived: list[Any] = field(default_factory=list)
+    """From GPUs: the events after which its bytes have arrived."""
 
 
 class Snapshot:
@@ -100,7 +101,9 @@ class Snapshot:
     def __init__(self, contents: Mapping[str, Any], live: Mapping[str, torch.Tensor]) -> None:
         self._contents = contents
         self._versions = [(name, t, t._version) for name, t in live.items() if not t.is_inference()]
-        self._device = next((t.device for t in live.values() if t.is_cuda), None)
+        gpus = {gpu_of(t): None for t in live.values()}
+        self._streams = {gpu: CopyStream(gpu) for gpu in gpus if gpu is not None}
+        self._compared = False
         self._copied = threading.Event()
         self._error: BaseException | None = None
         self._lock = threading.Lock()
@@ -114,18 +117,15 @@ class Snapshot:
         self._copying = self._summing = 0
         self._alone = False
         self._files: dict[str, SnapshotFile] = {}
-        self._stream: Any = None
-        self._last: Any = None
-        if self._device is not None:
-            self._begin = torch.cuda.current_stream(self._device).record_event()
 
     # The caller's thread
 
     def wait_copied(self) -> None:
         """Wait until the live tensors may change."""
         self._copied.wait()
-        if self._last is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._last)  # the GPU waits, not the program
+        self._compare_versions()
+        for stream in self._streams.values():
+            stream.hold_back()
 
     # The writer's thread
 
@@ -152,16 +152,18 @@ class Snapshot:
         starts = [(file, start) for file in self._files.values() for start in range(0, file.size, block)]
         for number, (file, start) in enumerate(starts):
             self._left.append(_Span(number, file, start, min(block, file.size - start)))
-        self._blocks = memory.blocks(max(1, len(starts)), pinned=self._device is not None)
-        for index in range(self._blocks.count):
-            self._free.put(index)
+        for stream in self._streams.values():
+            stream.adopt_thread()
+        self._blocks = memory.blocks(max(1, len(starts)), pinned=bool(self._streams))
         several = max(1, min(THREADS, len(starts) // FEW))
         with self._lock:  # no thread may count itself as the last one before all are counted
-            if self._device is not None:
+            if self._streams:
                 self._summing = self._start_threads("snapshot: sum", self._sum_arrived, several)
-            if self._device is None or self._summing:
+            if not self._streams or self._summing:
                 self._copying = self._start_threads("snapshot: copy", self._copy, 1 if self._summing else several)
             self._alone = not self._copying
+        for index in self._blocks.taken():
+            self._free.put(index)
 
     def _start_threads(self, name: str, target: Callable[[], None], count: int) -> int:
         for i in range(count):
@@ -205,13 +207,9 @@ class Snapshot:
             self._compare_versions()
             self._copied.set()
             return None
-        if self._device is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._begin)
-        block = self._filled(*claimed)
-        if self._device is not None:
-            torch.cuda.current_stream(self._device).synchronize()
-            block.sums = _sums_of(block)
-        return block
+        with self._beside():
+            block = self._filled(*claimed)
+        return self._summed(block) if self._streams else block
 
     def finish(self) -> None:
         """Check that what was copied is one state; call it when all blocks have been taken.
@@ -228,8 +226,9 @@ class Snapshot:
         for thread in self._threads:
             thread.join()
         self._copied.set()
-        if self._stream is not None:
-            self._stream.synchronize()  # a copy into a block that was not handed on may still be running
+        for stream in self._streams.values():
+            stream.synchronize()  # a copy into a block that was not handed on may still be running
+        self._streams = {}
         self._contents, self._files, self._versions = {}, {}, []
         self._early.clear()
         self._error = None  # its traceback holds frames that hold tensors
@@ -237,7 +236,7 @@ class Snapshot:
     # The copying threads
 
     def _copy(self) -> None:
-        done = self._ready if self._device is None else self._arriving
+        done = self._arriving if self._streams else self._ready
         try:
             with self._beside():
                 while (span := self._claim()) is not None:
@@ -248,10 +247,8 @@ class Snapshot:
             self._copying -= 1
             if self._copying:
                 return
-        try:
+        if not self._streams:  # else nothing has arrived yet
             self._compare_versions()
-        except SaveFailed as error:
-            self._fail(error)
         self._copied.set()
         for _ in range(self._summing or 1):
             done.put(None)
@@ -277,57 +274,75 @@ class Snapshot:
         self._give_up()
 
     def _compare_versions(self) -> None:
-        for name, tensor, version in self._versions:
-            if tensor._version != version:
-                raise SaveFailed(
-                    f"{name} changed while it was being saved, and not by the optimizer's step. "
+        """Fail where a tensor was changed: when all was copied, or when a change is about to begin that waited for it.
+
+        What comes first counts. A copy from a GPU has been made when it has arrived, not when it was queued.
+        """
+        with self._lock:  # to its end: a change that waited for it must not be seen by it
+            versions = [] if self._compared else self._versions
+            self._compared = True
+            changed = next((name for name, tensor, version in versions if tensor._version != version), None)
+        if changed is not None:
+            self._fail(
+                SaveFailed(
+                    f"{changed} changed while it was being saved, and not by the optimizer's step. "
                     "Call wait() of the manager before such a change."
                 )
+            )
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
-        """On a GPU, copy in a stream beside the one that computes."""
-        if self._device is None:
+        """On GPUs, copy in streams beside those that compute."""
+        with contextlib.ExitStack() as streams:
+            for stream in self._streams.values():
+                streams.enter_context(stream.beside())
             yield
-            return
-        self._stream = torch.cuda.Stream(self._device)
-        self._stream.wait_event(self._begin)
-        with torch.cuda.stream(self._stream):
-            yield
-            self._last = self._stream.record_event()
 
     def _filled(self, span: _Span, index: int) -> _Block:
         memory = self._blocks[index]
         pieces = list(span.file.image.pieces(span.start, span.start + span.length))
-        block = _Block(span, memory, index, pieces)
+        block, streams = _Block(span, memory, index, pieces), self._streams
+        used = {}
         for piece in pieces:
             segment, low, high, at = piece
             target = memory[at : at + high - low]
             if segment.kind is Kind.PLAIN:
                 target.numpy().data[:] = segment.content[low:high]
-            if self._device is None:
+            if not streams:
                 block.sums.append(_sum(piece, target, copy=segment.kind is Kind.STORAGE))
             elif segment.kind is Kind.STORAGE:
                 source = segment.content[low:high]
-                _copy_bytes(source, target, source.device == self._device)
-        if self._stream is not None:
-            block.arrived = self._stream.record_event()
+                if (gpu := gpu_of(source)) in streams:
+                    streams[gpu].copy(source, target)
+                    used[gpu] = streams[gpu]
+                else:
+                    _copy_bytes(source, target)
+        block.arrived = [stream.mark() for stream in used.values()]
         return block
 
     # The summing threads, for what comes from a GPU
 
     def _sum_arrived(self) -> None:
+        for stream in self._streams.values():
+            stream.adopt_thread()
         while (block := self._arriving.get()) is not None:
             try:
-                block.arrived.synchronize()
-                block.sums = _sums_of(block)
-                self._ready.put(block)
+                self._ready.put(self._summed(block))
             except BaseException as error:
                 self._fail(error)
         with self._lock:
             self._summing -= 1
-            if not self._summing:
-                self._ready.put(None)
+            if self._summing:
+                return
+        self._compare_versions()
+        self._ready.put(None)
+
+    def _summed(self, block: _Block) -> _Block:
+        """The block with its checksums, when its bytes have arrived."""
+        for mark in block.arrived:
+            mark.synchronize()
+        block.sums = [_sum(piece, block.memory[piece.at :], copy=False) for piece in block.pieces]
+        return block
 
 
 def _image_of(file: str, content: Any) -> Image:
@@ -338,28 +353,27 @@ def _image_of(file: str, content: Any) -> Image:
     return Image([(name, c if isinstance(c, bytes) else bytes_of(c)) for name, c in records])
 
 
-def _sums_of(block: _Block) -> list[int]:
-    return [_sum(piece, block.memory[piece.at :], copy=False) for piece in block.pieces]
-
-
 def _sum(piece: Piece, memory: torch.Tensor, copy: bool) -> int:
     """CRC32 of a piece in memory; with `copy`, it is copied there first, part by part while in the core's cache."""
     if piece.segment.kind not in RECORDS:
         return 0
     crc, size = 0, piece.high - piece.low
+    if not copy:
+        return crc32(memory[:size].numpy().data)
     for start in range(0, size, CHUNK):
         end = min(start + CHUNK, size)
         target = memory[start:end]
-        if copy:
-            _copy_bytes(piece.segment.content[piece.low + start : piece.low + end], target, False)
+        _copy_bytes(piece.segment.content[piece.low + start : piece.low + end], target)
         crc = crc32(target.numpy().data, crc)
     return crc
 
 
-def _copy_bytes(source: torch.Tensor, target: torch.Tensor, beside: bool) -> None:
-    """Copy; with `beside`, from the GPU in this snapshot's stream, without waiting for it."""
+def _copy_bytes(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy into memory, and wait for it."""
     if source.device.type == "cpu":
         # Not torch's copy: it would take threads away from the computation.
         np.copyto(target.numpy(), source.numpy())
-    else:
-        target.copy_(source, non_blocking=beside)
+        return
+    if source.is_cuda:  # of a GPU without live tensors: behind whatever stream has made it
+        torch.cuda.synchronize(source.device)
+    target.copy_(source)

@@ -10,6 +10,7 @@ import pickle
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,9 @@ def digest_of(content: Any, known: Mapping[tuple[int, int], int] | None = None) 
         crc = known.get((storage.data_ptr(), storage.nbytes())) if storage.device.type == "cpu" else None
         return _crc32(bytes_of(storage.cpu()).numpy()) if crc is None else crc
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    # Else each thread would open a context on the first GPU.
+    same_gpu = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+    with ThreadPoolExecutor(THREADS, initializer=same_gpu) as pool:
         sums = pool.map(crc_of, _pickle(content)[1])
         return f"{zlib.crc32(b''.join(crc.to_bytes(4, 'little') for crc in sums)):08x}"
 
