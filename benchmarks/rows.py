@@ -12,6 +12,15 @@ FILE = "BENCHMARK_ROWS"
 """The environment variable that names the file into which a script hands over its rows to `python -m benchmarks`."""
 
 
+try:
+    import zlib_ng  # noqa: F401
+except ImportError:
+    FAST = False
+else:
+    FAST = True
+"""Whether the extra `fast` is there, which has bars of its own."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A figure and its bar: at most so much or, with `at_least`, at least; `ours` and `peer` are what it is made of."""
@@ -45,6 +54,11 @@ class Row:
         made_of = " against ".join(filter(None, (self.ours, self.peer)))
         said = f" ({made_of})" if made_of else ""
         return f"{'met   ' if self.is_met else 'MISSED'}  {self.claim}: {self.figure}{said}, bar {self.bound}"
+
+
+def against(claim: str, ours: float, peer: float, bar: float) -> Row:
+    """That our seconds are at most so many times a peer's."""
+    return Row(claim, ours / peer, bar, ours=f"{ours:.3g} s", peer=f"{peer:.3g} s")
 
 
 def hand_over(rows: Sequence[Row]) -> None:
