@@ -3,8 +3,9 @@
     python -m benchmarks [NAME ...] [--input_file TEXT] [--nanogpt CLONE] [--folder DIR] [--quick]
 
 All of them take more than an hour; with names (save, convert, ...) those alone run, and only their rows are replaced.
-What sums bytes runs twice: with zlib-ng where that is installed (the extra `fast`), and with zlib alone. `--quick` tries
-all of it in some minutes, with one round and small models, and writes nothing: its figures are of nothing that is claimed.
+What sums bytes runs twice: with zlib-ng where that is installed (the extra `fast`), and with zlib alone. `--quick`
+tries all of it in some minutes, with one round and small models, and writes nothing: its figures are of nothing that
+is claimed.
 """
 
 from __future__ import annotations
