@@ -6,15 +6,17 @@ The source is only read, and the result is verified against it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from ..bundle.folder import new_id
-from ..bundle.output import Output
+from ..bundle.output import Output, reserve
 from ..bundle.storage import DISK, Storage
 from ..bundle.writing import lock_if_model
 from ..console.words import size_text
@@ -22,7 +24,7 @@ from ..containers import safetensors_writer
 from ..containers.checksum import combine, crc32
 from ..containers.dcp.folder import SUFFIX
 from ..containers.dcp.metadata import METADATA
-from ..containers.tensors.reading import PIECE, Gatherer, cast
+from ..containers.tensors.reading import PIECE, ROOM, Gatherer, cast
 from ..containers.torch_files.layout import TensorRecord, pickled, write_torch_file
 from ..containers.trees import map_leaves
 from ..errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
@@ -70,8 +72,10 @@ class DirectOutput(Output):
     The disk writes while the conversion continues; closing the output waits for the rest.
     """
 
-    def __init__(self, storage: Storage, fd: int, is_summed: bool, begin: Begin) -> None:
+    def __init__(self, storage: Storage, fd: int, is_summed: bool, begin: Begin, least: int) -> None:
         super().__init__(storage, fd)
+        if least >= _AT_ONCE:
+            reserve(storage, fd, least)
         self.is_summed = is_summed
         self._begin = begin
         self._written = self._begun = 0
@@ -113,15 +117,43 @@ class OutputFiles(contextlib.ExitStack):
         self.recorded: dict[str, dict[str, Any]] = {}  # by name: size and CRC32
 
     @contextlib.contextmanager
-    def file(self, name: str, is_summed: bool = True) -> Iterator[DirectOutput]:
-        """Create a file of this name in the folder; with "", the target itself."""
+    def file(self, name: str, is_summed: bool = True, least: int = 0) -> Iterator[DirectOutput]:
+        """Create a file of this name, and of at least so many bytes, in the folder; with "", the target itself."""
         if len(self.recorded) % _MOST_OPEN == _MOST_OPEN - 1:  # a model may have thousands
             self.close()
-        output = DirectOutput(DISK, DISK.descriptor(self.place / name), is_summed, self._begin)
+        output = DirectOutput(DISK, DISK.descriptor(self.place / name), is_summed, self._begin, least)
         self.enter_context(output)
         yield output
         output.flush()
         self.recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
+
+
+class Elements(contextlib.ExitStack):
+    """The elements of targets in turn; while one is written, a thread brings those of a small one after it in order."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+        self._gatherers = [self.enter_context(Gatherer()) for _ in range(2)]
+        self._thread = self.enter_context(ThreadPoolExecutor(1))
+
+    def of(self, targets: Sequence[Target]) -> Iterator[Iterator[memoryview]]:
+        """Yield the pieces of each target, which are used up before the next target is asked for."""
+        begun: Future[Iterator[memoryview]] | None = None
+        which = 0  # of the gatherers, of which the second never has memory for a large tensor
+        for target, following in itertools.zip_longest(targets, targets[1:]):
+            pieces = elements(self._gatherers[0], target, self._progress) if begun is None else begun.result()
+            is_small = following is not None and following.view.nbytes <= ROOM
+            which = 1 - which if is_small else 0
+            begun = None
+            if is_small:
+                begun = self._thread.submit(_begun, elements(self._gatherers[which], following, self._progress))
+            yield pieces
+
+
+def _begun(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same pieces, of which the first one is there."""
+    return itertools.chain([*itertools.islice(pieces, 1)], pieces)
 
 
 def refuse_target(plan: Plan, overwrite: bool) -> None:
@@ -187,13 +219,14 @@ def convert(
 
 def _write(plan: Plan, made: OutputFiles, progress: Progress) -> None:
     metadata: bytes | None = None  # of a DCP folder, with the final positions of its items
-    with Gatherer() as gatherer:
+    with Elements(progress) as ordered:
         for file in plan.files:
-            with made.file(file.name if plan.is_folder else "", file.is_torch) as output:
+            least = sum({_storage_of(file, target): target.nbytes for target in file.targets}.values())
+            with made.file(file.name if plan.is_folder else "", file.is_torch, least) as output:
                 if file.name.endswith(SUFFIX):
-                    metadata = write_items(file, output, lambda t: elements(gatherer, t, progress))
+                    metadata = write_items(file, output, lambda target: next(ordered.of([target])))
                 else:
-                    (write_torch if file.is_torch else _write_safetensors)(file, output, gatherer, progress)
+                    (write_torch if file.is_torch else _write_safetensors)(file, output, ordered)
     for name, source in plan.copies.items():
         with made.file(name) as output, DISK.open(source) as copied:
             while data := copied.read(PIECE):
@@ -207,11 +240,11 @@ def _write(plan: Plan, made: OutputFiles, progress: Progress) -> None:
             output.write(text)
 
 
-def _write_safetensors(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> None:
+def _write_safetensors(file: WeightFile, output: Output, ordered: Elements) -> None:
     entries = [(t.path, t.dtype, t.view.shape, t.nbytes) for t in file.targets]
     output.write(safetensors_writer.header(entries, file.metadata))
-    for target in file.targets:
-        _append(output, elements(gatherer, target, progress))
+    for pieces in ordered.of(file.targets):
+        _append(output, pieces)
 
 
 def _append(output: Output, pieces: Iterator[memoryview]) -> None:
@@ -219,19 +252,24 @@ def _append(output: Output, pieces: Iterator[memoryview]) -> None:
         output.write(piece)
 
 
-def write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> str:
+def write_torch(file: WeightFile, output: Output, ordered: Elements) -> str:
     """Write a torch file, tensor by tensor, and return the digest of its tensors."""
     keys: list[Target] = []
     tensors: dict[str, TensorRecord] = {}
-    seen: dict[Any, int] = {}  # tied tensors share one storage
+    seen: dict[Hashable, int] = {}
     for target in file.targets:
-        is_one = file.ties and target.is_weight and target.view.names
-        key = seen.setdefault((target.dtype, target.view.place) if is_one else target.path, len(keys))
+        key = seen.setdefault(_storage_of(file, target), len(keys))
         if key == len(keys):
             keys.append(target)
         tensors[target.path] = TensorRecord(key, target.dtype, target.view.shape, target.nbytes)
     data_pkl = pickled(map_leaves(lambda leaf: tensors[leaf.path] if isinstance(leaf, Ref) else leaf, file.content))
-    return write_torch_file(output, data_pkl, ((t.nbytes, elements(gatherer, t, progress)) for t in keys))
+    return write_torch_file(output, data_pkl, zip((target.nbytes for target in keys), ordered.of(keys), strict=True))
+
+
+def _storage_of(file: WeightFile, target: Target) -> Hashable:
+    """What tells the storage of a target from the others of a file: tied weights of a torch file share one."""
+    is_one = file.is_torch and file.ties and target.is_weight and target.view.names
+    return (target.dtype, target.view.place) if is_one else target.path
 
 
 def elements(gatherer: Gatherer, target: Target, progress: Progress) -> Iterator[memoryview]:
