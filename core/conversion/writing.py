@@ -6,11 +6,9 @@ The source is only read, and the result is verified against it.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -24,7 +22,7 @@ from ..containers import safetensors_writer
 from ..containers.checksum import combine, crc32
 from ..containers.dcp.folder import SUFFIX
 from ..containers.dcp.metadata import METADATA
-from ..containers.tensors.reading import PIECE, ROOM, Gatherer, cast
+from ..containers.tensors.reading import PIECE, Gatherer, cast
 from ..containers.torch_files.layout import TensorRecord, pickled, write_torch_file
 from ..containers.trees import map_leaves
 from ..errors import CheckpointError, CheckpointLocked, CheckpointMismatch, SaveFailed
@@ -128,34 +126,6 @@ class OutputFiles(contextlib.ExitStack):
         self.recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}
 
 
-class Elements(contextlib.ExitStack):
-    """The elements of targets in turn; while one is written, a thread brings those of a small one after it in order."""
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__()
-        self._progress = progress
-        self._gatherers = [self.enter_context(Gatherer()) for _ in range(2)]
-        self._thread = self.enter_context(ThreadPoolExecutor(1))
-
-    def of(self, targets: Sequence[Target]) -> Iterator[Iterator[memoryview]]:
-        """Yield the pieces of each target, which are used up before the next target is asked for."""
-        begun: Future[Iterator[memoryview]] | None = None
-        which = 0  # of the gatherers, of which the second never has memory for a large tensor
-        for target, following in itertools.zip_longest(targets, targets[1:]):
-            pieces = elements(self._gatherers[0], target, self._progress) if begun is None else begun.result()
-            is_small = following is not None and following.view.nbytes <= ROOM
-            which = 1 - which if is_small else 0
-            begun = None
-            if is_small:
-                begun = self._thread.submit(_begun, elements(self._gatherers[which], following, self._progress))
-            yield pieces
-
-
-def _begun(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The same pieces, of which the first one is there."""
-    return itertools.chain([*itertools.islice(pieces, 1)], pieces)
-
-
 def refuse_target(plan: Plan, overwrite: bool) -> None:
     """Refuse a target that exists, unless --overwrite is given, and one that is, contains or lies in the source.
 
@@ -219,14 +189,14 @@ def convert(
 
 def _write(plan: Plan, made: OutputFiles, progress: Progress) -> None:
     metadata: bytes | None = None  # of a DCP folder, with the final positions of its items
-    with Elements(progress) as ordered:
+    with Gatherer() as gatherer:
         for file in plan.files:
             least = sum({_storage_of(file, target): target.nbytes for target in file.targets}.values())
             with made.file(file.name if plan.is_folder else "", file.is_torch, least) as output:
                 if file.name.endswith(SUFFIX):
-                    metadata = write_items(file, output, lambda target: next(ordered.of([target])))
+                    metadata = write_items(file, output, lambda t: elements(gatherer, t, progress))
                 else:
-                    (write_torch if file.is_torch else _write_safetensors)(file, output, ordered)
+                    (write_torch if file.is_torch else _write_safetensors)(file, output, gatherer, progress)
     for name, source in plan.copies.items():
         with made.file(name) as output, DISK.open(source) as copied:
             while data := copied.read(PIECE):
@@ -240,11 +210,11 @@ def _write(plan: Plan, made: OutputFiles, progress: Progress) -> None:
             output.write(text)
 
 
-def _write_safetensors(file: WeightFile, output: Output, ordered: Elements) -> None:
+def _write_safetensors(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> None:
     entries = [(t.path, t.dtype, t.view.shape, t.nbytes) for t in file.targets]
     output.write(safetensors_writer.header(entries, file.metadata))
-    for pieces in ordered.of(file.targets):
-        _append(output, pieces)
+    for target in file.targets:
+        _append(output, elements(gatherer, target, progress))
 
 
 def _append(output: Output, pieces: Iterator[memoryview]) -> None:
@@ -252,7 +222,7 @@ def _append(output: Output, pieces: Iterator[memoryview]) -> None:
         output.write(piece)
 
 
-def write_torch(file: WeightFile, output: Output, ordered: Elements) -> str:
+def write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: Progress) -> str:
     """Write a torch file, tensor by tensor, and return the digest of its tensors."""
     keys: list[Target] = []
     tensors: dict[str, TensorRecord] = {}
@@ -263,7 +233,7 @@ def write_torch(file: WeightFile, output: Output, ordered: Elements) -> str:
             keys.append(target)
         tensors[target.path] = TensorRecord(key, target.dtype, target.view.shape, target.nbytes)
     data_pkl = pickled(map_leaves(lambda leaf: tensors[leaf.path] if isinstance(leaf, Ref) else leaf, file.content))
-    return write_torch_file(output, data_pkl, zip((target.nbytes for target in keys), ordered.of(keys), strict=True))
+    return write_torch_file(output, data_pkl, ((t.nbytes, elements(gatherer, t, progress)) for t in keys))
 
 
 def _storage_of(file: WeightFile, target: Target) -> Hashable:

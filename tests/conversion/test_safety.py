@@ -166,7 +166,7 @@ def test_the_same_bytes_where_a_system_lacks_something(shared, tmp_path, monkeyp
     assert len(asked) == {"advice": len(asked) or 1, "reserved room": 1}.get(without, 0)
 
 
-def test_room_is_reserved_for_what_is_written_and_a_full_disk_shows_before_the_first_byte(source, tmp_path, monkeypatch):
+def test_room_is_reserved_and_a_full_disk_shows_before_the_first_byte(source, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "_AT_ONCE", 4096)
     reserved = []
     monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: reserved.append(size))

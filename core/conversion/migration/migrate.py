@@ -21,9 +21,10 @@ from ...bundle.writing import writing
 from ...config.gpt import same_architecture
 from ...console.words import size_text
 from ...containers.json_files import parse_json
+from ...containers.tensors.reading import Gatherer
 from ...errors import CheckpointError, SaveFailed
 from ..plan import Progress, WeightFile
-from ..writing import Elements, write_torch
+from ..writing import write_torch
 from .comparison import check, compare
 from .content import Content
 from .documents import documents_of
@@ -99,8 +100,8 @@ def _make(place: ModelFolder, steps: Steps, outcome: Outcome, source: Bundle, pr
     progress(outcome.size)
     texts = {name: values for name, values in documents.items() if name != STATE}
     try:
-        with place.staging() as stage, Elements(progress) as ordered:
-            writers = {name: _writer(file, ordered) for name, file in files.items()}
+        with place.staging() as stage, Gatherer() as gatherer:
+            writers = {name: _writer(file, gatherer, progress) for name, file in files.items()}
             write_bundle(place, stage, documents[STATE], {**writers, **texts})
             check(source, plan, stage, documents, progress)
             if not outcome.is_unchanged():
@@ -121,8 +122,8 @@ def _make(place: ModelFolder, steps: Steps, outcome: Outcome, source: Bundle, pr
     outcome.may_be_deleted = not outcome.left
 
 
-def _writer(file: WeightFile, ordered: Elements) -> Writer:
-    return lambda output: write_torch(file, output, ordered)
+def _writer(file: WeightFile, gatherer: Gatherer, progress: Progress) -> Writer:
+    return lambda output: write_torch(file, output, gatherer, progress)
 
 
 def _clear_the_top(place: ModelFolder, config: dict[str, Any], outcome: Outcome) -> None:
