@@ -40,13 +40,8 @@ api: ## write docs/api.md from the docstrings
 matrix: ## run tests on each Python and torch that is supported, into docs/versions.md (FLAGS='--python python3.12')
 	$(PYTHON) -m tests.matrix $(FLAGS)
 
-bench: ## list the benchmarks, or run one (NAME=save FLAGS='--repeats 3')
-ifdef NAME
-	$(PYTHON) benchmarks/$(NAME).py $(FLAGS)
-else
-	@awk 'FNR == 1 {name = FILENAME; gsub(/.*\/|\.py/, "", name); printf "  %-14s%s\n", name, substr($$0, 4)}' \
-		$$(grep -l __main__ benchmarks/*.py)
-endif
+bench: ## measure every claim of docs/benchmarks.md, into its table; hours (FLAGS='save convert', FLAGS=--quick)
+	$(PYTHON) -m benchmarks $(FLAGS)
 
 rooms: ## the walls between the rooms of core/ alone
 	$(WALLS)

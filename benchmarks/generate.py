@@ -29,6 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import convert_checkpoints
+from benchmarks.rows import Row, hand_over
 from core.config.decoders import DECODERS
 from core.config.gpt import GPTConfig
 from core.loading.optimizer import configure_optimizer
@@ -179,10 +180,12 @@ def main() -> None:
         limit = read_bandwidth() / read
         rate = tokens / statistics.median(seconds[OURS])
         print(f"| {'limit of memory':22} | {limit:8.1f} | {rate / limit:6.2f}x |")
-    print()
+    rows = []
     for name, bar in BARS[args.arch, args.part].items():
         if name in ratios:
-            print(f"bar: {bar:g}x {name}: {'met' if ratios[name] >= bar else 'MISSED'} ({ratios[name]:.2f}x)")
+            ours, peer = (f"{tokens / statistics.median(seconds[way]):.1f} tokens/s" for way in (OURS, name))
+            rows.append(Row(f"{args.part}, 124M {args.arch}, {name}", ratios[name], bar, "x", True, ours, peer))
+    hand_over(rows)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.rows import Row, hand_over
+
 BAR = 2.0
 SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304}
 FIELDS = {"tied_head": True, "head_bias": False, "bias": True, "dropout": 0.0, "device": "cpu"}
@@ -110,7 +112,9 @@ def main() -> None:
         parts = {part: statistics.median(run[part] for run in runs) for part in runs[0]}
         print(f"{way:8} " + "  ".join(f"{part} {seconds:.3f} s" for part, seconds in parts.items()))
     ratios = [b["total"] / a["total"] for a, b in zip(found["ours"], found["copying"], strict=True)]
-    print(f"ours is {statistics.median(ratios):.2f}x as fast, bar {BAR}x ({args.repeats} pairs)")
+    ours, peer = (f"{statistics.median(run['total'] for run in found[way]):.3g} s" for way in ("ours", "copying"))
+    text = "first token of 124M, building, loading and copying"
+    hand_over([Row(text, statistics.median(ratios), BAR, "x", True, ours, peer)])
 
 
 if __name__ == "__main__":

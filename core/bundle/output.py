@@ -40,6 +40,21 @@ class Disk(Protocol):
         """Make the content of an open file durable."""
 
 
+def reserve(storage: Disk, fd: int, size: int) -> None:
+    """Reserve room for the first `size` bytes of a new file, where the file system can.
+
+    Writes change no metadata then, and a full disk shows before the first one.
+    """
+    if not storage.preallocation:
+        return
+    try:
+        storage.change(os.posix_fallocate, fd, 0, size)
+    except OSError as error:
+        if error.errno not in _NO_PREALLOCATION:
+            raise
+        storage.preallocation = False
+
+
 class Output:
     """A new file that knows its size and CRC32; closing it makes it durable."""
 
@@ -104,8 +119,8 @@ class BlockFile:
         try:
             # Asked of the open file: an open with O_DIRECT that is refused may leave the file behind.
             self._unbuffered = storage.unbuffered and size > SECTOR and self._set_unbuffered(True)
-            if self._unbuffered and storage.preallocation:
-                self._reserve()
+            if self._unbuffered:
+                reserve(storage, self._fd, size)
         except BaseException:
             os.close(self._fd)
             raise
@@ -119,15 +134,6 @@ class BlockFile:
                 raise
             return False
         return wanted
-
-    def _reserve(self) -> None:
-        # With the space reserved, writes change no metadata, and a full disk shows before the first one.
-        try:
-            self._storage.change(os.posix_fallocate, self._fd, 0, self._size)
-        except OSError as error:
-            if error.errno not in _NO_PREALLOCATION:
-                raise
-            self._storage.preallocation = False
 
     def write(self, block: memoryview, start: int, length: int) -> None:
         """Write the first `length` bytes of a block at byte `start`, a multiple of SECTOR.

@@ -6,12 +6,11 @@ The files are described in the documentation of transformers (Loading models, Sh
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointDamaged, CheckpointNotFound
-from .container import Container, is_plain, listing, member
+from .container import Check, Container, is_plain, listing, member
 from .joined import read_json
 from .pickles.inert import as_name, as_text, names_text
 from .safetensors import METADATA, open_safetensors
@@ -110,9 +109,9 @@ def open_hf_folder(path: Path) -> Container:
         content=content,
         files=files,
         checks=[
-            replace(check, file=f"{name}/{check.file}" if check.file in shard.unpacked else name)
+            Check(f"{name}/{c.file}" if c.file in shard.unpacked else name, c.offset, c.size, c.crc32, c.names)
             for name, shard in shards.items()
-            for check in shard.checks
+            for c in shard.checks
         ],
         foreign=list(dict.fromkeys(call for shard in shards.values() for call in shard.foreign)),
         notes=notes,
@@ -210,7 +209,7 @@ def _compare(weight_map: dict[str, str], tensors: dict[str, TensorSpec], where: 
             f"{as_name(lost[0])} is not in {as_name(weight_map[lost[0]])}."
         )
     for name, file in weight_map.items():
-        holders = [block.file for block in tensors[name].blocks]
+        holders = [block.file for block in tensors[name].chunks] or [tensors[name].file]
         if file not in holders:
             raise CheckpointDamaged(f"{where}: places {as_name(name)} in {file}, it is in {holders[0]}.")
     extra = [name for name in tensors if name not in weight_map]

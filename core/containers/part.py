@@ -96,8 +96,10 @@ def _flat(tensors: Mapping[str, TensorSpec], folder: Path) -> str:
 def _vectors(tensors: Mapping[str, TensorSpec], folder: Path) -> str:
     """FSDP's local state dict of original parameters: a rank's part of each weight, in one dimension."""
     weights = {name: spec.shape for name, spec in tensors.items() if name.endswith(".weight")}
+    if any(len(shape) != 1 for shape in weights.values()):
+        return ""
     others = [name for name in weights if not _NORM.search(name)]
-    if len(others) < _FEW or any(len(shape) != 1 for shape in weights.values()):
+    if len(others) < _FEW:
         return ""
     return (
         f"none of its {len(weights)} weights has two dimensions ({as_name(others[0])} is {weights[others[0]]}): they "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 DTYPES: dict[str, tuple[int, str, str, str]] = {
     "bool": (1, "u1", "Bool", "BOOL"),
@@ -96,6 +97,7 @@ class TensorSpec:
         return reach(self.shape, self.strides) * ITEM_SIZES[self.dtype]
 
 
+@lru_cache(maxsize=1024)
 def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a row-major tensor, in elements, as torch counts them (a dimension of size 0 counts as 1)."""
     strides, step = [], 1

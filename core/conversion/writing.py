@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from ..bundle.folder import new_id
-from ..bundle.output import Output
+from ..bundle.output import Output, reserve
 from ..bundle.storage import DISK, Storage
 from ..bundle.writing import lock_if_model
 from ..console.words import size_text
@@ -70,8 +70,10 @@ class DirectOutput(Output):
     The disk writes while the conversion continues; closing the output waits for the rest.
     """
 
-    def __init__(self, storage: Storage, fd: int, is_summed: bool, begin: Begin) -> None:
+    def __init__(self, storage: Storage, fd: int, is_summed: bool, begin: Begin, least: int) -> None:
         super().__init__(storage, fd)
+        if least >= _AT_ONCE:
+            reserve(storage, fd, least)
         self.is_summed = is_summed
         self._begin = begin
         self._written = self._begun = 0
@@ -113,11 +115,11 @@ class OutputFiles(contextlib.ExitStack):
         self.recorded: dict[str, dict[str, Any]] = {}  # by name: size and CRC32
 
     @contextlib.contextmanager
-    def file(self, name: str, is_summed: bool = True) -> Iterator[DirectOutput]:
-        """Create a file of this name in the folder; with "", the target itself."""
+    def file(self, name: str, is_summed: bool = True, least: int = 0) -> Iterator[DirectOutput]:
+        """Create a file of this name, and of at least so many bytes, in the folder; with "", the target itself."""
         if len(self.recorded) % _MOST_OPEN == _MOST_OPEN - 1:  # a model may have thousands
             self.close()
-        output = DirectOutput(DISK, DISK.descriptor(self.place / name), is_summed, self._begin)
+        output = DirectOutput(DISK, DISK.descriptor(self.place / name), is_summed, self._begin, least)
         self.enter_context(output)
         yield output
         output.flush()
@@ -189,7 +191,8 @@ def _write(plan: Plan, made: OutputFiles, progress: Progress) -> None:
     metadata: bytes | None = None  # of a DCP folder, with the final positions of its items
     with Gatherer() as gatherer:
         for file in plan.files:
-            with made.file(file.name if plan.is_folder else "", file.is_torch) as output:
+            least = sum({_storage_of(file, target): target.nbytes for target in file.targets}.values())
+            with made.file(file.name if plan.is_folder else "", file.is_torch, least) as output:
                 if file.name.endswith(SUFFIX):
                     metadata = write_items(file, output, lambda t: elements(gatherer, t, progress))
                 else:
@@ -223,15 +226,20 @@ def write_torch(file: WeightFile, output: Output, gatherer: Gatherer, progress: 
     """Write a torch file, tensor by tensor, and return the digest of its tensors."""
     keys: list[Target] = []
     tensors: dict[str, TensorRecord] = {}
-    seen: dict[Any, int] = {}  # tied tensors share one storage
+    seen: dict[Hashable, int] = {}
     for target in file.targets:
-        is_one = file.ties and target.is_weight and target.view.names
-        key = seen.setdefault((target.dtype, target.view.place) if is_one else target.path, len(keys))
+        key = seen.setdefault(_storage_of(file, target), len(keys))
         if key == len(keys):
             keys.append(target)
         tensors[target.path] = TensorRecord(key, target.dtype, target.view.shape, target.nbytes)
     data_pkl = pickled(map_leaves(lambda leaf: tensors[leaf.path] if isinstance(leaf, Ref) else leaf, file.content))
     return write_torch_file(output, data_pkl, ((t.nbytes, elements(gatherer, t, progress)) for t in keys))
+
+
+def _storage_of(file: WeightFile, target: Target) -> Hashable:
+    """What tells the storage of a target from the others of a file: tied weights of a torch file share one."""
+    is_one = file.is_torch and file.ties and target.is_weight and target.view.names
+    return (target.dtype, target.view.place) if is_one else target.path
 
 
 def elements(gatherer: Gatherer, target: Target, progress: Progress) -> Iterator[memoryview]:

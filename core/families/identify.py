@@ -14,7 +14,7 @@ from ..errors import CheckpointMismatch
 from . import hf_gpt2, hf_llama, hf_neox, litgpt, megatron, meta_llama, modded, nanochat, nanogpt, ours
 from .architecture import Architecture, describe
 from .family import Family, Shape, Style, plain_name, plain_names
-from .match import Match, index, match, skeleton
+from .match import Match, index, match, numbered, skeleton
 from .parts import is_of_optimizer
 
 MODULES = (ours, nanogpt, hf_gpt2, hf_llama, hf_neox, modded, megatron, litgpt, meta_llama, nanochat)
@@ -59,8 +59,9 @@ def identify(
         plain = plain_names(name for name in names if len(name) <= _LONG)
     except CheckpointMismatch as error:
         return Identity(UNKNOWN, "", "", f"{error}: there are two models in it, or one saved twice")
-    skeletons = {skeleton(name) for name in plain}
-    matches = [match(family, plain, shapes) for family in FAMILIES if _signature(family) & skeletons]
+    numbers_of = {name: numbered(name) for name in plain}
+    skeletons = {name for name, _ in numbers_of.values()}
+    matches = [match(family, plain, numbers_of, shapes) for family in FAMILIES if _signature(family) & skeletons]
     told = {id(m): _told(m.family, plain, shared or {}, entries) for m in matches}
     best = max(matches, key=lambda m: (m.placed - m.unfit, m.placed, -len(m.missing), told[id(m)]), default=None)
     if best is None or best.placed <= len(best.unplaced) or (best.lost and best.extra):

@@ -89,14 +89,21 @@ def index(family: str, rows: tuple[str, ...], base: str) -> dict[str, list[tuple
     return found
 
 
-def find(name: str, rows: Mapping[str, list[tuple[str, tuple[str, ...]]]]) -> tuple[str, dict[str, int]] | None:
+Numbered = tuple[str, list[str]]
+"""The skeleton of a name, and its numbers."""
+
+
+def numbered(name: str) -> Numbered:
+    """Take the numbers out of a name."""
+    return skeleton(name), _NUMBER.findall(name)
+
+
+def find(name: Numbered, rows: Mapping[str, list[tuple[str, tuple[str, ...]]]]) -> tuple[str, dict[str, int]] | None:
     """Find the row of a plain name, with its numbers `{i}`, `{j}`, `{n}`."""
-    candidates = rows.get(skeleton(name))
-    if candidates:
-        numbers = _NUMBER.findall(name)
-        for row, wanted in candidates:
-            if all(w in ("{i}", "{j}", "{n}", n) for w, n in zip(wanted, numbers, strict=True)):
-                return row, {w: int(n) for w, n in zip(wanted, numbers, strict=True) if w[0] == "{"}
+    numbers = name[1]
+    for row, wanted in rows.get(name[0], ()):
+        if all(w in ("{i}", "{j}", "{n}", n) for w, n in zip(wanted, numbers, strict=True)):
+            return row, {w: int(n) for w, n in zip(wanted, numbers, strict=True) if w[0] == "{"}
     return None
 
 
@@ -104,7 +111,9 @@ def _rows(family: Family) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
     return index(family.name, tuple(family.tensors), family.base)
 
 
-def match(family: Family, plain: Mapping[str, str], shapes: Mapping[str, Shape]) -> Match:
+def match(
+    family: Family, plain: Mapping[str, str], numbers_of: Mapping[str, Numbered], shapes: Mapping[str, Shape]
+) -> Match:
     """Match the table of a family with plain names (each with its name in the file) and their shapes."""
     found = Match(family)
     rows = _rows(family)
@@ -113,14 +122,16 @@ def match(family: Family, plain: Mapping[str, str], shapes: Mapping[str, Shape])
     sides: dict[str, Sides] = {}
     heads: set[int] = set()
     for name, original in plain.items():
-        if place := find(name, rows):
+        if place := find(numbers_of[name], rows):
             row, numbers = place
             found.rows[original] = row
             found.places[original] = _filled(row, numbers)
             sides[original] = family.tensors[row]
-            found.layers |= {numbers["{i}"]} if "{i}" in numbers else set()
-            heads |= {numbers["{j}"]} if "{j}" in numbers else set()
-        elif place := find(name, buffers):
+            if "{i}" in numbers:
+                found.layers.add(numbers["{i}"])
+            if "{j}" in numbers:
+                heads.add(numbers["{j}"])
+        elif place := find(numbers_of[name], buffers):
             wanted, reason = family.buffers[place[0]]
             found.buffers[original] = reason
             if wanted:
@@ -138,8 +149,13 @@ def match(family: Family, plain: Mapping[str, str], shapes: Mapping[str, Shape])
     found.extra = list(extra)
     found.layers |= set(extra.values())
     _count(found, "{i}", found.layers, "n_layer", "layers")
-    _measure(found, sides, shapes)
-    _compare(found, sides, shapes)
+    alike: dict[tuple[Sides, Shape], list[str]] = {}  # there are many tensors, and few kinds of them
+    for name, wanted in sides.items():
+        alike.setdefault((wanted, tuple(shapes[name])), []).append(name)
+    _measure(found, alike)
+    told = _compare(found, alike)
+    found.conflicts += [told[name] for name in sides if name in told]
+    found.unfit = len(told)
     _gate(found)
     _complete(found)
     return found
@@ -164,7 +180,8 @@ def _prefix(found: Match, plain: Mapping[str, str]) -> str:
     """The prefix that most names have before the family's own names."""
     seen: dict[str, int] = {}
     for original, place in found.places.items():
-        seen[_before(original, place)] = seen.get(_before(original, place), 0) + 1
+        prefix = _before(original, place)
+        seen[prefix] = seen.get(prefix, 0) + 1
     return max(seen, key=lambda prefix: (seen[prefix], len(prefix)), default="")
 
 
@@ -190,16 +207,18 @@ def _count(found: Match, letter: str, numbers: set[int], word: str, plural: str)
         found.conflicts.append(f"{plural} {shown} are there, {max(numbers) + 1 - len(numbers)} in between are not")
 
 
-def _measure(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shape]) -> None:
+def _measure(found: Match, alike: Mapping[tuple[Sides, Shape], list[str]]) -> None:
     """Let every side of every tensor vote on the size it measures; most votes win, the first among equals."""
     # Two passes: a side such as `q_size + 2 kv_size` measures its second word only when the first is known, and in one
     # pass that would depend on the order of the names in the file. So plain sides vote first, sums afterwards.
     for sums in (False, True):
         votes: dict[str, dict[int, tuple[int, str]]] = {}
-        for name, wanted in sides.items():
-            if len(shapes[name]) != len(wanted):
+        shape_of: dict[str, Shape] = {}
+        for (wanted, shape), names in alike.items():
+            if len(shape) != len(wanted):
                 continue
-            for text, size in zip(wanted, shapes[name], strict=True):
+            shape_of[names[0]] = shape
+            for text, size in zip(wanted, shape, strict=True):
                 side = parse(text)
                 word, value, times = side.symbol, size * side.over, side.times
                 if bool(side.more) is not sums or side.least or not word:
@@ -209,21 +228,21 @@ def _measure(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shap
                         continue
                     word, value, times = side.more, size - found.measures[word].value, 2
                 if word not in found.measures and value >= 0 and value % times == 0:
-                    count, first = votes.setdefault(word, {}).get(value // times, (0, name))
-                    votes[word][value // times] = count + 1, first
+                    count, first = votes.setdefault(word, {}).get(value // times, (0, names[0]))
+                    votes[word][value // times] = count + len(names), first
         for word, values in votes.items():
             value = max(values, key=lambda v: values[v][0])
-            found.measures[word] = Measure(value, values[value][1], shapes[values[value][1]])
+            found.measures[word] = Measure(value, values[value][1], shape_of[values[value][1]])
 
 
-def _compare(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shape]) -> None:
-    """Report shapes that differ from those of the table for the measured sizes."""
+def _compare(found: Match, alike: Mapping[tuple[Sides, Shape], list[str]]) -> dict[str, str]:
+    """What is wrong with the shapes that differ from those of the table for the measured sizes, by name."""
+    told: dict[str, str] = {}
     known = {word: measure.value for word, measure in found.measures.items()}
-    for name, wanted in sides.items():
-        shape = tuple(shapes[name])
+    for (wanted, shape), names in alike.items():
         if len(shape) != len(wanted):
-            found.conflicts.append(f"{name} is {shape}, expected {len(wanted)} sides: {' x '.join(wanted)}")
-            found.unfit += 1
+            sides = f"{len(wanted)} sides: {' x '.join(wanted)}"
+            told |= {name: f"{name} is {shape}, expected {sides}" for name in names}
             continue
         expected, wrong = list[int | str](shape), ""
         for k, text in enumerate(wanted):
@@ -233,9 +252,10 @@ def _compare(found: Match, sides: Mapping[str, Sides], shapes: Mapping[str, Shap
             elif value is not None and value != shape[k] and not (side.least and shape[k] > value):
                 expected[k], wrong = value, wrong or side.more or side.symbol or text
         if wrong:
-            found.unfit += 1
             shown = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
-            found.conflicts.append(f"{name} is {shape}, expected ({shown}){_because(found, wrong)}")
+            said = f"expected ({shown}){_because(found, wrong)}"
+            told |= {name: f"{name} is {shape}, {said}" for name in names}
+    return told
 
 
 def _because(found: Match, word: str) -> str:

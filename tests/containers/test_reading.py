@@ -214,6 +214,32 @@ def test_a_file_that_was_cut_off_since_it_was_opened_is_said(tmp_path, turned):
         list(pieces(stored(container, container.tensors["w"])))
 
 
+@pytest.mark.parametrize("answer", ["all", "a part", "nothing", "an error"])
+def test_rows_that_share_a_cache_set_are_put_apart_and_come_out_as_torch_reads_them(tmp_path, monkeypatch, answer):
+    turned = {
+        "floats": torch.arange(700 * 512, dtype=torch.float32).reshape(700, 512).t(),
+        "halves": torch.arange(9 * 2048, dtype=torch.int16).reshape(9, 2048).t(),
+        "columns": torch.arange(70 * 1024, dtype=torch.int32).reshape(70, 1024)[:, 5:900:3].t(),
+        "cube": torch.arange(6 * 4 * 512, dtype=torch.float32).reshape(6, 4, 512).permute(2, 0, 1),
+    }
+    torch.save(turned, tmp_path / "a.pt")
+    calls = []
+
+    def scatter(self, file, rows, position, real=Container.scatter):
+        calls.append(len(rows))
+        if answer == "an error":
+            raise OSError(5, "Input/output error")
+        return {"all": lambda: real(self, file, rows, position), "nothing": lambda: 0}.get(
+            answer, lambda: real(self, file, rows[:1], position)
+        )()
+
+    monkeypatch.setattr(Container, "scatter", scatter)
+    container = open_container(tmp_path / "a.pt")
+    for name, tensor in turned.items():
+        assert_pieces(container, name, tensor, 8 << 20)
+    assert len(calls) >= len(turned) and max(calls) > 9
+
+
 def test_a_file_that_is_gone_since_it_was_opened_is_said(tmp_path):
     container = saved(tmp_path, torch.randn(3))
     (tmp_path / "a.pt").unlink()

@@ -140,7 +140,7 @@ def test_of_many_files_few_are_open_at_a_time(source, tmp_path, monkeypatch):
     assert tensors_of(tmp_path / "out") == tensors_of(source)
 
 
-@pytest.mark.parametrize("without", ["writeback", "advice", "positioned reads"])
+@pytest.mark.parametrize("without", ["writeback", "advice", "positioned reads", "reserved room"])
 def test_the_same_bytes_where_a_system_lacks_something(shared, tmp_path, monkeypatch, without):
     def refuse(*args):
         raise OSError(22, "Invalid argument")
@@ -155,12 +155,34 @@ def test_the_same_bytes_where_a_system_lacks_something(shared, tmp_path, monkeyp
         monkeypatch.setattr(os, "posix_fadvise", lambda *args: asked.append(args))
     elif without == "advice":
         monkeypatch.setattr(os, "posix_fadvise", lambda *args: (asked.append(args), refuse()))
+    elif without == "reserved room":
+        monkeypatch.setattr(engine.DISK, "preallocation", True)  # put back what the refusal turns off
+        monkeypatch.setattr(os, "posix_fallocate", lambda *args: (asked.append(args), refuse()))
     else:
         monkeypatch.setattr("core.containers.checksum.POSITIONED_READS", False)
         monkeypatch.delattr(os, "preadv")
     converted(folder, tmp_path / "second", "bundle")
     assert tensors_of(tmp_path / "second") == tensors_of(tmp_path / "first")
-    assert bool(asked) == (without == "advice")
+    assert len(asked) == {"advice": len(asked) or 1, "reserved room": 1}.get(without, 0)
+
+
+def test_room_is_reserved_and_a_full_disk_shows_before_the_first_byte(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "_AT_ONCE", 4096)
+    reserved = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: reserved.append(size))
+    converted(source, tmp_path / "whole.pt", "pt")
+    (size,) = reserved
+    whole = (tmp_path / "whole.pt").stat().st_size
+    assert whole * 0.5 < size <= whole
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(SaveFailed, match="No space left on device"):
+        converted(source, tmp_path / "second.pt", "pt")
+    assert not (tmp_path / "second.pt").exists()
 
 
 def test_the_disk_is_told_to_write_what_it_was_not_told_yet(tmp_path, monkeypatch):

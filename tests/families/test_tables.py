@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from core.families.claims import NAMES, TIED
 from core.families.family import plain_names
 from core.families.identify import FAMILIES, identify, weights_key
-from core.families.match import match
+from core.families.match import match, numbered
 from tests.makers.family_tables import IDS, SIZES, build, named
 from tests.makers.limits import processor_seconds
 
@@ -31,7 +31,8 @@ def test_every_table_recognises_what_it_describes(family):
 @pytest.mark.parametrize("family", FAMILIES, ids=IDS)
 def test_each_name_of_a_table_finds_its_own_row(family):
     shapes = build(family)
-    found = match(family, plain_names(shapes), shapes)
+    plain = plain_names(shapes)
+    found = match(family, plain, {name: numbered(name) for name in plain}, shapes)
     assert found.places == {name: name for name in shapes}
     assert set(found.rows.values()) == set(family.tensors)
     table = set(family.tensors)
@@ -87,7 +88,8 @@ def test_mutated_shape_is_a_conflict_that_names_both_shapes():
 @given(data=st.data())
 def test_any_mutated_side_is_a_conflict_that_names_the_tensor(family, data):
     shapes = build(family)
-    rows = match(family, plain_names(shapes), shapes).rows
+    plain = plain_names(shapes)
+    rows = match(family, plain, {name: numbered(name) for name in plain}, shapes).rows
     sides = Counter(side.strip("0123456789 ") for row in rows.values() for side in family.tensors[row])
     shown = [  # a side that no other tensor shows may be anything
         (name, axis)

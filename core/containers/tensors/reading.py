@@ -17,6 +17,7 @@ into bands that follow one another, and the file is passed over once for each.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import mmap
@@ -50,6 +51,10 @@ SMALL, _MOST_SPARSE = 16384, 4
 
 _LARGE = 2 << 20  # bytes of a tensor that threads are worth starting for
 _MOST_OPEN = 64  # files; a folder may have thousands
+
+_SHARED, _APART = 2048, 64
+"""Rows at a distance of a multiple of 2 KiB share a few sets of a core's nearest cache: a column of them does not fit.
+In memory they are put 64 bytes further apart, which is up to four times as fast."""
 
 _TILE = 64, 2048  # elements that follow one another where they are put, and where they lie
 
@@ -104,7 +109,7 @@ class Gatherer:
         self._files: dict[tuple[int, str], BinaryIO] = {}
         self._piece = bytearray()
         self._tensor: mmap.mmap | bytes = b""
-        self._idle: list[bytearray] = []  # memory of slabs
+        self._idle: list[_Slab] = []
 
     def __enter__(self) -> Gatherer:
         return self
@@ -266,13 +271,44 @@ class Gatherer:
         try:
             slab = self._idle.pop()
         except IndexError:  # the first of a thread
-            slab = bytearray(SLAB)
-        data = memoryview(slab)[: reach(box.shape, strides) * box.itemsize]
-        self._read(block, offset, data)
-        flat = np.frombuffer(data, box.dtype)
+            slab = _Slab()
+        size = reach(box.shape, strides) * box.itemsize
         steps = tuple(stride * box.itemsize for stride in strides)
+        if box.ndim > 1 and steps[0] % _SHARED == 0 and reach(box.shape[1:], strides[1:]) <= strides[0]:
+            self._read_rows(block, offset, slab.rows(steps[0], size))
+            steps = steps[0] + _APART, *steps[1:]
+        else:
+            self._read(block, offset, slab.data[:size])
+        flat = np.frombuffer(slab.data, box.dtype)
         _put(box, np.lib.stride_tricks.as_strided(flat, box.shape, steps, writeable=False))
         self._idle.append(slab)
+
+    def _read_rows(self, block: Block, offset: int, rows: list[memoryview]) -> None:
+        """Read consecutive bytes of a file into rows of memory: by one call, where that gives all of them."""
+        assert block.source is not None
+        with contextlib.suppress(OSError):  # which is raised again below, where it names the tensor
+            if block.source.scatter(self._file(block), rows, offset) == sum(map(len, rows)):
+                return
+        for row in rows:
+            self._read(block, offset, row)
+            offset += len(row)
+
+
+class _Slab:
+    """Memory for a slab of a file; its rows can lie apart."""
+
+    def __init__(self) -> None:
+        self.data = memoryview(bytearray(SLAB + (SLAB // _SHARED + 1) * _APART))
+        self._width = 0
+        self._rows: list[memoryview] = []
+
+    def rows(self, width: int, size: int) -> list[memoryview]:
+        """The first `size` bytes of rows of `width` bytes each, between which `_APART` bytes are left out."""
+        if width != self._width:
+            self._width, starts = width, range(0, -(-SLAB // width) * (width + _APART), width + _APART)
+            self._rows = [self.data[start : start + width] for start in starts]
+        whole, rest = divmod(size, width)
+        return self._rows[:whole] + ([self._rows[whole][:rest]] if rest else [])
 
 
 def _bands(view: View, most: int) -> Iterator[View]:

@@ -42,6 +42,7 @@ class Chart:
     height: int = 300
     marks: list[Mark] = field(default_factory=list)
     log: bool = False  # a logarithmic y axis
+    log_x: bool = False
     from_zero: bool = False
     ident: str = ""
 
@@ -50,7 +51,7 @@ class Chart:
         lines = [line for line in (self._drawable(line) for line in self.lines) if line.x]
         if not lines:
             return ""
-        x = Axis.of([value for line in lines for value in (line.x[0], line.x[-1])], whole=True)
+        x = Axis.of([value for line in lines for value in (line.x[0], line.x[-1])], log=self.log_x, whole=True)
         ys = [value for line in lines for value in line.y]
         y = Axis.of([*ys, *([0.0] if self.from_zero else [])], log=self.log)
         bottom = self.height - 44

@@ -1,0 +1,3 @@
+"""Stands before zlib-ng on the path where zlib alone is measured."""
+
+raise ImportError("zlib alone is measured")
