@@ -25,6 +25,12 @@ MOMENTUM_WARMUP = 300
 BETAS, EPS = (0.8, 0.95), 1e-10
 """Settings of AdamW."""
 
+STACKED = ("cuda",)
+"""Where parameters of one shape are updated together: a processor gains nothing, and keeps its bits."""
+
+STACK = 2**27
+"""Numbers that the iteration then takes at once: it holds some copies of them in bf16 beside the step."""
+
 TINY = 1e-7
 """Added to a norm before dividing by it."""
 
@@ -66,17 +72,33 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                update = orthogonal(p.grad.lerp(buffer, momentum), group["coefficients"])
+            for alike in _alike([p for p in group["params"] if p.grad is not None]):
+                grads, buffers = [p.grad for p in alike if p.grad is not None], [self._buffer(p) for p in alike]
+                torch._foreach_lerp_(buffers, grads, 1 - momentum)
+                averages = torch._foreach_lerp(grads, buffers, momentum)
+                updates = orthogonal(torch.stack(averages), group["coefficients"]).to(alike[0].dtype).unbind()
                 # The update of a tall matrix is scaled to be as large per row as that of a square one.
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update, alpha=-lr * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
+                scale = max(1.0, alike[0].size(-2) / alike[0].size(-1)) ** 0.5
+                torch._foreach_mul_(alike, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(alike, updates, alpha=-lr * scale)
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        return state["momentum_buffer"]
+
+
+def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Those that are updated together: a GPU would wait for the launches of one after the other."""
+    stacks: dict[tuple[Any, ...], list[list[Tensor]]] = {}
+    for p in parameters:
+        key = (p.device, p.dtype, p.shape) if p.device.type in STACKED else (id(p),)
+        of_shape = stacks.setdefault(key, [[]])
+        if of_shape[-1] and (len(of_shape[-1]) + 1) * p.numel() > STACK:
+            of_shape.append([])
+        of_shape[-1].append(p)
+    return [alike for of_shape in stacks.values() for alike in of_shape]
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.config.variants import VARIANTS
+from core.networks import muon
 from core.networks.flex import GPTFlexAttention
-from core.networks.muon import MuonWithAdamW, configure_muon, momentum_at, orthogonal
+from core.networks.muon import Muon, MuonWithAdamW, configure_muon, momentum_at, orthogonal
 
 BF16 = 0.03
 """Largest share by which a sum of updates may differ: the iteration runs in bf16, which rounds to 1 in 256."""
@@ -79,6 +82,51 @@ def test_updates_are_upstreams(variant, steps, decays, dtype):
         change = (reference.p - start).norm()
         assert change > 0.1 and (p - reference.p).norm() < BF16 * change, name
     assert {reference.p.dim() for reference in wanted.values()} == ({2, 3})
+
+
+@pytest.mark.parametrize(("stack", "calls"), [(2**27, 6), (200_000, 12)])
+def test_parameters_of_one_shape_are_updated_together_with_the_same_result(monkeypatch, stack, calls):
+    alone, together = toy("medium"), toy("medium")
+    start = {name: p.detach().clone() for name, p in alone.named_parameters()}
+    taken = []
+    for model, where in ((alone, ()), (together, ("cpu",))):
+        monkeypatch.setattr(muon, "STACKED", where)
+        monkeypatch.setattr(muon, "STACK", stack)
+        monkeypatch.setattr(muon, "orthogonal", lambda x, steps: taken.append(len(x)) or orthogonal(x, steps))
+        optimizer = configure_muon(model, 0.03)
+        for step in range(2):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+    matrices = [name for name, p in alone.blocks.named_parameters() if p.dim() > 1]
+    assert taken[: 2 * len(matrices)] == [1] * 2 * len(matrices) and sum(taken) == 4 * len(matrices)
+    assert len(taken) - 2 * len(matrices) == calls
+    for name, p in together.named_parameters():
+        change = (alone.get_parameter(name) - start[name]).norm()
+        assert (p - alone.get_parameter(name)).norm() <= BF16 * change, name
+
+
+def test_a_step_on_a_gpu_launches_little(monkeypatch):
+    """Counted on tensors without memory: 12 layers took over 1,000."""
+    launched = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            launched.append(op)
+            return op(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), torch.device("cuda"):
+        shapes = [(64, 64), (64, 256), (256, 64)] * 12
+        parameters = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        optimizer = Muon([{"params": parameters}], 0.03, SMALL_STEPS)
+        optimizer.step()  # makes the buffers
+        with Count():
+            optimizer.step()
+    views = {"aten::expand", "aten::transpose", "aten::unbind", "aten::view", "aten::_unsafe_view"}
+    kernels = [op for op in launched if op.namespace == "aten" and op._schema.name not in views]
+    assert 20 < len(kernels) <= 80  # of 36 matrices in three shapes
 
 
 def test_the_iteration_brings_singular_values_near_one():
