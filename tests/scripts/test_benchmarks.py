@@ -69,3 +69,19 @@ def test_generate_compares_the_same_model_in_transformers(arch, part):
     rows = ["ours", "transformers"] + (["ours, no cache", "limit of memory"] if part == "generation" else [])
     assert all(f"| {name:22} |" in done.stdout for name in rows)
     assert "x transformers: " in done.stdout
+
+
+def test_every_part_of_the_check_of_a_gpu_runs_on_a_cpu_too():
+    command = [sys.executable, "benchmarks/gpu_check.py", "--small"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = {line["part"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert list(lines) == ["pinned", "order", "stall", "speed", "exact", "flex", "generate", "fsdp"]
+    assert not [line for line in lines.values() if "failed" in line]
+    assert lines["order"]["torn"] == 0 and lines["exact"]["deterministic_has_the_same_bits"]
+
+
+def test_the_check_of_a_gpu_says_what_it_has_not():
+    command = [sys.executable, "benchmarks/gpu_check.py", "--small", "stal"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no part is called stal: there are pinned, order, stall" in done.stderr
