@@ -300,7 +300,7 @@ def fsdp(bench: Bench) -> dict[str, Any]:
     text.write_text("".join(np.random.default_rng(3).choice(list("abcdefgh \n"), 60_000)))
     said = ""
     for stop in (10, 20):
-        line = f"-m torch.distributed.run --nproc_per_node=1 train.py --parallel fsdp --model_name shards --device "
+        line = "-m torch.distributed.run --nproc_per_node=1 train.py --parallel fsdp --model_name shards --device "
         line += f"{bench.device.type} --max_iters {stop} {SMALL_TRAIN if bench.small else TRAIN} --input_file {text} "
         said = _run([sys.executable, *line.split(), "--checkpoint_root", str(bench.folder)])
     return {"ok": CheckpointManager("shards", bench.folder).saved_step() == 20, "said": said.splitlines()[-1:]}
