@@ -141,8 +141,13 @@ class World:
 
     @contextlib.contextmanager
     def without_sync(self, forward: nn.Module, last: bool) -> Iterator[None]:
-        """Keep gradients local to this rank while the block runs, unless it is the last micro-step."""
+        """Keep gradients local to this rank while the block runs, unless it is the last micro-step.
+
+        Where each rank has a shard, it holds whole gradients until then.
+        """
         wrapped: Any = getattr(forward, "_orig_mod", forward)
+        if hasattr(wrapped, "set_requires_gradient_sync"):
+            wrapped.set_requires_gradient_sync(last)
         with wrapped.no_sync() if hasattr(wrapped, "no_sync") and not last else contextlib.nullcontext():
             yield
 

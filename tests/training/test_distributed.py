@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import signal
+import sys
 
 import pytest
 import torch
@@ -130,3 +132,12 @@ def test_a_rank_that_is_killed_comes_back_and_the_run_ends_where_it_would_have(t
     assert "resuming at step" in output_of(tmp_path)
     assert same(saved(tmp_path), saved(tmp_path, "whole"))
     assert losses(tmp_path) == losses(tmp_path, "whole")
+
+
+@pytest.mark.full
+def test_shards_reduce_gradients_behind_the_last_micro_step_alone(tmp_path):
+    done = finished([sys.executable, "-m", "tests.makers.forked", "2", "tests.makers.micro_steps_ranks", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == {"reduced": [False, False, True], "unlike": []}
