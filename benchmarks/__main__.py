@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -76,7 +76,7 @@ SCRIPTS = (
 
 def run(script: Script, args: argparse.Namespace, is_plain: bool) -> list[Row]:
     """Run a benchmark, and return its rows; one that fails is reported and has none."""
-    command = [sys.executable, f"benchmarks/{script.name}.py", *(script.quick if args.quick else script.flags).split()]
+    command = [sys.executable, f"benchmarks/{script.name}.py", *script.flags.split()]
     for name in filter(None, (script.needs, script.takes)):
         if value := getattr(args, name):
             command += [f"--{name}", value]
@@ -98,12 +98,13 @@ def run(script: Script, args: argparse.Namespace, is_plain: bool) -> list[Row]:
 def lines_of(script: Script, fast: list[Row] | None, plain: list[Row]) -> list[str]:
     """The lines of the table for a benchmark, with a column for zlib-ng and one for zlib alone."""
     beside = {row.claim: row for row in plain} if script.sums else {}
+    when = f"{datetime.now(UTC):%Y-%m-%d}, load {os.getloadavg()[0]:.1f}"
     lines = []
     for row in plain if fast is None else fast:
         other = beside.get(row.claim)
         bound = row.bound if other in (None, row) or other.bound == row.bound else f"{row.bound}, {other.bound}"
         figures = ["" if fast is None else figure_of(row), figure_of(other) if other else ""]
-        cells = (row.claim, bound, row.ours, row.peer, *figures, f"{datetime.now(UTC):%Y-%m-%d}", script.command)
+        cells = (row.claim, bound, row.ours, row.peer, *figures, when, script.command)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -137,7 +138,7 @@ def main() -> None:
     if unknown := [name for name in args.names if name not in {script.name for script in SCRIPTS}]:
         parser.error(f"no benchmark of the table: {', '.join(unknown)}")
     made: dict[str, list[str]] = {}
-    for script in SCRIPTS:
+    for script in [replace(one, flags=one.quick) for one in SCRIPTS] if args.quick else SCRIPTS:
         if args.names and script.name not in args.names:
             continue
         if script.needs and not getattr(args, script.needs):
