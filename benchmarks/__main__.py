@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -59,9 +59,9 @@ SCRIPTS = (
     Script("save", "--repeats 3 --steps 4", "--repeats 1 --steps 2 --size small", sums=True),
     Script("load", "--repeats 5", "--repeats 1 --size small", sums=True, takes="nanogpt"),
     Script("start", "--repeats 5", "--repeats 1", sums=True),
-    Script("convert", "--repeats 5", "--repeats 1 --gigabytes 0.3", sums=True),
+    Script("convert", "--repeats 3", "--repeats 1 --gigabytes 0.3", sums=True),
     Script("convert", "--repeats 3 --cold", "--repeats 1 --gigabytes 0.3 --cold", sums=True),
-    Script("inspect_file", "--repeats 7", "--repeats 1", sums=True),
+    Script("inspect_file", "--repeats 5", "--repeats 1", sums=True),
     Script("distributed", "--rounds 3 --tokens 16 --n_layer 9", "--rounds 1 --tokens 4 --n_layer 1"),
     Script("train_step", "--steps 60 --repeats 9", "--steps 2 --repeats 1", needs="input_file", takes="nanogpt"),
     Script("generate", "--repeats 3", "--repeats 1 --new_tokens 8 --n_layer 2"),
@@ -70,15 +70,13 @@ SCRIPTS = (
     ),
     Script("generate", "--arch llama --part tuning --repeats 3", "--arch llama --part tuning --repeats 1 --n_layer 2"),
     Script("flex", "--part tuning --repeats 2", "--part tuning --repeats 1 --n_layer 2"),
-    Script("growth", "--plot docs/growth.svg", "--repeats 1 --megabytes 10 1000 --tensors 100", sums=True),
+    Script("growth", "--plot docs/growth.svg", "--repeats 1 --megabytes 10 1000 --tensors 100"),
 )
 
 
 def run(script: Script, args: argparse.Namespace, is_plain: bool) -> list[Row]:
     """Run a benchmark, and return its rows; one that fails is reported and has none."""
-    command = [sys.executable, f"benchmarks/{script.name}.py", *(script.quick if args.quick else script.flags).split()]
-    if is_plain and "--plot" in command:
-        del command[command.index("--plot") :]
+    command = [sys.executable, f"benchmarks/{script.name}.py", *script.flags.split()]
     for name in filter(None, (script.needs, script.takes)):
         if value := getattr(args, name):
             command += [f"--{name}", value]
@@ -100,12 +98,13 @@ def run(script: Script, args: argparse.Namespace, is_plain: bool) -> list[Row]:
 def lines_of(script: Script, fast: list[Row] | None, plain: list[Row]) -> list[str]:
     """The lines of the table for a benchmark, with a column for zlib-ng and one for zlib alone."""
     beside = {row.claim: row for row in plain} if script.sums else {}
+    when = f"{datetime.now(UTC):%Y-%m-%d}, load {os.getloadavg()[0]:.1f}"
     lines = []
     for row in plain if fast is None else fast:
         other = beside.get(row.claim)
         bound = row.bound if other in (None, row) or other.bound == row.bound else f"{row.bound}, {other.bound}"
         figures = ["" if fast is None else figure_of(row), figure_of(other) if other else ""]
-        cells = (row.claim, bound, row.ours, row.peer, *figures, f"{datetime.now(UTC):%Y-%m-%d}", script.command)
+        cells = (row.claim, bound, row.ours, row.peer, *figures, when, script.command)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -139,7 +138,7 @@ def main() -> None:
     if unknown := [name for name in args.names if name not in {script.name for script in SCRIPTS}]:
         parser.error(f"no benchmark of the table: {', '.join(unknown)}")
     made: dict[str, list[str]] = {}
-    for script in SCRIPTS:
+    for script in [replace(one, flags=one.quick) for one in SCRIPTS] if args.quick else SCRIPTS:
         if args.names and script.name not in args.names:
             continue
         if script.needs and not getattr(args, script.needs):

@@ -185,7 +185,8 @@ def measure_all(folder: Path, places: list[Place], repeats: int) -> dict[str, di
         os.sync()
         for way in WAYS:
             if way not in LIVE or place[1] <= MOST_LIVE:
-                found[way][place] = median_of(way, folder, place, 1 if place[1] > MOST_LIVE else repeats)
+                is_long = place[1] > MOST_LIVE and way != "inspect"
+                found[way][place] = median_of(way, folder, place, 1 if is_long else repeats)
                 print(way, place, found[way][place], file=sys.stderr, flush=True)
         file_in(folder, place).unlink()
         clear(folder, "live_*")

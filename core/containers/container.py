@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -74,9 +74,10 @@ class Container:
         """Read from a position of one of its open files into a buffer; returns the number of bytes, 0 at the end."""
         return checksum.read_into(file.fileno(), buffer, position)
 
-    def scatter(self, file: BinaryIO, rows: Sequence[memoryview], position: int) -> int:
-        """Read bytes that follow one another into rows of memory by one call; returns how many, 0 where it cannot."""
-        return os.preadv(file.fileno(), rows, position) if checksum.POSITIONED_READS else 0
+    @property
+    def scatters(self) -> bool:
+        """Whether one call of the system reads its bytes into several places of memory."""
+        return checksum.POSITIONED_READS
 
     def proves_itself(self, name: str) -> bool:
         """Whether the content of one of its files proves that the file is complete, without a recorded checksum."""

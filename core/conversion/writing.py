@@ -35,6 +35,7 @@ WRITEBACK = hasattr(os, "posix_fadvise")
 """Off (macOS, Windows, tests): writeback starts only when the files are synced."""
 
 _AT_ONCE = 16 << 20  # bytes after which writeback is started
+_PROBED = 1 << 20  # bytes of which room is reserved first
 _MOST_OPEN = 64  # files that are not yet durable
 
 Begin = Callable[[int, int, int], None]
@@ -64,19 +65,34 @@ def writing_back() -> Iterator[Begin]:
         thread.join()
 
 
+def _has_data(fd: int) -> bool:
+    """Whether a file that is written from its front has data from there on already; room that is reserved is none."""
+    try:
+        os.lseek(fd, 0, os.SEEK_DATA)
+    except OSError:  # no data up to the end
+        return False
+    os.lseek(fd, 0, os.SEEK_SET)
+    return True
+
+
 class DirectOutput(Output):
     """An output that writes large pieces straight to the file, and computes its CRC32 if one is recorded.
 
     The disk writes while the conversion continues; closing the output waits for the rest.
     """
 
-    def __init__(self, storage: Storage, fd: int, is_summed: bool, begin: Begin, least: int) -> None:
+    def __init__(self, storage: Storage, fd: int, is_summed: bool, begin: Begin) -> None:
         super().__init__(storage, fd)
-        if least >= _AT_ONCE:
-            reserve(storage, fd, least)
         self.is_summed = is_summed
         self._begin = begin
         self._written = self._begun = 0
+
+    def reserve(self, size: int) -> None:
+        """Reserve room for the first `size` bytes of the file, if that costs no writing."""
+        reserve(self._storage, self._fd, min(size, _PROBED))
+        # Where the file system cannot reserve, the C library writes into every block.
+        if self._storage.preallocation and size > _PROBED and not _has_data(self._fd):
+            reserve(self._storage, self._fd, size)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append bytes and return their CRC32, or 0 when no checksum is computed."""
@@ -119,8 +135,10 @@ class OutputFiles(contextlib.ExitStack):
         """Create a file of this name, and of at least so many bytes, in the folder; with "", the target itself."""
         if len(self.recorded) % _MOST_OPEN == _MOST_OPEN - 1:  # a model may have thousands
             self.close()
-        output = DirectOutput(DISK, DISK.descriptor(self.place / name), is_summed, self._begin, least)
+        output = DirectOutput(DISK, DISK.descriptor(self.place / name), is_summed, self._begin)
         self.enter_context(output)
+        if least >= _AT_ONCE:
+            output.reserve(least)
         yield output
         output.flush()
         self.recorded[name] = {"size": output.size, "crc32": f"{output.crc32:08x}"}

@@ -68,9 +68,10 @@ class AveragedTensors(Container):
             done, skip = done + len(part), 0
         return done
 
-    def scatter(self, file: BinaryIO, rows: Sequence[memoryview], position: int) -> int:
-        """Nothing: what is computed goes into one buffer after another."""
-        return 0
+    @property
+    def scatters(self) -> bool:
+        """No: what is computed goes into one place."""
+        return False
 
     def _mean(self, views: Sequence[View], start: int, stop: int) -> bytes:
         """The mean of the elements from `start` to `stop`, in row-major order."""

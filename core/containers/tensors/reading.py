@@ -21,6 +21,7 @@ import contextlib
 import itertools
 import math
 import mmap
+import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -274,7 +275,7 @@ class Gatherer:
             slab = _Slab()
         size = reach(box.shape, strides) * box.itemsize
         steps = tuple(stride * box.itemsize for stride in strides)
-        if box.ndim > 1 and steps[0] % _SHARED == 0 and reach(box.shape[1:], strides[1:]) <= strides[0]:
+        if _lies_apart(block, box, strides):
             self._read_rows(block, offset, slab.rows(steps[0], size))
             steps = steps[0] + _APART, *steps[1:]
         else:
@@ -285,9 +286,8 @@ class Gatherer:
 
     def _read_rows(self, block: Block, offset: int, rows: list[memoryview]) -> None:
         """Read consecutive bytes of a file into rows of memory: by one call, where that gives all of them."""
-        assert block.source is not None
         with contextlib.suppress(OSError):  # which is raised again below, where it names the tensor
-            if block.source.scatter(self._file(block), rows, offset) == sum(map(len, rows)):
+            if os.preadv(self._file(block).fileno(), rows, offset) == sum(map(len, rows)):
                 return
         for row in rows:
             self._read(block, offset, row)
@@ -309,6 +309,13 @@ class _Slab:
             self._rows = [self.data[start : start + width] for start in starts]
         whole, rest = divmod(size, width)
         return self._rows[:whole] + ([self._rows[whole][:rest]] if rest else [])
+
+
+def _lies_apart(block: Block, box: np.ndarray, strides: tuple[int, ...]) -> bool:
+    """Whether the rows of a slab, which are read whole, are put apart from one another in memory."""
+    if box.ndim < 2 or strides[0] * box.itemsize % _SHARED or not 0 < reach(box.shape[1:], strides[1:]) <= strides[0]:
+        return False
+    return block.source is not None and block.source.scatters
 
 
 def _bands(view: View, most: int) -> Iterator[View]:
